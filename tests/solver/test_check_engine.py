@@ -9,7 +9,7 @@ import pytest
 
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.structure import check_engine
-from hetis.solver.check.violation import Rule
+from hetis.solver.check.violation import Rule, at
 from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.engines import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
@@ -41,7 +41,7 @@ POOLED = unclaimed(FIRST, SECOND, pools=(WORKERS, MORE_WORKERS), in_flight=2)
 
 
 def messages(replica: ReplicaPlan, problem: PlacementProblem) -> list[str]:
-    found = check_engine(replica, "replica 0", problem, Fleet.of(problem.cluster))
+    found = at("replica 0", check_engine(replica, problem, Fleet.of(problem.cluster)))
     assert {(violation.rule, violation.where) for violation in found} <= {(Rule.ENGINE, "replica 0")}
     assert all(violation.message.endswith(" (vllm-hetis)") for violation in found)
     return [violation.message.removesuffix(" (vllm-hetis)") for violation in found]
@@ -52,7 +52,7 @@ def test_what_an_engine_runs_up_to_its_limits_is_sound(replica: ReplicaPlan) -> 
     assert messages(replica, the_problem()) == []
     assert messages(replica, the_problem(max_gpus=4, max_nodes=4, min_layers=3)) == []
     any_engine = replace(the_problem(), family=FAMILY)
-    assert check_engine(replica, "replica 0", any_engine, Fleet.of(any_engine.cluster)) == []
+    assert list(check_engine(replica, any_engine, Fleet.of(any_engine.cluster))) == []
 
 
 BROKEN: list[tuple[ReplicaPlan, dict[str, Any], str]] = [
@@ -123,7 +123,7 @@ def test_sglang_drafts_in_pipelines_only_where_it_prefills() -> None:
     for name, said in (("sglang", ["has 2 stages and drafts tokens, may have 1 then"]), ("vllm", [])):
         rules = replace(problem.family.engine, name=name)
         drafting = replace(problem, model=model, family=replace(problem.family, engine=rules))
-        found = check_engine(PIPELINE, "replica 0", drafting, Fleet.of(drafting.cluster))
+        found = at("replica 0", check_engine(PIPELINE, drafting, Fleet.of(drafting.cluster)))
         assert [one.message for one in found] == [f"{message} ({name})" for message in said]
     sglang = replace(problem.family.engine, name="sglang")
     assert sglang.stages_of(Role.PREFILL, model) == sglang.stages_of(Role.UNIFIED, problem.model) == sglang.max_stages

@@ -273,7 +273,7 @@ def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProble
     rules = EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, max_gpus=4, min_layers=2)
     held, fleet = replace(problem, family=run_by(problem.family, rules)), Fleet.of(problem.cluster)
     for replica in plan.replicas:
-        found = check_engine(replica, "replica", held, fleet)
+        found = list(check_engine(replica, held, fleet))
         assert bool(found) == bool(beyond([replica], rules, problem.cluster, problem.model)), (found, replica)
         without = beyond([replica], replace(rules, name="vllm"), problem.cluster, problem.model)
         assert ("attention workers" in without) == bool(replica.attention_workers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from hetis.solver.check.fleet import PoolShape, StageShape
+from hetis.solver.check.fleet import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
 from hetis.solver.plan import Role
 
@@ -12,11 +13,15 @@ from hetis.solver.plan import Role
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes that one primary rank of a stage must hold, including the reserve."""
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
+    kv_bytes = per_token * kv_tokens_of_a_copy(setting, stage.copies)
+    return _rank_bytes_but_kv(setting, stage, is_first=is_first, is_last=is_last) + kv_bytes
+
+
+def _rank_bytes_but_kv(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """Return the bytes that a rank must hold besides the KV of which it has room for a number of tokens."""
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
-        setting, stage, is_first=is_first, is_last=is_last
-    )
-    return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
+    return fixed + rank_state_bytes(setting, stage, is_first=is_first, is_last=is_last)
 
 
 def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
@@ -28,15 +33,10 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
-    profile = setting.problem.profiles[stage.gpu]
-    fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
-        setting, stage, is_first=is_first, is_last=is_last
-    )
-    room = _quotient(
-        profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
-    )
-    room = min(room, kv_block_tokens(setting))
+    free = setting.problem.profiles[stage.gpu].usable_bytes
+    free -= _rank_bytes_but_kv(setting, stage, is_first=is_first, is_last=is_last)
+    per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
+    room = min(_quotient(free, per_token), kv_block_tokens(setting))
     if stage.pool is None:
         return room
     worker = setting.problem.profiles[stage.pool.gpu]
@@ -109,6 +109,29 @@ def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolSha
     requests = micro_batches_of_a_copy(setting, stage.copies) * setting.micro_batch
     pairs = -(-requests * pool.head_groups * stage.tp // pool.cards)
     return _all_layers(setting, stage, is_first) * pairs / requests * setting.model.kv_bytes_per_token_group()
+
+
+def shared_card_bytes(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
+    """Return the bytes that a card of the stages at ``positions`` must hold: its reserve, and the KV of every stage."""
+    kv_bytes = sum(
+        per_token * kv_tokens_of_a_copy(setting, shape.stages[i].copies)
+        for i, per_token in _shared_bytes_per_token(setting, shape, positions)
+    )
+    return setting.problem.profiles[shape.pool_of(positions[0]).gpu].reserve_bytes + kv_bytes
+
+
+def kv_room_of_shared_card(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
+    """Return the replica's tokens whose KV the card has room for; of x tokens, one of c copies holds x / c."""
+    profile = setting.problem.profiles[shape.pool_of(positions[0]).gpu]
+    found = _shared_bytes_per_token(setting, shape, positions)
+    return max(0.0, profile.usable_bytes - profile.reserve_bytes) / sum(b / shape.stages[i].copies for i, b in found)
+
+
+def _shared_bytes_per_token(
+    setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]
+) -> Iterator[tuple[int, float]]:
+    for i in positions:
+        yield i, worker_kv_bytes_per_token(setting, shape.stages[i], shape.pool_of(i), is_first=i == 0)
 
 
 def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:

@@ -10,13 +10,15 @@ from hetis.solver.check.fleet import ReplicaShape, StageShape
 from hetis.solver.check.memory import (
     kv_block_tokens,
     kv_room_of_a_copy,
+    kv_room_of_shared_card,
     kv_tokens_of_a_copy,
     rank_bytes,
+    shared_card_bytes,
     worker_bytes,
 )
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shared_cards import busy_seconds, kv_room, shared_card_bytes
 from hetis.solver.check.timing import (
+    busy_seconds,
     chunk_seconds,
     landing_seconds,
     seconds_between_completions,
@@ -24,7 +26,7 @@ from hetis.solver.check.timing import (
     tpot_per_t,
     ttft_round_trips,
 )
-from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link
 from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
@@ -158,7 +160,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     card_s = []
     for positions in shape.shared_by:
         card_s.append(busy_seconds(setting, shape, positions))
-        room = min(room, kv_room(setting, shape, positions))
+        room = min(room, kv_room_of_shared_card(setting, shape, positions))
         memory.append(
             MemoryUse(
                 where=f"attention workers of stages {', '.join(map(str, positions))}",
@@ -199,93 +201,59 @@ def check_replica_claims(
         may_claim_less: the search may have charged worse links than these devices have (`Fleet.has_uneven_links`), so
             a lower rate is no error. A higher one always is.
     """
-    violations = list(_check_memory(where, derived))
-    not_finite = list(_check_finite(replica, where))
-    if not_finite:
-        return violations + not_finite
-    violations += _check_rate(replica, where, derived, may_claim_less)
-    violations += _check_latency(replica, where, objective, derived, may_claim_less)
-    violations += _check_kv_tokens(replica, where, derived)
-    return violations
-
-
-def _check_memory(where: str, derived: Derived) -> Iterator[Violation]:
+    violations: list[Violation] = []
     for use in derived.memory:
         if not use.fits:
             message = f"a device must hold {use.num_bytes:.0f} bytes, {use.usable_bytes} bytes are usable"
-            yield Violation(rule=use.rule, where=f"{where} {use.where}", message=message)
+            violations += at(f"{where} {use.where}", [(use.rule, message)])
     if not derived.fits_blocks:
-        message = (
-            f"a stage copy must hold KV of {derived.kv_held:.0f} tokens, its engine's blocks hold "
-            f"{derived.kv_block_tokens:.0f}"
-        )
-        yield Violation(rule=Rule.KV_BLOCKS, where=where, message=message)
-
-
-def _check_finite(replica: ReplicaPlan, where: str) -> Iterator[Violation]:
-    for name, value, unit in (
+        held = f"a stage copy must hold KV of {derived.kv_held:.0f} tokens"
+        message = f"{held}, its engine's blocks hold {derived.kv_block_tokens:.0f}"
+        violations += at(where, [(Rule.KV_BLOCKS, message)])
+    numbers = (
         ("rate", replica.rate, "requests/s"),
         ("ttft_s", replica.ttft_s, "s"),
         ("tpot_s", replica.tpot_s, "s"),
         ("kv_tokens", replica.kv_tokens, "tokens"),
-    ):
-        if not 0 <= value < math.inf:
-            message = f"{name} is {value} {unit}, must be finite and >= 0"
-            yield Violation(rule=Rule.FINITE, where=where, message=message)
+    )
+    not_finite = [
+        (Rule.FINITE, f"{name} is {value} {unit}, must be finite and >= 0")
+        for name, value, unit in numbers
+        if not 0 <= value < math.inf
+    ]
+    if not_finite:
+        return violations + at(where, not_finite)
+    latency = _check_latency(replica, objective, derived, may_claim_less)
+    return violations + at(where, _check_rate_and_room(replica, derived, may_claim_less), latency)
 
 
-def _check_rate(replica: ReplicaPlan, where: str, derived: Derived, may_claim_less: bool) -> Iterator[Violation]:
+def _check_rate_and_room(replica: ReplicaPlan, derived: Derived, may_claim_less: bool) -> Iterator[Broken]:
     least = 0.0 if may_claim_less else derived.rate * (1 - RELATIVE)
     if not least <= replica.rate <= derived.rate * (1 + RELATIVE):
-        message = f"claims {replica.rate:.9g} requests/s, the cost model gives {derived.rate:.9g}"
-        yield Violation(rule=Rule.RATE, where=where, message=message)
+        yield Rule.RATE, f"claims {replica.rate:.9g} requests/s, the cost model gives {derived.rate:.9g}"
+    # Tokens are whole, and rounding decides between two neighbours.
+    if abs(replica.kv_tokens - math.floor(derived.kv_tokens)) > max(1.0, RELATIVE * derived.kv_tokens):
+        yield Rule.KV_TOKENS, f"claims room for {replica.kv_tokens} KV tokens, has room for {derived.kv_tokens:.0f}"
 
 
 def _check_latency(
-    replica: ReplicaPlan, where: str, objective: Objective, derived: Derived, may_claim_less: bool
-) -> Iterator[Violation]:
+    replica: ReplicaPlan, objective: Objective, derived: Derived, may_claim_less: bool
+) -> Iterator[Broken]:
     """Check latencies, which grow with t: a claim must lie between those at the derived t and at the claimed rate's t.
 
     A plan that claims less than its rate (see `check_replica_claims`) also claims more latency, and may have charged
     worse links for its hops and the landing of its KV.
     """
-    t_max = max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
-    slowest_ttft_s = derived.slowest_ttft_s if may_claim_less else derived.ttft_s
-    for claimed, low, high, limit, claim_rule, limit_rule in (
-        (
-            replica.tpot_s,
-            _times(derived.t_s, derived.tpot_per_t),
-            _times(t_max, derived.tpot_per_t),
-            objective.tpot_limit_s,
-            Rule.TPOT,
-            Rule.TPOT_LIMIT,
-        ),
-        (
-            replica.ttft_s,
-            derived.ttft_s(derived.t_s),
-            slowest_ttft_s(t_max),
-            objective.ttft_limit_s,
-            Rule.TTFT,
-            Rule.TTFT_LIMIT,
-        ),
-    ):
+    t_s, t_max = derived.t_s, max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
+    slowest_ttft_s, per_t = derived.slowest_ttft_s if may_claim_less else derived.ttft_s, derived.tpot_per_t
+    tpot_s, most_tpot_s = (t_s * per_t, t_max * per_t) if per_t else (0.0, 0.0)  # even if no rate is claimed
+    tpot = replica.tpot_s, tpot_s, most_tpot_s, objective.tpot_limit_s, Rule.TPOT, Rule.TPOT_LIMIT
+    limit_s = objective.ttft_limit_s
+    ttft = replica.ttft_s, derived.ttft_s(t_s), slowest_ttft_s(t_max), limit_s, Rule.TTFT, Rule.TTFT_LIMIT
+    for claimed, low, high, limit, claim_rule, limit_rule in (tpot, ttft):
         if not low * (1 - RELATIVE) <= claimed <= high * (1 + RELATIVE):
             between = f"{low:.9g} s" if high <= low * (1 + RELATIVE) else f"between {low:.9g} and {high:.9g} s"
-            message = f"claims {claim_rule.name} {claimed:.9g} s, the cost model gives {between}"
-            yield Violation(rule=claim_rule, where=where, message=message)
+            yield claim_rule, f"claims {claim_rule.name} {claimed:.9g} s, the cost model gives {between}"
         worst = max(claimed, low)
         if limit is not None and worst > limit * (1 + RELATIVE):
-            message = f"{claim_rule.name} is {worst:.9g} s, the limit is {limit:.9g} s"
-            yield Violation(rule=limit_rule, where=where, message=message)
-
-
-def _times(t_s: float, per_t: float) -> float:
-    """Return a latency at t, or 0 for a role that does not have it, even if no rate is claimed."""
-    return t_s * per_t if per_t else 0.0
-
-
-def _check_kv_tokens(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[Violation]:
-    # Tokens are whole, and rounding decides between two neighbours.
-    if abs(replica.kv_tokens - math.floor(derived.kv_tokens)) > max(1.0, RELATIVE * derived.kv_tokens):
-        message = f"claims room for {replica.kv_tokens} KV tokens, has room for {derived.kv_tokens:.0f}"
-        yield Violation(rule=Rule.KV_TOKENS, where=where, message=message)
+            yield limit_rule, f"{claim_rule.name} is {worst:.9g} s, the limit is {limit:.9g} s"

@@ -9,10 +9,15 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from hetis.solver.check.fleet import Fleet, slowest
-from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import PlacementProblem
+
+OPTIMAL_GAP = 1e-6
+RELATIVE = 1e-6  # rounding of a value or a gap
+BOUND_ROUNDING = 1e-9
+UNIFIED_ALONE = "; every replica prefills and decodes"
 
 # --- the KV of prompts: routes between prefill and decode replicas, and all traffic between zones
 
@@ -29,12 +34,12 @@ def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
     flow: defaultdict[int, float] = defaultdict(float)
     seen: dict[tuple[int, int], int] = {}
     for number, route in enumerate(plan.kv_routes):
-        broken = list(_check_route(route, f"route {number}", plan, problem, fleet))
+        broken = list(_check_route(route, plan, problem, fleet))
         pair = (route.prefill, route.decode)
         if not broken and pair in seen:
             message = f"leads from replica {route.prefill} to {route.decode} like route {seen[pair]}, a pair has 1"
-            broken.append(Violation(rule=Rule.ROUTE, where=f"route {number}", message=message))
-        violations += broken
+            broken.append((Rule.ROUTE, message))
+        violations += at(f"route {number}", broken)
         seen.setdefault(pair, number)
         if not broken:
             flow[route.prefill] += route.rate
@@ -43,39 +48,30 @@ def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
         replica = plan.replicas[number]
         if rate > replica.rate * (1 + RELATIVE):
             message = f"routes take {rate:.9g} requests/s, the {replica.role} replica's rate is {replica.rate:.9g}"
-            violations.append(Violation(rule=Rule.ROUTE_RATE, where=f"replica {number}", message=message))
+            violations += at(f"replica {number}", [(Rule.ROUTE_RATE, message)])
     return violations
 
 
-def _check_route(
-    route: KvRoute, where: str, plan: Plan, problem: PlacementProblem, fleet: Fleet
-) -> Iterator[Violation]:  # fmt: skip
+def _check_route(route: KvRoute, plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Broken]:
     if not 0 < route.rate < math.inf:
-        message = f"rate is {route.rate} requests/s, must be finite and > 0"
-        yield Violation(rule=Rule.FINITE, where=where, message=message)
-    ends_exist = True
-    for name, number, role in (
-        ("prefill", route.prefill, Role.PREFILL),
-        ("decode", route.decode, Role.DECODE),
-    ):
+        yield Rule.FINITE, f"rate is {route.rate} requests/s, must be finite and > 0"
+    wrong = []
+    for role, number in ((Role.PREFILL, route.prefill), (Role.DECODE, route.decode)):
         if not 0 <= number < len(plan.replicas):
-            message = f"{name} is replica {number}, the plan has {len(plan.replicas)}"
-            yield Violation(rule=Rule.ROUTE, where=where, message=message)
-            ends_exist = False
+            wrong.append((Rule.ROUTE, f"{role} is replica {number}, the plan has {len(plan.replicas)}"))
         elif plan.replicas[number].role is not role:
-            message = f"{name} is replica {number}, which is {plan.replicas[number].role}"
-            yield Violation(rule=Rule.ROUTE, where=where, message=message)
-            ends_exist = False
-    if not ends_exist:
+            wrong.append((Rule.ROUTE, f"{role} is replica {number}, which is {plan.replicas[number].role}"))
+    yield from wrong
+    if wrong:
         return
-    zone, allowed = _zone_of(plan.replicas[route.decode].devices(), fleet), plan.replicas[route.prefill].kv_zones
-    if zone is not None and zone not in allowed:
-        message = f"leads to zone {zone}, replica {route.prefill} may send to {', '.join(allowed) or 'none'}"
-        yield Violation(rule=Rule.ROUTE, where=where, message=message)
-    sender, receiver = (plan.replicas[number].stages[0].gpu for number in (route.prefill, route.decode))
-    if problem.model.on(sender) != problem.model.on(receiver):
-        message = f"leads from {sender} to {receiver}, which hold the model in different precisions"
-        yield Violation(rule=Rule.ROUTE, where=where, message=message)
+    sender, receiver = plan.replicas[route.prefill], plan.replicas[route.decode]
+    zone = _zone_of(receiver.devices(), fleet)
+    if zone is not None and zone not in sender.kv_zones:
+        allowed = ", ".join(sender.kv_zones) or "none"
+        yield Rule.ROUTE, f"leads to zone {zone}, replica {route.prefill} may send to {allowed}"
+    gpus = [replica.stages[0].gpu for replica in (sender, receiver)]
+    if problem.model.on(gpus[0]) != problem.model.on(gpus[1]):
+        yield Rule.ROUTE, f"leads from {gpus[0]} to {gpus[1]}, which hold the model in different precisions"
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -89,37 +85,22 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
     hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
     kv_bytes = moments.mean_prompt * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
     kv_bytes *= model.num_layers
-    load: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for here, there, rate in _hops(plan, fleet):
-        load[here, there] += rate * hop_bytes
-    for here, there, rate in _deliveries(plan, fleet):
-        load[here, there] += rate * kv_bytes
-    violations = []
-    for (here, there), bytes_per_s in load.items():
-        limit = problem.cluster.network.zone_link(here, there).bytes_per_s
-        if bytes_per_s > limit * (1 + RELATIVE):
-            message = f"replicas send {bytes_per_s:.6g} bytes/s, the link carries {limit:.6g} bytes/s"
-            violations.append(Violation(rule=Rule.LINK_CAPACITY, where=f"zones {here} to {there}", message=message))
-    return violations
-
-
-def _hops(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
-    """Yield zone pairs that activations cross, with their rate in requests/s."""
+    load: defaultdict[tuple[str | None, str | None], float] = defaultdict(float)
     for replica in plan.replicas:
-        zones = [_zone_of(stage.devices, fleet) for stage in replica.stages]
-        for here, there in pairwise(zones):
-            if here is not None and there is not None and here != there:
-                yield here, there, replica.rate
-
-
-def _deliveries(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
-    """Yield zone pairs that the KV of prompts crosses, with its rate in requests/s."""
+        for pair in pairwise(_zone_of(stage.devices, fleet) for stage in replica.stages):
+            load[pair] += replica.rate * hop_bytes
     zones = [_zone_of(replica.devices(), fleet) for replica in plan.replicas]
     for route in plan.kv_routes:
         if 0 <= route.prefill < len(zones) and 0 <= route.decode < len(zones):  # others are reported elsewhere
-            here, there = zones[route.prefill], zones[route.decode]
-            if here is not None and there is not None and here != there:
-                yield here, there, route.rate
+            load[zones[route.prefill], zones[route.decode]] += route.rate * kv_bytes
+    violations: list[Violation] = []
+    for (here, there), bytes_per_s in load.items():
+        if here is not None and there is not None and here != there:
+            limit = problem.cluster.network.zone_link(here, there).bytes_per_s
+            if bytes_per_s > limit * (1 + RELATIVE):
+                message = f"replicas send {bytes_per_s:.6g} bytes/s, the link carries {limit:.6g} bytes/s"
+                violations += at(f"zones {here} to {there}", [(Rule.LINK_CAPACITY, message)])
+    return violations
 
 
 def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
@@ -127,130 +108,83 @@ def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
     return next((fleet.devices[name].group.zone for name in names if name in fleet.devices), None)
 
 
-OPTIMAL_GAP = 1e-6
-RELATIVE = 1e-6  # rounding of a value or a gap
-BOUND_ROUNDING = 1e-9
-UNIFIED_ALONE = "; every replica prefills and decodes"
+# --- value, bound, gap and status
 
 
 def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
     """Check that the value follows from the replicas, and that bound, gap and status contradict nothing."""
-    violations = list(_check_objective(plan, problem))
-    violations += _check_family(plan, problem)
     not_finite = list(_check_finite(plan))
-    violations += not_finite
+    violations = at("result", _check_question(plan, problem), not_finite)
     if plan.result.status is Status.INFEASIBLE:
-        if plan.replicas:
-            violations.append(
-                _violation(Rule.STATUS, f"status is infeasible, the plan has {len(plan.replicas)} replicas")
-            )
-        return violations
+        message = f"status is infeasible, the plan has {len(plan.replicas)} replicas"
+        return violations + at("result", [(Rule.STATUS, message)] if plan.replicas else [])
     if not not_finite and math.isfinite(served_rate(plan)):
-        violations += _check_value(plan, problem, fleet)
-        violations += _check_bound(plan, problem)
+        violations += at("result", _check_value(plan, problem, fleet), _check_bound(plan, problem))
     return violations
 
 
-def _violation(rule: Rule, message: str) -> Violation:
-    return Violation(rule=rule, where="result", message=message)
-
-
-def _check_objective(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
-    wanted, result = problem.objective, plan.result
-    if plan.objective != wanted:
-        yield _violation(Rule.OBJECTIVE, f"the plan is for {plan.objective}, the problem asks for {wanted}")
-    if result.objective is not wanted.kind:
-        yield _violation(Rule.OBJECTIVE, f"objective is {result.objective}, must be {wanted.kind}")
-    if result.unit != wanted.unit:
-        yield _violation(Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}")
-
-
-def _check_family(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
-    """Check that the bound's family is the one that was searched, in the same words.
+def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
+    """Check that the plan answers the problem: the objective, and the bound's family in the same words.
 
     Plans from before the introduction of roles do not mention them: all their replicas are unified.
     """
+    wanted, result = problem.objective, plan.result
+    if plan.objective != wanted:
+        yield Rule.OBJECTIVE, f"the plan is for {plan.objective}, the problem asks for {wanted}"
+    if result.objective is not wanted.kind:
+        yield Rule.OBJECTIVE, f"objective is {result.objective}, must be {wanted.kind}"
+    if result.unit != wanted.unit:
+        yield Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}"
     family = problem.describe_family()
     if plan.family not in (family, family.removesuffix(UNIFIED_ALONE)):
-        yield _violation(Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"')
+        yield Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"'
 
 
-def _check_finite(plan: Plan) -> Iterator[Violation]:
+def _check_finite(plan: Plan) -> Iterator[Broken]:
     result = plan.result
-    for name, value in (
-        ("value", result.value),
-        ("bound", result.bound),
-        ("gap", result.gap),
-        ("solve_s", result.solve_s),
-    ):
+    numbers = [("value", result.value), ("bound", result.bound), ("gap", result.gap), ("solve_s", result.solve_s)]
+    numbers += [(f"dual of {price.gpu} in {price.zone}", price.dual) for price in plan.prices]
+    for name, value in numbers:
         if not 0 <= value < math.inf:
-            yield _violation(Rule.FINITE, f"{name} is {value}, must be finite and >= 0")
-    for price in plan.prices:
-        if not 0 <= price.dual < math.inf:
-            message = f"dual of {price.gpu} in {price.zone} is {price.dual}, must be finite and >= 0"
-            yield _violation(Rule.FINITE, message)
-    for runner_up in plan.runners_up:
-        if not 0 <= runner_up.rate < math.inf:
-            message = f"rate of the runner-up {runner_up.shape} is {runner_up.rate} requests/s, must be finite and >= 0"
-            yield _violation(Rule.FINITE, message)
+            yield Rule.FINITE, f"{name} is {value}, must be finite and >= 0"
+    for one in plan.runners_up:
+        if not 0 <= one.rate < math.inf:
+            yield Rule.FINITE, f"rate of the runner-up {one.shape} is {one.rate} requests/s, must be finite and >= 0"
 
 
-def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
+def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Broken]:
     objective, claimed = problem.objective, plan.result.value
     rate = served_rate(plan)
     goodput = problem.assumptions.planned_utilisation * rate
-    names = list(dict.fromkeys(name for replica in plan.replicas for name in replica.devices()))
+    names = dict.fromkeys(name for replica in plan.replicas for name in replica.devices())
     value = {
         ObjectiveKind.GOODPUT: goodput,
         ObjectiveKind.THROUGHPUT: rate,
-        ObjectiveKind.COST: _usd_per_hour(names, fleet),
+        ObjectiveKind.COST: sum(map(fleet.usd_per_hour, names)),
         ObjectiveKind.GPUS: float(len(names)),
     }[objective.kind]
     if not math.isclose(claimed, value, rel_tol=RELATIVE, abs_tol=1e-12):
-        message = f"value is {claimed:.9g} {objective.unit}, {_who(plan)} {value:.9g} {objective.unit}"
-        yield _violation(Rule.VALUE, message)
+        who = "the replicas and routes give" if plan.kv_routes else "the replicas give"
+        yield Rule.VALUE, f"value is {claimed:.9g} {objective.unit}, {who} {value:.9g} {objective.unit}"
     demand = objective.demand_rps
     if not objective.maximises and demand is not None and goodput < demand * (1 - BOUND_ROUNDING):
-        yield _violation(Rule.DEMAND, f"goodput is {goodput:.9g} requests/s, the demand is {demand:.9g} requests/s")
+        yield Rule.DEMAND, f"goodput is {goodput:.9g} requests/s, the demand is {demand:.9g} requests/s"
 
 
-def _who(plan: Plan) -> str:
-    return "the replicas and routes give" if plan.kv_routes else "the replicas give"
-
-
-def _usd_per_hour(names: list[str], fleet: Fleet) -> float:
-    """Return the price of these devices; one that does not exist costs nothing (it is reported elsewhere)."""
-    total = 0.0
-    for name in names:
-        device = fleet.devices.get(name)
-        if device is not None:
-            total += _price_at(fleet, device.group, device.index)
-    return total
-
-
-def _price_at(fleet: Fleet, group: NodeGroup, index: int) -> float:
-    """Return the price of the GPU at an index of a node; indices count through the node's slots in order."""
-    for slots in group.gpus:
-        if index < slots.count:
-            return fleet.cluster.price_of(slots) or 0.0
-        index -= slots.count
-    raise AssertionError(f"node group {group.name} has no GPU {index}")
-
-
-def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
-    result = plan.result
-    over = result.value - result.bound if problem.objective.maximises else result.bound - result.value
+def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
+    result, maximises = plan.result, problem.objective.maximises
+    over = result.value - result.bound if maximises else result.bound - result.value
     if over > BOUND_ROUNDING * abs(result.value):
-        side = ">=" if problem.objective.maximises else "<="
+        side = ">=" if maximises else "<="
         message = f"bound is {result.bound:.12g} {result.unit}, must be {side} the value {result.value:.12g}"
-        yield _violation(Rule.BOUND, message)
+        yield Rule.BOUND, message
         return
     distance = abs(result.bound - result.value)
     gap = distance / abs(result.value) if result.value else (math.inf if distance else 0.0)
     if not math.isclose(result.gap, gap, rel_tol=RELATIVE, abs_tol=BOUND_ROUNDING):
-        yield _violation(Rule.GAP, f"gap is {result.gap:.9g}, |bound - value| / |value| is {gap:.9g}")
+        yield Rule.GAP, f"gap is {result.gap:.9g}, |bound - value| / |value| is {gap:.9g}"
     elif result.status is Status.OPTIMAL and gap > OPTIMAL_GAP * (1 + RELATIVE):
-        yield _violation(Rule.STATUS, f"status is optimal at a gap of {gap:.9g}, the limit is {OPTIMAL_GAP:.9g}")
+        yield Rule.STATUS, f"status is optimal at a gap of {gap:.9g}, the limit is {OPTIMAL_GAP:.9g}"
 
 
 # --- the class table: a row for every device class, which counts its GPUs and those that the plan uses
@@ -282,11 +216,8 @@ def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
         for row in plan.prices
     )
     has = Counter(_rows(plan, fleet))
-    return [
-        Violation(rule=Rule.PRICES, where="class table", message=f"{word} row {row}")
-        for word, rows in (("has no", has - says), ("has a wrong", says - has))
-        for row in rows.elements()
-    ]
+    wrong = (("has no", has - says), ("has a wrong", says - has))
+    return at("class table", ((Rule.PRICES, f"{word} row {row}") for word, rows in wrong for row in rows.elements()))
 
 
 def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:

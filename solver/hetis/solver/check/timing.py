@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from statistics import NormalDist
 
-from hetis.solver.check.fleet import PoolShape, StageShape
+from hetis.solver.check.fleet import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
 from hetis.solver.cluster import Link
 from hetis.solver.model import ModelSpec
@@ -135,6 +135,19 @@ def seconds_between_completions(
 def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
     """Return worker: the seconds of the busiest card of a pool in one layer and iteration."""
     return _decode(setting, stage, pool.gpu, 1, pairs=busiest_card_pairs(setting, stage, pool))
+
+
+def busy_seconds(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
+    """Return the seconds that one request of the replica occupies a card that serves the stages at ``positions``.
+
+    One of c copies serves every c-th request (``docs/cost-model.md``, "Prefill and decode replicas").
+    """
+    total = 0.0
+    for i in positions:
+        stage = shape.stages[i]
+        layers = stage.layers + (setting.model.prefix_layers if i == 0 else 0)
+        total += layers * worker_seconds(setting, stage, shape.pool_of(i)) / stage.copies
+    return setting.iterations * total
 
 
 def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -70,3 +71,11 @@ class Violation:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message} ({self.rule.name.lower()})"
+
+
+Broken = tuple[Rule, str]  # a rule and a message, of a place that the caller knows
+
+
+def at(where: str, *found: Iterable[Broken]) -> list[Violation]:
+    """Return what is broken at a place."""
+    return [Violation(rule=rule, where=where, message=message) for some in found for rule, message in some]

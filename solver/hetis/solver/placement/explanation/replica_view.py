@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape, left_out_by, replica_shape
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shared_cards import busy_seconds
 from hetis.solver.check.structure import check_replica_structure
-from hetis.solver.check.timing import chunk_seconds, least_slack, slack, tpot_per_t, ttft_round_trips
+from hetis.solver.check.timing import busy_seconds, chunk_seconds, least_slack, slack, tpot_per_t, ttft_round_trips
 from hetis.solver.cluster import Device, Link
 from hetis.solver.cost import (
     DeviceCost,
