@@ -14,7 +14,7 @@ import numpy as np
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.moves import order, part_seconds, payback_steps, step_seconds, steps_between
+from hetis.solver.redispatch.moves import order, part_seconds, step_seconds, steps_between
 from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchProblem
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, short_blocks, tables_of
 
@@ -122,7 +122,7 @@ def _as_moves(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray)
     steps = steps_between(tables, tables.now, x)
     ordered, _ = order(tables, tables.now, steps, problem.snapshot.stage.devices)
     saved_s = float(device_seconds(tables, tables.now).max() - device_seconds(tables, x).max())
-    seconds = sum(step_seconds(tables, problem.link_byte_s, o.step) for o in ordered)
+    seconds = sum(step_seconds(tables, o.step) for o in ordered)
     return tuple(
         Move(
             request=problem.snapshot.ids[step.j],
@@ -130,8 +130,8 @@ def _as_moves(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray)
             source=part.source,
             target=part.target,
             num_bytes=part.groups * float(tables.num_bytes[step.j]),
-            seconds=part_seconds(tables, problem.link_byte_s, step.j, part),
-            payback_steps=payback_steps(saved_s, seconds, problem.num_layers),
+            seconds=part_seconds(tables, step.j, part),
+            payback_steps=seconds / (problem.num_layers * saved_s) if saved_s > 0 else None,
             reason=MoveReason.DETOUR if is_detour else MoveReason.BALANCE,
             wave=wave,
             together=together,

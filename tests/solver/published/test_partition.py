@@ -9,9 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.published.hexgen2 import FloatArray, cut_weight, refine, spectral_partition
+from hetis.solver.published.hexgen2 import FloatArray, coarsened, refine, spectral_partition
 from hetis.solver.published.replicas import Part
 from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs
+
+
+def cut_weight(weights: FloatArray, parts: list[Part]) -> float:
+    """The total weight of the edges between different parts."""
+    return float(coarsened(weights, parts).sum()) / 2
 
 
 def exchanges(parts: list[Part]) -> list[list[Part]]:

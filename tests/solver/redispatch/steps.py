@@ -161,7 +161,8 @@ def tabulated(seed: int) -> list[float]:
     case = random_case(seed)
     x = case.placement()
     later = continued(case.tables, x, spent_bytes=0.3 * min(case.tables.budget, 1e9))
-    answer = [*numbers_of(case.tables), *_small(case.tables)]
+    own = case.tables[:-2]  # the last two are the problem's
+    answer = [*numbers_of(own), *_small(own)]
     answer += numbers_of(later.now, later.room, later.budget, marks(case.problem))
     for placed in (case.tables.now, x, case.fractions()):
         answer += _small(device_seconds(case.tables, placed), objective_s(case.tables, placed))
@@ -228,13 +229,13 @@ def placed(seed: int) -> list[float]:
 def moved(seed: int) -> list[float]:
     """Steps between placements, their worth, which of them pay, and their order where room is short."""
     case = random_case(seed)
-    tables, links, layers = case.tables, case.problem.link_byte_s, case.problem.num_layers
+    tables = case.tables
     x = case.placement()
     steps = steps_between(tables, tables.now, x)
     assert np.array_equal(applied(tables.now, steps), x)
     answer = numbers_of(steps) + _small(worth(tables, x, steps))
-    gains, losing = judged(tables, links, layers, x, steps)
-    kept, kept_gains = paying(tables, links, layers, steps)
+    gains, losing = judged(tables, x, steps)
+    kept, kept_gains = paying(tables, steps)
     answer += numbers_of(_small(gains), losing, kept, _small(kept_gains))
     needed = sum(step.groups * float(tables.num_bytes[step.j]) for step in steps)
     before, after = tables.blocks @ tables.now, tables.blocks @ x
@@ -242,7 +243,7 @@ def moved(seed: int) -> list[float]:
         room = np.maximum(before, after) + case.rng.integers(0, spare + 1, len(before))
         tight = tables._replace(room=room, budget=budget * needed)
         ordered, waiting = order(tight, tables.now, steps, case.problem.snapshot.stage.devices)
-        answer += numbers_of(ordered, waiting, _small(whole_steps(tight, links, ordered)))
+        answer += numbers_of(ordered, waiting, _small(whole_steps(tight, ordered)))
     return answer
 
 

@@ -50,7 +50,7 @@ def test_every_wave_fits_while_its_sources_still_hold_their_blocks(
         assert np.all(x >= 0)
     left = [one.step for one in waiting]
     assert np.array_equal(applied(x, left), after)
-    done = [step for step, _ in whole_steps(tables, np.ones(4), ordered) if step is not None]
+    done = [step for step, _ in whole_steps(tables, ordered) if step is not None]
     if not any(one.is_detour for one in ordered):
         assert np.array_equal(applied(applied(before, done), left), after)
 

@@ -33,7 +33,7 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
-    free = setting.problem.profiles[stage.gpu].usable_bytes
+    free: float = setting.problem.profiles[stage.gpu].usable_bytes
     free -= _rank_bytes_but_kv(setting, stage, is_first=is_first, is_last=is_last)
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     room = min(_quotient(free, per_token), kv_block_tokens(setting))

@@ -241,11 +241,6 @@ def _order_along(weights: FloatArray, number: int) -> IntArray:
     return order
 
 
-def cut_weight(weights: FloatArray, parts: Sequence[Part]) -> float:
-    """Return the total weight of the edges between different parts."""
-    return float(coarsened(weights, parts).sum()) / 2
-
-
 def coarsened(weights: FloatArray, parts: Sequence[Part]) -> FloatArray:
     """Return the total edge weight between every two parts, shape [K, K], 0 on the diagonal."""
     members = np.zeros((len(parts), len(weights)))

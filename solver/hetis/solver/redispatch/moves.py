@@ -117,14 +117,20 @@ def applied(x: IntArray, steps: Iterable[RequestMoves]) -> IntArray:
     return result
 
 
-def part_seconds(tables: RedispatchTables, link_byte_s: FloatArray, j: int, part: MovedGroups) -> float:
+def part_seconds(tables: RedispatchTables, j: int, part: MovedGroups) -> float:
     """Return the seconds of the copy on the slower of its two links."""
-    return part.groups * float(tables.num_bytes[j]) * float(max(link_byte_s[part.source], link_byte_s[part.target]))
+    byte_s = max(tables.link_byte_s[part.source], tables.link_byte_s[part.target])
+    return part.groups * float(tables.num_bytes[j]) * float(byte_s)
 
 
-def step_seconds(tables: RedispatchTables, link_byte_s: FloatArray, step: RequestMoves) -> float:
+def step_seconds(tables: RedispatchTables, step: RequestMoves) -> float:
     """Return the seconds of all parts in sequence."""
-    return sum(part_seconds(tables, link_byte_s, step.j, part) for part in step.parts)
+    return sum(part_seconds(tables, step.j, part) for part in step.parts)
+
+
+def per_decode_step_s(tables: RedispatchTables, step: RequestMoves, seconds: float) -> float:
+    """Return what a copy of ``seconds`` costs per layer and decode step within its request's patience."""
+    return seconds / (tables.num_layers * float(tables.steps[step.j]))
 
 
 def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> list[Worth]:
@@ -163,20 +169,13 @@ def _without_each(
     return saved, relieved
 
 
-def payback_steps(saved_s: float, seconds: float, num_layers: int) -> float | None:
-    """Return the decode steps after which a step has saved what it took, or None if it saves nothing."""
-    return seconds / (num_layers * saved_s) if saved_s > 0 else None
-
-
-def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float, num_layers: int) -> bool:
+def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float) -> bool:
     """Return whether a step saves its time within its request's patience, or relieves memory worth that much."""
-    lost_s = seconds / (num_layers * float(tables.steps[step.j]))
-    return value.saved_s + value.relieved_s >= lost_s and (value.saved_s > 0 or value.relieved_s > 0)
+    gain = value.saved_s + value.relieved_s
+    return gain >= per_decode_step_s(tables, step, seconds) and (value.saved_s > 0 or value.relieved_s > 0)
 
 
-def paying(
-    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[RequestMoves]
-) -> tuple[list[RequestMoves], list[float]]:
+def paying(tables: RedispatchTables, steps: Iterable[RequestMoves]) -> tuple[list[RequestMoves], list[float]]:
     """Drop steps, the least worthwhile first, until all others pay; return these and their gains per second of copy.
 
     Each step is judged alone, because only an order shows that one makes room for another.
@@ -184,26 +183,24 @@ def paying(
     kept = list(steps)
     x = applied(tables.now, kept)
     while True:
-        gains, losing = judged(tables, link_byte_s, num_layers, x, kept)
+        gains, losing = judged(tables, x, kept)
         if not losing:
             return kept, gains
         x = _taken_back(x, kept.pop(losing[0]))
 
 
-def judged(
-    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[RequestMoves]
-) -> tuple[list[float], list[int]]:
+def judged(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> tuple[list[float], list[int]]:
     """Return for steps that led to ``x`` their gains per second of copy, and the positions of those that do not pay.
 
     The least worthwhile come first.
     """
     gains, losing = list[float](), list[tuple[float, int]]()
     for position, (step, value) in enumerate(zip(steps, worth(tables, x, steps), strict=True)):
-        seconds = step_seconds(tables, link_byte_s, step)
+        seconds = step_seconds(tables, step)
         gain = value.saved_s + value.relieved_s
         gains.append(gain / max(seconds, 1e-12))
-        if not pays(tables, step, value, seconds, num_layers):
-            losing.append((gain - seconds / (num_layers * float(tables.steps[step.j])), position))
+        if not pays(tables, step, value, seconds):
+            losing.append((gain - per_decode_step_s(tables, step, seconds), position))
     return gains, [position for _, position in sorted(losing)]
 
 
@@ -268,9 +265,7 @@ def order(
     return ordered, [WaitingStep(step, _why(tables, room, step, names)) for step in waiting]
 
 
-def whole_steps(
-    tables: RedispatchTables, link_byte_s: FloatArray, ordered: list[Ordered]
-) -> list[tuple[RequestMoves | None, float]]:
+def whole_steps(tables: RedispatchTables, ordered: list[Ordered]) -> list[tuple[RequestMoves | None, float]]:
     """Return for each step the whole that it completes, from where its groups began, and the seconds of all its steps.
 
     A detour completes nothing and gets None.
@@ -278,7 +273,7 @@ def whole_steps(
     result = list[tuple[RequestMoves | None, float]]()
     began: dict[tuple[int, int], tuple[int, float]] = {}  # request, third device: source and seconds of the detour
     for step, _, is_detour in ordered:
-        seconds, first = step_seconds(tables, link_byte_s, step), step.parts[0]
+        seconds, first = step_seconds(tables, step), step.parts[0]
         if is_detour:
             began[step.j, first.target] = (first.source, seconds)
             result.append((None, seconds))

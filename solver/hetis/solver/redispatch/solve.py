@@ -20,9 +20,9 @@ from hetis.solver.redispatch.moves import (
     judged,
     order,
     part_seconds,
-    payback_steps,
     paying,
     pays,
+    per_decode_step_s,
     step_seconds,
     steps_between,
     whole_steps,
@@ -44,9 +44,8 @@ MOST_ROUNDS = 8
 # Gap to the bound above which the integer program is used. At 0.05, a tenth more of 10,000 tiny stages were over 0.5%
 # above brute force (tests/solver/redispatch/test_worst_cases.py); below 0.02 hardly another one is.
 WIDE = 0.02
-_Judge: TypeAlias = Callable[
-    [RedispatchProblem, RedispatchTables, list[RequestMoves]], tuple[list[Ordered], list[WaitingStep]]
-]
+_InOrder: TypeAlias = tuple[list[Ordered], list[WaitingStep]]
+_Judge: TypeAlias = Callable[[RedispatchTables, list[RequestMoves]], _InOrder]
 
 
 class _Attempt(NamedTuple):
@@ -80,81 +79,84 @@ class Redispatcher:
         The result is stable: the same search from where the moves lead finds nothing more, so re-dispatch of an
         unchanged stage stays quiet.
         """
-        tables = tables_of(problem)
-        ideal = ideal_dispatch(problem.snapshot, self.dispatcher, on_draining=True)
-        relaxed = self._relax(tables, ideal)
-        attempt = self._attempt(problem, tables, relaxed)
+        return _Search(problem, ideal_dispatch(problem.snapshot, self.dispatcher, on_draining=True), self._lp).plan()
+
+
+class _Search:
+    """The search for the moves of one problem."""
+
+    def __init__(self, problem: RedispatchProblem, ideal: DispatchPlan, lp: MoveLp) -> None:
+        self._problem, self._ideal, self._lp = problem, ideal, lp
+        self._names = problem.snapshot.stage.devices
+
+    def plan(self) -> RedispatchPlan:
+        tables = tables_of(self._problem)
+        relaxed = self._relax(tables)
+        attempt = self._attempt(tables, relaxed)
         for _ in range(MOST_ROUNDS):
             if not attempt.ordered:
                 break
             spent = sum(o.step.groups * float(tables.num_bytes[o.step.j]) for o in attempt.ordered)
             moved = continued(tables, attempt.x, spent_bytes=spent)
-            more = self._attempt(problem, moved, self._relax(moved, ideal))
+            more = self._attempt(moved, self._relax(moved))
             if not more.ordered:
                 break
             # Directly from the start; if that has no order, through the placement in between.
-            direct = self._ordered(problem, tables, more.x)
+            direct = self._ordered(tables, more.x)
             if direct.refused or objective_s(tables, direct.x) > objective_s(tables, more.x) * (1 + 1e-9):
                 last = attempt.ordered[-1].wave + 1
                 direct = _Attempt(
                     more.x, attempt.ordered + [o._replace(wave=o.wave + last) for o in more.ordered], more.refused
                 )
             attempt = direct
-        return _plan(problem, tables, relaxed, attempt)
+        return _plan(self._problem, tables, relaxed, attempt)
 
-    def _relax(self, tables: RedispatchTables, ideal: DispatchPlan) -> JointRelaxation:
-        return relax(tables, self._lp, floor_s=ideal.bound_s, guess=ideal.prices.piece)
+    def _relax(self, tables: RedispatchTables) -> JointRelaxation:
+        return relax(tables, self._lp, floor_s=self._ideal.bound_s, guess=self._ideal.prices.piece)
 
-    def _attempt(self, problem: RedispatchProblem, tables: RedispatchTables, relaxed: JointRelaxation) -> _Attempt:
+    def _attempt(self, tables: RedispatchTables, relaxed: JointRelaxation) -> _Attempt:
         """Make one round from ``tables.now``; return no moves if they do not gain enough."""
-        stay = _Attempt(tables.now, [], [])
         found = list[IntArray]()
         for x in (round_to_groups(tables, relaxed.x), tables.now.copy()):
             improve(tables, x)
             found.append(x)
         best = min(found, key=lambda x: objective_s(tables, x))
-        attempt = self._ordered(problem, tables, best)
+        attempt = self._ordered(tables, best)
         if objective_s(tables, attempt.x) > relaxed.bound_s * (1 + WIDE):
-            others = [x for x in (*found, self._searched(tables, relaxed)) if x is not None and x is not best]
-            tries = (self._ordered(problem, tables, x) for x in others)
+            searched = search(tables, relaxed.x)
+            if searched is not None:
+                improve(tables, searched)
+                found.append(searched)
+            tries = (self._ordered(tables, x) for x in found if x is not best)
             attempt = min(attempt, *tries, key=lambda one: objective_s(tables, one.x))
         before_s, after_s = objective_s(tables, tables.now), objective_s(tables, attempt.x)
-        enough_s = problem.least_gain * float(device_seconds(tables, tables.now).max())
+        enough_s = self._problem.least_gain * float(device_seconds(tables, tables.now).max())
         relieves = short_blocks(tables, attempt.x).sum() < short_blocks(tables, tables.now).sum() - 1e-9
         if before_s - after_s <= (0.0 if relieves else enough_s):
-            return stay._replace(refused=attempt.refused)
+            return _Attempt(tables.now, [], attempt.refused)
         return attempt
 
-    def _searched(self, tables: RedispatchTables, relaxed: JointRelaxation) -> IntArray | None:
-        """Return the integer program's answer, improved by single steps."""
-        x = search(tables, relaxed.x)
-        if x is not None:
-            improve(tables, x)
-        return x
-
-    def _ordered(self, problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> _Attempt:
+    def _ordered(self, tables: RedispatchTables, x: IntArray) -> _Attempt:
         """Return the moves to ``x`` that pay, in order.
 
         First each is judged alone, then ordered. If that drops any, all are also ordered and judged together with those
         for which they make room, and the better plan is returned.
         """
         steps = steps_between(tables, tables.now, x)
-        alone, _ = paying(tables, problem.link_byte_s, problem.num_layers, steps)
-        first = self._completed(problem, tables, alone, _judged_alone)
+        alone, _ = paying(tables, steps)
+        first = self._completed(tables, alone, self._judged_alone)
         if len(alone) == len(steps):
             return first
-        second = self._completed(problem, tables, steps, _judged_together)
+        second = self._completed(tables, steps, self._judged_together)
         return second if objective_s(tables, second.x) < objective_s(tables, first.x) * (1 - 1e-9) else first
 
-    def _completed(
-        self, problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], judge: _Judge
-    ) -> _Attempt:
+    def _completed(self, tables: RedispatchTables, steps: list[RequestMoves], judge: _Judge) -> _Attempt:
         """Return steps in order; if an order refuses some, the others are judged again without them."""
         refused = list[WaitingStep]()
         while True:
-            ordered, waiting = judge(problem, tables, steps)
+            ordered, waiting = judge(tables, steps)
             reached = applied(tables.now, [o.step for o in ordered])
-            waiting += _detours_that_do_not_pay(problem, tables, reached, ordered, waiting)
+            waiting += self._detours_that_do_not_pay(tables, reached, ordered, waiting)
             if not waiting:
                 return _Attempt(reached, ordered, refused)
             refused += waiting
@@ -163,82 +165,56 @@ class Redispatcher:
                 reached[j] = tables.now[j]
             steps = steps_between(tables, tables.now, reached)
 
+    def _judged_alone(self, tables: RedispatchTables, steps: list[RequestMoves]) -> _InOrder:
+        """Return the steps that pay on their own, in order."""
+        return self._by_gain(tables, *paying(tables, steps))
 
-def _judged_alone(
-    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
-) -> tuple[list[Ordered], list[WaitingStep]]:
-    """Return the steps that pay on their own, in order."""
-    steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
-    return _by_gain(problem, tables, steps, gains)
+    def _judged_together(self, tables: RedispatchTables, steps: list[RequestMoves]) -> _InOrder:
+        """Return steps in order, without those that neither pay nor make room for what does.
+
+        A step that does not pay alone is dropped only if the plan is better without it and what then has no room.
+        """
+        kept, spared = list(steps), set[RequestMoves]()
+        while True:
+            gains, losing = judged(tables, applied(tables.now, kept), kept)
+            ordered, waiting = self._by_gain(tables, kept, gains)
+            candidates = [kept[position] for position in losing if kept[position] not in spared]
+            if waiting or not candidates:
+                return ordered, waiting
+            without = [step for step in kept if step is not candidates[0]]
+            left, _ = self._by_gain(tables, without, [g for g, s in zip(gains, kept, strict=True) if s in without])
+            if _cost_s(tables, left) <= _cost_s(tables, ordered):
+                kept, spared = without, set()
+            else:
+                spared.add(candidates[0])
+
+    def _by_gain(self, tables: RedispatchTables, steps: list[RequestMoves], gains: list[float]) -> _InOrder:
+        ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
+        return order(tables, tables.now, [steps[s] for s in ranked], self._names)
+
+    def _detours_that_do_not_pay(
+        self, tables: RedispatchTables, x: IntArray, ordered: list[Ordered], waiting: list[WaitingStep]
+    ) -> list[WaitingStep]:
+        """Return moves that pay only on the direct way."""
+        result = list[WaitingStep]()
+        stuck = {w.step.j for w in waiting}
+        on_detour = {o.step.j for o in ordered if o.is_detour}
+        for whole, seconds in whole_steps(tables, ordered):
+            if whole is None or whole.j in stuck or whole.j not in on_detour:
+                continue
+            if not pays(tables, whole, worth(tables, x, [whole])[0], seconds):
+                _, source, target = whole.parts[0]
+                way = f"{self._names[source]} to {self._names[target]}"
+                result.append(WaitingStep(whole, f"{way} needs a detour, and does not pay with one"))
+                stuck.add(whole.j)
+        return result
 
 
-def _judged_together(
-    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
-) -> tuple[list[Ordered], list[WaitingStep]]:
-    """Return steps in order, without those that neither pay nor make room for what does.
-
-    A step that does not pay alone is dropped only if the plan is better without it and what then has no room.
-    """
-    kept, spared = list(steps), set[RequestMoves]()
-    while True:
-        gains, losing = judged(tables, problem.link_byte_s, problem.num_layers, applied(tables.now, kept), kept)
-        ordered, waiting = _by_gain(problem, tables, kept, gains)
-        candidates = [kept[position] for position in losing if kept[position] not in spared]
-        if waiting or not candidates:
-            return ordered, waiting
-        without = [step for step in kept if step is not candidates[0]]
-        left, _ = _by_gain(problem, tables, without, [g for g, s in zip(gains, kept, strict=True) if s in without])
-        if _cost_s(problem, tables, left) <= _cost_s(problem, tables, ordered):
-            kept, spared = without, set()
-        else:
-            spared.add(candidates[0])
-
-
-def _by_gain(
-    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], gains: list[float]
-) -> tuple[list[Ordered], list[WaitingStep]]:
-    ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
-    return order(tables, tables.now, [steps[s] for s in ranked], problem.snapshot.stage.devices)
-
-
-def _cost_s(problem: RedispatchProblem, tables: RedispatchTables, ordered: list[Ordered]) -> float:
+def _cost_s(tables: RedispatchTables, ordered: list[Ordered]) -> float:
     """Return the cost after these steps: makespan, price of short blocks, and the copies' time within patience."""
     x = applied(tables.now, [o.step for o in ordered])
-    copies_s = sum(
-        step_seconds(tables, problem.link_byte_s, o.step) / (problem.num_layers * float(tables.steps[o.step.j]))
-        for o in ordered
-    )
+    copies_s = sum(per_decode_step_s(tables, o.step, step_seconds(tables, o.step)) for o in ordered)
     return float(device_seconds(tables, x).max()) + float(tables.short_s @ short_blocks(tables, x)) + copies_s
-
-
-def _detours_that_do_not_pay(
-    problem: RedispatchProblem,
-    tables: RedispatchTables,
-    x: IntArray,
-    ordered: list[Ordered],
-    waiting: list[WaitingStep],
-) -> list[WaitingStep]:
-    """Return moves that pay only on the direct way."""
-    result = list[WaitingStep]()
-    stuck = {w.step.j for w in waiting}
-    on_detour = {o.step.j for o in ordered if o.is_detour}
-    for whole, seconds in whole_steps(tables, problem.link_byte_s, ordered):
-        if whole is None or whole.j in stuck or whole.j not in on_detour:
-            continue
-        if not pays(tables, whole, worth(tables, x, [whole])[0], seconds, problem.num_layers):
-            result.append(WaitingStep(whole, f"{_names_of(problem, whole)} needs a detour, and does not pay with one"))
-            stuck.add(whole.j)
-    return result
-
-
-def _names_of(problem: RedispatchProblem, step: RequestMoves) -> str:
-    """Return the move in words."""
-    names = problem.snapshot.stage.devices
-    return f"{names[step.parts[0].source]} to {names[step.parts[0].target]}"
-
-
-def _can_be_undone(x: IntArray, step: RequestMoves) -> bool:
-    return all(x[step.j, part.target] >= part.groups for part in step.parts)
 
 
 def _short_or_draining(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> float:
@@ -256,21 +232,26 @@ def _plan(
     snapshot, x = problem.snapshot, attempt.x
     draining = [device.status is DeviceStatus.DRAINING for device in snapshot.devices]
     moves = list[Move]()
-    wholes = whole_steps(tables, problem.link_byte_s, attempt.ordered)
+    wholes = whole_steps(tables, attempt.ordered)
     # A step that was made on the way to another has no worth of its own.
-    ends = [whole is not None and _can_be_undone(x, whole) for whole, _ in wholes]
-    values = iter(worth(tables, x, [whole for (whole, _), end in zip(wholes, ends, strict=True) if whole and end]))
-    for together, ((step, wave, _), (_, seconds), end) in enumerate(zip(attempt.ordered, wholes, ends, strict=True)):
-        value = next(values) if end else None
+    ending = {
+        number: whole
+        for number, (whole, _) in enumerate(wholes)
+        if whole is not None and all(x[whole.j, part.target] >= part.groups for part in whole.parts)
+    }
+    values = dict(zip(ending, worth(tables, x, list(ending.values())), strict=True))
+    for together, ((step, wave, _), (_, seconds)) in enumerate(zip(attempt.ordered, wholes, strict=True)):
+        value = values.get(together)
         for part in step.parts:
             if value is None:
                 reason = MoveReason.DETOUR
             elif draining[part.source]:
                 reason = MoveReason.DRAIN
-            elif value.saved_s >= seconds / (problem.num_layers * float(tables.steps[step.j])):
+            elif value.saved_s >= per_decode_step_s(tables, step, seconds):
                 reason = MoveReason.BALANCE
             else:
                 reason = MoveReason.MEMORY
+            saves = value is not None and value.saved_s > 0
             moves.append(
                 Move(
                     request=snapshot.ids[step.j],
@@ -278,8 +259,8 @@ def _plan(
                     source=part.source,
                     target=part.target,
                     num_bytes=part.groups * float(tables.num_bytes[step.j]),
-                    seconds=part_seconds(tables, problem.link_byte_s, step.j, part),
-                    payback_steps=payback_steps(value.saved_s, seconds, problem.num_layers) if value else None,
+                    seconds=part_seconds(tables, step.j, part),
+                    payback_steps=seconds / (tables.num_layers * value.saved_s) if value and saves else None,
                     reason=reason,
                     wave=wave,
                     together=together,

@@ -48,6 +48,8 @@ class RedispatchTables(NamedTuple):
     steps: FloatArray  # [N] steps within which a move must pay back, at least 1
     short_s: FloatArray  # [D] P, seconds per layer and step for a block above the limit
     budget: float  # bytes
+    link_byte_s: FloatArray  # [D] seconds per byte into or out of each device
+    num_layers: int
 
 
 def tables_of(problem: RedispatchProblem) -> RedispatchTables:
@@ -108,6 +110,8 @@ def tables_of(problem: RedispatchProblem) -> RedispatchTables:
         steps=steps,
         short_s=np.where(draining | is_full, leaves_s, refill_s),
         budget=float(problem.budget_bytes),  # kernels are compiled for each type that they see
+        link_byte_s=np.asarray(problem.link_byte_s, np.float64),
+        num_layers=int(problem.num_layers),
     )
 
 

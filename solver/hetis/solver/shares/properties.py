@@ -45,7 +45,7 @@ class Properties:
         return self.could_gain <= TOLERANCE
 
 
-def properties_of(problem: ShareProblem, amounts: FloatArray, *, seed: int = 0) -> Properties:
+def properties_of(problem: ShareProblem, amounts: FloatArray) -> Properties:
     """Derive the properties of shares from the shares alone, for any rule."""
     values, weights = problem.values(amounts), problem.weights
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -59,20 +59,20 @@ def properties_of(problem: ShareProblem, amounts: FloatArray, *, seed: int = 0) 
         envy=envy,
         over_equal_split=values / problem.values(problem.equal_split),
         unused=problem.counts - amounts.sum(axis=0),
-        could_gain=_could_gain(problem, values, seed),
+        could_gain=_could_gain(problem, values),
         spans=span,
         contiguous=used.sum(axis=1) == span,
     )
 
 
-def _could_gain(problem: ShareProblem, values: FloatArray, seed: int) -> float:
+def _could_gain(problem: ShareProblem, values: FloatArray) -> float:
     """Return the possible total value beyond the sum of ``values`` if nobody may have less, as a share of that sum."""
     count, types = problem.speedups.shape
     program = share_program(problem)
     served = values > 0.0
     cells = np.arange(count * types).reshape(count, types)
     program.add_rows(cells[served], problem.speedups[served] / values[served, None], low=1.0 - 1e-9)
-    found = program.solve(seed=seed)
+    found = program.solve()
     assert found is not None, "the shares themselves are a solution"
     total = float(values.sum())
     return max(0.0, float(found[0] @ program.gain) - total) / total if total > 0 else 0.0
@@ -89,12 +89,12 @@ class Claim:
     gain: float  # value by the true speed-ups with the claim over without it, less 1
 
 
-def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: bool, tries: int, seed: int = 0) -> Claim:
+def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: bool, tries: int) -> Claim:
     """Return the best of ``tries`` false claims of one claimant, each type except its slowest off by up to 2 times.
 
     This is a search and not a proof: a gain found is possible, a gain not found may still be possible.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     true = problem.speedups[claimant]
     honest = _value(problem, rule, claimant, true, true)
     best = Claim(factors=(1.0,) * len(true), gain=0.0)

@@ -45,15 +45,15 @@ LEAST_SPEED = 1e-2  # relative to the slowest type a job runs on
 LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room for rounding
 
 
-def solve_shares(problem: ShareProblem, rule: Rule, *, seed: int = 0) -> Shares:
+def solve_shares(problem: ShareProblem, rule: Rule) -> Shares:
     """Return shares of a fleet under a rule; the same for the same input."""
     match rule:
         case Rule.COOPERATIVE:
-            return cooperative(problem, seed=seed)
+            return cooperative(problem)
         case Rule.NON_COOPERATIVE:
-            return non_cooperative(problem, seed=seed)
+            return non_cooperative(problem)
         case Rule.MAX_MIN:
-            return max_min(problem, seed=seed)
+            return max_min(problem)
         case Rule.TRADING:
             return trading(problem)
         case Rule.EQUAL:
@@ -85,7 +85,7 @@ class Program:
         return replace(self, gain=gain, upper=upper, whole=whole, rows=[*self.rows], entries=[*self.entries])
 
     def solve(
-        self, *, time_limit_s: float = np.inf, seed: int = 0, start: FloatArray | None = None
+        self, *, time_limit_s: float = np.inf, start: FloatArray | None = None
     ) -> tuple[FloatArray, FloatArray] | None:
         """Return the columns of an optimum and the duals of the rows (meaningless for a program with whole numbers).
 
@@ -100,7 +100,7 @@ class Program:
         model = linear_program(
             self.gain, columns, (low, high), self.entries, whole=self.whole if is_whole else None, maximise=True
         )
-        highs = quiet_highs({"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9}, time_limit_s=time_limit_s, seed=seed)
+        highs = quiet_highs({"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9}, time_limit_s=time_limit_s)
         highs.passModel(model)
         if start is not None:
             given = highspy.HighsSolution()
@@ -129,7 +129,7 @@ def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
 # --- OEF
 
 
-def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
+def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> Shares:
     """Return the envy-free shares with the highest total value; none is worth less than an equal split to its claimant.
 
     Of shares with the same total, those that span few adjacent types, searched for at most ``tie_seconds`` (0: no
@@ -142,15 +142,15 @@ def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed
     values = np.concatenate([worth / weights[own][:, None], -worth / weights[other][:, None]], axis=1)
     program = share_program(problem)
     _add_comparisons(program, problem, own, other, values, high=np.inf)
-    found = program.solve(seed=seed)
+    found = program.solve()
     assert found is not None, "an equal split is without envy"
     multipliers = np.zeros((count, count))
     multipliers[apart] = np.maximum(0.0, -found[1][len(problem.counts) :])
     bound = cooperative_bound(problem, multipliers)
-    return _settled(problem, Rule.COOPERATIVE, program, found[0], bound, multipliers, tie_seconds, seed)
+    return _settled(problem, Rule.COOPERATIVE, program, found[0], bound, multipliers, tie_seconds)
 
 
-def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
+def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> Shares:
     """Return the shares with the highest total value in which all claimants have equal value per part.
 
     Nobody gains by claiming larger speed-ups than the true ones. There is no other guarantee: claiming smaller ones
@@ -161,13 +161,13 @@ def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, 
     values = np.concatenate([per_part[1:], -np.broadcast_to(per_part[0], per_part[1:].shape)], axis=1)
     program = share_program(problem)
     _add_comparisons(program, problem, others, 0 * others, values, high=0.0)
-    found = program.solve(seed=seed)
+    found = program.solve()
     assert found is not None, "no shares at all are equal"
     multipliers = np.zeros(len(problem.weights))
     multipliers[1:] = -found[1][len(problem.counts) :]
     multipliers[0] = -multipliers[1:].sum()
     bound = non_cooperative_bound(problem, multipliers)
-    return _settled(problem, Rule.NON_COOPERATIVE, program, found[0], bound, multipliers, tie_seconds, seed)
+    return _settled(problem, Rule.NON_COOPERATIVE, program, found[0], bound, multipliers, tie_seconds)
 
 
 def _add_comparisons(
@@ -196,12 +196,12 @@ def non_cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> flo
 
 def _settled(
     problem: ShareProblem, rule: Rule, program: Program, columns: FloatArray, bound: float, multipliers: FloatArray,
-    tie_seconds: float, seed: int,
+    tie_seconds: float,
 ) -> Shares:  # fmt: skip
     """Return the shares of an optimum, or of an equally good one with fewer types."""
     amounts = np.maximum(0.0, columns.reshape(problem.speedups.shape))
     if tie_seconds > 0:
-        amounts = fewest_types(problem, program, amounts, time_limit_s=tie_seconds, seed=seed)
+        amounts = fewest_types(problem, program, amounts, time_limit_s=tie_seconds)
     return _shares(problem, rule, amounts, bound, multipliers)
 
 
@@ -231,7 +231,7 @@ def spans(problem: ShareProblem, amounts: FloatArray) -> IntArray:
 
 
 def fewest_types(
-    problem: ShareProblem, program: Program, amounts: FloatArray, *, time_limit_s: float, seed: int
+    problem: ShareProblem, program: Program, amounts: FloatArray, *, time_limit_s: float
 ) -> FloatArray:  # fmt: skip
     """Return shares as good as ``amounts`` under the rows of ``program`` with the fewest types found in the time.
 
@@ -260,7 +260,7 @@ def fewest_types(
     )
     value = float(problem.values(amounts).sum())
     wider.add_rows(np.arange(cells)[None, :], problem.speedups.ravel()[None, :], low=value * (1.0 - LOSS))
-    found = wider.solve(time_limit_s=time_limit_s, seed=seed, start=_marked(problem, amounts))
+    found = wider.solve(time_limit_s=time_limit_s, start=_marked(problem, amounts))
     if found is None:
         return amounts
     better = np.maximum(0.0, found[0][:cells].reshape(count, types))
@@ -293,7 +293,7 @@ def equal_split(problem: ShareProblem) -> Shares:
     return _shares(problem, Rule.EQUAL, problem.equal_split, 0.0)
 
 
-def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
+def max_min(problem: ShareProblem) -> Shares:
     """Return Gavel's (OSDI'20) shares: the least value over that of an equal split is as large as possible.
 
     Of those shares, the ones with the highest total value. ``bound`` is that of the second program.
@@ -305,11 +305,11 @@ def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
     levels = share_program(problem, extra_columns=1)
     levels.gain = np.concatenate([np.zeros(cells), [1.0]])
     levels.add_rows(columns, np.concatenate([over_equal, -np.ones((count, 1))], axis=1), low=0.0)
-    found = levels.solve(seed=seed)
+    found = levels.solve()
     assert found is not None, "nobody having anything is a solution"
     program = share_program(problem)
     program.add_rows(columns[:, :-1], over_equal, low=float(found[0][cells]) * (1.0 - LEVEL_LOSS))
-    best = program.solve(seed=seed)
+    best = program.solve()
     assert best is not None, "the level was reached"
     amounts = np.maximum(0.0, best[0].reshape(count, types))
     # Weak duality: claimants that must reach a level pay for it, and each type goes to the claimant of highest worth.
