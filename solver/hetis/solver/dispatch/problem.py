@@ -126,9 +126,7 @@ class Stage:
         num = len(self.devices)
         if num == 0:
             raise InvalidProblemError("a stage needs at least one device")
-        if len(set(self.devices)) < num:
-            twice = next(name for name in self.devices if self.devices.count(name) > 1)
-            raise InvalidProblemError(f"device {twice} is listed {self.devices.count(twice)} times")
+        check_names("device", self.devices)
         pieces = self.head_s.shape[1] if self.head_s.ndim == 2 else 0
         if pieces < 1:
             raise InvalidProblemError(f"head_s has shape {self.head_s.shape}, must be [devices, pieces >= 1]")
@@ -230,9 +228,7 @@ class Requests:
         object.__setattr__(self, "context_tokens", _counts("context_tokens", self.context_tokens, MOST_TOKENS, least=1))
         object.__setattr__(self, "growth_tokens", _counts("growth_tokens", self.growth_tokens, MOST_TOKENS))
         num = len(self.ids)
-        if len(set(self.ids)) < num:
-            twice = next(name for name in self.ids if self.ids.count(name) > 1)
-            raise InvalidProblemError(f"request {twice} is listed {self.ids.count(twice)} times")
+        check_names("request", self.ids)
         if len(self.context_tokens) != num or len(self.growth_tokens) != num:
             raise InvalidProblemError(
                 f"{num} requests have {len(self.context_tokens)} contexts and {len(self.growth_tokens)} growths"
@@ -256,6 +252,13 @@ class DispatchProblem:
             raise InvalidProblemError(
                 f"the load is of {len(self.load.heads)} devices, the stage has {self.stage.num_devices}"
             )
+
+
+def check_names(what: str, names: tuple[str, ...]) -> None:
+    """Raise InvalidProblemError if a name is listed twice."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidProblemError(f"{what} {twice} is listed {names.count(twice)} times")
 
 
 def _counts(name: str, values: IntArray, most: int, *, least: int | None = 0) -> IntArray:

@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, DeviceLoad, IntArray, Stage
+from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, DeviceLoad, IntArray, Stage, check_names
 from hetis.solver.errors import InvalidProblemError
 
 
@@ -92,9 +92,7 @@ class StateSnapshot:
         if names != self.stage.devices:
             raise InvalidProblemError(f"devices are {', '.join(names)}, the stage has {', '.join(self.stage.devices)}")
         num = len(self.ids)
-        if len(set(self.ids)) < num:
-            twice = next(name for name in self.ids if self.ids.count(name) > 1)
-            raise InvalidProblemError(f"request {twice} is listed {self.ids.count(twice)} times")
+        check_names("request", self.ids)
         if self.context_tokens.shape != (num,) or self.remaining_tokens.shape != (num,):
             raise InvalidProblemError(
                 f"{num} requests have {len(self.context_tokens)} contexts and {len(self.remaining_tokens)} remainders"

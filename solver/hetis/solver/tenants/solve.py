@@ -1,4 +1,4 @@
-"""`share_fleet`: a plan for each tenant on disjoint GPUs, by a rule, with a bound."""
+"""`FleetSearch`: a plan for each tenant on disjoint GPUs, by a rule, with a bound."""
 
 from __future__ import annotations
 
@@ -115,8 +115,12 @@ class FleetSearch:
         if not priced:
             return []
         counts = tuple(c.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
-        rates = np.array([part.rate / alone.rate for part, alone in zip(self.parts, self.alone, strict=True)])
-        return [TenantsChoice(counts, rates, np.inf)]
+        return [TenantsChoice(counts, self._normalised_parts, np.inf)]
+
+    @property
+    def _normalised_parts(self) -> FloatArray:
+        """Return every tenant's rate on its part of the fleet over that alone, [tenants]."""
+        return np.array([part.rate / alone.rate for part, alone in zip(self.parts, self.alone, strict=True)])
 
     def _alone(self, solver: TenantSolver) -> TenantReach:
         name = solver.tenant.name
@@ -148,7 +152,7 @@ class FleetSearch:
         """
         claims = np.array([tenant.weight for tenant in self.tenants])
         gains = np.array([worth(t, a) * a.rate for t, a in zip(self.tenants, self.alone, strict=True)])
-        none = np.zeros(len(claims))
+        floors = none = np.zeros(len(claims))
         level_bound, level_proof, best_level = None, None, 0.0
         if rule.has_level:
             goal = TenantsGoal(gains, none, claims)
@@ -158,11 +162,9 @@ class FleetSearch:
             best_level = choice.value(goal)
             level_bound = max(proven, best_level)
             level_proof = self._proof(bound, none)
-        floors = none
-        if rule is TenantRule.SHARING_INCENTIVE:
-            floors = np.array([part.rate / a.rate for part, a in zip(self.parts, self.alone, strict=True)])
-        if rule.has_level:
             floors = claims * best_level
+        elif rule is TenantRule.SHARING_INCENTIVE:
+            floors = self._normalised_parts
         floors = floors * (1.0 - ROUNDING)
         goal = TenantsGoal(gains, floors)
         if rule is TenantRule.EQUAL_THROUGHPUT:
@@ -180,11 +182,11 @@ class FleetSearch:
 
     def _solve(self, goal: TenantsGoal, phase: str) -> tuple[TenantsChoice, TenantsBound | None, float]:
         """Return the best choice found, the bound from prices, and the best value proved."""
-        rates = self._rates()
         if isinstance(self.solvers[0], EnumeratedTenant):
             return self._pack(goal)
         priced = [c for c in self.solvers if isinstance(c, PricedTenant)]
-        joint = JointGeneration(priced, rates, goal, self.budget, self.report)
+        alone = np.array([reach.rate for reach in self.alone])
+        joint = JointGeneration(priced, alone, goal, self.budget, self.report)
         joint.run(self.settings.gap_target / 2)
         joint.vary()
         choice = self._choose(goal, joint.bound.value if joint.bound is not None else np.inf, phase)
@@ -199,11 +201,12 @@ class FleetSearch:
 
     def _pack(self, goal: TenantsGoal) -> tuple[TenantsChoice, None, float]:
         """Return the best packing of sub-fleets of a small fleet, and the bound from their ceilings."""
-        listed, rates = [c for c in self.solvers if isinstance(c, EnumeratedTenant)], self._rates()
-        columns = [c.columns(a) for c, a in zip(listed, rates, strict=True)]
-        ceilings = [c.ceilings(a) for c, a in zip(listed, rates, strict=True)]
-        choice = choose_whole(columns, self.limits, goal, time_limit_s=np.inf, gap=0.0, seed=self.settings.seed)
-        above = choose_whole(ceilings, self.limits, goal, time_limit_s=np.inf, gap=0.0, seed=self.settings.seed)
+        listed = [c for c in self.solvers if isinstance(c, EnumeratedTenant)]
+        ceilings = [c.ceilings(a.rate) for c, a in zip(listed, self.alone, strict=True)]
+        choice, above = (
+            choose_whole(columns, self.limits, goal, time_limit_s=np.inf, gap=0.0, seed=self.settings.seed)
+            for columns in (self._columns(), ceilings)
+        )
         assert choice is not None, "every tenant has its part of the fleet at once"
         assert above is not None, "ceilings are no lower"
         return choice, None, above.bound
@@ -248,11 +251,8 @@ class FleetSearch:
         """Return the time for a search of whole counts; above 0 even after the time limit, since some are needed."""
         return LEAST_S if self.budget.is_spent() else max(LEAST_S, min(MILP_SECONDS, self.budget.remaining_s()))
 
-    def _rates(self) -> FloatArray:
-        return np.array([reach.rate for reach in self.alone])
-
     def _columns(self) -> list[TenantColumns]:
-        return [c.columns(float(a)) for c, a in zip(self.solvers, self._rates(), strict=True)]
+        return [solver.columns(alone.rate) for solver, alone in zip(self.solvers, self.alone, strict=True)]
 
     # --- the answer
 
@@ -348,11 +348,6 @@ class FleetSearch:
         used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
         rows = self.solvers[0].atlas.resources.rows
         return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
-
-
-def share_fleet(tenancy: Tenancy, rule: TenantRule, **settings: object) -> FleetShares:
-    """Share a fleet by one rule; settings are those of `FleetSearch`."""
-    return FleetSearch(tenancy, **settings).share(rule)  # type: ignore[arg-type]
 
 
 def part_of(limits: IntArray, claim: float) -> IntArray:
