@@ -89,7 +89,7 @@ def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = 
     """Return every reason to re-dispatch, none for an empty stage; ``dispatcher`` is of the same stage.
 
     A trigger fires as long as its reason holds, even if no search can do anything about it.
-    `hetis.solver.redispatch.triggers.Watch` tells which are worth another look.
+    `Watch` tells which are worth another look.
     """
     if theta < 0:
         raise InvalidProblemError(f"theta is {theta}, must be >= 0")
