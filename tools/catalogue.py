@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from hetis.formats import catalogue, dtypes
-from hetis.formats.histogram import length_bins
 from hetis.formats.model import load_model
+from hetis.formats.traces import length_bins
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
 

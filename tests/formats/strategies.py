@@ -8,10 +8,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_requests import NewRequest, NewRequests
+from hetis.formats.dispatch_state import NewRequest, NewRequests
 from hetis.formats.dtypes import PRECISIONS
-from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedMove, SavedRequest, SavedState
-from hetis.formats.stage_heads import InlineHeads
+from hetis.formats.saved_state import AttentionPiece, InlineHeads, SavedDevice, SavedMove, SavedRequest, SavedState
 from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from hetis.formats.canonical import canonical_json, content_digest
 from hetis.formats.endpoints import split_address
+from hetis.formats.files import canonical_json, content_digest
 
 
 def test_equal_data_have_equal_bytes_and_digests() -> None:

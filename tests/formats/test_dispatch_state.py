@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.formats.dispatch_requests import load_requests, requests_from_words
-from hetis.formats.dispatch_state import load_state, parse_state, state_to_data
+from hetis.formats.dispatch_state import load_requests, load_state, parse_state, requests_from_words, state_to_data
 from hetis.formats.documents import dump, from_data, load, to_data
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text
-from hetis.formats.saved_state import AttentionPiece, SavedState, saved_state
-from hetis.formats.stage_heads import heads_of
+from hetis.formats.saved_state import AttentionPiece, SavedState, heads_of, saved_state
 from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot

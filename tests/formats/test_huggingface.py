@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from hetis.formats import catalogue
-from hetis.formats.architectures import FAMILIES, NOT_MODELLED
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
+from hetis.formats.huggingface import FAMILIES, NOT_MODELLED
 from hetis.formats.model import load_model
 
 FOLDER = Path(__file__).parent / "huggingface"

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.prefix_hits import BLOCK_TOKENS, hit_tokens
-from hetis.formats.traces import load_trace, read_trace
+from hetis.formats.traces import BLOCK_TOKENS, hit_tokens, load_trace, read_trace
 from hetis.formats.workload import load_workload, with_prefix_hits
 from hetis.solver.workload import Workload
 

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats import trace_arrays
+from hetis.formats import trace_forms
 from hetis.formats.errors import DocumentError
-from hetis.formats.trace_arrays import characters_counter
-from hetis.formats.trace_forms import FORMS
+from hetis.formats.trace_forms import FORMS, characters_counter
 from hetis.formats.traces import Trace, read_trace, trace_text
 
 # First lines of the published files; each has the three requests below.
@@ -242,8 +241,8 @@ def test_arrays_are_read_in_pieces_of_any_size(lengths: list[int], chunk: int, b
     items = [{"timestamp": i, "input_length": n, "output_length": 1} for i, n in enumerate(lengths)]
     text = "[" + f",{blank}".join(map(json.dumps, items)) + "]"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace_arrays, "_CHUNK", chunk)
-        rows = list(trace_arrays.array_rows("t.json", io.StringIO(text), None))
+        patch.setattr(trace_forms, "_CHUNK", chunk)
+        rows = list(trace_forms.array_rows("t.json", io.StringIO(text), None))
     assert [int(values[1]) for _, _, values in rows] == lengths
 
 

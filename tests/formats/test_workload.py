@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.formats.errors import DocumentError
-from hetis.formats.histogram import length_bins
-from hetis.formats.traces import load_trace, read_trace
+from hetis.formats.traces import length_bins, load_trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.solver.workload import LengthBin, moments_of
 

@@ -23,7 +23,7 @@ from hetis.formats.errors import DocumentError
 from hetis.formats.faults import load_faults
 from hetis.formats.measurements import load_measurements
 from hetis.formats.positions import parse_text
-from hetis.formats.trace_arrays import characters_counter
+from hetis.formats.trace_forms import characters_counter
 from hetis.formats.traces import read_trace
 from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats.command_line import running
+from hetis.formats.command_line import verb
 from hetis.formats.command_line.terminal import in_use
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
@@ -32,7 +32,7 @@ def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(running, "_invoke", fail)
+    monkeypatch.setattr(verb, "_invoke", fail)
     alone = copy_context()
     alone.run(in_use.set, None)  # other tests of this process may have left a form of output
     return alone.run(run, [])

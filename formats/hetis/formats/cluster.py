@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -11,23 +11,35 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from hetis.formats import cluster_checks, units
+from hetis.formats import catalogue, units
+from hetis.formats.errors import did_you_mean, shown
 from hetis.formats.fields import (
     API_VERSION,
     BANDWIDTH_PATTERN,
     Bandwidth,
+    Document,
     DocumentPart,
     Duration,
     Flops,
+    Found,
     GpuName,
+    Kind,
     Name,
     Size,
     Title,
     Usd,
+    entries,
+    listed,
+    mapping,
+    present,
+    validated,
+    whole,
 )
-from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
+
+MAX_GPUS = 10_000_000
+MAX_GPUS_PER_NODE = 1024
 
 
 class LinkPart(DocumentPart):
@@ -105,7 +117,7 @@ class GpusPart(DocumentPart):
     """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one, instead of the catalogue's."""
 
     type: GpuName
-    count: Annotated[int, Field(ge=1, le=cluster_checks.MAX_GPUS_PER_NODE)] = 1
+    count: Annotated[int, Field(ge=1, le=MAX_GPUS_PER_NODE)] = 1
     usd_per_hour: Usd | None = None
 
 
@@ -119,12 +131,12 @@ class NodePart(DocumentPart):
 
     name: Name
     gpus: Annotated[list[GpusPart], Field(min_length=1)]
-    count: Annotated[int, Field(ge=1, le=cluster_checks.MAX_GPUS)] | None = None
+    count: Annotated[int, Field(ge=1, le=MAX_GPUS)] | None = None
     zone: Name = "default"
     nic: NodeLinkPart | None = None
     link: NodeLinkPart | None = None
     usd_per_hour: Usd | None = None
-    indices: list[Annotated[int, Field(ge=0, lt=cluster_checks.MAX_GPUS_PER_NODE)]] | None = None
+    indices: list[Annotated[int, Field(ge=0, lt=MAX_GPUS_PER_NODE)]] | None = None
 
 
 class GpuTypePart(DocumentPart):
@@ -140,10 +152,9 @@ class GpuTypePart(DocumentPart):
     usd_per_hour: Usd | None = None
 
 
-class ClusterDocument(DocumentPart):
+class ClusterDocument(Document):
     """A fleet of GPUs."""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["Cluster"]
     name: Title
     nodes: Annotated[list[NodePart], Field(min_length=1)]
@@ -151,26 +162,14 @@ class ClusterDocument(DocumentPart):
     gpu_types: Annotated[dict[Title, GpuTypePart], Field(default_factory=dict, max_length=1000)]
 
 
-def load_cluster(path: str | os.PathLike[str]) -> Cluster:
-    """Return the cluster in a YAML or JSON file (``-``: standard input). GPU aliases become catalogue names.
-
-    Raises:
-        DocumentError: with every problem of the file.
-    """
-    return parse_cluster(*read_data(path))
-
-
 def parse_cluster(data: Any, source: Text) -> Cluster:
-    """Return the cluster in a document's plain data.
+    """Return the cluster in a document's plain data. GPU aliases become catalogue names.
 
     Raises:
         DocumentError: with every problem of the document.
     """
-    inline = data.get("gpu_types") if isinstance(data, dict) else None
-    context = {"gpu_types": inline if isinstance(inline, dict) else {}}
-    return validated(
-        ClusterDocument, data, source, to_value=_to_cluster, check=cluster_checks.check_cluster, context=context
-    )
+    context = {"gpu_types": mapping(mapping(data).get("gpu_types"))}
+    return validated(ClusterDocument, data, source, to_value=_to_cluster, check=_check, context=context)
 
 
 def cluster_to_data(cluster: Cluster, *, embed_gpu_types: bool = False) -> dict[str, Any]:
@@ -180,21 +179,29 @@ def cluster_to_data(cluster: Cluster, *, embed_gpu_types: bool = False) -> dict[
         cluster: the fleet.
         embed_gpu_types: include every GPU type, so that the document means the same under another catalogue.
     """
-    data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "Cluster", "name": cluster.name}
-    data["nodes"] = [_node_data(group) for group in cluster.node_groups]
-    data["network"] = _network_data(cluster.network)
     used = {slots.gpu for group in cluster.node_groups for slots in group.gpus}
     inline = {
         name: _gpu_type_data(gpu)
         for name, gpu in cluster.gpu_types.items()
         if embed_gpu_types or name not in used or gpu != _catalogue_gpus().get(name)
     }
-    return data | ({"gpu_types": inline} if inline else {})
+    return present(
+        {
+            "apiVersion": API_VERSION,
+            "kind": "Cluster",
+            "name": cluster.name,
+            "nodes": [_node_data(group) for group in cluster.node_groups],
+            "network": _network_data(cluster.network),
+            "gpu_types": inline or None,
+        }
+    )
+
+
+CLUSTER = Kind(document=ClusterDocument, value=Cluster, parse=parse_cluster, to_data=cluster_to_data)
+load_cluster = CLUSTER.load
 
 
 def _catalogue_gpus() -> dict[str, GpuType]:
-    from hetis.formats import catalogue
-
     return {entry.gpu.name: entry.gpu for entry in catalogue.gpus()}
 
 
@@ -213,18 +220,26 @@ def _to_cluster(document: ClusterDocument) -> Cluster:
     return replace(cluster, network=replace(cluster.network, between_nodes=named)) if named else cluster
 
 
+# Fields of a GPU type: ours, the solver's, and the text of a quantity.
+_GPU_FIELDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("architecture", "architecture", str),
+    ("memory", "memory_bytes", units.format_bytes),
+    ("memory_bandwidth", "mem_bytes_per_s", units.format_bandwidth),
+    ("fp16", "fp16_flops", units.format_flops),
+    ("fp8", "fp8_flops", units.format_flops),
+    ("pcie", "pcie_bytes_per_s", units.format_bandwidth),
+    ("nvlink", "nvlink_bytes_per_s", units.format_bandwidth),
+    ("usd_per_hour", "usd_per_hour", lambda usd: usd),
+)
+
+
 def _gpu_type(name: str, part: GpuTypePart) -> GpuType:
-    return GpuType(
-        name=name,
-        architecture=part.architecture,
-        memory_bytes=part.memory,
-        mem_bytes_per_s=part.memory_bandwidth,
-        fp16_flops=part.fp16,
-        fp8_flops=part.fp8,
-        pcie_bytes_per_s=part.pcie,
-        nvlink_bytes_per_s=part.nvlink,
-        usd_per_hour=part.usd_per_hour,
-    )
+    return GpuType(name=name, **{theirs: getattr(part, ours) for ours, theirs, _ in _GPU_FIELDS})
+
+
+def _gpu_type_data(gpu: GpuType) -> dict[str, Any]:
+    given = ((ours, getattr(gpu, theirs), text) for ours, theirs, text in _GPU_FIELDS)
+    return {name: text(value) for name, value, text in given if value is not None}
 
 
 def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
@@ -272,13 +287,8 @@ def _pairs(
             latency = matrix.latency[i][j] if matrix.latency else None
             default = inside if i == j else between
             if bandwidth is not None or latency is not None:
-                yield (
-                    (b, a),
-                    Link(
-                        bytes_per_s=default.bytes_per_s if bandwidth is None else bandwidth,
-                        latency_s=default.latency_s if latency is None else latency,
-                    ),
-                )
+                bytes_per_s = default.bytes_per_s if bandwidth is None else bandwidth
+                yield (b, a), Link(bytes_per_s=bytes_per_s, latency_s=default.latency_s if latency is None else latency)
 
 
 def _link_data(link: Link) -> dict[str, Any]:
@@ -286,23 +296,20 @@ def _link_data(link: Link) -> dict[str, Any]:
 
 
 def _node_data(group: NodeGroup) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": group.name}
-    if group.numbered:
-        data["count"] = group.count
-    if group.zone != "default":
-        data["zone"] = group.zone
-    data["gpus"] = [
-        {"type": slots.gpu, "count": slots.count}
-        | ({} if slots.usd_per_hour is None else {"usd_per_hour": slots.usd_per_hour})
-        for slots in group.gpus
-    ]
-    if len(group.indices) == sum(slots.count for slots in group.gpus):
-        data["indices"] = list(group.indices)
-    if group.nic:
-        data["nic"] = _link_data(group.nic)
-    if group.intra_link:
-        data["link"] = _link_data(group.intra_link)
-    return data
+    return present(
+        {
+            "name": group.name,
+            "count": group.count if group.numbered else None,
+            "zone": group.zone if group.zone != "default" else None,
+            "gpus": [
+                present({"type": slots.gpu, "count": slots.count, "usd_per_hour": slots.usd_per_hour})
+                for slots in group.gpus
+            ],
+            "indices": list(group.indices) if len(group.indices) == sum(s.count for s in group.gpus) else None,
+            "nic": group.nic and _link_data(group.nic),
+            "link": group.intra_link and _link_data(group.intra_link),
+        }
+    )
 
 
 def _network_data(network: Network) -> dict[str, Any]:
@@ -314,18 +321,162 @@ def _network_data(network: Network) -> dict[str, Any]:
     return _link_data(network.default) | ({"zones": zones} if zones else {}) | ({"nodes": nodes} if nodes else {})
 
 
-def _gpu_type_data(gpu: GpuType) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "architecture": gpu.architecture,
-        "memory": units.format_bytes(gpu.memory_bytes),
-        "memory_bandwidth": units.format_bandwidth(gpu.mem_bytes_per_s),
-        "fp16": units.format_flops(gpu.fp16_flops),
-    }
-    if gpu.fp8_flops is not None:
-        data["fp8"] = units.format_flops(gpu.fp8_flops)
-    data["pcie"] = units.format_bandwidth(gpu.pcie_bytes_per_s)
-    if gpu.nvlink_bytes_per_s is not None:
-        data["nvlink"] = units.format_bandwidth(gpu.nvlink_bytes_per_s)
-    if gpu.usd_per_hour is not None:
-        data["usd_per_hour"] = gpu.usd_per_hour
-    return data
+def _check(data: Mapping[str, Any]) -> Found:
+    """Yield problems with duplicate names, sizes, prices, and the zones and nodes of links, as (path, message)."""
+    nodes = entries(data.get("nodes"))
+    yield from _check_names(nodes)
+    yield from _check_gpus(nodes)
+    network = mapping(data.get("network"))
+    zones, node_links = mapping(network.get("zones")), mapping(network.get("nodes"))
+    if ("bandwidth" in zones) != ("latency" in zones):
+        yield ("network", "zones"), "bandwidth and latency must be given together, or neither"
+    names = _NodeNames(nodes)
+    known_zones = dict.fromkeys(z for _, node in nodes if isinstance(z := node.get("zone", "default"), str))
+    yield from _check_links(zones, ("network", "zones"), "zone", known_zones, known_zones)
+    yield from _check_links(node_links, ("network", "nodes"), "node", names, names.suggestions())
+
+
+def _count(value: object) -> int | None:
+    return whole(value, most=MAX_GPUS)
+
+
+class _NodeNames:
+    """The set of node names, without listing a million of them."""
+
+    def __init__(self, nodes: list[tuple[int, dict[str, Any]]]) -> None:
+        named = [(node["name"], node) for _, node in nodes if isinstance(node.get("name"), str)]
+        self.single = {name for name, node in named if "count" not in node}
+        self.counts = {name: count for name, node in named if (count := _count(node.get("count"))) is not None}
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        called = self.called(name)
+        return called in self.single or self.group_of(called) is not None
+
+    def called(self, name: str) -> str:
+        """Return the cluster's name for the node: see `Cluster.node_named`."""
+        return f"{name}-0" if self.counts.get(name) == 1 and self.group_of(name) is None else name
+
+    def group_of(self, name: str) -> str | None:
+        """Return the numbered group that ``name`` is a node of, or None."""
+        match = re.fullmatch(r"(.+)-(0|[1-9][0-9]{0,7})", name)
+        if match and int(match[2]) < self.counts.get(match[1], 0):
+            return match[1]
+        return None
+
+    def suggestions(self) -> list[str]:
+        some = [f"{name}-{i}" for name, count in self.counts.items() for i in range(min(count, 20))]
+        return [*self.single, *some]
+
+
+def _check_names(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
+    names, first = _NodeNames(nodes), dict[str, int]()
+    for i, node in nodes:
+        name = node.get("name")
+        if not isinstance(name, str):
+            continue
+        group = names.group_of(name) if "count" not in node else None
+        if name in first:
+            yield ("nodes", i, "name"), f"duplicate node {shown(name)}, first at nodes[{first[name]}]"
+        elif group is not None:
+            yield ("nodes", i, "name"), f"duplicate node {shown(name)}: group {group!r} has a node of that name"
+        first.setdefault(name, i)
+
+
+def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
+    total = 0
+    for i, node in nodes:
+        gpus = [g for g in listed(node.get("gpus")) if isinstance(g, dict)]
+        per_node = sum(_count(g.get("count", 1)) or 0 for g in gpus)
+        total += per_node * (_count(node.get("count", 1)) or 0)
+        if per_node > MAX_GPUS_PER_NODE and all((_count(g.get("count", 1)) or 0) <= MAX_GPUS_PER_NODE for g in gpus):
+            yield ("nodes", i, "gpus"), f"has {per_node} GPUs, a node has at most {MAX_GPUS_PER_NODE}"
+        indices = [one for one in listed(node.get("indices")) if isinstance(one, int)]
+        if "indices" in node and gpus and (len(indices) != per_node or len(set(indices)) < len(indices)):
+            yield ("nodes", i, "indices"), f"names {len(set(indices))} different GPUs, the node has {per_node}"
+        seen = set[str]()
+        for j, slots in enumerate(listed(node.get("gpus"))):
+            kind = slots.get("type") if isinstance(slots, dict) else None
+            if isinstance(kind, str):
+                name = _canonical(kind)
+                if name in seen:
+                    yield ("nodes", i, "gpus", j, "type"), f"{kind!r} is listed twice in one node, add up the counts"
+                seen.add(name)
+            if isinstance(slots, dict) and "usd_per_hour" in slots and "usd_per_hour" in node:
+                message = "the node has a price already: give it per node or per GPU, not both"
+                yield ("nodes", i, "gpus", j, "usd_per_hour"), message
+    if total > MAX_GPUS:
+        yield ("nodes",), f"has {total} GPUs, at most {MAX_GPUS} are supported"
+
+
+def _canonical(gpu: str) -> str:
+    """Return the catalogue's name of a GPU, so that two aliases of one type are recognised."""
+    try:
+        return catalogue.find_gpu(gpu).gpu.name
+    except catalogue.UnknownNameError:
+        return gpu
+
+
+def _check_links(
+    part: dict[str, Any], path: tuple[str, ...], what: str, known: Any, suggestions: Sequence[str] | dict[str, None]
+) -> Found:
+    """Check that names exist, no pair is given twice, and the matrix is square and symmetric."""
+
+    def unknown(name: str) -> str:
+        return f"unknown {what} {shown(name)}{did_you_mean(name, suggestions)}"
+
+    def called(name: Any) -> Any:
+        return known.called(name) if isinstance(known, _NodeNames) and isinstance(name, str) else name
+
+    seen = dict[frozenset[str], str]()
+    for i, link in enumerate(listed(part.get("links"))):
+        between = [n for n in listed(mapping(link).get("between")) if isinstance(n, str)]
+        for j, name in enumerate(between):
+            if name not in known:
+                yield (*path, "links", i, "between", j), unknown(name)
+        if len(between) != 2:
+            continue
+        between = [called(name) for name in between]
+        if what == "node" and between[0] == between[1]:
+            yield (*path, "links", i, "between"), f"links {what} {between[0]!r} with itself"
+        if frozenset(between) in seen:
+            yield (*path, "links", i, "between"), f"duplicate link, first at {seen[frozenset(between)]}"
+        seen.setdefault(frozenset(between), f"links[{i}]")
+    matrix = mapping(part.get("matrix"))
+    names = [called(name) for name in listed(matrix.get("names"))]
+    first = dict[str, int]()
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            continue
+        if name not in known:
+            yield (*path, "matrix", "names", i), unknown(name)
+        if first.setdefault(name, i) != i:
+            yield (*path, "matrix", "names", i), f"duplicate {what} {shown(name)}"
+    for pair, where in seen.items():
+        if len(pair) == 2 and pair <= first.keys():
+            earlier, later = sorted(pair, key=first.__getitem__)
+            yield (*path, "matrix", "names", first[later]), f"{earlier} to {later} is given in {where} already"
+    for field in ("bandwidth", "latency"):
+        if isinstance(matrix.get(field), list):
+            yield from _check_matrix(matrix[field], names, (*path, "matrix", field), diagonal=what == "zone")
+
+
+def _check_matrix(rows: list[Any], names: list[Any], path: tuple[str, ...], *, diagonal: bool) -> Found:
+    if len(rows) != len(names):
+        yield path, f"has {len(rows)} rows, needs one for each of the {len(names)} names"
+        return
+    for i, row in enumerate(rows):
+        if isinstance(row, list) and len(row) != len(names):
+            yield (*path, i), f"has {len(row)} entries, needs one for each of the {len(names)} names"
+            return
+        if not isinstance(row, list):
+            return
+    for i, row in enumerate(rows):
+        if not diagonal and row[i] is not None and row[i] != 0:
+            yield (*path, i, i), f"is {shown(row[i])}, a node has no link with itself: write null"
+        for j in range(i):
+            if row[j] != rows[j][i]:
+                back = f"{shown(rows[j][i])} the other way ({names[j]} to {names[i]})"
+                message = f"is {shown(row[j])}, but {back}; must be equal"
+                yield (*path, i, j), message

@@ -1,32 +1,64 @@
-"""DispatchState files: a replica stage, its devices, its requests. See ``examples/dispatch/`` and docs/dispatch.md."""
+"""DispatchState files, a replica stage with its devices and requests, and DispatchRequests files: see docs/dispatch.md.
+
+See ``examples/dispatch/`` for samples. New requests may also be a bare list, or ``8000/300``.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field
 
 from hetis.formats import units
-from hetis.formats.dispatch_state_checks import check_state
+from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import (
     API_VERSION,
     UNLIMITED,
+    Document,
     DocumentPart,
     Duration,
+    Found,
     GpuName,
     ModelName,
     Ratio,
     SecondsPerByte,
     Size,
     Title,
+    duplicates,
+    entries,
+    kind_of,
+    plain,
+    present,
+    read_data,
+    value_of,
+    whole,
 )
-from hetis.formats.loading import read_data, validated
-from hetis.formats.positions import Text
-from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedMove, SavedRequest, SavedState
-from hetis.formats.stage_heads import InlineHeads, blocks_in, heads_of, kv_element_bytes
+from hetis.formats.positions import Path, Text
+from hetis.formats.saved_state import (
+    AttentionPiece,
+    InlineHeads,
+    SavedDevice,
+    SavedMove,
+    SavedRequest,
+    SavedState,
+    blocks_in,
+    heads_of,
+    kv_element_bytes,
+)
+from hetis.solver.dispatch.problem import HeadShape, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.solver.errors import InvalidProblemError
 
+Entries = list[tuple[int, dict[str, Any]]]
+count_of = partial(whole, least=0)
 MAX_TOKENS = 10**9
 MAX_BLOCKS = 2**40
 
@@ -105,10 +137,9 @@ class MovePart(DocumentPart):
     target: Annotated[str, Field(alias="to")]
 
 
-class DispatchStateDocument(DocumentPart):
+class DispatchStateDocument(Document):
     """One replica stage: the shape of its attention heads, its devices, and the requests that run on them."""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["DispatchState"]
     name: Title
     model: ModelName | None = None
@@ -121,108 +152,40 @@ class DispatchStateDocument(DocumentPart):
     moves: list[MovePart] = Field(default_factory=list)
 
 
-def load_state(path: str | os.PathLike[str]) -> SavedState:
-    """Return the state in a YAML or JSON file (``-``: standard input).
-
-    Raises:
-        DocumentError: with every problem of the file.
-    """
-    return parse_state(*read_data(path))
-
-
-def parse_state(data: Any, source: Text) -> SavedState:
-    """Return the state in a document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
-    return validated(DispatchStateDocument, data, source, to_value=_to_state, check=check_state)
-
-
-def state_to_data(state: SavedState) -> dict[str, Any]:
-    """Return a state's document as plain data. Reading it again gives an equal state."""
-    data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "DispatchState", "name": state.name}
-    if state.model is not None:
-        data["model"] = state.model
-    if state.inline is not None:
-        data["heads"] = _heads_data(state.inline)
-    if state.kv_dtype is not None:
-        data["kv_dtype"] = state.kv_dtype
-    data |= {"block_tokens": state.block_tokens, "num_layers": state.num_layers}
-    data["devices"] = [_device_data(device) for device in state.devices]
-    data["requests"] = [
-        {
-            "id": request.id,
-            "context_tokens": request.context_tokens,
-            "remaining_tokens": request.remaining_tokens,
-            "groups": dict(request.groups),
-        }
-        for request in state.requests
-    ]
-    if state.moves:
-        data["moves"] = [
-            {"number": m.number, "request": m.request, "groups": m.groups, "from": m.source, "to": m.target}
-            for m in state.moves
-        ]
-    return data
+# --- to values and back
 
 
 def _to_state(document: DispatchStateDocument) -> SavedState:
-    inline = None if document.heads is None else _to_heads(document.heads)
+    inline = None
+    if document.heads is not None:
+        inline = value_of(InlineHeads, present(document.heads.model_dump()))
     heads = heads_of(document.model, inline, document.kv_dtype, document.block_tokens)
 
     def device(part: DevicePart) -> SavedDevice:
         blocks = part.blocks
         if blocks is None:
             blocks = blocks_in(part.kv_memory or 0, heads=heads, num_layers=document.num_layers, tp=part.tp)
-        return SavedDevice(
-            name=part.name,
-            role=part.role,
-            tp=part.tp,
-            gpu=part.gpu,
-            attention=None if part.attention is None else tuple(map(_to_piece, part.attention)),
+        pieces = part.attention
+        return value_of(
+            SavedDevice,
+            part,
+            attention=None if pieces is None else tuple(map(_to_piece, pieces)),
             link_byte_s=part.link.bandwidth if part.link else 0.0,
             link_s=part.link.latency if part.link else 0.0,
             move_byte_s=part.move_bandwidth,
             total_blocks=blocks,
-            status=DeviceStatus(part.status),
-            high_water=part.high_water,
-            changed=part.changed,
         )
 
-    return SavedState(
-        name=document.name,
-        model=document.model,
+    def request(part: RunningPart) -> SavedRequest:
+        return value_of(SavedRequest, part, groups={name: count for name, count in part.groups.items() if count})
+
+    return value_of(
+        SavedState,
+        document,
         inline=inline,
-        kv_dtype=document.kv_dtype,
-        block_tokens=document.block_tokens,
-        num_layers=document.num_layers,
         devices=tuple(map(device, document.devices)),
-        requests=tuple(
-            SavedRequest(
-                id=part.id,
-                context_tokens=part.context_tokens,
-                remaining_tokens=part.remaining_tokens,
-                groups={name: count for name, count in part.groups.items() if count},
-            )
-            for part in document.requests
-        ),
-        moves=tuple(
-            SavedMove(
-                number=part.number, request=part.request, groups=part.groups, source=part.source, target=part.target
-            )
-            for part in document.moves
-        ),
-    )
-
-
-def _to_heads(part: HeadsPart) -> InlineHeads:
-    return InlineHeads(
-        groups=part.groups,
-        queries_per_group=part.queries_per_group,
-        head_dim=part.head_dim,
-        kv_bytes_per_token=part.kv_bytes_per_token or 0.0,
-        exchange_bytes_per_head=part.exchange_bytes_per_head or 0.0,
+        requests=tuple(map(request, document.requests)),
+        moves=tuple(value_of(SavedMove, part) for part in document.moves),
     )
 
 
@@ -230,42 +193,347 @@ def _to_piece(part: AttentionPart) -> AttentionPiece:
     return AttentionPiece(head_s=part.head, kv_byte_s=part.kv_read, call_s=part.call)
 
 
+def _state_data(state: SavedState) -> dict[str, Any]:
+    moves = [
+        {"number": m.number, "request": m.request, "groups": m.groups, "from": m.source, "to": m.target}
+        for m in state.moves
+    ]
+    return present(
+        {
+            "name": state.name,
+            "model": state.model,
+            "heads": state.inline and _heads_data(state.inline),
+            "kv_dtype": state.kv_dtype,
+            "block_tokens": state.block_tokens,
+            "num_layers": state.num_layers,
+            "devices": [_device_data(device) for device in state.devices],
+            "requests": plain(state.requests),
+            "moves": moves or None,
+        }
+    )
+
+
 def _heads_data(heads: InlineHeads) -> dict[str, Any]:
-    data: dict[str, Any] = {"groups": heads.groups, "queries_per_group": heads.queries_per_group}
-    if heads.head_dim is not None:
-        return data | {"head_dim": heads.head_dim}
-    return data | {
-        "kv_bytes_per_token": heads.kv_bytes_per_token,
-        "exchange_bytes_per_head": heads.exchange_bytes_per_head,
-    }
+    left_out = ("head_dim",) if heads.head_dim is None else ("kv_bytes_per_token", "exchange_bytes_per_head")
+    return {name: value for name, value in plain(heads).items() if name not in left_out}
 
 
 def _device_data(device: SavedDevice) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": device.name, "role": device.role}
-    if device.role == "primary":
-        data["tp"] = device.tp
-    if device.gpu is not None:
-        data["gpu"] = device.gpu
-    if device.attention is not None:
-        data["attention"] = [_piece_data(piece) for piece in device.attention]
-    if device.role == "worker" or device.link_byte_s or device.link_s:
-        data["link"] = {"bandwidth": _rate(device.link_byte_s), "latency": units.format_duration(device.link_s)}
-    if device.move_byte_s is not None:
-        data["move_bandwidth"] = _rate(device.move_byte_s)
-    data["blocks"] = device.total_blocks
-    if device.status is not DeviceStatus.OK:
-        data["status"] = device.status.value
-    if device.high_water != DevicePart.model_fields["high_water"].default:
-        data["high_water"] = units.format_ratio(device.high_water)
-    return data | ({"changed": True} if device.changed else {})
+    has_link = device.role == "worker" or device.link_byte_s or device.link_s
+    usual = DevicePart.model_fields["high_water"].default
+    return present(
+        {
+            "name": device.name,
+            "role": device.role,
+            "tp": device.tp if device.role == "primary" else None,
+            "gpu": device.gpu,
+            "attention": None if device.attention is None else [_piece_data(piece) for piece in device.attention],
+            "link": {"bandwidth": _rate(device.link_byte_s), "latency": units.format_duration(device.link_s)}
+            if has_link
+            else None,
+            "move_bandwidth": None if device.move_byte_s is None else _rate(device.move_byte_s),
+            "blocks": device.total_blocks,
+            "status": device.status.value if device.status is not DeviceStatus.OK else None,
+            "high_water": units.format_ratio(device.high_water) if device.high_water != usual else None,
+            "changed": device.changed or None,
+        }
+    )
 
 
-def _piece_data(piece: AttentionPiece) -> dict[str, str]:
-    data = {"head": units.format_duration(piece.head_s)} if piece.head_s else {}
-    if piece.kv_byte_s:
-        data["kv_read"] = _rate(piece.kv_byte_s)
-    return data | {"call": units.format_duration(piece.call_s)}
+def _piece_data(piece: AttentionPiece) -> dict[str, Any]:
+    return present(
+        {
+            "head": units.format_duration(piece.head_s) if piece.head_s else None,
+            "kv_read": _rate(piece.kv_byte_s) if piece.kv_byte_s else None,
+            "call": units.format_duration(piece.call_s),
+        }
+    )
 
 
 def _rate(byte_s: float) -> str:
     return units.format_seconds_per_byte(byte_s) if byte_s else UNLIMITED
+
+
+# --- checks across several fields
+
+
+def _check_state(data: Mapping[str, Any]) -> Found:
+    """Yield problems with names, heads, costs, head groups, moves and KV blocks, as (path, message)."""
+    devices, requests, moves = (entries(data.get(name)) for name in ("devices", "requests", "moves"))
+    yield from _check_heads(data)
+    yield from duplicates("devices", devices, "name", "device")
+    yield from duplicates("requests", requests, "id", "request")
+    yield from duplicates("moves", moves, "number", "move")
+    stage = _Stage(_heads(data), {d["name"]: (i, d) for i, d in devices if isinstance(d.get("name"), str)})
+    yield from _check_devices(devices, data, stage)
+    for j, request in requests:
+        yield from _check_groups(j, request, stage)
+    yield from _check_moves(moves, requests, stage)
+    yield from _check_memory(requests, moves, data.get("num_layers"), stage)
+
+
+@dataclass(frozen=True, slots=True, kw_only=False)
+class _Stage:
+    """The intelligible part of the stage: its heads, and its devices by name with their places."""
+
+    heads: HeadShape | None
+    devices: dict[str, tuple[int, dict[str, Any]]]
+
+    def unit(self, name: str) -> int:
+        """Return the number of head groups that a device takes together."""
+        device = self.devices[name][1]
+        tp, groups = count_of(device.get("tp")) or 1, self.heads.head_groups if self.heads else 1
+        if device.get("role") != "primary" or (groups % tp and tp % groups):
+            return 1
+        return min(tp, groups)
+
+
+def _check_heads(data: Mapping[str, Any]) -> Found:
+    heads = data.get("heads")
+    if data.get("model") is None and heads is None:
+        yield (), "one of model or heads is missing"
+    elif data.get("model") is not None and heads is not None:
+        yield ("heads",), "cannot be combined with model: the heads are given twice"
+    if not isinstance(heads, dict):
+        return
+    counts = [name for name in ("kv_bytes_per_token", "exchange_bytes_per_head") if heads.get(name) is not None]
+    if heads.get("head_dim") is not None:
+        for name in counts:
+            yield ("heads", name), "cannot be combined with head_dim, from which it follows"
+    elif len(counts) < 2:
+        yield ("heads",), "head_dim is missing, or kv_bytes_per_token with exchange_bytes_per_head"
+    elif data.get("kv_dtype") is not None:
+        yield ("kv_dtype",), "cannot be combined with heads.kv_bytes_per_token: the bytes are given twice"
+
+
+def _check_devices(devices: Entries, data: Mapping[str, Any], stage: _Stage) -> Found:
+    primary: int | None = None
+    has_primary = any(device.get("role") == "primary" for _, device in devices)
+    heads = data.get("heads")
+    no_dim = isinstance(heads, dict) and data.get("model") is None and heads.get("head_dim") is None
+    for i, device in devices:
+        here = ("devices", i)
+        is_primary = device.get("role") == "primary"
+        if is_primary and primary is not None:
+            yield (*here, "role"), f"a stage has one primary, devices[{primary}] is it"
+        primary = i if is_primary and primary is None else primary
+        tp = count_of(device.get("tp"))
+        if tp and tp > 1 and not is_primary and device.get("role") in (None, "worker"):
+            yield (*here, "tp"), f"is {tp}, only the primary has several cards"
+        groups = stage.heads.head_groups if stage.heads else None
+        if tp and is_primary and groups and groups % tp and tp % groups:
+            yield (*here, "tp"), f"is {tp}, must be a divisor or a multiple of {groups} head groups"
+        if device.get("attention") is None and device.get("gpu") is None:
+            yield here, "attention is missing: give its pieces, or a gpu type to model them"
+        if device.get("attention") is None and device.get("gpu") is not None and no_dim:
+            yield (*here, "gpu"), "cannot be modelled without model or heads.head_dim: give attention"
+        if has_primary and not is_primary and device.get("link") is None:
+            yield here, "link is missing: what an exchange with the primary takes"
+        if device.get("blocks") is None and device.get("kv_memory") is None:
+            yield here, "one of blocks or kv_memory is missing"
+        elif device.get("blocks") is not None and device.get("kv_memory") is not None:
+            yield (*here, "kv_memory"), "cannot be combined with blocks: the memory is given twice"
+
+
+def _check_groups(j: int, request: dict[str, Any], stage: _Stage) -> Found:
+    groups = request.get("groups")
+    if not isinstance(groups, dict):
+        return
+    path = ("requests", j, "groups")
+    for name, count in groups.items():
+        if name not in stage.devices:
+            yield (*path, name), f"unknown device {shown(name)}{did_you_mean(name, stage.devices)}"
+            continue
+        unit, held = stage.unit(name), count_of(count)
+        if held and held % unit:
+            yield (*path, name), f"is {held}, the primary takes {unit} head groups at a time"
+        if held and stage.devices[name][1].get("status") == "lost":
+            yield (*path, name), f"is {held}, but {name} is lost and holds nothing"
+    counts = [count_of(count) for count in groups.values()]
+    total = sum(count for count in counts if count is not None)
+    if stage.heads and None not in counts and total != stage.heads.head_groups:
+        yield path, f"sum to {total}, must be {stage.heads.head_groups}: each head group has one device"
+
+
+def _check_moves(moves: Entries, requests: Entries, stage: _Stage) -> Found:
+    held = {request["id"]: request.get("groups") for _, request in requests if isinstance(request.get("id"), str)}
+    leaving = Counter[tuple[str, str]]()
+    for i, move in moves:
+        here = ("moves", i)
+        request, source, target = (move.get(name) for name in ("request", "from", "to"))
+        if isinstance(request, str) and request not in held:
+            yield (*here, "request"), f"unknown request {shown(request)}{did_you_mean(request, held)}"
+        for name, device in (("from", source), ("to", target)):
+            if isinstance(device, str) and device not in stage.devices:
+                yield (*here, name), f"unknown device {shown(device)}{did_you_mean(device, stage.devices)}"
+        if isinstance(target, str) and source == target:
+            yield (*here, "to"), f"is {shown(target)}, which the head groups come from"
+        count, groups = count_of(move.get("groups")), held.get(request) if isinstance(request, str) else None
+        if not (count and isinstance(groups, dict) and isinstance(request, str) and source in stage.devices):
+            continue
+        leaving[request, source] += count
+        there = count_of(groups.get(source, 0))
+        if there is not None and leaving[request, source] > there:
+            message = f"is {count}, {leaving[request, source]} in all leave {source}, which holds {there} of {request}"
+            yield (*here, "groups"), message
+
+
+def _check_memory(requests: Entries, moves: Entries, num_layers: Any, stage: _Stage) -> Found:
+    if stage.heads is None:
+        return
+    used, blocks_of = Counter[str](), dict[str, int]()
+    for _, request in requests:
+        context, groups = count_of(request.get("context_tokens")), request.get("groups")
+        if not context or not isinstance(groups, dict):
+            continue
+        blocks = -(-context // stage.heads.block_tokens)
+        if isinstance(request.get("id"), str):
+            blocks_of[request["id"]] = blocks
+        for name, count in groups.items():
+            used[name] += blocks * (count_of(count) or 0)
+    for _, move in moves:
+        mover, target = move.get("request"), move.get("to")
+        if isinstance(mover, str) and isinstance(target, str):
+            used[target] += blocks_of.get(mover, 0) * (count_of(move.get("groups")) or 0)
+    for name, (i, device) in stage.devices.items():
+        total, field = _total_blocks(device, count_of(num_layers), stage.heads)
+        if total is not None and used[name] > total:
+            yield ("devices", i, field), f"holds {total} KV blocks per layer, {used[name]} are in use"
+
+
+def _total_blocks(device: dict[str, Any], num_layers: int | None, heads: HeadShape) -> tuple[int | None, str]:
+    blocks, memory = device.get("blocks"), device.get("kv_memory")
+    if blocks is not None or not num_layers or not heads.kv_bytes_per_token or not isinstance(memory, str):
+        return count_of(blocks), "blocks"
+    try:
+        size = units.parse_bytes(memory)
+    except ValueError:
+        return None, "kv_memory"
+    return blocks_in(size, heads=heads, num_layers=num_layers, tp=count_of(device.get("tp")) or 1), "kv_memory"
+
+
+def _heads(data: Mapping[str, Any]) -> HeadShape | None:
+    """Return the heads, or None if they cannot be understood."""
+    model, heads, dtype = data.get("model"), data.get("heads"), data.get("kv_dtype")
+    block_tokens = count_of(data.get("block_tokens", 16))
+    inline = None
+    if isinstance(heads, dict):
+        groups, queries, dim = (count_of(heads.get(name)) for name in ("groups", "queries_per_group", "head_dim"))
+        if not groups or not queries:
+            return None
+        kv_bytes = heads.get("kv_bytes_per_token")
+        inline = InlineHeads(
+            groups=groups,
+            queries_per_group=queries,
+            head_dim=dim or None,
+            kv_bytes_per_token=kv_bytes if isinstance(kv_bytes, int | float) and 0 <= kv_bytes < 1e12 else 0.0,
+        )
+    if not (model is None or isinstance(model, str)) or not (dtype is None or isinstance(dtype, str)):
+        return None
+    try:
+        return heads_of(model, inline, dtype, block_tokens or 16)
+    except (InvalidProblemError, UnknownNameError, ValueError):
+        return None
+
+
+DISPATCH_STATE = kind_of(DispatchStateDocument, SavedState, to_value=_to_state, to_data=_state_data, check=_check_state)
+load_state, parse_state, state_to_data = DISPATCH_STATE.load, DISPATCH_STATE.parse, DISPATCH_STATE.to_data
+
+
+# --- new requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """A request waiting to be placed: its context after prefill, and the output tokens expected of it."""
+
+    id: str
+    context_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequests:
+    """New requests in their order of admission."""
+
+    requests: tuple[NewRequest, ...]
+
+    def to_solver(self) -> Requests:
+        """Return the same as arrays."""
+        return Requests(
+            ids=tuple(request.id for request in self.requests),
+            context_tokens=np.array([request.context_tokens for request in self.requests], np.int64),
+            growth_tokens=np.array([request.output_tokens for request in self.requests], np.int64),
+        )
+
+
+class NewRequestPart(DocumentPart):
+    """A new request: tokens of context after its prefill, output tokens expected, which memory is kept for."""
+
+    id: Title
+    context_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    output_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
+
+
+class DispatchRequestsDocument(Document):
+    """New requests in their order of admission: where memory is short, the later ones wait."""
+
+    kind: Literal["DispatchRequests"]
+    requests: list[NewRequestPart]
+
+
+def _check_requests(data: Mapping[str, Any]) -> Found:
+    return duplicates("requests", entries(data.get("requests")), "id", "request")
+
+
+DISPATCH_REQUESTS = kind_of(
+    DispatchRequestsDocument,
+    NewRequests,
+    to_value=lambda document: value_of(NewRequests, document),
+    to_data=plain,
+    check=_check_requests,
+)
+
+
+def load_requests(path: str | os.PathLike[str]) -> NewRequests:
+    """Return the requests in a YAML or JSON file (``-``: standard input), a DispatchRequests document or only its list.
+
+    Raises:
+        DocumentError: with every problem of the file.
+    """
+    data, source = read_data(path)
+    if isinstance(data, list):
+        data, source = {"apiVersion": API_VERSION, "kind": "DispatchRequests", "requests": data}, _BareList(source)
+    return DISPATCH_REQUESTS.parse(data, source)
+
+
+def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> NewRequests:
+    """Return requests written as ``CONTEXT/OUTPUT``, named ``new-0``, ``new-1``, ... avoiding the names in ``taken``.
+
+    Raises:
+        DocumentError: with every word that is not a pair of this form.
+    """
+    found, problems = list[NewRequest](), list[Problem]()
+    names = (name for n in range(2**31) if (name := f"new-{n}") not in taken)
+    for word in words:
+        match = re.fullmatch(r"(\d{1,10})/(\d{1,10})", word)
+        context, output = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= context <= MAX_TOKENS or output > MAX_TOKENS:
+            message = f"{word[:80]!r} is not a pair of context and expected output tokens such as 8000/300"
+            problems.append(Problem(file="request", message=message))
+            continue
+        found.append(NewRequest(id=next(names), context_tokens=context, output_tokens=output))
+    if problems:
+        raise DocumentError(problems)
+    return NewRequests(requests=tuple(found))
+
+
+@dataclass(slots=True, init=False)
+class _BareList(Text):
+    """The text of a document given as only its list: paths in problems omit the list's field."""
+
+    def __init__(self, source: Text) -> None:
+        Text.__init__(self, file=source.file, text=source.text, _root=source._root, problems=source.problems)
+
+    def problem(self, path: Path, message: str) -> Problem:
+        return Text.problem(self, path[1:], message)

@@ -6,45 +6,24 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel
 
-from hetis.formats.canonical import canonical_json, content_digest
-from hetis.formats.cluster import ClusterDocument, cluster_to_data, load_cluster, parse_cluster
-from hetis.formats.dispatch_requests import (
-    DispatchRequestsDocument,
-    NewRequests,
-    load_requests,
-    parse_requests,
-    requests_to_data,
-)
-from hetis.formats.dispatch_state import DispatchStateDocument, load_state, parse_state, state_to_data
+from hetis.formats.cluster import CLUSTER, cluster_to_data, load_cluster
+from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewRequests, load_requests, load_state
 from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
-from hetis.formats.files import write_atomically
-from hetis.formats.layers_problem import (
-    LayersProblemDocument,
-    layers_problem_to_data,
-    load_layers_problem,
-    parse_layers_problem,
-)
-from hetis.formats.loading import KINDS, read_data
-from hetis.formats.model import ModelSpecDocument, load_model, model_to_data, parse_model
-from hetis.formats.plan import PlanDocument, load_plan, parse_plan, plan_to_data
+from hetis.formats.fields import Kind, read_data, refuse_other_than_mapping
+from hetis.formats.files import canonical_json, content_digest, write_atomically
+from hetis.formats.layers_problem import LAYERS_PROBLEM, load_layers_problem
+from hetis.formats.model import MODEL_SPEC, load_model
+from hetis.formats.plan import PLAN, load_plan
 from hetis.formats.positions import FLOAT, Text
-from hetis.formats.profile import ProfileDocument, load_profile, parse_profile, profile_to_data
+from hetis.formats.profile import PROFILE, load_profile
 from hetis.formats.saved_state import SavedState
-from hetis.formats.share_problem import (
-    ShareInputs,
-    ShareProblemDocument,
-    load_share_problem,
-    parse_share_problem,
-    share_problem_to_data,
-)
-from hetis.formats.tenants import FleetTenants, TenantsDocument, load_tenants, parse_tenants, tenants_to_data
-from hetis.formats.workload import WorkloadDocument, load_workload, parse_workload, workload_to_data
+from hetis.formats.tenants import SHARE_PROBLEM, TENANTS, FleetTenants, ShareInputs, load_share_problem, load_tenants
+from hetis.formats.workload import WORKLOAD, load_workload
 from hetis.solver.cluster import Cluster
 from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
@@ -77,54 +56,18 @@ __all__ = [
 ]
 
 Value = (
-    Cluster
-    | ModelSpec
-    | Workload
-    | Profile
-    | Plan
-    | SavedState
-    | NewRequests
-    | ShareInputs
-    | LayersProblem
+    Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
     | FleetTenants
-)
+)  # fmt: skip
 
-_DOCUMENTS: dict[str, type[BaseModel]] = {
-    "Cluster": ClusterDocument,
-    "ModelSpec": ModelSpecDocument,
-    "Workload": WorkloadDocument,
-    "Profile": ProfileDocument,
-    "Plan": PlanDocument,
-    "DispatchState": DispatchStateDocument,
-    "DispatchRequests": DispatchRequestsDocument,
-    "ShareProblem": ShareProblemDocument,
-    "LayersProblem": LayersProblemDocument,
-    "Tenants": TenantsDocument,
+_KINDS: dict[str, Kind[Any]] = {
+    kind.name: kind
+    for kind in (
+        *(CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS, SHARE_PROBLEM),
+        *(LAYERS_PROBLEM, TENANTS),
+    )
 }
-_PARSERS: dict[str, Callable[[Any, Text], Value]] = {
-    "Cluster": parse_cluster,
-    "ModelSpec": parse_model,
-    "Workload": parse_workload,
-    "Profile": parse_profile,
-    "Plan": parse_plan,
-    "DispatchState": parse_state,
-    "DispatchRequests": parse_requests,
-    "ShareProblem": parse_share_problem,
-    "LayersProblem": parse_layers_problem,
-    "Tenants": parse_tenants,
-}
-_KINDS: dict[type[Value], str] = {
-    Cluster: "Cluster",
-    ModelSpec: "ModelSpec",
-    Workload: "Workload",
-    Profile: "Profile",
-    Plan: "Plan",
-    SavedState: "DispatchState",
-    NewRequests: "DispatchRequests",
-    ShareInputs: "ShareProblem",
-    LayersProblem: "LayersProblem",
-    FleetTenants: "Tenants",
-}
+KINDS = tuple(_KINDS)
 
 
 def load(path: str | os.PathLike[str]) -> Value:
@@ -157,32 +100,14 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
         value: of any kind.
         self_contained: include what would be looked up in the catalogue (the GPU types of a cluster).
     """
-    match value:
-        case Cluster():
-            return cluster_to_data(value, embed_gpu_types=self_contained)
-        case ModelSpec():
-            return model_to_data(value)
-        case Workload():
-            return workload_to_data(value)
-        case Profile():
-            return profile_to_data(value)
-        case Plan():
-            return plan_to_data(value)
-        case SavedState():
-            return state_to_data(value)
-        case NewRequests():
-            return requests_to_data(value)
-        case ShareInputs():
-            return share_problem_to_data(value)
-        case LayersProblem():
-            return layers_problem_to_data(value)
-        case FleetTenants():
-            return tenants_to_data(value)
+    if isinstance(value, Cluster):
+        return cluster_to_data(value, embed_gpu_types=self_contained)
+    return _KINDS[kind_of(value)].to_data(value)
 
 
 def kind_of(value: Value) -> str:
     """Return the kind of document that a value is written as."""
-    return _KINDS[type(value)]
+    return next(name for name, kind in _KINDS.items() if isinstance(value, kind.value))
 
 
 def dump(value: Value, form: Literal["yaml", "json"] = "yaml") -> str:
@@ -221,10 +146,10 @@ def json_schema(kind: str) -> dict[str, Any]:
     Raises:
         DocumentError: the kind is unknown; it suggests the nearest one.
     """
-    if kind not in _DOCUMENTS:
+    if kind not in _KINDS:
         message = f"unknown kind {shown(kind)}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
         raise single_problem("schema", message)
-    schema = _DOCUMENTS[kind].model_json_schema(by_alias=True)
+    schema = _KINDS[kind].document.model_json_schema(by_alias=True)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"https://hetis.dev/schema/v1/{kind}.json",
@@ -234,16 +159,16 @@ def json_schema(kind: str) -> dict[str, Any]:
 
 
 def _parse(data: Any, source: Text) -> Value:
-    if not isinstance(data, dict):
-        what = "is empty" if data is None else f"holds {shown(data)}, expected a mapping with apiVersion, kind, ..."
-        raise single_problem(source.file, what)
-    kind = data.get("kind")
-    if not isinstance(kind, str) or kind not in _PARSERS:
+    refuse_other_than_mapping(data, source)
+    name = data.get("kind")
+    if not isinstance(name, str) or name not in _KINDS:
+        expected = f"expected one of {', '.join(KINDS)}"
         if "kind" not in data:
-            raise DocumentError([source.problem((), f"kind is missing, expected one of {', '.join(KINDS)}")])
-        hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-        raise DocumentError([source.problem(("kind",), f"is {shown(kind)}, expected one of {', '.join(KINDS)}{hint}")])
-    return _PARSERS[kind](data, source)
+            raise DocumentError([source.problem((), f"kind is missing, {expected}")])
+        hint = did_you_mean(name, KINDS) if isinstance(name, str) else ""
+        raise DocumentError([source.problem(("kind",), f"is {shown(name)}, {expected}{hint}")])
+    value: Value = _KINDS[name].parse(data, source)
+    return value
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,11 +1,16 @@
-"""Field types of the documents: unit strings, names, bounded numbers; and the base class of every document part."""
+"""What documents are made of and read by: field types, the base of every part, and a pass that finds every problem."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Any, Self
+from enum import Enum
+from itertools import islice
+from types import UnionType
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -14,20 +19,32 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
-from hetis.formats import units
-from hetis.formats.errors import shown
+from hetis.formats import catalogue, units
+from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, did_you_mean, shown, single_problem
+from hetis.formats.files import file_label, read_text
+from hetis.formats.positions import Text, parse_text
+from hetis.solver.errors import InvalidProblemError
 
 API_VERSION = "hetis/v1"
 UNLIMITED = "unlimited"  # value of a bandwidth
-
-
 ERROR_LIMIT = "error_limit"  # key in the context of a validation
+
+DocumentT = TypeVar("DocumentT", bound=BaseModel)
+DocumentU = TypeVar("DocumentU", bound="Document")
+ValueT = TypeVar("ValueT")
+Found = Iterable[tuple[Sequence[str | int], str]]
+"""Problems as (path, message)."""
+Check = Callable[[Mapping[str, Any]], Found]
+"""Yields problems that concern several fields. Runs on raw data of any shape, so that a file with a misspelt field
+*and* a duplicate name shows both; wrong types are reported elsewhere."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,31 +82,45 @@ class DocumentPart(BaseModel):
             raise
 
 
-def _unit_field(parse: Callable[[str], Any], example: str, *, bare: bool = False) -> Callable[[object], Any]:
-    """Return a validator of unit strings; ``bare`` also accepts plain numbers in base units."""
+class Document(DocumentPart):
+    """A whole document. Each class adds its ``kind``."""
+
+    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
+
+
+# --- fields
+
+
+def _unit_field(
+    parse: Callable[[str], Any], example: str, *, bare: bool = False, zero: bool = True
+) -> BeforeValidator:  # fmt: skip
+    """Return a validator of unit strings; ``bare`` also accepts plain numbers in base units, ``zero`` a plain 0."""
 
     def validate(value: object) -> Any:
         if isinstance(value, str):
             return parse(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if bare or value == 0:
+            if bare or (zero and value == 0):
                 return value
             raise ValueError(f"{shown(value)} has no unit: write it like {example}")
         raise ValueError(f"{shown(value)} is not text with a unit like {example}")
 
-    return validate
+    return BeforeValidator(validate)
 
 
-def _schema(example: str, pattern: str) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [{"type": "string", "pattern": pattern, "examples": [example]}, {"const": 0}]})
+def _schema(example: str, pattern: str, other: Mapping[str, Any] | None = None) -> WithJsonSchema:
+    text = {"type": "string", "pattern": pattern, "examples": [example]}
+    return WithJsonSchema({"anyOf": [text, other or {"const": 0}]})
 
 
 _NUMBER = r"^\s*\+?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?\s*"
+BANDWIDTH_PATTERN = _NUMBER + r"([KMGTP]?(bps|bit/s)|([KMGTP]i?)?B/s)\s*$"
+_BANDWIDTH_EXAMPLE = "100Gbps or 64GB/s"
 
 Size = Annotated[
     int,
     Field(gt=0, le=2**60),
-    BeforeValidator(_unit_field(units.parse_bytes, "80GiB")),
+    _unit_field(units.parse_bytes, "80GiB"),
     _schema("80GiB", _NUMBER + r"([KMGTP]i?)?B\s*$"),
 ]
 """Bytes, as ``80GiB``."""
@@ -97,66 +128,41 @@ Size = Annotated[
 SizeOrBytes = Annotated[
     int,
     Field(ge=0, le=2**60),
-    BeforeValidator(_unit_field(units.parse_bytes, "80GiB", bare=True)),
+    _unit_field(units.parse_bytes, "80GiB", bare=True),
     WithJsonSchema({"anyOf": [{"type": "string", "examples": ["80GiB"]}, {"type": "integer", "minimum": 0}]}),
 ]
 """Bytes, as ``80GiB`` or a whole number."""
 
-_RATE = r"([KMGTP]?(bps|bit/s)|([KMGTP]i?)?B/s)\s*$"
-BANDWIDTH_PATTERN = _NUMBER + _RATE
-
 Bandwidth = Annotated[
     float,
     Field(gt=0),
-    BeforeValidator(_unit_field(units.parse_bandwidth, "100Gbps or 64GB/s")),
+    _unit_field(units.parse_bandwidth, _BANDWIDTH_EXAMPLE),
     _schema("100Gbps", BANDWIDTH_PATTERN),
 ]
 """Bytes per second, as ``100Gbps`` or ``64GB/s``."""
 
-
-def _seconds_per_byte(value: object) -> float:
-    if value == UNLIMITED:
-        return 0.0
-    if isinstance(value, str):
-        return units.parse_seconds_per_byte(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError(f"{shown(value)} has no unit: write it like 100Gbps or 64GB/s")
-    raise ValueError(f"{shown(value)} is not text with a unit like 100Gbps or 64GB/s")
-
-
 SecondsPerByte = Annotated[
     float,
     Field(ge=0),
-    BeforeValidator(_seconds_per_byte),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "pattern": f"{BANDWIDTH_PATTERN}|^{UNLIMITED}$",
-            "examples": ["25Gbps"],
-        }
+    _unit_field(
+        lambda text: 0.0 if text == UNLIMITED else units.parse_seconds_per_byte(text), _BANDWIDTH_EXAMPLE, zero=False
     ),
+    WithJsonSchema({"type": "string", "pattern": f"{BANDWIDTH_PATTERN}|^{UNLIMITED}$", "examples": ["25Gbps"]}),
 ]
 """Seconds per byte, written as the bandwidth that takes them: ``25Gbps``, ``300GB/s``, or ``unlimited`` for none."""
 
 Ratio = Annotated[
     float,
     Field(gt=0, le=1),
-    BeforeValidator(_unit_field(units.parse_ratio, "90%", bare=True)),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "pattern": _NUMBER + r"%?\s*$", "examples": ["90%"]},
-                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-            ]
-        }
-    ),
+    _unit_field(units.parse_ratio, "90%", bare=True),
+    _schema("90%", _NUMBER + r"%?\s*$", {"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
 ]
 """A share above 0 and up to 1, as ``90%`` or ``0.9``."""
 
 Duration = Annotated[
     float,
     Field(ge=0),
-    BeforeValidator(_unit_field(partial(units.parse_duration, bare=False), "20us")),
+    _unit_field(functools.partial(units.parse_duration, bare=False), "20us"),
     _schema("20us", _NUMBER + r"(ns|us|ms|s|min|h)\s*$"),
 ]
 """Seconds, as ``20us``."""
@@ -164,7 +170,7 @@ Duration = Annotated[
 Flops = Annotated[
     float,
     Field(gt=0),
-    BeforeValidator(_unit_field(units.parse_flops, "312TFLOPS")),
+    _unit_field(units.parse_flops, "312TFLOPS"),
     _schema("312TFLOPS", _NUMBER + r"[KMGTP]?FLOPS\s*$"),
 ]
 """FLOP/s, as ``312TFLOPS``."""
@@ -187,19 +193,10 @@ def _title(value: str) -> str:
     return value
 
 
-Name = Annotated[str, AfterValidator(_name)]
-"""Name of a node or zone: it becomes part of device names such as ``l4-3/1``."""
-
-Title = Annotated[str, AfterValidator(_title)]
-"""Name of a cluster, model, workload or GPU type: one printable line."""
-
-
 def _gpu_name(value: str, info: ValidationInfo) -> str:
     inline = (info.context or {}).get("gpu_types", ())
     if value in inline:
         return value
-    from hetis.formats import catalogue
-
     try:
         return catalogue.find_gpu(value, also=inline).gpu.name
     except catalogue.UnknownNameError as error:
@@ -207,16 +204,285 @@ def _gpu_name(value: str, info: ValidationInfo) -> str:
 
 
 def _model_name(value: str) -> str:
-    from hetis.formats import catalogue
-
     try:
         return catalogue.find_model(value).model.name
     except catalogue.UnknownNameError as error:
         raise ValueError(str(error)) from None
 
 
+Name = Annotated[str, AfterValidator(_name)]
+"""Name of a node or zone: it becomes part of device names such as ``l4-3/1``."""
+
+Title = Annotated[str, AfterValidator(_title)]
+"""Name of a cluster, model, workload or GPU type: one printable line."""
+
 ModelName = Annotated[str, AfterValidator(_model_name)]
 """A model of the catalogue, by name or alias."""
 
 GpuName = Annotated[str, AfterValidator(_gpu_name)]
 """A GPU type of the catalogue, by name or alias, or one that the document defines."""
+
+
+# --- values and plain data
+
+
+@functools.cache
+def _adapter(value: Any) -> TypeAdapter[Any]:  # a millisecond or more, where it has many fields
+    return TypeAdapter(value)
+
+
+def value_of(value: type[ValueT], data: BaseModel | Mapping[str, Any], **changes: Any) -> ValueT:
+    """Return the value of a dataclass whose fields are those of a part; fields that it lacks are left out."""
+    fields = data.model_dump(exclude=set(changes)) if isinstance(data, BaseModel) else data
+    made: ValueT = _adapter(cast(Any, value)).validate_python({**fields, **changes})
+    return made
+
+
+def plain(value: Any) -> Any:
+    """Return a value as plain data: dataclasses as their fields, tuples as lists, members of enums as their values."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return a mapping as it is, and anything else as an empty mapping."""
+    return value if isinstance(value, dict) else {}
+
+
+def listed(value: object) -> list[Any]:
+    """Return a list as it is, and anything else as an empty list."""
+    return value if isinstance(value, list) else []
+
+
+def entries(value: object) -> list[tuple[int, dict[str, Any]]]:
+    """Return the mappings of a list with their positions."""
+    return [(i, entry) for i, entry in enumerate(listed(value)) if isinstance(entry, dict)]
+
+
+def duplicates(where: str, among: Iterable[tuple[int, dict[str, Any]]], field: str, noun: str) -> Found:
+    """Yield a problem for every entry whose name an earlier one has."""
+    first = dict[Any, int]()
+    for i, entry in among:
+        name = entry.get(field)
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            continue
+        if name in first:
+            yield (where, i, field), f"duplicate {noun} {shown(name)}, first at {where}[{first[name]}]"
+        first.setdefault(name, i)
+
+
+def whole(value: object, least: int = 1, most: float = 2**40) -> int | None:
+    """Return a whole number of reasonable size, or None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most else None
+
+
+def present(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping without the fields that are None."""
+    return {name: value for name, value in data.items() if value is not None}
+
+
+# --- documents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind(Generic[ValueT]):
+    """A kind of document.
+
+    Attributes:
+        document: its form, whose class is named after the kind.
+        value: what it stands for.
+        parse: returns the value of plain data, or raises `DocumentError` with every problem.
+        to_data: returns a value's document as plain data; reading it again gives an equal value.
+    """
+
+    document: type[Document]
+    value: type[ValueT]
+    parse: Callable[[Any, Text], ValueT]
+    to_data: Callable[[ValueT], dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return kind_of_document(self.document)
+
+    def load(self, path: str | os.PathLike[str]) -> ValueT:
+        """Return the value of a YAML or JSON file (``-``: standard input).
+
+        Raises:
+            DocumentError: with every problem of the file.
+        """
+        return self.parse(*read_data(path))
+
+
+def kind_of(
+    document: type[DocumentU],
+    value: type[ValueT],
+    *,
+    to_value: Callable[[DocumentU], ValueT],
+    to_data: Callable[[ValueT], Mapping[str, Any]],
+    check: Check | None = None,
+) -> Kind[ValueT]:
+    """Return a kind of document. ``to_data`` returns a value's document without ``apiVersion`` and ``kind``."""
+
+    def parse(data: Any, source: Text) -> ValueT:
+        return validated(document, data, source, to_value=to_value, check=check)
+
+    return Kind(document=document, value=value, parse=parse, to_data=with_envelope(document, to_data))
+
+
+def with_envelope(
+    document: type[Document], to_data: Callable[[ValueT], Mapping[str, Any]]
+) -> Callable[[ValueT], dict[str, Any]]:
+    """Return a function that returns the same with ``apiVersion`` and ``kind`` in front."""
+    envelope = {"apiVersion": API_VERSION, "kind": kind_of_document(document)}
+    return lambda value: {**envelope, **to_data(value)}
+
+
+def kind_of_document(document: type[BaseModel]) -> str:
+    return document.__name__.removesuffix("Document")
+
+
+def read_data(path: str | os.PathLike[str]) -> tuple[Any, Text]:
+    """Return the plain data of a YAML or JSON file (``-``: standard input).
+
+    Raises:
+        DocumentError: the file is not readable or not YAML.
+    """
+    return parse_text(read_text(path), file_label(path))
+
+
+def refuse_other_than_mapping(data: Any, source: Text) -> None:
+    """Raise a `DocumentError` for data that cannot be a document."""
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"holds {shown(data)}, expected a mapping with apiVersion, kind, ..."
+        raise single_problem(source.file, what)
+
+
+def validated(
+    document: type[DocumentT],
+    data: Any,
+    source: Text,
+    *,
+    to_value: Callable[[DocumentT], ValueT],
+    check: Check | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> ValueT:
+    """Return the value of ``data``, which must be a document of the given class.
+
+    Raises:
+        DocumentError: with every problem of the document, up to 100.
+    """
+    refuse_other_than_mapping(data, source)
+    kind = kind_of_document(document)
+    if "kind" in data and data["kind"] != kind:
+        raise DocumentError([*source.problems, source.problem(("kind",), f"is {shown(data['kind'])}, expected {kind}")])
+    problems = source.problems[: MAX_SHOWN + 1]
+    parsed: DocumentT | None = None
+    limit = ErrorLimit(most_errors=MAX_SHOWN, look_up=source.bounds.look_up)
+    try:
+        parsed = document.model_validate(data, context={**(context or {}), ERROR_LIMIT: limit})
+    except ValidationError as error:
+        details = error.errors(include_url=False)[: MAX_SHOWN + 1]
+        problems += [_problem(detail, document, data, source) for detail in details]
+    found = check(data) if check is not None and len(problems) <= MAX_SHOWN else ()
+    problems += [source.problem(path, message) for path, message in islice(found, MAX_SHOWN + 1)]
+    if parsed is not None and not problems:
+        try:
+            return to_value(parsed)
+        except InvalidProblemError as error:
+            problems.append(Problem(file=source.file, message=str(error)))
+    unique = dict.fromkeys(problems)
+    raise DocumentError(sorted(unique, key=lambda problem: (problem.line or 0, problem.column or 0)))
+
+
+def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source: Text) -> Problem:
+    """Translate a pydantic error into our wording."""
+    path = tuple(part for part in detail["loc"] if part != "[key]")
+    value, kind, limits = detail["input"], detail["type"], detail.get("ctx", {})
+    match kind:
+        case "missing":
+            name = str(path[-1])
+            hint = f", expected apiVersion: {API_VERSION}" if name == "apiVersion" else ""
+            return source.problem(path[:-1], f"{name} is missing{hint}")
+        case "extra_forbidden":
+            known = _fields_at(document, path[:-1])
+            hint = did_you_mean(str(path[-1]), known) or f", expected {'one of ' * (len(known) > 1)}{', '.join(known)}"
+            return source.problem(path, f"unknown field{hint}")
+        case "value_error":
+            message = str(limits["error"])
+        case "literal_error" if path[-1] == "apiVersion":
+            message = f"is {shown(value)}, expected {API_VERSION}"
+        case "literal_error":
+            expected = [word.strip().strip("'") for word in str(limits["expected"]).replace(" or ", ", ").split(",")]
+            hint = did_you_mean(value, expected) if isinstance(value, str) else ""
+            message = f"{shown(value)} is not one of {', '.join(expected)}{hint}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            sign, limit = _LIMITS[kind]
+            # Show the text that the user wrote (`0Gbps`), not the number it stands for.
+            written, end = _value_at(data, path), limits[limit]
+            number = written if isinstance(written, str) else shown(written)
+            message = f"is {number}, must be {sign} {f'{end:.0f}' if end == int(end) else end}"
+        case "too_short" | "too_long":
+            bound = f"at least {limits.get('min_length')}" if kind == "too_short" else f"at most {limits['max_length']}"
+            message = f"has {limits['actual_length']} entries, needs {bound}"
+        case "finite_number":
+            message = f"is {shown(value)}, must be finite"
+        case _:
+            message = f"{shown(value)} is not {_NAMES_OF_TYPES.get(kind, 'valid: ' + detail['msg'])}"
+    return source.problem(path, message)
+
+
+_LIMITS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+_NAMES_OF_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of reasonable size",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+def _value_at(data: Any, path: Sequence[str | int]) -> object:
+    for part in path:
+        if isinstance(data, str | int | float):
+            break  # it stands for a mapping, such as a bandwidth for a link
+        data = data[part]
+    return data
+
+
+def _fields_at(document: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the names of the fields that the mapping at ``path`` may have."""
+    here: Any = document
+    for part in path:
+        here = _without_none(here)
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            here = next((f.annotation for n, f in here.model_fields.items() if part in (n, f.alias)), None)
+        else:  # a position in a list or a key of a mapping
+            here = (get_args(here) or (None,))[-1]
+    here = _without_none(here)
+    if not (isinstance(here, type) and issubclass(here, BaseModel)):
+        return []
+    return [field.alias or name for name, field in here.model_fields.items()]
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return ``X`` for ``X | None`` and for ``Annotated[X, ...]``."""
+    if hasattr(annotation, "__metadata__"):
+        return _without_none(annotation.__origin__)
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
+        return _without_none(next(argument for argument in get_args(annotation) if argument is not type(None)))
+    return annotation

@@ -1,11 +1,14 @@
-"""Reads and writes files that a user names, with a message for everything that can go wrong."""
+"""Read and write files that a user names, with a message for everything that can go wrong; canonical JSON."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hetis.formats.errors import DocumentError, single_problem
 
@@ -113,3 +116,13 @@ def _sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def canonical_json(data: Any) -> bytes:
+    """Return plain data as JSON with sorted keys, no white space and no NaN or infinity."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def content_digest(content: bytes) -> str:
+    """Return the digest ``sha256:...`` of bytes."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"

@@ -1,20 +1,22 @@
 """The shape of a model from the ``config.json`` of a Hugging Face checkpoint.
 
-`architectures.py` turns the fields of each architecture into a `ModelSpec`; the formats of activations and weights are
-read here. An unlisted architecture is refused, because a wrong shape would make every later figure wrong.
+Every architecture names its fields a little differently and omits what its library has defaults for: there is a
+function for each family. An unlisted architecture is refused: a wrong shape would make every later figure wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetis.formats import dtypes
-from hetis.formats.architectures import FAMILIES, MODEL_TYPES, NESTED, NOT_MODELLED, Config
-from hetis.formats.errors import DocumentError, did_you_mean, shown
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.positions import Text
-from hetis.solver.model import ModelSpec
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> ModelSpec:
@@ -137,3 +139,512 @@ def _quantised(config: Config) -> str | None:
         "compressed-tensors of 4 or 8 bits",
     )
     return None
+
+
+MAX_NUMBER = 10**9
+
+
+@dataclass(slots=True)
+class Config:
+    """Reads fields and collects their problems, so that all are reported. ``at``: the path of ``data`` in the file."""
+
+    data: dict[str, Any]
+    source: Text
+    problems: list[Problem] = field(default_factory=list)
+    at: tuple[str, ...] = ()
+    whole_data: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> Config | None:
+        """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
+        data = self.whole_data.get(name)
+        return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
+
+    def listed(self, name: str, length: int) -> list[Any] | None:
+        """Return a list with an item for every layer, or None if the config omits it."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length:
+            self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
+            return None
+        return value
+
+    def kinds_of_layers(self, num_layers: int, known: Collection[str]) -> list[str] | None:
+        """Return ``layer_types``, or None if the config omits it or has a kind that is not known."""
+        kinds = self.listed("layer_types", num_layers)
+        for kind in dict.fromkeys(map(str, kinds or ())):
+            if kind not in known:
+                self.refuse("layer_types", f"has {shown(kind)}, only {' and '.join(known)} are modelled")
+                return None
+        return kinds
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
+        value = self.data.get(name)
+        if value is None:
+            if default is None:
+                self.problems.append(self.source.problem(self.at, f"{name} is missing"))
+            return least if default is None else default
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
+            message = f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}"
+            self.refuse(name, message)
+            return default or least
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.refuse(name, f"is {shown(value)}, must be true or false")
+            return default
+        return value
+
+    def refuse(self, name: str, message: str) -> None:
+        self.problems.append(self.source.problem((*self.at, name), message))
+
+
+def _spec(config: Config, **fields: Any) -> ModelSpec | None:
+    """Return the model with its attention kind, or None if fields were wrong."""
+    if fields["q_heads"] % fields["kv_heads"]:
+        heads = f"num_attention_heads ({fields['q_heads']}) must be a multiple of the KV heads ({fields['kv_heads']})"
+        config.problems.append(config.source.problem(config.at, heads))
+    if config.problems:
+        return None
+    if fields.get("sliding_layers") == 0:  # all layers attend to everything
+        fields |= {"sliding_window": None, "sliding_layers": None}
+    kind = AttentionKind.MHA if fields["q_heads"] == fields["kv_heads"] else AttentionKind.GQA
+    try:
+        return ModelSpec(**({"attention": AttentionKind.MLA if fields.get("mla") else kind} | fields))
+    except InvalidProblemError as error:
+        config.problems.append(Problem(file=config.source.file, message=str(error)))
+        return None
+
+
+def _common(
+    config: Config,
+    name: str,
+    *,
+    tie_embeddings: bool = False,
+    head_dim: int | None = None,
+    defaults: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Return the fields that most families write alike.
+
+    ``tie_embeddings``, ``head_dim`` and ``defaults``, by the names of fields, are those of the family's library.
+    """
+    known = defaults or {}
+    hidden = config.whole("hidden_size")
+    q_heads = config.whole("num_attention_heads", known.get("num_attention_heads"))
+    return {
+        "name": name,
+        "num_layers": config.whole("num_hidden_layers"),
+        "hidden": hidden,
+        "intermediate": config.whole("intermediate_size", known.get("intermediate_size")),
+        "q_heads": q_heads,
+        "kv_heads": config.whole("num_key_value_heads", known.get("num_key_value_heads", q_heads)),
+        "head_dim": config.whole("head_dim", head_dim or max(1, hidden // q_heads)),
+        "vocab": config.whole("vocab_size", known.get("vocab_size")),
+        "max_position": config.whole("max_position_embeddings", known.get("max_position_embeddings", 2048)),
+        "tie_embeddings": config.flag("tie_word_embeddings", tie_embeddings),
+    }
+
+
+def _llama(config: Config, name: str) -> ModelSpec | None:
+    return _spec(config, **_common(config, name))
+
+
+def _mistral(config: Config, name: str) -> ModelSpec | None:
+    return _spec(config, **_common(config, name), sliding_window=_window(config))
+
+
+def _window(config: Config) -> int | None:
+    return None if config.data.get("sliding_window") is None else config.whole("sliding_window")
+
+
+def _qwen2(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen2 and 2.5, which write a sliding window that ``use_sliding_window`` switches off."""
+    window = _window(config) if config.flag("use_sliding_window", False) else None
+    return _spec(config, **_common(config, name), sliding_window=window)
+
+
+def _qwen3(config: Config, name: str) -> ModelSpec | None:
+    return _spec(config, **_common(config, name, head_dim=128))
+
+
+def _qwen1(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen 1: MHA, whose ``intermediate_size`` counts gate and up together; each MLP matrix is half as wide."""
+    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    return _spec(
+        config,
+        name=name,
+        num_layers=config.whole("num_hidden_layers"),
+        hidden=hidden,
+        intermediate=config.whole("intermediate_size") // 2,
+        q_heads=heads,
+        kv_heads=heads,
+        head_dim=config.whole("kv_channels", max(1, hidden // heads)),
+        vocab=config.whole("vocab_size"),
+        max_position=config.whole("seq_length", config.whole("max_position_embeddings", 8192)),
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+    )
+
+
+def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen2-MoE, whose one wide shared expert counts as several of the routed width, and Qwen3-MoE, which has
+    none.
+    """
+    moe = _qwen_experts(config)
+    head_dim = None if moe.shared_experts else 128
+    return _spec(config, **_common(config, name, head_dim=head_dim, defaults=_dense_width(moe)), moe=moe)
+
+
+def _dense_width(moe: MoeShape | None) -> dict[str, int]:
+    """Return the default width of a dense MLP, which no layer has where all have experts."""
+    return {} if moe is None else {"intermediate_size": moe.expert_intermediate}
+
+
+def _qwen_experts(config: Config) -> MoeShape:
+    width = config.whole("moe_intermediate_size")
+    shared = config.whole("shared_expert_intermediate_size", 0, least=0)
+    if config.whole("decoder_sparse_step", 1) != 1:
+        config.refuse("decoder_sparse_step", "only models with experts in every layer (1) are supported")
+    if config.data.get("mlp_only_layers"):
+        config.refuse("mlp_only_layers", "only models with experts in every layer are supported")
+    if shared % width:
+        config.refuse("shared_expert_intermediate_size", f"is {shared}, must be a multiple of {width}")
+    return MoeShape(
+        num_experts=config.whole("num_experts"),
+        active_experts=config.whole("num_experts_per_tok"),
+        expert_intermediate=width,
+        shared_experts=shared // width,
+    )
+
+
+def _qwen3_vl(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen3-VL: Qwen3 or Qwen3-MoE with a vision tower."""
+    moe = _qwen_experts(config) if "num_experts" in config.data else None
+    towers = _vision_params(config, projection=0)
+    common = _common(config, name, head_dim=128, defaults=_dense_width(moe))
+    return _spec(config, **common, moe=moe, vision_params=towers)
+
+
+def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
+    moe = _qwen_experts(config) if "num_experts" in config.data else None
+    common = _common(config, name, head_dim=256, defaults=_dense_width(moe))
+    num_layers, every = common["num_layers"], config.whole("full_attention_interval", 4)
+    kinds = config.kinds_of_layers(num_layers, ("linear_attention", "full_attention"))
+    linear = num_layers - num_layers // every if kinds is None else kinds.count("linear_attention")
+    return _spec(
+        config,
+        **common,
+        moe=moe,
+        linear=_gated_delta_rule(config, linear) if linear else None,
+        gated_attention=config.flag("attn_output_gate", True),
+        vision_params=_vision_params(config, projection=0),
+    )
+
+
+def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
+    """Return the linear layers of Qwen3-Next: projections of q, k, v, gate, two scalars per head, and the output.
+
+    The state is a matrix per value head in 32 bits, and the last inputs of the convolution in 16 (vLLM 0.32,
+    ``gated_delta_net_state_shape``). Prompts are computed in chunks of 64 tokens.
+    """
+    keys = config.whole("linear_num_key_heads", 16) * (key_dim := config.whole("linear_key_head_dim", 128))
+    heads, value_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_value_head_dim", 128)
+    values, kernel, hidden = heads * value_dim, config.whole("linear_conv_kernel_dim", 4), config.whole("hidden_size")
+    channels = 2 * keys + values
+    within_chunk = 2 * 64 * (3 * key_dim + 2 * value_dim)
+    return LinearShape(
+        layers=layers,
+        params=hidden * (channels + values + 2 * heads) + channels * kernel + values * hidden,
+        state_bytes=4.0 * heads * key_dim * value_dim + 2.0 * channels * (kernel - 1),
+        token_flops=float(heads * (6 * key_dim * value_dim + within_chunk)),
+    )
+
+
+def _mixtral(config: Config, name: str) -> ModelSpec | None:
+    """Read Mixtral and MiniMax M2: experts of the stated width in every layer."""
+    common = _common(config, name)
+    moe = MoeShape(
+        num_experts=config.whole("num_local_experts", 8),
+        active_experts=config.whole("num_experts_per_tok", 2),
+        expert_intermediate=common["intermediate"],
+    )
+    return _spec(config, **common, sliding_window=_window(config), moe=moe)
+
+
+def _gpt_oss(config: Config, name: str) -> ModelSpec | None:
+    """Read gpt-oss, where every second layer has a sliding window."""
+    common = _common(config, name, head_dim=64)
+    moe = MoeShape(
+        num_experts=config.whole("num_local_experts"),
+        active_experts=config.whole("num_experts_per_tok"),
+        expert_intermediate=common["intermediate"],
+    )
+    layers = -(-common["num_layers"] // 2)
+    return _spec(config, **common, sliding_window=_window(config), sliding_layers=layers, moe=moe)
+
+
+def _opt(config: Config, name: str) -> ModelSpec | None:
+    """Read OPT: two MLP matrices. Embeddings narrower than the hidden size (OPT-350m) are refused."""
+    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    if config.whole("word_embed_proj_dim", hidden) != hidden:
+        config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
+    return _spec(
+        config,
+        name=name,
+        num_layers=config.whole("num_hidden_layers"),
+        hidden=hidden,
+        intermediate=config.whole("ffn_dim"),
+        q_heads=heads,
+        kv_heads=heads,
+        head_dim=max(1, hidden // heads),
+        vocab=config.whole("vocab_size"),
+        max_position=config.whole("max_position_embeddings", 2048),
+        tie_embeddings=config.flag("tie_word_embeddings", True),
+        gated_mlp=False,
+    )
+
+
+def _gemma(config: Config, name: str) -> ModelSpec | None:
+    return _spec(config, **_common(config, name, tie_embeddings=True, head_dim=256))
+
+
+def _gemma2(config: Config, name: str) -> ModelSpec | None:
+    """Read Gemma 2, where every second layer has a sliding window."""
+    common = _common(config, name, tie_embeddings=True, head_dim=256)
+    window, layers = config.whole("sliding_window", 4096), -(-common["num_layers"] // 2)
+    return _spec(config, **common, sliding_window=window, sliding_layers=layers, float16=False)
+
+
+_GEMMA3 = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+}
+
+
+def _gemma3(config: Config, name: str) -> ModelSpec | None:
+    """Read Gemma 3: five of six layers slide, and a SigLIP tower beside all sizes but the smallest.
+
+    Configs of the larger sizes omit what equals the library's defaults (Gemma3TextConfig).
+    """
+    common = _common(config, name, tie_embeddings=True, head_dim=256, defaults=_GEMMA3)
+    every = config.whole("sliding_window_pattern", 6)
+    kinds = config.kinds_of_layers(common["num_layers"], ("sliding_attention", "full_attention"))
+    full = common["num_layers"] // every if kinds is None else kinds.count("full_attention")
+    return _spec(
+        config,
+        **common,
+        sliding_window=config.whole("sliding_window", 1024),
+        sliding_layers=common["num_layers"] - full,
+        float16=False,
+        vision_params=_vision_params(config, projection=common["hidden"]),
+    )
+
+
+def _vision_params(config: Config, *, projection: int, gated: bool = False) -> int:
+    """Return the parameters of a vision tower: patches, transformer layers, and what brings them to the text model.
+
+    Args:
+        config: whose ``vision_config`` describes the tower; without one there are none.
+        projection: parameters of a linear projection per unit of the tower's width, if the config says no more.
+        gated: the tower's MLP has three matrices.
+    """
+    vision = config.part("vision_config")
+    if vision is None:
+        return 0
+    hidden = vision.whole("hidden_size")
+    layers = vision.whole("depth" if "depth" in vision.data else "num_hidden_layers")
+    layer = 4 * hidden * hidden + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
+    pixels = vision.whole("in_channels", vision.whole("num_channels", 3)) * vision.whole("patch_size", 14) ** 2
+    patches = pixels * vision.whole("temporal_patch_size", 1) * hidden
+    if "out_hidden_size" in vision.data:  # Qwen: patches are merged, with an MLP of their joint width
+        merged = hidden * vision.whole("spatial_merge_size", 2) ** 2
+        deepstack = vision.data.get("deepstack_visual_indexes")
+        mergers = 1 + (len(deepstack) if isinstance(deepstack, list) else 0)
+        return layers * layer + patches + mergers * merged * (merged + vision.whole("out_hidden_size"))
+    return layers * layer + patches + hidden * projection
+
+
+def _phi(config: Config, name: str) -> ModelSpec | None:
+    return _spec(config, **_common(config, name), gated_mlp=False)
+
+
+def _routed(config: Config) -> MoeShape:
+    """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
+    return MoeShape(
+        num_experts=config.whole("n_routed_experts"),
+        active_experts=config.whole("num_experts_per_tok"),
+        expert_intermediate=config.whole("moe_intermediate_size"),
+        shared_experts=config.whole("n_shared_experts", 0, least=0),
+        first_dense_layers=config.whole("first_k_dense_replace", 0, least=0),
+    )
+
+
+def _deepseek(config: Config, name: str) -> ModelSpec | None:
+    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
+    mla = MlaShape(
+        kv_lora_rank=config.whole("kv_lora_rank"),
+        qk_rope_head_dim=config.whole("qk_rope_head_dim"),
+        qk_nope_head_dim=config.whole("qk_nope_head_dim"),
+        v_head_dim=config.whole("v_head_dim"),
+        q_lora_rank=None if config.data.get("q_lora_rank") is None else config.whole("q_lora_rank"),
+    )
+    moe = None
+    if config.data.get("n_routed_experts") is not None:
+        if config.whole("moe_layer_freq", 1) != 1:
+            config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
+        moe = _routed(config)
+    common = _common(config, name) | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
+    return _spec(config, **common, mla=mla, moe=moe)
+
+
+def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
+    """Read DeepSeek-V3.2 and GLM 5: DeepSeek-V3 with an indexer, whose keys have 8 bits and a scale of 32."""
+    model = _deepseek(config, name)
+    size = config.whole("index_head_dim")
+    indexer = IndexerShape(
+        top_tokens=config.whole("index_topk"), heads=config.whole("index_n_heads"), head_dim=size, key_bytes=size + 4.0
+    )
+    if config.data.get("q_lora_rank") is None:
+        config.refuse("q_lora_rank", "is missing, but the indexer's queries are made from compressed ones")
+    return None if model is None or config.problems else replace(model, indexer=indexer)
+
+
+def _llama4(config: Config, name: str) -> ModelSpec | None:
+    """Read Llama 4: chunked attention in three of four layers, and experts in all layers or every second one.
+
+    A query attends to the tokens of its own chunk, which are a window at most: so they are counted. vLLM (0.32) keeps
+    the KV of all tokens, because chunks switch its hybrid KV cache manager off.
+    """
+    common = _common(config, name, head_dim=128)
+    every, num_layers = config.whole("interleave_moe_layer_step", 1), common["num_layers"]
+    moe = MoeShape(
+        num_experts=config.whole("num_local_experts", 16),
+        active_experts=config.whole("num_experts_per_tok", 1),
+        expert_intermediate=common["intermediate"],
+        shared_experts=1,
+        every=every,
+    )
+    without_rope = config.listed("no_rope_layers", num_layers)  # 0: no rope, and full attention
+    full = num_layers // 4 if not without_rope else without_rope.count(0)
+    window = None if config.data.get("attention_chunk_size") is None else config.whole("attention_chunk_size")
+    return _spec(
+        config,
+        **common | {"intermediate": config.whole("intermediate_size_mlp", 16_384)},
+        moe=moe,
+        sliding_window=window,
+        sliding_layers=None if window is None else num_layers - full,
+        windows_free_kv=False,
+        vision_params=_vision_params(config, projection=common["hidden"]),
+    )
+
+
+def _mistral3(config: Config, name: str) -> ModelSpec | None:
+    """Read Mistral 3: Mistral's text model, or DeepSeek's for Mistral Large 3, with a Pixtral tower."""
+    text = _deepseek(config, name) if config.data.get("kv_lora_rank") else _mistral(config, name)
+    hidden = config.whole("hidden_size")
+    towers = _vision_params(config, projection=hidden, gated=True)
+    return None if text is None else replace(text, vision_params=towers)
+
+
+def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
+    """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
+    return _spec(config, **_common(config, name, head_dim=128), moe=_routed(config))
+
+
+FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
+    "LlamaForCausalLM": _llama,
+    "LLaMAForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "MixtralForCausalLM": _mixtral,
+    "MiniMaxM2ForCausalLM": _mixtral,
+    "QWenLMHeadModel": _qwen1,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen2MoeForCausalLM": _qwen_moe,
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen_moe,
+    "OPTForCausalLM": _opt,
+    "GemmaForCausalLM": _gemma,
+    "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "Gemma3ForConditionalGeneration": _gemma3,
+    "PhiForCausalLM": _phi,
+    "DeepseekV2ForCausalLM": _deepseek,
+    "DeepseekV3ForCausalLM": _deepseek,
+    "KimiK2ForCausalLM": _deepseek,
+    "KimiK25ForConditionalGeneration": _deepseek,
+    "Glm4MoeForCausalLM": _glm4_moe,
+    "GptOssForCausalLM": _gpt_oss,
+    "Qwen3VLForConditionalGeneration": _qwen3_vl,
+    "Qwen3VLMoeForConditionalGeneration": _qwen3_vl,
+    "Qwen3NextForCausalLM": _qwen3_next,
+    "Qwen3_5ForConditionalGeneration": _qwen3_next,
+    "Qwen3_5MoeForConditionalGeneration": _qwen3_next,
+    "DeepseekV32ForCausalLM": _deepseek_sparse,
+    "GlmMoeDsaForCausalLM": _deepseek_sparse,
+    "Llama4ForConditionalGeneration": _llama4,
+    "Mistral3ForConditionalGeneration": _mistral3,
+    "MistralLarge3ForCausalLM": _mistral3,
+}
+
+# Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
+# than a thousandth of the weights.
+NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
+
+_LINEAR = "layers of linear attention, which keep a state instead of KV"
+_SPARSE = "sparse attention, where an indexer chooses the tokens that are attended to"
+_UNLIKE = "windowed layers whose heads are unlike those of the others"
+# Architectures that are known, and what keeps the cost model from planning for them.
+NOT_MODELLED: dict[str, str] = {
+    "KimiLinearForCausalLM": _LINEAR,
+    "KimiK3ForConditionalGeneration": _LINEAR,
+    "MiniMaxText01ForCausalLM": _LINEAR,
+    "MiniMaxM1ForCausalLM": _LINEAR,
+    "NemotronHForCausalLM": "state-space layers (Mamba), which keep a state instead of KV",
+    "DeepseekV4ForCausalLM": _SPARSE,
+    "MiniMaxM3ForCausalLM": _SPARSE,
+    "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
+    "Gemma4ForConditionalGeneration": _UNLIKE,
+    "MiMoV2FlashForCausalLM": _UNLIKE,
+}
+
+# For configs without `architectures`.
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "qwen": "QWenLMHeadModel",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "opt": "OPTForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "kimi_k25": "KimiK25ForConditionalGeneration",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
+    "nemotron_h": "NemotronHForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "gpt_oss": "GptOssForCausalLM",
+}

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, Bandwidth, DocumentPart, Duration, SizeOrBytes, Title
-from hetis.formats.loading import read_data, validated
-from hetis.formats.positions import Text
+from hetis.formats.fields import (
+    Bandwidth,
+    Document,
+    DocumentPart,
+    Duration,
+    Found,
+    SizeOrBytes,
+    Title,
+    kind_of,
+    mapping,
+    value_of,
+)
 from hetis.formats.units import format_bandwidth, format_duration
 from hetis.solver.layers.problem import MAX_LAYERS, MAX_NODES, LayersProblem, Links, NodeType, TimeTable
 
-Found = Iterator[tuple[tuple[str | int, ...], str]]
 Rate = Annotated[float, Field(gt=0, le=1e15)]
 Tokens = Annotated[float, Field(ge=1, le=1e9)]
 Point = Annotated[list[Annotated[float, Field(ge=0, le=1e12)]], Field(min_length=2, max_length=2)]
@@ -52,10 +59,9 @@ class LinksPart(DocumentPart):
     activation_bytes: SizeOrBytes
 
 
-class LayersProblemDocument(DocumentPart):
+class LayersProblemDocument(Document):
     """Which contiguous layers should each of these nodes hold, so that most requests per second are served?"""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["LayersProblem"]
     name: Title = "layers"
     num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -65,32 +71,30 @@ class LayersProblemDocument(DocumentPart):
     links: LinksPart
 
 
-def load_layers_problem(path: str | os.PathLike[str]) -> LayersProblem:
-    """Return the problem in a YAML or JSON file (``-``: standard input).
+def _to_problem(document: LayersProblemDocument) -> LayersProblem:
+    links = document.links
+    return value_of(
+        LayersProblem,
+        document,
+        node_types=tuple(
+            value_of(
+                NodeType,
+                part,
+                name=name,
+                prompt=_table(part.layer_ms.prompt) if part.layer_ms else None,
+                decode=_table(part.layer_ms.decode) if part.layer_ms else None,
+            )
+            for name, part in document.node_types.items()
+        ),
+        links=value_of(Links, links, latency_s=links.latency),
+    )
 
-    Raises:
-        DocumentError: with every problem of the file.
-    """
-    return parse_layers_problem(*read_data(path))
 
-
-def parse_layers_problem(data: Any, source: Text) -> LayersProblem:
-    """Return the problem in a document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
-    return validated(LayersProblemDocument, data, source, to_value=_to_problem, check=_check)
-
-
-def layers_problem_to_data(problem: LayersProblem) -> dict[str, Any]:
-    """Return a problem's document as plain data. Reading it again gives an equal problem."""
+def _problem_data(problem: LayersProblem) -> dict[str, Any]:
     return {
-        "apiVersion": API_VERSION,
-        "kind": "LayersProblem",
         "name": problem.name,
         "num_layers": problem.num_layers,
-        "node_types": {kind.name: _node_type_to_data(kind) for kind in problem.node_types},
+        "node_types": {kind.name: _node_type_data(kind) for kind in problem.node_types},
         "mean_prompt_tokens": problem.mean_prompt_tokens,
         "mean_output_tokens": problem.mean_output_tokens,
         "links": {
@@ -101,36 +105,11 @@ def layers_problem_to_data(problem: LayersProblem) -> dict[str, Any]:
     }
 
 
-def _to_problem(document: LayersProblemDocument) -> LayersProblem:
-    return LayersProblem(
-        name=document.name,
-        num_layers=document.num_layers,
-        node_types=tuple(
-            NodeType(
-                name=name,
-                count=part.count,
-                tokens_per_s=tuple(part.tokens_per_s),
-                kv_token_layers=tuple(part.kv_token_layers),
-                prompt=_table(part.layer_ms.prompt) if part.layer_ms else None,
-                decode=_table(part.layer_ms.decode) if part.layer_ms else None,
-            )
-            for name, part in document.node_types.items()
-        ),
-        mean_prompt_tokens=document.mean_prompt_tokens,
-        mean_output_tokens=document.mean_output_tokens,
-        links=Links(
-            bandwidth=document.links.bandwidth,
-            latency_s=document.links.latency,
-            activation_bytes=document.links.activation_bytes,
-        ),
-    )
-
-
 def _table(points: list[list[float]]) -> TimeTable:
     return TimeTable(sizes=tuple(size for size, _ in points), seconds=tuple(ms / 1e3 for _, ms in points))
 
 
-def _node_type_to_data(kind: NodeType) -> dict[str, Any]:
+def _node_type_data(kind: NodeType) -> dict[str, Any]:
     data: dict[str, Any] = {
         "count": kind.count,
         "tokens_per_s": list(kind.tokens_per_s),
@@ -154,17 +133,13 @@ def _milliseconds(seconds: float) -> float:
 
 def _check(data: Mapping[str, Any]) -> Found:
     """Yield problems with related lists, the order of tables, and the number of nodes. Types are checked elsewhere."""
-    kinds = data.get("node_types")
-    if not isinstance(kinds, dict):
-        return
-    parts = {name: part for name, part in kinds.items() if isinstance(part, dict)}
+    parts = {name: part for name, part in mapping(data.get("node_types")).items() if isinstance(part, dict)}
     for name, part in parts.items():
         rates, room = part.get("tokens_per_s"), part.get("kv_token_layers")
         if isinstance(rates, list) and isinstance(room, list) and len(rates) != len(room):
             message = f"has {len(room)} entries and tokens_per_s {len(rates)}: both need one per number of layers held"
             yield ("node_types", name, "kv_token_layers"), message
-        times = part.get("layer_ms")
-        for phase, points in times.items() if isinstance(times, dict) else ():
+        for phase, points in mapping(part.get("layer_ms")).items():
             yield from _check_table(("node_types", name, "layer_ms", phase), points)
     counts = [part.get("count") for part in parts.values()]
     total = sum(count for count in counts if isinstance(count, int) and not isinstance(count, bool))
@@ -193,3 +168,9 @@ def _check_table(path: tuple[str | int, ...], points: Any) -> Found:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+LAYERS_PROBLEM = kind_of(
+    LayersProblemDocument, LayersProblem, to_value=_to_problem, to_data=_problem_data, check=_check
+)
+load_layers_problem = LAYERS_PROBLEM.load

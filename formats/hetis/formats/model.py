@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,10 +13,20 @@ from pydantic import AfterValidator, Field
 
 from hetis.formats import catalogue, dtypes
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
-from hetis.formats.fields import API_VERSION, DocumentPart, Title
-from hetis.formats.loading import read_data, validated
-from hetis.formats.positions import Text
-from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.formats.fields import (
+    Document,
+    DocumentPart,
+    Found,
+    Title,
+    kind_of,
+    listed,
+    mapping,
+    plain,
+    read_data,
+    value_of,
+    whole,
+)
+from hetis.solver.model import DraftShape, ModelSpec
 
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
@@ -90,7 +101,7 @@ class PrecisionPart(DocumentPart):
     kv_bytes: ElementBytes | None = None
 
 
-class ModelSpecDocument(DocumentPart):
+class ModelSpecDocument(Document):
     """The shape of a decoder-only transformer.
 
     ``dtype`` (``bfloat16``, ``bfloat16+fp8``, ...) sets the bytes of weights, embeddings and activations; the
@@ -104,7 +115,6 @@ class ModelSpecDocument(DocumentPart):
     ``vision_params`` are held by the first stage, in 16 bits.
     """
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["ModelSpec"]
     name: Title
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
@@ -140,13 +150,16 @@ class ModelSpecDocument(DocumentPart):
     precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
 
 
-_SHAPES: Mapping[str, type[DocumentPart]] = {
-    "mla": MlaPart,
-    "moe": MoePart,
-    "linear": LinearPart,
-    "indexer": IndexerPart,
-    "draft": DraftPart,
-}
+# What is written of a model: these fields, those that differ from the default, and the shapes that it has.
+_ALWAYS = (
+    *("name", "num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "attention"),
+    *("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes"),
+    *("gated_mlp", "tie_embeddings", "max_position"),
+)
+_UNLESS_USUAL = (
+    "sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "vision_params", "float16",
+)  # fmt: skip
+_SHAPES = ("mla", "moe", "linear", "indexer", "draft")
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
@@ -183,15 +196,6 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
     return parse_model(data, source)
 
 
-def parse_model(data: Any, source: Text) -> ModelSpec:
-    """Return the model in a ModelSpec document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
-    return validated(ModelSpecDocument, data, source, to_value=_to_model, check=_check_model)
-
-
 def drafts(text: str) -> DraftShape:
     """Return the drafts of a text: ``1:0.85`` is one token per iteration, accepted in 85% of all cases.
 
@@ -205,77 +209,38 @@ def drafts(text: str) -> DraftShape:
         raise ValueError(
             f"{text[:80]!r} is not TOKENS:ACCEPTANCE, 1 to 16 tokens and a rate of 0 to 1, such as 1:0.85"
         ) from None
-    return DraftShape(**dict(draft))
+    return value_of(DraftShape, draft)
 
 
-def model_to_data(model: ModelSpec) -> dict[str, Any]:
-    """Return a model's document as plain data. Reading it again gives an equal model."""
-    data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "ModelSpec", "name": model.name}
-    data |= {
-        name: getattr(model, name)
-        for name in ("num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab")
-    }
-    data["attention"] = model.attention.value
-    data |= {name: getattr(model, name) for name in ("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes")}
-    data |= {name: getattr(model, name) for name in ("gated_mlp", "tie_embeddings", "max_position")}
-    defaults = ModelSpecDocument.model_fields
-    for name in (
-        "sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "vision_params", "float16",
-    ):  # fmt: skip
-        if (value := getattr(model, name)) != defaults[name].default:
-            data[name] = value
-    for name, part in _SHAPES.items():
-        shape = getattr(model, name)
-        if shape is not None:
-            data[name] = {
-                field: getattr(shape, field)
-                for field, info in part.model_fields.items()
-                if getattr(shape, field) is not None and (field != "every" or getattr(shape, field) != info.default)
-            }
-    if model.weights:
-        data["weights"] = model.weights
-    if model.forbidden_cuts:
-        data["forbidden_cuts"] = sorted(model.forbidden_cuts)
-    if model.precisions:
-        data["precisions"] = {
-            one.gpu: {name: getattr(one, name) for name in PrecisionPart.model_fields if getattr(one, name)}
-            for one in model.precisions
-        }
-    return data
+def _model_data(model: ModelSpec) -> dict[str, Any]:
+    given, usual = plain(model), ModelSpecDocument.model_fields
+    data = {name: given[name] for name in _ALWAYS}
+    data |= {name: given[name] for name in _UNLESS_USUAL if given[name] != usual[name].default}
+    for name in _SHAPES:
+        if shape := given[name]:
+            data[name] = {k: v for k, v in shape.items() if v is not None and (k, v) != ("every", 1)}
+    precisions = {one.pop("gpu"): {k: v for k, v in one.items() if v} for one in given["precisions"]}
+    rest = {"weights": model.weights, "forbidden_cuts": sorted(model.forbidden_cuts), "precisions": precisions}
+    return data | {name: value for name, value in rest.items() if value}
 
 
 def _to_model(document: ModelSpecDocument) -> ModelSpec:
-    fields = {
-        name: getattr(document, name)
-        for name in ModelSpecDocument.model_fields
-        if name
-        not in ("api_version", "kind", "dtype", "attention", "forbidden_cuts", "precisions", "sliding_window_every")
-        and name not in _SHAPES
-    }
+    changes: dict[str, Any] = {}
     if document.sliding_window is not None and document.sliding_window_every > 1 and document.sliding_layers is None:
-        fields["sliding_layers"] = -(-document.num_layers // document.sliding_window_every)
+        changes["sliding_layers"] = -(-document.num_layers // document.sliding_window_every)
         if "windows_free_kv" not in document.model_fields_set:
-            fields["windows_free_kv"] = False  # as their plans have counted, which may have attention workers
+            changes["windows_free_kv"] = False  # as their plans have counted, which may have attention workers
     base = dtypes.base_bytes(document.dtype)
     for name in ("activation_bytes", "embedding_bytes"):
-        fields[name] = fields[name] or base
-    kind = document.attention
-    if kind is None:
-        kind = "mla" if document.mla else "mha" if document.q_heads == document.kv_heads else "gqa"
-    weight_bytes, quantised = fields.pop("weight_bytes"), document.dtype.partition("+")[2]
-    if not fields["weights"] and quantised in dtypes.PRECISIONS:
-        fields["weights"] = quantised
-    model = ModelSpec(
-        **fields,
-        attention=AttentionKind(kind),
-        mla=MlaShape(**dict(document.mla)) if document.mla else None,
-        moe=MoeShape(**dict(document.moe)) if document.moe else None,
-        linear=LinearShape(**dict(document.linear)) if document.linear else None,
-        indexer=IndexerShape(**dict(document.indexer)) if document.indexer else None,
-        draft=DraftShape(**dict(document.draft)) if document.draft else None,
-        forbidden_cuts=frozenset(document.forbidden_cuts),
-    )
-    model = dtypes.with_weight_bytes(model, weight_bytes or dtypes.layer_weight_bytes(document.dtype, model))
+        changes[name] = getattr(document, name) or base
+    quantised = document.dtype.partition("+")[2]
+    if not document.weights and quantised in dtypes.PRECISIONS:
+        changes["weights"] = quantised
+    usual = "mla" if document.mla else "mha" if document.q_heads == document.kv_heads else "gqa"
+    changes |= {"attention": document.attention or usual, "weight_bytes": document.weight_bytes or base}
+    model = value_of(ModelSpec, document, precisions=(), **changes)
+    if document.weight_bytes is None:
+        model = replace(model, weight_bytes=dtypes.layer_weight_bytes(document.dtype, model))
     return dtypes.with_precisions(model, {gpu: _on(model, part) for gpu, part in document.precisions.items()})
 
 
@@ -287,50 +252,47 @@ def _on(model: ModelSpec, part: PrecisionPart) -> ModelSpec:
     )  # fmt: skip
 
 
-def _check_model(data: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
-    found: list[tuple[tuple[str | int, ...], str]] = []
+def _check_model(data: Mapping[str, Any]) -> Found:
+    def number(name: str, of: Any = data) -> int | None:
+        return whole(mapping(of).get(name), most=math.inf)
 
-    def whole(mapping: Any, name: str) -> int | None:
-        value = mapping.get(name) if isinstance(mapping, dict) else None
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-    q_heads, kv_heads, layers = whole(data, "q_heads"), whole(data, "kv_heads"), whole(data, "num_layers")
+    q_heads, kv_heads, layers = number("q_heads"), number("kv_heads"), number("num_layers")
+    attention, mla, moe = data.get("attention"), data.get("mla"), data.get("moe")
     if q_heads and kv_heads and q_heads % kv_heads:
-        found.append((("q_heads",), f"is {q_heads}, must be a multiple of kv_heads ({kv_heads})"))
-    attention = data.get("attention")
-    if attention == "mla" and data.get("mla") is None:
-        found.append((("attention",), "is mla, but the mla shape is missing"))
-    if attention in ("mha", "gqa") and data.get("mla") is not None:
-        found.append((("attention",), f"is {attention}, but an mla shape is given"))
+        yield ("q_heads",), f"is {q_heads}, must be a multiple of kv_heads ({kv_heads})"
+    if attention == "mla" and mla is None:
+        yield ("attention",), "is mla, but the mla shape is missing"
+    if attention in ("mha", "gqa") and mla is not None:
+        yield ("attention",), f"is {attention}, but an mla shape is given"
     if attention == "mha" and q_heads and kv_heads and q_heads != kv_heads:
-        found.append((("attention",), f"is mha, but kv_heads ({kv_heads}) differs from q_heads ({q_heads}): gqa"))
-    moe = data.get("moe")
-    experts, active = whole(moe, "num_experts"), whole(moe, "active_experts")
+        yield ("attention",), f"is mha, but kv_heads ({kv_heads}) differs from q_heads ({q_heads}): gqa"
+    experts, active = number("num_experts", moe), number("active_experts", moe)
     if experts and active and active > experts:
-        found.append((("moe", "active_experts"), f"is {active}, must be <= num_experts ({experts})"))
-    dense = whole(moe, "first_dense_layers")
+        yield ("moe", "active_experts"), f"is {active}, must be <= num_experts ({experts})"
+    dense, every = number("first_dense_layers", moe), number("every", moe)
     if layers and dense and dense >= layers:
-        found.append((("moe", "first_dense_layers"), f"is {dense}, must be < num_layers ({layers})"))
-    every = whole(moe, "every")
+        yield ("moe", "first_dense_layers"), f"is {dense}, must be < num_layers ({layers})"
     if layers and every and every > layers - (dense or 0) > 0:
-        found.append((("moe", "every"), f"is {every}, must be <= {layers - (dense or 0)}, the layers after dense ones"))
-    linear = whole(data.get("linear"), "layers")
+        yield ("moe", "every"), f"is {every}, must be <= {layers - (dense or 0)}, the layers after dense ones"
+    linear, sliding = number("layers", data.get("linear")), number("sliding_layers")
     if layers and linear and linear >= layers:
-        found.append((("linear", "layers"), f"is {linear}, must be < num_layers ({layers})"))
-    sliding = whole(data, "sliding_layers")
+        yield ("linear", "layers"), f"is {linear}, must be < num_layers ({layers})"
     with_kv = layers - (linear or 0) if layers else 0
     if sliding and sliding > with_kv > 0:
-        found.append((("sliding_layers",), f"is {sliding}, must be <= {with_kv}, the layers with KV"))
-    if data.get("indexer") is not None and data.get("sliding_window") is not None:
-        found.append((("indexer",), "and a sliding_window exclude each other"))
-    if sliding and (whole(data, "sliding_window_every") or 1) > 1:
-        found.append((("sliding_layers",), "and sliding_window_every exclude each other"))
-    if sliding and data.get("sliding_window") is None:
-        found.append((("sliding_layers",), "is given, but no sliding_window"))
-    if data.get("indexer") is not None and whole(data.get("mla"), "q_lora_rank") is None:
-        found.append((("indexer",), "needs latent attention (mla) with q_lora_rank"))
-    cuts = data.get("forbidden_cuts")
-    for i, cut in enumerate(cuts if isinstance(cuts, list) else []):
+        yield ("sliding_layers",), f"is {sliding}, must be <= {with_kv}, the layers with KV"
+    has_indexer, has_window = (data.get(name) is not None for name in ("indexer", "sliding_window"))
+    if has_indexer and has_window:
+        yield ("indexer",), "and a sliding_window exclude each other"
+    if sliding and (number("sliding_window_every") or 1) > 1:
+        yield ("sliding_layers",), "and sliding_window_every exclude each other"
+    if sliding and not has_window:
+        yield ("sliding_layers",), "is given, but no sliding_window"
+    if has_indexer and number("q_lora_rank", mla) is None:
+        yield ("indexer",), "needs latent attention (mla) with q_lora_rank"
+    for i, cut in enumerate(listed(data.get("forbidden_cuts"))):
         if layers and isinstance(cut, int) and cut >= layers:
-            found.append((("forbidden_cuts", i), f"is {shown(cut)}, must be < num_layers ({layers})"))
-    return found
+            yield ("forbidden_cuts", i), f"is {shown(cut)}, must be < num_layers ({layers})"
+
+
+MODEL_SPEC = kind_of(ModelSpecDocument, ModelSpec, to_value=_to_model, to_data=_model_data, check=_check_model)
+parse_model = MODEL_SPEC.parse

@@ -8,30 +8,15 @@ number); without a proof it has ``bound: null`` (infinity, or minus infinity for
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, DocumentPart, Title
-from hetis.formats.loading import read_data, validated
-from hetis.formats.positions import Text
-from hetis.solver.plan import (
-    AttentionWorkerPool,
-    ClassPrice,
-    KvRoute,
-    Objective,
-    ObjectiveKind,
-    Plan,
-    ReplicaPlan,
-    Role,
-    RunnerUp,
-    SolveResult,
-    StagePlan,
-    Status,
-)
+from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, plain, value_of
+from hetis.solver.plan import Objective, Plan
 
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -136,10 +121,9 @@ class RunnerUpPart(DocumentPart):
     reason: str
 
 
-class PlanDocument(DocumentPart):
+class PlanDocument(Document):
     """Replicas on named GPUs with a proof of how good they are."""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["Plan"]
     strategy: Title
     family: str
@@ -153,63 +137,28 @@ class PlanDocument(DocumentPart):
     notes: list[str] = Field(default_factory=list)
 
 
-def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Return the plan in a YAML or JSON file (``-``: standard input). Only its form is checked; ``check_plan`` checks
-    claims.
-
-    Raises:
-        DocumentError: with every problem of the file.
-    """
-    return parse_plan(*read_data(path))
+def _to_plan(document: PlanDocument) -> Plan:
+    result = document.result.model_dump()
+    no_bound = math.inf if value_of(Objective, document.objective).maximises else -math.inf
+    for name, missing in (("value", math.nan), ("bound", no_bound), ("gap", math.inf)):
+        result[name] = missing if result[name] is None else result[name]
+    return value_of(Plan, document, result=result, inputs=document.inputs)
 
 
-def parse_plan(data: Any, source: Text) -> Plan:
-    """Return the plan in a document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
-    return validated(PlanDocument, data, source, to_value=_to_plan, check=_check)
-
-
-def plan_to_data(plan: Plan) -> dict[str, Any]:
-    """Return a plan's document as plain data. Reading it again gives an equal plan."""
-    result, objective = plan.result, plan.objective
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "Plan",
-        "strategy": plan.strategy,
-        "family": plan.family,
-        "result": {
-            "status": result.status.value,
-            "objective": result.objective.value,
-            "value": _finite(result.value),
-            "bound": _finite(result.bound),
-            "gap": _finite(result.gap),
-            "unit": result.unit,
-            "solve_s": result.solve_s,
-        },
-        "objective": {
-            "kind": objective.kind.value,
-            "ttft_limit_s": objective.ttft_limit_s,
-            "tpot_limit_s": objective.tpot_limit_s,
-            "demand_rps": objective.demand_rps,
-        },
-        "inputs": dict(plan.inputs),
-        "replicas": [_replica_data(replica) for replica in plan.replicas],
-        "kv_routes": [_fields(route, RoutePart) for route in plan.kv_routes],
-        "prices": [_fields(price, PricePart) for price in plan.prices],
-        "runners_up": [_fields(runner, RunnerUpPart) for runner in plan.runners_up],
-        "notes": list(plan.notes),
-    }
+def _plan_data(plan: Plan) -> dict[str, Any]:
+    data = plain(replace(plan, inputs={}))
+    for name in ("value", "bound", "gap"):
+        if not math.isfinite(data["result"][name]):
+            data["result"][name] = None
+    return {name: data[name] for name in PlanDocument.model_fields if name in data} | {"inputs": dict(plan.inputs)}
 
 
-def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _check(data: Mapping[str, Any]) -> Found:
     yield from _check_inputs(data)
     yield from _check_sizes(data)
 
 
-def _check_inputs(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _check_inputs(data: Mapping[str, Any]) -> Found:
     """Yield problems with ``inputs``, which may hold anything but numbers that JSON cannot represent."""
     stack: list[tuple[tuple[str | int, ...], Any]] = [(("inputs",), data.get("inputs"))]
     while stack:
@@ -222,66 +171,14 @@ def _check_inputs(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
             stack += [((*path, i), item) for i, item in enumerate(value)]
 
 
-def _check_sizes(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _check_sizes(data: Mapping[str, Any]) -> Found:
     """Yield problems with batches or chunks of 0, which are only valid for roles without them."""
-    replicas = data.get("replicas")
-    for i, replica in enumerate(replicas if isinstance(replicas, list) else []):
-        if not isinstance(replica, dict):
-            continue
+    for i, replica in entries(data.get("replicas")):
         role = replica.get("role", "unified")
         for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
             if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
                 yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _fields(value: object, part: type[DocumentPart]) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in part.model_fields}
-
-
-def _replica_data(replica: ReplicaPlan) -> dict[str, Any]:
-    data = _fields(replica, ReplicaPart)
-    data["stages"] = [_fields(s, StagePart) | {"devices": list(s.devices)} for s in replica.stages]
-    data["attention_workers"] = [_fields(p, PoolPart) | {"devices": list(p.devices)} for p in replica.attention_workers]
-    return data | {"role": replica.role.value, "kv_zones": list(replica.kv_zones)}
-
-
-def _to_plan(document: PlanDocument) -> Plan:
-    result, limits = document.result, document.objective
-    objective = Objective(
-        kind=ObjectiveKind(limits.kind),
-        ttft_limit_s=limits.ttft_limit_s,
-        tpot_limit_s=limits.tpot_limit_s,
-        demand_rps=limits.demand_rps,
-    )
-    no_bound = math.inf if objective.maximises else -math.inf
-    return Plan(
-        strategy=document.strategy,
-        family=document.family,
-        result=SolveResult(
-            status=Status(result.status),
-            objective=ObjectiveKind(result.objective),
-            value=math.nan if result.value is None else result.value,
-            bound=no_bound if result.bound is None else result.bound,
-            gap=math.inf if result.gap is None else result.gap,
-            unit=result.unit,
-            solve_s=result.solve_s,
-        ),
-        objective=objective,
-        replicas=tuple(_to_replica(part) for part in document.replicas),
-        kv_routes=tuple(KvRoute(**dict(part)) for part in document.kv_routes),
-        prices=tuple(ClassPrice(**dict(part)) for part in document.prices),
-        runners_up=tuple(RunnerUp(**dict(part)) for part in document.runners_up),
-        notes=tuple(document.notes),
-        inputs=document.inputs,
-    )
-
-
-def _to_replica(part: ReplicaPart) -> ReplicaPlan:
-    stages = tuple(StagePlan(**(dict(stage) | {"devices": tuple(stage.devices)})) for stage in part.stages)
-    pools = tuple(AttentionWorkerPool(**(dict(p) | {"devices": tuple(p.devices)})) for p in part.attention_workers)
-    parts = {"stages": stages, "attention_workers": pools, "role": Role(part.role), "kv_zones": tuple(part.kv_zones)}
-    return ReplicaPlan(**(dict(part) | parts))
+PLAN = kind_of(PlanDocument, Plan, to_value=_to_plan, to_data=_plan_data, check=_check)
+load_plan, parse_plan, plan_to_data = PLAN.load, PLAN.parse, PLAN.to_data

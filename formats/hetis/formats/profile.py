@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hetis.formats import units
-from hetis.formats.fields import API_VERSION, DocumentPart, SizeOrBytes, Title
-from hetis.formats.loading import read_data, validated
-from hetis.formats.positions import Text
-from hetis.solver.profile import REGION_FIELDS, Fit, FitRegion, FitScope, Op, Piece, Profile, Provenance, Source
+from hetis.formats.fields import (
+    Document,
+    DocumentPart,
+    Found,
+    SizeOrBytes,
+    Title,
+    entries,
+    kind_of,
+    plain,
+    present,
+    value_of,
+)
+from hetis.solver.profile import Fit, Profile
 
 Coefficient = Annotated[float, Field(ge=0)]
 _REQUIRED = ("dense", "prefill_attention", "decode_attention", "all_reduce", "transfer")
@@ -75,10 +84,9 @@ class FitPart(DocumentPart):
     pieces: Annotated[list[PiecePart], Field(min_length=1)]
 
 
-class ProfileDocument(DocumentPart):
+class ProfileDocument(Document):
     """Operator times and usable memory of one GPU type. Memory is ``76GiB`` or a number of bytes."""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["Profile"]
     gpu: Title
     usable_bytes: Annotated[SizeOrBytes, Field(gt=0)]
@@ -86,29 +94,13 @@ class ProfileDocument(DocumentPart):
     fits: list[FitPart]
 
 
-def load_profile(path: str | os.PathLike[str]) -> Profile:
-    """Return the profile in a YAML or JSON file (``-``: standard input).
-
-    Raises:
-        DocumentError: with every problem of the file.
-    """
-    return parse_profile(*read_data(path))
+def _to_profile(document: ProfileDocument) -> Profile:
+    fits = [fit.model_dump() | ({} if fit.scope else {"scope": {}}) for fit in document.fits]
+    return value_of(Profile, document, fits=fits)
 
 
-def parse_profile(data: Any, source: Text) -> Profile:
-    """Return the profile in a document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
-    return validated(ProfileDocument, data, source, to_value=_to_profile, check=_check_profile)
-
-
-def profile_to_data(profile: Profile) -> dict[str, Any]:
-    """Return a profile's document as plain data. Reading it again gives an equal profile."""
+def _profile_data(profile: Profile) -> dict[str, Any]:
     return {
-        "apiVersion": API_VERSION,
-        "kind": "Profile",
         "gpu": profile.gpu,
         "usable_bytes": units.format_bytes(profile.usable_bytes),
         "reserve_bytes": units.format_bytes(profile.reserve_bytes),
@@ -116,58 +108,25 @@ def profile_to_data(profile: Profile) -> dict[str, Any]:
     }
 
 
-def _to_profile(document: ProfileDocument) -> Profile:
-    return Profile(
-        gpu=document.gpu,
-        usable_bytes=document.usable_bytes,
-        reserve_bytes=document.reserve_bytes,
-        fits=tuple(_to_fit(part) for part in document.fits),
-    )
-
-
-def _to_fit(part: FitPart) -> Fit:
-    provenance = part.provenance
-    return Fit(
-        op=Op(part.op),
-        pieces=tuple(Piece(**dict(piece)) for piece in part.pieces),
-        provenance=Provenance(
-            source=Source(provenance.source),
-            origin=provenance.origin,
-            held_out_mape=provenance.held_out_mape,
-            range_error=provenance.range_error,
-        ),
-        scope=FitScope(**dict(part.scope)) if part.scope else FitScope(),
-        region=_to_region(part.region) if part.region else None,
-    )
-
-
-def _to_region(part: RegionPart) -> FitRegion:
-    limits = {name: value for name in REGION_FIELDS if (value := getattr(part, name)) is not None}
-    return FitRegion(**{name: (low, high) for name, (low, high) in limits.items()})
-
-
 def _fit_data(fit: Fit) -> dict[str, Any]:
-    provenance: dict[str, Any] = {"source": fit.provenance.source.value, "origin": fit.provenance.origin}
-    if fit.provenance.held_out_mape is not None:
-        provenance["held_out_mape"] = fit.provenance.held_out_mape
-    if fit.provenance.range_error is not None:
-        provenance["range_error"] = fit.provenance.range_error
-    scope = {name: value for name in ScopePart.model_fields if (value := getattr(fit.scope, name)) is not None}
-    pieces = [{name: value for name in PiecePart.model_fields if (value := getattr(p, name))} for p in fit.pieces]
-    region = {name: list(value) for name in REGION_FIELDS if fit.region and (value := getattr(fit.region, name))}
+    scope = present(plain(fit.scope))
     return {
         "op": fit.op.value,
         **({"scope": scope} if scope else {}),
-        **({"region": region} if fit.region is not None else {}),
-        "provenance": provenance,
-        "pieces": pieces,
+        **({"region": present(plain(fit.region))} if fit.region is not None else {}),
+        "provenance": present(plain(fit.provenance)),
+        "pieces": [{name: value for name, value in plain(piece).items() if value} for piece in fit.pieces],
     }
 
 
-def _check_profile(data: Any) -> list[tuple[tuple[str | int, ...], str]]:
+def _check_profile(data: Mapping[str, Any]) -> Found:
     fits = data.get("fits")
-    if not isinstance(fits, list):
-        return []
-    given = {fit.get("op") for fit in fits if isinstance(fit, dict) and isinstance(fit.get("op"), str)}
-    missing = [op for op in _REQUIRED if op not in given]
-    return [(("fits",), f"has no fit for {', '.join(missing)}")] if missing else []
+    if isinstance(fits, list):
+        given = [fit.get("op") for _, fit in entries(fits)]
+        missing = [op for op in _REQUIRED if op not in given]
+        if missing:
+            yield ("fits",), f"has no fit for {', '.join(missing)}"
+
+
+PROFILE = kind_of(ProfileDocument, Profile, to_value=_to_profile, to_data=_profile_data, check=_check_profile)
+load_profile, parse_profile, profile_to_data = PROFILE.load, PROFILE.parse, PROFILE.to_data

@@ -1,8 +1,10 @@
-"""Tenants files: the tenants that share a fleet, each with a model, its traffic, limits and a claim."""
+"""Files of tenants: Tenants share a fleet, each with a model, its traffic, limits and a claim; a ShareProblem has GPU
+types and the tenants' speed-ups on them, given or to be derived from a model.
+"""
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -10,13 +12,25 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from hetis.formats import units
-from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, DocumentPart, Name
-from hetis.formats.loading import read_data, validated
-from hetis.formats.positions import Text
+from hetis.formats.errors import did_you_mean, shown
+from hetis.formats.fields import (
+    Document,
+    DocumentPart,
+    Found,
+    Name,
+    Title,
+    entries,
+    kind_of,
+    mapping,
+    plain,
+    present,
+    value_of,
+)
 
 MAX_TENANTS = 64
 NO_LIMIT = "none"
+MAX_GPUS = 1_000_000
+MAX_CLAIMANTS = 400  # jobs of all tenants: the number of envy constraints grows with their square
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,91 +93,192 @@ class FleetTenantPart(DocumentPart):
     tpot: Limit | None = None
 
 
-class TenantsDocument(DocumentPart):
+class TenantsDocument(Document):
     """Tenants that share one fleet; which fleet is said beside it (``hetis-plan share FILE --cluster FILE``)."""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["Tenants"]
     tenants: Annotated[list[FleetTenantPart], Field(min_length=1, max_length=MAX_TENANTS)]
 
 
-def load_tenants(path: str | os.PathLike[str]) -> FleetTenants:
-    """Return the tenants in a YAML or JSON file (``-``: standard input).
-
-    Raises:
-        DocumentError: with every problem of the file.
-    """
-    return parse_tenants(*read_data(path))
-
-
-def parse_tenants(data: Any, source: Text) -> FleetTenants:
-    """Return the tenants in a document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
-    return validated(TenantsDocument, data, source, to_value=_to_tenants, check=_check)
-
-
-def tenants_to_data(value: FleetTenants) -> dict[str, Any]:
-    """Return the document as plain data. Reading it again gives equal tenants."""
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "Tenants",
-        "tenants": [_tenant_data(tenant) for tenant in value.tenants],
-    }
-
-
-def _tenant_data(tenant: FleetTenant) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "name": tenant.name,
-        "model": tenant.model,
-        "workload": tenant.workload,
-        "weight": tenant.weight,
-        "objective": tenant.objective,
-    }
-    if tenant.worth is not None:
-        data["worth"] = tenant.worth
-    for field, limit_s in (("ttft", tenant.ttft_s), ("tpot", tenant.tpot_s)):
-        if limit_s is not None:
-            data[field] = NO_LIMIT if limit_s == float("inf") else f"{limit_s!r}s"
-    return data
-
-
 def _to_tenants(document: TenantsDocument) -> FleetTenants:
+    def limit(given: float | None) -> float | None:
+        return math.inf if given == LIFTED_S else given
+
     return FleetTenants(
         tenants=tuple(
-            FleetTenant(
-                name=part.name,
-                model=part.model,
-                workload=part.workload,
-                weight=part.weight,
-                worth=part.worth,
-                objective=part.objective,
-                ttft_s=_limit(part.ttft),
-                tpot_s=_limit(part.tpot),
-            )
-            for part in document.tenants
+            value_of(FleetTenant, part, ttft_s=limit(part.ttft), tpot_s=limit(part.tpot)) for part in document.tenants
         )
     )
 
 
-def _limit(given: float | None) -> float | None:
-    return float("inf") if given == LIFTED_S else given
+def _tenants_data(value: FleetTenants) -> dict[str, Any]:
+    def limit(limit_s: float | None) -> str | None:
+        return None if limit_s is None else NO_LIMIT if limit_s == math.inf else f"{limit_s!r}s"
+
+    order = ("name", "model", "workload", "weight", "objective", "worth")
+    return {
+        "tenants": [
+            present(
+                {name: getattr(one, name) for name in order} | {"ttft": limit(one.ttft_s), "tpot": limit(one.tpot_s)}
+            )
+            for one in value.tenants
+        ]
+    }
 
 
-def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _check_tenants(data: Mapping[str, Any]) -> Found:
     """Yield problems with duplicate names, and with a worth that only some tenants have."""
-    tenants = data.get("tenants") if isinstance(data.get("tenants"), list) else []
-    parts = [(i, part) for i, part in enumerate(tenants or []) if isinstance(part, dict)]
-    seen: set[str] = set()
-    for i, part in parts:
-        name = part.get("name")
-        if isinstance(name, str):
-            if name in seen:
-                yield ("tenants", i, "name"), f"tenant {shown(name)} appears twice"
-            seen.add(name)
+    parts = entries(data.get("tenants"))
+    yield from _twice("tenant", ("tenants",), parts)
     priced = [i for i, part in parts if part.get("worth") is not None]
     for i, _ in parts:
         if priced and i not in priced:
             yield ("tenants", i), f"has no worth, tenant {priced[0] + 1} has: say it of all or of none"
+
+
+def _twice(
+    noun: str, path: tuple[str | int, ...], parts: list[tuple[int, dict[str, Any]]]
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    seen = set[str]()
+    for i, part in parts:
+        if isinstance(name := part.get("name"), str):
+            if name in seen:
+                yield (*path, i, "name"), f"{noun} {shown(name)} appears twice"
+            seen.add(name)
+
+
+TENANTS = kind_of(TenantsDocument, FleetTenants, to_value=_to_tenants, to_data=_tenants_data, check=_check_tenants)
+load_tenants, parse_tenants = TENANTS.load, TENANTS.parse
+
+
+# --- ShareProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedJob:
+    """A tenant's job: throughput per GPU by type name, or the model and workload to derive it from."""
+
+    name: str
+    speedups: Mapping[str, float] | None
+    model: str | None
+    workload: str | None
+    min_gpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharingTenant:
+    name: str
+    weight: float
+    jobs: tuple[SharedJob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareInputs:
+    """The content of a ShareProblem file: GPUs by type name, GPUs per node, and the tenants."""
+
+    gpus: Mapping[str, int]
+    gpus_per_node: int
+    tenants: tuple[SharingTenant, ...]
+
+
+Speedup = Annotated[float, Field(ge=0, le=1e8)]  # beyond this, linear programs for shares lose precision
+Weight = Annotated[float, Field(ge=1e-4, le=1e4)]
+MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
+
+
+class SharedJobPart(DocumentPart):
+    """A kind of work: ``speedups`` per GPU type, in any unit, or ``model`` and ``workload`` to derive them."""
+
+    name: Title
+    speedups: dict[str, Speedup] | None = None
+    model: str | None = None
+    workload: str | None = None
+    min_gpus: MinGpus = 1
+
+
+class SharingTenantPart(DocumentPart):
+    """A tenant with a claim to ``weight`` parts. One kind of work may stand here directly, several in ``jobs``."""
+
+    name: Title
+    weight: Weight = 1.0
+    speedups: dict[str, Speedup] | None = None
+    model: str | None = None
+    workload: str | None = None
+    min_gpus: MinGpus = 1
+    jobs: Annotated[list[SharedJobPart], Field(min_length=1)] | None = None
+
+
+class ShareProblemDocument(Document):
+    """GPUs by type, and the tenants that share them. ``gpus_per_node`` matters where speed-ups are derived."""
+
+    kind: Literal["ShareProblem"]
+    gpus: Annotated[dict[Title, Annotated[int, Field(ge=1, le=MAX_GPUS)]], Field(min_length=1)]
+    gpus_per_node: Annotated[int, Field(ge=1, le=64)] = 8
+    tenants: Annotated[list[SharingTenantPart], Field(min_length=1)]
+
+
+def _to_inputs(document: ShareProblemDocument) -> ShareInputs:
+    def jobs(tenant: SharingTenantPart) -> tuple[SharedJob, ...]:
+        return tuple(value_of(SharedJob, part) for part in (tenant.jobs if tenant.jobs is not None else [tenant]))
+
+    tenants = tuple(value_of(SharingTenant, part, jobs=jobs(part)) for part in document.tenants)
+    return value_of(ShareInputs, document, tenants=tenants)
+
+
+def _inputs_data(inputs: ShareInputs) -> dict[str, Any]:
+    order = ("name", "min_gpus", "speedups", "model", "workload")
+
+    def job(one: SharedJob) -> dict[str, Any]:
+        return present({name: plain(getattr(one, name)) for name in order})
+
+    tenants = [plain(tenant) | {"jobs": [job(one) for one in tenant.jobs]} for tenant in inputs.tenants]
+    return {**plain(inputs), "tenants": tenants}
+
+
+def _check_shares(data: Mapping[str, Any]) -> Found:
+    """Yield problems with duplicate names and with speed-ups that are missing, given twice, or for unknown GPUs."""
+    gpus, tenants = mapping(data.get("gpus")), entries(data.get("tenants"))
+    yield from _twice("tenant", ("tenants",), tenants)
+    claimants = 0
+    for i, tenant in tenants:
+        where = ("tenants", i)
+        jobs = tenant.get("jobs")
+        if not isinstance(jobs, list):
+            claimants += 1
+            yield from _check_work(tenant, where, gpus)
+            continue
+        claimants += len(jobs)
+        for field in ("speedups", "model", "workload", "min_gpus"):
+            if field in tenant:
+                yield (*where, field), "stands beside jobs: say it of each job"
+        yield from _twice("job", (*where, "jobs"), entries(jobs))
+        for j, job in entries(jobs):
+            yield from _check_work(job, (*where, "jobs", j), gpus)
+    if claimants > MAX_CLAIMANTS:
+        yield ("tenants",), f"have {claimants} jobs in all, at most {MAX_CLAIMANTS} can be shared among"
+
+
+def _check_work(work: Mapping[str, Any], where: tuple[str | int, ...], gpus: Mapping[str, Any]) -> Found:
+    speedups, model = work.get("speedups"), work.get("model")
+    if speedups is None and model is None:
+        yield where, "has neither speedups nor a model to derive them from"
+    if speedups is not None and model is not None:
+        yield (*where, "model"), "stands beside speedups: give one of them"
+    if model is not None and work.get("workload") is None:
+        yield where, "workload is missing: speed-ups of a model depend on its traffic"
+    if isinstance(speedups, dict):
+        for gpu in speedups:
+            if gpu not in gpus:
+                hint = did_you_mean(str(gpu), [str(known) for known in gpus])
+                yield (*where, "speedups", gpu), f"GPU type {shown(gpu)} is not in gpus{hint}"
+        for gpu in gpus:
+            if gpu not in speedups:
+                yield (*where, "speedups"), f"has none for {gpu}; 0 where it cannot run"
+        if speedups and all(value == 0 for value in speedups.values()):
+            yield (*where, "speedups"), "are all 0: it runs on no GPU type"
+
+
+SHARE_PROBLEM = kind_of(
+    ShareProblemDocument, ShareInputs, to_value=_to_inputs, to_data=_inputs_data, check=_check_shares
+)
+load_share_problem = SHARE_PROBLEM.load

@@ -1,16 +1,25 @@
-"""Forms of existing traces: which columns or fields hold arrival, prompt and output, and how times are written.
+"""Rows of trace files as text, in the forms that other tools write: place, form, and arrival, prompt and output.
 
-A file's form is the one whose fields its header, or its first line of JSON, contains.
+The file name determines the syntax: JSONL, one JSON value (an array of requests or conversations, or the output of
+``vllm bench serve``), the log of a vLLM server, or otherwise CSV; all of them plain or gzip-compressed. A file's form
+is the one whose fields its header, or its first line of JSON, contains.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
+import re
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import IO, Any
 
-from hetis.formats.errors import DocumentError, single_problem
+from hetis.formats.errors import DocumentError, shown, single_problem
+from hetis.formats.files import unreadable
 
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 
@@ -207,3 +216,313 @@ def fields_of(value: Mapping[str, Any], prefix: str = "", level: int = 1) -> dic
         else:
             found[f"{prefix}{name}"] = one
     return found
+
+
+_LEAP_YEAR = 2024  # lines have a month and a day but no year
+_HALF_A_YEAR_S = 182 * 86_400.0
+MAX_OPEN = 1_000_000  # requests that wait for their responses
+
+# User text precedes the ids, so the last list in a line is the server's.
+_LINE = re.compile(
+    r"\b(?:DEBUG|INFO) (\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)(?:\.\d+)? "
+    r".*?(Received request|Request|Generated response) ([\w.-]{1,200})[ :]"
+)
+_IDS = re.compile(r".*\b(prompt|output)_token_ids: \[([\d, ]*)(\]|$)", re.DOTALL)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request without a response yet. Counts are 0 until they are known."""
+
+    line: int
+    arrival_s: float
+    prompt_tokens: int = 0
+    delta_tokens: int = 0
+
+
+def log_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
+    """Yield line, form and values of every request with a response, in the order of the responses.
+
+    Raises:
+        DocumentError: the file is not a vLLM log, or has no token ids.
+    """
+    waiting: dict[str, _Open] = {}
+    last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
+    for number, line in enumerate(lines, start=1):
+        found = _LINE.search(line[:1000])
+        if found is None:
+            continue
+        now_s = _seconds(found)
+        if now_s is None:
+            continue
+        if now_s < last_s - _HALF_A_YEAR_S:  # New Year
+            year_s += 366 * 86_400.0
+        last_s = now_s
+        seen, what, name = True, found[6], found[7]
+        ids = _ids_of(line)
+        if what != "Generated response":
+            if len(waiting) < MAX_OPEN:
+                one = waiting.setdefault(name, _Open(line=number, arrival_s=now_s + year_s))
+                one.prompt_tokens = ids or one.prompt_tokens
+        elif ids and name in waiting:
+            one = waiting[name]
+            if "(streaming delta)" in line[:1000]:
+                one.delta_tokens += ids
+            elif one.prompt_tokens:
+                num_answers += 1
+                del waiting[name]
+                yield one.line, VLLM_LOG, [repr(one.arrival_s), str(one.prompt_tokens), str(ids)]
+    for one in waiting.values():
+        if one.prompt_tokens and one.delta_tokens:
+            num_answers += 1
+            yield one.line, VLLM_LOG, [repr(one.arrival_s), str(one.prompt_tokens), str(one.delta_tokens)]
+    if not num_answers:
+        why = "has no token ids of requests and their answers" if seen else "has no request in vLLM's form"
+        how = "vLLM logs them with --enable-log-requests --enable-log-outputs and VLLM_LOGGING_LEVEL=DEBUG"
+        raise single_problem(label, f"{why}: {how}")
+
+
+def _seconds(found: re.Match[str]) -> float | None:
+    month, day, hour, minute, second = (int(found[i]) for i in range(1, 6))
+    try:
+        return datetime(_LEAP_YEAR, month, day, hour, minute, second, tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
+
+
+def _ids_of(line: str) -> int:
+    """Return the number of token ids in the last list of a line, or 0 if there is none."""
+    found = _IDS.match(line)
+    return found[2].count(",") + 1 if found is not None and found[2].strip() else 0
+
+
+MAX_ITEM = 16 * 2**20  # characters per item
+_CHUNK = 2**20
+
+CountTokens = Callable[[str], int]
+"""Returns the number of tokens of a text."""
+
+_ANSWERS = {"gpt", "assistant", "chatgpt", "bing", "bard", "model"}
+
+
+def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator[Row]:
+    """Yield the rows of a file that holds one JSON value.
+
+    Args:
+        label: the file, for messages.
+        file: its text.
+        count: counts the tokens of a text in conversations, which have no counts. None: conversations are refused.
+
+    Raises:
+        DocumentError: the file is not JSON, or not in a known form.
+    """
+    begin = file.read(_CHUNK)
+    if begin.lstrip()[:1] == "{":
+        yield from _bench_rows(label, begin, file)
+        return
+    form = None
+    for index, item in _items(label, begin, file):
+        if not isinstance(item, dict):
+            raise single_problem(label, f"[{index}] is {shown(item)}, expected an object")
+        turns = _turns(item)
+        if turns is not None:
+            if count is None:
+                raise single_problem(
+                    label, "has texts and no numbers of tokens: hetis-plan convert counts them, see its --help"
+                )
+            yield from _conversation_rows(index, turns, count)
+            continue
+        fields = fields_of(item)
+        form = form or form_of(fields)
+        if form is None:
+            raise unknown_form(label, f"[{index}]", "field", "fields", list(fields))
+        yield from values_of(f"[{index}]", form, fields)
+
+
+def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
+    """Yield the items of an array with their numbers, each as soon as it is complete."""
+    decode = json.JSONDecoder().raw_decode
+    buffer, place, index = begin, len(begin) - len(begin.lstrip()), 0
+    if buffer[place : place + 1] != "[":
+        raise single_problem(label, f"begins with {buffer[place : place + 20]!r}, expected a JSON array")
+    place += 1
+    more = True
+    while True:
+        while place < len(buffer) and buffer[place] in " \t\r\n,":
+            place += 1
+        if buffer[place : place + 1] == "]":
+            return
+        try:
+            item, end = decode(buffer, place)
+            # A number at the end of what was read may continue.
+            whole = end < len(buffer) or not more
+        except ValueError as error:
+            whole, item, end = False, None, place
+            if not more:
+                raise single_problem(label, f"[{index}] is not JSON: {error}") from None
+        except RecursionError:
+            raise single_problem(label, f"[{index}] is nested too deep") from None
+        if whole:
+            yield index, item
+            index, place = index + 1, end
+            continue
+        if len(buffer) - place > MAX_ITEM:
+            raise single_problem(label, f"[{index}] is not JSON, or has more than {MAX_ITEM} characters")
+        chunk = file.read(_CHUNK)
+        more = bool(chunk)
+        buffer, place = buffer[place:] + chunk, 0
+
+
+def _turns(item: dict[str, Any]) -> list[Any] | None:
+    """Return the turns of a conversation, in the form of ShareGPT or of chat requests, or None if there are none."""
+    for key in ("conversations", "conversation", "messages", "items"):
+        if isinstance(item.get(key), list):
+            return list(item[key])
+    return None
+
+
+def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iterator[Row]:
+    """Yield a request for every answer. Its prompt is everything that was said before."""
+    before = 0
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            continue
+        who = str(turn.get("from", turn.get("role", ""))).lower()
+        text = turn.get("value", turn.get("content", turn.get("text")))
+        tokens = count(text) if isinstance(text, str) and text else 0
+        if who in _ANSWERS and before and tokens:
+            yield f"[{index}].turn[{number}]", CONVERSATIONS, ["0", str(before), str(tokens)]
+        before += tokens
+
+
+def _bench_rows(label: str, begin: str, file: IO[str]) -> Iterator[Row]:
+    """Yield the requests of ``vllm bench serve --save-result --save-detailed``, which has a list for each property."""
+    from hetis.formats.files import MAX_BYTES
+
+    text = begin + file.read(MAX_BYTES)
+    if len(text) > MAX_BYTES:
+        raise single_problem(label, f"is larger than {MAX_BYTES // 2**20} MiB")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise single_problem(label, f"is not JSON: {error}") from None
+    lists = {name: value for name, value in data.items() if isinstance(value, list)}
+    missing = [name for name in VLLM_BENCH.fields if name not in lists]
+    if missing:
+        raise _not_a_trace(label, missing, list(data))
+    columns = [lists[name] for name in VLLM_BENCH.fields]
+    if len({len(column) for column in columns}) > 1:
+        lengths = ", ".join(f"{len(lists[name])} {name}" for name in VLLM_BENCH.fields)
+        raise single_problem(label, f"has lists of different lengths: {lengths}")
+    errors = lists.get("errors", [])
+    for index, row in enumerate(zip(*columns, strict=True)):
+        if not (index < len(errors) and errors[index]):
+            yield f"[{index}]", VLLM_BENCH, [str(value) for value in row]
+
+
+def _not_a_trace(label: str, missing: list[str], keys: list[str]) -> DocumentError:
+    return single_problem(
+        label,
+        f"has no {', '.join(missing)}, but {', '.join(key[:40] for key in keys[:12])}: expected an array of requests,"
+        " or what vllm bench serve --save-detailed saves",
+    )
+
+
+def characters_counter(characters_per_token: float) -> CountTokens:
+    """Return a function that estimates the tokens of a text from its length, at least one."""
+    return partial(_by_length, characters_per_token)
+
+
+def _by_length(characters_per_token: float, text: str) -> int:
+    return max(1, round(len(text) / characters_per_token))
+
+
+CSV_ENDINGS = (".csv", ".csv.gz")
+JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
+JSON_ENDINGS = (".json", ".json.gz")
+LOG_ENDINGS = (".log", ".log.gz")
+MAX_LINE = 2_000_000  # characters; a response may be logged with its text
+
+
+def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
+    """Yield place, form and the three values of every row.
+
+    Args:
+        label: the file.
+        count: counts the tokens of a text, for files of texts. None: those are refused.
+
+    Raises:
+        DocumentError: the file is unreadable, or its columns or syntax are invalid.
+    """
+    try:
+        with opened(label) as file:
+            if label.endswith(JSON_ENDINGS):
+                yield from array_rows(label, file, count)
+                return
+            # An endless line is cut, and fails as a row before it fills the memory.
+            lines = iter(partial(file.readline, MAX_LINE), "")
+            yield from _reader(label)(label, lines)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise single_problem(label, f"is not a complete gzip file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise single_problem(label, f"is not UTF-8 text (offset {error.start})") from None
+    except csv.Error as error:
+        raise single_problem(label, f"is not CSV: {error}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(label, error) from None
+
+
+def opened(label: str) -> IO[str]:
+    """Open a trace as text, decompressed if its name says so."""
+    if label.endswith(".gz"):
+        return gzip.open(label, "rt", encoding="utf-8-sig", newline="")
+    return open(label, encoding="utf-8-sig", newline="")
+
+
+def _reader(label: str) -> Callable[[str, Iterator[str]], Iterator[Row]]:
+    if label.endswith(LOG_ENDINGS):
+        return log_rows
+    return _json_rows if label.endswith(JSONL_ENDINGS) else _csv_rows
+
+
+def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
+    reader = csv.reader(lines)
+    header = [column.strip() for column in next(reader, [])]
+    if not header:
+        raise single_problem(label, "is empty", line=1)
+    form = form_of(header)
+    if form is None:
+        raise unknown_form(label, 1, "column", "columns", header)
+    places = [header.index(column) for column in form.fields]
+    for row in reader:
+        if row:
+            yield reader.line_num, form, [row[place] if place < len(row) else "" for place in places]
+
+
+def _json_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
+    form: TraceForm | None = None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            fields = fields_of(json_object(label, number, line))
+            form = form or form_of(fields)
+            if form is None:
+                raise unknown_form(label, number, "field", "fields", list(fields))
+            yield from values_of(number, form, fields)
+
+
+def json_object(label: str, number: int, line: str) -> dict[str, Any]:
+    """Return the object on a line of JSONL.
+
+    Raises:
+        DocumentError: it is not one.
+    """
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise single_problem(label, f"is not a JSON object: {error.msg}", line=number, column=error.colno) from None
+    except (RecursionError, ValueError) as error:  # endless nesting, a number of thousands of digits
+        raise single_problem(label, f"is not a JSON object: {error}", line=number) from None
+    if not isinstance(fields, dict):
+        wanted = ", ".join(f'"{column}"' for column in OURS.fields)
+        raise single_problem(label, f"is not a JSON object with {wanted}", line=number)
+    return fields

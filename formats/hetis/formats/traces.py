@@ -1,26 +1,42 @@
-"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form in `trace_forms.py`."""
+"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form in `trace_forms.py`.
+
+A trace becomes a workload by its histogram of lengths. Its prefix cache hits are counted where it has Mooncake's form,
+whose requests name the blocks of 512 tokens that make their prompts: in an unlimited cache shared by all replicas, in
+which a request hits the leading blocks that any earlier request had. So the rate is the most that a cache can reach.
+"""
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.histogram import length_bins
-from hetis.formats.prefix_hits import hit_tokens, no_hash_ids
-from hetis.formats.trace_arrays import CountTokens
-from hetis.formats.trace_forms import COLUMNS, OURS, TraceForm
-from hetis.formats.trace_rows import CSV_ENDINGS, JSON_ENDINGS, JSONL_ENDINGS, LOG_ENDINGS, rows_of
-from hetis.solver.workload import Workload
+from hetis.formats.trace_forms import (
+    COLUMNS,
+    CSV_ENDINGS,
+    JSON_ENDINGS,
+    JSONL_ENDINGS,
+    LOG_ENDINGS,
+    MAX_LINE,
+    OURS,
+    CountTokens,
+    TraceForm,
+    json_object,
+    opened,
+    rows_of,
+)
+from hetis.solver.workload import LengthBin, Workload
 
 MAX_TOKENS = 10_000_000  # per prompt or output
 MAX_ROWS = 20_000_000
@@ -190,3 +206,114 @@ def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[t
         if not 1 <= tokens[i - 1] <= MAX_TOKENS:
             wrong.append((form.fields[i], f"is {row[i].strip()[:40]}, must be 1 to {MAX_TOKENS}"))
     return wrong or (arrival, tokens[0], tokens[1])
+
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+def length_bins(prompts: IntArray, outputs: IntArray, *, max_bins: int) -> tuple[LengthBin, ...]:
+    """Return the joint histogram of request lengths, sorted by prompt and output. Weights are numbers of requests.
+
+    Equal pairs share a bin. If there are more than ``max_bins`` distinct pairs, one bin of everything is split
+    repeatedly: always the bin that adds most to the error of E[P^2] and E[O (P + O/2)], at its mean. Bins hold their
+    means, so E[P] and E[O] stay exact; only the variance inside bins is lost.
+
+    Args:
+        prompts, outputs: tokens of each request, shape [requests], all >= 1 and at least one.
+        max_bins: maximum number of bins.
+    """
+    pairs, counts = np.unique(np.stack([prompts, outputs], axis=1), axis=0, return_counts=True)
+    p, o, w = pairs[:, 0].astype(np.float64), pairs[:, 1].astype(np.float64), counts.astype(np.float64)
+    groups = [np.array([i]) for i in range(len(w))] if len(w) <= max_bins else _split(p, o, w, max_bins)
+    bins = [_mean_bin(p[group], o[group], w[group]) for group in groups]
+    return tuple(sorted(bins, key=lambda b: (b.prompt_tokens, b.output_tokens)))
+
+
+def _mean_bin(p: FloatArray, o: FloatArray, w: FloatArray) -> LengthBin:
+    total = float(w.sum())
+    return LengthBin(prompt_tokens=float(w @ p) / total, output_tokens=float(w @ o) / total, weight=total)
+
+
+def _split(p: FloatArray, o: FloatArray, w: FloatArray, max_bins: int) -> list[npt.NDArray[np.intp]]:
+    # Weights of the variances in the relative errors of E[P^2] and of E[O (P + O/2)].
+    per_p, per_o = 1.0 / float(w @ (p * p)), 1.0 / float(w @ (o * (p + o / 2)))
+
+    def entry(number: int, group: npt.NDArray[np.intp]) -> tuple[float, int, npt.NDArray[np.intp], bool]:
+        weight = w[group]
+        mean_p, mean_o = (float(weight @ x[group]) / float(weight.sum()) for x in (p, o))
+        error_p = per_p * float(weight @ (p[group] - mean_p) ** 2)
+        error_o = per_o * float(weight @ (o[group] - mean_o) ** 2)
+        along_prompt = error_p >= error_o
+        return -max(error_p, error_o), number, group, along_prompt
+
+    heap: list[Any] = [entry(0, np.arange(len(w)))]
+    number = 1
+    while len(heap) < max_bins and heap[0][0] < 0:
+        _, _, group, along_prompt = heapq.heappop(heap)
+        x = (p if along_prompt else o)[group]
+        low = x <= float(w[group] @ x) / float(w[group].sum())
+        for half in (group[low], group[~low]):
+            heapq.heappush(heap, entry(number, half))
+            number += 1
+    return [group for _, _, group, _ in heap]
+
+
+BLOCK_TOKENS = 512  # of Mooncake's traces, FAST25-release/traces
+FIELD = "hash_ids"
+
+
+def hit_tokens(label: str, prompt_tokens: IntArray, order: IntArray) -> IntArray:
+    """Return how many tokens of each prompt an earlier request has left in an unlimited cache, at most all but one.
+
+    Args:
+        label: a JSONL trace that was read already.
+        prompt_tokens: of its requests, in the order of the file, [requests].
+        order: of arrival: numbers of requests, [requests].
+
+    Raises:
+        DocumentError: a request does not name the blocks of its prompt.
+    """
+    blocks = _blocks(label, prompt_tokens)
+    hits = np.zeros(len(prompt_tokens), np.int64)
+    seen = set[int]()
+    for request in order.tolist():
+        known = next((i for i, block in enumerate(blocks[request]) if block not in seen), len(blocks[request]))
+        hits[request] = min(known * BLOCK_TOKENS, int(prompt_tokens[request]) - 1)
+        seen.update(blocks[request])
+    return hits
+
+
+def _blocks(label: str, prompt_tokens: IntArray) -> list[array[int]]:
+    """Return the numbers of the blocks of every request, in the order of the file."""
+    found: list[array[int]] = []
+    with opened(label) as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), start=1):
+            if line.strip():
+                ids = json_object(label, number, line).get(FIELD)
+                found.append(_checked(label, number, ids, int(prompt_tokens[len(found)])))
+    return found
+
+
+def _checked(label: str, line: int, ids: Any, prompt_tokens: int) -> array[int]:
+    if ids is None:
+        raise no_hash_ids(label, line)
+    try:
+        blocks = array("q", ids)
+    except (TypeError, OverflowError):
+        raise _wrong(label, line, "is not a list of whole numbers of 64 bits") from None
+    expected = -(-prompt_tokens // BLOCK_TOKENS)
+    if len(blocks) != expected:
+        message = f"has {len(blocks)} blocks, {prompt_tokens} prompt tokens make {expected} of {BLOCK_TOKENS}"
+        raise _wrong(label, line, message)
+    return blocks
+
+
+def _wrong(label: str, line: int, message: str) -> DocumentError:
+    return DocumentError([Problem(file=label, line=line, path=FIELD, message=message)])
+
+
+def no_hash_ids(label: str, line: int | None = None) -> DocumentError:
+    """Return the error for a source whose hits cannot be counted."""
+    message = "prefix hits are counted from the hash_ids of a trace in Mooncake's form: give a share such as 0.4"
+    return single_problem(label, f"has no {FIELD}; {message}", line=line)

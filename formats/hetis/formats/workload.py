@@ -14,11 +14,21 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
-from hetis.formats.fields import API_VERSION, DocumentPart, Title
-from hetis.formats.loading import read_data, validated
+from hetis.formats.fields import (
+    Document,
+    DocumentPart,
+    Found,
+    Kind,
+    Title,
+    plain,
+    present,
+    read_data,
+    validated,
+    value_of,
+    with_envelope,
+)
 from hetis.formats.positions import Text
-from hetis.formats.prefix_hits import no_hash_ids
-from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace
+from hetis.formats.traces import ENDINGS, MAX_TOKENS, PrefixHitRate, load_trace, no_hash_ids
 from hetis.solver.workload import LengthBin, Workload
 
 Tokens = Annotated[float, Field(ge=1, le=MAX_TOKENS)]
@@ -52,13 +62,12 @@ class BinPart(DocumentPart):
     weight: Weight
 
 
-class WorkloadDocument(DocumentPart):
+class WorkloadDocument(Document):
     """Traffic: a histogram of request lengths, or their means, or the path of a trace (from this file's folder).
 
     ``prefix_hit_rate`` is the share of prompt tokens that a prefix cache has; ``trace`` counts it in a Mooncake trace.
     """
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["Workload"]
     name: Title
     rate_rps: Rate | None = None
@@ -133,28 +142,20 @@ def parse_workload(data: Any, source: Text) -> Workload:
         DocumentError: with every problem of the document.
     """
     folder = Path(source.file).parent
-    return validated(
-        WorkloadDocument,
-        data,
-        source,
-        to_value=partial(_to_workload, folder=folder),
-        check=partial(_check_workload, folder=folder),
+    to_value, check = partial(_to_workload, folder=folder), partial(_check_workload, folder=folder)
+    return validated(WorkloadDocument, data, source, to_value=to_value, check=check)
+
+
+def _workload_data(workload: Workload) -> dict[str, Any]:
+    return present(
+        {
+            "name": workload.name,
+            "rate_rps": workload.rate_rps,
+            "clipped_ratio": workload.clipped_ratio or None,
+            "prefix_hit_rate": workload.prefix_hit_rate or None,
+            "histogram": plain(workload.bins),
+        }
     )
-
-
-def workload_to_data(workload: Workload) -> dict[str, Any]:
-    """Return a workload's document, a histogram, as plain data. Reading it again gives an equal workload."""
-    data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "Workload", "name": workload.name}
-    if workload.rate_rps is not None:
-        data["rate_rps"] = workload.rate_rps
-    if workload.clipped_ratio:
-        data["clipped_ratio"] = workload.clipped_ratio
-    if workload.prefix_hit_rate:
-        data["prefix_hit_rate"] = workload.prefix_hit_rate
-    data["histogram"] = [
-        {"prompt_tokens": b.prompt_tokens, "output_tokens": b.output_tokens, "weight": b.weight} for b in workload.bins
-    ]
-    return data
 
 
 def _means(text: str) -> Workload:
@@ -167,48 +168,47 @@ def _means(text: str) -> Workload:
     if not lengths or not all(1 <= tokens <= MAX_TOKENS for tokens in lengths):
         message = f"{text[:80]!r} is not a pair of mean lengths such as 8000/300, each 1 to {MAX_TOKENS} tokens"
         raise DocumentError([Problem(file="workload", message=message)])
-    return Workload(name=text, bins=(LengthBin(prompt_tokens=lengths[0], output_tokens=lengths[1], weight=1.0),))
+    return Workload(name=text, bins=_equal(*lengths))
+
+
+def _equal(prompt_tokens: float, output_tokens: float) -> tuple[LengthBin, ...]:
+    return (LengthBin(prompt_tokens=prompt_tokens, output_tokens=output_tokens, weight=1.0),)
 
 
 def _to_workload(document: WorkloadDocument, folder: Path) -> Workload:
     rate, hit_rate = document.rate_rps, document.prefix_hit_rate
-    bins: tuple[LengthBin, ...] = ()
+    bins = tuple(value_of(LengthBin, part) for part in document.histogram or ())
     if document.trace is not None:
         traced = load_trace(folder / document.trace, name=document.name, prefix_hit_rate=hit_rate)
         rate, bins, hit_rate = rate or traced.rate_rps, traced.bins, traced.prefix_hit_rate
-    elif document.histogram is not None:
-        bins = tuple(
-            LengthBin(prompt_tokens=b.prompt_tokens, output_tokens=b.output_tokens, weight=b.weight)
-            for b in document.histogram
-        )
     elif document.mean_prompt_tokens is not None and document.mean_output_tokens is not None:
-        prompt, output = document.mean_prompt_tokens, document.mean_output_tokens
-        bins = (LengthBin(prompt_tokens=prompt, output_tokens=output, weight=1.0),)
+        bins = _equal(document.mean_prompt_tokens, document.mean_output_tokens)
     assert hit_rate != "trace", "checked: only a trace has hits to count"
-    return Workload(
-        name=document.name,
-        bins=bins,
-        rate_rps=rate,
-        clipped_ratio=document.clipped_ratio,
-        prefix_hit_rate=hit_rate,
-    )
+    ratio = document.clipped_ratio
+    return Workload(name=document.name, bins=bins, rate_rps=rate, clipped_ratio=ratio, prefix_hit_rate=hit_rate)
 
 
-def _check_workload(data: Mapping[str, Any], folder: Path) -> list[tuple[tuple[str | int, ...], str]]:
+def _check_workload(data: Mapping[str, Any], folder: Path) -> Found:
     given = [form for form in FORMS if data.get(form) is not None]
-    found: list[tuple[tuple[str | int, ...], str]] = []
     prompt, output = (data.get(f"mean_{what}_tokens") is not None for what in ("prompt", "output"))
     if output and not prompt:
-        found.append(((), "mean_prompt_tokens is missing beside mean_output_tokens"))
+        yield (), "mean_prompt_tokens is missing beside mean_output_tokens"
     elif prompt and not output:
-        found.append(((), "mean_output_tokens is missing beside mean_prompt_tokens"))
+        yield (), "mean_output_tokens is missing beside mean_prompt_tokens"
     elif not given:
-        found.append(((), "one of histogram, mean_prompt_tokens with mean_output_tokens, or trace is missing"))
+        yield (), "one of histogram, mean_prompt_tokens with mean_output_tokens, or trace is missing"
     trace = data.get("trace")
     if isinstance(trace, str) and not os.path.isfile(folder / trace):
-        found.append((("trace",), f"no such file: {folder / trace}"))
+        yield ("trace",), f"no such file: {folder / trace}"
     if data.get("prefix_hit_rate") == "trace" and trace is None:
-        found.append((("prefix_hit_rate",), "is trace, and without a trace there are no hash_ids to count hits by"))
+        yield ("prefix_hit_rate",), "is trace, and without a trace there are no hash_ids to count hits by"
     if len(given) > 1:
-        found.append(((given[1],), f"cannot be combined with {given[0]}: the lengths are given twice"))
-    return found
+        yield (given[1],), f"cannot be combined with {given[0]}: the lengths are given twice"
+
+
+WORKLOAD = Kind(
+    document=WorkloadDocument,
+    value=Workload,
+    parse=parse_workload,
+    to_data=with_envelope(WorkloadDocument, _workload_data),
+)

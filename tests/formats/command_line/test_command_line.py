@@ -9,10 +9,8 @@ import sys
 import pytest
 import typer
 
-from hetis.formats.command_line import running
-from hetis.formats.command_line.running import run_application, version_printer
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
+from hetis.formats.command_line.verb import BROKEN_PIPE, INTERRUPTED, OK, run_application, verb, version_printer
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
 
@@ -67,7 +65,7 @@ def test_every_way_to_end_is_an_exit_code(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.delenv("HETIS_DEBUG", raising=False)
     assert run("fail", "code") == 5
     assert capsys.readouterr().err == "error: went wrong\n  here\n  there\n"
-    assert run("fail", "interrupt") == running.INTERRUPTED
+    assert run("fail", "interrupt") == INTERRUPTED
     assert run("fail", "value") == 1
     monkeypatch.setenv("HETIS_DEBUG", "1")
     with pytest.raises(ValueError, match="value"):
@@ -81,7 +79,7 @@ def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("codes", [PlannerCode, ProfilerCode], ids=["hetis-plan", "hetis-profile"])
 def test_both_commands_call_the_shared_ends_by_the_same_codes(codes: type[PlannerCode] | type[ProfilerCode]) -> None:
-    assert (codes.OK, codes.INTERRUPTED, codes.BROKEN_PIPE) == (running.OK, running.INTERRUPTED, running.BROKEN_PIPE)
+    assert (codes.OK, codes.INTERRUPTED, codes.BROKEN_PIPE) == (OK, INTERRUPTED, BROKEN_PIPE)
     assert {code.name: code.value for code in ProfilerCode}.items() <= {c.name: c.value for c in PlannerCode}.items()
 
 
@@ -92,5 +90,5 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
     )
     shell = f'set -o pipefail; "{sys.executable}" -c "{program}" | head -c 1'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
-    assert done.returncode == running.BROKEN_PIPE
+    assert done.returncode == BROKEN_PIPE
     assert done.stderr == ""

@@ -1,14 +1,34 @@
-"""Recognises which tool wrote a file, and reads it."""
+"""Recognises which tool wrote a file, and reads it.
+
+Slurm (``scontrol show nodes --json``, ``sinfo --json``), Ray (``ray list nodes --format json``, ``ray.nodes()``) and
+tables that are kept by hand (CSV with ``node,gpu,count`` and optionally ``zone``) are read here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hetis.formats.discovery import kubernetes, node_tables, nvidia_smi, ray_nodes, slurm
-from hetis.formats.discovery.found import Inventory, mapping
-from hetis.formats.discovery.sources import Source
+from hetis.formats.discovery import Source, kubernetes, nvidia
+from hetis.formats.discovery.found import (
+    MAX_GPUS_SAID,
+    FoundGpus,
+    FoundNode,
+    Inventory,
+    counted,
+    inventory,
+    listed,
+    mapping,
+    parts_text,
+    some_of,
+    text,
+    whole_number,
+    zone_of,
+)
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import API_VERSION
 from hetis.formats.files import file_label, read_text
@@ -61,15 +81,15 @@ def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_b
 def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: bool) -> Inventory:
     match files[0].tool:
         case Source.NVIDIA_SMI:
-            return nvidia_smi.read_nvidia_smi(texts, with_busy=with_busy)
+            return nvidia.read_nvidia_smi(texts, with_busy=with_busy)
         case Source.KUBECTL:
             return kubernetes.read_kubernetes([one.parsed for one in files], with_busy=with_busy)
         case Source.SLURM:
-            return slurm.read_slurm(*files[0].parsed, with_busy=with_busy)
+            return read_slurm(*files[0].parsed, with_busy=with_busy)
         case Source.RAY:
-            return ray_nodes.read_ray(*files[0].parsed)
+            return read_ray(*files[0].parsed)
         case Source.FILE:
-            return node_tables.read_node_table(*reversed(texts[0]))
+            return read_node_table(*reversed(texts[0]))
         case other:
             raise single_problem(files[0].label, f"is a file, and {other.value} reads none")
 
@@ -96,13 +116,13 @@ class _File:
             DocumentError: the tool is unknown.
         """
         begin = self._text.lstrip()[:200]
-        if begin.startswith("<") or nvidia_smi.is_topology(self._text):
+        if begin.startswith("<") or nvidia.is_topology(self._text):
             return Source.NVIDIA_SMI
-        if not begin.startswith(("{", "[")) and node_tables.is_node_table(self._text):
+        if not begin.startswith(("{", "[")) and is_node_table(self._text):
             return Source.FILE
         data, _ = self.parsed
         found = mapping(data)
-        if ray_nodes.is_ray(data):
+        if is_ray(data):
             return Source.RAY
         if isinstance(found.get("nodes"), list) and "kind" not in found:
             return Source.SLURM
@@ -110,3 +130,229 @@ class _File:
             return Source.KUBECTL
         has = f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}"
         raise single_problem(self.label, f"is of no tool that is known: {has}; known: {_KNOWN}")
+
+
+# --- a table kept by hand
+
+COLUMNS = ("node", "gpu", "count")
+MAX_ROWS = 100_000
+
+
+def is_node_table(text: str) -> bool:
+    """Return whether a text begins with the header of this table."""
+    return set(COLUMNS[:2]) <= set(_header(text))
+
+
+def read_node_table(text: str, file: str) -> Inventory:
+    """Return the nodes of a table. Rows of one node are its GPUs, in that order.
+
+    Raises:
+        DocumentError: a column is missing, or with every row that is not a node.
+    """
+    header = _header(text)
+    missing = [column for column in COLUMNS if column not in header]
+    if missing:
+        has = ", ".join(header[:12])
+        raise single_problem(file, f"column {', '.join(missing)} is missing; the file has {has}", line=1)
+    places = {column: header.index(column) for column in (*COLUMNS, "zone") if column in header}
+    problems: list[Problem] = []
+    nodes: dict[str, FoundNode] = {}
+    reader = csv.reader(io.StringIO(text))
+    try:
+        next(reader)
+        for row in reader:
+            if reader.line_num > MAX_ROWS:
+                raise single_problem(file, f"has more than {MAX_ROWS} lines")
+            if any(cell.strip() for cell in row):
+                cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+                _add(nodes, cells, Problem(file=file, message="", line=reader.line_num), problems)
+    except csv.Error as error:
+        raise single_problem(file, f"is not CSV: {error}", line=reader.line_num) from None
+    if problems:
+        raise DocumentError(problems)
+    return Inventory(nodes=tuple(node for node in nodes.values() if node.gpus), num_without_gpus=0)
+
+
+def _header(text: str) -> list[str]:
+    return [column.strip().lower() for column in next(csv.reader([text.lstrip().partition("\n")[0][:10_000]]), [])]
+
+
+def _add(nodes: dict[str, FoundNode], cells: dict[str, str], where: Problem, problems: list[Problem]) -> None:
+    """Add the GPUs of a row to its node, or the row's problems to ``problems``."""
+    wrong = [
+        replace(where, path=column, message="is missing") for column in ("node", "gpu", "count") if not cells[column]
+    ]
+    count = cells["count"]
+    if count and not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MAX_GPUS_SAID):
+        wrong.append(replace(where, path="count", message=f"is {count[:40]!r}, must be 1 to {MAX_GPUS_SAID}"))
+    node = nodes.get(cells["node"])
+    zone = cells.get("zone") or (node.zone if node else "default")
+    if node is not None and zone != node.zone:
+        wrong.append(
+            replace(where, path="zone", message=f"is {zone[:40]!r}, but {node.name} is in {node.zone!r} above")
+        )
+    problems += wrong
+    if not wrong:
+        gpus = FoundGpus(product=cells["gpu"], count=int(count))
+        node = node or FoundNode(name=cells["node"], zone=zone, where=where)
+        nodes[node.name] = replace(node, gpus=(*node.gpus, gpus))
+
+
+# --- Ray
+
+UNTYPED_OF_RAY = "GPU"
+"""The product name of GPUs on a node that names no accelerator type."""
+
+_RAY_TYPE = "accelerator_type:"
+_RAY_ZONES = ("ray.io/availability-zone", "topology.kubernetes.io/zone")
+
+
+def is_ray(data: Any) -> bool:
+    """Return whether data is a list of Ray's nodes."""
+    first = mapping(next(iter(listed(data)), None))
+    return "resources_total" in first or "Resources" in first or ("node_ip" in first and "is_head_node" in first)
+
+
+def read_ray(data: Any, source: Text) -> Inventory:
+    """Return what the list says about nodes.
+
+    Raises:
+        DocumentError: it is not a list of nodes, has no resources (``--detail`` has them), or has wrong counts.
+    """
+    if not is_ray(data):
+        raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
+    problems: list[Problem] = []
+    found = [_ray_node(mapping(node), i, source, problems) for i, node in enumerate(data)]
+    notes = ["Ray does not say here which GPUs are in use: all of a living node count as free"]
+    return inventory(found, problems, notes)
+
+
+def _ray_node(node: Mapping[str, Any], index: int, source: Text, problems: list[Problem]) -> FoundNode:
+    resources = node.get("resources_total", node.get("Resources"))
+    labels = mapping(node.get("labels", node.get("Labels")))
+    host = text(node.get("NodeManagerHostname"))
+    name = host or text(node.get("node_name")) or text(node.get("NodeName")) or text(node.get("node_ip"))
+    if not name:
+        problems.append(source.problem((index,), "has no node_name and no NodeManagerHostname"))
+    alive = node["state"] == "ALIVE" if "state" in node else node.get("Alive", node.get("alive")) is True
+    if not isinstance(resources, dict) and alive:
+        problems.append(source.problem((index,), "has no resources: ray list nodes --detail --format json has them"))
+    count = whole_number(mapping(resources).get("GPU"), (index, "resources_total", "GPU"), source, problems)
+    types = [key.removeprefix(_RAY_TYPE) for key in mapping(resources) if key.startswith(_RAY_TYPE)]
+    types = types or [text(labels.get("ray.io/accelerator-type"))]
+    hint = text(labels.get("ray.io/accelerator-type"))  # may say more than the resource: A100-80G instead of A100
+    product, reason = types[0] or UNTYPED_OF_RAY, "" if alive else "not alive"
+    if len(types) > 1:
+        reason = reason or f"of several types ({some_of(types)}), and Ray does not say how many of each"
+    where = source.problem((index,), "")
+    zone = zone_of(labels, _RAY_ZONES)
+    if not count or reason:
+        left_out = (f"{counted(count)} ({some_of(types)}): {reason}",) if count else ()
+        return FoundNode(name=name, zone=zone, left_out=left_out, where=where)
+    return FoundNode(name=name, zone=zone, gpus=(FoundGpus(product=product, count=count, hints=(hint,)),), where=where)
+
+
+# --- Slurm
+
+UNTYPED = "gpu"
+"""The product name of GPUs to which gres.conf gives no type."""
+
+# States and flags in which nothing can start (schedmd.com/scontrol.html, "State").
+_UNUSABLE = {
+    *("DOWN", "DRAIN", "DRAINED", "DRAINING", "ERROR", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "MAINT"),
+    *("MAINTENANCE", "NOT_RESPONDING", "NO_RESPOND", "PERFCTRS", "POWERED_DOWN", "POWERING_DOWN", "POWER_DOWN"),
+    *("REBOOT_ISSUED", "REBOOT_REQUESTED", "RESERVED", "UNKNOWN", "BLOCKED"),
+}
+_GRES = re.compile(r"gpu(?::([^:()]+))??(?::(\d{1,9}))?(?:\([^()]*\))?")
+_MIG = re.compile(r"\d+g\.\d+gb|(?:^|_)\dg(?:_|$)", re.IGNORECASE)
+
+
+def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory:
+    """Return what the output says about nodes. With ``with_busy``, GPUs of running jobs count as free.
+
+    Raises:
+        DocumentError: it has no list of nodes, or has wrong counts.
+    """
+    nodes = mapping(data).get("nodes")
+    if not isinstance(nodes, list):
+        keys = ", ".join(list(mapping(data))[:12]) or "nothing"
+        raise single_problem(source.file, f"has no list of nodes, but {keys}: scontrol show nodes --json")
+    problems: list[Problem] = []
+    found = [
+        _slurm_node(node, ("nodes", i), source, problems, with_busy)
+        for i, node in enumerate(nodes)
+        if isinstance(node, dict)
+    ]
+    return inventory(found, problems, ["Slurm does not say in which zone a node is"])
+
+
+def _slurm_node(
+    node: dict[str, Any], path: tuple[str | int, ...], source: Text, problems: list[Problem], with_busy: bool
+) -> FoundNode:
+    name = text(node.get("name")) or text(node.get("hostname"))
+    if not name:
+        problems.append(source.problem((*path, "name"), "is missing: a node has a name"))
+    had = dict(_gres(node, "gres", path, source, problems))
+    used = {} if with_busy else dict(_gres(node, "gres_used", path, source, problems))
+    gpus, left_out = list[FoundGpus](), list[str]()
+    unusable = _unusable(node)
+    hints = tuple(sorted({*_words(node.get("features")), *_words(node.get("active_features"))}))[:32]
+    # GPUs of jobs that asked for any type are counted without one; on a node with a single type it is clear which it
+    # is.
+    if UNTYPED in used and UNTYPED not in had and len(had) == 1:
+        used[next(iter(had))] = used.get(next(iter(had)), 0) + used.pop(UNTYPED)
+    if used.get(UNTYPED) and UNTYPED not in had and had:
+        unusable = unusable or f"{used[UNTYPED]} are in use, and it does not say of which type"
+    for product, count in had.items():
+        busy = min(count, used.get(product, 0))
+        if not count:
+            continue
+        if _MIG.search(product):
+            left_out.append(parts_text(count, product))
+            continue
+        if busy:
+            left_out.append(f"{counted(busy)} ({product}): in use by jobs")
+        if count > busy and unusable:
+            left_out.append(f"{counted(count - busy)} ({product}): {unusable}")
+        elif count > busy:
+            gpus.append(FoundGpus(product=product, count=count - busy, hints=hints))
+    return FoundNode(name=name, gpus=tuple(gpus), left_out=tuple(left_out), where=source.problem(path, ""))
+
+
+def _words(value: object) -> list[str]:
+    """Return the features, which are a list now and were comma-separated text in earlier versions."""
+    words = value.split(",") if isinstance(value, str) else [text(one) for one in listed(value)]
+    return [word.strip()[:80] for word in words if word.strip()]
+
+
+def _states(node: Mapping[str, Any]) -> set[str]:
+    state = node.get("state")
+    words = re.split(r"[+,\s]+", state) if isinstance(state, str) else [text(one) for one in listed(state)]
+    return {word.strip("*~#!%$@^-").upper() for word in [*words, *map(text, listed(node.get("state_flags")))] if word}
+
+
+def _unusable(node: Mapping[str, Any]) -> str:
+    states = _states(node)
+    wrong = sorted(states & _UNUSABLE)
+    reason = " ".join(text(node.get("reason")).split())[:120]
+    if wrong:
+        return f"{some_of(wrong)}{f' ({reason})' if reason else ''}"
+    return "ALLOCATED: none of its CPUs is free" if states & {"ALLOCATED", "ALLOC"} and "IDLE" not in states else ""
+
+
+def _gres(
+    node: Mapping[str, Any], which: str, path: tuple[str | int, ...], source: Text, problems: list[Problem]
+) -> Iterator[tuple[str, int]]:
+    """Yield type and count of all GPUs in ``gpu:a100:4(S:0-1),gpu:a40:2``, each type once."""
+    counts: dict[str, int] = {}
+    said = text(node.get(which))[:10_000].replace(":(null)", "")  # written for jobs that asked for any type
+    for one in re.split(r",(?![^()]*\))", said):
+        if not one.strip().startswith("gpu"):
+            continue
+        found = _GRES.fullmatch(one.strip())
+        if found is None:
+            problems.append(source.problem((*path, which), f"is {one.strip()[:60]!r}, expected gpu:TYPE:COUNT"))
+            continue
+        kind, number = found[1] or UNTYPED, found[2] or ("1" if which == "gres" else "0")
+        counts[kind] = counts.get(kind, 0) + whole_number(number, (*path, which), source, problems)
+    yield from counts.items()

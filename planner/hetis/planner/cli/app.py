@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.running import run_application, version_printer
+from hetis.formats.command_line.verb import run_application, version_printer
 from hetis.planner.cli.agents import agents
 from hetis.planner.cli.apply import APPLY_EXAMPLES, apply
 from hetis.planner.cli.audit import audit

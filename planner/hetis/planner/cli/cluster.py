@@ -9,7 +9,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.formats.discovery.sources import Source
+from hetis.formats.discovery import Source
 from hetis.planner.cli import quantities
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.get import ClusterNameOption
@@ -112,9 +112,8 @@ def discover(
 
     Tell what is left out and why.
     """
-    from hetis.formats.discovery.boards import said_types
-    from hetis.formats.discovery.fleet import DEFAULT_LINK, discovered
-    from hetis.formats.discovery.nvml import read_nvml
+    from hetis.formats.discovery.fleet import DEFAULT_LINK, discovered, said_types
+    from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
     from hetis.formats.files import file_label
     from hetis.planner.cli.resource_names import chosen_cluster, last

@@ -6,8 +6,8 @@ import json
 from contextlib import suppress
 
 from hetis.formats.catalogue import UnknownNameError
-from hetis.formats.command_line.running import internal_error
 from hetis.formats.command_line.terminal import Terminal, in_use
+from hetis.formats.command_line.verb import internal_error
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export.replicas import NotExportableError

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from hetis.formats import catalogue
-from hetis.formats.discovery.driver_gpus import left_out_together, memory_in_use
 from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, parts_text, some_of
+from hetis.formats.discovery.nvidia import left_out_together, memory_in_use
 from hetis.formats.errors import Problem
 from hetis.planner.convert.names import last_part
 from hetis.solver.cluster import Cluster

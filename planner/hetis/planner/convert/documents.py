@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hetis.formats import documents
-from hetis.formats.canonical import canonical_json, content_digest
 from hetis.formats.cluster import parse_cluster
 from hetis.formats.errors import DocumentError, single_problem
+from hetis.formats.files import canonical_json, content_digest
 from hetis.formats.model import parse_model
 from hetis.formats.plan import parse_plan
 from hetis.formats.positions import Bounds, Text, parse_text

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hetis.formats.canonical import canonical_json
+from hetis.formats.files import canonical_json
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.precision import for_engine

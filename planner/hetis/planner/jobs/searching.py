@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from hetis.formats.canonical import canonical_json
 from hetis.formats.documents import Value, from_data, to_data
+from hetis.formats.files import canonical_json
 from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.kernels import load_kernels

@@ -19,9 +19,8 @@ from pydantic import AfterValidator, Field
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import single_problem
-from hetis.formats.fields import API_VERSION, DocumentPart, Name
+from hetis.formats.fields import API_VERSION, DocumentPart, Name, validated
 from hetis.formats.files import read_text, unreadable
-from hetis.formats.loading import validated
 from hetis.formats.positions import parse_text
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.access import ANYBODY, CallerRole, Identity

@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from hetis.formats import endpoints, units
 from hetis.formats.endpoints import is_loopback
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
-from hetis.formats.fields import API_VERSION, DocumentPart, Duration
-from hetis.formats.loading import read_data, validated
+from hetis.formats.fields import API_VERSION, DocumentPart, Duration, read_data, validated
 from hetis.formats.positions import Path, Text, parse_text
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats.errors import single_problem
-from hetis.formats.trace_arrays import CountTokens, characters_counter
-from hetis.formats.trace_rows import CSV_ENDINGS, JSONL_ENDINGS
+from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter
 from hetis.formats.traces import Trace, read_trace, spaced, trace_text
 
 CHARACTERS_PER_TOKEN = 4.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from hetis.formats.dispatch_requests import NewRequests
+from hetis.formats.dispatch_state import NewRequests
 from hetis.formats.saved_state import SavedState
 from hetis.planner.use_cases.stage_sources import LoadedStage
 from hetis.planner.use_cases.stage_times import StageTimes, times_of

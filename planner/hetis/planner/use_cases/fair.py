@@ -10,7 +10,7 @@ import numpy as np
 from hetis.formats import catalogue
 from hetis.formats.documents import load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.share_problem import ShareInputs
+from hetis.formats.tenants import ShareInputs
 from hetis.planner.use_cases.sources import attempt
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.formats import dtypes
-from hetis.formats.catalogue.names import UnknownNameError, resolve_gpu
+from hetis.formats.catalogue import UnknownNameError, resolve_gpu
 from hetis.formats.model import drafts
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.loading import read_data
+from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenant, parse_tenants
 from hetis.planner.use_cases.errors import UncheckedPlanError

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from hetis.formats import catalogue
 from hetis.formats.errors import single_problem
-from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedState
-from hetis.formats.stage_heads import InlineHeads, blocks_in
+from hetis.formats.saved_state import AttentionPiece, InlineHeads, SavedDevice, SavedState, blocks_in
 from hetis.planner.use_cases.grouping import abbreviate
 from hetis.planner.use_cases.sources import PlanAndProblem, load_plan_and_problem
 from hetis.planner.use_cases.stage_sources import LoadedStage, attention_pieces, with_costs

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_requests import NewRequests, load_requests, requests_from_words
-from hetis.formats.dispatch_state import load_state
+from hetis.formats.dispatch_state import NewRequests, load_requests, load_state, requests_from_words
 from hetis.formats.documents import load_profile
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
-from hetis.formats.saved_state import AttentionPiece, Pieces, SavedDevice, SavedState
-from hetis.formats.stage_heads import catalogue_model
+from hetis.formats.saved_state import AttentionPiece, Pieces, SavedDevice, SavedState, catalogue_model
 from hetis.planner.use_cases.sources import attempt
 from hetis.profiler.defaults import default_profile
 from hetis.solver.dispatch.problem import HeadShape

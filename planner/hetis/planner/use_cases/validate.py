@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetis.formats.dispatch_requests import NewRequests
+from hetis.formats.dispatch_state import NewRequests
 from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.loading import read_data
+from hetis.formats.fields import read_data
 from hetis.formats.saved_state import SavedState
-from hetis.formats.share_problem import ShareInputs
-from hetis.formats.tenants import FleetTenants
+from hetis.formats.tenants import FleetTenants, ShareInputs
 from hetis.solver.cluster import Cluster
 from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
-from hetis.formats.answers import metrics_body, reason_of
+from hetis.formats.endpoints import metrics_body, reason_of
 from hetis.formats.errors import single_problem
 from hetis.solver.errors import HetisError
 

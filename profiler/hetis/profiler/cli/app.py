@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hetis.formats.command_line.running import run_application, version_printer
+from hetis.formats.command_line.verb import run_application, version_printer
 from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
 from hetis.profiler.cli.check import check
 from hetis.profiler.cli.compare import compare

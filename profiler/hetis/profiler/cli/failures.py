@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hetis.formats.catalogue import UnknownNameError
-from hetis.formats.command_line.running import internal_error
 from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import internal_error
 from hetis.formats.errors import DocumentError
 from hetis.profiler.calibrate.scraping import UnreachableError
 from hetis.profiler.cli.exit_codes import ProfileExitCode

@@ -30,8 +30,7 @@ from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
 from hetis.formats.endpoints import host_of, is_host
 from hetis.formats.errors import DocumentError
-from hetis.formats.fields import DocumentPart, Duration
-from hetis.formats.loading import read_data, validated
+from hetis.formats.fields import DocumentPart, Duration, read_data, validated
 from hetis.formats.model import load_model
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec

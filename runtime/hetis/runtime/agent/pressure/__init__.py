@@ -14,7 +14,7 @@ from enum import StrEnum
 from http.client import HTTPMessage
 from typing import IO
 
-from hetis.formats.answers import metrics_body, reason_of
+from hetis.formats.endpoints import metrics_body, reason_of
 from hetis.runtime.agent.pressure.readings import SGLANG, VLLM, EngineReading, UnreadableMetricsError, read_metrics
 from hetis.v1 import failure_pb2, report_pb2
 

@@ -1,0 +1,448 @@
+"""The GPUs of a host as NVIDIA's driver describes them, by ``nvidia-smi`` or by its library.
+
+``nvidia-smi -q -x`` describes one host per file; ``nvidia-smi topo -m`` optionally adds NVLinks. The output does not
+name its host, so the file does: ``gpu-7.xml`` and ``gpu-7.topo.txt`` describe the host gpu-7.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import ModuleType
+from typing import Any, TypeVar
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, some_of
+from hetis.formats.errors import DocumentError, Problem, single_problem
+
+# Memory in use above this without a visible process belongs to another user or container. An idle driver keeps less.
+_IDLE_BYTES = 2**30
+_IDLE_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverGpu:
+    """One GPU of a host.
+
+    Attributes:
+        product: the driver's name for it. Empty: the driver cannot read it.
+        memory_bytes, used_bytes: None if unknown.
+        processes: names of those that compute on it.
+        num_parts: number of its MIG parts. None: it is whole.
+        recovery: what the driver asks for before the GPU can be used. Empty: nothing.
+        is_prohibited: no process may compute on it.
+    """
+
+    product: str
+    memory_bytes: int | None = None
+    used_bytes: int | None = None
+    processes: tuple[str, ...] = ()
+    num_parts: int | None = None
+    recovery: str = ""
+    is_prohibited: bool = False
+
+    def reason(self, *, with_busy: bool) -> str:
+        """Return why a plan may not use the GPU, or an empty string if it may."""
+        if not self.product:
+            return "the driver cannot read it"
+        if self.num_parts is not None:
+            return f"MIG is on ({self.num_parts} parts)"
+        if self.recovery:
+            return f"the driver asks for {self.recovery}"
+        if self.is_prohibited:
+            return "its compute mode is Prohibited"
+        if with_busy:
+            return ""
+        if self.processes:
+            return f"in use by {some_of(self.processes)}"
+        held = memory_in_use(self.used_bytes, self.memory_bytes)
+        return f"{held}, by no process that can be seen" if held else ""
+
+
+def memory_in_use(used_bytes: int | None, memory_bytes: int | None) -> str:
+    """Return how much of a GPU's memory is in use, or an empty string if it is no more than an idle driver keeps."""
+    if used_bytes is None or not memory_bytes or used_bytes <= max(_IDLE_BYTES, memory_bytes * _IDLE_SHARE):
+        return ""
+    return f"{used_bytes / 2**30:.0f} of {memory_bytes / 2**30:.0f} GiB in use"
+
+
+def host_node(
+    name: str, gpus: Sequence[DriverGpu], *, pairs: Iterable[int], with_busy: bool, where: Problem
+) -> FoundNode:
+    """Return a host with the GPUs that a plan may use.
+
+    Args:
+        name: of the host.
+        gpus: all of them, in the order of their indices.
+        pairs: NVLinks between the two GPUs of every pair. Empty: unknown.
+        with_busy: GPUs that are in use count as free.
+        where: the place in its file, for problems.
+    """
+    reasons = [gpu.reason(with_busy=with_busy) for gpu in gpus]
+    free = [gpu for gpu, reason in zip(gpus, reasons, strict=True) if not reason]
+    links = list(pairs)
+    return FoundNode(
+        name=name,
+        gpus=grouped((gpu.product, gpu.memory_bytes) for gpu in free),
+        left_out=left_out_together(
+            (index, gpu.product, reason) for index, (gpu, reason) in enumerate(zip(gpus, reasons, strict=True))
+        ),
+        nvlinks=min(links, default=None) if len(gpus) > 1 else None,
+        bridged=bool(links) and min(links) == 0 < max(links),
+        indices=tuple(index for index, reason in enumerate(reasons) if not reason),
+        where=where,
+    )
+
+
+def left_out_together(gpus: Iterable[tuple[int, str, str]]) -> tuple[str, ...]:
+    """Return a sentence for each reason why GPUs of a host are left out.
+
+    Args:
+        gpus: index, product and reason of each. Those with an empty reason may be used.
+    """
+    alike: dict[str, list[tuple[int, str]]] = {}
+    for index, product, reason in gpus:
+        if reason:
+            alike.setdefault(reason, []).append((index, product or "no name"))
+    sentences = []
+    for reason, found in alike.items():
+        numbers = ", ".join(str(index) for index, _ in found[:16]) + (", ..." if len(found) > 16 else "")
+        products = some_of(product for _, product in found)
+        sentences.append(f"{counted(len(found))} (index {numbers}; {products}): {reason}")
+    return tuple(sentences)
+
+
+ROOT = "nvidia_smi_log"
+STDIN_HOST = "host"  # standard input has no name
+
+_ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log)$|\.topo$", re.IGNORECASE)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_CELL = re.compile(r"X|NV(\d{1,2})|SYS|NODE|PHB|PXB|PIX|C2C|N/A")
+_MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
+# The XML reader below is safe for untrusted text. It uses Python's own expat, and dangerous XML is refused before it
+# can do harm: an entity declaration ends the reading, so nothing expands; expat loads nothing external unless told to;
+# and the depth and number of elements are bounded. The document type that nvidia-smi names is ignored.
+MAX_DEPTH = 64
+MAX_ELEMENTS = 1_000_000
+
+
+def is_topology(text: str) -> bool:
+    """Return whether a text is the output of ``nvidia-smi topo -m``."""
+    return bool(_rows(text[:100_000]))
+
+
+def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False) -> Inventory:
+    """Return the hosts in files, given as label and text. With ``with_busy``, GPUs in use count as free.
+
+    Raises:
+        DocumentError: a text is not the output of ``nvidia-smi``, or a topology has no host.
+    """
+    hosts = {label: content for label, content in files if not is_topology(content)}
+    if not hosts:
+        raise single_problem(files[0][0], "is a topology alone: nvidia-smi -q -x of the same host is needed, too")
+    problems: list[Problem] = []
+    links: dict[str, list[int]] = {}
+    names = {_host(label) for label in hosts}
+    for label, content in files:
+        if label not in hosts:
+            name = next(iter(names)) if len(names) == 1 else _host(label)
+            if name not in names:
+                told = f"is a topology of the host {name!r}, but there are {some_of(sorted(names))}"
+                problems.append(Problem(file=label, message=told))
+            links[name] = _nvlinks(content)
+    nodes = []
+    for label, content in hosts.items():
+        try:
+            nodes.append(_node(label, content, links.get(_host(label), []), with_busy))
+        except DocumentError as error:
+            problems += error.problems
+    notes = ["nvidia-smi does not say in which zone a host is"] if len(nodes) > 1 else []
+    return inventory(nodes, problems, notes)
+
+
+def _host(label: str) -> str:
+    return STDIN_HOST if label == "stdin" else _ENDINGS.sub("", PurePath(label).name)
+
+
+def _node(label: str, content: str, pairs: Sequence[int], with_busy: bool) -> FoundNode:
+    root, line = parse_xml(content, label)
+    if root.tag != ROOT:
+        raise single_problem(label, f"is XML of {root.tag[:40]!r}, expected {ROOT!r}: nvidia-smi -q -x", line=line)
+    where = Problem(file=label, message="", line=line)
+    gpus = [_gpu(gpu) for gpu in root.findall("gpu")]
+    return host_node(_host(label), gpus, pairs=pairs, with_busy=with_busy, where=where)
+
+
+def _gpu(gpu: Element) -> DriverGpu:
+    name = _text(gpu, "product_name")
+    is_sliced = _text(gpu, "mig_mode/current_mig") == "Enabled"
+    return DriverGpu(
+        product="" if "error" in name.lower() or name.startswith(("ERR", "[")) else name,
+        memory_bytes=_memory(gpu, "total"),
+        used_bytes=_memory(gpu, "used"),
+        processes=tuple(_processes(gpu)),
+        num_parts=len(gpu.findall("mig_devices/mig_device") or gpu.findall("mig_device")) if is_sliced else None,
+        recovery=_recovery(gpu),
+        is_prohibited=_text(gpu, "compute_mode") == "Prohibited",
+    )
+
+
+def _memory(gpu: Element, which: str) -> int | None:
+    found = _MEBIBYTES.fullmatch(_text(gpu, f"fb_memory_usage/{which}"))
+    return int(found[1]) * 2**20 if found else None
+
+
+def _recovery(gpu: Element) -> str:
+    action = _text(gpu, "gpu_recovery_action")
+    if action not in ("", "None", "N/A"):
+        return f"recovery ({action[:40]})"
+    status = ("reset_required", "drain_and_reset_recommended")  # before the action
+    return "a reset" if any(_text(gpu, f"gpu_reset_status/{one}") == "Yes" for one in status) else ""
+
+
+def _processes(gpu: Element) -> Iterator[str]:
+    for one in gpu.findall("processes/process_info"):
+        if "C" in _text(one, "type"):  # G alone is a desktop; C, C+G and M+C compute
+            yield PurePath(_text(one, "process_name")).name or f"process {_text(one, 'pid')}"
+
+
+def _rows(text: str) -> list[list[str]]:
+    """Return the cells between GPUs of every GPU's row, or nothing if the text is not a topology table."""
+    lines = [_COLOURS.sub("", line).split() for line in text.splitlines()]
+    header = next((i for i, line in enumerate(lines) if line[:1] == ["GPU0"] and "X" not in line[:2]), None)
+    if header is None:
+        return []
+    num_gpus = sum(1 for _ in _numbered(lines[header]))
+    rows = [line[1 : 1 + num_gpus] for line in lines[header + 1 :] if line and re.fullmatch(r"GPU\d{1,4}", line[0])]
+    is_table = len(rows) == num_gpus and all(
+        len(row) == num_gpus and all(_CELL.fullmatch(cell) for cell in row) for row in rows
+    )
+    return rows if is_table else []
+
+
+def _numbered(header: Sequence[str]) -> list[str]:
+    """Return ``GPU0``, ``GPU1``, ... from the header, which NICs and affinities follow."""
+    found = []
+    for i, name in enumerate(header):
+        if name != f"GPU{i}":
+            break
+        found.append(name)
+    return found
+
+
+def _nvlinks(text: str) -> list[int]:
+    """Return the NVLinks between the two GPUs of every pair, in both directions."""
+    return [
+        int(found[1] or 0) if (found := _CELL.fullmatch(cell)) else 0
+        for i, row in enumerate(_rows(text))
+        for j, cell in enumerate(row)
+        if i != j
+    ]
+
+
+def parse_xml(text: str, file: str) -> tuple[Element, int]:
+    """Return the root element of a document and its line.
+
+    Raises:
+        DocumentError: it is not XML, declares entities, is nested too deep, or is too large.
+    """
+    parser, builder = expat.ParserCreate(), TreeBuilder()
+    parser.buffer_text = True
+    lines, depth = list[int](), 0
+
+    def refuse(message: str) -> DocumentError:
+        return single_problem(file, message, line=parser.CurrentLineNumber)
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth
+        lines.append(parser.CurrentLineNumber)
+        depth += 1
+        if depth > MAX_DEPTH or len(lines) > MAX_ELEMENTS:
+            limit = f"{MAX_DEPTH} levels" if depth > MAX_DEPTH else f"{MAX_ELEMENTS} elements"
+            raise refuse(f"has more than {limit}")
+        builder.start(tag, attributes)
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(tag)
+
+    def entity(name: str, *rest: object) -> None:
+        raise refuse(f"declares the entity {name[:40]!r}, which no nvidia-smi does")
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler, parser.EntityDeclHandler = builder.data, entity
+    try:
+        parser.Parse(text.lstrip(), True)
+    except expat.ExpatError as error:
+        raise single_problem(file, f"is not XML: {expat.ErrorString(error.code)}", line=error.lineno) from None
+    return builder.close(), lines[0]
+
+
+def _text(element: Element, path: str) -> str:
+    """Return the text of the element at a path such as ``mig_mode/current_mig``, or an empty string."""
+    return element.findtext(path, "").strip()
+
+
+# --- NVML
+
+LABEL = "nvml"
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_ACTIONS = {1: "Reset", 2: "Reboot", 3: "Drain P2P", 4: "Drain and Reset"}  # as nvidia-smi prints them
+
+
+def read_nvml(*, with_busy: bool = False) -> Inventory:
+    """Return this host. With ``with_busy``, GPUs in use count as free.
+
+    Raises:
+        DocumentError: the library or the driver is missing, or refuses to answer.
+    """
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        raise single_problem(LABEL, "needs nvidia-ml-py, which is not installed: pip install nvidia-ml-py") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise single_problem(LABEL, _refused(pynvml, error)) from None
+    try:
+        return _inventory(_Nvml(pynvml), with_busy)
+    except pynvml.NVMLError as error:
+        raise single_problem(LABEL, f"cannot count the GPUs: {error}") from None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _refused(nvml: ModuleType, error: Any) -> str:
+    if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+        return "needs libnvidia-ml.so.1, which is not on this host: it comes with NVIDIA's driver"
+    return f"NVIDIA's library cannot be used: {error}"
+
+
+def _inventory(nvml: _Nvml, with_busy: bool) -> Inventory:
+    host = socket.gethostname()
+    handles = nvml.handles()
+    gpus = [nvml.gpu(handle) for handle in handles]
+    whole = [handle for handle, gpu in zip(handles, gpus, strict=True) if gpu.product and gpu.num_parts is None]
+    where = Problem(file=LABEL, message="")
+    node = host_node(host, gpus, pairs=nvml.linked_pairs(whole), with_busy=with_busy, where=where)
+    return inventory([node], [], [f"NVML describes this host alone, {host}, and not its zone"], file=LABEL)
+
+
+class _Nvml:
+    """The library, whose refusals become unknown values, because old boards, virtual GPUs and containers lack one call
+    or another. A GPU that cannot be opened has the handle None."""
+
+    def __init__(self, library: ModuleType) -> None:
+        self._nvml = library
+
+    def handles(self) -> list[Any]:
+        """Return a handle for every GPU.
+
+        Raises:
+            NVMLError: the library cannot count them.
+        """
+        nvml = self._nvml
+        return [
+            self._known(lambda index: nvml.nvmlDeviceGetHandleByIndex(index), None, index)
+            for index in range(nvml.nvmlDeviceGetCount())
+        ]
+
+    def gpu(self, handle: Any) -> DriverGpu:
+        nvml = self._nvml
+        if handle is None:
+            return DriverGpu(product="")
+        memory = self._known(lambda: nvml.nvmlDeviceGetMemoryInfo(handle), None)
+        mode = self._known(lambda: nvml.nvmlDeviceGetComputeMode(handle), None)
+        return DriverGpu(
+            product=self._known(lambda: nvml.nvmlDeviceGetName(handle), ""),
+            memory_bytes=int(memory.total) if memory else None,
+            used_bytes=int(memory.used) if memory else None,
+            processes=tuple(dict.fromkeys(self._processes(handle))),
+            num_parts=self._num_parts(handle),
+            recovery=self._recovery(handle),
+            is_prohibited=mode == nvml.NVML_COMPUTEMODE_PROHIBITED,
+        )
+
+    def linked_pairs(self, handles: Sequence[Any]) -> list[int]:
+        """Return the NVLinks between the two GPUs of every pair, or nothing if those of any pair are unknown.
+
+        Through a switch, all links of a GPU lead to every other one.
+        """
+        remotes = [self._remotes(handle) for handle in handles]
+        addresses = [self._address(handle) for handle in handles]
+        found: list[int] = []
+        for one, other in itertools.combinations(range(len(handles)), 2):
+            reaches = self._reaches(handles[one], handles[other])
+            direct = remotes[one].count(addresses[other])
+            links = direct or min(len(remotes[one]), len(remotes[other]))
+            if reaches is None or (reaches and not links):
+                return []
+            found.append(links if reaches else 0)
+        return found
+
+    def _processes(self, handle: Any) -> Iterator[str]:
+        nvml = self._nvml
+        for read in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses"):
+            for one in self._known(lambda read: getattr(nvml, read)(handle), [], read):
+                name = self._known(lambda pid: nvml.nvmlSystemGetProcessName(pid), "", one.pid)
+                yield PurePath(name).name or f"process {one.pid}"
+
+    def _num_parts(self, handle: Any) -> int | None:
+        """Return the number of MIG parts, or None if the GPU is not in MIG mode."""
+        nvml = self._nvml
+        current, _pending = self._known(lambda: nvml.nvmlDeviceGetMigMode(handle), (None, None))
+        if current != nvml.NVML_DEVICE_MIG_ENABLE:
+            return None
+        most = self._known(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle), 0)
+        parts = (
+            self._known(lambda index: nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index), None, index)
+            for index in range(most)
+        )
+        return sum(part is not None for part in parts)
+
+    def _recovery(self, handle: Any) -> str:
+        nvml = self._nvml
+        values = self._known(
+            lambda: nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]), None
+        )
+        if values is None or values[0].nvmlReturn != nvml.NVML_SUCCESS or not values[0].value.uiVal:
+            return ""
+        return f"recovery ({_ACTIONS.get(values[0].value.uiVal, f'action {values[0].value.uiVal}')})"
+
+    def _reaches(self, one: Any, other: Any) -> bool | None:
+        """Return whether NVLink leads from one GPU to another, directly or through a switch; None: unknown."""
+        nvml = self._nvml
+        status = self._known(lambda: nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK), None)
+        return None if status is None else bool(status == nvml.NVML_P2P_STATUS_OK)
+
+    def _remotes(self, handle: Any) -> list[str]:
+        """Return the PCI address at the other end of every active NVLink."""
+        nvml = self._nvml
+
+        def is_active(link: int) -> bool:
+            return bool(nvml.nvmlDeviceGetNvLinkState(handle, link) == nvml.NVML_FEATURE_ENABLED)
+
+        active = (link for link in range(nvml.NVML_NVLINK_MAX_LINKS) if self._known(is_active, False, link))
+        return [
+            self._known(lambda link: str(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId), "", link).upper()
+            for link in active
+        ]
+
+    def _address(self, handle: Any) -> str:
+        return self._known(lambda: str(self._nvml.nvmlDeviceGetPciInfo(handle).busId), "unknown").upper()
+
+    def _known(self, read: Callable[..., T], otherwise: U, *arguments: Any) -> T | U:
+        """Return the result of a call, or ``otherwise`` if the call is refused or not in this library."""
+        try:
+            return read(*arguments)
+        except (self._nvml.NVMLError, AttributeError):
+            return otherwise
