@@ -40,8 +40,8 @@ from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.use_cases.simulate import seats_of
-from hetis.simulator.confidence import over_runs
 from hetis.simulator.metrics import prediction_of
+from hetis.simulator.steadiness import over_runs
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import HetisError

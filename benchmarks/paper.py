@@ -33,9 +33,8 @@ from benchmarks.measuring.rows import Row
 from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
 from hetis.planner.use_cases.simulate import MIN_REQUESTS, TURNS
-from hetis.simulator.confidence import over_runs
-from hetis.simulator.metrics import prediction_of
-from hetis.simulator.summary import Summary
+from hetis.simulator.metrics import Summary, prediction_of
+from hetis.simulator.steadiness import over_runs
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError, NoPlanFoundError

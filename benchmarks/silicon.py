@@ -45,7 +45,7 @@ from hetis.formats import catalogue
 from hetis.profiler.engines import eager_layer_s, for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
-from hetis.simulator.memory import rank_room_bytes
+from hetis.simulator.kv_memory import rank_room_bytes
 from hetis.simulator.timing import StageTiming
 from hetis.solver.check.fleet import StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank

@@ -33,15 +33,12 @@ from benchmarks.measuring.saturating import (
 )
 from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
-from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
-from hetis.simulator.fleet import SimulatedFleet
-from hetis.simulator.kv_transfers import KvTransfers
+from hetis.simulator.fleet import KvTransfers, SimulatedFleet, router_of
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.replica import ReplicaRun
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.router import router_of
-from hetis.simulator.values import FloatArray, Requests, Run, SaturatingSource, Settings
+from hetis.simulator.simulate import Builder
+from hetis.simulator.values import FloatArray, RequestLog, Requests, Run, SaturatingSource, Settings
 from hetis.solver.budget import Budget
 from hetis.solver.check.memory import kv_tokens_of_a_copy, staged_prompts_of_a_copy
 from hetis.solver.check.setting import Setting

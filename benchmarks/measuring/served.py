@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits, Metrics
+from hetis.simulator.metrics import Limits, Metrics, Summary, summarise
 from hetis.simulator.running import Job, Runner, runner
-from hetis.simulator.summary import Summary, summarise
 from hetis.simulator.values import Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem

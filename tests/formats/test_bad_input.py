@@ -19,7 +19,7 @@ from hetis.formats.documents import (
     load_workload,
 )
 from hetis.formats.errors import DocumentError
-from hetis.formats.faults import load_faults
+from hetis.simulator.records import load_faults
 
 FOLDER = Path(__file__).parent.parent / "bad_input"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix != ".expected")

@@ -20,7 +20,6 @@ from hetis.formats import documents
 from hetis.formats.discovery.fleet import discovered
 from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
-from hetis.formats.faults import load_faults
 from hetis.formats.measurements import load_measurements
 from hetis.formats.positions import parse_text
 from hetis.formats.trace_forms import characters_counter
@@ -36,6 +35,7 @@ from hetis.planner.service.settings import load_config
 from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
+from hetis.simulator.records import load_faults
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.plan import Plan

@@ -27,10 +27,9 @@ from hetis.planner.use_cases.verify import (
     verification_of,
     verified,
 )
-from hetis.simulator.confidence import Estimate
-from hetis.simulator.metrics import Limits
+from hetis.simulator.metrics import Limits, Summary
 from hetis.simulator.running import silent
-from hetis.simulator.summary import Summary
+from hetis.simulator.steadiness import Estimate
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke

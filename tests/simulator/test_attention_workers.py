@@ -10,13 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.simulator.attention_workers import PoolCopy
-from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
-from hetis.simulator.fleet import SimulatedFleet
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.router import LeastWork
-from hetis.simulator.simulate import simulate
-from hetis.simulator.values import Fault, Request, Settings
+from hetis.simulator.fleet import LeastWork, SimulatedFleet
+from hetis.simulator.simulate import Builder, simulate
+from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import AttentionWorkerPool, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem

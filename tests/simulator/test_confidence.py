@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hetis.simulator.confidence import Estimate, over_runs, t_quantile, within_run
+from hetis.simulator.steadiness import Estimate, over_runs, t_quantile, within_run
 
 
 def test_quantiles_are_those_of_students_t() -> None:

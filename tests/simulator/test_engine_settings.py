@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
 from hetis.simulator.replica import ReplicaRun
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.simulate import simulate
-from hetis.simulator.values import Settings
+from hetis.simulator.simulate import Builder, simulate
+from hetis.simulator.values import RequestLog, Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.simulate import simulate
-from hetis.simulator.values import Fault, Settings
+from hetis.simulator.simulate import Builder, simulate
+from hetis.simulator.values import Fault, RequestLog, Settings
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import KvRoute, Plan, Role

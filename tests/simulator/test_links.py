@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from hetis.simulator.building import Builder
-from hetis.simulator.events import Events
-from hetis.simulator.faults import Faults
-from hetis.simulator.fleet import SimulatedFleet
-from hetis.simulator.kv_transfers import KvTransfers
-from hetis.simulator.links import FleetLinks, transfer
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.router import LeastWork
-from hetis.simulator.values import Settings
+from hetis.simulator.events import Events, FleetLinks, transfer
+from hetis.simulator.fleet import Faults, KvTransfers, LeastWork, SimulatedFleet
+from hetis.simulator.simulate import Builder
+from hetis.simulator.values import RequestLog, Settings
 from hetis.solver.plan import KvRoute, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem, with_role

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from hetis.simulator.arrivals import Arrivals, Load, Saturation, draw_traffic, requests_of
-from hetis.simulator.metrics import Limits, Prediction, measure, prediction_of
-from hetis.simulator.summary import summarise
+from hetis.simulator.metrics import Limits, Prediction, measure, prediction_of, summarise
 from hetis.simulator.values import Request, Run, Settings
 from hetis.solver.workload import LengthBin, Workload
 from tests.planner import plans

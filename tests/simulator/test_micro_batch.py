@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.growth import KvGrowth
+from hetis.simulator.kv_memory import KvGrowth
 from hetis.simulator.micro_batch import MicroBatch
 from tests.solver.instances import make_model
 

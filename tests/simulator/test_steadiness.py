@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hetis.simulator.confidence import Estimate
-from hetis.simulator.steadiness import filled_s, growth, is_carried, warm_up
+from hetis.simulator.steadiness import Estimate, filled_s, growth, is_carried, warm_up
 
 
 @pytest.mark.parametrize("seed", range(5))

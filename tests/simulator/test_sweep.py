@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
-from hetis.simulator.confidence import Estimate
-from hetis.simulator.metrics import Limits, measure
-from hetis.simulator.summary import Summary, summarise
-from hetis.simulator.sweep import IDLE, sweep
+from hetis.simulator.metrics import Limits, Summary, measure, summarise
+from hetis.simulator.running import IDLE, sweep
+from hetis.simulator.steadiness import Estimate
 from hetis.solver.workload import LengthBin, Workload
 from tests.simulator.fake_runs import queue_run
 

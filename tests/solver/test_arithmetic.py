@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.memory import card_room_bytes, rank_room_bytes
-from hetis.simulator.pool_timing import PoolTiming
+from hetis.simulator.attention_workers import PoolTiming
+from hetis.simulator.kv_memory import card_room_bytes, rank_room_bytes
 from hetis.simulator.timing import StageTiming
 from hetis.solver import cost
 from hetis.solver.check import memory, timing

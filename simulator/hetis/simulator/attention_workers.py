@@ -1,22 +1,295 @@
-"""One copy of a stage with its attention workers: the home of each head group, chosen by `hetis.solver.dispatch`."""
+"""A copy of a stage with attention workers: the home of each head group, chosen by `hetis.solver.dispatch`.
+
+The stage's own head groups and the workers' are computed in parallel, at their actual places. Running head groups move
+by `hetis.solver.redispatch`, as copies in the background: one check covers one micro-batch, for which the stage's time
+is that of its slowest device. Copies of a wave start together, but wait for one another, and for KV from prefill
+replicas, if they need the same device's link. The next wave starts when all of them are committed. They do not delay
+the exchange with the primary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hetis.simulator.events import Events
-from hetis.simulator.links import FleetLinks
-from hetis.simulator.migration import Migration
-from hetis.simulator.pool_load import Decoding, PoolLoad
-from hetis.simulator.pool_timing import PoolTiming
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.values import FloatArray, IntArray, Settings
-from hetis.solver.dispatch.problem import DeviceLoad, Requests
-from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.simulator.events import Events, FleetLinks, transfer
+from hetis.simulator.kv_memory import KvGrowth
+from hetis.simulator.timing import StageTiming, fit_of, pair_pieces
+from hetis.simulator.values import FloatArray, IntArray, RequestLog, Settings
+from hetis.solver.cluster import Link
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit, Op
+
+if TYPE_CHECKING:
+    from hetis.solver.redispatch.problem import Move
+    from hetis.solver.redispatch.triggers import Watch
+
+
+class Decoding(Protocol):
+    """The part of a micro-batch that a pool reads (`MicroBatch`)."""
+
+    index: int
+    step: int
+    growth: KvGrowth
+    decoding: dict[int, int]
+    chunk: list[tuple[int, int, bool]]
+
+
+class PoolLoad:
+    """Load of one micro-batch's decoding requests on D devices: pairs with head groups, and their tokens."""
+
+    __slots__ = ("groups", "growing", "looked", "tokens")
+
+    def __init__(self, devices: int) -> None:
+        self.groups = np.zeros(devices, np.int64)
+        self.growing = np.zeros(devices, np.int64)  # of requests within the sliding window
+        self.tokens = np.zeros(devices)
+        self.looked = 0  # step of the last check by re-dispatch
+
+    def add(self, groups: IntArray, attended: float, *, grows: bool) -> None:
+        self.groups += groups
+        self.tokens += groups * attended
+        if grows:
+            self.growing += groups
+
+    def grow(self, growth: KvGrowth) -> None:
+        """Let the context of every request grow by one token."""
+        self.tokens += growth.first_slope * self.growing + growth.slope * (self.groups - self.growing)
+
+
+_Affine = list[tuple[float, float]]  # seconds, and seconds per byte
+
+
+class PoolTiming:
+    """Seconds per layer on D devices: the primary, all its ranks together, is the first, the cards are the others."""
+
+    def __init__(self, problem: PlacementProblem, timing: StageTiming, *, cards: int) -> None:
+        model, shape = problem.model, timing.shape
+        pool = shape.pool
+        assert pool is not None
+        self.layers, self.tp = timing.layers, shape.tp
+        own = pair_pieces(problem.profiles[shape.gpu], model, shape.tp, model.queries_per_group)
+        card = pair_pieces(problem.profiles[pool.gpu], model, 1, model.queries_per_group)
+        # A group is on one rank, and the ranks are even: each has a share of the primary's pairs and tokens.
+        own = [(fixed, per_pair / shape.tp, per_token / shape.tp) for fixed, per_pair, per_token in own]
+        most = max(len(own), len(card))
+        rows = [_padded(own, most)] + [_padded(card, most)] * cards
+        self._call, self._pair, self._token = (np.array([[p[k] for p in row] for row in rows]) for k in range(3))
+        self._send = _affine(fit_of(problem.profiles[shape.gpu], Op.TRANSFER, model, shape.tp), pool.link)
+        self._receive = _affine(fit_of(problem.profiles[pool.gpu], Op.TRANSFER, model, 1), pool.link)
+        self._latency_s = 2.0 * pool.link.latency_s
+        self._pair_bytes = model.queries_per_group * model.exchange_bytes_per_head()
+        self._token_bytes = model.kv_bytes_per_token_group()
+        self._queries = model.queries_per_group
+        self._block_tokens = problem.assumptions.block_tokens
+        self._heads = HeadShape.of_model(model, block_tokens=self._block_tokens)
+
+    def device_seconds(self, groups: IntArray, tokens: FloatArray) -> FloatArray:
+        """Return decode attention per layer, [D], for ``groups`` (request, group) pairs and attended ``tokens``."""
+        times: FloatArray = (
+            self._call + self._pair * groups[:, None] + self._token * tokens[:, None]
+        ).max(axis=1)  # fmt: skip
+        return np.where(groups > 0, times, 0.0)
+
+    def attention_s(self, device_s: FloatArray, groups: IntArray) -> float:
+        """Return the time per layer: the stage's own share, or the slowest card with its exchange."""
+        own_s = float(device_s[0])
+        away = int(groups[1:].sum())
+        if not away:
+            return own_s
+        sending = _most(self._send, away * self._pair_bytes)
+        slowest = 0.0
+        for seconds, pairs in zip(device_s[1:].tolist(), groups[1:].tolist(), strict=True):
+            if pairs:
+                slowest = max(slowest, seconds + max(sending, _most(self._receive, pairs * self._pair_bytes)))
+        return max(own_s, slowest + self._latency_s)
+
+    def late_s(self, chunk: FloatArray, groups: IntArray, layer_s: float) -> float:
+        """Return the time that the KV of a chunk adds to a layer that takes ``layer_s``: it is sent in parallel, over
+        the same link as the exchange. ``chunk`` are (token, group) pairs per device [D]."""
+        return max(0.0, self._ship_s(chunk) + self._exchange_s(groups) - layer_s) if chunk[1:].any() else 0.0
+
+    def _ship_s(self, chunk: FloatArray) -> float:
+        total, most = float(chunk[1:].sum()), float(chunk[1:].max())
+        return max(_most(self._send, total * self._token_bytes), _most(self._receive, most * self._token_bytes))
+
+    def _exchange_s(self, groups: IntArray) -> float:
+        away, most = int(groups[1:].sum()), int(groups[1:].max())
+        if not away:
+            return 0.0
+        sending = _most(self._send, away * self._pair_bytes)
+        return max(sending, _most(self._receive, most * self._pair_bytes)) + self._latency_s
+
+    def move_byte_s(self, devices: int) -> FloatArray:
+        """Return the seconds per byte of KV that moves in or out, [D]."""
+        per_byte = [max(b for _, b in self._send)] + [max(b for _, b in self._receive)] * (devices - 1)
+        return np.array(per_byte)
+
+    def stage(self, devices: tuple[str, ...]) -> Stage:
+        """Return the same for dispatch: exchanged data is charged to each device and to the primary's link."""
+        workers = np.arange(len(devices)) > 0
+        receive = max(b for _, b in self._receive), max(c for c, _ in self._receive) + self._latency_s
+        send = max(b for _, b in self._send), max(c for c, _ in self._send) + self._latency_s
+        scale = np.where(workers, 1.0, float(self.tp))[:, None]  # the solver divides the primary's by its cards
+        return Stage(
+            heads=self._heads,
+            devices=devices,
+            head_s=self._pair * scale / self._queries,
+            kv_byte_s=self._token * scale / self._token_bytes,
+            call_s=self._call,
+            transfer_byte_s=np.where(workers, receive[0], 0.0),
+            transfer_s=np.where(workers, receive[1], 0.0),
+            primary=Primary(device=0, tp=self.tp, nic_byte_s=send[0], nic_s=send[1]),
+        )
+
+
+def _padded(pieces: list[tuple[float, float, float]], most: int) -> list[tuple[float, float, float]]:
+    return pieces + [pieces[-1]] * (most - len(pieces))
+
+
+def _affine(fit: Fit, link: Link) -> _Affine:
+    return [(p.fixed_s, p.byte_s + p.wire / link.bytes_per_s) for p in fit.pieces]
+
+
+def _most(pieces: _Affine, num_bytes: float) -> float:
+    return max(fixed + per_byte * num_bytes for fixed, per_byte in pieces)
+
+
+Moved = Callable[[int], None]
+
+
+class Migration:
+    """Moves of one stage copy, one plan at a time."""
+
+    def __init__(
+        self, state: DispatchState, timing: PoolTiming, links: FleetLinks, log: RequestLog, events: Events, *,
+        theta: float, mean_output: float,
+    ) -> None:  # fmt: skip
+        from hetis.solver.dispatch.solve import Dispatcher
+        from hetis.solver.redispatch.solve import Redispatcher
+
+        self._state, self._timing, self._links, self._log, self._events = state, timing, links, log, events
+        self._theta = theta
+        self._remaining = max(1, round(mean_output))  # of any request: the actual output is not known
+        self._dispatcher = Dispatcher(state.stage)
+        self._redispatcher = Redispatcher(self._dispatcher)
+        self._devices = state.stage.devices
+        self._link_byte_s = timing.move_byte_s(len(self._devices))
+        self._watches: dict[int, Watch] = {}  # by micro-batch
+        self._waves: list[list[Move]] = []
+        self._pending = 0  # bundles of the present wave that are not committed
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._pending > 0
+
+    def look(self, now_s: float, batch: Decoding, moved: Moved) -> None:
+        """Start the moves that benefit a micro-batch, if it deviates by more than Theta or memory is short.
+
+        ``moved`` is called with every request whose home has changed.
+        """
+        from hetis.solver.redispatch.problem import RedispatchProblem
+        from hetis.solver.redispatch.triggers import Watch, triggers
+
+        snapshot = self._snapshot(batch)
+        fired = triggers(snapshot, self._dispatcher, theta=self._theta)
+        watch = self._watches.setdefault(batch.index, Watch())
+        if not watch.due(snapshot, fired):
+            return
+        problem = RedispatchProblem(
+            snapshot=snapshot, num_layers=self._timing.layers, link_byte_s=self._link_byte_s
+        )  # fmt: skip
+        moves = self._redispatcher.solve(problem).moves
+        watch.looked(snapshot, fired, moved=bool(moves))
+        self._state.mark_seen()
+        self._waves = [list(wave) for _, wave in groupby(moves, key=lambda move: move.wave)]
+        self._next_wave(now_s, moved)
+
+    def _snapshot(self, batch: Decoding) -> StateSnapshot:
+        """Return the decoding requests of the micro-batch, on devices with only their blocks and the free ones."""
+        state = self._state
+        ids = [str(request) for request in batch.decoding]
+        context = np.array([state.context_tokens(name) for name in ids], np.int64)
+        groups = np.stack([state.groups(name) for name in ids])
+        used = -(-context // state.stage.heads.block_tokens) @ groups
+        total = used + np.maximum(0, state.free_blocks())
+        return StateSnapshot(
+            stage=state.stage,
+            devices=tuple(map(_as_seen, state.devices, used.tolist(), total.tolist())),
+            ids=tuple(ids),
+            context_tokens=context,
+            remaining_tokens=np.full(len(ids), self._remaining, np.int64),
+            groups=groups,
+        )
+
+    def _next_wave(self, now_s: float, moved: Moved) -> None:
+        """Start the moves that are still possible in the next wave that has any."""
+        while self._waves and not self._pending:
+            bundles: dict[int, list[Move]] = {}
+            for move in self._waves.pop(0):
+                bundles.setdefault(move.together, []).append(move)
+            for bundle in bundles.values():
+                prepared = self._prepared(bundle)
+                if prepared:
+                    self._pending += 1
+                    end_s = max(
+                        self._copy(now_s, one, move.num_bytes) for one, move in zip(prepared, bundle, strict=True)
+                    )
+                    num_bytes = sum(move.num_bytes for move in bundle)
+                    self._events.at(end_s, self._commit, prepared, num_bytes, moved)
+
+    def _prepared(self, bundle: list[Move]) -> list[PreparedMove]:
+        """Take blocks for moves that are committed together; none if one of them is no longer possible."""
+        state, prepared = self._state, list[PreparedMove]()
+        for move in bundle:
+            holds = move.request in state and state.groups(move.request)[move.source] >= move.groups
+            one = None
+            if holds and state.devices[move.target].status is DeviceStatus.OK:
+                one = state.prepare_move(move.request, groups=move.groups, source=move.source, target=move.target)
+            if one is None:
+                for other in prepared:
+                    state.abort_move(other.number)
+                return []
+            prepared.append(one)
+        return prepared
+
+    def _copy(self, now_s: float, move: PreparedMove, num_bytes: float) -> float:
+        seconds = num_bytes * max(self._link_byte_s[move.source], self._link_byte_s[move.target])
+        source, target = self._devices[move.source], self._devices[move.target]
+        return transfer(now_s, float(seconds), self._links.leaving(source), self._links.coming(target))
+
+    def _commit(self, now_s: float, prepared: list[PreparedMove], num_bytes: float, moved: Moved) -> None:
+        self._pending -= 1
+        under_way = {move.number for move in self._state.moves}
+        numbers = [move.number for move in prepared]
+        if under_way.issuperset(numbers):  # otherwise its request is done, evicted or has lost a device
+            self._state.commit_moves(*numbers)
+            request = int(prepared[0].request)
+            self._log.migrations += len(prepared)
+            self._log.migrated_bytes += num_bytes
+            self._log.moved_bytes[request] += num_bytes
+            moved(request)
+        else:
+            for number in under_way.intersection(numbers):
+                self._state.abort_move(number)
+        self._next_wave(now_s, moved)
+
+
+def _as_seen(device: DeviceSnapshot, used: int, total: int) -> DeviceSnapshot:
+    """Return a device with ``total`` blocks, whose high-water mark leaves as many of them free as before."""
+    kept_free = (1.0 - device.high_water) * device.total_blocks
+    mark = 1.0 if used + kept_free <= 0 else min(1.0, max(1e-9, used / (used + kept_free)))
+    return DeviceSnapshot(
+        name=device.name, total_blocks=total, status=device.status, high_water=mark, changed=device.changed
+    )  # fmt: skip
+
 
 LOOK_STEPS = 16  # steps of a micro-batch between two checks by re-dispatch
 

@@ -1,18 +1,283 @@
-"""All replicas of a plan, the requests that arrive, and the KV transfers between replicas."""
+"""All replicas of a plan: which one a request goes to, the KV that they send each other, and devices that fail and
+return.
+
+For prompts that are prefilled on one replica and decoded on another, a seat and blocks at the decode replica are taken
+when a prompt begins, because its KV is sent layer by layer while later layers and chunks compute. So a transfer may use
+its links from that time, and cannot end before the last layer of the last chunk has arrived. Links are shared: the GPUs
+of both ends, and the link between two zones.
+"""
 
 from __future__ import annotations
 
+import math
+import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from hetis.simulator.events import Events
-from hetis.simulator.kv_transfers import KvTransfers
-from hetis.simulator.micro_batch import MicroBatch
+from hetis.simulator.events import Events, FleetLinks, transfer
+from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import Outside, ReplicaRun
-from hetis.simulator.request_log import RequestLog
-from hetis.simulator.router import Router
-from hetis.simulator.values import Request, SaturatingSource
+from hetis.simulator.values import Request, RequestLog, SaturatingSource, Settings
+from hetis.solver.check.fleet import Fleet as Devices
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+LONG_QUEUE_TOKENS = 2048  # a batch of prompts, at the maximum size in Splitwise
+
+
+class Router(Protocol):
+    """Chooses among replicas that are up."""
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        """Return one of at least one replica that takes prompts."""
+
+
+class _Turns:
+    """Smooth weighted round robin: each share of the turns is in proportion, as evenly as whole turns allow."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._credit: dict[int, float] = {}
+
+    def next(self, weights: Mapping[int, float]) -> int:
+        """Return which of these has the next turn."""
+        credit = self._credit
+        for number, weight in weights.items():
+            if number not in credit:
+                credit[number] = self._random.random() * weight  # so that not all turns begin with the same one
+            credit[number] += weight
+        best = max(weights, key=credit.__getitem__)
+        credit[best] -= sum(weights.values())
+        return best
+
+
+class LeastWork:
+    """The router to the replica that would finish its requests and the new one first, at its planned rate.
+
+    The work of a prefill replica is not comparable with that of a unified one, which keeps its requests until they
+    have decoded: the former would look idle and be overloaded. So the two kinds take turns in proportion to their
+    planned rates, and the least work decides among replicas of a kind.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._turns = _Turns(seed)
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        kinds: dict[int, list[ReplicaRun]] = {}
+        for replica in replicas:
+            kinds.setdefault(int(replica.decodes), []).append(replica)
+        if len(kinds) > 1:
+            rates = {kind: sum(replica.rate for replica in alike) for kind, alike in kinds.items()}
+            return min(kinds[self._turns.next(rates)], key=_work_s)
+        return min(replicas, key=_work_s)
+
+
+class Weighted:
+    """The router to each replica in proportion to its planned rate, independent of its queue."""
+
+    def __init__(self, seed: int) -> None:
+        self._turns = _Turns(seed)
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        by_number = {replica.number: replica for replica in replicas}
+        return by_number[self._turns.next({number: replica.rate for number, replica in by_number.items()})]
+
+
+class FewestRequests:
+    """The router to the replica with the fewest requests waiting and running, regardless of its speed: the controller
+    of AlpaServe, by which HexGen judges its plans."""
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        return min(replicas, key=lambda replica: replica.outstanding)
+
+
+class FewestTokens:
+    """The router to the prefill replica with the fewest waiting prompt tokens, or to unified ones if it has a batch.
+
+    Splitwise: the shortest queue of the prompt pool, and the mixed pool when all of them are long. Without prefill
+    replicas, the shortest queue of the others.
+    """
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        prompt = [replica for replica in replicas if not replica.decodes]
+        mixed = [replica for replica in replicas if replica.decodes]
+        for pool in (prompt, mixed):
+            waiting = {replica.number: replica.waiting_tokens() for replica in pool}
+            shortest = min(pool, key=lambda replica: waiting[replica.number], default=None)
+            if shortest is not None and waiting[shortest.number] <= LONG_QUEUE_TOKENS:
+                return shortest
+        return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
+
+
+def router_of(settings: Settings) -> Router:
+    """Return the router that the settings name."""
+    match settings.router:
+        case "least-work":
+            return LeastWork(settings.seed)
+        case "weighted":
+            return Weighted(settings.seed)
+        case "fewest-requests":
+            return FewestRequests()
+        case "fewest-tokens":
+            return FewestTokens()
+
+
+def _work_s(replica: ReplicaRun) -> float:
+    return (replica.outstanding + 1) / replica.rate
+
+
+@dataclass(slots=True)
+class _Route:
+    """A target of a prefill replica: ``credit`` grows with the planned share and falls with every request sent."""
+
+    replica: ReplicaRun
+    share: float
+    credit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A prompt whose KV goes to a micro-batch of another replica, from ``begun_s`` on."""
+
+    begun_s: float
+    replica: ReplicaRun
+    batch: MicroBatch
+
+
+class KvTransfers:
+    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost in transfer.
+
+    Requests are distributed according to the plan, or ``to_emptiest``: to the decode replica with the fewest of them.
+
+    Attributes:
+        senders: prefill replicas by the number of the decode replica that they send to.
+    """
+
+    def __init__(
+        self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], log: RequestLog,
+        events: Events, requeue: Callable[[float, int], None], links: FleetLinks, *, to_emptiest: bool = False,
+    ) -> None:  # fmt: skip
+        self._to_emptiest = to_emptiest
+        self._log, self._events, self._requeue = log, events, requeue
+        self._model, self._network = problem.model, problem.cluster.network
+        self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
+        self._links = links
+        self._routes: dict[int, list[_Route]] = {}
+        self.senders: dict[int, list[ReplicaRun]] = {}
+        for route in plan.kv_routes:
+            self.senders.setdefault(route.decode, []).append(replicas[route.prefill])
+            self._routes.setdefault(route.prefill, []).append(_Route(replicas[route.decode], route.rate))
+        self._expected: dict[int, _Expected] = {}
+
+    def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
+        """Take a seat and blocks for a prompt at a target of its route; False if no target has room."""
+        routes = self._routes.get(replica.number)
+        if routes is None or self._log.output[request] - self._log.produced[request] == 1:
+            return True  # it stays on its replica, or its prompt makes its last token
+        for route in sorted(routes, key=self._turn):
+            batch = route.replica.expect(request) if route.replica.is_up else None
+            if batch is not None:
+                total = sum(other.share for other in routes)
+                for other in routes:
+                    other.credit += other.share
+                route.credit -= total
+                self._expected[request] = _Expected(now_s, route.replica, batch)
+                return True
+        return False
+
+    def _turn(self, route: _Route) -> float:
+        """Return the sort key of a route; routes are tried in increasing order."""
+        return route.replica.seats_taken() if self._to_emptiest else -(route.credit + route.share)
+
+    def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
+        """Send the KV of a finished prompt; False: it decodes on the same replica."""
+        expected = self._expected.get(request)
+        if expected is None:
+            return False
+        batch.sending.add(request)
+        landed_s = max(
+            now_s + self._landing_s(replica, batch, request), self._sent_s(replica, batch, request, expected)
+        )
+        self._events.at(landed_s, self._land, replica, batch, request)
+        return True
+
+    def cancel(self, request: int) -> None:
+        """Cancel the transfer of a prompt that was lost at its prefill replica."""
+        expected = self._expected.pop(request, None)
+        if expected is not None and request in expected.batch.reserved:
+            expected.batch.reserved.discard(request)
+            expected.replica.kv.release(expected.batch, request, self._log.target[request])
+
+    def _land(self, now_s: float, sender: ReplicaRun, batch: MicroBatch, request: int) -> None:
+        if request in batch.sending:
+            batch.sending.discard(request)
+            sender.kv.release(batch, request, self._log.target[request])
+        sender.outstanding -= 1
+        expected = self._expected.pop(request, None)
+        is_there = expected is not None and expected.batch.alive and request in expected.batch.reserved
+        if expected is not None and is_there and batch.alive:
+            self._log.kv_transfers += 1
+            expected.replica.land(now_s, expected.batch, request)
+        else:
+            if expected is not None:
+                self._expected[request] = expected
+                self.cancel(request)
+            self._log.evict(request)
+            self._requeue(now_s, request)
+        sender.wake(now_s)
+
+    # --- time
+
+    def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
+        """Return the time for the last layer of the last chunk, on the slowest stage."""
+        target = self._log.target[request]
+        num_bytes = self._layer_bytes(target, min(1.0, replica.batching.chunk_tokens / target))
+        return max(
+            float(copy.timing.cost.transfer_s(num_bytes, copy.timing.shape.hop_link))
+            + copy.timing.shape.hop_link.latency_s
+            for copy in batch.copies
+        )
+
+    def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
+        """Return when the KV has passed all its links."""
+        tokens, begun_s = self._log.target[request], expected.begun_s
+        chunks = math.ceil(tokens / replica.batching.chunk_tokens)
+        ends = list[float]()
+        for copy in batch.copies:
+            timing = copy.timing
+            part_s = float(timing.cost.transfer_s(self._layer_bytes(tokens, 1.0 / chunks), timing.shape.hop_link))
+            leaving = self._links.leaving(copy.devices[0])
+            ends.append(transfer(begun_s, timing.layers * chunks * part_s, leaving))
+        for copy in expected.batch.copies:
+            ends.extend(self._received(begun_s, copy, tokens))
+        zones = self._zones[replica.number], self._zones[expected.replica.number]
+        if zones[0] != zones[1]:
+            num_bytes = self._model.prompt_kv_bytes(tokens)
+            seconds = num_bytes / self._network.zone_link(*zones).bytes_per_s
+            ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
+        return max(ends)
+
+    def _received(self, begun_s: float, copy: SimulatedStageCopy, tokens: int) -> Iterator[float]:
+        """Yield when the KV of a prompt is in one copy: kept groups on its ranks, the others directly on its cards."""
+        timing, model = copy.timing, self._model
+        pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
+        away = 0 if pool is None else pool.head_groups * timing.shape.tp
+        kept = model.head_groups - away
+        if kept:  # otherwise no KV is sent to the ranks, and their link is not used
+            layer_s = float(timing.cost.transfer_s(kept * group_bytes + model.state_bytes(), timing.shape.hop_link))
+            yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
+        if pool is not None:
+            layer_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
+            for card in copy.cards:
+                yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
+
+    def _layer_bytes(self, tokens: int, share: float) -> float:
+        """Return the bytes of one layer that a share of a prompt of ``tokens`` brings: KV, and as much of its state."""
+        whole = tokens * self._model.head_groups * self._model.kv_bytes_per_token_group() + self._model.state_bytes()
+        return share * whole
 
 
 class SimulatedFleet(Outside):
@@ -101,3 +366,95 @@ class SimulatedFleet(Outside):
     def _arrive(self, now_s: float, request: Request) -> None:
         self.route(now_s, self.log.arrive(request, now_s))
         self._schedule_next(now_s)
+
+
+class Faults:
+    """Lets devices of a fleet fail and join.
+
+    A failed GPU of a stage copy stops the copy: requests on its micro-batches are prefilled again, on another copy of
+    the stage if there is one, otherwise on another replica. A failed attention worker evicts the requests that had head
+    groups on it. A copy that returns takes its share of micro-batches again; those that move to it are prefilled again.
+    """
+
+    def __init__(self, fleet: SimulatedFleet) -> None:
+        self._fleet = fleet
+        self._copies: Mapping[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = _by_device(fleet)
+        self._down: dict[SimulatedStageCopy, set[str]] = {}
+
+    def change(self, now_s: float, device: str, joins: bool) -> None:
+        """Let a device fail or join; one that the plan does not use changes nothing."""
+        changed = dict[ReplicaRun, None]()  # in order; once each, though all copies that share experts stop together
+        for replica, copy, card in self._copies.get(device, ()):
+            if card:
+                self._change_card(now_s, replica, copy, card, joins)
+            else:
+                down = self._down.setdefault(copy, set())
+                down.symmetric_difference_update({device} if (device in down) == joins else set())
+                if copy.is_up == bool(down):
+                    copy.is_up = not down
+                    changed[replica] = None
+        for replica in changed:
+            self._rearrange(now_s, replica)
+
+    def _change_card(self, now_s: float, replica: ReplicaRun, copy: SimulatedStageCopy, card: int, joins: bool) -> None:
+        assert copy.pool is not None
+        if joins:
+            copy.pool.restore(card)
+            replica.wake(now_s)
+            return
+        hit = copy.pool.holders(card)
+        for batch in replica.batches:
+            if copy in batch.copies:
+                for request in reversed([one for one in batch.requests() if one in hit]):
+                    self._forget(request)
+                    replica.lose(now_s, batch, request)
+        copy.pool.lose(card)
+        replica.wake(now_s)
+
+    def _rearrange(self, now_s: float, replica: ReplicaRun) -> None:
+        """Restart micro-batches whose copies changed; without a copy of some stage the replica is down."""
+        replica.is_up = all(any(copy.is_up for copy in copies) for copies in replica.stages)
+        for index, batch in enumerate(replica.batches):
+            new = replica.new_batch(index)
+            if not replica.is_up or new.copies != batch.copies or not batch.alive:
+                self._stop(now_s, replica, batch)
+                replica.batches[index] = new
+                replica.set_idle(new)
+        if replica.is_up:
+            self._fleet.route_held(now_s)
+            replica.wake(now_s)
+            self._fleet.has_room(now_s, replica)
+        else:
+            waiting = list(replica.queue)
+            replica.queue.clear()
+            replica.outstanding -= len(waiting)
+            for request in waiting:
+                self._fleet.route(now_s, request)
+
+    def _stop(self, now_s: float, replica: ReplicaRun, batch: MicroBatch) -> None:
+        batch.alive = False
+        for request in reversed(batch.requests()):
+            self._forget(request)
+            replica.lose(now_s, batch, request)
+        log = replica.log
+        for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` handles them at the time of their arrival
+            replica.kv.release(batch, request, log.target[request])
+        batch.sending.clear()
+        batch.reserved.clear()
+
+    def _forget(self, request: int) -> None:
+        if self._fleet.transfers is not None:
+            self._fleet.transfers.cancel(request)
+
+
+def _by_device(fleet: SimulatedFleet) -> dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]]:
+    """Return the places of every device: as a rank (0) or as a pool's card by number; shared cards in several pools."""
+    found: dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = {}
+    for replica in fleet.replicas:
+        for copies in replica.stages:
+            for copy in copies:
+                for device in copy.devices:
+                    found.setdefault(device, []).append((replica, copy, 0))
+                for card, device in enumerate(copy.cards, start=1):
+                    found.setdefault(device, []).append((replica, copy, card))
+    return found

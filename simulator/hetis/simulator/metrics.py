@@ -1,15 +1,25 @@
-"""Metrics of a run for its requests and its devices, after its warm-up."""
+"""Metrics of a run for its requests and its devices, after its warm-up, and their summary over runs of one load."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from hetis.simulator.confidence import Estimate, within_run
-from hetis.simulator.steadiness import MAX_GROWTH, filled_s, growth, is_carried, warm_up
+from hetis.simulator.steadiness import (
+    MAX_GROWTH,
+    Estimate,
+    filled_s,
+    growth,
+    is_carried,
+    over_runs,
+    warm_up,
+    within_run,
+)
 from hetis.simulator.values import BoolArray, FloatArray, IntArray, Run
 from hetis.solver.plan import Plan, Role
 
@@ -257,13 +267,88 @@ def _devices(run: Run, start_s: float, end_s: float) -> tuple[DeviceUse, ...]:
     if run.series is None:
         return ()
     inside = (run.series.times_s > start_s) & (run.series.times_s <= end_s)
-    if not inside.any():
-        return tuple(
-            DeviceUse(device=name, kv_mean=math.nan, kv_max=math.nan, busy_mean=math.nan) for name in run.series.devices
-        )
-    kv, busy = run.series.kv_used_fraction[inside], run.series.busy_fraction[inside]
-    columns = (kv.mean(axis=0).tolist(), kv.max(axis=0).tolist(), busy.mean(axis=0).tolist())
+    names, columns = run.series.devices, [[math.nan] * len(run.series.devices)] * 3
+    if inside.any():
+        kv, busy = run.series.kv_used_fraction[inside], run.series.busy_fraction[inside]
+        columns = [kv.mean(axis=0).tolist(), kv.max(axis=0).tolist(), busy.mean(axis=0).tolist()]
     return tuple(
         DeviceUse(device=name, kv_mean=kv_mean, kv_max=kv_max, busy_mean=busy_mean)
-        for name, kv_mean, kv_max, busy_mean in zip(run.series.devices, *columns, strict=True)
+        for name, kv_mean, kv_max, busy_mean in zip(names, *columns, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Joint results of the runs: means over the runs of the `Metrics` of each, and sums of their counts.
+
+    Intervals are over the runs if there are several, otherwise from the sections of the single run.
+    """
+
+    num_runs: int
+    steady: bool | None  # whether all of them are steady; False: one is not; None: one is too short to tell
+    growth: Estimate
+    warm_up_s: float
+    window_s: float
+    arrival_rps: float
+    throughput_rps: Estimate
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_p95_s: Estimate
+    mean_tpot_s: Estimate
+    ttft_s: Distribution
+    tpot_s: Distribution
+    end_to_end_s: Distribution
+    normalised_s: Distribution
+    queueing_s: Distribution
+    attainment: float
+    counts: RunCounts
+    devices: tuple[DeviceUse, ...]
+
+    def within(self, limits: Limits) -> bool:
+        """Return whether the load is carried, if that is known, and both latencies are within their limits."""
+        carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
+        return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
+
+    def precision(self) -> float:
+        """Return the widest of the three intervals over its value; infinite if one is not known."""
+        return max(estimate.relative for estimate in (self.throughput_rps, self.ttft_p95_s, self.mean_tpot_s))
+
+
+def summarise(runs: Sequence[Metrics]) -> Summary:
+    """Return the summary of one run or more."""
+    steady, counts = [run.steady for run in runs], [run.counts for run in runs]
+    total = {field.name: sum(getattr(one, field.name) for one in counts) for field in fields(RunCounts)}
+    own = ("num_runs", "steady", "warm_up_s", "window_s", "counts", "devices")
+    alike = {field.name for field in fields(Summary)}.difference(own)
+    return Summary(
+        num_runs=len(runs),
+        steady=False if False in steady else None if None in steady else True,
+        warm_up_s=_mean([run.window_start_s for run in runs]),
+        window_s=_mean([run.window_end_s - run.window_start_s for run in runs]),
+        counts=RunCounts(**total),
+        devices=tuple(map(_device_of_runs, zip(*(run.devices for run in runs), strict=True))),
+        **{name: _of_runs([getattr(run, name) for run in runs]) for name in alike},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return over_runs(values).value
+
+
+def _of_runs(values: Sequence[Any]) -> Any:
+    """Return the mean of a figure over runs; of a single run its own estimate."""
+    if isinstance(values[0], Distribution):
+        names = [field.name for field in fields(Distribution)]
+        return Distribution(**{name: _mean([getattr(one, name) for one in values]) for name in names})
+    if isinstance(values[0], Estimate):
+        return values[0] if len(values) == 1 else over_runs([one.value for one in values])
+    return _mean(values)
+
+
+def _device_of_runs(uses: Sequence[DeviceUse]) -> DeviceUse:
+    return DeviceUse(
+        device=uses[0].device,
+        kv_mean=_mean([use.kv_mean for use in uses]),
+        kv_max=max((use.kv_max for use in uses if math.isfinite(use.kv_max)), default=math.nan),
+        busy_mean=_mean([use.busy_mean for use in uses]),
     )

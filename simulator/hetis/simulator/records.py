@@ -1,4 +1,4 @@
-"""A run as files: one CSV row per request, and a trace for Perfetto and Chrome."""
+"""Files of a simulation: devices that fail and join go in; rows of requests, and a trace for Perfetto, come out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import csv
 import io
 import json
 import math
+import os
+from collections.abc import Iterator
 from typing import Any
 
-from hetis.simulator.values import Run
+import numpy as np
+
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.files import file_label, read_text
+from hetis.simulator.values import Fault, FloatArray, Run
 
 CSV_COLUMNS = (
     "id", "arrival_s", "prompt_tokens", "output_tokens", "replica", "admitted_s", "first_token_s", "finished_s",
     "ttft_s", "tpot_s", "end_to_end_s", "preemptions", "moved_bytes",
 )  # fmt: skip
+FAULT_COLUMNS = ("at_s", "device", "event")
+FAULT_EVENTS = ("fail", "join")
 
 
 def requests_csv(run: Run) -> str:
@@ -21,35 +29,23 @@ def requests_csv(run: Run) -> str:
 
     ``arrival_s``, ``prompt_tokens`` and ``output_tokens`` make the file a trace that can be replayed.
     """
+    later_tokens = np.where(run.output_tokens > 1, run.output_tokens - 1, math.nan)
     columns = (
-        run.id, run.arrival_s, run.prompt_tokens, run.output_tokens, run.replica, run.admitted_s, run.first_token_s,
-        run.finished_s, run.preemptions, run.moved_bytes,
+        run.id.tolist(), _times(run.arrival_s), run.prompt_tokens.tolist(), run.output_tokens.tolist(),
+        [replica if replica >= 0 else "" for replica in run.replica.tolist()], _times(run.admitted_s),
+        _times(run.first_token_s), _times(run.finished_s), _times(run.first_token_s - run.arrival_s),
+        _times((run.finished_s - run.first_token_s) / later_tokens), _times(run.finished_s - run.arrival_s),
+        run.preemptions.tolist(), [f"{moved:.0f}" for moved in run.moved_bytes.tolist()],
     )  # fmt: skip
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    writer.writerows(_row(*values) for values in zip(*(column.tolist() for column in columns), strict=True))
+    writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
 
 
-def _row(
-    number: int,
-    arrival_s: float,
-    prompt: int,
-    output: int,
-    replica: int,
-    admitted_s: float,
-    first_s: float,
-    finished_s: float,
-    preemptions: int,
-    moved_bytes: float,
-) -> tuple[int | str, ...]:
-    tpot_s = (finished_s - first_s) / (output - 1) if output > 1 else math.nan
-    return (
-        number, _time(arrival_s), prompt, output, replica if replica >= 0 else "", _time(admitted_s), _time(first_s),
-        _time(finished_s), _time(first_s - arrival_s), _time(tpot_s), _time(finished_s - arrival_s), preemptions,
-        f"{moved_bytes:.0f}",
-    )  # fmt: skip
+def _times(values_s: FloatArray) -> list[str]:
+    return [f"{value_s:.6f}" if math.isfinite(value_s) else "" for value_s in values_s.tolist()]
 
 
 def perfetto_json(run: Run) -> str:
@@ -118,5 +114,44 @@ def _us(value_s: float) -> float:
     return round(value_s * 1e6, 3)
 
 
-def _time(value_s: float) -> str:
-    return f"{value_s:.6f}" if math.isfinite(value_s) else ""
+def load_faults(path: str | os.PathLike[str]) -> tuple[Fault, ...]:
+    """Return the events of a file (``-``: standard input), ordered by time. Devices are not looked up here.
+
+    Raises:
+        DocumentError: with every problem of the file.
+    """
+    label = file_label(path)
+    reader = csv.reader(io.StringIO(read_text(path)))
+    header = [column.strip() for column in next(reader, [])]
+    missing = [column for column in FAULT_COLUMNS if column not in header]
+    if missing:
+        message = f"column {', '.join(missing)} is missing, the header must have {','.join(FAULT_COLUMNS)}"
+        raise single_problem(label, message, line=1)
+    places = [header.index(column) for column in FAULT_COLUMNS]
+    events, problems = list[Fault](), list[Problem]()
+    try:
+        for row in filter(None, reader):
+            at_s, device, event = (row[place].strip() if place < len(row) else "" for place in places)
+            wrong = list(_wrong_in(at_s, device, event))
+            problems += [Problem(file=label, line=reader.line_num, path=at, message=text) for at, text in wrong]
+            if not wrong:
+                events.append(Fault(at_s=float(at_s), device=device, joins=event == "join"))
+    except csv.Error as error:
+        problems.append(Problem(file=label, line=reader.line_num, message=f"is not CSV: {error}"))
+    if problems:
+        raise DocumentError(problems)
+    return tuple(sorted(events, key=lambda event: event.at_s))
+
+
+def _wrong_in(at_s: str, device: str, event: str) -> Iterator[tuple[str, str]]:
+    """Yield the problems of a row as (column, message)."""
+    try:
+        if not 0 <= float(at_s) < math.inf:
+            yield "at_s", f"is {at_s}, must be finite and >= 0"
+    except ValueError:
+        yield "at_s", f"{at_s[:80]!r} is not a number of seconds"
+    if not device:
+        yield "device", "is empty, expected node/index"
+    if event not in FAULT_EVENTS:
+        known = f"{', '.join(FAULT_EVENTS)}{did_you_mean(event, FAULT_EVENTS)}"
+        yield "event", f"{event[:80]!r} is not one of {known}"

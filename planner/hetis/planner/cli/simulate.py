@@ -206,11 +206,12 @@ def _limits(objective: Objective, ttft_s: float | None, tpot_s: float | None) ->
 def _faults(
     fail: list[str] | None, join: list[str] | None, file: str | None, plan: Plan, problem: PlacementProblem
 ) -> tuple[Fault, ...]:
-    from hetis.formats.faults import DeviceEvent, load_faults
     from hetis.planner.use_cases.simulate import faults_of
+    from hetis.simulator.records import load_faults
+    from hetis.simulator.values import Fault
 
     given = [
-        DeviceEvent(at_s=at_s, device=device, joins=joins)
+        Fault(at_s=at_s, device=device, joins=joins)
         for texts, joins in ((fail, False), (join, True))
         for device, at_s in map(options.device_at, texts or ())
     ]

@@ -19,9 +19,8 @@ from hetis.planner.use_cases.simulate import (
 )
 from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits
+from hetis.simulator.metrics import Limits, Summary
 from hetis.simulator.running import silent
-from hetis.simulator.summary import Summary
 from hetis.simulator.values import Settings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan

@@ -17,10 +17,9 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import AGREES, Simulated
 from hetis.planner.use_cases.sources import engine_settings_data
 from hetis.simulator.arrivals import Arrivals
-from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Distribution
-from hetis.simulator.steadiness import MAX_GROWTH
-from hetis.simulator.sweep import Point
+from hetis.simulator.running import Point
+from hetis.simulator.steadiness import MAX_GROWTH, Estimate
 from hetis.solver.plan import Plan
 
 NAMED = 4  # devices

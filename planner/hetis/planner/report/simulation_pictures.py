@@ -11,7 +11,7 @@ import numpy as np
 from hetis.planner.use_cases.grouping import device_groups
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.simulator.metrics import Limits
-from hetis.simulator.sweep import Sweep
+from hetis.simulator.running import Sweep
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Plan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.simulator.building import batch_with_room, check_simulable
+from hetis.simulator.simulate import batch_with_room, check_simulable
 from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.errors import InvalidProblemError

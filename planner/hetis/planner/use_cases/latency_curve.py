@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from hetis.planner.use_cases.simulate import Question, answer, default_rate
 from hetis.planner.use_cases.verify import AS_PLANNED, num_requests_of
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits
-from hetis.simulator.running import Report
-from hetis.simulator.summary import Summary
-from hetis.simulator.sweep import Sweep, judged_rates
+from hetis.simulator.metrics import Limits, Summary
+from hetis.simulator.running import Report, Sweep, judged_rates
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 

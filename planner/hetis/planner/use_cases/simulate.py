@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
-from hetis.formats.faults import DeviceEvent
 from hetis.formats.traces import ENDINGS, PrefixHitRate, Trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits, Metrics, Prediction, prediction_of
-from hetis.simulator.running import Job, Report, Runner, runner
-from hetis.simulator.summary import Summary, summarise
-from hetis.simulator.sweep import MAX_ROUNDS, Sweep, sweep
+from hetis.simulator.metrics import Limits, Metrics, Prediction, Summary, prediction_of, summarise
+from hetis.simulator.running import MAX_ROUNDS, Job, Report, Runner, Sweep, runner, sweep
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
@@ -142,9 +139,7 @@ def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
     return num_requests / rate_rps / SAMPLES if rate_rps > 0 else None
 
 
-def faults_of(
-    events: Iterable[DeviceEvent], plan: Plan, problem: PlacementProblem, *, source: str
-) -> tuple[Fault, ...]:
+def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *, source: str) -> tuple[Fault, ...]:
     """Return the faults of devices that the plan uses.
 
     Raises:
@@ -162,7 +157,7 @@ def faults_of(
             message = f"{device} is not used by the plan: its failing would change nothing"
             problems.append(Problem(file=source, message=message))
         else:
-            faults.append(Fault(at_s=event.at_s, device=device, joins=event.joins))
+            faults.append(replace(event, device=device))
     if problems:
         raise DocumentError(problems)
     return tuple(faults)

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits
+from hetis.simulator.metrics import Limits, Summary
 from hetis.simulator.running import Report
-from hetis.simulator.summary import Summary
 from hetis.simulator.values import Settings
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
