@@ -62,7 +62,7 @@ def test_an_unpacked_wheel_works_far_from_the_repository(wheel: Path, tmp_path: 
 
 ORDERS = {"as listed": ROOTS, "reversed": ROOTS[::-1], "planner last": (*ROOTS[:5], *ROOTS[6:], "planner")}
 EVERY_ROOT = (
-    "import hetis.solver.errors, hetis.formats.errors, hetis.engines.errors, hetis.v1, hetis.runtime, hetis.planner"
+    "import hetis.solver.errors, hetis.formats.errors, hetis.engines.layout, hetis.v1, hetis.runtime, hetis.planner"
 )
 
 

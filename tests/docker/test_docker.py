@@ -13,7 +13,7 @@ import pytest
 import typer
 import yaml
 
-from hetis.engines.vllm import CONNECTOR
+from hetis.engines.serving import CONNECTOR
 from hetis.formats.documents import load_cluster
 from hetis.planner.cli.app import app as plan_app
 from hetis.planner.service.command import app as planner_app

@@ -20,8 +20,7 @@ from hetis.engines.commands import (
     commands_of,
 )
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import Serving
-from hetis.engines.starting import program_of
+from hetis.engines.serving import Serving, program_of
 from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options

@@ -10,8 +10,7 @@ import pytest
 
 from hetis.engines.commands import Addresses, Command, commands_of
 from hetis.engines.layout import layout_of
-from hetis.engines.serving import Serving
-from hetis.engines.starting import program_of
+from hetis.engines.serving import Serving, program_of
 from hetis.engines.versions import RECORDED, Engine
 from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL, POOL, plan_of, stage_of, staged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import shlex
 from collections import Counter
@@ -14,9 +13,19 @@ from typing import Any
 import yaml
 
 from hetis.engines.layout import Layout, Process
-from hetis.engines.serving import KV_PORT, MASTER_PORT, Meeting, Serving, drain_s, joined
-from hetis.engines.starting import arguments_of, kv_address_of, own_address_of, partition_of
-from hetis.engines.vllm import CONFIG_VARIABLE
+from hetis.engines.serving import (
+    CONFIG_VARIABLE,
+    KV_PORT,
+    MASTER_PORT,
+    Meeting,
+    Serving,
+    arguments_of,
+    drain_s,
+    kv_address_of,
+    own_address_of,
+    partition_of,
+)
+from hetis.formats.endpoints import is_ip, joined
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 WORKER_PORT = 7070
@@ -89,7 +98,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
     commands = []
     for number, process in enumerate(layout.servers):
         environment = _gpus(process, serving.device)
-        if len(layout.servers) > 1 and _is_address(own := _reached(process, layout.servers, addresses)):
+        if len(layout.servers) > 1 and is_ip(own := _reached(process, layout.servers, addresses)):
             environment |= own_address_of(layout, own)
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
@@ -199,12 +208,4 @@ def _gpus(process: Process, device: str) -> dict[str, str]:
 
 def _own(host: str) -> str:
     """Return the address to listen on for a process that others reach at ``host``."""
-    return host if _is_address(host) else ANY
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return host if is_ip(host) else ANY

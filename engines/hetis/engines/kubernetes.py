@@ -27,10 +27,19 @@ from hetis.engines.commands import (
 )
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, Process, ProcessKind
-from hetis.engines.serving import KV_PORT, MASTER_PORT, Meeting, Serving
-from hetis.engines.starting import arguments_of, partition_of
+from hetis.engines.serving import (
+    CONFIG_VARIABLE,
+    HOST_VARIABLE,
+    KV_HOST_VARIABLE,
+    KV_PORT,
+    KV_PORT_VARIABLE,
+    MASTER_PORT,
+    Meeting,
+    Serving,
+    arguments_of,
+    partition_of,
+)
 from hetis.engines.versions import Engine
-from hetis.engines.vllm import CONFIG_VARIABLE, HOST_VARIABLE, KV_HOST_VARIABLE, KV_PORT_VARIABLE
 from hetis.solver.plan import Role
 
 FRONT_PORT = 8000

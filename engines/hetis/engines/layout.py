@@ -232,8 +232,7 @@ def layout_of(
     """
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
-    documents = plan.inputs.get("documents")
-    planned = documents.get("model") if isinstance(documents, Mapping) else None
+    planned = _planned(plan, "model")
     layout = layout_of_replica(
         plan.replicas[number],
         model,
@@ -243,7 +242,7 @@ def layout_of(
         kv_tokens=kv_tokens,
         partners=tuple(_partners(plan, number)),
     )
-    if not (indices := _driver_indices(documents)):
+    if not (indices := _driver_indices(_planned(plan, "cluster"))):
         return layout
     return replace(
         layout,
@@ -252,9 +251,27 @@ def layout_of(
     )
 
 
-def _driver_indices(documents: Any) -> dict[str, list[int]]:
+def planned_model(plan: Plan) -> ModelSpec | None:
+    """Return the model that a plan was made for, or None if the plan does not contain its documents.
+
+    Raises:
+        DocumentError: the document cannot be used.
+    """
+    from hetis.formats.documents import from_data
+
+    planned = _planned(plan, "model")
+    found = None if planned is None else from_data(planned, name="inputs.documents.model")
+    return found if isinstance(found, ModelSpec) else None
+
+
+def _planned(plan: Plan, name: str) -> Any:
+    """Return a document of the plan's inputs, or None."""
+    documents = plan.inputs.get("documents")
+    return documents.get(name) if isinstance(documents, Mapping) else None
+
+
+def _driver_indices(cluster: Any) -> dict[str, list[int]]:
     """Return the driver's indices of the GPUs of those nodes of the plan's fleet that have ``indices``."""
-    cluster = documents.get("cluster") if isinstance(documents, Mapping) else None
     nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
     found = dict[str, list[int]]()
     for node in nodes if isinstance(nodes, list) else ():

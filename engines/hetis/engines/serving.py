@@ -1,10 +1,16 @@
-"""An engine's settings that are not in the layout, and where its processes connect."""
+"""The command line of each process of an engine: it states what the plan decides, and leaves the rest to the user."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from hetis.engines.layout import Layout
+from hetis.engines.versions import Engine
+from hetis.formats.endpoints import joined
+from hetis.solver.plan import Role
 
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
@@ -79,6 +85,152 @@ def drain_s(options: Sequence[str]) -> float:
     return 0.0
 
 
-def joined(host: str, port: int) -> str:
-    """Return an address as one word."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+CONNECTOR = {"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+CONFIG_VARIABLE, HOST_VARIABLE = "HETIS_VLLM_CONFIG", "VLLM_HOST_IP"
+KV_HOST_VARIABLE, KV_PORT_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
+_NIXL_ROLES: Mapping[Role, str] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
+
+
+def connector_of(layout: Layout) -> dict[str, str] | None:
+    """Return the connector that a replica needs, if any: ours for attention workers, NIXL between prefill
+    and decode.
+    """
+    if layout.workers:
+        return CONNECTOR
+    if layout.role in _NIXL_ROLES:
+        return {"kv_connector": "NixlConnector", "kv_role": _NIXL_ROLES[layout.role]}
+    return None
+
+
+def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
+    """Return options that hold vLLM to the plan's capacity, except for those that the user gives; a switch has an empty
+    value.
+    """
+    given = {
+        "--max-num-seqs": str(layout.seats),
+        "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
+    }
+    room = {name: value for name, value in given.items() if not serving.gives(name)}
+    if (dtype := serving.dtype_of(layout.dtype)) != "auto":
+        room["--dtype"] = dtype
+    if layout.kv_is_fp8:
+        room["--kv-cache-dtype"] = "fp8"
+    if serving.limits_kv:
+        room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
+        # vLLM does not start if a request of the model's full context would not fit.
+        if layout.context_tokens is not None and not serving.gives("--max-model-len"):
+            room["--max-model-len"] = str(layout.context_tokens)
+    if layout.draft_tokens and not serving.gives("--speculative-config"):
+        room["--speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": layout.draft_tokens})
+    if connector := connector_of(layout):
+        room["--kv-transfer-config"] = json.dumps(connector)
+    if layout.workers and serving.device == "cuda":  # on a CPU the plugin replaces the only backend
+        room["--attention-backend"] = "CUSTOM"
+    if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
+        room["--disable-hybrid-kv-cache-manager"] = ""
+    return room
+
+
+def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
+    """Return options for the number of ranks and for what starts them."""
+    stages, shape = len(layout.layers), dict[str, str]()
+    if layout.tensor_parallel > 1:
+        shape["--tensor-parallel-size"] = str(layout.tensor_parallel)
+    if stages > 1:
+        shape["--pipeline-parallel-size"] = str(stages)
+    if layout.data_parallel > 1:
+        shape |= {"--data-parallel-size": str(layout.data_parallel), "--enable-expert-parallel": ""}
+    if stages * layout.tensor_parallel > 1:
+        shape["--distributed-executor-backend"] = executor
+    return shape
+
+
+def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
+    """Return program and options of one process of vLLM."""
+    arguments = [*serving.program, *(() if serving.program[-1] == "serve" else ("--model",)), serving.model]
+    if serving.served_name:
+        arguments += ["--served-model-name", serving.served_name]
+    arguments += words_of(shape_options(layout))
+    if len(layout.servers) > 1:
+        arguments += ["--nnodes", str(len(layout.servers)), "--node-rank", str(number)]
+        arguments += ["--master-addr", meeting.host, "--master-port", str(meeting.port)]
+    if number:
+        arguments += ["--headless"]
+    return (*arguments, *words_of(room_options(layout, serving)), *serving.options)
+
+
+def words_of(options: Mapping[str, str]) -> list[str]:
+    """Return names and values as the words of a command line."""
+    return [word for option in options.items() for word in option if word]
+
+
+def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
+    """Return program and options of one process of SGLang."""
+    # With attention data parallelism SGLang divides ranks, requests and chunks by the number of copies.
+    stages, copies = len(layout.layers), layout.data_parallel
+    told = {"--model-path": serving.model}
+    if serving.served_name:
+        told["--served-model-name"] = serving.served_name
+    if layout.tensor_parallel * copies > 1:
+        told["--tp-size"] = str(layout.tensor_parallel * copies)
+    if copies > 1:
+        told |= {"--dp-size": str(copies), "--ep-size": str(layout.tensor_parallel * copies)}
+        told["--enable-dp-attention"] = ""
+    if stages > 1:
+        told["--pp-size"] = str(stages)
+    if len(layout.servers) > 1:
+        told |= {"--nnodes": str(len(layout.servers)), "--node-rank": str(number)}
+    if layout.meets:  # copies, too, take ports that follow, beside the HTTP port if not told
+        told["--dist-init-addr"] = joined(meeting.host, meeting.port)
+    told["--max-running-requests"] = str(layout.seats * copies)
+    if stages > 1 and layout.micro_batch:
+        told["--pp-max-micro-batch-size"] = str(layout.micro_batch)
+    if layout.chunk_tokens:
+        told["--chunked-prefill-size"] = str(layout.chunk_tokens * copies)
+    if (dtype := serving.dtype_of(layout.dtype)) != "auto":
+        told["--dtype"] = dtype
+    if layout.kv_is_fp8:
+        told["--kv-cache-dtype"] = "fp8_e4m3"
+    if serving.limits_kv:
+        told["--max-total-tokens"] = str(layout.kv_tokens)
+        if layout.context_tokens is not None:
+            told["--context-length"] = str(layout.context_tokens)
+    if layout.draft_tokens:
+        told |= {"--speculative-algorithm": "EAGLE", "--speculative-eagle-topk": "1"}
+        told["--speculative-num-steps"] = str(layout.draft_tokens)
+        told["--speculative-num-draft-tokens"] = str(layout.draft_tokens + 1)
+    if layout.role is not Role.UNIFIED:
+        told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
+    if layout.role is Role.PREFILL:
+        told["--disaggregation-bootstrap-port"] = str(meeting.kv_port)
+    words = [word for name, value in told.items() if not serving.gives(name) for word in (name, value) if word]
+    return (*serving.program, *words, "--enable-metrics", *serving.options)
+
+
+def program_of(engine: Engine) -> tuple[str, ...]:
+    """Return the command that starts the engine, if the user gives none."""
+    return ("sglang", "serve") if engine is Engine.SGLANG else SERVE
+
+
+def arguments_of(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
+    """Return program and options of one process of the engine, counted from 0."""
+    command_line = sglang_arguments if layout.engine is Engine.SGLANG else vllm_arguments
+    return command_line(layout, serving, number, meeting)
+
+
+def partition_of(layout: Layout) -> dict[str, str]:
+    """Return the environment variable that gives each stage of the engine its layers."""
+    variable = "SGLANG_PP_LAYER_PARTITION" if layout.engine is Engine.SGLANG else "VLLM_PP_LAYER_PARTITION"
+    return {variable: ",".join(map(str, layout.layers))} if len(layout.layers) > 1 else {}
+
+
+def own_address_of(layout: Layout, host: str) -> dict[str, str]:
+    """Return the variable with a process's own address, for stages on several nodes."""
+    return {} if layout.engine is Engine.SGLANG else {HOST_VARIABLE: host}
+
+
+def kv_address_of(layout: Layout, host: str, port: int) -> dict[str, str]:
+    """Return the variables with the address where vLLM's prefill replica is asked for KV. SGLang has an option."""
+    if layout.role is not Role.PREFILL or layout.engine is Engine.SGLANG:
+        return {}
+    return {KV_HOST_VARIABLE: host, KV_PORT_VARIABLE: str(port)}

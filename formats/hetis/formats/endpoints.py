@@ -10,8 +10,6 @@ import re
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +66,20 @@ def host_of(address: str) -> str:
     return "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
 
 
+def is_ip(host: str) -> bool:
+    """Return whether a host is an IP address without brackets."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def joined(host: str, port: int) -> str:
+    """Return an address as one word."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an address is reachable from this machine only."""
     host = host_of(address)
@@ -93,9 +105,9 @@ def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -
     found = list[Endpoint]()
     for address in addresses:
         host, port = host_of(address), address.rpartition(":")[2]
-        ips = () if is_loopback(address) or _is_ip(host) else records(host, int(port))
+        ips = () if is_loopback(address) or is_ip(host) else records(host, int(port))
         if len(ips) > 1:
-            found += [Endpoint(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", host) for ip in ips]
+            found += [Endpoint(joined(ip, int(port)), host) for ip in ips]
         else:
             found.append(Endpoint(address))
     return tuple(dict.fromkeys(found))
@@ -122,7 +134,7 @@ class LeaderSearch:
         self._lock = threading.Lock()
         self._given = resolve(self._addresses)
         self._present = self._given[0]
-        self._has_names = any(not is_loopback(address) and not _is_ip(host_of(address)) for address in self._addresses)
+        self._has_names = any(not is_loopback(address) and not is_ip(host_of(address)) for address in self._addresses)
         self._is_stale = False
 
     @property
@@ -188,14 +200,6 @@ class LeaderSearch:
         return None
 
 
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
 _PIECE_BYTES = 64 * 2**10
 Opened = Callable[..., Any]  # `urllib.request.urlopen`, or an opener's `open`
 
@@ -208,6 +212,8 @@ def metrics_body(url: str, *, timeout_s: float, max_bytes: int, opened: Opened) 
     Raises:
         OSError, ValueError, http.client.HTTPException: there is no answer, or none in time. Say which with `reason_of`.
     """
+    import urllib.request  # not above: workers only want addresses
+
     ends_s = time.monotonic() + timeout_s
     request = urllib.request.Request(url, headers={"Accept": "text/plain; version=0.0.4"})
     pieces: list[bytes] = []
@@ -225,6 +231,8 @@ def metrics_body(url: str, *, timeout_s: float, max_bytes: int, opened: Opened) 
 
 def reason_of(error: Exception) -> str:
     """Return why there was no answer."""
+    import urllib.error
+
     # urllib.error.URLError is an OSError whose reason says more than the error itself.
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return str(reason) or type(reason).__name__

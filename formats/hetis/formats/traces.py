@@ -43,7 +43,7 @@ MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
 PrefixHitRate = float | Literal["trace"]
-"""A share of every prompt that is in the prefix cache, or ``trace``: what `prefix_hits` counts in the trace."""
+"""A share of every prompt that is in the prefix cache, or ``trace``: what `hit_tokens` counts in the trace."""
 ENDINGS = CSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
 
 

@@ -83,7 +83,7 @@ class Settings:
         router: ``least-work``: a request goes to the replica with the least work waiting and running, over its planned
             rate; prefill replicas and those that also decode take turns in proportion to their planned rates;
             ``weighted``: to each in proportion to its planned rate, independent of its queue; ``fewest-requests`` and
-            ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`router.py`), the latter also for
+            ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for
             decode replicas.
         dispatch: head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them.
         redispatch: head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``.

@@ -127,7 +127,7 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         inventory: what the tools reported.
         name: of the cluster.
         link: between any two nodes of a zone. None: `DEFAULT_LINK`, which the file then states.
-        said: types of products that the user named; see `boards.said_types`.
+        said: types of products that the user named; see `said_types`.
 
     Raises:
         DocumentError: a product name matches no type or several, two nodes share a name, or nothing is usable.

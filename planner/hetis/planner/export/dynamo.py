@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hetis.engines.kubernetes import ReplicaObjects, annotations_of, on_node
-from hetis.engines.serving import Meeting
-from hetis.engines.starting import arguments_of
+from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
 from hetis.planner.export.kubernetes import deployment_of, mixed_nodes, written_for_cluster
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError

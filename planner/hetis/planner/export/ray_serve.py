@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hetis.engines.starting import partition_of
+from hetis.engines.serving import connector_of, partition_of, room_options, shape_options
 from hetis.engines.versions import Engine
-from hetis.engines.vllm import connector_of, room_options, shape_options
 from hetis.planner.export.kubernetes import types_of_nodes
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
 from hetis.planner.export.written import Written

@@ -11,8 +11,7 @@ from functools import cached_property
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving
-from hetis.engines.starting import program_of
+from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, program_of
 from hetis.engines.versions import RECORDED, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of

@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 
 from hetis.engines.kubernetes import NAMESPACE
-from hetis.engines.layout import DTYPE_BYTES
-from hetis.engines.planned import planned_model
+from hetis.engines.layout import DTYPE_BYTES, planned_model
 from hetis.engines.serving import DECIDED, names_of
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue

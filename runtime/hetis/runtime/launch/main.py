@@ -309,8 +309,7 @@ def _read(
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.layout import layout_of
-    from hetis.engines.serving import DECIDED, Serving
-    from hetis.engines.starting import program_of
+    from hetis.engines.serving import DECIDED, Serving, program_of
     from hetis.formats.documents import load_plan
 
     ours = DECIDED - {"--served-model-name", "--host", "--port"}  # the user's, unlike in an export
@@ -349,7 +348,7 @@ def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
 
 def _model(plan: Plan, model: str) -> ModelSpec:
     """Return the model's shape, from its folder if that is here, otherwise from the plan."""
-    from hetis.engines.planned import planned_model
+    from hetis.engines.layout import planned_model
     from hetis.formats.model import load_model
 
     if Path(model).is_dir():

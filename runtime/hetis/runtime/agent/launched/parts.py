@@ -23,12 +23,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, ProcessKind, layout_of_replica
-from hetis.engines.serving import DECIDED, KV_PORT, MASTER_PORT, Serving, joined, names_of
-from hetis.engines.starting import program_of
+from hetis.engines.serving import DECIDED, KV_PORT, MASTER_PORT, Serving, names_of, program_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
-from hetis.formats.endpoints import host_of, is_host
+from hetis.formats.endpoints import host_of, is_host, joined
 from hetis.formats.errors import DocumentError
 from hetis.formats.fields import DocumentPart, Duration, read_data, validated
 from hetis.formats.model import load_model
