@@ -35,8 +35,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.saturating import iterations_per_request
-from benchmarks.measuring.served import served
+from benchmarks.measuring.saturating import iterations_per_request, served
 from hetis.formats.documents import load_workload
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.use_cases.simulate import seats_of

@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.served import served
+from benchmarks.measuring.saturating import served
 from hetis.formats.documents import load_workload
 from hetis.planner.use_cases.simulate import MIN_REQUESTS, TURNS
 from hetis.simulator.metrics import Summary, prediction_of

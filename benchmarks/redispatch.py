@@ -37,8 +37,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from benchmarks.measuring import plots, rows
-from benchmarks.measuring.drift import LAYERS, REFILL_TOKEN_S, Policy, Run, Scenario, Still, Tally
-from benchmarks.measuring.redispatch_baselines import paper_rule, whole_request_moves
+from benchmarks.measuring.drift import (
+    LAYERS,
+    REFILL_TOKEN_S,
+    Policy,
+    Run,
+    Scenario,
+    Still,
+    Tally,
+    paper_rule,
+    whole_request_moves,
+)
 from benchmarks.measuring.rows import Row
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher

@@ -41,11 +41,20 @@ import numpy as np
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.service_bench import Bench, Extent, opened, percentiles
-from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, paced, timed, timed_call
-from benchmarks.measuring.service_changes import CellUnderStress, ChangeTimes
-from benchmarks.measuring.service_fleet import cell_fleet
-from benchmarks.measuring.service_process import HostWatch, Watched
+from benchmarks.measuring.service_calls import (
+    Bench,
+    CellUnderStress,
+    ChangeTimes,
+    DispatchedReplica,
+    Extent,
+    in_process_seconds,
+    opened,
+    paced,
+    percentiles,
+    timed,
+    timed_call,
+)
+from benchmarks.measuring.service_planner import HostWatch, Watched, cell_fleet
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 
 QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)

@@ -49,7 +49,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "engines": ("benchmarks/engines.py", "engines/hetis/engines/precision.py", *_SEARCH),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),
     "pipeline": ("benchmarks/pipeline.py", *_COSTS),
-    "pipeline roles": ("benchmarks/pipeline.py", "benchmarks/measuring/one_role.py", *_SIMULATOR),
+    "pipeline roles": ("benchmarks/pipeline.py", *_SIMULATOR),
     "dispatch": ("benchmarks/dispatch.py", *_DISPATCH),
     "dispatch ties": ("benchmarks/dispatch.py", "benchmarks/measuring/ties.py", *_DISPATCH),
     "redispatch": ("benchmarks/redispatch.py", *_REDISPATCH),

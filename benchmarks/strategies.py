@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.measuring import plots, rows
-from benchmarks.measuring.by_strategy import FAILED, Answer, answer
 from benchmarks.measuring.instances import NO_LIMITS, example, fleet, problem
 from benchmarks.measuring.rows import Row
+from benchmarks.measuring.solving import FAILED, Answer, answer
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.engine_model import HALF, ModelSize, write_model
 from benchmarks.measuring.rows import Row
+from benchmarks.measuring.vllm_engine import HALF, ModelSize, write_model
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelSize(hidden=256, middle=320, layers=4, q_heads=8, kv_heads=4, vocab=1_000)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring.emulated_worker import Pace
-from benchmarks.measuring.engine_model import ModelSize, write_model
+from benchmarks.measuring.vllm_engine import ModelSize, write_model
 
 ROOT = Path(__file__).parents[2]
 ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")

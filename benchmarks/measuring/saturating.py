@@ -1,16 +1,23 @@
-"""Random placements, and the rate of one of their replicas with requests always waiting."""
+"""Plans under simulated load: saturated rates, also of random placements' replicas, and latencies at a rate, over
+seeds.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from benchmarks.measuring.instances import problem
 from hetis.formats.documents import from_data
+from hetis.planner.use_cases.simulate import seats_of
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Limits, Metrics, Summary, summarise
+from hetis.simulator.running import Job, Runner, runner
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Request, Run, Settings
@@ -212,3 +219,67 @@ def _random_cluster(rng: np.random.Generator, number: int) -> Cluster:
     cluster = from_data(document, name=f"case {number}")
     assert isinstance(cluster, Cluster)
     return cluster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A plan under load.
+
+    Attributes:
+        lengths: lengths of the requests, not clipped.
+        seeds: number of runs of each load.
+        turns: how often a run, of at least ``at_least`` requests, refills the requests that the plan holds.
+    """
+
+    runs: Runner
+    lengths: Workload
+    seeds: int
+    turns: int
+    at_least: int
+
+    def saturated(self, settings: Settings | None = None) -> tuple[Summary, list[float]]:
+        """Return the summary, and the throughput by seed in requests/s, with requests always waiting."""
+        # Always-waiting requests of equal length do not depend on the seed.
+        num = 1 if len(self.lengths.bins) == 1 else self.seeds
+        metrics = self._measured(self._load(Arrivals.SATURATED, None), settings, num) * (self.seeds // num)
+        return summarise(metrics), [one.throughput_rps.value for one in metrics]
+
+    def at(self, rate_rps: float, settings: Settings | None = None) -> Summary:
+        """Return the summary for Poisson arrivals."""
+        return summarise(self._measured(self._load(Arrivals.DRAWN, rate_rps), settings, self.seeds))
+
+    def _load(self, arrivals: Arrivals, rate_rps: float | None) -> Load:
+        context = self.runs.problem.model.max_position
+        return Load(lengths=self.lengths, max_position=context, arrivals=arrivals, rate_rps=rate_rps)
+
+    def _measured(self, load: Load, settings: Settings | None, num: int) -> list[Metrics]:
+        objective = self.runs.problem.objective
+        limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
+        count = max(self.at_least, self.turns * seats_of(self.runs.plan))
+        jobs = [
+            Job(
+                load=load,
+                num_requests=count,
+                seed=seed,
+                settings=replace(settings or Settings(), seed=seed),
+                limits=limits,
+            )
+            for seed in range(num)
+        ]
+        return [answer.metrics for answer in self.runs.run(jobs)]
+
+
+@contextmanager
+def served(
+    plan: Plan,
+    problem: PlacementProblem,
+    lengths: Workload,
+    *,
+    seeds: int,
+    turns: int,
+    at_least: int = 400,
+    processes: int,
+) -> Iterator[Server]:
+    """Yield a plan under load, whose runs use ``processes`` separate processes (1: this process)."""
+    with runner(plan, problem, processes=processes) as runs:
+        yield Server(runs=runs, lengths=lengths, seeds=seeds, turns=turns, at_least=at_least)

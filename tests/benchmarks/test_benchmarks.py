@@ -22,7 +22,7 @@ import pytest
 from benchmarks import ablations, pipeline
 from benchmarks import redispatch as redispatch_benchmark
 from benchmarks.measuring import drift, instances, plots, rows, solving, ties
-from benchmarks.measuring.one_role import OneRole, measure
+from benchmarks.pipeline import OneRole, measure
 from hetis.solver.budget import Progress
 from hetis.solver.dispatch.solve import solve_dispatch
 from hetis.solver.placement.strategies import STRATEGIES
@@ -367,7 +367,7 @@ def test_a_decode_pipeline_reaches_what_is_planned_with_few_micro_batches_too() 
 
 def test_a_full_pipeline_of_equal_iterations_reaches_the_formula() -> None:
     even = pipeline.Pipeline(plain_s=(1.0, 2.0), chunk_ratio=3.0, copies=(1, 2), in_flight=6, chunk_share=0.0)
-    rate, share = pipeline.simulate(even, 500, lambda _: False)
+    rate, share = pipeline.simulate_pipeline(even, 500, lambda _: False)
     assert share == 0.0
     assert rate == pytest.approx(even.even_rate(0.0), rel=1e-2)
     assert rate == pytest.approx(1.0, rel=1e-2)  # both stages finish one a second

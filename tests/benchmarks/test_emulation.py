@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.measuring.dispatch_rules import EqualSplit, PaperRule, PrimaryOnly
+from benchmarks.measuring.emulated_engine import EqualSplit, PaperRule, PrimaryOnly
 from benchmarks.measuring.emulated_worker import Pace, wait_until
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
 from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage

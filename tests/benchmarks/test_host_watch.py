@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.measuring.service_process import (
+from benchmarks.measuring.service_planner import (
     AFTERMATH_S,
     HOST_WATCH_S,
     MOST_STOLEN_SHARE,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.layers import spearman
-from benchmarks.measuring.layers_queue import ChainQueue
+from benchmarks.layers import ChainQueue, spearman
 from examples.layers_fleets import FLEETS, FOLDER, fleet, text
 from hetis.formats.documents import load_layers_problem
 from hetis.solver.layers import solve

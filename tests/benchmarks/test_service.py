@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import service
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.service_bench import KEYS, Extent
-from benchmarks.measuring.service_fleet import NODES_PER_CELL, cell_fleet
+from benchmarks.measuring.service_calls import KEYS, Extent
+from benchmarks.measuring.service_planner import NODES_PER_CELL, cell_fleet
 from hetis.planner.convert.documents import read_document
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Plan

@@ -11,9 +11,9 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from benchmarks.measuring import service_agents
-from benchmarks.measuring.service_agents import ScriptedAgent
+from benchmarks.measuring import service_crowd
 from benchmarks.measuring.service_calls import MOST_REOPENED, Latencies, NoRoomError, ReopenedStream, paced
+from benchmarks.measuring.service_crowd import ScriptedAgent
 from hetis.planner.client import CallError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import agent_service_pb2_grpc, change_pb2, replica_pb2, report_pb2
@@ -84,8 +84,8 @@ async def agent_of(*talks: Talk) -> AsyncIterator[tuple[ScriptedAgent, Planner]]
 
 @pytest.fixture(autouse=True)
 def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_agents, "LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(service_agents, "MOST_PAUSE_S", 0.01)
+    monkeypatch.setattr(service_crowd, "LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(service_crowd, "MOST_PAUSE_S", 0.01)
 
 
 async def assign_and_prepare(stream: Stream) -> None:
