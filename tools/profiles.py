@@ -22,8 +22,7 @@ from hetis.profiler.shipped import FOLDER, profile_text
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import Op
 from tools import tables
-from tools.over_past import OverPast, over_past
-from tools.profile_tables import profile_tables
+from tools.profile_tables import OverPast, over_past, profile_tables
 
 _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")

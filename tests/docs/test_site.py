@@ -66,7 +66,7 @@ def test_every_table_has_a_page_and_a_file(site: Path) -> None:
 
 @needs_mkdocs
 def test_a_formula_that_is_not_understood_is_an_error() -> None:
-    from tools.site.mathematics import mathml
+    from tools.site import mathml
 
     assert "<msub>" in mathml("x_{ij} \\le 1", display="inline")
     with pytest.raises(ValueError, match="is not understood"):

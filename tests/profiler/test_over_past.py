@@ -8,7 +8,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.solver.profile import Fit, Op, Piece, Provenance, Source
-from tools.over_past import over_past
+from tools.profile_tables import over_past
 
 A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
 
