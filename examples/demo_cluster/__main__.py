@@ -16,9 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from examples.demo_cluster.processes import Processes
-from examples.demo_cluster.story import Story
-from examples.demo_cluster.teller import Teller
+from examples.demo_cluster.story import Processes, Story, Teller
 from examples.processes import ProcessError
 from hetis.planner.client import CallError
 

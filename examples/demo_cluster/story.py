@@ -1,17 +1,23 @@
-"""The story of the demo, step by step, using only the published API."""
+"""The story of the demo, step by step, using only the published API: its processes, and the output of it.
+
+The processes are one planner, and one agent with a simulated engine per node. The output has chapters, events with
+their times, and bars of KV use.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from google.protobuf.duration_pb2 import Duration
+from rich.console import Console
+from rich.text import Text
 
-from examples.demo_cluster.processes import Processes
-from examples.demo_cluster.teller import Teller
+from examples.processes import DemoProcesses
 from hetis.planner.client import Client, document_of_file
 from hetis.v1 import (
     cluster_pb2,
@@ -21,7 +27,62 @@ from hetis.v1 import (
     plan_service_pb2,
     redispatch_pb2,
     replica_pb2,
+    report_pb2,
 )
+
+BAR = 24
+
+
+class Teller:
+    """Prints to ``file``; every line has the seconds since the story began."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._console = Console(file=file, highlight=False, width=100 if not file.isatty() else None)
+        self._started_s = time.monotonic()
+
+    def chapter(self, title: str) -> None:
+        self._console.print()
+        self._console.print(Text(title, style="bold"))
+
+    def say(self, text: str) -> None:
+        elapsed = f"{time.monotonic() - self._started_s:6.1f} s  "
+        self._console.print(Text(elapsed, style="dim"), Text(text), sep="", soft_wrap=False)
+
+    def loads(self, report: report_pb2.ReplicaReport) -> None:
+        """Print one bar of the KV blocks in use per device."""
+        for stage in report.stages:
+            for device in stage.devices:
+                if not device.total_blocks:
+                    continue
+                ratio = device.used_blocks / device.total_blocks
+                bar = "█" * round(BAR * min(ratio, 1.0))
+                slow = device.observed_s / device.predicted_s if device.predicted_s and device.observed_s else 1.0
+                note = "" if 0.8 < slow < 1.25 else f"  {slow:.1f}x its predicted time"
+                lost = "  lost" if device.status == report_pb2.DEVICE_STATUS_LOST else ""
+                self._console.print(
+                    f"            stage {stage.stage}  {device.device:<10} {bar:<{BAR}} {ratio:4.0%}"
+                    f"  {device.heads:4d} heads{note}{lost}"
+                )
+
+
+START_TIMEOUT_S = 300.0  # the first start on a machine compiles kernels
+
+
+class Processes(DemoProcesses):
+    """The processes that the demo starts."""
+
+    def start_agent(self, node: str, *, server: str, devices: str, control: Path) -> None:
+        command = [
+            *("hetis-agent", "--server", server, "--node", f"clusters/demo/nodes/{node}"),
+            *("--engine", "simulated", "--simulated-devices", devices, "--control", str(control)),
+            *("--state-dir", str(self.folder / "agents" / node), "--seed", "1"),
+        ]
+        self._start(node, command)
+
+    def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_TIMEOUT_S) -> float:
+        """Wait like `DemoProcesses.wait_until`, with time for such processes to start."""
+        return super().wait_until(is_so, what, timeout_s=timeout_s)
+
 
 CLUSTER = "clusters/demo"
 MODEL, WORKLOAD = "Llama-3.1-70B", "8000/300"

@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from examples.demo_serve.client import Client, Json
-from examples.demo_serve.planner import HERE, Planner, told
-from examples.demo_serve.processes import Processes, vllm_python
+from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Processes, told, vllm_python
 from examples.processes import ProcessError
 
 PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # names in the plan
@@ -88,7 +86,7 @@ def tell(folder: Path, python: Path, out: TextIO) -> Json:
             planner.put_in_force()
             processes.wait_until(planner.is_serving, "the replica is in force")
             say("The plan is checked and in force: the engine has its assignment.\n")
-            with closing(Client(url, processes.engine, planner.replica())) as client:
+            with closing(ChatClient(url, processes.engine, planner.replica())) as client:
                 story = Story(processes, planner, client, say)
                 texts = story.tell()
                 samples = client.metrics()
@@ -135,7 +133,7 @@ class Story:
 
     processes: Processes
     planner: Planner
-    client: Client
+    client: ChatClient
     say: Say
     count: int = 0
     killed: str = ""

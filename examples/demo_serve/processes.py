@@ -1,19 +1,43 @@
-"""The processes of the demo: planner, agent, vLLM with hetis' plugin, and its attention workers."""
+"""The processes of the demo (planner, agent, vLLM with hetis' plugin, its attention workers), and what is asked of
+them.
+
+The planner is asked to activate the plan, and for the outcome of re-dispatches; vLLM for chats over HTTP; the engine,
+as the agent asks it, for the devices of head groups.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import grpc
 import yaml
+from google.protobuf.duration_pb2 import Duration
 
 from examples.processes import DemoProcesses, ProcessError
+from hetis.planner.client import Client, document_of_file
+from hetis.v1 import (
+    cluster_pb2,
+    cluster_service_pb2,
+    document_pb2,
+    plan_pb2,
+    plan_service_pb2,
+    redispatch_pb2,
+    replica_pb2,
+)
+from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
+from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
+from hetis.v1.report_pb2 import DeviceStatus
 
 START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
 BLOCK_TOKENS = 32  # of vLLM's blocks; its CPU kernels need multiples of it
@@ -126,3 +150,129 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+CLUSTER, PLAN = "clusters/demo", "plans/demo"
+HERE = Path(__file__).parent
+HIGH_WATER = 0.5  # share of a device's KV above which heads leave; low, so that there is something to see
+
+
+class Planner:
+    """Client of the planner at ``address``."""
+
+    def __init__(self, address: str) -> None:
+        self._client = Client(address)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def create_cluster(self) -> None:
+        policy = cluster_pb2.ClusterPolicy(
+            redispatch=cluster_pb2.REACTION_MODE_AUTOMATIC,
+            redispatch_interval=Duration(nanos=500_000_000),
+            high_water=HIGH_WATER,
+        )
+        self._client.clusters.CreateCluster(
+            cluster_service_pb2.CreateClusterRequest(
+                cluster_id="demo",
+                cluster=cluster_pb2.Cluster(
+                    document=document_of_file(HERE / "cluster.yaml", document_pb2.DOCUMENT_KIND_CLUSTER),
+                    policy=policy,
+                ),
+            )
+        )
+
+    def is_agent_ready(self) -> bool:
+        return any(self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
+
+    def put_in_force(self) -> None:
+        """Activate the plan of ``plan.json``, which the planner checks."""
+        imported = document_of_file(HERE / "plan.json", document_pb2.DOCUMENT_KIND_PLAN)
+        plan = plan_pb2.Plan(cluster=CLUSTER, imported=imported)
+        self._client.plans.CreatePlan(
+            plan_service_pb2.CreatePlanRequest(plan_id="demo", plan=plan, request_id=str(uuid.uuid4()))
+        )
+        self._client.wait(PLAN)
+        self._client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name=PLAN))
+
+    def is_serving(self) -> bool:
+        """Return whether the replica is active with all its devices."""
+        replicas = list(self._client.list_replicas(CLUSTER))
+        return bool(replicas) and all(r.state == replica_pb2.REPLICA_STATE_SERVING for r in replicas)
+
+    def replica(self) -> str:
+        """Return the name of the only replica."""
+        (found,) = self._client.list_replicas(CLUSTER)
+        return str(found.name)
+
+    def redispatches(self) -> list[redispatch_pb2.Redispatch]:
+        """Return the re-dispatches that moved something, in order."""
+        done = redispatch_pb2.REDISPATCH_STATE_DONE
+        found = [one for one in self._client.list_redispatches(CLUSTER) if one.state == done]
+        return sorted(found, key=lambda one: one.create_time.ToNanoseconds())
+
+
+def told(redispatch: redispatch_pb2.Redispatch) -> str:
+    """Return a sentence about the trigger, the moves and the duration."""
+    first = redispatch.triggers[0]
+    kind = redispatch_pb2.TriggerKind.Name(first.kind).removeprefix("TRIGGER_KIND_").lower().replace("_", " ")
+    why = f"{kind} of {first.device}" if first.device else kind
+    if first.limit:
+        why += f" ({first.value:.0%}, limit {first.limit:.0%})"
+    took_s = (redispatch.end_time.ToNanoseconds() - redispatch.create_time.ToNanoseconds()) / 1e9
+    moves = "1 move" if redispatch.num_moves == 1 else f"{redispatch.num_moves} moves"
+    return f"{why}: {moves}, {redispatch.kv_bytes / 1024:.0f} KiB, {took_s * 1e3:.0f} ms"
+
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The device of each head group of the only running request (empty if none runs), and which devices are up."""
+
+    owners: tuple[str, ...]
+    up: tuple[str, ...]
+
+
+class ChatClient:
+    """Client of the server at ``url``, whose executor listens at ``engine``."""
+
+    def __init__(self, url: str, engine: Path, replica: str) -> None:
+        self._url, self._replica = url, replica
+        self._channel = grpc.insecure_channel(f"unix:{engine}", options=[("grpc.default_authority", "localhost")])
+        self._executor = ExecutorServiceStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def heads(self) -> Heads:
+        """Return the heads as they are between two steps."""
+        for piece in self._executor.ReadHeadMaps(ReadHeadMapsRequest(replica=self._replica), timeout=60):
+            for head_map in piece.head_maps:
+                names = [device.name for device in head_map.devices]
+                lost = DeviceStatus.DEVICE_STATUS_LOST
+                up = tuple(device.name for device in head_map.devices if device.status != lost)
+                owners = [names[owner] for request in head_map.requests[:1] for owner in request.owners]
+                return Heads(tuple(owners), up)
+        return Heads((), ())
+
+    def metrics(self) -> dict[str, float]:
+        """Return every sample by its name with labels."""
+        lines = self._open("/metrics").read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    def stream_chat(self, body: Json) -> Iterator[Json]:
+        """Yield chunks of an answer as they arrive."""
+        with self._open("/v1/chat/completions", body | {"stream": True}) as answer:
+            for line in answer:
+                text = line.decode().strip().removeprefix("data: ")
+                if text == "[DONE]":
+                    return
+                if text:
+                    yield json.loads(text)
+
+    def _open(self, path: str, body: Json | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        return urllib.request.urlopen(urllib.request.Request(self._url + path, data, headers), timeout=600)

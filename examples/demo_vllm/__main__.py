@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from examples.demo_serve.processes import vllm_python
-from examples.demo_vllm.load import Load
-from examples.demo_vllm.processes import NODES, Processes, nginx_program, vllm_cpu
+from examples.demo_vllm.processes import NODES, Load, Processes, nginx_program, vllm_cpu
 from examples.processes import ProcessError
 from hetis.planner.client import Client
 from hetis.v1 import replica_pb2

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo_cluster.processes import Processes
-from examples.demo_cluster.story import Story
-from examples.demo_cluster.teller import Teller
+from examples.demo_cluster.story import Processes, Story, Teller
 from tests.planner.browser import AXE, CHROMIUM, THEMES, browse, console, picture, pictures_folder, rules_broken
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
