@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import sys
 import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,19 @@ def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
         return single_problem(label, "may not be read (permission denied)")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return single_problem(label, f"cannot be read: {reason}")
+
+
+@contextmanager
+def readable(label: str) -> Iterator[None]:
+    """Turn what can go wrong while a file is read, packed or not, into a `DocumentError`."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise single_problem(label, f"is not a complete gzip file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise single_problem(label, f"is not UTF-8 text (offset {error.start})") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(label, error) from None
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hetis.formats import dtypes
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
+from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
@@ -50,9 +51,8 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
 
 def _quantises_experts_alone(config: Config) -> bool:
     """Return whether attention and shared experts are among what compressed-tensors leaves in 16 bits."""
-    quantisation = config.data.get("quantization_config")
-    ignored = quantisation.get("ignore") if isinstance(quantisation, dict) else None
-    names = " ".join(name for name in ignored if isinstance(name, str)) if isinstance(ignored, list) else ""
+    ignored = listed(mapping(config.data.get("quantization_config")).get("ignore"))
+    names = " ".join(name for name in ignored if isinstance(name, str))
     return "self_attn" in names and "shared_experts" in names
 
 
@@ -65,15 +65,13 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
         problem = source.problem(("text_config",), f"is {shown(text)}, must be a mapping")
         raise DocumentError([*source.problems, problem])
     # The whole config says how checkpoints of a vision model are quantised, and what their embeddings share.
-    shared: dict[str, Any] = {
-        name: data[name] for name in ("quantization_config", "tie_word_embeddings") if name in data
-    }
-    return Config(shared | text, source, list(source.problems), ("text_config",), whole_data=data)
+    shared = ("quantization_config", "tie_word_embeddings")
+    whole = {name: data[name] for name in shared if name in data} | text
+    return Config(whole, source, list(source.problems), ("text_config",), whole_data=data)
 
 
 def _architecture(data: dict[str, Any], source: Text) -> str:
-    listed = data.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
+    name = next(iter(listed(data.get("architectures"))), None)
     if name is None:
         name = MODEL_TYPES.get(str(data.get("model_type")), data.get("model_type"))
     if isinstance(name, str) and name in FAMILIES:
@@ -83,10 +81,8 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) else ""
-    supported = ", ".join(FAMILIES)
-    raise DocumentError(
-        [source.problem(path, f"architecture {shown(name)} is not supported{hint}; supported: {supported}")]
-    )
+    what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
+    raise DocumentError([source.problem(path, what)])
 
 
 def _dtype(config: Config, quantised: str | None) -> str:
@@ -117,10 +113,8 @@ def _quantised(config: Config) -> str | None:
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
         return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
     if method == "compressed-tensors":
-        groups = quantisation.get("config_groups")
-        first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-        weights = first.get("weights") if isinstance(first, dict) else None
-        weights = weights if isinstance(weights, dict) else {}
+        groups = mapping(quantisation.get("config_groups"))
+        weights = mapping(mapping(next(iter(groups.values()), None)).get("weights"))
         bits, is_float = weights.get("num_bits"), weights.get("type") == "float"
         if bits in (4, 8):
             return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
@@ -130,18 +124,15 @@ def _quantised(config: Config) -> str | None:
             return bits.lower()
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    what = (
-        f"{method} with {bits} bits" if method in ("awq", "gptq", "compressed-tensors", "modelopt") else shown(method)
-    )
-    config.refuse(
-        "quantization_config",
-        f"{what} is not supported; supported: fp8, mxfp4, bitsandbytes, modelopt, awq, gptq, "
-        "compressed-tensors of 4 or 8 bits",
-    )
+    has_bits = method in ("awq", "gptq", "compressed-tensors", "modelopt")
+    supported = "fp8, mxfp4, bitsandbytes, modelopt, awq, gptq, compressed-tensors of 4 or 8 bits"
+    what = f"{method} with {bits} bits" if has_bits else shown(method)
+    config.refuse("quantization_config", f"{what} is not supported; supported: {supported}")
     return None
 
 
 MAX_NUMBER = 10**9
+Family = Callable[["Config", str], ModelSpec | None]
 
 
 @dataclass(slots=True)
@@ -159,7 +150,11 @@ class Config:
         data = self.whole_data.get(name)
         return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
 
-    def listed(self, name: str, length: int) -> list[Any] | None:
+    def optional(self, name: str) -> int | None:
+        """Return a whole number, or None if the config omits it."""
+        return None if self.data.get(name) is None else self.whole(name)
+
+    def for_layers(self, name: str, length: int) -> list[Any] | None:
         """Return a list with an item for every layer, or None if the config omits it."""
         value = self.data.get(name)
         if value is None:
@@ -171,7 +166,7 @@ class Config:
 
     def kinds_of_layers(self, num_layers: int, known: Collection[str]) -> list[str] | None:
         """Return ``layer_types``, or None if the config omits it or has a kind that is not known."""
-        kinds = self.listed("layer_types", num_layers)
+        kinds = self.for_layers("layer_types", num_layers)
         for kind in dict.fromkeys(map(str, kinds or ())):
             if kind not in known:
                 self.refuse("layer_types", f"has {shown(kind)}, only {' and '.join(known)} are modelled")
@@ -186,8 +181,7 @@ class Config:
                 self.problems.append(self.source.problem(self.at, f"{name} is missing"))
             return least if default is None else default
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
-            message = f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}"
-            self.refuse(name, message)
+            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}")
             return default or least
         return value
 
@@ -228,10 +222,12 @@ def _common(
     tie_embeddings: bool = False,
     head_dim: int | None = None,
     defaults: Mapping[str, int] | None = None,
+    width: str = "intermediate_size",
 ) -> dict[str, Any]:
     """Return the fields that most families write alike.
 
-    ``tie_embeddings``, ``head_dim`` and ``defaults``, by the names of fields, are those of the family's library.
+    ``tie_embeddings``, ``head_dim`` and ``defaults``, by the names of fields, are those of the family's library;
+    ``width`` is its name for the width of the MLP.
     """
     known = defaults or {}
     hidden = config.whole("hidden_size")
@@ -240,7 +236,7 @@ def _common(
         "name": name,
         "num_layers": config.whole("num_hidden_layers"),
         "hidden": hidden,
-        "intermediate": config.whole("intermediate_size", known.get("intermediate_size")),
+        "intermediate": config.whole(width, known.get(width)),
         "q_heads": q_heads,
         "kv_heads": config.whole("num_key_value_heads", known.get("num_key_value_heads", q_heads)),
         "head_dim": config.whole("head_dim", head_dim or max(1, hidden // q_heads)),
@@ -250,44 +246,30 @@ def _common(
     }
 
 
-def _llama(config: Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name))
+def _plain(**options: Any) -> Family:
+    """Return the reader of a family that names its fields like most; ``options`` are those of `_common`."""
+    return lambda config, name: _spec(config, **_common(config, name, **options))
 
 
 def _mistral(config: Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name), sliding_window=_window(config))
-
-
-def _window(config: Config) -> int | None:
-    return None if config.data.get("sliding_window") is None else config.whole("sliding_window")
+    return _spec(config, **_common(config, name), sliding_window=config.optional("sliding_window"))
 
 
 def _qwen2(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen2 and 2.5, which write a sliding window that ``use_sliding_window`` switches off."""
-    window = _window(config) if config.flag("use_sliding_window", False) else None
+    window = config.optional("sliding_window") if config.flag("use_sliding_window", False) else None
     return _spec(config, **_common(config, name), sliding_window=window)
-
-
-def _qwen3(config: Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name, head_dim=128))
 
 
 def _qwen1(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen 1: MHA, whose ``intermediate_size`` counts gate and up together; each MLP matrix is half as wide."""
-    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    return _spec(
-        config,
-        name=name,
-        num_layers=config.whole("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=config.whole("intermediate_size") // 2,
-        q_heads=heads,
-        kv_heads=heads,
-        head_dim=config.whole("kv_channels", max(1, hidden // heads)),
-        vocab=config.whole("vocab_size"),
-        max_position=config.whole("seq_length", config.whole("max_position_embeddings", 8192)),
-        tie_embeddings=config.flag("tie_word_embeddings", False),
-    )
+    common = _common(config, name)
+    own = {
+        "intermediate": common["intermediate"] // 2,
+        "head_dim": config.whole("kv_channels", common["head_dim"]),
+        "max_position": config.whole("seq_length", config.whole("max_position_embeddings", 8192)),
+    }
+    return _spec(config, **common | own)
 
 
 def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
@@ -365,52 +347,38 @@ def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
     )
 
 
+def _experts(config: Config, width: int, num: int | None = None, active: int | None = None, **more: int) -> MoeShape:
+    """Return the experts of Mixtral and those that name them alike; the last two numbers are defaults."""
+    return MoeShape(
+        num_experts=config.whole("num_local_experts", num),
+        active_experts=config.whole("num_experts_per_tok", active),
+        expert_intermediate=width,
+        **more,
+    )
+
+
 def _mixtral(config: Config, name: str) -> ModelSpec | None:
     """Read Mixtral and MiniMax M2: experts of the stated width in every layer."""
     common = _common(config, name)
-    moe = MoeShape(
-        num_experts=config.whole("num_local_experts", 8),
-        active_experts=config.whole("num_experts_per_tok", 2),
-        expert_intermediate=common["intermediate"],
-    )
-    return _spec(config, **common, sliding_window=_window(config), moe=moe)
+    moe = _experts(config, common["intermediate"], 8, 2)
+    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe)
 
 
 def _gpt_oss(config: Config, name: str) -> ModelSpec | None:
     """Read gpt-oss, where every second layer has a sliding window."""
     common = _common(config, name, head_dim=64)
-    moe = MoeShape(
-        num_experts=config.whole("num_local_experts"),
-        active_experts=config.whole("num_experts_per_tok"),
-        expert_intermediate=common["intermediate"],
-    )
-    layers = -(-common["num_layers"] // 2)
-    return _spec(config, **common, sliding_window=_window(config), sliding_layers=layers, moe=moe)
+    window, layers = config.optional("sliding_window"), -(-common["num_layers"] // 2)
+    moe = _experts(config, common["intermediate"])
+    return _spec(config, **common, sliding_window=window, sliding_layers=layers, moe=moe)
 
 
 def _opt(config: Config, name: str) -> ModelSpec | None:
     """Read OPT: two MLP matrices. Embeddings narrower than the hidden size (OPT-350m) are refused."""
-    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    common = _common(config, name, tie_embeddings=True, width="ffn_dim")
+    hidden = common["hidden"]
     if config.whole("word_embed_proj_dim", hidden) != hidden:
         config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
-    return _spec(
-        config,
-        name=name,
-        num_layers=config.whole("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=config.whole("ffn_dim"),
-        q_heads=heads,
-        kv_heads=heads,
-        head_dim=max(1, hidden // heads),
-        vocab=config.whole("vocab_size"),
-        max_position=config.whole("max_position_embeddings", 2048),
-        tie_embeddings=config.flag("tie_word_embeddings", True),
-        gated_mlp=False,
-    )
-
-
-def _gemma(config: Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name, tie_embeddings=True, head_dim=256))
+    return _spec(config, **common, gated_mlp=False)
 
 
 def _gemma2(config: Config, name: str) -> ModelSpec | None:
@@ -493,7 +461,7 @@ def _deepseek(config: Config, name: str) -> ModelSpec | None:
         qk_rope_head_dim=config.whole("qk_rope_head_dim"),
         qk_nope_head_dim=config.whole("qk_nope_head_dim"),
         v_head_dim=config.whole("v_head_dim"),
-        q_lora_rank=None if config.data.get("q_lora_rank") is None else config.whole("q_lora_rank"),
+        q_lora_rank=config.optional("q_lora_rank"),
     )
     moe = None
     if config.data.get("n_routed_experts") is not None:
@@ -524,16 +492,10 @@ def _llama4(config: Config, name: str) -> ModelSpec | None:
     """
     common = _common(config, name, head_dim=128)
     every, num_layers = config.whole("interleave_moe_layer_step", 1), common["num_layers"]
-    moe = MoeShape(
-        num_experts=config.whole("num_local_experts", 16),
-        active_experts=config.whole("num_experts_per_tok", 1),
-        expert_intermediate=common["intermediate"],
-        shared_experts=1,
-        every=every,
-    )
-    without_rope = config.listed("no_rope_layers", num_layers)  # 0: no rope, and full attention
+    moe = _experts(config, common["intermediate"], 16, 1, shared_experts=1, every=every)
+    without_rope = config.for_layers("no_rope_layers", num_layers)  # 0: no rope, and full attention
     full = num_layers // 4 if not without_rope else without_rope.count(0)
-    window = None if config.data.get("attention_chunk_size") is None else config.whole("attention_chunk_size")
+    window = config.optional("attention_chunk_size")
     return _spec(
         config,
         **common | {"intermediate": config.whole("intermediate_size_mlp", 16_384)},
@@ -558,41 +520,43 @@ def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **_common(config, name, head_dim=128), moe=_routed(config))
 
 
-FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
-    "LlamaForCausalLM": _llama,
-    "LLaMAForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "MixtralForCausalLM": _mixtral,
-    "MiniMaxM2ForCausalLM": _mixtral,
-    "QWenLMHeadModel": _qwen1,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen2MoeForCausalLM": _qwen_moe,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3MoeForCausalLM": _qwen_moe,
-    "OPTForCausalLM": _opt,
-    "GemmaForCausalLM": _gemma,
-    "Gemma2ForCausalLM": _gemma2,
-    "Gemma3ForCausalLM": _gemma3,
-    "Gemma3ForConditionalGeneration": _gemma3,
-    "PhiForCausalLM": _phi,
-    "DeepseekV2ForCausalLM": _deepseek,
-    "DeepseekV3ForCausalLM": _deepseek,
-    "KimiK2ForCausalLM": _deepseek,
-    "KimiK25ForConditionalGeneration": _deepseek,
-    "Glm4MoeForCausalLM": _glm4_moe,
-    "GptOssForCausalLM": _gpt_oss,
-    "Qwen3VLForConditionalGeneration": _qwen3_vl,
-    "Qwen3VLMoeForConditionalGeneration": _qwen3_vl,
-    "Qwen3NextForCausalLM": _qwen3_next,
-    "Qwen3_5ForConditionalGeneration": _qwen3_next,
-    "Qwen3_5MoeForConditionalGeneration": _qwen3_next,
-    "DeepseekV32ForCausalLM": _deepseek_sparse,
-    "GlmMoeDsaForCausalLM": _deepseek_sparse,
-    "Llama4ForConditionalGeneration": _llama4,
-    "Mistral3ForConditionalGeneration": _mistral3,
-    "MistralLarge3ForCausalLM": _mistral3,
-}
-
+# Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
+_TABLE: tuple[tuple[str, str, Family], ...] = (
+    ("LlamaForCausalLM", "llama", _plain()),
+    ("LLaMAForCausalLM", "", _plain()),
+    ("MistralForCausalLM", "mistral", _mistral),
+    ("MixtralForCausalLM", "mixtral", _mixtral),
+    ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
+    ("QWenLMHeadModel", "qwen", _qwen1),
+    ("Qwen2ForCausalLM", "qwen2", _qwen2),
+    ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
+    ("Qwen3ForCausalLM", "qwen3", _plain(head_dim=128)),
+    ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen_moe),
+    ("OPTForCausalLM", "opt", _opt),
+    ("GemmaForCausalLM", "gemma", _plain(tie_embeddings=True, head_dim=256)),
+    ("Gemma2ForCausalLM", "gemma2", _gemma2),
+    ("Gemma3ForCausalLM", "gemma3_text", _gemma3),
+    ("Gemma3ForConditionalGeneration", "gemma3", _gemma3),
+    ("PhiForCausalLM", "phi", _phi),
+    ("DeepseekV2ForCausalLM", "deepseek_v2", _deepseek),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek),
+    ("KimiK2ForCausalLM", "kimi_k2", _deepseek),
+    ("KimiK25ForConditionalGeneration", "kimi_k25", _deepseek),
+    ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe),
+    ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl", _qwen3_vl),
+    ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", _qwen3_vl),
+    ("Qwen3NextForCausalLM", "qwen3_next", _qwen3_next),
+    ("Qwen3_5ForConditionalGeneration", "qwen3_5", _qwen3_next),
+    ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", _qwen3_next),
+    ("DeepseekV32ForCausalLM", "deepseek_v32", _deepseek_sparse),
+    ("GlmMoeDsaForCausalLM", "glm_moe_dsa", _deepseek_sparse),
+    ("Llama4ForConditionalGeneration", "llama4", _llama4),
+    ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
+    ("MistralLarge3ForCausalLM", "", _mistral3),
+)
+FAMILIES = {architecture: read for architecture, _, read in _TABLE}
+MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind} | {"nemotron_h": "NemotronHForCausalLM"}
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
 NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
@@ -612,39 +576,4 @@ NOT_MODELLED: dict[str, str] = {
     "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
     "Gemma4ForConditionalGeneration": _UNLIKE,
     "MiMoV2FlashForCausalLM": _UNLIKE,
-}
-
-# For configs without `architectures`.
-MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "minimax_m2": "MiniMaxM2ForCausalLM",
-    "qwen": "QWenLMHeadModel",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "opt": "OPTForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "phi": "PhiForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "kimi_k25": "KimiK25ForConditionalGeneration",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "deepseek_v32": "DeepseekV32ForCausalLM",
-    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
-    "gemma3": "Gemma3ForConditionalGeneration",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "llama4": "Llama4ForConditionalGeneration",
-    "nemotron_h": "NemotronHForCausalLM",
-    "mistral3": "Mistral3ForConditionalGeneration",
-    "gpt_oss": "GptOssForCausalLM",
 }

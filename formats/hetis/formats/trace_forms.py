@@ -10,21 +10,20 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import IO, Any
 
 from hetis.formats.errors import DocumentError, shown, single_problem
-from hetis.formats.files import unreadable
+from hetis.formats.files import readable
+from hetis.formats.vllm_logs import request_rows
 
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TraceForm:
     """A form of trace.
 
@@ -40,8 +39,9 @@ class TraceForm:
     """
 
     name: str
-    fields: tuple[str, str, str]
+    fields: tuple[str, ...]
     seconds: Callable[[str], float]
+    _: KW_ONLY
     is_absolute: bool = False
     failed_without_output: bool = False
     has_times: bool = True
@@ -66,111 +66,63 @@ def _timestamp(text: str) -> float:
     return found.timestamp() + (float(f"0.{digits}") if dot and digits else 0.0)
 
 
-def _milliseconds(text: str) -> float:
-    return float(text) / 1e3
-
-
-def _nanoseconds(text: str) -> float:
-    return float(text) / 1e9
-
-
 def _failed_in_aiperf(fields: Mapping[str, object]) -> bool:
     phase = fields.get("metadata.benchmark_phase") or "profiling"
     failed = fields.get("error") is not None or any(name.startswith("error.") for name in fields)
     return failed or fields.get("metadata.was_cancelled") is True or phase != "profiling"
 
 
-OURS = TraceForm(name="hetis", fields=COLUMNS, seconds=float, source="docs/cli.md")
+OURS = TraceForm("hetis", COLUMNS, float, source="docs/cli.md")
 FORMS = (
     OURS,
     TraceForm(
-        name="Azure",
-        fields=("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
-        seconds=_timestamp,
-        is_absolute=True,
+        "Azure", ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _timestamp, is_absolute=True,
         source="github.com/Azure/AzurePublicDataset, AzureLLMInferenceTrace_conv.csv of 2023 and 2024",
     ),
     TraceForm(
-        name="BurstGPT",
-        fields=("Timestamp", "Request tokens", "Response tokens"),
-        seconds=float,
-        failed_without_output=True,
+        "BurstGPT", ("Timestamp", "Request tokens", "Response tokens"), float, failed_without_output=True,
         source="github.com/HPMLL/BurstGPT: no response tokens is a failure",
     ),
     TraceForm(
-        name="Mooncake",
-        fields=("timestamp", "input_length", "output_length"),
-        seconds=_milliseconds,
+        "Mooncake", ("timestamp", "input_length", "output_length"), lambda text: float(text) / 1e3,
         source="github.com/kvcache-ai/Mooncake, FAST25-release/traces: milliseconds; also what aiperf replays",
     ),
     TraceForm(
-        name="OpenAI-style",
-        fields=("created", "usage.prompt_tokens", "usage.completion_tokens"),
-        seconds=float,
-        is_absolute=True,
+        "OpenAI-style", ("created", "usage.prompt_tokens", "usage.completion_tokens"), float, is_absolute=True,
         source="answers of /v1/chat/completions, one a line; they are created when they arrive",
     ),
     TraceForm(
-        name="OpenAI responses",
-        fields=("created_at", "usage.input_tokens", "usage.output_tokens"),
-        seconds=float,
-        is_absolute=True,
+        "OpenAI responses", ("created_at", "usage.input_tokens", "usage.output_tokens"), float, is_absolute=True,
         source="answers of /v1/responses, one a line",
     ),
     TraceForm(
-        name="OpenAI batch",
-        fields=(
-            "response.body.created",
-            "response.body.usage.prompt_tokens",
-            "response.body.usage.completion_tokens",
-        ),
-        seconds=float,
-        is_absolute=True,
-        source="output files of /v1/batches",
+        "OpenAI batch",
+        ("response.body.created", *(f"response.body.usage.{what}_tokens" for what in ("prompt", "completion"))),
+        float, is_absolute=True, source="output files of /v1/batches",
     ),
     TraceForm(
-        name="LiteLLM",
-        fields=("startTime", "prompt_tokens", "completion_tokens"),
-        seconds=_timestamp,
-        is_absolute=True,
-        failed_without_output=True,
-        source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
+        "LiteLLM", ("startTime", "prompt_tokens", "completion_tokens"), _timestamp, is_absolute=True,
+        failed_without_output=True, source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
     ),
     TraceForm(
-        name="aiperf",
-        fields=(
-            "metadata.request_start_ns",
-            "metrics.input_sequence_length.value",
-            "metrics.output_sequence_length.value",
-        ),
-        seconds=_nanoseconds,
-        is_absolute=True,
-        leaves_out=_failed_in_aiperf,
+        "aiperf",
+        ("metadata.request_start_ns", *(f"metrics.{what}_sequence_length.value" for what in ("input", "output"))),
+        lambda text: float(text) / 1e9, is_absolute=True, leaves_out=_failed_in_aiperf,
         source="github.com/ai-dynamo/aiperf, profile_export.jsonl",
     ),
-)
+)  # fmt: skip
 VLLM_BENCH = TraceForm(
-    name="vllm bench",
-    fields=("start_times", "input_lens", "output_lens"),
-    seconds=float,
-    is_absolute=True,
-    failed_without_output=True,
+    "vllm bench", ("start_times", "input_lens", "output_lens"), float, is_absolute=True, failed_without_output=True,
     source="vllm bench serve --save-result --save-detailed",
-)
+)  # fmt: skip
 VLLM_LOG = TraceForm(
-    name="vLLM log",
-    fields=("time", "prompt_token_ids", "output_token_ids"),
-    seconds=float,
-    is_absolute=True,
+    "vLLM log", ("time", "prompt_token_ids", "output_token_ids"), float, is_absolute=True,
     source="vLLM's request logger",
-)
+)  # fmt: skip
 CONVERSATIONS = TraceForm(
-    name="conversations",
-    fields=("time", "prompt", "answer"),
-    seconds=float,
-    has_times=False,
+    "conversations", ("time", "prompt", "answer"), float, has_times=False,
     source="ShareGPT_V3_unfiltered_cleaned_split.json and what has its form",
-)
+)  # fmt: skip
 
 Row = tuple[int | str, TraceForm, list[str]]
 """The line of a request, or its place in an array; its form; arrival, prompt and output as text."""
@@ -216,84 +168,6 @@ def fields_of(value: Mapping[str, Any], prefix: str = "", level: int = 1) -> dic
         else:
             found[f"{prefix}{name}"] = one
     return found
-
-
-_LEAP_YEAR = 2024  # lines have a month and a day but no year
-_HALF_A_YEAR_S = 182 * 86_400.0
-MAX_OPEN = 1_000_000  # requests that wait for their responses
-
-# User text precedes the ids, so the last list in a line is the server's.
-_LINE = re.compile(
-    r"\b(?:DEBUG|INFO) (\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)(?:\.\d+)? "
-    r".*?(Received request|Request|Generated response) ([\w.-]{1,200})[ :]"
-)
-_IDS = re.compile(r".*\b(prompt|output)_token_ids: \[([\d, ]*)(\]|$)", re.DOTALL)
-
-
-@dataclass(slots=True)
-class _Open:
-    """A request without a response yet. Counts are 0 until they are known."""
-
-    line: int
-    arrival_s: float
-    prompt_tokens: int = 0
-    delta_tokens: int = 0
-
-
-def log_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
-    """Yield line, form and values of every request with a response, in the order of the responses.
-
-    Raises:
-        DocumentError: the file is not a vLLM log, or has no token ids.
-    """
-    waiting: dict[str, _Open] = {}
-    last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
-    for number, line in enumerate(lines, start=1):
-        found = _LINE.search(line[:1000])
-        if found is None:
-            continue
-        now_s = _seconds(found)
-        if now_s is None:
-            continue
-        if now_s < last_s - _HALF_A_YEAR_S:  # New Year
-            year_s += 366 * 86_400.0
-        last_s = now_s
-        seen, what, name = True, found[6], found[7]
-        ids = _ids_of(line)
-        if what != "Generated response":
-            if len(waiting) < MAX_OPEN:
-                one = waiting.setdefault(name, _Open(line=number, arrival_s=now_s + year_s))
-                one.prompt_tokens = ids or one.prompt_tokens
-        elif ids and name in waiting:
-            one = waiting[name]
-            if "(streaming delta)" in line[:1000]:
-                one.delta_tokens += ids
-            elif one.prompt_tokens:
-                num_answers += 1
-                del waiting[name]
-                yield one.line, VLLM_LOG, [repr(one.arrival_s), str(one.prompt_tokens), str(ids)]
-    for one in waiting.values():
-        if one.prompt_tokens and one.delta_tokens:
-            num_answers += 1
-            yield one.line, VLLM_LOG, [repr(one.arrival_s), str(one.prompt_tokens), str(one.delta_tokens)]
-    if not num_answers:
-        why = "has no token ids of requests and their answers" if seen else "has no request in vLLM's form"
-        how = "vLLM logs them with --enable-log-requests --enable-log-outputs and VLLM_LOGGING_LEVEL=DEBUG"
-        raise single_problem(label, f"{why}: {how}")
-
-
-def _seconds(found: re.Match[str]) -> float | None:
-    month, day, hour, minute, second = (int(found[i]) for i in range(1, 6))
-    try:
-        return datetime(_LEAP_YEAR, month, day, hour, minute, second, tzinfo=UTC).timestamp()
-    except ValueError:
-        return None
-
-
-def _ids_of(line: str) -> int:
-    """Return the number of token ids in the last list of a line, or 0 if there is none."""
-    found = _IDS.match(line)
-    return found[2].count(",") + 1 if found is not None and found[2].strip() else 0
 
 
 MAX_ITEM = 16 * 2**20  # characters per item
@@ -430,11 +304,7 @@ def _not_a_trace(label: str, missing: list[str], keys: list[str]) -> DocumentErr
 
 def characters_counter(characters_per_token: float) -> CountTokens:
     """Return a function that estimates the tokens of a text from its length, at least one."""
-    return partial(_by_length, characters_per_token)
-
-
-def _by_length(characters_per_token: float, text: str) -> int:
-    return max(1, round(len(text) / characters_per_token))
+    return lambda text: max(1, round(len(text) / characters_per_token))
 
 
 CSV_ENDINGS = (".csv", ".csv.gz")
@@ -455,21 +325,17 @@ def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
         DocumentError: the file is unreadable, or its columns or syntax are invalid.
     """
     try:
-        with opened(label) as file:
-            if label.endswith(JSON_ENDINGS):
-                yield from array_rows(label, file, count)
-                return
+        with readable(label), opened(label) as file:
             # An endless line is cut, and fails as a row before it fills the memory.
             lines = iter(partial(file.readline, MAX_LINE), "")
-            yield from _reader(label)(label, lines)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise single_problem(label, f"is not a complete gzip file: {error}") from None
-    except UnicodeDecodeError as error:
-        raise single_problem(label, f"is not UTF-8 text (offset {error.start})") from None
+            if label.endswith(JSON_ENDINGS):
+                yield from array_rows(label, file, count)
+            elif label.endswith(LOG_ENDINGS):
+                yield from ((line, VLLM_LOG, values) for line, values in request_rows(label, lines))
+            else:
+                yield from (_json_rows if label.endswith(JSONL_ENDINGS) else _csv_rows)(label, lines)
     except csv.Error as error:
         raise single_problem(label, f"is not CSV: {error}") from None
-    except (OSError, ValueError) as error:
-        raise unreadable(label, error) from None
 
 
 def opened(label: str) -> IO[str]:
@@ -477,12 +343,6 @@ def opened(label: str) -> IO[str]:
     if label.endswith(".gz"):
         return gzip.open(label, "rt", encoding="utf-8-sig", newline="")
     return open(label, encoding="utf-8-sig", newline="")
-
-
-def _reader(label: str) -> Callable[[str, Iterator[str]], Iterator[Row]]:
-    if label.endswith(LOG_ENDINGS):
-        return log_rows
-    return _json_rows if label.endswith(JSONL_ENDINGS) else _csv_rows
 
 
 def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.formats.vllm_iterations import load_iteration_log, read_iterations
+from hetis.formats.vllm_logs import load_iteration_log, read_iterations
 from hetis.profiler.calibrate.iterations import NO_GAP, between_iterations_s, observed_in_log
 from hetis.profiler.calibrate.observed import Observed, Work
 from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, line, text_of

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from hetis.formats.errors import single_problem
-from hetis.formats.vllm_iterations import IterationLog, LoggedIteration
+from hetis.formats.vllm_logs import IterationLog, LoggedIteration
 from hetis.profiler.calibrate.observed import Observation, Observed, Work
 
 FIRST = 10  # iterations of an engine in which it still loads and compiles kernels

@@ -183,7 +183,7 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
 
 def _logged(path: str, context: float | None) -> Observed:
     from hetis.formats.files import file_label
-    from hetis.formats.vllm_iterations import load_iteration_log
+    from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.iterations import observed_in_log
 
     return observed_in_log(file_label(path), load_iteration_log(path), context_tokens=context)

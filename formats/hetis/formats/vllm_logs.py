@@ -1,4 +1,8 @@
-"""Iterations in the log of a vLLM server.
+"""Requests and iterations in the log of a vLLM server.
+
+A server started with ``--enable-log-requests --enable-log-outputs`` and ``VLLM_LOGGING_LEVEL=DEBUG`` logs the token
+ids of every prompt and output (``vllm/entrypoints/serve/utils/request_logger.py`` of 0.32; versions up to 0.11 logged
+the ids of prompts at INFO). Requests without a response are left out: they failed, or the log ends too early.
 
 A server started with ``--enable-logging-iteration-details`` logs a line for every iteration: its requests and tokens,
 and the time that the engine waited for its result (``vllm/v1/metrics/loggers.py`` of 0.32). Older versions logged
@@ -10,14 +14,14 @@ from __future__ import annotations
 import gzip
 import re
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 from hetis.formats.errors import single_problem
-from hetis.formats.files import unreadable
+from hetis.formats.files import file_label, readable
 
 MAX_LINE = 4_000  # characters that are looked at; all that we read comes early in a line
 MAX_ITERATIONS = 200_000  # two hours at 36 ms; later ones are not read
@@ -91,18 +95,17 @@ def load_iteration_log(path: str) -> IterationLog:
     Raises:
         DocumentError: it cannot be read, or has no line of an iteration.
     """
-    label = "stdin" if path == "-" else path
-    try:
+    label = file_label(path)
+    with readable(label):
         if path == "-":
-            lines = iter(partial(sys.stdin.buffer.readline, MAX_LINE), b"")
-            return read_iterations(label, (line.decode("utf-8", "replace") for line in lines))
+            return read_iterations(label, _lines(sys.stdin.buffer))
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            lines = iter(partial(file.readline, MAX_LINE), b"")
-            return read_iterations(label, (line.decode("utf-8", "replace") for line in lines))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise single_problem(label, f"is not a complete gzip file: {error}") from None
-    except (OSError, ValueError) as error:
-        raise unreadable(label, error) from None
+            return read_iterations(label, _lines(file))
+
+
+def _lines(file: Any) -> Iterator[str]:
+    for line in iter(partial(file.readline, MAX_LINE), b""):
+        yield line.decode("utf-8", "replace")
 
 
 def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
@@ -112,7 +115,8 @@ def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
         DocumentError: none of them is of an iteration.
     """
     log, compiling = IterationLog(), False
-    for line in _plain(lines):
+    for whole_line in lines:
+        line = _COLOUR.sub("", whole_line[:MAX_LINE])
         found = _ITERATION.search(line)
         if found is None:
             compiling = compiling or ("JIT compilation" in line and " during inference" in line)
@@ -128,11 +132,6 @@ def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
     if not log.iterations:
         raise single_problem(label, f"has no line of an iteration: {HOW}; or give the URL of the running server")
     return log
-
-
-def _plain(lines: Iterable[str]) -> Iterator[str]:
-    for line in lines:
-        yield _COLOUR.sub("", line[:MAX_LINE])
 
 
 def _iteration(found: re.Match[str], line: str, clock_s: float | None, compiling: bool) -> LoggedIteration:
@@ -172,10 +171,87 @@ def _clock(line: str) -> tuple[float | None, float]:
         if collected is not None:
             text = collected[0].replace(",", ".")
             return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp(), 1e-3 if "." in text else 1.0
-        own = _CLOCK.search(line[:300])
-        if own is None:
-            return None, 1.0
-        month, day, hour, minute, second = (int(part) for part in own.groups())
-        return datetime(_LEAP_YEAR, month, day, hour, minute, second, tzinfo=UTC).timestamp(), 1.0
     except ValueError:
         return None, 1.0
+    own = _CLOCK.search(line[:300])
+    return None if own is None else _seconds_of_year(own.groups()), 1.0
+
+
+def _seconds_of_year(words: Sequence[str]) -> float | None:
+    """Return the time of month, day, hour, minute and second, or None if there is no such time."""
+    month, day, hour, minute, second = map(int, words)
+    try:
+        return datetime(_LEAP_YEAR, month, day, hour, minute, second, tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
+
+
+# --- requests
+
+_HALF_A_YEAR_S = 182 * 86_400.0
+MAX_OPEN = 1_000_000  # requests that wait for their responses
+
+# User text precedes the ids, so the last list in a line is the server's.
+_LINE = re.compile(
+    r"\b(?:DEBUG|INFO) (\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)(?:\.\d+)? "
+    r".*?(Received request|Request|Generated response) ([\w.-]{1,200})[ :]"
+)
+_IDS = re.compile(r".*\b(prompt|output)_token_ids: \[([\d, ]*)(\]|$)", re.DOTALL)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request without a response yet. Counts are 0 until they are known."""
+
+    line: int
+    arrival_s: float
+    prompt_tokens: int = 0
+    delta_tokens: int = 0
+
+
+def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield line and values (arrival, prompt, output) of every request with a response, in the order of the responses.
+
+    Raises:
+        DocumentError: the file is not a vLLM log, or has no token ids.
+    """
+    waiting: dict[str, _Open] = {}
+    last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
+    for number, line in enumerate(lines, start=1):
+        found = _LINE.search(line[:1000])
+        if found is None:
+            continue
+        now_s = _seconds_of_year(found.groups()[:5])
+        if now_s is None:
+            continue
+        if now_s < last_s - _HALF_A_YEAR_S:  # New Year
+            year_s += 366 * 86_400.0
+        last_s = now_s
+        seen, what, name = True, found[6], found[7]
+        ids = _ids_of(line)
+        if what != "Generated response":
+            if len(waiting) < MAX_OPEN:
+                one = waiting.setdefault(name, _Open(line=number, arrival_s=now_s + year_s))
+                one.prompt_tokens = ids or one.prompt_tokens
+        elif ids and name in waiting:
+            one = waiting[name]
+            if "(streaming delta)" in line[:1000]:
+                one.delta_tokens += ids
+            elif one.prompt_tokens:
+                num_answers += 1
+                del waiting[name]
+                yield one.line, [repr(one.arrival_s), str(one.prompt_tokens), str(ids)]
+    for one in waiting.values():
+        if one.prompt_tokens and one.delta_tokens:
+            num_answers += 1
+            yield one.line, [repr(one.arrival_s), str(one.prompt_tokens), str(one.delta_tokens)]
+    if not num_answers:
+        why = "has no token ids of requests and their answers" if seen else "has no request in vLLM's form"
+        how = "vLLM logs them with --enable-log-requests --enable-log-outputs and VLLM_LOGGING_LEVEL=DEBUG"
+        raise single_problem(label, f"{why}: {how}")
+
+
+def _ids_of(line: str) -> int:
+    """Return the number of token ids in the last list of a line, or 0 if there is none."""
+    found = _IDS.match(line)
+    return found[2].count(",") + 1 if found is not None and found[2].strip() else 0

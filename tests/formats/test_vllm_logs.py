@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats import vllm_iterations
+from hetis.formats import vllm_logs
 from hetis.formats.errors import DocumentError
-from hetis.formats.vllm_iterations import load_iteration_log, read_iterations
+from hetis.formats.vllm_logs import load_iteration_log, read_iterations
 from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, head, line, text_of
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_such_log_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_a_long_log_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_iterations, "MAX_ITERATIONS", 3)
+    monkeypatch.setattr(vllm_logs, "MAX_ITERATIONS", 3)
     log = read_iterations("x", (line(i, 0.01, decoding=1) for i in range(5)))
     assert len(log.iterations) == 3
     assert log.is_cut
