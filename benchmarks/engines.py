@@ -17,7 +17,7 @@ from dataclasses import replace
 from benchmarks.measuring import plots, rows
 from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.solving import FAILED, Answer, answer
+from benchmarks.strategies import FAILED, Answer, answer
 from hetis.planner.use_cases.precision import wishes_of
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.solving import FAILED, answer
+from benchmarks.strategies import FAILED, answer
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape

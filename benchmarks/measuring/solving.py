@@ -1,8 +1,4 @@
-"""One placement, measured in this process or in a new one with separate memory and first calls; and one by each
-strategy.
-
-A heuristic without a plan is a valid answer, too.
-"""
+"""Measurement of one placement, in this process or in a new one with separate memory and first calls."""
 
 from __future__ import annotations
 
@@ -16,22 +12,18 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
-from hetis.planner.cli.native_output import no_native_output
 from hetis.solver.budget import Budget, Progress
-from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Plan, Status
-from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 A = TypeVar("A")
 R = TypeVar("R")
 
-FAILED = "failed"  # status of a solve that crashed, or whose plan the checker refuses
+FAILED = "failed"  # status of a solve that crashed
 WHOLE_COUNTS = "whole counts"  # phase of column generation
 
 
@@ -227,44 +219,3 @@ def peak_mib() -> float:
 
 def _set_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """The result of a strategy. Without a plan, the value is 0, and so is the bound if infeasibility is proved."""
-
-    status: str
-    value: float
-    bound: float
-    seconds: float
-    note: str = ""
-
-
-def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> Answer:
-    """Solve by one strategy, including the naming of GPUs.
-
-    All seconds are CPU seconds of this process, so that a busy machine hardly changes plan and figures. The checker is
-    not timed.
-    """
-    started = time.process_time()
-    try:
-        budget = Budget(time_limit_s=time_limit_s, clock=time.process_time)
-        with no_native_output():
-            plan = solve_placement(problem, strategy=strategy, budget=budget)
-    except InfeasibleError as error:
-        return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
-    except HetisError as error:
-        return _without_plan("none", math.inf, started, str(error))
-    except Exception as error:  # a bug: the row says so, and later rows are still measured
-        traceback.print_exc()
-        return _without_plan(FAILED, math.inf, started, repr(error))
-    seconds = time.process_time() - started
-    violations = check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family)))
-    if violations:
-        return _without_plan(FAILED, math.inf, started, f"the checker objects: {violations[0]}")
-    result = plan.result
-    return Answer(status=result.status.value, value=result.value, bound=result.bound, seconds=seconds)
-
-
-def _without_plan(status: str, bound: float, started: float, note: str) -> Answer:
-    return Answer(status=status, value=0.0, bound=bound, seconds=time.process_time() - started, note=note)
