@@ -240,13 +240,22 @@ def value_of(value: type[ValueT], data: BaseModel | Mapping[str, Any], **changes
 
 def plain(value: Any) -> Any:
     """Return a value as plain data: dataclasses as their fields, tuples as lists, members of enums as their values."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    names = _field_names(cast(Any, type(value)))
+    if names is not None:
+        return {name: one if type(one := getattr(value, name)) in _SCALARS else plain(one) for name in names}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return value.value if isinstance(value, Enum) else value
+
+
+_SCALARS = {str, int, float, bool, type(None)}
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 def mapping(value: object) -> dict[str, Any]:
