@@ -289,9 +289,7 @@ def api_page() -> str:
     ]
     described = _descriptors()
     for file in described:
-        comments = {
-            tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location
-        }
+        comments = _comments(file)
         for number, service in enumerate(file.service):
             parts.append(f"## {service.name}\n\n{_prose(comments.get((6, number), ''))}\n")
             rows = []
@@ -303,9 +301,7 @@ def api_page() -> str:
                 rows.append((_code(method.name), ask, answer, says))
             parts.append(_table(("call", "request", "response", "what it does"), rows))
     for file in described:
-        comments = {
-            tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location
-        }
+        comments = _comments(file)
         for number, message in enumerate(file.message_type):
             parts += _message(message, (4, number), comments, message.name)
         for number, enum in enumerate(file.enum_type):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequest, NewRequests
 from hetis.formats.dtypes import PRECISIONS
-from hetis.formats.saved_state import AttentionPiece, InlineHeads, SavedDevice, SavedMove, SavedRequest, SavedState
+from hetis.formats.saved_state import AttentionPiece, InlineHeads, SavedDevice, SavedRequest, SavedState
 from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
-from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.model import (
     AttentionKind,
@@ -390,12 +390,12 @@ def states(draw: st.DrawFn) -> SavedState:
         for name in ids
     )
     moves = tuple(
-        SavedMove(
+        PreparedMove(
             number=number,
             request=request.id,
             groups=draw(st.integers(1, groups)),
-            source=next(iter(request.groups)),
-            target=draw(st.sampled_from([name for name in names if name not in request.groups])),
+            source=names.index(next(iter(request.groups))),
+            target=draw(st.sampled_from([i for i, name in enumerate(names) if name not in request.groups])),
         )
         for number, request in enumerate(requests)
         if len(names) > 1 and draw(st.booleans())

@@ -175,9 +175,7 @@ class ReplicaObjects:
         return self._service(self._of.name, self.front_labels, {"ports": [port]})
 
     def inside(self) -> dict[str, Any]:
-        """Return the policy that lets the replica's own pods reach each other on any port: ranks choose theirs at
-        start-up.
-        """
+        """Return the policy that lets the replica's pods reach each other on any port, since ranks choose theirs."""
         own = {"podSelector": {"matchLabels": self.labels()}}
         return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
@@ -324,9 +322,7 @@ class ReplicaObjects:
         return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
-        """Return the Service of one pod, reachable before it is ready: vLLM only serves after all processes have
-        connected.
-        """
+        """Return the Service of one pod, reachable before it is ready: vLLM serves after all processes connected."""
         spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "ports": [port]}
         return self._service(name, self.labels(name), spec)
 

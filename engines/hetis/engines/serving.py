@@ -62,9 +62,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:
-    """The address where an engine's processes on several nodes connect, and the port that serves KV of a prefill
-    replica.
-    """
+    """Where an engine's processes on several nodes connect, and the port that serves KV of a prefill replica."""
 
     host: str
     port: int = MASTER_PORT
@@ -92,9 +90,7 @@ _NIXL_ROLES: Mapping[Role, str] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv
 
 
 def connector_of(layout: Layout) -> dict[str, str] | None:
-    """Return the connector that a replica needs, if any: ours for attention workers, NIXL between prefill
-    and decode.
-    """
+    """Return the connector that a replica needs: ours for attention workers, NIXL between prefill and decode."""
     if layout.workers:
         return CONNECTOR
     if layout.role in _NIXL_ROLES:
@@ -103,9 +99,7 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
-    """Return options that hold vLLM to the plan's capacity, except for those that the user gives; a switch has an empty
-    value.
-    """
+    """Return options that hold vLLM to the plan's capacity, without the user's own; a switch has an empty value."""
     given = {
         "--max-num-seqs": str(layout.seats),
         "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats * (1 + layout.draft_tokens)),

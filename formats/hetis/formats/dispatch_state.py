@@ -46,7 +46,6 @@ from hetis.formats.saved_state import (
     AttentionPiece,
     InlineHeads,
     SavedDevice,
-    SavedMove,
     SavedRequest,
     SavedState,
     blocks_in,
@@ -54,7 +53,7 @@ from hetis.formats.saved_state import (
     kv_element_bytes,
 )
 from hetis.solver.dispatch.problem import HeadShape, Requests
-from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.errors import InvalidProblemError
 
 Entries = list[tuple[int, dict[str, Any]]]
@@ -176,6 +175,8 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
             total_blocks=blocks,
         )
 
+    index = {part.name: i for i, part in enumerate(document.devices)}
+
     def request(part: RunningPart) -> SavedRequest:
         return value_of(SavedRequest, part, groups={name: count for name, count in part.groups.items() if count})
 
@@ -185,7 +186,10 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
         inline=inline,
         devices=tuple(map(device, document.devices)),
         requests=tuple(map(request, document.requests)),
-        moves=tuple(value_of(SavedMove, part) for part in document.moves),
+        moves=tuple(
+            value_of(PreparedMove, part, source=index[part.source], target=index[part.target])
+            for part in document.moves
+        ),
     )
 
 
@@ -194,8 +198,9 @@ def _to_piece(part: AttentionPart) -> AttentionPiece:
 
 
 def _state_data(state: SavedState) -> dict[str, Any]:
+    names = [device.name for device in state.devices]
     moves = [
-        {"number": m.number, "request": m.request, "groups": m.groups, "from": m.source, "to": m.target}
+        {"number": m.number, "request": m.request, "groups": m.groups, "from": names[m.source], "to": names[m.target]}
         for m in state.moves
     ]
     return present(

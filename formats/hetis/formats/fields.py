@@ -49,9 +49,7 @@ Check = Callable[[Mapping[str, Any]], Found]
 
 @dataclass(slots=True, kw_only=True)
 class ErrorLimit:
-    """The number of errors that one validation collects. Later ones are skipped: nobody reads more, and each costs
-    time.
-    """
+    """How many errors one validation collects. Later ones are skipped: nobody reads more, and each costs time."""
 
     most_errors: int
     look_up: Callable[[], None]

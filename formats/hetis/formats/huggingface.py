@@ -273,9 +273,7 @@ def _qwen1(config: Config, name: str) -> ModelSpec | None:
 
 
 def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
-    """Read Qwen2-MoE, whose one wide shared expert counts as several of the routed width, and Qwen3-MoE, which has
-    none.
-    """
+    """Read Qwen2-MoE, whose wide shared expert counts as several of the routed width, and Qwen3-MoE, without any."""
     moe = _qwen_experts(config)
     head_dim = None if moe.shared_experts else 128
     return _spec(config, **_common(config, name, head_dim=head_dim, defaults=_dense_width(moe)), moe=moe)

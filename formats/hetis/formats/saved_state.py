@@ -136,17 +136,6 @@ class SavedRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SavedMove:
-    """Head groups in flight from one device to another."""
-
-    number: int
-    request: str
-    groups: int
-    source: str
-    target: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
     """One replica stage and its requests. Heads are those of a catalogue ``model`` or the ``inline`` ones."""
 
@@ -158,7 +147,7 @@ class SavedState:
     num_layers: int
     devices: tuple[SavedDevice, ...]
     requests: tuple[SavedRequest, ...] = ()
-    moves: tuple[SavedMove, ...] = ()
+    moves: tuple[PreparedMove, ...] = ()  # between positions in ``devices``
     heads: HeadShape = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -204,16 +193,7 @@ class SavedState:
             context_tokens=np.array([request.context_tokens for request in self.requests], np.int64),
             remaining_tokens=np.array([request.remaining_tokens for request in self.requests], np.int64),
             groups=groups,
-            moves=tuple(
-                PreparedMove(
-                    number=m.number,
-                    request=m.request,
-                    groups=m.groups,
-                    source=index[m.source],
-                    target=index[m.target],
-                )
-                for m in self.moves
-            ),
+            moves=self.moves,
         )
 
     def move_byte_s(self) -> FloatArray:
@@ -226,7 +206,7 @@ class SavedState:
             replace(device, status=now.status, high_water=now.high_water, changed=now.changed)
             for device, now in zip(self.devices, snapshot.devices, strict=True)
         )
-        return replace(self, devices=devices, requests=_requests_of(snapshot), moves=_moves_of(snapshot))
+        return replace(self, devices=devices, requests=_requests_of(snapshot), moves=snapshot.moves)
 
     def _stage(self, costs: Mapping[str, Pieces]) -> Stage:
         pieces = [self._pieces(device, costs) for device in self.devices]
@@ -277,7 +257,7 @@ def saved_state(
         num_layers=num_layers,
         devices=tuple(_device_of(snapshot, i, move_byte_s) for i in range(stage.num_devices)),
         requests=_requests_of(snapshot),
-        moves=_moves_of(snapshot),
+        moves=snapshot.moves,
     )
 
 
@@ -318,12 +298,4 @@ def _requests_of(snapshot: StateSnapshot) -> tuple[SavedRequest, ...]:
             groups={names[i]: int(snapshot.groups[j, i]) for i in np.flatnonzero(snapshot.groups[j])},
         )
         for j, request in enumerate(snapshot.ids)
-    )
-
-
-def _moves_of(snapshot: StateSnapshot) -> tuple[SavedMove, ...]:
-    names = snapshot.stage.devices
-    return tuple(
-        SavedMove(number=m.number, request=m.request, groups=m.groups, source=names[m.source], target=names[m.target])
-        for m in snapshot.moves
     )

@@ -236,9 +236,7 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
 
 @functools.lru_cache(maxsize=1024)
 def _gpu_parts(name: str) -> tuple[str, ...]:
-    """Return lower-case parts in a common spelling: ``SXM4`` and ``SXM2`` are ``sxm``, ``80G`` and ``80GiB`` are
-    ``80gb``.
-    """
+    """Return lower-case parts in a common spelling: ``SXM4`` is ``sxm``, ``80G`` and ``80GiB`` are ``80gb``."""
     parts = [part for part in re.split(r"[^a-z0-9]+", name.lower()) if part and part not in _IGNORED]
     parts = [re.sub(r"^sxm\d$", "sxm", re.sub(r"^(\d+)g(i?b)?$", r"\1gb", part)) for part in parts]
     joined: list[str] = []
@@ -289,9 +287,7 @@ def resolve_model(name: str, known: Collection[str]) -> str:
 
 
 def _model_key(name: str) -> str:
-    """Return the common part of a model's spellings: ``llama270b`` for ``meta-llama/Llama-2-70b-hf`` and
-    ``Llama2-70B``.
-    """
+    """Return what spellings share: ``llama270b`` for ``meta-llama/Llama-2-70b-hf`` and ``Llama2-70B``."""
     short = name.lower().rpartition("/")[2].removeprefix("meta-").removeprefix("meta_")
     while (cut := _MODEL_ENDINGS.sub("", short)) != short:
         short = cut
