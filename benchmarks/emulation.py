@@ -27,8 +27,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.measuring import plots, rows
-from benchmarks.measuring.emulated import MODEL, Replica, emulated_replica
-from benchmarks.measuring.emulated_worker import Pace
+from benchmarks.measuring.emulated import MODEL, Pace, Replica, emulated_replica
 from benchmarks.measuring.rows import Row
 
 ROOT = Path(__file__).parents[1]

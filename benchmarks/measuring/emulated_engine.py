@@ -24,7 +24,7 @@ import numpy as np
 from hetis.solver.dispatch.problem import DeviceLoad, FloatArray, IntArray, Requests, Stage
 
 if TYPE_CHECKING:
-    from benchmarks.measuring.emulated_worker import Pace
+    from benchmarks.measuring.emulated import Pace
 
 
 _ROUNDS = 60  # of bisection, down to the precision of floats
@@ -162,7 +162,7 @@ class EmulatedEngine:
 
     def __init__(self, llm: Any, files: list[Path]) -> None:
         # Load compiled code only here, because vLLM inspects all loaded modules while it starts.
-        from benchmarks.measuring.emulated_worker import Pace, wait_until
+        from benchmarks.measuring.emulated import Pace, wait_until
         from hetis.solver.dispatch.solve import Dispatcher
         from hetis.solver.redispatch.solve import compile_redispatch
 

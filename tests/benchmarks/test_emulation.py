@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measuring.emulated import Pace, wait_until
 from benchmarks.measuring.emulated_engine import EqualSplit, PaperRule, PrimaryOnly
-from benchmarks.measuring.emulated_worker import Pace, wait_until
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
 from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
 from tests.benchmarks.test_benchmarks import rows_of, run
