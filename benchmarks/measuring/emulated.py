@@ -2,9 +2,9 @@
 
     python -m benchmarks.measuring.emulated --name w0 --key-file FILE --port-file FILE --pace FILE --pages N
 
-This is a worker that is as slow as another GPU: it computes, and delays its answer. The pace file (`Pace.write`) is read
-at every step, so that an emulated GPU may slow down while it serves. Waiting takes no CPU time, so that many workers
-answer on time even on a machine with few cores.
+This is a worker that is as slow as another GPU: it computes, and delays its answer. The pace file (`Pace.write`) is
+read at every step, so that an emulated GPU may slow down while it serves. Waiting takes no CPU time, so that many
+workers answer on time even on a machine with few cores.
 """
 
 from __future__ import annotations

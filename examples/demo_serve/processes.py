@@ -176,8 +176,7 @@ class Planner:
             cluster_service_pb2.CreateClusterRequest(
                 cluster_id="demo",
                 cluster=cluster_pb2.Cluster(
-                    document=document_of_file(HERE / "cluster.yaml", document_pb2.DOCUMENT_KIND_CLUSTER),
-                    policy=policy,
+                    document=document_of_file(HERE / "cluster.yaml", document_pb2.DOCUMENT_KIND_CLUSTER), policy=policy
                 ),
             )
         )

@@ -17,14 +17,7 @@ from typing import Any
 
 import yaml
 
-from hetis.engines.commands import (
-    ANY,
-    KEY_VARIABLE,
-    WORKER,
-    WORKER_PORT,
-    config_of,
-    worker_settings,
-)
+from hetis.engines.commands import ANY, KEY_VARIABLE, WORKER, WORKER_PORT, config_of, worker_settings
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, Process, ProcessKind
 from hetis.engines.serving import (
@@ -151,12 +144,7 @@ class ReplicaObjects:
 
     def around(self) -> list[dict[str, Any]]:
         """Return the objects around the pods: the plugin's file, the front end's Service, and the network policies."""
-        return [
-            *([self.config()] if self._layout.workers else []),
-            self.front(),
-            self.inside(),
-            self.towards_front(),
-        ]
+        return [*([self.config()] if self._layout.workers else []), self.front(), self.inside(), self.towards_front()]
 
     def config(self) -> dict[str, Any]:
         """Return the plugin's file. Workers are reached by the names of their Services."""

@@ -132,10 +132,7 @@ SizeOrBytes = Annotated[
 """Bytes, as ``80GiB`` or a whole number."""
 
 Bandwidth = Annotated[
-    float,
-    Field(gt=0),
-    _unit_field(units.parse_bandwidth, _BANDWIDTH_EXAMPLE),
-    _schema("100Gbps", BANDWIDTH_PATTERN),
+    float, Field(gt=0), _unit_field(units.parse_bandwidth, _BANDWIDTH_EXAMPLE), _schema("100Gbps", BANDWIDTH_PATTERN)
 ]
 """Bytes per second, as ``100Gbps`` or ``64GB/s``."""
 

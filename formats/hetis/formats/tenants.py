@@ -69,10 +69,7 @@ def _seconds(value: object) -> object:
 
 
 Limit = Annotated[
-    float,
-    Field(gt=0),
-    BeforeValidator(_seconds),
-    WithJsonSchema({"type": "string", "examples": ["500ms", NO_LIMIT]}),
+    float, Field(gt=0), BeforeValidator(_seconds), WithJsonSchema({"type": "string", "examples": ["500ms", NO_LIMIT]})
 ]
 
 
