@@ -91,6 +91,32 @@ def test_an_unknown_kind_has_no_schema() -> None:
         json_schema("Clusters")
 
 
+SPEEDUPS = {"A": 1.0, "B": 2.5}
+OF_TENANTS = {
+    "ShareProblem": {
+        "gpus": {"A": 3, "B": 4},
+        "tenants": [
+            {"name": "x", "speedups": SPEEDUPS, "workload": "8000/300"},
+            {"name": "y", "weight": 2.0, "jobs": [{"name": "j", "model": "M", "workload": "W", "min_gpus": 2}]},
+        ],
+    },
+    "Tenants": {
+        "tenants": [
+            {"name": "x", "model": "M", "workload": "W", "worth": 2.0, "ttft": "none", "tpot": "50ms"},
+            {"name": "y", "model": "M", "workload": "W", "worth": 1.0, "objective": "throughput"},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OF_TENANTS)
+def test_files_of_tenants_are_written_with_all_they_say(kind: str) -> None:
+    value = from_data({"apiVersion": "hetis/v1", "kind": kind, **OF_TENANTS[kind]})
+    assert kind_of(value) == kind
+    assert from_data(to_data(value)) == value
+    VALIDATORS[kind].validate(to_data(value))
+
+
 def a_plan(kind: ObjectiveKind, **result: float) -> Plan:
     numbers = {"value": 1.0, "bound": 1.0, "gap": 0.0} | result
     solved = SolveResult(status=Status.FEASIBLE, objective=kind, unit="requests/s", solve_s=1.0, **numbers)
