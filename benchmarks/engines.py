@@ -18,7 +18,7 @@ from benchmarks.measuring import plots, rows
 from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.strategies import FAILED, Answer, answer
-from hetis.planner.use_cases.precision import wishes_of
+from hetis.planner.use_cases.precision import constraints_of
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.engines import ANY_ENGINE, run_by
@@ -68,7 +68,7 @@ def posed(cluster: Cluster, engine: str) -> PlacementProblem:
         whole,
         family=run_by(whole.family, rules),
         profiles={name: default_profile(cluster.gpu_types[name])[1] for name in whole.profiles},
-        will=wishes_of(whole.model, cluster, engine),
+        constraints=constraints_of(whole.model, cluster, engine),
     )
 
 

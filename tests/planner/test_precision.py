@@ -76,11 +76,14 @@ def test_workers_may_be_gpus_that_cannot_compute_in_the_format(folder: Path) -> 
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
     rules = engine_rules("vllm-hetis", "hetis")
     held = for_engine(in_precision(loaded, weights="fp8", kv=None), rules)
-    assert [str(wish) for wish in held.inputs.will] == ["--forbid type=V100-SXM2-32GB:as=primary"]
+    assert [str(each) for each in held.inputs.constraints] == ["--forbid type=V100-SXM2-32GB:as=primary"]
     fp8_kv = for_engine(in_precision(loaded, weights="fp8", kv="fp8"), rules)
-    assert [str(wish) for wish in fp8_kv.inputs.will] == ["--forbid type=V100-SXM2-32GB", "--forbid workers"]
+    assert [str(each) for each in fp8_kv.inputs.constraints] == [
+        "--forbid type=V100-SXM2-32GB",
+        "--forbid workers",
+    ]
     plain = for_engine(loaded, rules)
-    assert [str(wish) for wish in plain.inputs.will] == ["--forbid type=V100-SXM2-32GB:as=primary"]
+    assert [str(each) for each in plain.inputs.constraints] == ["--forbid type=V100-SXM2-32GB:as=primary"]
     assert for_engine(plain, rules) == plain
     assert for_engine(loaded, None) == loaded
 

@@ -11,9 +11,9 @@ from hetis.solver.check import Rule, check_plan, memory
 from hetis.solver.check.fleet import PoolShape, StageShape
 from hetis.solver.check.rederive import MemoryUse, Rederivation
 from hetis.solver.cluster import Link
+from hetis.solver.constraints import AtMost, Sum
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, StagePlan, Status
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import AtMost, Sum
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import NO_LIMITS, make_node, make_problem, make_profile
 
@@ -108,7 +108,7 @@ def test_a_sum_may_exceed_its_most_by_a_millionth() -> None:
     plan = plan_of(PROBLEM, REPLICA)
     for share, num_broken in ((WITHIN, 0), (BEYOND, 1)):
         for of in (Sum.GPUS, Sum.USD):
-            asked = replace(PROBLEM, will=(AtMost(of=of, most=1 / (1 + share)),))
+            asked = replace(PROBLEM, constraints=(AtMost(of=of, most=1 / (1 + share)),))
             assert len([v for v in check_plan(plan, asked) if v.rule is Rule.WILL]) == num_broken
 
 

@@ -1,4 +1,4 @@
-"""Conflicts are smallest, and every relaxation works when it is applied: memory, links, limits, wishes, prices.
+"""Conflicts are smallest, and every relaxation works when it is applied: memory, links, limits, constraints, prices.
 
 Each alone and in combination; what a relaxation suggests is solved as its own problem.
 """
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
+from hetis.solver.constraints import AtMost, Duty, Exclude, Replicas, RestrictRole, Sum, Use, WithoutTp
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.grounding import grounded
+from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, Infeasibility, Offer, Requirement
 from hetis.solver.placement.infeasible.growth import with_added
 from hetis.solver.placement.infeasible.requirements import Subject, keeping, requirements_of, with_faster_links
@@ -24,7 +25,6 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import AtMost, Duty, Keep, LeaveOut, Replicas, Sum, Use, WithoutTp
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -36,7 +36,7 @@ from tests.solver.instances import (
     problems,
 )
 from tests.solver.oracle import best_plan_value
-from tests.solver.test_will import best_by_brute_force, of, two_types, wishes
+from tests.solver.test_constraints import best_by_brute_force, of, some_constraint, two_types
 
 EXAMPLES = max(8, settings().max_examples // 4)
 GPUS = ObjectiveKind.GPUS
@@ -170,21 +170,26 @@ def test_roles_are_blamed_where_weights_fit_only_once() -> None:
     assert exists(replace(problem, family=SMALL_FAMILY))
 
 
-# --- wishes
+# --- constraints
 
 
-def test_wishes_that_exclude_one_another_are_named_and_no_others() -> None:
-    only_workers = Keep(gpus=of("type=A"), duty=Duty.WORKER, only=True)
-    problem = two_types(only_workers, WithoutTp(tp=4), LeaveOut(gpus=of("node=b")), Replicas(least=1, most=4))
+def test_constraints_that_exclude_one_another_are_named_and_no_others() -> None:
+    only_workers = RestrictRole(gpus=of("type=A"), duty=Duty.WORKER, only=True)
+    problem = two_types(only_workers, WithoutTp(tp=4), Exclude(gpus=of("node=b")), Replicas(least=1, most=4))
     found = why(problem)
     (conflict,) = found.conflicts
-    assert [m.wish for m in conflict.members] == [only_workers, LeaveOut(gpus=of("node=b"))]
+    assert [m.constraint for m in conflict.members] == [only_workers, Exclude(gpus=of("node=b"))]
     assert_smallest(problem, found)
     for member in conflict.members:
-        assert exists(replace(problem, will=tuple(wish for wish in problem.will if wish != member.wish)))
+        assert exists(
+            replace(
+                problem,
+                constraints=tuple(each for each in problem.constraints if each != member.constraint),
+            )
+        )
 
 
-def test_a_wish_for_too_many_gpus_says_how_many_there_can_be() -> None:
+def test_a_constraint_for_too_many_gpus_says_how_many_there_can_be() -> None:
     one, all_six = Replicas(least=1, most=1), Use(gpus=of("zone=default"), least=6)
     family = replace(SMALL_FAMILY, max_pool=0, max_copies=1, in_flight=(1, 2), tp_sizes=(2,))
     problem = replace(two_types(one, all_six), model=make_model(num_layers=2), family=family)  # two stages of two GPUs
@@ -193,11 +198,11 @@ def test_a_wish_for_too_many_gpus_says_how_many_there_can_be() -> None:
     (most,) = [r for r in found.relaxations if r.option.startswith("--pin zone=default:use=")]
     least = int(most.option.rpartition("=")[2])
     for count in (least, least + 1):
-        changed = replace(problem, will=(one, replace(all_six, least=count)))
+        changed = replace(problem, constraints=(one, replace(all_six, least=count)))
         assert exists(changed) is (count == least)
 
 
-def test_a_wish_for_too_many_replicas_says_how_many_there_can_be() -> None:
+def test_a_constraint_for_too_many_replicas_says_how_many_there_can_be() -> None:
     many = Replicas(least=9, most=9)
     problem = two_types(many)
     (most,) = [r for r in why(problem).relaxations if r.option.startswith("--pin replicas=")]
@@ -205,21 +210,21 @@ def test_a_wish_for_too_many_replicas_says_how_many_there_can_be() -> None:
     assert 1 < least < 9
     assert f"a plan with {least} exists" in most.sentence
     for count in (least, least + 1):
-        assert exists(replace(problem, will=(replace(many, least=count),))) is (count == least)
+        assert exists(replace(problem, constraints=(replace(many, least=count),))) is (count == least)
 
 
 def test_no_gpu_left_is_the_fault_of_whoever_forbids_them() -> None:
-    found = why(two_types(LeaveOut(gpus=of("type=A")), LeaveOut(gpus=of("zone=default"))))
-    assert [m.wish for m in found.conflicts[0].members] == [LeaveOut(gpus=of("zone=default"))]
+    found = why(two_types(Exclude(gpus=of("type=A")), Exclude(gpus=of("zone=default"))))
+    assert [m.constraint for m in found.conflicts[0].members] == [Exclude(gpus=of("zone=default"))]
 
 
-def test_demand_and_a_wish_are_named_together() -> None:
+def test_demand_and_a_constraint_are_named_together() -> None:
     free = two_types()
     best = best_plan_value(free)
-    problem = two_types(LeaveOut(gpus=of("node=a-0")), objective=replace(NO_LIMITS, kind=GPUS, demand_rps=0.95 * best))
+    problem = two_types(Exclude(gpus=of("node=a-0")), objective=replace(NO_LIMITS, kind=GPUS, demand_rps=0.95 * best))
     found = why(problem)
     (conflict,) = found.conflicts
-    assert {Subject.DEMAND, Subject.WISH} <= {m.subject for m in conflict.members}
+    assert {Subject.DEMAND, Subject.CONSTRAINT} <= {m.subject for m in conflict.members}
     assert_smallest(problem, found)
     rate = next(r for r in found.relaxations if r.option.startswith("--rate "))
     assert exists(applied(problem, rate.option))
@@ -230,15 +235,15 @@ def test_a_rent_that_is_too_low_says_what_is_enough(of_what: Sum) -> None:
     """One GPU holds no replica, and one of these GPUs costs a dollar."""
     profile = make_profile("A", usable_bytes=4_800_000)
     problem = make_problem([make_node("a", "A", nodes=6)], profiles={"A": profile})
-    wish = AtMost(of=of_what, most=1.0)
-    found = why(replace(problem, will=(wish, WithoutTp(tp=4))))
-    assert wish in [m.wish for m in found.conflicts[0].members]
-    assert_smallest(replace(problem, will=(wish, WithoutTp(tp=4))), found)
-    (enough,) = [r for r in found.relaxations if r.about is not None and r.about.wish == wish]
+    constraint = AtMost(of=of_what, most=1.0)
+    found = why(replace(problem, constraints=(constraint, WithoutTp(tp=4))))
+    assert constraint in [m.constraint for m in found.conflicts[0].members]
+    assert_smallest(replace(problem, constraints=(constraint, WithoutTp(tp=4))), found)
+    (enough,) = [r for r in found.relaxations if r.about is not None and r.about.constraint == constraint]
     most = float(enough.option.partition("..")[2])
     assert 1.0 < most < 6.0
-    assert exists(replace(problem, will=(replace(wish, most=most),)))
-    assert not exists(replace(problem, will=(replace(wish, most=most - 1.0),)))
+    assert exists(replace(problem, constraints=(replace(constraint, most=most),)))
+    assert not exists(replace(problem, constraints=(replace(constraint, most=most - 1.0),)))
 
 
 # --- anything, in combination
@@ -246,7 +251,7 @@ def test_a_rent_that_is_too_low_says_what_is_enough(of_what: Sum) -> None:
 
 @st.composite
 def crowded(draw: st.DrawFn) -> PlacementProblem:
-    """Random problems with limits, a demand and wishes at once."""
+    """Random problems with limits, a demand and constraints at once."""
     problem = draw(problems(max_gpus=3, kinds=tuple(ObjectiveKind), family=SMALL_FAMILY, num_zones=1))
     objective = replace(
         problem.objective,
@@ -254,8 +259,8 @@ def crowded(draw: st.DrawFn) -> PlacementProblem:
         ttft_limit_s=draw(st.sampled_from((None, 1e-3, 0.02))),
         demand_rps=None if problem.objective.maximises else draw(st.sampled_from((5.0, 200.0, 1e4))),
     )
-    will = draw(st.lists(wishes(problem.cluster), max_size=2, unique=True))
-    return replace(problem, objective=objective, will=tuple(will))
+    constraints = draw(st.lists(some_constraint(problem.cluster), max_size=2, unique=True))
+    return replace(problem, objective=objective, constraints=tuple(constraints))
 
 
 @settings(max_examples=EXAMPLES)
@@ -276,9 +281,9 @@ def test_conflicts_are_smallest_and_relaxations_work(problem: PlacementProblem) 
     for relaxation in found.relaxations:
         if relaxation.is_tried and relaxation.option.startswith(("--rate", "--tpot", "--ttft")):
             assert exists(applied(problem, relaxation.option)), relaxation.sentence
-        if relaxation.is_tried and relaxation.about is not None and relaxation.about.wish is not None:
-            rest = tuple(wish for wish in problem.will if wish != relaxation.about.wish)
-            assert exists(replace(problem, will=rest)), relaxation.sentence
+        if relaxation.is_tried and relaxation.about is not None and relaxation.about.constraint is not None:
+            rest = tuple(each for each in problem.constraints if each != relaxation.about.constraint)
+            assert exists(replace(problem, constraints=rest)), relaxation.sentence
 
 
 # --- known before any search
@@ -288,12 +293,12 @@ def test_conflicts_are_smallest_and_relaxations_work(problem: PlacementProblem) 
 @given(crowded())
 def test_the_bound_from_dense_work_holds(problem: PlacementProblem) -> None:
     rate = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.THROUGHPUT))
-    found = grounded(rate)
+    found = apply_constraints(rate)
     if not found.is_empty:
         atlas = build_atlas(found.problem)
         assert best_by_brute_force(rate) <= rate_bound(atlas) * (1 + 1e-9)
-        assert rate_bound(atlas) <= rate_bound(atlas, with_wishes=False)
-        assert rate_bound(atlas, (Role.UNIFIED,), with_wishes=False) <= rate_bound(atlas, with_wishes=False)
+        assert rate_bound(atlas) <= rate_bound(atlas, with_constraints=False)
+        assert rate_bound(atlas, (Role.UNIFIED,), with_constraints=False) <= rate_bound(atlas, with_constraints=False)
 
 
 def test_what_dense_work_refutes_needs_no_time() -> None:

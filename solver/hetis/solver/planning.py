@@ -10,13 +10,13 @@ from dataclasses import replace
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.compiled import is_cached
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.constrained_problem import apply_constraints, restored
 from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.grounding import grounded, restored
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.pipelines import best_splits
 from hetis.solver.placement.solve import in_objective_units, solve_family
-from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
+from hetis.solver.placement.strategies import STRATEGIES, constraints_ignored
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -77,8 +77,8 @@ def _by_published_heuristic(
 ) -> Plan:
     from hetis.solver.published import PUBLISHED
 
-    searched = grounded(problem)
-    for wish in wishes_ignored(strategy, problem.will):
-        raise InvalidProblemError(f"{wish}: strategy {strategy} can only leave out GPUs and TP sizes")
+    searched = apply_constraints(problem)
+    for constraint in constraints_ignored(strategy, problem.constraints):
+        raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
     plan = PUBLISHED[strategy].solve(searched.problem, budget=budget, seed=seed, report=report)
-    return restored(plan, searched, problem) if problem.will else plan
+    return restored(plan, searched, problem) if problem.constraints else plan

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import ConstraintIndex, Constraints
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.profile import Profile
-from hetis.solver.will import Marks, Will
 from hetis.solver.workload import Workload
 
 
@@ -304,7 +304,8 @@ class Family:
 class PlacementProblem:
     """Everything that a placement depends on; profiles are keyed by GPU type name.
 
-    ``will`` holds further constraints on the plan, from which the search derives ``marks`` (`grounding.py`).
+    ``constraints`` are further conditions on the plan; the search moves them into cluster, family and
+    ``constraint_index`` (`placement/constrained_problem.py`).
     """
 
     cluster: Cluster
@@ -314,12 +315,12 @@ class PlacementProblem:
     objective: Objective = field(default_factory=Objective)
     assumptions: Assumptions = Assumptions()
     family: Family = field(default_factory=Family)
-    will: Will = ()
-    marks: Marks | None = None
+    constraints: Constraints = ()
+    constraint_index: ConstraintIndex | None = None
 
     def describe_family(self) -> str:
         """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
-        return "; ".join([self.family.describe(self.model), *map(str, self.will)])
+        return "; ".join([self.family.describe(self.model), *map(str, self.constraints)])
 
     @property
     def most_kv_tokens(self) -> float:

@@ -83,7 +83,9 @@ def compare(
     loaded = load_inputs(
         cluster=cluster, model=model, workload=workload, profiles=profile or (), prefix_hit_rate=prefix_hit_rate
     )
-    loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv, mtp=mtp)
+    loaded = in_precision(
+        loaded.with_constraints(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv, mtp=mtp
+    )
     loaded = loaded.at(families.engine_settings(max_num_seqs, chunk_tokens, kv_blocks))
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)

@@ -162,7 +162,7 @@ PinsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--pin",
-        metavar="WISH",
+        metavar="CONSTRAINT",
         rich_help_panel=_GOAL,
         show_default=False,
         help="node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, "
@@ -173,7 +173,7 @@ ForbidsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--forbid",
-        metavar="WISH",
+        metavar="CONSTRAINT",
         rich_help_panel=_GOAL,
         show_default=False,
         help="gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; "

@@ -80,13 +80,13 @@ class PlacementRun:
     def _print(self, answer: PlacedPlan) -> None:
         from rich.console import Group, RenderableType
 
-        from hetis.planner.report.plan import render_plan, render_wish_prices
+        from hetis.planner.report.plan import render_constraint_prices, render_plan
         from hetis.planner.report.robustness import render_robustness
 
         def tables() -> RenderableType:
             parts = [render_plan(answer.plan, wide=self.terminal.output is OutputFormat.WIDE)]
             if answer.prices:
-                parts.append(render_wish_prices(answer.prices, answer.plan.result.unit))
+                parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
             if answer.robustness is not None:
                 parts.append(render_robustness(answer.robustness, answer.plan.objective))
             return Group(*parts)

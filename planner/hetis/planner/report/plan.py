@@ -31,7 +31,7 @@ from hetis.planner.use_cases.verify import Verification, kept_rate, misses, veri
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, Role, SolveResult, Status
 
 if TYPE_CHECKING:
-    from hetis.solver.wish_prices import WishPrice
+    from hetis.solver.constraint_prices import ConstraintPrice
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40
@@ -433,18 +433,18 @@ def _named(group: ReplicaGroup) -> str:
     return f"{'replica' if len(group.numbers) == 1 else 'replicas'} {numbers} ({gpus})"
 
 
-def render_wish_prices(prices: Sequence[WishPrice], unit: str) -> RenderableType:
+def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
     """Return what the objective would gain without each constraint, and without all."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("without", overflow="fold")
     table.add_column(f"gain, {unit}", justify="right")
     for price in prices:
-        name = str(price.will[0]) if len(price.will) == 1 else f"all {len(price.will)} together"
+        name = str(price.constraints[0]) if len(price.constraints) == 1 else f"all {len(price.constraints)} together"
         table.add_row(name, _interval(price))
-    return section("What the wishes cost", table)
+    return section("What the constraints cost", table)
 
 
-def _interval(price: WishPrice) -> str:
+def _interval(price: ConstraintPrice) -> str:
     low, high = digits(price.least), digits(price.most)
     if not price.is_solved:
         return f"at most {high}, not solved again"

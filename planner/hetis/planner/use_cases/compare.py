@@ -13,7 +13,7 @@ from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.outcome import sound_bound
-from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
+from hetis.solver.placement.strategies import STRATEGIES, constraints_ignored
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 
@@ -191,9 +191,9 @@ def planned(
     problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
-    ignored = wishes_ignored(name, problem.will)
+    ignored = constraints_ignored(name, problem.constraints)
     if ignored:
-        reasons = tuple(f"it cannot keep {wish}" for wish in ignored)
+        reasons = tuple(f"it cannot keep {each}" for each in ignored)
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     def told(progress: Progress) -> None:

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from hetis.planner.use_cases.precision import refused_by, wishes_of
+from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.sources import family_of
 from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.constraints import Constraints
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
-from hetis.solver.will import Will
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
@@ -82,9 +82,9 @@ def _values(
     from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
 
     own, known = problem.family.engine, dict[Hashable, EngineValue]()
-    of_engine = partial(wishes_of, problem.model, problem.cluster)
+    of_engine = partial(constraints_of, problem.model, problem.cluster)
     ours = of_engine(None if own is None else own.name)
-    asked = [wish for wish in problem.will if wish not in ours]
+    asked = [each for each in problem.constraints if each not in ours]
     for name in (*ENGINES, ANY_ENGINE):  # the one with the slowest search comes last
         if name == (ANY_ENGINE if own is None else own.name):
             continue
@@ -92,16 +92,20 @@ def _values(
             continue  # its family has one precision
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
-        will: Will = tuple(dict.fromkeys((*of_engine(name), *asked)))
-        alike = _but_for_its_name(family, problem.model), will
+        constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
+        alike = _but_for_its_name(family, problem.model), constraints
         if alike not in known:
             lacks = _lacking(plan, problem, rules)
             found = EngineValue(engine=name, value=None if lacks else plan.result.value, bound=None, lacks=lacks)
-            if not lacks and _has_all_of(problem.family, family, problem.model) and set(will) >= set(problem.will):
+            if (
+                not lacks
+                and _has_all_of(problem.family, family, problem.model)
+                and set(constraints) >= set(problem.constraints)
+            ):
                 found = replace(found, bound=plan.result.bound)
             else:
                 told(name)
-                other = replace(problem, family=family, will=will)
+                other = replace(problem, family=family, constraints=constraints)
                 found = _searched(found, plan, other, own, seed, budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
             if name == ANY_ENGINE:

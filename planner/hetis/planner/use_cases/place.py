@@ -25,24 +25,24 @@ from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import WithoutTp
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
-from hetis.solver.will import WithoutTp
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.robustness.study import Robustness
+    from hetis.solver.constraint_prices import ConstraintPrice
     from hetis.solver.placement.infeasible import Market
-    from hetis.solver.wish_prices import WishPrice
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
 PLACES = ("node", "zone")  # whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the same by TP size, with all replicas of that size
-WILL_PRICES = "will_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
+CONSTRAINT_PRICES = "will_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
@@ -111,7 +111,7 @@ class PlacedPlan:
 
     plan: Plan
     robustness: Robustness | None = None
-    prices: tuple[WishPrice, ...] = ()
+    prices: tuple[ConstraintPrice, ...] = ()
 
 
 def load(request: PlacementRequest) -> LoadedInputs:
@@ -124,7 +124,7 @@ def load(request: PlacementRequest) -> LoadedInputs:
     loaded = load_inputs(
         cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles,
         prefix_hit_rate=request.prefix_hit_rate,
-    ).with_will(pins=request.pins, forbids=request.forbids)  # fmt: skip
+    ).with_constraints(pins=request.pins, forbids=request.forbids)  # fmt: skip
     loaded = loaded.at(request.engine_settings)
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
     loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
@@ -185,7 +185,7 @@ def place(
         plan = simulated_plan(plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=report)
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
-        plan = replace(plan, inputs={**plan.inputs, WILL_PRICES: _price_rows(prices)})
+        plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})
     if request.profile_error is None or not plan.replicas:
         return PlacedPlan(plan=plan, prices=prices)
     found = _robustness(plan, problem, request.profile_error, settings, budget(), report)
@@ -358,7 +358,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
         "roles": [role.value for role in problem.family.roles],
         **({"engine": asdict(settings.engine)} if settings.engine is not None else {}),
         **({ENGINE_SETTINGS: engine_settings_data(kept)} if (kept := problem.family.engine_settings) else {}),
-        **({"will": [str(wish) for wish in problem.will]} if problem.will else {}),
+        **({"will": [str(each) for each in problem.constraints]} if problem.constraints else {}),
         "seed": settings.seed,
         "threads": settings.threads,
         "gap_target": settings.gap_target,
@@ -378,8 +378,11 @@ def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings
     alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
     value = equal_stages_value(problem, budget=alone, seed=settings.seed)
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
-    forbidden = {wish.tp for wish in problem.will if isinstance(wish, WithoutTp)}
-    freely = replace(problem, will=tuple(wish for wish in problem.will if not isinstance(wish, WithoutTp)))
+    forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
+    freely = replace(
+        problem,
+        constraints=tuple(each for each in problem.constraints if not isinstance(each, WithoutTp)),
+    )
     by_size = {
         str(tp): equal_stages_value(
             replace(freely, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
@@ -406,13 +409,13 @@ def _simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]
 
 def _constraint_prices(
     plan: Plan, problem: PlacementProblem, settings: Settings, budget: Budget, report: Report
-) -> tuple[WishPrice, ...]:
+) -> tuple[ConstraintPrice, ...]:
     """Return the cost of every constraint; empty if the problem has none."""
-    if not problem.will:
+    if not problem.constraints:
         return ()
-    from hetis.solver.wish_prices import price_wishes
+    from hetis.solver.constraint_prices import price_constraints
 
-    return price_wishes(
+    return price_constraints(
         problem,
         plan,
         budget=budget,
@@ -423,11 +426,11 @@ def _constraint_prices(
     )
 
 
-def _price_rows(prices: Sequence[WishPrice]) -> list[dict[str, Any]]:
+def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:
     """Return prices as stored in `Plan.inputs`."""
     return [
         {
-            "wishes": [str(wish) for wish in price.will],
+            "wishes": [str(each) for each in price.constraints],
             "least": price.least,
             "most": price.most,
             "solved": price.is_solved,

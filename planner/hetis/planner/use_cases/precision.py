@@ -11,10 +11,10 @@ from hetis.formats.catalogue import UnknownNameError, resolve_gpu
 from hetis.formats.model import drafts
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
+from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit, WithoutWorkers
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import EngineRules
-from hetis.solver.will import Duty, Keep, LeaveOut, Selection, Unit, Wish, WithoutWorkers
 
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
@@ -88,8 +88,10 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     for model in dict.fromkeys(map(inputs.model.on, gpus)):
         runs = {gpu: kind for gpu, kind in gpus.items() if gpu not in refused and inputs.model.on(gpu) == model}
         notes += remarks(model, runs, name)
-    will = tuple(dict.fromkeys((*wishes_of(inputs.model, inputs.cluster, name), *inputs.will)))
-    return replace(loaded, inputs=replace(inputs, will=will), notes=tuple(dict.fromkeys((*loaded.notes, *notes))))
+    constraints = tuple(dict.fromkeys((*constraints_of(inputs.model, inputs.cluster, name), *inputs.constraints)))
+    return replace(
+        loaded, inputs=replace(inputs, constraints=constraints), notes=tuple(dict.fromkeys((*loaded.notes, *notes)))
+    )
 
 
 def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:
@@ -103,11 +105,11 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
     return {name: why for name, why in whys if why is not None}
 
 
-def wishes_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Wish, ...]:
-    """Return the wishes that keep GPUs out of parts that an engine cannot give them."""
+def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Constraint, ...]:
+    """Return the constraints that keep GPUs out of parts that an engine cannot give them."""
     has_workers = _has_workers(model, cluster, engine)
-    wishes = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
-    return (*wishes, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(wishes)
+    constraints = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
+    return (*constraints, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(constraints)
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
@@ -133,6 +135,6 @@ def _why_no_workers(model: ModelSpec) -> str:
     return "they keep KV in 16 bits"
 
 
-def _without(gpu: str, *, has_workers: bool) -> Wish:
+def _without(gpu: str, *, has_workers: bool) -> Constraint:
     selection = Selection(unit=Unit.TYPE, name=gpu)
-    return Keep(gpus=selection, duty=Duty.PRIMARY, only=False) if has_workers else LeaveOut(gpus=selection)
+    return RestrictRole(gpus=selection, duty=Duty.PRIMARY, only=False) if has_workers else Exclude(gpus=selection)

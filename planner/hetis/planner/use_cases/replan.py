@@ -18,13 +18,13 @@ from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import Constraint, Constraints, misfits
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.problem import ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
-from hetis.solver.will import Will, Wish, misfits
 
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"
 
@@ -75,7 +75,7 @@ def load_replanning(
                 model=inputs.model,
                 workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, prefix_hit_rate),
                 profiles={**inputs.profiles, **measured},
-                will=found.problem.will,
+                constraints=found.problem.constraints,
                 engine_settings=found.problem.family.engine_settings,
             ),
             origins=_origins(origins, workload, {profile.gpu: path for path, profile in given if profile is not None}),
@@ -92,32 +92,32 @@ def load_replanning(
         objective = replace(objective, demand_rps=rate_rps)
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
     problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
-    kept, ignored, absent = _wishes(problem)
-    if impossible := [wish for wish in ignored if wish not in found.problem.will]:
+    kept, ignored, absent = _constraints(problem)
+    if impossible := [each for each in ignored if each not in found.problem.constraints]:
         named = "; ".join(map(str, impossible))
         raise InvalidProblemError(
             f"the engine needs {named}, and re-planning cannot leave out GPUs that stand before others in a node: "
             "make a new plan, or list these GPUs last in their nodes"
         )
-    dropped = [f"re-planning does not keep to {wish}" for wish in ignored]
-    dropped += [f"{wish} is about what the fleet lacks, and is not kept for later" for wish in absent]
-    inputs = replace(loaded.inputs, will=kept)
+    dropped = [f"re-planning does not keep to {each}" for each in ignored]
+    dropped += [f"{each} is about what the fleet lacks, and is not kept for later" for each in absent]
+    inputs = replace(loaded.inputs, constraints=kept)
     loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
-    problem = replace(problem, will=kept)
+    problem = replace(problem, constraints=kept)
     warnings += dropped
     if engine != family.engine:
         warnings.append("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica")
     return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
 
 
-def _wishes(problem: PlacementProblem) -> tuple[Will, Will, Will]:
+def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, Constraints]:
     """Return the constraints that re-planning keeps, those that it does not, and those about what the fleet lacks."""
-    kept, ignored, absent = list[Wish](), list[Wish](), list[Wish]()
-    for wish in problem.will:
-        if any(misfits((wish,), problem.cluster, problem.family.tp_sizes)):
-            absent.append(wish)
+    kept, ignored, absent = list[Constraint](), list[Constraint](), list[Constraint]()
+    for constraint in problem.constraints:
+        if any(misfits((constraint,), problem.cluster, problem.family.tp_sizes)):
+            absent.append(constraint)
         else:
-            (kept if keeps(replace(problem, will=(wish,))) else ignored).append(wish)
+            (kept if keeps(replace(problem, constraints=(constraint,))) else ignored).append(constraint)
     return tuple(kept), tuple(ignored), tuple(absent)
 
 

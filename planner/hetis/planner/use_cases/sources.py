@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from hetis.formats.constraints import constraints_from_texts, read_constraints
 from hetis.formats.documents import (
     Value,
     digest,
@@ -20,16 +21,15 @@ from hetis.formats.documents import (
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.traces import PrefixHitRate
-from hetis.formats.will import read_will, will_from_texts
 from hetis.formats.workload import with_prefix_hits
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import Constraints
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
-from hetis.solver.will import Will
 from hetis.solver.workload import Workload
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the settings of e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The input values of a placement. The workload is not clipped; ``will`` are the plans' constraints.
+    """The input values of a placement. The workload is not clipped; ``constraints`` are the plans' constraints.
 
     ``engine_settings``: those that engines are started with, whatever is planned.
     """
@@ -50,7 +50,7 @@ class Inputs:
     model: ModelSpec
     workload: Workload
     profiles: Mapping[str, Profile]
-    will: Will = ()
+    constraints: Constraints = ()
     engine_settings: EngineSettings = NOTHING_SET
 
     def problem(
@@ -76,7 +76,7 @@ class Inputs:
             profiles=self.profiles,
             objective=objective,
             family=family_of(strategy, roles, engine, self.engine_settings),
-            will=self.will,
+            constraints=self.constraints,
         )
 
     def documents(self) -> dict[str, Any]:
@@ -183,13 +183,15 @@ class LoadedInputs:
     origins: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
-    def with_will(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
+    def with_constraints(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
         """Return the inputs with the constraints of ``--pin`` and ``--forbid`` options.
 
         Raises:
             DocumentError: with every problem of all of them.
         """
-        return replace(self, inputs=replace(self.inputs, will=read_will(pins, forbids, self.inputs.cluster)))
+        return replace(
+            self, inputs=replace(self.inputs, constraints=read_constraints(pins, forbids, self.inputs.cluster))
+        )
 
     def at(self, settings: EngineSettings) -> LoadedInputs:
         """Return the inputs for engines that are started with these settings."""
@@ -281,8 +283,8 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
-    will, settings = _will_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
-    inputs = replace(inputs, will=will, engine_settings=settings)
+    constraints, settings = _will_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
+    inputs = replace(inputs, constraints=constraints, engine_settings=settings)
     problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
@@ -324,7 +326,7 @@ def _known_strategy(plan: Plan, path: str) -> None:
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
 
 
-def _will_of(plan: Plan, cluster: Cluster, path: str) -> Will:
+def _will_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
     """Return the constraints that a plan claims to keep, if any."""
     texts = plan.inputs.get("will", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -332,7 +334,7 @@ def _will_of(plan: Plan, cluster: Cluster, path: str) -> Will:
             path, "inputs.will must be a list of --pin and --forbid options: the plan is judged by them"
         )
     try:
-        return will_from_texts(texts, cluster)
+        return constraints_from_texts(texts, cluster)
     except DocumentError as error:
         raise DocumentError(
             replace(problem, path="inputs.will", file=path, message=str(problem)) for problem in error.problems

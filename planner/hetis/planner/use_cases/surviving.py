@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 
+from hetis.solver.constraints import AtMost, Exclude, Replicas, Selection, Unit, Use
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.losses import Loss, worst_node, worst_zone
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import AtMost, LeaveOut, Replicas, Selection, Unit, Use
 
 LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, the `Loss` of the worst one
 MOST_TRIES = 6  # demands that are tried
@@ -63,9 +63,11 @@ def check_survival(problem: PlacementProblem, place: str) -> None:
         return
     if len(problem.cluster.zones()) < 2:
         raise InvalidProblemError(f"--survive zone: all GPUs of cluster {problem.cluster.name} are in one zone")
-    for wish in problem.will:
-        if isinstance(wish, Use | Replicas | AtMost):
-            raise InvalidProblemError(f"{wish} counts over the whole fleet: --survive zone plans every zone on its own")
+    for constraint in problem.constraints:
+        if isinstance(constraint, Use | Replicas | AtMost):
+            raise InvalidProblemError(
+                f"{constraint} counts over the whole fleet: --survive zone plans every zone on its own"
+            )
 
 
 def _without_a_node(find: Find, problem: PlacementProblem) -> Plan:
@@ -115,7 +117,7 @@ def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
     Nodes of one group are alike, so that one of them is tried for all.
     """
     demand, found, best = _demand(problem), dict[tuple[str, float], Plan | None](), None
-    if any(isinstance(wish, Use | Replicas | AtMost) for wish in problem.will):
+    if any(isinstance(each, Use | Replicas | AtMost) for each in problem.constraints):
         return None  # they count over the whole fleet
 
     def plan_of(node: str, rate: float) -> Plan | None:
@@ -148,8 +150,8 @@ def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
 
 
 def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
-    left_out = (LeaveOut(gpus=Selection(unit=Unit.NODE, name=other)) for other in _node_names(problem) if other != node)
-    return replace(problem, will=(*problem.will, *left_out))
+    left_out = (Exclude(gpus=Selection(unit=Unit.NODE, name=other)) for other in _node_names(problem) if other != node)
+    return replace(problem, constraints=(*problem.constraints, *left_out))
 
 
 def _node_names(problem: PlacementProblem) -> list[str]:
@@ -290,13 +292,13 @@ def _equal_rate(demand: float, most: Mapping[str, float]) -> float | None:
 
 def _inside(problem: PlacementProblem, zone: str) -> PlacementProblem:
     others = (other for other in problem.cluster.zones() if other != zone)
-    left_out = (LeaveOut(gpus=Selection(unit=Unit.ZONE, name=other)) for other in others)
-    return replace(problem, will=(*problem.will, *left_out))
+    left_out = (Exclude(gpus=Selection(unit=Unit.ZONE, name=other)) for other in others)
+    return replace(problem, constraints=(*problem.constraints, *left_out))
 
 
 def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -> Plan:
     """Return the plans of several zones as one; ``whole``, the plan for the same problem, gives bound and prices."""
-    from hetis.solver.placement.grounding import Grounded, restored
+    from hetis.solver.placement.constrained_problem import ConstrainedProblem, restored
 
     replicas, routes = list[ReplicaPlan](), list[KvRoute]()
     for part in parts.values():
@@ -307,7 +309,7 @@ def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -
     result = replace(whole.result, value=_value(parts), solve_s=solve_s)
     result = bounded_by(result, whole.result.bound)
     plan = replace(whole, result=result, replicas=tuple(replicas), kv_routes=tuple(routes), runners_up=())
-    return restored(plan, Grounded(problem, {}), problem)
+    return restored(plan, ConstrainedProblem(problem, {}), problem)
 
 
 def _value(parts: Mapping[str, Plan]) -> float:

@@ -184,7 +184,7 @@ def buy_next_to_plan(
     plan, problem = found.plan, found.problem
     inputs = Inputs(
         cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles,
-        will=problem.will, engine_settings=problem.family.engine_settings,
+        constraints=problem.constraints, engine_settings=problem.family.engine_settings,
     )  # fmt: skip
     origins = plan.inputs.get("origins")
     loaded = LoadedInputs(inputs=inputs, origins=origins if isinstance(origins, Mapping) else {})

@@ -11,12 +11,12 @@ be negative).
 
 from __future__ import annotations
 
+from hetis.solver.check.constraints import check_constraints
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation, check_replica_claims
 from hetis.solver.check.result import check_class_table, check_link_capacity, check_result, check_routes
 from hetis.solver.check.structure import check_devices_once, check_replica_structure, check_types_of_roles
 from hetis.solver.check.violation import Rule, Violation
-from hetis.solver.check.will import check_will
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -30,10 +30,10 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     have no meaning, so they are not derived.
     """
     whole = Fleet.of(problem.cluster)
-    fleet = whole.without_left_out(problem.will)
+    fleet = whole.without_left_out(problem.constraints)
     rederivation = Rederivation(problem)
     violations = check_devices_once(plan)
-    violations += check_will(plan, problem, whole)
+    violations += check_constraints(plan, problem, whole)
     for number, replica in enumerate(plan.replicas):
         where = f"replica {number}"
         broken = check_replica_structure(replica, where, problem, fleet)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
+from hetis.solver.constraints import Constraints, Exclude
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import LeaveOut, Will
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +64,9 @@ class ReplicaShape:
         return pool
 
 
-def left_out_by(will: Will) -> Callable[[Device], bool]:
+def left_out_by(constraints: Constraints) -> Callable[[Device], bool]:
     """Return a predicate that says whether a device is forbidden."""
-    out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
+    out = [each.gpus for each in constraints if isinstance(each, Exclude)]
     return lambda device: any(
         gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in out
     )
@@ -83,9 +83,9 @@ class Fleet:
     def of(cluster: Cluster) -> Fleet:
         return Fleet(cluster=cluster, devices={device.name: device for device in cluster.devices()})
 
-    def without_left_out(self, will: Will) -> Fleet:
+    def without_left_out(self, constraints: Constraints) -> Fleet:
         """Return the fleet without forbidden GPUs."""
-        is_out = left_out_by(will)
+        is_out = left_out_by(constraints)
         return replace(self, devices={name: device for name, device in self.devices.items() if not is_out(device)})
 
     @cached_property

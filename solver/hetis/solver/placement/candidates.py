@@ -260,7 +260,7 @@ def _kind_of_scope(atlas: Atlas, scope: int) -> Hashable:
     ranks = [s for s, (g, _) in enumerate(atlas.ranks) if atlas.classes[g].zone in here.zones]
     numbers = _classes_in(atlas, here.zones)
     gpus = [
-        (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.mark, here.computes_on(g))
+        (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.constraints, here.computes_on(g))
         for g, c in zip(numbers, (atlas.classes[g] for g in numbers), strict=True)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks])

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.solver.cluster import Cluster, Link, NodeGroup
+from hetis.solver.constraints import UNCONSTRAINED, ConstraintIndex, GpuConstraints
 from hetis.solver.cost import intra_link
 from hetis.solver.plan import ClassPrice
-from hetis.solver.will import NO_MARK, Mark, Marks
 
 IntArray = npt.NDArray[np.int64]
 
@@ -28,7 +28,7 @@ class DeviceClass:
     intra: Link
     usd_per_hour: float | None
     node_links: Link | None  # the worst explicit link of its nodes, if the cluster gives any
-    mark: Mark  # the constraints on its GPUs
+    constraints: GpuConstraints  # the constraints on its GPUs
     groups: tuple[NodeGroup, ...]  # the node groups that it consists of
 
     @property
@@ -47,8 +47,8 @@ class DeviceClass:
         return link if self.node_links is None else link.slower_of(self.node_links)
 
 
-def device_classes(cluster: Cluster, marks: Marks | None = None) -> tuple[DeviceClass, ...]:
-    """Return the classes of a fleet in order of appearance; ``marks`` are constraints that distinguish GPUs."""
+def device_classes(cluster: Cluster, index: ConstraintIndex | None = None) -> tuple[DeviceClass, ...]:
+    """Return the classes of a fleet in order of appearance; ``index`` holds constraints that distinguish GPUs."""
     worst = _worst_node_links(cluster)
     merged: dict[tuple[object, ...], list[NodeGroup]] = {}
     for group in cluster.node_groups:
@@ -59,8 +59,8 @@ def device_classes(cluster: Cluster, marks: Marks | None = None) -> tuple[Device
             price = prices.pop() if len(prices) == 1 else _mean_price(cluster, group, gpu)
             nic = group.nic if group.nic is not None else cluster.network.default
             intra = intra_link(cluster.gpu_types[gpu], group.intra_link)
-            mark = marks.of(group.name, gpu) if marks is not None else NO_MARK
-            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit, mark)
+            constraints = index.of(group.name, gpu) if index is not None else UNCONSTRAINED
+            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit, constraints)
             merged.setdefault(key, []).append(group)
     return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[call-arg,arg-type]
 

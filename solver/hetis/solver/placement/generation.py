@@ -76,7 +76,7 @@ class ColumnGeneration:
         self.roles = atlas.problem.family.roles if roles is None else roles
         self.pool = Pool(atlas, row_costs)
         # Without the problem's constraints, which pricing ignores and whose bound pricing could then not improve.
-        self._dense = rate_bound(atlas, self.roles, with_wishes=False) if master.maximises else 0.0
+        self._dense = rate_bound(atlas, self.roles, with_constraints=False) if master.maximises else 0.0
         self.bound = self._no_bound(first_prices(atlas))
         self.incumbent: MilpSolution | None = None
         self._last_pricers: list[Pricer] = []  # of the latest run, with the ceilings that they proved

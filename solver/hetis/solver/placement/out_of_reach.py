@@ -22,10 +22,10 @@ SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that is given to its 
 ROUNDING = 1e-9
 
 
-def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_wishes: bool = True) -> float:
+def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_constraints: bool = True) -> float:
     """Return an upper bound on the requests/s of plans of these roles within the latency limits; 0 if none serves any.
 
-    Memory is ignored. With ``with_wishes`` limits on rent and GPUs count, too.
+    Memory is ignored. With ``with_constraints`` limits on rent and GPUs count, too.
     """
     if not atlas.ranks or not atlas.scopes:
         return 0.0
@@ -35,10 +35,10 @@ def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_wish
     weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
     of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s per GPU at every share, [shares, N]
     totals = [of_gpus @ available]
-    marks = atlas.problem.marks if with_wishes else None
-    for wish in marks.most if marks is not None else ():
-        units = np.array([unit_of(c, wish.of) for c in atlas.classes])
-        totals.append(np.array([_filled(speed, available, units, wish.most) for speed in of_gpus]))
+    index = atlas.problem.constraint_index if with_constraints else None
+    for constraint in index.most if index is not None else ():
+        units = np.array([unit_of(c, constraint.of) for c in atlas.classes])
+        totals.append(np.array([_filled(speed, available, units, constraint.most) for speed in of_gpus]))
     return float(min(total.min() for total in totals)) / atlas.scopes[0].tables.num_layers
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.placement.classes import DeviceClass, IntArray, Resources
 from hetis.solver.placement.tables import FloatArray
-from hetis.solver.will import Marks, Sum
 
 ROUNDING = 1e-6  # ratio by which HiGHS may miss a row
 
@@ -54,21 +54,21 @@ class Pins:
         return self.of_rows[:, np.isfinite(self.upper) & self.of_rows.any(axis=0)]
 
 
-def pins_of(marks: Marks | None, classes: tuple[DeviceClass, ...], resources: Resources) -> Pins | None:
-    """Return the rows that a problem's marks require, or None without any."""
-    if marks is None or not marks.has_rows:
+def pins_of(index: ConstraintIndex | None, classes: tuple[DeviceClass, ...], resources: Resources) -> Pins | None:
+    """Return the rows that a problem's constraints require, or None without any."""
+    if index is None or not index.has_rows:
         return None
-    used, count = len(marks.least), len(marks.least) + len(marks.most) + 1
+    used, count = len(index.least), len(index.least) + len(index.most) + 1
     of_rows = np.zeros((len(resources.rows), count))
     for row, (g, p) in enumerate(resources.rows):
         if p == 1:
-            of_rows[row, sorted(classes[g].mark.counts_for)] = 1.0
-            of_rows[row, used:-1] = [unit_of(classes[g], wish.of) for wish in marks.most]
+            of_rows[row, sorted(classes[g].constraints.counts_for)] = 1.0
+            of_rows[row, used:-1] = [unit_of(classes[g], each.of) for each in index.most]
     each = np.zeros(count)
     each[-1] = 1.0
-    least, most = marks.replicas
-    lower = np.array([*marks.least, *[-np.inf] * len(marks.most), least], dtype=float)
-    upper = np.array([*[np.inf] * used, *[wish.most for wish in marks.most], most], dtype=float)
+    least, most = index.replicas
+    lower = np.array([*index.least, *[-np.inf] * len(index.most), least], dtype=float)
+    upper = np.array([*[np.inf] * used, *[each.most for each in index.most], most], dtype=float)
     return Pins(of_rows, each, lower, upper)
 
 

@@ -58,7 +58,7 @@ def search(
 
     if family.one_type_per_role and atlas.role_types is None:
         return search_types(atlas, of_types, None, budget, threads, report)
-    pins = pins_of(atlas.problem.marks, atlas.classes, atlas.resources)
+    pins = pins_of(atlas.problem.constraint_index, atlas.classes, atlas.resources)
     master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
@@ -219,7 +219,7 @@ def equal_stages(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
     """
     if not atlas.ranks:
         return None
-    pins = pins_of(atlas.problem.marks, atlas.classes, atlas.resources)
+    pins = pins_of(atlas.problem.constraint_index, atlas.classes, atlas.resources)
     master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
     try:
         return _enumerate_uniform(atlas, master, row_costs_of(atlas), budget, seed)

@@ -13,8 +13,8 @@ from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.classes import class_prices
+from hetis.solver.placement.constrained_problem import apply_constraints, restored
 from hetis.solver.placement.first_token import ttft_s
-from hetis.solver.placement.grounding import grounded, restored
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.options import state_on_rank
@@ -69,7 +69,7 @@ def solve_family(
     Small fleets are solved exactly (`exact.py`). Others are solved by column generation (`generation.py`) until the
     gap is at most ``gap_target``, the time is up or no remaining column could help.
     """
-    searched = grounded(problem)
+    searched = apply_constraints(problem)
     report = in_objective_units(report, problem)
 
     def no_plan() -> InfeasibleError:
@@ -88,7 +88,7 @@ def solve_family(
         raise no_plan()
 
     def bound(outcome: Outcome) -> Plan:
-        if not problem.will:  # wishes may want GPUs in use, whatever for
+        if not problem.constraints:  # constraints may want GPUs in use, whatever for
             outcome = without_idle(atlas, outcome)
         chosen = [(with_fewest_in_flight(atlas, template), count) for template, count in outcome.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
@@ -98,7 +98,7 @@ def solve_family(
     plan = bound(outcome)
     if outcome.best is not None:
         plan = _simpler_or_best(plan, bound(outcome.best), simplest_within)
-    return restored(plan, searched, problem) if problem.will else plan
+    return restored(plan, searched, problem) if problem.constraints else plan
 
 
 def without_idle(atlas: Atlas, outcome: Outcome) -> Outcome:
@@ -146,7 +146,7 @@ def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int =
 
     The value is in the unit of the objective. Return None if there is no such plan or none was found in time.
     """
-    searched = grounded(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
+    searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if searched.is_empty:
         return None
     outcome = equal_stages(build_atlas(searched.problem), budget, seed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from hetis.solver.constraints import Constraint, Constraints, Exclude, WithoutTp
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family
-from hetis.solver.will import LeaveOut, Will, Wish, WithoutTp
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
-def wishes_ignored(strategy: str, will: Will) -> tuple[Wish, ...]:
+def constraints_ignored(strategy: str, constraints: Constraints) -> tuple[Constraint, ...]:
     """Return constraints that a strategy ignores: a published heuristic knows a fleet and TP sizes but no GPU roles."""
     if not STRATEGIES[strategy].is_published:
         return ()
-    return tuple(wish for wish in will if not isinstance(wish, LeaveOut | WithoutTp))
+    return tuple(each for each in constraints if not isinstance(each, Exclude | WithoutTp))

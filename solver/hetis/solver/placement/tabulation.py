@@ -12,6 +12,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.cluster import Link
+from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.cost import DeviceCost, Mix, PoolCost, RankShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
@@ -19,7 +20,6 @@ from hetis.solver.placement.routes import most_spanning, routes_of, slowest_betw
 from hetis.solver.placement.tables import NO_ROOM, Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
-from hetis.solver.will import DUTY_OF_ROLE, Duty
 from hetis.solver.workload import WorkloadMoments
 
 FEW_GPUS = 24  # largest fleet for which idle attention workers are tried if GPUs must be in use
@@ -33,7 +33,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     """
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
-    classes = device_classes(problem.cluster, problem.marks)
+    classes = device_classes(problem.cluster, problem.constraint_index)
     zones, precisions = problem.cluster.zones(), _precisions(model, classes)
     # In several precisions, KV is handed over inside a zone.
     mixes = tuple(_mixes(family, model, moments, len(zones) if len(precisions) == 1 else 1))
@@ -41,7 +41,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
         (i, tp)
         for i, c in enumerate(classes)
         for tp in family.tp_sizes
-        if tp <= c.gpus_per_node and Duty.PRIMARY not in c.mark.barred
+        if tp <= c.gpus_per_node and Duty.PRIMARY not in c.constraints.barred
     ]
     # Those of expert parallelism come last: with them, a pair of class and size is there more than once.
     degrees = (1, *family.attention_dp_of(model))
@@ -112,7 +112,7 @@ def _scopes(
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
             if len(span) == 1 or role is Role.UNIFIED:
-                may = tuple(DUTY_OF_ROLE[role] not in c.mark.barred for c in classes)
+                may = tuple(DUTY_OF_ROLE[role] not in c.constraints.barred for c in classes)
                 alike.setdefault(may, []).append(role)
         for may, roles in alike.items():
             for number, precision in enumerate(precisions):
@@ -231,7 +231,8 @@ class _Tabulation:
         for s, (i, _) in enumerate(self.ranks):
             inside = self.classes[i].zone in zones
             may = [
-                inside and q.zone == self.classes[i].zone and Duty.WORKER not in q.mark.barred for q in self.classes
+                inside and q.zone == self.classes[i].zone and Duty.WORKER not in q.constraints.barred
+                for q in self.classes
             ]  # fmt: skip
             start[s] = np.where(may, start[s], -1)
         kv_tokens = self._allowed_kv_tokens()
@@ -318,8 +319,8 @@ class _Tabulation:
 
     def _keeps_idle_cards(self) -> bool:
         """Return whether stages may get idle workers, tried in small fleets if the problem wants GPUs in use."""
-        marks = self.problem.marks
-        return marks is not None and bool(marks.least) and sum(c.available for c in self.classes) <= FEW_GPUS
+        index = self.problem.constraint_index
+        return index is not None and bool(index.least) and sum(c.available for c in self.classes) <= FEW_GPUS
 
     def _own_table(self) -> FloatArray:
         """Return seconds of decode attention over kept groups, [X, S, max groups + 1]; equal devices computed once."""

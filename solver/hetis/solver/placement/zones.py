@@ -42,7 +42,7 @@ def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
 
 
 def _kind(c: DeviceClass) -> tuple[object, ...]:
-    return c.gpu, c.gpus_per_node, c.nic, c.intra, c.usd_per_hour, c.mark
+    return c.gpu, c.gpus_per_node, c.nic, c.intra, c.usd_per_hour, c.constraints
 
 
 def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> list[Template]:

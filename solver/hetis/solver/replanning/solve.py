@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement.grounding import Grounded, grounded, restored
+from hetis.solver.placement.constrained_problem import ConstrainedProblem, apply_constraints, restored
 from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
@@ -92,7 +92,7 @@ def solve_replanning(
     budget = budget if budget is not None else Budget()
     _require_search(strategy)
     whole = replace(posed.problem, family=STRATEGIES[strategy].restrict(posed.problem.family))
-    searched = grounded(whole)
+    searched = apply_constraints(whole)
     if not keeps(whole, searched):
         raise InvalidProblemError("re-planning does not keep to all constraints of the problem")
     problem = searched.problem
@@ -120,17 +120,17 @@ def solve_replanning(
         raise _none(atlas, posed, fresh, net.is_settled, budget, seed, threads)
     bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(budget), seed=seed)
     answer = _answer(posed, atlas, running, net, fresh, choice, bound, strategy, budget)
-    return replace(answer, plan=restored(answer.plan, searched, whole)) if whole.will else answer
+    return replace(answer, plan=restored(answer.plan, searched, whole)) if whole.constraints else answer
 
 
-def keeps(problem: PlacementProblem, searched: Grounded | None = None) -> bool:
+def keeps(problem: PlacementProblem, searched: ConstrainedProblem | None = None) -> bool:
     """Return whether re-planning can keep to the problem's constraints.
 
     It can where they only remove GPUs or sizes, or forbid duties, and no GPU that stays changes its number by that.
     """
-    searched = searched or grounded(problem)
-    marks = searched.problem.marks
-    return not searched.names and (marks is None or not marks.has_rows)
+    searched = searched or apply_constraints(problem)
+    index = searched.problem.constraint_index
+    return not searched.names and (index is None or not index.has_rows)
 
 
 def _require_search(strategy: str) -> None:

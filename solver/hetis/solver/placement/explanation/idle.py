@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from hetis.solver.constraints import Exclude
 from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import IdleGpus
@@ -15,7 +16,6 @@ from hetis.solver.placement.explanation.wording import in_percent, in_time, in_t
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import LeaveOut
 
 NOTHING = 1e-6  # share of the objective below which a dual counts as 0
 
@@ -32,7 +32,7 @@ def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ..
 
 def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
     """Return the number of GPUs of a class that a constraint excludes."""
-    out = [wish.gpus for wish in problem.will if isinstance(wish, LeaveOut)]
+    out = [each.gpus for each in problem.constraints if isinstance(each, Exclude)]
     if not out:
         return 0
     groups = {group.name for group in device_class.groups}

@@ -336,7 +336,7 @@ def _nameless(one: ReplicaPlan) -> ReplicaPlan:
 
 def _fleet_of(problem: PlacementProblem, names: set[str]) -> Fleet:
     """Return the devices of these names, and one of every zone so that all are known, without the rest of the fleet."""
-    is_out, devices, zones = left_out_by(problem.will), dict[str, Device](), set[str]()
+    is_out, devices, zones = left_out_by(problem.constraints), dict[str, Device](), set[str]()
     for device in problem.cluster.devices() if names else ():
         if device.name in names or (device.group.zone not in zones and not is_out(device)):
             devices[device.name] = device

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.constraints import AtMost, Replicas, Use
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.grounding import grounded
+from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.infeasible.conflicts import Conflict, conflicts_among
 from hetis.solver.placement.infeasible.growth import Market, Offer, growths, may_help
 from hetis.solver.placement.infeasible.relaxations import Relaxation, relaxations_of, smaller_memory
@@ -26,7 +27,6 @@ from hetis.solver.placement.infeasible.wording import listed
 from hetis.solver.placement.shortage import why_nothing_fits
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import AtMost, Replicas, Use
 
 __all__ = [
     "Conflict",
@@ -128,7 +128,7 @@ def _of_the_fleet(
     trials: Trials, given: Sequence[Requirement], fleet: Sequence[Requirement], market: Market | None
 ) -> Infeasibility:
     """Explain why nothing fits whatever is requested: memory, forbidden cuts, or no usable GPU at all."""
-    reason = why_nothing_fits(build_atlas(grounded(keeping(trials.problem, fleet)).problem))
+    reason = why_nothing_fits(build_atlas(apply_constraints(keeping(trials.problem, fleet)).problem))
     if not trials.of(()).exists:
         return Infeasibility(conflicts=(), relaxations=(), reasons=(reason,))
     (conflict,) = conflicts_among(trials, fleet)
@@ -173,10 +173,10 @@ def _what_is_short(
 ) -> Iterator[str]:
     """Yield how much memory is missing, if memory is the cause rather than a number of requests or seconds."""
     subjects = {member.subject for member in conflict.members}
-    sums = any(isinstance(member.wish, Use | Replicas | AtMost) for member in conflict.members)
+    sums = any(isinstance(member.constraint, Use | Replicas | AtMost) for member in conflict.members)
     if Subject.MEMORY in subjects and not sums and not subjects & {Subject.DEMAND, Subject.TPOT, Subject.TTFT}:
         kept = [r for r in given if r in rest or r in conflict.members]
         asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
-        found = grounded(keeping(trials.problem, asked))
+        found = apply_constraints(keeping(trials.problem, asked))
         if not found.is_empty:
             yield why_nothing_fits(build_atlas(found.problem))

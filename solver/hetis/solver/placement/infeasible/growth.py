@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.solver.cluster import GpuSlots, GpuType, NodeGroup
+from hetis.solver.constraints import AtMost
 from hetis.solver.placement.infeasible.relaxations import Relaxation, demand_of
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
-from hetis.solver.will import AtMost
 
 PER_NODE = 8
 COUNTS = (*range(1, PER_NODE + 1), 16, 24, 32, 48, 64)  # GPUs to add: up to one node, then whole nodes
@@ -126,6 +126,6 @@ def with_added(problem: PlacementProblem, offer: Offer, count: int) -> Placement
 
 def may_help(members: Collection[Requirement]) -> bool:
     """Return whether more GPUs could resolve this conflict: not if it limits GPUs or consists of constraints alone."""
-    if any(isinstance(m.wish, AtMost) for m in members):
+    if any(isinstance(m.constraint, AtMost) for m in members):
         return False
     return any(m.subject in (Subject.DEMAND, Subject.MEMORY, Subject.TPOT, Subject.TTFT) for m in members)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
+from hetis.solver.constraints import AtMost, Constraint, Replicas, Sum, Use
 from hetis.solver.placement.explanation.wording import in_bytes
 from hetis.solver.placement.infeasible.requirements import (
     Requirement,
@@ -15,7 +16,6 @@ from hetis.solver.placement.infeasible.requirements import (
 )
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed, option_down, option_up, rounded_down
-from hetis.solver.will import AtMost, Replicas, Sum, Use, Wish
 
 PRECISION = 1.02  # ratio to which a best latency is determined
 LINK_PRECISION = 1.2  # ratio to which the speed-up of links is determined
@@ -56,10 +56,10 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
             yield _faster_links(trials, member, others)
         case Subject.MEMORY:
             yield from smaller_memory(trials, member, [member, *others])
-        case Subject.WISH if isinstance(member.wish, Use | Replicas) and member.wish.least > 1:
-            yield _fewer(trials, member, member.wish, others)
-        case Subject.WISH if isinstance(member.wish, AtMost):
-            yield _more_allowed(trials, member, member.wish, others)
+        case Subject.CONSTRAINT if isinstance(member.constraint, Use | Replicas) and member.constraint.least > 1:
+            yield _fewer(trials, member, member.constraint, others)
+        case Subject.CONSTRAINT if isinstance(member.constraint, AtMost):
+            yield _more_allowed(trials, member, member.constraint, others)
         case _:
             yield _gone(trials, member, others)
 
@@ -168,53 +168,63 @@ def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) 
     return bool(trials.of_problem(smaller, demand_of(kept)).exists)
 
 
-def _fewer(trials: Trials, member: Requirement, wish: Use | Replicas, others: Collection[Requirement]) -> Relaxation:
+def _fewer(
+    trials: Trials, member: Requirement, constraint: Use | Replicas, others: Collection[Requirement]
+) -> Relaxation:
     """Return the most GPUs that can be in use, or the most replicas of a plan, while keeping the others."""
-    low, high = 0, wish.least
+    low, high = 0, constraint.least
     if trials.of(others).exists is not True:
         return _gone(trials, member, others)
     while high - low > 1:
         middle = (low + high) // 2
-        if _with_wish(trials, member, wish, replace(wish, least=middle), others):
+        if _with_constraint(trials, member, constraint, replace(constraint, least=middle), others):
             low = middle
         else:
             high = middle
     if low == 0:
         return _gone(trials, member, others)
-    option = str(replace(wish, least=low))
-    if isinstance(wish, Use):
-        possible, change = f"{low} of them can be in use", f"{low} of {wish.gpus} in use"
+    option = str(replace(constraint, least=low))
+    if isinstance(constraint, Use):
+        possible, change = f"{low} of them can be in use", f"{low} of {constraint.gpus} in use"
     else:
         possible, change = f"a plan with {low} exists", f"{low} replicas"
     sentence = f"{member} is out of reach{_beside(others)}: {possible} ({option})"
     return Relaxation(about=member, sentence=sentence, change=change, option=option)
 
 
-def _more_allowed(trials: Trials, member: Requirement, wish: AtMost, others: Collection[Requirement]) -> Relaxation:
+def _more_allowed(
+    trials: Trials, member: Requirement, constraint: AtMost, others: Collection[Requirement]
+) -> Relaxation:
     """Return the least rent, or the fewest GPUs, with which a plan exists."""
     if trials.of(others).exists is not True:
         return _gone(trials, member, others)
 
     def exists(factor: float) -> bool | None:
-        most = wish.most * factor
-        return _with_wish(trials, member, wish, replace(wish, most=most if wish.of is Sum.USD else round(most)), others)
+        most = constraint.most * factor
+        return _with_constraint(
+            trials,
+            member,
+            constraint,
+            replace(constraint, most=most if constraint.of is Sum.USD else round(most)),
+            others,
+        )
 
     found = _smallest(exists, PRECISION, MOST_SPENT)
     if found is None:
         return _gone(trials, member, others)
-    most = wish.most * found
-    allowed = replace(wish, most=-rounded_down(-most) if wish.of is Sum.USD else round(most))
-    unit = {Sum.USD: "USD/h", Sum.GPUS: "GPUs"}[wish.of]
+    most = constraint.most * found
+    allowed = replace(constraint, most=-rounded_down(-most) if constraint.of is Sum.USD else round(most))
+    unit = {Sum.USD: "USD/h", Sum.GPUS: "GPUs"}[constraint.of]
     sentence = f"{member} is too little{_beside(others)}: {allowed.most:g} {unit} are enough ({allowed})"
     return Relaxation(about=member, sentence=sentence, change=f"{allowed.most:g} {unit} at most", option=str(allowed))
 
 
-def _with_wish(
-    trials: Trials, member: Requirement, wish: Wish, changed: Wish, others: Collection[Requirement]
+def _with_constraint(
+    trials: Trials, member: Requirement, constraint: Constraint, changed: Constraint, others: Collection[Requirement]
 ) -> bool | None:
     """Return whether a plan exists with one constraint changed."""
     problem = keeping(trials.problem, [member, *others])
-    problem = replace(problem, will=tuple(changed if w == wish else w for w in problem.will))
+    problem = replace(problem, constraints=tuple(changed if w == constraint else w for w in problem.constraints))
     return trials.of_problem(problem, demand_of(others)).exists
 
 
@@ -226,7 +236,7 @@ def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) 
     if not exists:
         return _not_alone(member, others)
     words = {
-        Subject.WISH: "without it",
+        Subject.CONSTRAINT: "without it",
         Subject.ROLES: "with all roles of the strategy",
         Subject.STRATEGY: "with strategy hetis",
         Subject.SETTINGS: "with engines started as is best",
@@ -234,7 +244,7 @@ def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) 
     }[member.subject]
     option = {Subject.STRATEGY: "--strategy hetis"}.get(member.subject, "")
     sentence = f"{member} is in the way: {words} a plan exists"
-    change = f"without {member}" if member.subject is Subject.WISH else words
+    change = f"without {member}" if member.subject is Subject.CONSTRAINT else words
     return Relaxation(about=member, sentence=sentence, change=change, option=option)
 
 

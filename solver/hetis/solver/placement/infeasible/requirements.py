@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
+from hetis.solver.constraints import Constraint
 from hetis.solver.placement.routes import most_spanning
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
-from hetis.solver.will import Wish
 
 WIDEST = "hetis"  # the strategy that contains all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)
@@ -24,7 +24,7 @@ class Subject(StrEnum):
     DEMAND = "demand"  # requests/s of goodput
     TPOT = "mean TPOT limit"  # seconds
     TTFT = "p95 TTFT limit"  # seconds
-    WISH = "wish"
+    CONSTRAINT = "wish"
     ROLES = "roles"
     STRATEGY = "strategy"
     SETTINGS = "engine settings"
@@ -40,11 +40,11 @@ class Subject(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """One requirement, with the ``value`` of a demand or limit, the ``wish`` of a constraint, or a ``text``."""
+    """One requirement, with the ``value`` of a demand or limit, the ``constraint`` of a constraint, or a ``text``."""
 
     subject: Subject
     value: float = 0.0
-    wish: Wish | None = None
+    constraint: Constraint | None = None
     text: str = ""
 
     def __str__(self) -> str:
@@ -55,8 +55,8 @@ class Requirement:
                 return f"{self.subject} {self.value * 1e3:.4g} ms"
             case Subject.TTFT:
                 return f"{self.subject} {self.value:.4g} s"
-            case Subject.WISH:
-                return str(self.wish)
+            case Subject.CONSTRAINT:
+                return str(self.constraint)
             case Subject.SETTINGS:
                 return f"the setting of engines ({self.text})"
             case Subject.ROLES | Subject.STRATEGY:
@@ -86,8 +86,8 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
     for subject, value in values.items():
         if value is not None:
             yield Requirement(subject=subject, value=value)
-    for wish in problem.will:
-        yield Requirement(subject=Subject.WISH, wish=wish)
+    for constraint in problem.constraints:
+        yield Requirement(subject=Subject.CONSTRAINT, constraint=constraint)
     if _roles_of(family.name) != set(family.roles):
         yield Requirement(subject=Subject.ROLES, text=",".join(family.roles))
     if family.name != WIDEST:
@@ -120,7 +120,9 @@ def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> Placeme
         problem,
         objective=objective,
         family=_family(problem.family, by_subject),
-        will=tuple(wish for wish in problem.will if Requirement(subject=Subject.WISH, wish=wish) in kept),
+        constraints=tuple(
+            each for each in problem.constraints if Requirement(subject=Subject.CONSTRAINT, constraint=each) in kept
+        ),
     )
     if Subject.CUTS not in by_subject and problem.model.forbidden_cuts:
         found = replace(found, model=replace(problem.model, forbidden_cuts=frozenset()))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.first_token import least_ttft_limit_s
-from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, keeping
 from hetis.solver.placement.out_of_reach import is_out_of_reach, rate_bound
 from hetis.solver.placement.outcome import Outcome
@@ -125,7 +125,7 @@ class Trials:
 
     def _atlas(self, problem: PlacementProblem) -> Atlas | None:
         """Return the tables of a problem, or None if no GPU is left."""
-        found = grounded(problem)
+        found = apply_constraints(problem)
         return None if found.is_empty else build_atlas(found.problem)
 
     def _search_until_certain(self, atlas: Atlas, least: float) -> Trial:

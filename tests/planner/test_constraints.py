@@ -38,9 +38,9 @@ def place(capsys: pytest.CaptureFixture[str], *options: str, model: str = "Meta-
     return ExitCode(code), json.loads(capsys.readouterr().out or "{}")
 
 
-def test_a_plan_keeps_its_wishes_and_prices_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = ("--forbid", "gpu=a100/0", "--pin", "type=L4:use=2", "--price-pins", "--out", "plan.json")
-    code, plan = place(capsys, *wishes)
+def test_a_plan_keeps_its_constraints_and_prices_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constraints = ("--forbid", "gpu=a100/0", "--pin", "type=L4:use=2", "--price-pins", "--out", "plan.json")
+    code, plan = place(capsys, *constraints)
     assert code == ExitCode.OK
     used = {name for replica in plan["replicas"] for stage in replica["stages"] for name in stage["devices"]}
     used |= {name for replica in plan["replicas"] for pool in replica["attention_workers"] for name in pool["devices"]}
@@ -49,7 +49,7 @@ def test_a_plan_keeps_its_wishes_and_prices_them(folder: Path, capsys: pytest.Ca
     assert plan["inputs"]["will"] == ["--forbid gpu=a100/0", "--pin type=L4:use=2"]
     assert plan["family"].endswith("; --forbid gpu=a100/0; --pin type=L4:use=2")
     prices = plan["inputs"]["will_prices"]
-    assert [price["wishes"] for price in prices] == [[wish] for wish in plan["inputs"]["will"]] + [
+    assert [price["wishes"] for price in prices] == [[each] for each in plan["inputs"]["will"]] + [
         plan["inputs"]["will"]
     ]
     assert all(price["solved"] and 0 <= price["least"] <= price["most"] for price in prices)
@@ -69,7 +69,7 @@ def test_a_size_is_forbidden_where_the_fleet_has_others(folder: Path, capsys: py
     assert set(plan["inputs"]["simple_setups"]) == {"1"}
 
 
-def test_a_plan_file_with_another_will_is_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_file_with_other_constraints_is_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place(capsys, "--pin", "replicas=2", "--out", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())
     plan["inputs"]["will"] = ["--pin replicas=1", "--forbid workers"]
@@ -82,7 +82,7 @@ def test_a_plan_file_with_another_will_is_found_out(folder: Path, capsys: pytest
     assert "inputs.will: --pin type=H100:use=1: small has no type H100" in capsys.readouterr().err
 
 
-def test_wishes_that_make_no_sense_are_listed_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_constraints_that_make_no_sense_are_listed_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = ["place", "-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256"]
     assert run([*inputs, "--pin", "node=a10", "--forbid", "tp=3", "--forbid", "workes"]) == ExitCode.INVALID
     assert capsys.readouterr().err == (
@@ -94,8 +94,8 @@ def test_wishes_that_make_no_sense_are_listed_together(folder: Path, capsys: pyt
 
 
 def test_what_excludes_what_is_data_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = ("--pin", "type=A100-PCIe-80GB:as=worker", "--forbid", "type=L4", "--pin", "replicas=..4")
-    code, document = place(capsys, *wishes)
+    constraints = ("--pin", "type=A100-PCIe-80GB:as=worker", "--forbid", "type=L4", "--pin", "replicas=..4")
+    code, document = place(capsys, *constraints)
     assert code == ExitCode.INFEASIBLE
     (conflict,) = document["conflicts"]
     assert conflict["minimal"]
@@ -130,7 +130,7 @@ def test_weights_that_do_not_fit_are_counted_and_gpus_to_add_named(
     assert place(capsys, model="Llama-2-70B")[0] == ExitCode.OK
 
 
-def test_strategies_are_compared_under_the_same_wishes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strategies_are_compared_under_the_same_constraints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = ["compare", "-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "-o", "json"]
     code = run([*inputs, "--strategies", "hetis,uniform,hetis-paper", "--pin", "replicas=1"])
     assert code == ExitCode.OK

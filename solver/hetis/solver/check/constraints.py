@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.violation import Rule, Violation
-from hetis.solver.plan import Plan, ReplicaPlan, Role
-from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import (
+from hetis.solver.constraints import (
     AtMost,
     Duty,
-    Keep,
-    LeaveOut,
+    Exclude,
     Replicas,
+    RestrictRole,
     Selection,
     Sum,
     Use,
@@ -21,26 +19,28 @@ from hetis.solver.will import (
     WithoutTp,
     WithoutWorkers,
 )
+from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
 
 RELATIVE = 1e-6  # rounding of a sum
 
 
-def check_will(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+def check_constraints(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
     """Return every constraint that a plan breaks; devices that do not exist are reported elsewhere."""
     return [
-        Violation(rule=Rule.WILL, where=str(wish), message=message)
-        for wish in problem.will
-        for message in _broken(wish, plan, fleet)
+        Violation(rule=Rule.WILL, where=str(each), message=message)
+        for each in problem.constraints
+        for message in _broken(each, plan, fleet)
     ]
 
 
-def _broken(wish: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
-    match wish:
-        case LeaveOut(gpus=gpus):
+def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
+    match constraint:
+        case Exclude(gpus=gpus):
             used = sorted({name for name, _ in _duties(plan) if _is_of(gpus, name, fleet)})
             if used:
                 yield f"{_some(used)} used"
-        case Keep(gpus=gpus, barred=barred):
+        case RestrictRole(gpus=gpus, barred=barred):
             for duty in sorted(barred):
                 having = sorted(
                     {name for name, duties in _duties(plan) if duty in duties and _is_of(gpus, name, fleet)}
@@ -67,7 +67,7 @@ def _broken(wish: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
             total = sum(_adds(of, name, fleet) for name in {name for name, _ in _duties(plan)})
             if total > most * (1 + RELATIVE):
                 yield f"the plan takes {total:.9g}, must be at most {most:.9g}"
-        case Replicas() if not wish.allows(len(plan.replicas)):
+        case Replicas() if not constraint.allows(len(plan.replicas)):
             yield f"the plan has {len(plan.replicas)} replicas"
 
 

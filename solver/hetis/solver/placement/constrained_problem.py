@@ -1,7 +1,7 @@
-"""Constraints applied before the search: GPUs removed from the fleet, sizes from the family, marks on other GPUs.
+"""Constraints applied before the search: GPUs removed from the fleet, sizes from the family, an index of the rest.
 
 Removed GPUs are treated as absent, so bounds hold for the fleet without them. A node that a constraint names becomes a
-group of its own. If a node loses GPUs, the others are renumbered, which `Grounded.names` undoes.
+group of its own. If a node loses GPUs, the others are renumbered, which `ConstrainedProblem.names` undoes.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.classes import class_of_slots, class_prices, device_classes
-from hetis.solver.plan import ClassPrice, Plan, ReplicaPlan
-from hetis.solver.problem import Family, PlacementProblem
-from hetis.solver.will import (
-    NO_MARK,
+from hetis.solver.constraints import (
+    UNCONSTRAINED,
     AtMost,
-    Keep,
-    LeaveOut,
-    Mark,
-    Marks,
+    ConstraintIndex,
+    Constraints,
+    Exclude,
+    GpuConstraints,
     Replicas,
+    RestrictRole,
     Selection,
     Unit,
     Use,
-    Will,
     WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
     misfits,
 )
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.classes import class_of_slots, class_prices, device_classes
+from hetis.solver.plan import ClassPrice, Plan, ReplicaPlan
+from hetis.solver.problem import Family, PlacementProblem
 
 
 @dataclass(frozen=True, slots=True)
-class Grounded:
-    """A problem with constraints moved into cluster, family and marks, and the true names of renumbered devices."""
+class ConstrainedProblem:
+    """A problem whose constraints are in cluster, family and index, and the true names of renumbered devices."""
 
     problem: PlacementProblem
     names: Mapping[str, str]
@@ -47,54 +47,56 @@ class Grounded:
         return not self.problem.cluster.node_groups or not self.problem.family.tp_sizes
 
 
-def grounded(problem: PlacementProblem) -> Grounded:
+def apply_constraints(problem: PlacementProblem) -> ConstrainedProblem:
     """Return the problem that the search sees.
 
     Raises:
         InvalidProblemError: a constraint names something that the cluster does not have.
     """
-    if not problem.will:
-        return Grounded(problem, {})
-    found = list(misfits(problem.will, problem.cluster, problem.family.tp_sizes))
+    if not problem.constraints:
+        return ConstrainedProblem(problem, {})
+    found = list(misfits(problem.constraints, problem.cluster, problem.family.tp_sizes))
     if found:
         raise InvalidProblemError("; ".join(map(str, found)))
-    pieces = [piece for group in problem.cluster.node_groups for piece in _pieces(group, problem.will)]
+    pieces = [piece for group in problem.cluster.node_groups for piece in _pieces(group, problem.constraints)]
     groups = tuple(group for group, _ in pieces if group.gpus)
-    marks = Marks(
-        on=dict(_marks(groups, problem.will)),
-        least=tuple(wish.least for wish in problem.will if isinstance(wish, Use)),
-        replicas=_replicas(problem.will),
-        most=tuple(wish for wish in problem.will if isinstance(wish, AtMost)),
+    index = ConstraintIndex(
+        on=dict(_gpu_constraints(groups, problem.constraints)),
+        least=tuple(each.least for each in problem.constraints if isinstance(each, Use)),
+        replicas=_replicas(problem.constraints),
+        most=tuple(each for each in problem.constraints if isinstance(each, AtMost)),
     )
     cluster = replace(problem.cluster, node_groups=groups)
-    family = _family(problem.family, problem.will)
+    family = _family(problem.family, problem.constraints)
     names = {name: true for _, renamed in pieces for name, true in renamed.items()}
-    return Grounded(replace(problem, cluster=cluster, family=family, will=(), marks=marks), names)
+    searched = replace(problem, cluster=cluster, family=family, constraints=(), constraint_index=index)
+    return ConstrainedProblem(searched, names)
 
 
-def _pieces(group: NodeGroup, will: Will) -> Iterator[tuple[NodeGroup, Mapping[str, str]]]:
+def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[tuple[NodeGroup, Mapping[str, str]]]:
     """Yield a group without excluded GPUs and with named nodes separated, together with changed device names."""
-    named = {wish.gpus.name for wish in will if isinstance(wish, LeaveOut | Keep | Use)}
-    nodes = [group.node_name(i) for i in range(group.count)] if _names_nodes(will) else []
+    named = {each.gpus.name for each in constraints if isinstance(each, Exclude | RestrictRole | Use)}
+    nodes = [group.node_name(i) for i in range(group.count)] if _names_nodes(constraints) else []
     apart = [i for i, node in enumerate(nodes) if node in named or any(n.startswith(f"{node}/") for n in named)]
     if not apart:
-        yield _without(group, group.node_name(0), will)
+        yield _without(group, group.node_name(0), constraints)
         return
     if apart[0] > 0:
-        yield _without(replace(group, count=apart[0]), group.node_name(0), will)
+        yield _without(replace(group, count=apart[0]), group.node_name(0), constraints)
     for i in range(apart[0], group.count):
-        yield _without(group.node(i), nodes[i], will)
+        yield _without(group.node(i), nodes[i], constraints)
 
 
-def _names_nodes(will: Will) -> bool:
+def _names_nodes(constraints: Constraints) -> bool:
     return any(
-        isinstance(wish, LeaveOut | Keep | Use) and wish.gpus.unit in (Unit.NODE, Unit.GPU) for wish in will
+        isinstance(each, Exclude | RestrictRole | Use) and each.gpus.unit in (Unit.NODE, Unit.GPU)
+        for each in constraints
     )  # fmt: skip
 
 
-def _without(group: NodeGroup, node: str, will: Will) -> tuple[NodeGroup, Mapping[str, str]]:
+def _without(group: NodeGroup, node: str, constraints: Constraints) -> tuple[NodeGroup, Mapping[str, str]]:
     """Return a group of nodes like ``node`` without the excluded GPUs, and its changed device names."""
-    out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
+    out = [each.gpus for each in constraints if isinstance(each, Exclude)]
     slots, kept = group.slots_left(
         lambda index, gpu: not any(_takes(gpus, f"{node}/{index}", node, gpu, group) for gpus in out)
     )
@@ -114,38 +116,39 @@ def _takes(gpus: Selection, device: str, node: str, gpu: str, group: NodeGroup) 
     return gpus.takes(device=device, node=node, gpu=gpu, zone=group.zone)
 
 
-def _marks(groups: tuple[NodeGroup, ...], will: Will) -> Iterator[tuple[tuple[str, str], Mark]]:
-    uses = [wish for wish in will if isinstance(wish, Use)]
+def _gpu_constraints(
+    groups: tuple[NodeGroup, ...], constraints: Constraints
+) -> Iterator[tuple[tuple[str, str], GpuConstraints]]:
+    restricted = [each for each in constraints if isinstance(each, RestrictRole)]
+    uses = [each for each in constraints if isinstance(each, Use)]
     for group in groups:
         node = group.node_name(0)
         for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
-            barred = [
-                wish.barred for wish in will if isinstance(wish, Keep) and _takes(wish.gpus, "", node, gpu, group)
-            ]  # fmt: skip
-            counts = (i for i, wish in enumerate(uses) if _takes(wish.gpus, "", node, gpu, group))
-            mark = Mark(barred=frozenset().union(*barred), counts_for=frozenset(counts))
-            if mark != NO_MARK:
-                yield (group.name, gpu), mark
+            barred = (each.barred for each in restricted if _takes(each.gpus, "", node, gpu, group))
+            counts = (i for i, each in enumerate(uses) if _takes(each.gpus, "", node, gpu, group))
+            found = GpuConstraints(barred=frozenset().union(*barred), counts_for=frozenset(counts))
+            if found != UNCONSTRAINED:
+                yield (group.name, gpu), found
 
 
-def _replicas(will: Will) -> tuple[int, float]:
-    wishes = [wish for wish in will if isinstance(wish, Replicas)]
-    most = [wish.most for wish in wishes if wish.most is not None]
-    return max((wish.least for wish in wishes), default=0), min(most, default=float("inf"))
+def _replicas(constraints: Constraints) -> tuple[int, float]:
+    limits = [each for each in constraints if isinstance(each, Replicas)]
+    most = [each.most for each in limits if each.most is not None]
+    return max((each.least for each in limits), default=0), min(most, default=float("inf"))
 
 
-def _family(family: Family, will: Will) -> Family:
-    out = {wish.tp for wish in will if isinstance(wish, WithoutTp)}
-    without_workers = any(isinstance(wish, WithoutWorkers) for wish in will)
+def _family(family: Family, constraints: Constraints) -> Family:
+    out = {each.tp for each in constraints if isinstance(each, WithoutTp)}
+    without_workers = any(isinstance(each, WithoutWorkers) for each in constraints)
     return replace(
         family,
         tp_sizes=tuple(tp for tp in family.tp_sizes if tp not in out),
         max_pool=0 if without_workers else family.max_pool,
-        attention_dp=() if any(isinstance(wish, WithoutSharedExperts) for wish in will) else family.attention_dp,
+        attention_dp=() if any(isinstance(each, WithoutSharedExperts) for each in constraints) else family.attention_dp,
     )
 
 
-def restored(plan: Plan, found: Grounded, problem: PlacementProblem) -> Plan:
+def restored(plan: Plan, found: ConstrainedProblem, problem: PlacementProblem) -> Plan:
     """Return a plan with true device names and a class table of the whole fleet."""
     replicas = tuple(_renamed(replica, found.names) for replica in plan.replicas) if found.names else plan.replicas
     plan = replace(plan, family=problem.describe_family(), replicas=replicas)
@@ -170,7 +173,7 @@ def _prices(plan: Plan, searched: PlacementProblem, cluster: Cluster) -> tuple[C
     class_of = {device.name: class_at[device.group.name, device.gpu] for device in cluster.devices()}
     node_of = {device.node: device.group for device in cluster.devices()}
     duals = [0.0] * len(classes)
-    parts = device_classes(searched.cluster, searched.marks)
+    parts = device_classes(searched.cluster, searched.constraint_index)
     for part, price in zip(parts, plan.prices, strict=True):
         for group in part.groups:
             whole = class_at[node_of[group.node_name(0)].name, part.gpu]

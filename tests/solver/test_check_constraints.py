@@ -1,4 +1,4 @@
-"""The checker on wishes: each is broken by one plan and kept by another that differs in what it speaks of alone."""
+"""The checker on constraints: one plan breaks each; another, which differs only in what it concerns, keeps it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.check.fleet import Fleet
-from hetis.solver.plan import AttentionWorkerPool, Plan, Role, StagePlan
-from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import (
+from hetis.solver.constraints import (
     AtMost,
+    Constraint,
     Duty,
-    Keep,
-    LeaveOut,
+    Exclude,
     Replicas,
+    RestrictRole,
     Selection,
     Sum,
     Unit,
     Use,
-    Wish,
     WithoutTp,
     WithoutWorkers,
 )
+from hetis.solver.plan import AttentionWorkerPool, Plan, Role, StagePlan
+from hetis.solver.problem import PlacementProblem
 from tests.solver.claimed_plans import plan_of, unclaimed
 from tests.solver.instances import make_node, make_problem
 
@@ -51,20 +51,20 @@ def of(unit: Unit, name: str) -> Selection:
     return Selection(unit=unit, name=name)
 
 
-def only(unit: Unit, name: str, duty: Duty) -> Keep:
-    return Keep(gpus=of(unit, name), duty=duty, only=True)
+def only(unit: Unit, name: str, duty: Duty) -> RestrictRole:
+    return RestrictRole(gpus=of(unit, name), duty=duty, only=True)
 
 
-def never(unit: Unit, name: str, duty: Duty) -> Keep:
-    return Keep(gpus=of(unit, name), duty=duty, only=False)
+def never(unit: Unit, name: str, duty: Duty) -> RestrictRole:
+    return RestrictRole(gpus=of(unit, name), duty=duty, only=False)
 
 
-KEPT_AND_BROKEN: list[tuple[Wish, Wish]] = [
-    (LeaveOut(gpus=of(Unit.GPU, "a-1/1")), LeaveOut(gpus=of(Unit.GPU, "a-1/0"))),
-    (LeaveOut(gpus=of(Unit.GPU, "c/1")), LeaveOut(gpus=of(Unit.GPU, "c/0"))),
-    (LeaveOut(gpus=of(Unit.GPU, "c/1")), LeaveOut(gpus=of(Unit.NODE, "c"))),
-    (LeaveOut(gpus=of(Unit.GPU, "c/1")), LeaveOut(gpus=of(Unit.TYPE, "B"))),
-    (LeaveOut(gpus=of(Unit.GPU, "c/1")), LeaveOut(gpus=of(Unit.ZONE, "west"))),
+KEPT_AND_BROKEN: list[tuple[Constraint, Constraint]] = [
+    (Exclude(gpus=of(Unit.GPU, "a-1/1")), Exclude(gpus=of(Unit.GPU, "a-1/0"))),
+    (Exclude(gpus=of(Unit.GPU, "c/1")), Exclude(gpus=of(Unit.GPU, "c/0"))),
+    (Exclude(gpus=of(Unit.GPU, "c/1")), Exclude(gpus=of(Unit.NODE, "c"))),
+    (Exclude(gpus=of(Unit.GPU, "c/1")), Exclude(gpus=of(Unit.TYPE, "B"))),
+    (Exclude(gpus=of(Unit.GPU, "c/1")), Exclude(gpus=of(Unit.ZONE, "west"))),
     (only(Unit.TYPE, "C", Duty.WORKER), only(Unit.TYPE, "A", Duty.WORKER)),
     (never(Unit.TYPE, "C", Duty.PRIMARY), never(Unit.TYPE, "C", Duty.WORKER)),
     (only(Unit.NODE, "a-1", Duty.PREFILL), only(Unit.NODE, "a-0", Duty.PREFILL)),
@@ -82,17 +82,17 @@ KEPT_AND_BROKEN: list[tuple[Wish, Wish]] = [
 
 
 @pytest.mark.parametrize(("kept", "broken"), KEPT_AND_BROKEN, ids=str)
-def test_what_breaks_a_wish_is_seen_and_nothing_else(kept: Wish, broken: Wish) -> None:
+def test_what_breaks_a_constraint_is_seen_and_nothing_else(kept: Constraint, broken: Constraint) -> None:
     problem = the_problem()
     plan = the_plan(problem)
-    asked = replace(problem, will=(kept, broken))
+    asked = replace(problem, constraints=(kept, broken))
     found = {violation.where for violation in check_plan(plan, asked) if violation.rule is Rule.WILL}
     assert found == {str(broken)}
 
 
-def test_attention_workers_break_a_wish_for_none() -> None:
+def test_attention_workers_break_a_constraint_for_none() -> None:
     problem = the_problem()
-    asked = replace(problem, will=(WithoutWorkers(),))
+    asked = replace(problem, constraints=(WithoutWorkers(),))
     with_workers = the_plan(problem)
     without = plan_of(problem, unclaimed(STAGE))
     assert [v.rule for v in check_plan(with_workers, asked) if v.rule is Rule.WILL] == [Rule.WILL]
@@ -108,26 +108,26 @@ def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own() -> None:
     problem = replace(problem, cluster=replace(problem.cluster, node_groups=groups))
     second = plan_of(problem, unclaimed(replace(ALONE, gpu="B", devices=("c/1",))))
     for most, is_kept in ((1.0, True), (0.99, False)):
-        asked = replace(problem, will=(AtMost(of=Sum.USD, most=most),))
+        asked = replace(problem, constraints=(AtMost(of=Sum.USD, most=most),))
         assert is_kept == (Rule.WILL not in {v.rule for v in check_plan(second, asked)})
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("constraint", "message"),
     [
-        (LeaveOut(gpus=of(Unit.TYPE, "C")), "c/0 is used"),
-        (LeaveOut(gpus=of(Unit.TYPE, "A")), "a-0/0, a-0/1, a-1/0 are used"),
-        (LeaveOut(gpus=of(Unit.ZONE, "east")), "a-0/0, a-0/1, a-1/0 and 1 more are used"),
+        (Exclude(gpus=of(Unit.TYPE, "C")), "c/0 is used"),
+        (Exclude(gpus=of(Unit.TYPE, "A")), "a-0/0, a-0/1, a-1/0 are used"),
+        (Exclude(gpus=of(Unit.ZONE, "east")), "a-0/0, a-0/1, a-1/0 and 1 more are used"),
     ],
 )
-def test_a_broken_wish_names_the_first_devices(wish: Wish, message: str) -> None:
-    problem = replace(the_problem(), will=(wish,))
+def test_a_broken_constraint_names_the_first_devices(constraint: Constraint, message: str) -> None:
+    problem = replace(the_problem(), constraints=(constraint,))
     (found,) = (v for v in check_plan(the_plan(the_problem()), problem) if v.rule is Rule.WILL)
     assert found.message == message
 
 
-def test_what_any_wish_leaves_out_is_not_in_the_fleet() -> None:
+def test_what_any_constraint_leaves_out_is_not_in_the_fleet() -> None:
     problem = the_problem()
-    out = (LeaveOut(gpus=of(Unit.GPU, "c/1")), LeaveOut(gpus=of(Unit.NODE, "a-1")), WithoutTp(tp=4))
+    out = (Exclude(gpus=of(Unit.GPU, "c/1")), Exclude(gpus=of(Unit.NODE, "a-1")), WithoutTp(tp=4))
     left = {"a-0/0", "a-0/1", "c/0", "w/0"}
     assert set(Fleet.of(problem.cluster).without_left_out(out).devices) == left

@@ -14,31 +14,31 @@ from hypothesis import strategies as st
 from hetis.solver.budget import Budget
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraint_prices import price_constraints
+from hetis.solver.constraints import (
+    DUTY_OF_ROLE,
+    PARTS,
+    AtMost,
+    Constraint,
+    Constraints,
+    Duty,
+    Exclude,
+    Replicas,
+    RestrictRole,
+    Selection,
+    Sum,
+    Unit,
+    Use,
+    WithoutSharedExperts,
+    WithoutTp,
+    WithoutWorkers,
+)
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import MoeShape
 from hetis.solver.placement import search
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import (
-    DUTY_OF_ROLE,
-    PARTS,
-    AtMost,
-    Duty,
-    Keep,
-    LeaveOut,
-    Replicas,
-    Selection,
-    Sum,
-    Unit,
-    Use,
-    Will,
-    Wish,
-    WithoutSharedExperts,
-    WithoutTp,
-    WithoutWorkers,
-)
-from hetis.solver.wish_prices import price_wishes
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -58,11 +58,11 @@ def of(text: str) -> Selection:
     return Selection(unit=Unit(unit), name=name)
 
 
-def two_types(*will: Wish, **options: object) -> PlacementProblem:
+def two_types(*constraints: Constraint, **options: object) -> PlacementProblem:
     """Two nodes of two quick cards and one of two small ones."""
     profiles = {"A": make_profile("A", bytes_per_s=4e10), "B": make_profile("B", usable_bytes=12_000_000)}
     nodes = [make_node("a", "A", nodes=2, gpus=2), make_node("b", "B", gpus=2)]
-    return replace(make_problem(nodes, profiles=profiles, **options), will=will)  # type: ignore[arg-type]
+    return replace(make_problem(nodes, profiles=profiles, **options), constraints=constraints)  # type: ignore[arg-type]
 
 
 def used(plan: Plan) -> set[str]:
@@ -83,18 +83,18 @@ def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan:
 # --- brute force
 
 
-def without_nodes(cluster: Cluster, will: Will) -> Cluster:
+def without_nodes(cluster: Cluster, constraints: Constraints) -> Cluster:
     """The cluster without the nodes, types and zones that are left out, found by looking at each node."""
     groups = []
     for group in cluster.node_groups:
         gone = 0
         kept = group
-        for wish in will:
-            if isinstance(wish, LeaveOut):
-                name = wish.gpus.name
-                if wish.gpus.unit is Unit.NODE:
+        for constraint in constraints:
+            if isinstance(constraint, Exclude):
+                name = constraint.gpus.name
+                if constraint.gpus.unit is Unit.NODE:
                     gone += sum(name == group.node_name(i) for i in range(group.count))
-                elif wish.gpus.unit is Unit.TYPE:
+                elif constraint.gpus.unit is Unit.TYPE:
                     kept = replace(kept, gpus=tuple(slots for slots in kept.gpus if slots.gpu != name))
                 elif group.zone == name:
                     gone = group.count
@@ -105,17 +105,17 @@ def without_nodes(cluster: Cluster, will: Will) -> Cluster:
 
 def best_by_brute_force(problem: PlacementProblem) -> float:
     """The best value of a plan that keeps the will; 0 or infinity where there is none."""
-    will, family = problem.will, problem.family
-    cluster = without_nodes(problem.cluster, will)
-    sizes = tuple(tp for tp in family.tp_sizes if WithoutTp(tp=tp) not in will)
+    constraints, family = problem.constraints, problem.family
+    cluster = without_nodes(problem.cluster, constraints)
+    sizes = tuple(tp for tp in family.tp_sizes if WithoutTp(tp=tp) not in constraints)
     nothing = 0.0 if problem.objective.maximises else float("inf")
     if not cluster.node_groups or not sizes:
         return nothing
-    family = replace(family, tp_sizes=sizes, max_pool=0 if WithoutWorkers() in will else family.max_pool)
-    kept = [wish for wish in will if isinstance(wish, Keep)]
+    family = replace(family, tp_sizes=sizes, max_pool=0 if WithoutWorkers() in constraints else family.max_pool)
+    kept = [each for each in constraints if isinstance(each, RestrictRole)]
 
     def barred(gpu: str, zone: str) -> set[Duty]:
-        return {duty for wish in kept if wish.gpus.name in (gpu, zone) for duty in wish.barred}
+        return {duty for each in kept if each.gpus.name in (gpu, zone) for duty in each.barred}
 
     def may_be(option: StageOption) -> bool:
         own = option.device_class
@@ -142,18 +142,18 @@ def best_by_brute_force(problem: PlacementProblem) -> float:
                 taken[Sum.GPUS] += sum(sizes)
                 taken[Sum.USD] += sum(sizes) * c.usd_per_hour
         return (
-            all(count[wish.gpus.name] >= wish.least for wish in will if isinstance(wish, Use))
-            and all(wish.allows(len(chosen)) for wish in will if isinstance(wish, Replicas))
-            and all(taken[wish.of] <= wish.most + 1e-9 for wish in will if isinstance(wish, AtMost))
+            all(count[each.gpus.name] >= each.least for each in constraints if isinstance(each, Use))
+            and all(each.allows(len(chosen)) for each in constraints if isinstance(each, Replicas))
+            and all(taken[each.of] <= each.most + 1e-9 for each in constraints if isinstance(each, AtMost))
         )
 
-    plain = replace(problem, will=(), cluster=cluster, family=family)
+    plain = replace(problem, constraints=(), cluster=cluster, family=family)
     return best_plan_value(plain, may_be=may_be, may_serve=may_serve, may_plan=may_plan)
 
 
 @st.composite
-def wishes(draw: st.DrawFn, cluster: Cluster) -> Wish:
-    """A wish that the cluster can be asked."""
+def some_constraint(draw: st.DrawFn, cluster: Cluster) -> Constraint:
+    """A constraint that the cluster can be asked."""
     types = sorted({slots.gpu for group in cluster.node_groups for slots in group.gpus})
     nodes = [group.node_name(i) for group in cluster.node_groups for i in range(group.count)]
     kind = draw(st.sampled_from(("out", "out", "keep", "keep", "use", "use", "tp", "workers", "replicas", "sum")))
@@ -161,10 +161,10 @@ def wishes(draw: st.DrawFn, cluster: Cluster) -> Wish:
     match kind:
         case "out":
             out = [of(f"node={node}") for node in nodes] + (places if len(places) > 1 else [])
-            return LeaveOut(gpus=draw(st.sampled_from(out)))
+            return Exclude(gpus=draw(st.sampled_from(out)))
         case "keep":
             duty = draw(st.sampled_from(list(Duty)))
-            return Keep(gpus=draw(st.sampled_from(places)), duty=duty, only=draw(st.integers(0, 2)) == 0)
+            return RestrictRole(gpus=draw(st.sampled_from(places)), duty=duty, only=draw(st.integers(0, 2)) == 0)
         case "use":
             place = draw(st.sampled_from([*places, *(of(f"zone={zone}") for zone in cluster.zones())]))
             most = sum(
@@ -185,16 +185,16 @@ def wishes(draw: st.DrawFn, cluster: Cluster) -> Wish:
 
 
 @st.composite
-def wished(draw: st.DrawFn) -> PlacementProblem:
-    """Small random problems with a wish or two, most of which have a plan."""
+def constrained(draw: st.DrawFn) -> PlacementProblem:
+    """Small random problems with a constraint or two, most of which have a plan."""
     kinds = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS)
     problem = draw(problems(max_gpus=4, kinds=kinds, family=SMALL_FAMILY, num_zones=1))
-    will = draw(st.lists(wishes(problem.cluster), min_size=1, max_size=2, unique=True))
-    return replace(problem, will=tuple(will))
+    constraints = draw(st.lists(some_constraint(problem.cluster), min_size=1, max_size=2, unique=True))
+    return replace(problem, constraints=tuple(constraints))
 
 
 @settings(max_examples=EXAMPLES)
-@given(wished())
+@given(constrained())
 def test_no_plan_that_keeps_the_will_is_better(problem: PlacementProblem) -> None:
     best = best_by_brute_force(problem)
     try:
@@ -208,7 +208,7 @@ def test_no_plan_that_keeps_the_will_is_better(problem: PlacementProblem) -> Non
 
 
 @settings(max_examples=EXAMPLES // 3)
-@given(wished())
+@given(constrained())
 def test_generated_plans_keep_the_will_and_their_bounds_hold(problem: PlacementProblem) -> None:
     with patch.object(search, "is_small", lambda _: False):
         try:
@@ -224,11 +224,11 @@ def test_generated_plans_keep_the_will_and_their_bounds_hold(problem: PlacementP
     assert low * (1 - 1e-6) <= best <= high * (1 + 1e-6)
 
 
-# --- every wish
+# --- every constraint
 
 
 def test_a_gpu_that_is_left_out_keeps_the_names_of_the_others() -> None:
-    plan = solved(two_types(LeaveOut(gpus=of("gpu=a-0/0"))))
+    plan = solved(two_types(Exclude(gpus=of("gpu=a-0/0"))))
     assert used(plan) == {"a-0/1", "a-1/0", "a-1/1", "b/0", "b/1"}
     row = next(price for price in plan.prices if price.gpu == "A")
     assert (row.available, row.used) == (4, 3)
@@ -243,18 +243,20 @@ def test_left_out_gpus_of_equal_nodes_are_left_out_of_each() -> None:
         ),
     )
     mixed = replace(problem, cluster=replace(problem.cluster, node_groups=groups))  # B B A A in each of two nodes
-    plan = solved(replace(mixed, will=(LeaveOut(gpus=of("type=B")),)))
+    plan = solved(replace(mixed, constraints=(Exclude(gpus=of("type=B")),)))
     assert used(plan) == {"a-0/2", "a-0/3", "a-1/2", "a-1/3"}
 
 
 def test_a_type_kept_for_attention_is_that_or_idle() -> None:
-    only = Keep(gpus=of("type=B"), duty=Duty.WORKER, only=True)
+    only = RestrictRole(gpus=of("type=B"), duty=Duty.WORKER, only=True)
     plan = solved(two_types(only, Use(gpus=of("type=B"), least=2)))
     assert {"b/0", "b/1"} == workers(plan)
 
 
 def test_a_node_kept_for_prompts_holds_prefill_replicas_alone() -> None:
-    plan = solved(two_types(Keep(gpus=of("node=a-1"), duty=Duty.PREFILL, only=True), Use(gpus=of("node=a-1"), least=1)))
+    plan = solved(
+        two_types(RestrictRole(gpus=of("node=a-1"), duty=Duty.PREFILL, only=True), Use(gpus=of("node=a-1"), least=1))
+    )
     there = [replica for replica in plan.replicas if any(name.startswith("a-1/") for name in replica.devices())]
     assert there
     assert {replica.role for replica in there} == {Role.PREFILL}
@@ -270,7 +272,7 @@ def test_rent_is_kept_to_on_small_and_large_fleets() -> None:
     profiles = {"A": make_profile("A", bytes_per_s=4e10), "B": make_profile("B")}
     large = make_problem(nodes, profiles=profiles, usd_per_hour={"A": 2.0, "B": 0.5})
     for problem, most in ((two_types(), 3.0), (large, 25.0)):
-        plan = solved(replace(problem, will=(AtMost(of=Sum.USD, most=most),)))
+        plan = solved(replace(problem, constraints=(AtMost(of=Sum.USD, most=most),)))
         prices = {gpu: kind.usd_per_hour or 0.0 for gpu, kind in problem.cluster.gpu_types.items()}
         assert sum(prices[price.gpu] * price.used for price in plan.prices) <= most * (1 + 1e-9)
         assert plan.result.value > 0.5 * best_rate_of(problem) * most / sum(
@@ -282,15 +284,15 @@ def best_rate_of(problem: PlacementProblem) -> float:
     return solve_placement(problem).result.value
 
 
-def test_a_wish_for_what_is_not_there_is_refused() -> None:
+def test_a_constraint_for_what_is_not_there_is_refused() -> None:
     with pytest.raises(
         InvalidProblemError, match=r"--forbid node=x: tiny has no node x; --pin type=A:use=9: tiny has 4"
     ):
-        solve_placement(two_types(LeaveOut(gpus=of("node=x")), Use(gpus=of("type=A"), least=9)))
+        solve_placement(two_types(Exclude(gpus=of("node=x")), Use(gpus=of("type=A"), least=9)))
 
 
-def test_heuristics_as_published_leave_gpus_out_and_refuse_other_wishes() -> None:
-    plan = solve_placement(two_types(LeaveOut(gpus=of("node=a-0"))), strategy="hetis-paper")
+def test_heuristics_as_published_leave_gpus_out_and_refuse_other_constraints() -> None:
+    plan = solve_placement(two_types(Exclude(gpus=of("node=a-0"))), strategy="hetis-paper")
     assert not any(name.startswith("a-0/") for name in used(plan))
     with pytest.raises(InvalidProblemError, match="--pin replicas=1: strategy hetis-paper can only leave out"):
         solve_placement(two_types(Replicas(least=1, most=1)), strategy="hetis-paper")
@@ -298,7 +300,7 @@ def test_heuristics_as_published_leave_gpus_out_and_refuse_other_wishes() -> Non
 
 def test_zones_are_left_out_with_their_links() -> None:
     nodes = [make_node("e", "A", nodes=2, zone="east"), make_node("w", "A", nodes=2, zone="west")]
-    problem = replace(make_problem(nodes), will=(LeaveOut(gpus=of("zone=west")),))
+    problem = replace(make_problem(nodes), constraints=(Exclude(gpus=of("zone=west")),))
     assert used(solved(problem)) == {"e-0/0", "e-1/0"}
 
 
@@ -307,7 +309,7 @@ def test_a_large_fleet_keeps_its_pins_and_its_bound() -> None:
     profiles = {"A": make_profile("A", bytes_per_s=4e10), "B": make_profile("B", bytes_per_s=3e9)}
     problem = make_problem(nodes, profiles=profiles, objective=replace(NO_LIMITS, tpot_limit_s=0.01))
     free = solve_placement(problem)
-    pinned = solved(replace(problem, will=(Use(gpus=of("type=B"), least=15), Replicas(least=1, most=20))))
+    pinned = solved(replace(problem, constraints=(Use(gpus=of("type=B"), least=15), Replicas(least=1, most=20))))
     assert sum(name.startswith("b-") for name in used(pinned)) >= 15
     assert len(pinned.replicas) <= 20
     assert pinned.result.value <= free.result.bound * (1 + 1e-9)
@@ -320,34 +322,38 @@ def broken_by(plan: Plan, problem: PlacementProblem) -> set[str]:
     return {violation.where for violation in check_plan(plan, problem) if violation.rule is Rule.WILL}
 
 
-def test_the_checker_sees_every_broken_wish() -> None:
+def test_the_checker_sees_every_broken_constraint() -> None:
     free = two_types()
     plan = solved(free)  # five replicas, no workers, all GPUs
-    broken: list[Wish] = [
-        LeaveOut(gpus=of("gpu=b/0")),
-        Keep(gpus=of("type=B"), duty=Duty.WORKER, only=True),
-        Keep(gpus=of("node=a-0"), duty=Duty.UNIFIED, only=False),
+    broken: list[Constraint] = [
+        Exclude(gpus=of("gpu=b/0")),
+        RestrictRole(gpus=of("type=B"), duty=Duty.WORKER, only=True),
+        RestrictRole(gpus=of("node=a-0"), duty=Duty.UNIFIED, only=False),
         WithoutTp(tp=1),
         Replicas(least=6, most=None),
         AtMost(of=Sum.GPUS, most=5),
         AtMost(of=Sum.USD, most=5.99),
     ]
-    kept: list[Wish] = [
+    kept: list[Constraint] = [
         Use(gpus=of("zone=default"), least=6),
-        Keep(gpus=of("type=A"), duty=Duty.WORKER, only=False),
+        RestrictRole(gpus=of("type=A"), duty=Duty.WORKER, only=False),
         WithoutWorkers(),
         WithoutTp(tp=4),
         Replicas(least=0, most=5),
         AtMost(of=Sum.GPUS, most=6),
         AtMost(of=Sum.USD, most=6),
     ]
-    assert broken_by(plan, replace(free, will=(*broken, *kept))) == set(map(str, broken))
-    idle = solved(two_types(LeaveOut(gpus=of("type=B"))))
-    assert broken_by(idle, replace(free, will=(Use(gpus=of("type=B"), least=1),))) == {"--pin type=B:use=1"}
-    attended = solved(two_types(Keep(gpus=of("type=B"), duty=Duty.WORKER, only=True), Use(gpus=of("type=B"), least=2)))
-    forbidden: Iterator[Wish] = iter((WithoutWorkers(), Keep(gpus=of("type=B"), duty=Duty.PRIMARY, only=True)))
-    for wish in forbidden:
-        assert broken_by(attended, replace(free, will=(wish,))) == {str(wish)}
+    assert broken_by(plan, replace(free, constraints=(*broken, *kept))) == set(map(str, broken))
+    idle = solved(two_types(Exclude(gpus=of("type=B"))))
+    assert broken_by(idle, replace(free, constraints=(Use(gpus=of("type=B"), least=1),))) == {"--pin type=B:use=1"}
+    attended = solved(
+        two_types(RestrictRole(gpus=of("type=B"), duty=Duty.WORKER, only=True), Use(gpus=of("type=B"), least=2))
+    )
+    forbidden: Iterator[Constraint] = iter(
+        (WithoutWorkers(), RestrictRole(gpus=of("type=B"), duty=Duty.PRIMARY, only=True))
+    )
+    for constraint in forbidden:
+        assert broken_by(attended, replace(free, constraints=(constraint,))) == {str(constraint)}
 
 
 def test_duties_are_of_two_kinds() -> None:
@@ -360,36 +366,36 @@ def test_duties_are_of_two_kinds() -> None:
 
 
 @settings(max_examples=EXAMPLES // 3)
-@given(wished())
-def test_prices_of_wishes_hold_the_difference(problem: PlacementProblem) -> None:
+@given(constrained())
+def test_prices_of_constraints_hold_the_difference(problem: PlacementProblem) -> None:
     try:
         plan = solve_placement(problem)
     except InfeasibleError:
         return
     sign = 1.0 if problem.objective.maximises else -1.0
     best = best_by_brute_force(problem)
-    for price in price_wishes(problem, plan, budget=Budget()):
+    for price in price_constraints(problem, plan, budget=Budget()):
         assert price.is_solved
-        rest = tuple(wish for wish in problem.will if wish not in price.will)
-        gain = sign * (best_by_brute_force(replace(problem, will=rest)) - best)
+        rest = tuple(each for each in problem.constraints if each not in price.constraints)
+        gain = sign * (best_by_brute_force(replace(problem, constraints=rest)) - best)
         room = 1e-4 * max(best, 1.0)
         assert price.least - room <= gain <= price.most + room
 
 
 def test_prices_that_nobody_had_time_for_are_bounds() -> None:
     for objective in (NO_LIMITS, Objective(kind=ObjectiveKind.GPUS, demand_rps=50.0)):
-        problem = two_types(LeaveOut(gpus=of("node=a-0")), objective=objective)
+        problem = two_types(Exclude(gpus=of("node=a-0")), objective=objective)
         plan = solved(problem)
         spent = Budget()
         spent.cancelled.set()
-        (price,) = price_wishes(problem, plan, budget=spent)
-        (true,) = price_wishes(problem, plan, budget=Budget())
+        (price,) = price_constraints(problem, plan, budget=spent)
+        (true,) = price_constraints(problem, plan, budget=Budget())
         assert not price.is_solved
         assert price.least == 0.0
         assert price.most >= true.most * (1 - 1e-9)
 
 
-def test_a_model_with_cuts_that_are_forbidden_still_keeps_wishes() -> None:
+def test_a_model_with_cuts_that_are_forbidden_still_keeps_constraints() -> None:
     model = make_model(forbidden_cuts=frozenset({1, 2, 4}))
     solved(two_types(WithoutTp(tp=2), Replicas(least=2, most=3), model=model))
 
@@ -402,9 +408,9 @@ def test_copies_share_experts_unless_that_is_forbidden() -> None:
         model=make_model(kv_heads=1, moe=experts),
         family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,)),
     )
-    free, wish = solved(problem), WithoutSharedExperts()
-    without = solved(replace(problem, will=(wish,)))
+    free, constraint = solved(problem), WithoutSharedExperts()
+    without = solved(replace(problem, constraints=(constraint,)))
     assert [replica.expert_parallel for replica in free.replicas] == [True]
     assert not any(replica.expert_parallel for replica in without.replicas)
     assert without.result.value < free.result.value
-    assert broken_by(free, replace(problem, will=(wish,))) == {"--forbid shared-experts"}
+    assert broken_by(free, replace(problem, constraints=(constraint,))) == {"--forbid shared-experts"}

@@ -1,4 +1,4 @@
-"""Wishes as the command line and plan files write them: ``--forbid type=L4:as=primary``, ``--pin replicas=2..4``.
+"""Constraints as the command line and plan files write them: ``--forbid type=L4:as=primary``, ``--pin replicas=2..4``.
 
 forbid  SELECTION            these GPUs are not used
         SELECTION:as=DUTY    they do not have this duty
@@ -20,58 +20,58 @@ from dataclasses import replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.solver.cluster import Cluster
-from hetis.solver.problem import Family
-from hetis.solver.will import (
+from hetis.solver.constraints import (
     AtMost,
+    Constraint,
+    Constraints,
     Duty,
-    Keep,
-    LeaveOut,
+    Exclude,
     Replicas,
+    RestrictRole,
     Selection,
     Sum,
     Unit,
     Use,
-    Will,
-    Wish,
     WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
     misfits,
 )
+from hetis.solver.problem import Family
 
 PIN, FORBID = "--pin", "--forbid"
 _RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")
 
 
-def read_will(
+def read_constraints(
     pins: Sequence[str], forbids: Sequence[str], cluster: Cluster, tp_sizes: tuple[int, ...] = Family().tp_sizes
-) -> Will:
+) -> Constraints:
     """Return the constraints given to ``--pin`` and ``--forbid``, forbidden things first, each constraint once.
 
     Raises:
         DocumentError: with every problem of all of them: their syntax, and names that the cluster does not have.
     """
-    wishes, problems = dict[Wish, None](), list[Problem]()
+    found, problems = dict[Constraint, None](), list[Problem]()
     for option, texts, parse in ((FORBID, forbids, parse_forbid), (PIN, pins, parse_pin)):
         for text in texts:
             try:
-                wishes |= dict.fromkeys(_with_node_of(cluster, wish) for wish in parse(text))
+                found |= dict.fromkeys(_with_node_of(cluster, each) for each in parse(text))
             except ValueError as error:
                 problems.append(Problem(file=f"{option} {text}", message=str(error)))
-    will = tuple(wishes)
-    for misfit in misfits(will, cluster, tp_sizes):
+    constraints = tuple(found)
+    for misfit in misfits(constraints, cluster, tp_sizes):
         message = misfit.message + did_you_mean(misfit.name, misfit.known)
-        problems.append(Problem(file=str(misfit.wish), message=message))
+        problems.append(Problem(file=str(misfit.constraint), message=message))
     if problems:
         raise DocumentError(problems)
-    return will
+    return constraints
 
 
-def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
+def constraints_from_texts(texts: Iterable[str], cluster: Cluster) -> Constraints:
     """Return the constraints that a plan file says it satisfies, each written like its option.
 
     Raises:
-        DocumentError: as `read_will`.
+        DocumentError: as `read_constraints`.
     """
     by_option: dict[str, list[str]] = {PIN: [], FORBID: []}
     problems = []
@@ -80,21 +80,21 @@ def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
         if option in by_option:
             by_option[option].append(rest)
         else:
-            problems.append(Problem(file=text, message=f"is no wish, must begin with {PIN} or {FORBID}"))
+            problems.append(Problem(file=text, message=f"is no constraint, must begin with {PIN} or {FORBID}"))
     if problems:
         raise DocumentError(problems)
-    return read_will(by_option[PIN], by_option[FORBID], cluster)
+    return read_constraints(by_option[PIN], by_option[FORBID], cluster)
 
 
-def _with_node_of(cluster: Cluster, wish: Wish) -> Wish:
+def _with_node_of(cluster: Cluster, constraint: Constraint) -> Constraint:
     """Return the same constraint with the cluster's own name for its node."""
-    if not isinstance(wish, LeaveOut | Keep | Use):
-        return wish
-    called = {Unit.NODE: cluster.node_named, Unit.GPU: cluster.device_named}.get(wish.gpus.unit, str)
-    return replace(wish, gpus=replace(wish.gpus, name=called(wish.gpus.name)))
+    if not isinstance(constraint, Exclude | RestrictRole | Use):
+        return constraint
+    called = {Unit.NODE: cluster.node_named, Unit.GPU: cluster.device_named}.get(constraint.gpus.unit, str)
+    return replace(constraint, gpus=replace(constraint.gpus, name=called(constraint.gpus.name)))
 
 
-def parse_forbid(text: str) -> tuple[Wish, ...]:
+def parse_forbid(text: str) -> tuple[Constraint, ...]:
     """Return the constraint of one ``--forbid``.
 
     Raises:
@@ -111,11 +111,11 @@ def parse_forbid(text: str) -> tuple[Wish, ...]:
         return (WithoutTp(tp=int(value)),)
     gpus = _selection(key, value, (*(unit.value for unit in Unit), "tp", "workers", "shared-experts"))
     if "as" in extras:
-        return (Keep(gpus=gpus, duty=_duty(extras["as"]), only=False),)
-    return (LeaveOut(gpus=gpus),)
+        return (RestrictRole(gpus=gpus, duty=_duty(extras["as"]), only=False),)
+    return (Exclude(gpus=gpus),)
 
 
-def parse_pin(text: str) -> tuple[Wish, ...]:
+def parse_pin(text: str) -> tuple[Constraint, ...]:
     """Return the constraints of one ``--pin``.
 
     Raises:
@@ -131,15 +131,15 @@ def parse_pin(text: str) -> tuple[Wish, ...]:
             raise ValueError(f"{key} is a sum: nothing may follow")
         return (_at_most(Sum(key), value),)
     gpus = _selection(key, value, ("node", "type", "zone", "replicas", "usd", "gpus"))
-    wishes: list[Wish] = []
+    constraints: list[Constraint] = []
     if "as" in extras:
-        wishes.append(Keep(gpus=gpus, duty=_duty(extras["as"]), only=True))
-    if "use" in extras or not wishes:
+        constraints.append(RestrictRole(gpus=gpus, duty=_duty(extras["as"]), only=True))
+    if "use" in extras or not constraints:
         least = extras.get("use", "1")
         if not least.isdecimal() or int(least) < 1:
             raise ValueError(f"use is {least!r}, must be a whole number above 0")
-        wishes.append(Use(gpus=gpus, least=int(least)))
-    return tuple(wishes)
+        constraints.append(Use(gpus=gpus, least=int(least)))
+    return tuple(constraints)
 
 
 def _parts(text: str, extras: Sequence[str]) -> tuple[str, str, dict[str, str]]:

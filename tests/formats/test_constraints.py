@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 
+from hetis.formats.constraints import constraints_from_texts, parse_forbid, parse_pin, read_constraints
 from hetis.formats.errors import DocumentError
-from hetis.formats.will import parse_forbid, parse_pin, read_will, will_from_texts
-from hetis.solver.will import (
+from hetis.solver.constraints import (
     AtMost,
+    Constraint,
     Duty,
-    Keep,
-    LeaveOut,
+    Exclude,
     Replicas,
+    RestrictRole,
     Selection,
     Sum,
     Unit,
     Use,
-    Wish,
     WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
@@ -33,31 +33,31 @@ def of(unit: Unit, name: str) -> Selection:
 
 
 @pytest.mark.parametrize(
-    ("text", "wish"),
+    ("text", "constraint"),
     [
-        ("gpu=a-0/1", LeaveOut(gpus=of(Unit.GPU, "a-0/1"))),
-        ("node=a-1", LeaveOut(gpus=of(Unit.NODE, "a-1"))),
-        ("zone=west", LeaveOut(gpus=of(Unit.ZONE, "west"))),
-        ("type=A:as=worker", Keep(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=False)),
+        ("gpu=a-0/1", Exclude(gpus=of(Unit.GPU, "a-0/1"))),
+        ("node=a-1", Exclude(gpus=of(Unit.NODE, "a-1"))),
+        ("zone=west", Exclude(gpus=of(Unit.ZONE, "west"))),
+        ("type=A:as=worker", RestrictRole(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=False)),
         ("tp=4", WithoutTp(tp=4)),
         ("workers", WithoutWorkers()),
         ("shared-experts", WithoutSharedExperts()),
     ],
 )
-def test_what_is_forbidden(text: str, wish: Wish) -> None:
-    assert parse_forbid(text) == (wish,)
-    assert str(wish) == f"--forbid {text}"
+def test_what_is_forbidden(text: str, constraint: Constraint) -> None:
+    assert parse_forbid(text) == (constraint,)
+    assert str(constraint) == f"--forbid {text}"
 
 
 @pytest.mark.parametrize(
-    ("text", "wishes"),
+    ("text", "constraints"),
     [
         ("node=a-0", (Use(gpus=of(Unit.NODE, "a-0"), least=1),)),
         ("type=A:use=3", (Use(gpus=of(Unit.TYPE, "A"), least=3),)),
-        ("zone=west:as=decode", (Keep(gpus=of(Unit.ZONE, "west"), duty=Duty.DECODE, only=True),)),
+        ("zone=west:as=decode", (RestrictRole(gpus=of(Unit.ZONE, "west"), duty=Duty.DECODE, only=True),)),
         (
             "type=A:as=worker:use=2",
-            (Keep(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=True), Use(gpus=of(Unit.TYPE, "A"), least=2)),
+            (RestrictRole(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=True), Use(gpus=of(Unit.TYPE, "A"), least=2)),
         ),
         ("replicas=2", (Replicas(least=2, most=2),)),
         ("replicas=2..5", (Replicas(least=2, most=5),)),
@@ -67,14 +67,14 @@ def test_what_is_forbidden(text: str, wish: Wish) -> None:
         ("gpus=..12", (AtMost(of=Sum.GPUS, most=12.0),)),
     ],
 )
-def test_what_is_pinned(text: str, wishes: tuple[Wish, ...]) -> None:
-    assert parse_pin(text) == wishes
-    assert will_from_texts(map(str, wishes), CLUSTER) == wishes
+def test_what_is_pinned(text: str, constraints: tuple[Constraint, ...]) -> None:
+    assert parse_pin(text) == constraints
+    assert constraints_from_texts(map(str, constraints), CLUSTER) == constraints
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(DocumentError) as caught:
-        read_will(
+        read_constraints(
             [
                 "nod=a-0",
                 "type=A:use=0",
@@ -107,32 +107,32 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     ]
 
 
-def test_a_wish_that_is_said_twice_is_one() -> None:
-    assert read_will(["replicas=2", "replicas=2..2"], [], CLUSTER) == (Replicas(least=2, most=2),)
+def test_a_constraint_that_is_said_twice_is_one() -> None:
+    assert read_constraints(["replicas=2", "replicas=2..2"], [], CLUSTER) == (Replicas(least=2, most=2),)
 
 
 def test_the_only_node_of_a_counted_group_has_two_names() -> None:
     counted = replace(make_node("n0", "A", gpus=2), numbered=True)
     cluster = make_problem([counted, make_node("n1", "B")]).cluster
     node, gpu = of(Unit.NODE, "n0-0"), of(Unit.GPU, "n0-0/1")
-    wishes = read_will(["node=n0", "node=n0-0:as=worker"], ["gpu=n0/1", "node=n0:as=prefill"], cluster)
-    assert wishes == (
-        LeaveOut(gpus=gpu),
-        Keep(gpus=node, duty=Duty.PREFILL, only=False),
+    constraints = read_constraints(["node=n0", "node=n0-0:as=worker"], ["gpu=n0/1", "node=n0:as=prefill"], cluster)
+    assert constraints == (
+        Exclude(gpus=gpu),
+        RestrictRole(gpus=node, duty=Duty.PREFILL, only=False),
         Use(gpus=node, least=1),
-        Keep(gpus=node, duty=Duty.WORKER, only=True),
+        RestrictRole(gpus=node, duty=Duty.WORKER, only=True),
     )
-    assert will_from_texts(map(str, wishes), cluster) == wishes
+    assert constraints_from_texts(map(str, constraints), cluster) == constraints
     with pytest.raises(DocumentError, match="has no node a"):  # which of the two is meant?
-        read_will(["node=a"], [], CLUSTER)
+        read_constraints(["node=a"], [], CLUSTER)
 
 
 def test_a_name_that_a_node_has_means_that_node() -> None:
     pair, confusing = make_node("a", "A", nodes=2), replace(make_node("a-0", "B"), numbered=True)
     cluster = make_problem([pair, confusing]).cluster
-    assert read_will(["node=a-0"], [], cluster) == (Use(gpus=of(Unit.NODE, "a-0"), least=1),)
+    assert read_constraints(["node=a-0"], [], cluster) == (Use(gpus=of(Unit.NODE, "a-0"), least=1),)
 
 
-def test_a_plan_with_a_wish_that_is_none_is_refused() -> None:
-    with pytest.raises(DocumentError, match="please: is no wish, must begin with --pin or --forbid"):
-        will_from_texts(["please"], CLUSTER)
+def test_a_plan_with_a_constraint_that_is_none_is_refused() -> None:
+    with pytest.raises(DocumentError, match="please: is no constraint, must begin with --pin or --forbid"):
+        constraints_from_texts(["please"], CLUSTER)

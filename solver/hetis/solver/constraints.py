@@ -1,8 +1,8 @@
 """Constraints on a plan besides its objective: which GPUs are used and how, TP sizes, replicas, rent.
 
-A *wish* is one ``--pin`` or ``--forbid`` constraint of the command line and written like it (`str`). A plan keeps all
-constraints of its problem: `hetis.solver.placement.grounding` applies them to the search, and
-`hetis.solver.check.will` checks them.
+A constraint is one ``--pin`` or ``--forbid`` of the command line and written like it (`str`). A plan keeps all
+constraints of its problem: `hetis.solver.placement.constrained_problem` applies them to the search, and
+`hetis.solver.check.constraints` checks them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaveOut:
+class Exclude:
     """Constraint that these GPUs are not used."""
 
     gpus: Selection
@@ -70,7 +70,7 @@ class LeaveOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
+class RestrictRole:
     """Constraint that, among duties of its kind, these GPUs have only ``duty`` (``only``), or any other."""
 
     gpus: Selection
@@ -157,39 +157,44 @@ class AtMost:
         return f"--pin {self.of}=..{self.most:.12g}"
 
 
-Wish = LeaveOut | Keep | Use | WithoutTp | WithoutWorkers | WithoutSharedExperts | Replicas | AtMost
-Will = tuple[Wish, ...]
+Constraint = Exclude | RestrictRole | Use | WithoutTp | WithoutWorkers | WithoutSharedExperts | Replicas | AtMost
+Constraints = tuple[Constraint, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """The constraints on some GPUs: duties they may not have, and the indices of `Marks.least` that they count for."""
+class GpuConstraints:
+    """The constraints on some GPUs.
+
+    Attributes:
+        barred: duties they may not have.
+        counts_for: the indices of `ConstraintIndex.least` that they count for.
+    """
 
     barred: frozenset[Duty] = frozenset()
     counts_for: frozenset[int] = frozenset()
 
 
-NO_MARK = Mark()
+UNCONSTRAINED = GpuConstraints()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Marks:
+class ConstraintIndex:
     """The constraints of a problem that its cluster and family do not express.
 
     Attributes:
-        on: marks by node group and GPU type; those not listed have none.
+        on: constraints by node group and GPU type; those not listed have none.
         least: the fewest GPUs in use, for every `Use`.
         replicas: the fewest and the most replicas of the plan.
         most: limits on sums over the plan.
     """
 
-    on: Mapping[tuple[str, str], Mark]
+    on: Mapping[tuple[str, str], GpuConstraints]
     least: tuple[int, ...] = ()
     replicas: tuple[int, float] = (0, float("inf"))
     most: tuple[AtMost, ...] = ()
 
-    def of(self, group: str, gpu: str) -> Mark:
-        return self.on.get((group, gpu), NO_MARK)
+    def of(self, group: str, gpu: str) -> GpuConstraints:
+        return self.on.get((group, gpu), UNCONSTRAINED)
 
     @property
     def has_rows(self) -> bool:
@@ -201,37 +206,39 @@ class Marks:
 class Misfit:
     """An error in a constraint on a cluster; ``known`` are names that it could have meant."""
 
-    wish: Wish
+    constraint: Constraint
     message: str
     name: str = ""
     known: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.wish}: {self.message}"
+        return f"{self.constraint}: {self.message}"
 
 
-def misfits(will: Will, cluster: Cluster, tp_sizes: tuple[int, ...]) -> Iterator[Misfit]:
+def misfits(constraints: Constraints, cluster: Cluster, tp_sizes: tuple[int, ...]) -> Iterator[Misfit]:
     """Yield an error for every constraint that names something the cluster does not have."""
-    if not will:
+    if not constraints:
         return
-    known = _names(cluster) if any(isinstance(wish, LeaveOut | Keep | Use) for wish in will) else {}
-    for wish in will:
-        match wish:
-            case LeaveOut(gpus=gpus) | Keep(gpus=gpus) | Use(gpus=gpus):
+    known = _names(cluster) if any(isinstance(each, Exclude | RestrictRole | Use) for each in constraints) else {}
+    for constraint in constraints:
+        match constraint:
+            case Exclude(gpus=gpus) | RestrictRole(gpus=gpus) | Use(gpus=gpus):
                 names = known[gpus.unit]
                 if gpus.name not in names:
                     message = f"{cluster.name} has no {gpus.unit} {gpus.name}"
-                    yield Misfit(wish=wish, message=message, name=gpus.name, known=tuple(names))
-                elif isinstance(wish, Use) and wish.least > names[gpus.name]:
-                    yield Misfit(wish=wish, message=f"{cluster.name} has {names[gpus.name]} of these GPUs")
-                elif isinstance(wish, Keep | Use) and gpus.unit is Unit.GPU:
-                    yield Misfit(wish=wish, message="a single GPU can only be left out: name its node or its type")
+                    yield Misfit(constraint=constraint, message=message, name=gpus.name, known=tuple(names))
+                elif isinstance(constraint, Use) and constraint.least > names[gpus.name]:
+                    yield Misfit(constraint=constraint, message=f"{cluster.name} has {names[gpus.name]} of these GPUs")
+                elif isinstance(constraint, RestrictRole | Use) and gpus.unit is Unit.GPU:
+                    yield Misfit(
+                        constraint=constraint, message="a single GPU can only be left out: name its node or its type"
+                    )
             case WithoutTp(tp=tp) if tp not in tp_sizes:
-                yield Misfit(wish=wish, message=f"TP sizes are {', '.join(map(str, tp_sizes))}")
+                yield Misfit(constraint=constraint, message=f"TP sizes are {', '.join(map(str, tp_sizes))}")
             case AtMost(of=Sum.USD) if unpriced := _without_price(cluster):
-                yield Misfit(wish=wish, message=f"GPU type {unpriced[0]} has no price")
+                yield Misfit(constraint=constraint, message=f"GPU type {unpriced[0]} has no price")
             case Replicas(least=least, most=most) if most is not None and most < max(1, least):
-                yield Misfit(wish=wish, message="the most is below the least, or below 1")
+                yield Misfit(constraint=constraint, message="the most is below the least, or below 1")
 
 
 def _without_price(cluster: Cluster) -> list[str]:
