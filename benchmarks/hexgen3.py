@@ -34,8 +34,8 @@ from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
 from hetis.solver.placement.options import pool_entry
 from hetis.solver.placement.search import search
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tables import Atlas, FloatArray, Tables
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables, FloatArray, Tables
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, Role
 from hetis.solver.problem import PlacementProblem
 
@@ -144,9 +144,9 @@ def compare(case: Case) -> Row:
 def turns_bound(posed: PlacementProblem) -> float:
     """Return an upper bound on goodput in the family of `hexgen3` if no stage ever waited for its workers."""
     restricted = replace(posed, family=STRATEGIES["hexgen3"].restrict(posed.family))
-    atlas = build_atlas(restricted)
+    costs = build_cost_tables(restricted)
     turning = replace(
-        atlas, scopes=tuple(scope.changed(lambda t: _without_waiting(atlas, t)) for scope in atlas.scopes)
+        costs, scopes=tuple(scope.changed(lambda t: _without_waiting(costs, t)) for scope in costs.scopes)
     )
     budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time)
     outcome = search(turning, "hexgen3", budget, GAP, 0, 1, silent)
@@ -155,18 +155,18 @@ def turns_bound(posed: PlacementProblem) -> float:
     return outcome.bound * posed.assumptions.planned_utilisation
 
 
-def _without_waiting(atlas: Atlas, t: Tables) -> Tables:
+def _without_waiting(costs: CostTables, t: Tables) -> Tables:
     """Return tables whose decode layers with a pool take the longest of dense work, attention and exchange.
 
     Entries hold what attention adds to the dense work. Those of fewer than all head groups are in no plan of `hexgen3`.
     """
     pool_s, least_s = t.pool_s.copy(), t.least_pool_s.copy()
-    sizes = np.array(atlas.pool_sizes, dtype=float)
-    decoding = [x for x, mix in enumerate(atlas.mixes) if mix.role is Role.DECODE]
-    batches = np.array([atlas.mixes[x].micro_batch for x in decoding], dtype=float)[:, None]
+    sizes = np.array(costs.pool_sizes, dtype=float)
+    decoding = [x for x, mix in enumerate(costs.mixes) if mix.role is Role.DECODE]
+    batches = np.array([costs.mixes[x].micro_batch for x in decoding], dtype=float)[:, None]
     iterations = t.iterations[decoding][:, None]
     for s, q in zip(*np.nonzero(t.pool_start >= 0), strict=True):
-        pool, groups = _pool(atlas, s, q), int(t.rank_groups[s])
+        pool, groups = _pool(costs, s, q), int(t.rank_groups[s])
         loads = pool.load(batches, groups, sizes)
         worker_s = pool.worker.decode_attention_s(loads, pool.primary.shape.queries_per_group)
         apart_s = np.maximum(worker_s, pool.exchange_s(batches, groups, sizes))
@@ -177,18 +177,18 @@ def _without_waiting(atlas: Atlas, t: Tables) -> Tables:
     return t._replace(pool_s=pool_s, least_pool_s=least_s)
 
 
-def _pool(atlas: Atlas, s: int, q: int) -> PoolCost:
+def _pool(costs: CostTables, s: int, q: int) -> PoolCost:
     """Return the costs of a pool of class q beside ranks of type s, in the one zone that these fleets have."""
-    place, tp = atlas.ranks[s]
-    own, other = atlas.classes[place], atlas.classes[q]
-    link = own.link_in(atlas.problem.cluster, (own.zone,))
-    link = link.slower_of(other.link_in(atlas.problem.cluster, (other.zone,)))
+    place, tp = costs.ranks[s]
+    own, other = costs.classes[place], costs.classes[q]
+    link = own.link_in(costs.problem.cluster, (own.zone,))
+    link = link.slower_of(other.link_in(costs.problem.cluster, (other.zone,)))
 
     def device(gpu: str, size: int) -> DeviceCost:
-        shape = rank_shape(atlas.problem.model, size)
+        shape = rank_shape(costs.problem.model, size)
         assert shape is not None, "rank types are valid shapes"
-        intra = intra_link(atlas.problem.cluster.gpu_types[gpu], None)
-        return DeviceCost(atlas.problem.model, atlas.problem.profiles[gpu], atlas.moments, shape, intra)
+        intra = intra_link(costs.problem.cluster.gpu_types[gpu], None)
+        return DeviceCost(costs.problem.model, costs.problem.profiles[gpu], costs.moments, shape, intra)
 
     return PoolCost(device(own.gpu, tp), device(other.gpu, 1), link)
 

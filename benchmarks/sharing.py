@@ -165,17 +165,17 @@ def _over(a: FloatArray, b: FloatArray) -> FloatArray:
 
 def linear_problem(search: FleetSearch) -> ShareProblem:
     """Return the sharing problem whose speed-ups are the rates per GPU on each class of GPUs alone."""
-    atlas = search.solvers[0].atlas
+    costs = search.solvers[0].costs
     tenants = []
     for solver in search.solvers:
         speedups = []
-        for g, c in enumerate(atlas.classes):
-            here = np.array([row[0] == g for row in atlas.resources.rows])
+        for g, c in enumerate(costs.classes):
+            here = np.array([row[0] == g for row in costs.resources.rows])
             only = np.where(here, search.limits, 0)
             speedups.append(_alone(search, solver.tenant, only) / c.available)
         job = Job(name="serve", speedups=tuple(speedups))
         tenants.append(Claimant(name=solver.tenant.name, weight=solver.tenant.weight, jobs=(job,)))
-    gpus = tuple(GpuShare(gpu=f"{g} {c.gpu}", count=c.available) for g, c in enumerate(atlas.classes))
+    gpus = tuple(GpuShare(gpu=f"{g} {c.gpu}", count=c.available) for g, c in enumerate(costs.classes))
     return ShareProblem(gpus=gpus, tenants=tuple(tenants))
 
 
@@ -189,7 +189,7 @@ def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rul
     """Return the row of the linear shares in whole GPUs, at the rates that are really reached there."""
     shares = solve_shares(problem, rule)
     whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
-    rows_of = [g for g, _ in search.solvers[0].atlas.resources.rows]
+    rows_of = [g for g, _ in search.solvers[0].costs.resources.rows]
     limits = [np.minimum(search.limits, amounts[rows_of]) for amounts in whole]
     tenants = [solver.tenant for solver in search.solvers]
     weights = np.array([tenant.weight for tenant in tenants])

@@ -26,8 +26,8 @@ from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearSh
 from hetis.solver.placement import template as search
 from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.options import kept_bytes
-from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
@@ -299,43 +299,43 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
 
 
 @st.composite
-def templates(draw: st.DrawFn) -> tuple[PlacementProblem, Atlas, Template]:
+def templates(draw: st.DrawFn) -> tuple[PlacementProblem, CostTables, Template]:
     """Any replica of two stages or one, of the tables of a problem."""
     problem = problem_of(draw)
-    atlas = build_atlas(problem)
-    configuration = draw(st.sampled_from(configurations(atlas)))
-    scope, mix = atlas.scopes[configuration.scope], atlas.mixes[configuration.mix]
+    costs = build_cost_tables(problem)
+    configuration = draw(st.sampled_from(configurations(costs)))
+    scope, mix = costs.scopes[configuration.scope], costs.mixes[configuration.mix]
     t, model = scope.tables, problem.model
     ranks = [
         s
-        for s, (i, _) in enumerate(atlas.ranks)
-        if atlas.classes[i].zone in scope.zones and atlas.rank_dp[s] == mix.attention_dp
+        for s, (i, _) in enumerate(costs.ranks)
+        if costs.classes[i].zone in scope.zones and costs.rank_dp[s] == mix.attention_dp
     ]
     stages = []
     alone = mix.attention_dp > 1
     for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)][: 1 if alone else 2])):
         s = draw(st.sampled_from(ranks))
         stage = TemplateStage(s, 1 if alone else draw(st.integers(1, 2)), layers)
-        pools = [q for q in range(len(atlas.classes)) if t.pool_start[s, q] >= 0]
+        pools = [q for q in range(len(costs.classes)) if t.pool_start[s, q] >= 0]
         if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
-            cards, groups = draw(st.sampled_from(atlas.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
+            cards, groups = draw(st.sampled_from(costs.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
             stage = replace(stage, pool_class=draw(st.sampled_from(pools)), pool_cards=cards, pool_groups=groups)
         stages.append(stage)
     template = Template(configuration.scope, configuration.mix, configuration.in_flight_index, tuple(stages), math.inf)
-    return problem, atlas, template
+    return problem, costs, template
 
 
-def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[Numbers, list[Stage]]:
+def named(problem: PlacementProblem, costs: CostTables, template: Template) -> tuple[Numbers, list[Stage]]:
     """Return the same replica in the document's terms."""
-    network, mix = problem.cluster.network, atlas.mixes[template.mix]
-    zones = atlas.scopes[template.scope].zones
+    network, mix = problem.cluster.network, costs.mixes[template.mix]
+    zones = costs.scopes[template.scope].zones
     d = mix.attention_dp
     M = problem.family.in_flight[template.in_flight_index] * d
     numbers = Numbers(problem, role=mix.role, b=mix.micro_batch, M=M, C=mix.chunk_tokens, d=d)
     between = [network.zone_link(x, y) for x in zones for y in zones]
     stages = []
     for one in template.stages:
-        own, tp = atlas.classes[atlas.ranks[one.rank][0]], atlas.ranks[one.rank][1] // d
+        own, tp = costs.classes[costs.ranks[one.rank][0]], costs.ranks[one.rank][1] // d
         nics = {group.name: group.nic or network.default for group in problem.cluster.node_groups}
         nic = nics[own.groups[0].name]
         board = problem.cluster.gpu_types[own.gpu]
@@ -344,7 +344,7 @@ def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[
         far = [network.zone_link(zones[0], z) for z in (problem.cluster.zones() if mix.sends_afar else zones)]
         pool = None
         if one.pool_class >= 0:
-            other = atlas.classes[one.pool_class]
+            other = costs.classes[one.pool_class]
             link = slowest([nic, nics[other.groups[0].name], network.zone_link(own.zone, own.zone)])
             pool = Pool(gpu=other.gpu, cards=one.pool_cards, head_groups=one.pool_groups, link=link)
         stages.append(
@@ -357,28 +357,28 @@ def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[
 
 
 @given(templates())
-def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, Atlas, Template]) -> None:
-    problem, atlas, template = found
+def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, CostTables, Template]) -> None:
+    problem, costs, template = found
     numbers, stages = named(*found)
     last = len(stages) - 1
-    seconds = search.times_of(template, search.stage_seconds(atlas, template))
+    seconds = search.times_of(template, search.stage_seconds(costs, template))
     expected = [
         numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) / numbers.d for i, s in enumerate(stages)
     ]  # of copies that iterate together, the part of each
     assert seconds == [near(value) for value in expected]
     if numbers.role is Role.UNIFIED:
-        chunks = search.times_of(template, search.chunk_stage_seconds(atlas, template))
+        chunks = search.times_of(template, search.chunk_stage_seconds(costs, template))
         assert chunks == [
             near(numbers.chunk_seconds(s, is_first=i == 0, is_last=i == last)) for i, s in enumerate(stages)
         ]
-    t_floor = atlas.scopes[template.scope].tables.t_floor
-    assert search.interval_of(atlas, template) == near(max(numbers.interval(stages), t_floor))
-    mix, M = atlas.mixes[template.mix], numbers.M // numbers.d
-    assert cost.tpot_per_interval(atlas.moments, mix, M) == near(numbers.tpot_per_t())
-    assert cost.ttft_round_trips(atlas.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
+    t_floor = costs.scopes[template.scope].tables.t_floor
+    assert search.interval_of(costs, template) == near(max(numbers.interval(stages), t_floor))
+    mix, M = costs.mixes[template.mix], numbers.M // numbers.d
+    assert cost.tpot_per_interval(costs.moments, mix, M) == near(numbers.tpot_per_t())
+    assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
     if mix.role is Role.PREFILL:
         landing_s = max(numbers.landing_seconds(s, s.kv_link) for s in stages if s.kv_link is not None)
-        assert search.landing_s(atlas, template) == near(landing_s)
+        assert search.landing_s(costs, template) == near(landing_s)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=range(len(MODELS)))
@@ -395,21 +395,21 @@ def test_the_ranks_of_a_group_share_out_the_weights(model: ModelSpec, tp: int) -
 
 
 @given(templates())
-def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Template]) -> None:
-    _, atlas, template = found
+def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, CostTables, Template]) -> None:
+    _, costs, template = found
     numbers, stages = named(*found)
     last, repeated = len(stages) - 1, numbers.model.num_layers - numbers.model.prefix_layers
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     for i, (stage, one) in enumerate(zip(stages, template.stages, strict=True)):
         ends = {"is_first": i == 0, "is_last": i == last}
-        fixed = search.fixed_bytes(atlas, template, i) + one.layers * float(t.layer_bytes[one.rank])
+        fixed = search.fixed_bytes(costs, template, i) + one.layers * float(t.layer_bytes[one.rank])
         reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
         assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
         kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
         layers = numbers.layers_of(stage, i == 0) + numbers.drafting(i == last)
         assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
         fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
-        assert search.room_layers(atlas, template, i) == max(fits, default=0)
+        assert search.room_layers(costs, template, i) == max(fits, default=0)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

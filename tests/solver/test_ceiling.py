@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import example, problem
-from hetis.solver.placement.ceiling import Ceiling, all_lines, asked_of, ceilings, limits_of
+from hetis.solver.placement.ceiling import Ceiling, all_lines, ceilings, limits_of, queries_of
 from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.options import kept_of_groups, layers_in_room, layers_on_card, roomiest_split
 from hetis.solver.placement.pricing import best_replica
-from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import problems
 
@@ -25,25 +25,25 @@ UNKNOWN = Ceiling(np.inf, 0.0, 0.0)
 
 
 def ceiling_of(
-    atlas: Atlas, c: Configuration, group_price: FloatArray, card_price: FloatArray, enough: float
+    costs: CostTables, c: Configuration, group_price: FloatArray, card_price: FloatArray, enough: float
 ) -> Ceiling:
-    family, t = atlas.problem.family, atlas.scopes[c.scope].tables
+    family, t = costs.problem.family, costs.scopes[c.scope].tables
     limits = limits_of(t, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, t.t_floor)
-    asked = asked_of(np.array([c.mix]), np.array([c.in_flight_index]), [limits])
+    asked = queries_of(np.array([c.mix]), np.array([c.in_flight_index]), [limits])
     lines, begins = all_lines(t, asked, family.max_copies, family.max_pool)
     found = ceilings(t.num_layers, asked, lines, begins, group_price, card_price, np.array([enough]))
     return Ceiling(*map(float, found[0]))
 
 
 def searched(
-    atlas: Atlas, c: Configuration, group_price: FloatArray, card_price: FloatArray, proof: Ceiling, floor: float
+    costs: CostTables, c: Configuration, group_price: FloatArray, card_price: FloatArray, proof: Ceiling, floor: float
 ) -> float:
     """Best ``rate / price`` of a configuration; scarcity left aside, as the ceiling leaves it."""
-    tables, family = atlas.scopes[c.scope].tables, atlas.problem.family
+    tables, family = costs.scopes[c.scope].tables, costs.problem.family
     limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, tables.t_floor)
     if limits.shortest_s > limits.longest_s:
         return 0.0
-    plenty = np.zeros(len(atlas.classes), dtype=np.bool_)
+    plenty = np.zeros(len(costs.classes), dtype=np.bool_)
     return float(
         best_replica(
             tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool, group_price, card_price, plenty,
@@ -55,24 +55,24 @@ def searched(
 @settings(max_examples=EXAMPLES)
 @given(problem=problems(), data=st.data())
 def test_no_replica_is_above_its_ceiling_and_none_is_lost(problem: PlacementProblem, data: st.DataObject) -> None:
-    atlas = build_atlas(problem)
-    if not atlas.ranks:
+    costs = build_cost_tables(problem)
+    if not costs.ranks:
         return
     worth = data.draw(
-        st.lists(st.sampled_from((1e-5, 0.1, 1.0, 3.0)), min_size=len(atlas.classes), max_size=len(atlas.classes))
+        st.lists(st.sampled_from((1e-5, 0.1, 1.0, 3.0)), min_size=len(costs.classes), max_size=len(costs.classes))
     )
-    rows = np.array([worth[g] if p == 1 else 0.0 for g, p in atlas.resources.rows])
-    prices = atlas.group_use @ rows, atlas.card_use @ rows
-    for c in configurations(atlas):
-        ratio = searched(atlas, c, *prices, UNKNOWN, 0.0)
-        highest = ceiling_of(atlas, c, *prices, 0.0)
+    rows = np.array([worth[g] if p == 1 else 0.0 for g, p in costs.resources.rows])
+    prices = costs.group_use @ rows, costs.card_use @ rows
+    for c in configurations(costs):
+        ratio = searched(costs, c, *prices, UNKNOWN, 0.0)
+        highest = ceiling_of(costs, c, *prices, 0.0)
         assert ratio <= highest.ratio * (1 + 1e-9)
         if ratio == 0.0:
             continue
         floor = 0.98 * ratio
-        proof = ceiling_of(atlas, c, *prices, floor)
+        proof = ceiling_of(costs, c, *prices, floor)
         assert proof.ratio > floor, "proved too low"
-        again = searched(atlas, c, *prices, proof, floor)
+        again = searched(costs, c, *prices, proof, floor)
         assert again == pytest.approx(ratio, rel=2 * TOLERANCE), "a useful option was left out"
 
 
@@ -97,10 +97,10 @@ def test_no_split_has_more_room_than_the_roomiest(
 
 def test_most_configurations_end_at_their_ceiling() -> None:
     """Without ceilings, pricing would search 1,824 configurations one by one."""
-    atlas = build_atlas(problem(example("fleet-160")))
+    costs = build_cost_tables(problem(example("fleet-160")))
     worth = np.array([2.0, 0.9, 0.4, 0.35, 0.5])
-    prices = atlas.group_use @ worth, atlas.card_use @ worth
-    some = list(configurations(atlas))[::5]
-    every = sorted(((ceiling_of(atlas, c, *prices, 0.0).ratio, c) for c in some), key=itemgetter(0))
-    best = max(searched(atlas, c, *prices, UNKNOWN, 0.0) for _, c in every[-20:])
+    prices = costs.group_use @ worth, costs.card_use @ worth
+    some = list(configurations(costs))[::5]
+    every = sorted(((ceiling_of(costs, c, *prices, 0.0).ratio, c) for c in some), key=itemgetter(0))
+    best = max(searched(costs, c, *prices, UNKNOWN, 0.0) for _, c in every[-20:])
     assert sum(highest > best for highest, _ in every) < len(every) / 4

@@ -21,7 +21,7 @@ from hetis.solver.placement.infeasible import ExplainedInfeasibleError, Infeasib
 from hetis.solver.placement.infeasible.growth import with_added
 from hetis.solver.placement.infeasible.requirements import Subject, keeping, requirements_of, with_faster_links
 from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -295,10 +295,10 @@ def test_the_bound_from_dense_work_holds(problem: PlacementProblem) -> None:
     rate = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.THROUGHPUT))
     found = apply_constraints(rate)
     if not found.is_empty:
-        atlas = build_atlas(found.problem)
-        assert best_by_brute_force(rate) <= rate_bound(atlas) * (1 + 1e-9)
-        assert rate_bound(atlas) <= rate_bound(atlas, with_constraints=False)
-        assert rate_bound(atlas, (Role.UNIFIED,), with_constraints=False) <= rate_bound(atlas, with_constraints=False)
+        costs = build_cost_tables(found.problem)
+        assert best_by_brute_force(rate) <= rate_bound(costs) * (1 + 1e-9)
+        assert rate_bound(costs) <= rate_bound(costs, with_constraints=False)
+        assert rate_bound(costs, (Role.UNIFIED,), with_constraints=False) <= rate_bound(costs, with_constraints=False)
 
 
 def test_what_dense_work_refutes_needs_no_time() -> None:

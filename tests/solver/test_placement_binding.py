@@ -13,7 +13,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.binding import bind
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage, use_of
 from hetis.solver.plan import Plan
 from hetis.solver.planning import solve_placement
@@ -75,27 +75,27 @@ def test_whatever_the_packing_rows_admit_can_be_bound(shapes: list[Shape], sizes
     nodes = [make_node(f"n{i}", "A", gpus=gpus, nodes=count) for i, (gpus, count) in enumerate(shapes)]
     family = replace(SMALL_FAMILY, tp_sizes=(1, 2, 4, 8), micro_batches=(1,), in_flight=(1,))
     problem = make_problem(nodes, family=family)
-    atlas = build_atlas(replace(problem, model=replace(problem.model, q_heads=8, head_dim=32)))
+    costs = build_cost_tables(replace(problem, model=replace(problem.model, q_heads=8, head_dim=32)))
     drawn = random.Random(seed)
-    left = atlas.resources.limits.copy()
+    left = costs.resources.limits.copy()
     templates = list[Template]()
     for tp in sizes:
-        ranks = [s for s, (_, size) in enumerate(atlas.ranks) if size == tp]
+        ranks = [s for s, (_, size) in enumerate(costs.ranks) if size == tp]
         if not ranks:
             continue
         stage = TemplateStage(rank=drawn.choice(ranks), copies=1, layers=1)
         template = Template(0, 0, 0, (stage,), 1.0)
-        if (use_of(atlas, template) <= left).all():
-            left -= use_of(atlas, template)
+        if (use_of(costs, template) <= left).all():
+            left -= use_of(costs, template)
             if templates and drawn.random() < 0.5:
                 template = replace(template, stages=(*templates.pop().stages, stage))
             templates.append(template)
-    bound = bind(atlas, templates, seed=seed)
-    assert bound == bind(atlas, templates, seed=seed)
+    bound = bind(costs, templates, seed=seed)
+    assert bound == bind(costs, templates, seed=seed)
     devices = list[str]()
     for template, stages in zip(templates, bound, strict=True):
         for stage, place in zip(template.stages, stages, strict=True):
-            assert len(place.devices) == atlas.ranks[stage.rank][1]
+            assert len(place.devices) == costs.ranks[stage.rank][1]
             assert len({device.split("/")[0] for device in place.devices}) == 1
             devices += place.devices
     assert len(devices) == len(set(devices))
@@ -104,16 +104,16 @@ def test_whatever_the_packing_rows_admit_can_be_bound(shapes: list[Shape], sizes
 
 def test_replica_that_fits_in_a_node_stays_in_it() -> None:
     problem = make_problem([make_node("a", "A", gpus=4, nodes=3)])
-    atlas = build_atlas(problem)
-    one, two = (next(s for s, (_, tp) in enumerate(atlas.ranks) if tp == size) for size in (1, 2))
+    costs = build_cost_tables(problem)
+    one, two = (next(s for s, (_, tp) in enumerate(costs.ranks) if tp == size) for size in (1, 2))
     pair = (TemplateStage(rank=two, copies=1, layers=3), TemplateStage(rank=one, copies=2, layers=3))
-    bound = bind(atlas, [Template(0, 0, 0, pair, 1.0)] * 3)
+    bound = bind(costs, [Template(0, 0, 0, pair, 1.0)] * 3)
     for stages in bound:
         assert len({device.split("/")[0] for stage in stages for device in stage.devices}) == 1
 
 
 def test_more_than_the_fleet_has_is_a_bug_and_says_so() -> None:
-    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)]))
+    costs = build_cost_tables(make_problem([make_node("a", "A", gpus=2)]))
     template = Template(0, 0, 0, (TemplateStage(rank=0, copies=1, layers=6),), 1.0)
     with pytest.raises(UnboundPlanError, match=r"^no node has 1 free A for replica 2$"):
-        bind(atlas, [template] * 3)
+        bind(costs, [template] * 3)

@@ -22,7 +22,7 @@ from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.options import EVERYTHING, list_options
 from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
@@ -111,22 +111,22 @@ def test_an_engine_never_serves_more_than_any_engine(data: st.DataObject) -> Non
 @settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=6, family=WITH_WORKERS), depth=st.integers(1, 3))
 def test_stages_take_what_the_options_of_other_families_take(problem: PlacementProblem, depth: int) -> None:
-    atlas = build_atlas(problem)
-    shapes = [shape for shape in shapes_of(atlas) if shape.depth == depth]
+    costs = build_cost_tables(problem)
+    shapes = [shape for shape in shapes_of(costs) if shape.depth == depth]
     assume(shapes)
     shape = shapes[0]
-    t, f = atlas.scopes[shape.scope].tables, depth - 1
-    free = np.zeros(len(atlas.ranks)), np.zeros(len(atlas.classes))
-    for x, mix in enumerate(atlas.mixes):
-        least, uneven = (0.0, 0.0) if depth == 1 else atlas.regimes(mix.role)[1]
+    t, f = costs.scopes[shape.scope].tables, depth - 1
+    free = np.zeros(len(costs.ranks)), np.zeros(len(costs.classes))
+    for x, mix in enumerate(costs.mixes):
+        least, uneven = (0.0, 0.0) if depth == 1 else costs.regimes(mix.role)[1]
         cap = float(t.trip_cap[x, f]) / depth
         o = list_options(t, x, f, 1, 2, least, uneven, cap, np.inf, EVERYTHING, *free)
         for i in range(len(o.rank)):
             q, cards, k = int(o.pool_class[i]), int(o.pool_cards[i]), int(o.pool_groups[i])
             if o.rank[i] not in shape.ranks or (q >= 0 and mix.role is not Role.UNIFIED):
                 continue
-            workers = None if q < 0 else Workers(q, atlas.pool_sizes.index(cards))
-            times = stage_times(atlas, shape, sweep_of(atlas, depth, np.array([x]), np.array([k])), workers)
+            workers = None if q < 0 else Workers(q, costs.pool_sizes.index(cards))
+            times = stage_times(costs, shape, sweep_of(costs, depth, np.array([x]), np.array([k])), workers)
             s = shape.ranks.tolist().index(o.rank[i])
             assert times.layer_s[0, s] == pytest.approx(o.layer_s[i], rel=1e-9)
             assert times.fixed_s[0, s] == pytest.approx(o.fixed_s[i], rel=1e-9)
@@ -145,13 +145,13 @@ def with_twin_zone(problem: PlacementProblem) -> PlacementProblem:
 def test_what_is_learned_of_a_replica_holds_in_every_zone_that_shares_it(
     problem: PlacementProblem, share: float
 ) -> None:
-    atlas = build_atlas(with_twin_zone(problem))
-    without, others = candidates_of(atlas)
+    costs = build_cost_tables(with_twin_zone(problem))
+    without, others = candidates_of(costs)
     candidates = [*without, *others]
     assume(candidates)
-    assert len({id(each.evaluator) for each in candidates}) < len(candidates) or len(atlas.scopes) < 2
+    assert len({id(each.evaluator) for each in candidates}) < len(candidates) or len(costs.scopes) < 2
     for each in candidates:
-        alone = Evaluator(atlas, each.shape, each.evaluator.mixes, each.workers)
+        alone = Evaluator(costs, each.shape, each.evaluator.mixes, each.workers)
         every, least_s = np.arange(len(each.fits)), alone.shortest_s.copy()
         alone.evaluate(every, np.full(len(every), np.inf))
         best_s = np.where(alone.is_known, alone.shortest_s, np.inf)

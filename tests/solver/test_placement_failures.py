@@ -26,7 +26,7 @@ from hetis.solver.placement.infeasible.requirements import Requirement, Subject,
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -152,7 +152,7 @@ def test_packings_that_ran_out_of_time_prove_nothing(strategy: str, kind: Object
         solve_placement(problem, strategy=strategy)
     with milps_without_time():
         fresh = search_fresh(
-            build_atlas(problem), demand, strategy=strategy, budget=Budget(), gap_target=0.001, seed=0, threads=1,
+            build_cost_tables(problem), demand, strategy=strategy, budget=Budget(), gap_target=0.001, seed=0, threads=1,
             report=silent,
         )  # fmt: skip
     assert not fresh.is_empty
@@ -201,7 +201,7 @@ def test_equal_stages_of_several_types_in_a_role_answer_no_trial_of_splitwise() 
     problem = replace(problem, family=STRATEGIES["splitwise"].restrict(problem.family))
     best = solve_placement(problem, strategy="splitwise").result
     assert best.status is Status.OPTIMAL
-    equal = search.equal_stages(build_atlas(problem), Budget(), 0)
+    equal = search.equal_stages(build_cost_tables(problem), Budget(), 0)
     assert equal is not None
     beyond = 1.01 * best.value
     assert beyond < 0.9 * equal.value, "there is a plan of equal stages, but not in the family"
@@ -328,10 +328,10 @@ def test_cancelled_in_the_middle_of_a_pass_packs_once_more_and_no_further() -> N
         return found
 
     with milps_without_time(num_calls=0) as begun, patch.object(exact_search, "explore", cancelling):
-        atlas = build_atlas(problem)
-        limits = atlas.resources.limits
-        rates = master.Master(limits, None, atlas.routes)
-        assert solve_exactly(atlas, rates, np.zeros(len(limits)), budget=budget, report=silent, seed=0) is not None
+        costs = build_cost_tables(problem)
+        limits = costs.resources.limits
+        rates = master.Master(limits, None, costs.routes)
+        assert solve_exactly(costs, rates, np.zeros(len(limits)), budget=budget, report=silent, seed=0) is not None
     assert len(begun) - begun_before[0] == 1
 
 

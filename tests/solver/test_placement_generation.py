@@ -22,7 +22,7 @@ from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.pricing import Priced, Pricer
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import use_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.planning import solve_placement
@@ -208,40 +208,40 @@ def test_slow_links_between_zones_are_never_overdrawn(
 )
 def test_ceilings_kept_from_earlier_prices_hide_no_replica(problem: PlacementProblem, factors: list[float]) -> None:
     """One pricer at ever other prices and ever lower caps says what a new one says, or something weaker."""
-    atlas = build_atlas(problem)
-    num_rows = len(atlas.resources.rows)
+    costs = build_cost_tables(problem)
+    num_rows = len(costs.resources.rows)
     settings_of = {"max_copies": 2, "max_pool": 2, "threads": 1, "tolerance": 1e-4}
-    every = [c for c in configurations(atlas) if c.side == UNIFIED]
-    kept, rate_cap = Pricer(atlas, every, np.zeros(num_rows), **settings_of), 1e4  # type: ignore[arg-type]
+    every = [c for c in configurations(costs) if c.side == UNIFIED]
+    kept, rate_cap = Pricer(costs, every, np.zeros(num_rows), **settings_of), 1e4  # type: ignore[arg-type]
     for at in range(3):
         prices = np.array([factors[(at * num_rows + row) % len(factors)] for row in range(num_rows)])
-        new = Pricer(atlas, every, np.zeros(num_rows), **settings_of)  # type: ignore[arg-type]
+        new = Pricer(costs, every, np.zeros(num_rows), **settings_of)  # type: ignore[arg-type]
         rate_cap *= 0.5
         best = new.price(prices, 0.0, 1.0, Budget(), rate_cap=rate_cap)
         floor = 0.9 * best.ratio_bound
         again = kept.price(prices, floor, 1.0, Budget(), rate_cap=rate_cap, ease=0.01)
         for template in best.templates:
-            ratio = min(template.rate, rate_cap) / float(prices @ use_of(atlas, template))
+            ratio = min(template.rate, rate_cap) / float(prices @ use_of(costs, template))
             assert again.ratio_bound >= ratio * (1 - REL)
 
 
 def test_a_replica_that_a_limit_keeps_fast_is_priced_whatever_rate_counts() -> None:
     """It cannot be slowed down to the cap, and may be part of a plan that serves less than it could."""
     limits = Objective(ttft_limit_s=0.05, tpot_limit_s=None)
-    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)], objective=limits))
-    every = [c for c in configurations(atlas) if c.side == UNIFIED]
-    prices = np.ones(len(atlas.resources.rows))
-    pricer = Pricer(atlas, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
+    costs = build_cost_tables(make_problem([make_node("a", "A", gpus=2)], objective=limits))
+    every = [c for c in configurations(costs) if c.side == UNIFIED]
+    prices = np.ones(len(costs.resources.rows))
+    pricer = Pricer(costs, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
     priced = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=1e-3)
     assert priced.templates
     assert priced.ratio_bound >= 1e-3 / 2
 
 
 def test_pricing_without_time_knows_nothing_and_says_so() -> None:
-    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)]))
-    every = [c for c in configurations(atlas) if c.side == UNIFIED]
-    prices = np.ones(len(atlas.resources.rows))
-    pricer = Pricer(atlas, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
+    costs = build_cost_tables(make_problem([make_node("a", "A", gpus=2)]))
+    every = [c for c in configurations(costs) if c.side == UNIFIED]
+    prices = np.ones(len(costs.resources.rows))
+    pricer = Pricer(costs, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
     spent = Budget()
     spent.cancelled.set()
     priced = pricer.price(prices, 0.0, 1.0, spent, rate_cap=np.inf)
@@ -300,6 +300,6 @@ def test_sides_with_few_configurations_are_priced_first() -> None:
     problem = make_problem([make_node("a", "A", nodes=3)], objective=NO_LIMITS)
     with patch.object(Pricer, "price", noted):
         assert generated(problem) is not None
-    whole = len(configurations(build_atlas(problem)))
+    whole = len(configurations(build_cost_tables(problem)))
     rounds = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
     assert any(sum(one) == whole and one == sorted(one) and one[-1] > one[0] for one in rounds)

@@ -19,7 +19,7 @@ from hetis.solver.placement import search
 from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import interval_of, with_fewest_in_flight
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
@@ -184,19 +184,19 @@ def test_each_role_goes_to_the_cards_that_suit_it(exact: bool) -> None:
 @pytest.mark.parametrize("limit_s", [None, 60.0])
 def test_a_prefill_replica_has_no_more_in_flight_than_its_rate_needs(limit_s: float | None) -> None:
     problem = replace(split_fleet(), objective=Objective(ttft_limit_s=limit_s, tpot_limit_s=None))
-    atlas = build_atlas(problem)
+    costs = build_cost_tables(problem)
     busy = problem.family.in_flight.index(max(problem.family.in_flight))
     tried = 0
-    for template in uniform_templates(atlas):
+    for template in uniform_templates(costs):
         many = replace(template, in_flight_index=busy)
-        many = replace(many, interval_s=interval_of(atlas, many))
-        few = with_fewest_in_flight(atlas, many)
-        if limit_s is not None or atlas.mixes[template.mix].role is not Role.PREFILL:
+        many = replace(many, interval_s=interval_of(costs, many))
+        few = with_fewest_in_flight(costs, many)
+        if limit_s is not None or costs.mixes[template.mix].role is not Role.PREFILL:
             assert few is many
         elif template.num_copies == 1:
             tried += 1
             assert (problem.family.in_flight[few.in_flight_index], few.rate) == (2, many.rate)  # 1 has no slack
-            assert interval_of(atlas, few) == pytest.approx(few.interval_s, rel=1e-12)
+            assert interval_of(costs, few) == pytest.approx(few.interval_s, rel=1e-12)
     assert tried or limit_s is not None
 
 
@@ -282,16 +282,16 @@ def test_prices_that_prove_a_bound_are_dual_feasible(theta: list[float], capacit
 
 def test_flows_are_split_over_replicas_without_a_rest() -> None:
     problem = split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5))
-    atlas = build_atlas(problem)
-    templates = uniform_templates(atlas)
-    of_side = {atlas.side_of(t.scope, t.mix): t for t in templates}
-    afar = of_side[atlas.routes.side(Role.PREFILL, 0, sends_afar=True)]
-    local = of_side[atlas.routes.side(Role.PREFILL, 0)]
-    here, there = (of_side[atlas.routes.side(Role.DECODE, zone)] for zone in (0, 1))
+    costs = build_cost_tables(problem)
+    templates = uniform_templates(costs)
+    of_side = {costs.side_of(t.scope, t.mix): t for t in templates}
+    afar = of_side[costs.routes.side(Role.PREFILL, 0, sends_afar=True)]
+    local = of_side[costs.routes.side(Role.PREFILL, 0)]
+    here, there = (of_side[costs.routes.side(Role.DECODE, zone)] for zone in (0, 1))
     flows = np.zeros((2, 2))
     flows[0, 1] = 0.5 * min(afar.rate, there.rate)
     flows[0, 0] = min(afar.rate - flows[0, 1] + local.rate, here.rate)
-    found = kv_routes(atlas, [afar, local, here, there], flows)
+    found = kv_routes(costs, [afar, local, here, there], flows)
     assert sum(route.rate for route in found) == pytest.approx(flows.sum())
     assert all((route.prefill, route.decode) != (1, 3) for route in found), "a local sender does not cross zones"
 

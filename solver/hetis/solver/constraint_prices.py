@@ -16,7 +16,7 @@ from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.solve import objective_scale
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -88,6 +88,6 @@ def _at_once(freed: PlacementProblem, plan: Plan, part: Constraints) -> Constrai
     if not plan.objective.maximises:
         return ConstraintPrice(constraints=part, least=0.0, most=plan.result.value, is_solved=False)
     family = STRATEGIES[plan.strategy].restrict(freed.family)
-    atlas = build_atlas(apply_constraints(replace(freed, family=family)).problem)
-    most = objective_scale(freed) * rate_bound(atlas) - plan.result.value
+    costs = build_cost_tables(apply_constraints(replace(freed, family=family)).problem)
+    most = objective_scale(freed) * rate_bound(costs) - plan.result.value
     return ConstraintPrice(constraints=part, least=0.0, most=max(0.0, most), is_solved=False)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.cost import Regime
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.replicas import Pipeline, ReplicaSearch, best_split, duty_of
@@ -133,17 +133,17 @@ def two_types() -> PlacementProblem:
 
 def test_shapes_use_every_gpu_of_the_group() -> None:
     """Two A on one node, three B on another: TP 1 or 2 each, what is left of a node alone, both orders of the types."""
-    search = ReplicaSearch(build_atlas(two_types()))
-    shapes = [[search.atlas.ranks[rank] for rank in shape] for shape in search.shapes(((0, (2,)), (1, (3,))))]
+    search = ReplicaSearch(build_cost_tables(two_types()))
+    shapes = [[search.costs.ranks[rank] for rank in shape] for shape in search.shapes(((0, (2,)), (1, (3,))))]
     of_a, of_b = [[(0, 1)] * 2, [(0, 2)]], [[(1, 1)] * 3, [(1, 2), (1, 1)]]
     expected = [a + b for a in of_a for b in of_b] + [b + a for b in of_b for a in of_a]
     assert sorted(shapes) == sorted(expected)
 
 
 def test_prefill_takes_the_lowest_latency_and_decode_the_highest_rate() -> None:
-    atlas = build_atlas(two_types())
-    search, group = ReplicaSearch(atlas), ((0, (2,)),)
-    prefill, decode = (duty_of(atlas, role, "default") for role in (Role.PREFILL, Role.DECODE))
+    costs = build_cost_tables(two_types())
+    search, group = ReplicaSearch(costs), ((0, (2,)),)
+    prefill, decode = (duty_of(costs, role, "default") for role in (Role.PREFILL, Role.DECODE))
     quickest = min(search.shapes(group), key=lambda shape: search._latency_s(shape, prefill))
     found = search.best_replica(group, prefill)
     assert found is not None
@@ -156,5 +156,5 @@ def test_prefill_takes_the_lowest_latency_and_decode_the_highest_rate() -> None:
 
 def test_a_group_too_small_for_the_model_has_no_replica() -> None:
     tiny = replace(two_types(), profiles={gpu: make_profile(gpu, usable_bytes=3_000_000) for gpu in "AB"})
-    atlas = build_atlas(tiny)
-    assert ReplicaSearch(atlas).best_replica(((0, (1,)),), duty_of(atlas, Role.DECODE, "default")) is None
+    costs = build_cost_tables(tiny)
+    assert ReplicaSearch(costs).best_replica(((0, (1,)),), duty_of(costs, Role.DECODE, "default")) is None

@@ -14,7 +14,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -145,11 +145,11 @@ def test_a_type_leaves_the_dense_path_that_takes_five_percent_off_it_at_most(flo
         workload=make_workload((4000, 10)),
         network=Network(default=Link(bytes_per_s=1e12, latency_s=0.0)),
     )
-    atlas = build_atlas(restricted(problem, "hetis-paper"))
-    duty, strong, weak = duty_of(atlas, Role.UNIFIED, "default"), (0, (2,)), (1, (1,))
-    without, by_rule = dense_path(atlas, duty, (strong,)), dense_path(atlas, duty, (strong, weak))
+    costs = build_cost_tables(restricted(problem, "hetis-paper"))
+    duty, strong, weak = duty_of(costs, Role.UNIFIED, "default"), (0, (2,)), (1, (1,))
+    without, by_rule = dense_path(costs, duty, (strong,)), dense_path(costs, duty, (strong, weak))
     with patch.object(hetis_paper, "LEAST_GAIN", -math.inf):
-        everyone = dense_path(atlas, duty, (strong, weak))
+        everyone = dense_path(costs, duty, (strong, weak))
     assert without is not None
     assert by_rule is not None
     assert everyone is not None

@@ -11,7 +11,7 @@ from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Link
 from hetis.solver.cluster import Network as Links
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Role
 from hetis.solver.published.heuristic import Search
 from hetis.solver.published.hexgen2 import SATURATED, Arrangement, Network, proposals
@@ -29,9 +29,9 @@ def network() -> Network:
     nodes = [make_node("weak", "A", gpus=3), make_node("strong", "B", gpus=3)]
     fast = Links(default=Link(bytes_per_s=1e11, latency_s=1e-6))
     problem = make_problem(nodes, profiles={"A": weak, "B": strong}, network=fast, workload=make_workload((800, 10)))
-    atlas = build_atlas(replace(problem, family=STRATEGIES["hexgen2-paper"].restrict(problem.family)))
-    gpus = FleetGpus.of(problem.cluster, atlas.classes, [1.0, 1.0])
-    return Network(Search(atlas, gpus, ReplicaSearch(atlas), Budget(), silent, 0), sends_afar=False)
+    costs = build_cost_tables(replace(problem, family=STRATEGIES["hexgen2-paper"].restrict(problem.family)))
+    gpus = FleetGpus.of(problem.cluster, costs.classes, [1.0, 1.0])
+    return Network(Search(costs, gpus, ReplicaSearch(costs), Budget(), silent, 0), sends_afar=False)
 
 
 def test_a_bottleneck_gets_gpus_until_none_helps(network: Network) -> None:
@@ -65,7 +65,7 @@ def test_a_third_group_may_change_sides(network: Network) -> None:
 
 
 def test_a_group_without_a_replica_counts_as_saturated(network: Network) -> None:
-    none_fits = Network(network.search, False, NoReplicas(network.search.atlas))
+    none_fits = Network(network.search, False, NoReplicas(network.search.costs))
     assert none_fits.evaluated(UNBALANCED).loads == (1.0, 1.0)
 
 

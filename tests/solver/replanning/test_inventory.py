@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.errors import UnboundPlanError
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
@@ -26,9 +26,9 @@ PROBLEM = make_problem(
     model=make_model(kv_heads=4),
     family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,)),
 )
-ATLAS = build_atlas(PROBLEM)
-PLACES = places_of(PROBLEM.cluster, ATLAS)
-RANK = {tp: rank for rank, (_, tp) in enumerate(ATLAS.ranks)}
+COSTS = build_cost_tables(PROBLEM)
+PLACES = places_of(PROBLEM.cluster, COSTS)
+RANK = {tp: rank for rank, (_, tp) in enumerate(COSTS.ranks)}
 
 
 def template(tp: int) -> Template:
@@ -81,15 +81,15 @@ def fits(going_on: list[Option], new: list[int]) -> bool:
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_rows_admit_what_fits_and_nothing_else(options: list[Option], data: st.DataObject, new: list[int]) -> None:
     going_on = [o for o in options if data.draw(st.booleans())]
-    inventory = inventory_of(ATLAS, PLACES, options, (), None)
+    inventory = inventory_of(COSTS, PLACES, options, (), None)
     assert rows_admit(inventory, going_on, new) == fits(going_on, new)
     chosen = [Candidate(template=o.template, option=o) for o in going_on]
     chosen += [Candidate(template=template(tp)) for tp in new]
     if not fits(going_on, new):
         with pytest.raises(UnboundPlanError):
-            name_gpus(ATLAS, PLACES, chosen, {})
+            name_gpus(COSTS, PLACES, chosen, {})
         return
-    stages = name_gpus(ATLAS, PLACES, chosen, {})
+    stages = name_gpus(COSTS, PLACES, chosen, {})
     names = [name for replica in stages for stage in replica for name in stage.devices]
     assert len(names) == len(set(names)) == sum(len(list(o.named())) for o in going_on) + sum(new)
     assert all(len({name.partition("/")[0] for name in stage.devices}) == 1 for r in stages for stage in r)
@@ -109,7 +109,7 @@ def test_rows_admit_what_fits_and_nothing_else(options: list[Option], data: st.D
 def test_room_for_groups_is_counted_node_by_node(named: list[tuple[str, ...]], new: list[int], expected: bool) -> None:
     options = [option(old, devices) for old, devices in enumerate(named)]
     assert fits(options, new) == expected
-    assert rows_admit(inventory_of(ATLAS, PLACES, options, (), None), options, new) == expected
+    assert rows_admit(inventory_of(COSTS, PLACES, options, (), None), options, new) == expected
 
 
 def test_gpus_that_hold_the_right_shard_already_are_taken_for_it() -> None:
@@ -117,7 +117,7 @@ def test_gpus_that_hold_the_right_shard_already_are_taken_for_it() -> None:
 
     layers = PROBLEM.model.num_layers
     held = {f"n-1/{5 - rank}": Holding(gpu="A", first_layer=0, end_layer=layers, tp=2, rank=rank) for rank in (0, 1)}
-    ((stage,),) = name_gpus(ATLAS, PLACES, [Candidate(template=template(2))], held)
+    ((stage,),) = name_gpus(COSTS, PLACES, [Candidate(template=template(2))], held)
     assert stage.devices == ["n-1/5", "n-1/4"]
 
 
@@ -125,5 +125,5 @@ def test_idle_gpus_come_before_those_that_hold_something_else() -> None:
     from hetis.solver.replanning.holdings import Holding
 
     held = {f"n-{n}/{i}": Holding(gpu="A", first_layer=0, end_layer=1, tp=1, rank=0) for n in (0, 1) for i in range(4)}
-    ((stage,),) = name_gpus(ATLAS, PLACES, [Candidate(template=template(2))], held)
+    ((stage,),) = name_gpus(COSTS, PLACES, [Candidate(template=template(2))], held)
     assert {name[-1] for name in stage.devices} == {"4", "5"}

@@ -167,7 +167,7 @@ def test_column_generation_brackets_the_optimum_of_small_fleets(tenancy: Tenancy
     if exact is None:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "is_small", lambda atlas: False)
+        patch.setattr(solving, "is_small", lambda costs: False)
         search = FleetSearch(tenancy)
     for rule in TenantRule:
         answer, best = search.share(rule), exact.share(rule)
@@ -271,7 +271,7 @@ def test_nobody_is_below_its_part_under_the_sharing_incentive(search: FleetSearc
 
 def test_everybody_on_its_part_will_do_where_nothing_better_is_found(search: FleetSearch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "is_small", lambda atlas: False)
+        patch.setattr(solving, "is_small", lambda costs: False)
         priced = FleetSearch(search.tenancy)
         patch.setattr(solving, "choose_whole", lambda *_, **__: None)
         answer = priced.share(TenantRule.SHARING_INCENTIVE)
@@ -325,7 +325,7 @@ def test_tenants_whose_models_allow_other_tp_sizes_are_bound_to_the_gpus_they_we
     wide = make_problem(nodes, model=make_model(q_heads=8, kv_heads=8), family=UNIFIED)
     for first, second in ((narrow, wide), (wide, narrow)):
         search = FleetSearch(Tenancy(tenants=(Tenant(name="one", problem=first), Tenant(name="two", problem=second))))
-        assert search.solvers[0].atlas.ranks != search.solvers[1].atlas.ranks
+        assert search.solvers[0].costs.ranks != search.solvers[1].costs.ranks
         for rule in TenantRule:
             assert check_fleet_shares(search.tenancy, search.share(rule)) == ()
 
@@ -378,7 +378,7 @@ def test_the_checker_names_what_is_wrong(search: FleetSearch, what: str, says: s
 
 def test_the_checker_recomputes_the_bound_from_its_prices(search: FleetSearch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "is_small", lambda atlas: False)
+        patch.setattr(solving, "is_small", lambda costs: False)
         priced = FleetSearch(search.tenancy)
     answer = priced.share(TenantRule.SHARING_INCENTIVE)
     assert check_fleet_shares(priced.tenancy, answer) == ()

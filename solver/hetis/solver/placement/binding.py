@@ -19,7 +19,7 @@ from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.classes import DeviceClass
 from hetis.solver.placement.nodes import kind_of, pack_within
 from hetis.solver.placement.packing import pack
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 
 PACKING_S, PACKING_SHARE = 1.0, 0.1  # least seconds for a class, and share of the time left
@@ -48,20 +48,20 @@ class BoundStage:
 
 
 def bind(
-    atlas: Atlas, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None
+    costs: CostTables, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None
 ) -> list[list[BoundStage]]:
     """Return named GPUs for every stage of every template in order; first fit if the budget leaves no time.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
     """
-    parts = [part for i, template in enumerate(templates) for part in _parts_of(atlas, i, template)]
-    budget, engine = budget if budget is not None else Budget(), atlas.problem.family.engine
+    parts = [part for i, template in enumerate(templates) for part in _parts_of(costs, i, template)]
+    budget, engine = budget if budget is not None else Budget(), costs.problem.family.engine
     if engine is not None and engine.max_nodes is not None:
-        nodes = _within(atlas, templates, parts, engine.max_nodes, seed)
+        nodes = _within(costs, templates, parts, engine.max_nodes, seed)
     else:
-        nodes = _on_few_nodes(atlas, parts, seed, budget)
-    names = _Names(atlas)
+        nodes = _on_few_nodes(costs, parts, seed, budget)
+    names = _Names(costs)
     bound = [[BoundStage() for _ in template.stages] for template in templates]
     for part, node in zip(parts, nodes, strict=True):
         stage = bound[part.replica][part.stage]
@@ -70,11 +70,11 @@ def bind(
 
 
 def _within(
-    atlas: Atlas, templates: Sequence[Template], parts: Sequence[Part], most_nodes: int, seed: int
+    costs: CostTables, templates: Sequence[Template], parts: Sequence[Part], most_nodes: int, seed: int
 ) -> list[int]:  # fmt: skip
     """Return a node for every part, with each replica on at most ``most_nodes``."""
-    kinds = [kind_of(atlas, template) for template in templates]
-    packed = pack_within(atlas.classes, kinds, most_nodes, time_limit_s=MOST_WITHIN_S, seed=seed)
+    kinds = [kind_of(costs, template) for template in templates]
+    packed = pack_within(costs.classes, kinds, most_nodes, time_limit_s=MOST_WITHIN_S, seed=seed)
     if packed is None:
         raise UnboundPlanError(f"{len(templates)} replicas were not put on at most {most_nodes} nodes each")
     nodes = [-1] * len(parts)
@@ -83,32 +83,32 @@ def _within(
     return nodes
 
 
-def _on_few_nodes(atlas: Atlas, parts: Sequence[Part], seed: int, budget: Budget) -> list[int]:
+def _on_few_nodes(costs: CostTables, parts: Sequence[Part], seed: int, budget: Budget) -> list[int]:
     """Return a node for every part, with each replica on as few as time allows."""
-    nodes = _first_fit(atlas, parts)
-    alone = _packed(atlas, parts, nodes, seed, budget)
+    nodes = _first_fit(costs, parts)
+    alone = _packed(costs, parts, nodes, seed, budget)
     rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
-    if rest and _num_pairs(atlas, [parts[i] for i in rest]) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
-        found = _fewest_nodes(atlas, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
+    if rest and _num_pairs(costs, [parts[i] for i in rest]) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
+        found = _fewest_nodes(costs, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
         for i, node in zip(rest, found, strict=True):
             nodes[i] = node
     return nodes
 
 
-def _parts_of(atlas: Atlas, replica: int, template: Template) -> Iterable[Part]:
+def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[Part]:
     for index, stage in enumerate(template.stages):
-        device_class, tp = atlas.ranks[stage.rank]
+        device_class, tp = costs.ranks[stage.rank]
         for _ in range(stage.copies):
             yield Part(replica, index, False, device_class, tp)
         for _ in range(stage.copies * stage.pool_cards if stage.pool_class >= 0 else 0):
             yield Part(replica, index, True, stage.pool_class, 1)
 
 
-def _packed(atlas: Atlas, parts: Sequence[Part], nodes: list[int], seed: int, budget: Budget) -> set[int]:
+def _packed(costs: CostTables, parts: Sequence[Part], nodes: list[int], seed: int, budget: Budget) -> set[int]:
     """Move parts of classes that are alone in their nodes to the fewest nodes; return the classes that succeeded."""
-    classes_of = Counter(group.name for c in atlas.classes for group in c.groups)
+    classes_of = Counter(group.name for c in costs.classes for group in c.groups)
     done = set[int]()
-    for device_class, c in enumerate(atlas.classes):
+    for device_class, c in enumerate(costs.classes):
         members = defaultdict[int, list[int]](list)
         for i, part in enumerate(parts):
             if part.device_class == device_class:
@@ -131,14 +131,14 @@ def _packed(atlas: Atlas, parts: Sequence[Part], nodes: list[int], seed: int, bu
     return done
 
 
-def _first_fit(atlas: Atlas, parts: Sequence[Part]) -> list[int]:
+def _first_fit(costs: CostTables, parts: Sequence[Part]) -> list[int]:
     """Return a node (its number within the class) for every part, placed in order of size, then of replica."""
     node_of = [-1] * len(parts)
     by_class: dict[int, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
         by_class[part.device_class].append(i)
     for device_class, members in by_class.items():
-        c = atlas.classes[device_class]
+        c = costs.classes[device_class]
         free = [c.gpus_per_node] * c.num_nodes
         waiting: dict[int, list[int]] = defaultdict(list)  # free GPUs -> nodes, used from the end
         waiting[c.gpus_per_node] = list(range(c.num_nodes - 1, -1, -1))
@@ -169,12 +169,12 @@ def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
     return -1
 
 
-def _num_pairs(atlas: Atlas, parts: Sequence[Part]) -> int:
-    return sum(atlas.classes[part.device_class].num_nodes for part in parts)
+def _num_pairs(costs: CostTables, parts: Sequence[Part]) -> int:
+    return sum(costs.classes[part.device_class].num_nodes for part in parts)
 
 
 def _fewest_nodes(
-    atlas: Atlas, parts: Sequence[Part], start: Sequence[int], seed: int, budget: Budget
+    costs: CostTables, parts: Sequence[Part], start: Sequence[int], seed: int, budget: Budget
 ) -> list[int]:  # fmt: skip
     """Return the assignment that spreads replicas over the fewest nodes, found by CP-SAT from ``start``.
 
@@ -185,13 +185,13 @@ def _fewest_nodes(
     """
     from ortools.sat.python import cp_model
 
-    node_ids = _node_ids(atlas)
+    node_ids = _node_ids(costs)
     model = cp_model.CpModel()
     x: dict[tuple[int, int], cp_model.IntVar] = {}
     load: dict[tuple[int, int], list[tuple[int, cp_model.IntVar]]] = defaultdict(list)
     hosts: dict[tuple[int, str], cp_model.IntVar] = {}
     for a, part in enumerate(parts):
-        c = atlas.classes[part.device_class]
+        c = costs.classes[part.device_class]
         row = []
         for v in range(c.num_nodes):
             x[a, v] = model.new_bool_var("")
@@ -204,7 +204,7 @@ def _fewest_nodes(
             row.append(x[a, v])
         model.add_exactly_one(row)
     for (device_class, _), terms in load.items():
-        model.add(sum(size * var for size, var in terms) <= atlas.classes[device_class].gpus_per_node)
+        model.add(sum(size * var for size, var in terms) <= costs.classes[device_class].gpus_per_node)
     model.minimize(sum(hosts.values()))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
@@ -215,23 +215,23 @@ def _fewest_nodes(
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return list(start)
     return [
-        next(v for v in range(atlas.classes[part.device_class].num_nodes) if solver.boolean_value(x[a, v]))
+        next(v for v in range(costs.classes[part.device_class].num_nodes) if solver.boolean_value(x[a, v]))
         for a, part in enumerate(parts)
     ]
 
 
-def _node_ids(atlas: Atlas) -> list[list[str]]:
+def _node_ids(costs: CostTables) -> list[list[str]]:
     """Return the node names of every class by number; a node with several GPU types has one name in all of them."""
-    return [[group.node_name(i) for group in c.groups for i in range(group.count)] for c in atlas.classes]
+    return [[group.node_name(i) for group in c.groups for i in range(group.count)] for c in costs.classes]
 
 
 class _Names:
     """An allocator of device names: the next free GPUs of a class in a node, in the node's own numbering."""
 
-    def __init__(self, atlas: Atlas) -> None:
-        self._places = [_places(c) for c in atlas.classes]
+    def __init__(self, costs: CostTables) -> None:
+        self._places = [_places(c) for c in costs.classes]
         self._taken: dict[tuple[int, int], int] = defaultdict(int)
-        self._indices = [{id(group): _indices(c, group) for group in c.groups} for c in atlas.classes]
+        self._indices = [{id(group): _indices(c, group) for group in c.groups} for c in costs.classes]
 
     def take(self, device_class: int, node: int, count: int) -> list[str]:
         group, name = self._places[device_class](node)

@@ -34,7 +34,7 @@ from hetis.solver.placement.pipelines import (
 )
 from hetis.solver.placement.pool import NO_LINKS
 from hetis.solver.placement.routes import UNIFIED
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 
 MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept: other zones and later prices may need them
@@ -48,9 +48,9 @@ class Evaluator:
     has this interval and is described by ``found`` [C, 4] (see `best_splits`).
     """
 
-    def __init__(self, atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
-        self.atlas, self.shape, self.mixes, self.workers = atlas, shape, mixes, workers
-        self._num_layers, self._least = atlas.scopes[shape.scope].tables.num_layers, least_layers(atlas)
+    def __init__(self, costs: CostTables, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
+        self.costs, self.shape, self.mixes, self.workers = costs, shape, mixes, workers
+        self._num_layers, self._least = costs.scopes[shape.scope].tables.num_layers, least_layers(costs)
         self.is_known = np.zeros(len(shape.counts), dtype=bool)
         self.found = np.full((len(shape.counts), 4), -1, dtype=np.int64)
 
@@ -62,19 +62,19 @@ class Evaluator:
     def _shortest_s(self, counts: IntArray) -> FloatArray:
         """Return lower bounds by composition and mix if there are workers, otherwise by row of the sweep."""
         if self.workers is not None:
-            return shortest_with(self.atlas, self.shape, counts, self.mixes, self.workers)
+            return shortest_with(self.costs, self.shape, counts, self.mixes, self.workers)
         sweep, times = self._without_workers
         found_s = times.shortest_s(self._num_layers, counts)
         return np.where(found_s > self._longest_s(sweep) * EVERY_MIX, np.inf, found_s)
 
     def _longest_s(self, sweep: Sweep) -> FloatArray:
-        tables = self.atlas.scopes[self.shape.scope].tables
+        tables = self.costs.scopes[self.shape.scope].tables
         return np.asarray(tables.t_cap[sweep.mixes, self.shape.in_flight_index])
 
     @cached_property
     def _without_workers(self) -> tuple[Sweep, StageTimes]:
-        sweep = sweep_of(self.atlas, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
-        return sweep, stage_times(self.atlas, self.shape, sweep, None)
+        sweep = sweep_of(self.costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
+        return sweep, stage_times(self.costs, self.shape, sweep, None)
 
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
         """Find the best replica of compositions [W] whose interval may be shorter than needed [W]."""
@@ -94,15 +94,15 @@ class Evaluator:
         """Return a sweep of the mixes that may be quick enough with every number of head groups, and its times."""
         assert self.workers is not None, "there are none"
         promising = np.any(self._shortest_s(counts) < worse_s[:, None], axis=0)
-        groups = int(self.atlas.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
-        sweep = sweep_of(self.atlas, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
-        return sweep, stage_times(self.atlas, self.shape, sweep, self.workers)
+        groups = int(self.costs.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
+        sweep = sweep_of(self.costs, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
+        return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
 
     def _split(
         self, counts: IntArray, sweep: Sweep, times: StageTimes, best_s: FloatArray, found: IntArray
     ) -> None:  # fmt: skip
         """Improve the best of every composition by the rows of the sweep, the most promising first."""
-        t_floor = self.atlas.scopes[self.shape.scope].tables.t_floor
+        t_floor = self.costs.scopes[self.shape.scope].tables.t_floor
         shortest_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep)
         promising = shortest_s < np.minimum(best_s[:, None], longest_s * EVERY_MIX)
         some = np.flatnonzero(promising.any(axis=0))
@@ -119,29 +119,29 @@ class Evaluator:
 class Candidates:
     """Replicas of a shape on one side of the master, one of each composition.
 
-    ``fits`` [C]: the fleet has room for it; ``is_listed`` [C]: it is a column.
+    ``fits`` [C]: the fleet has room for it; ``is_enumerated`` [C]: it is a column.
     """
 
-    atlas: Atlas
+    costs: CostTables
     shape: Shape
     side: int
     workers: Workers | None
     evaluator: Evaluator
     fits: BoolArray
-    is_listed: BoolArray
+    is_enumerated: BoolArray
 
     def worth(self, row_prices: FloatArray) -> FloatArray:
         """Return the worth of the GPUs of every composition; [C]."""
-        worth = self.shape.counts @ (self.atlas.group_use[self.shape.ranks] @ row_prices)
+        worth = self.shape.counts @ (self.costs.group_use[self.shape.ranks] @ row_prices)
         return np.asarray(worth + self._beside() @ row_prices)
 
     def _beside(self) -> IntArray:
         """Return how much attention workers take of every row; [rows]."""
-        return _taken_by_workers(self.atlas, self.shape, self.workers)
+        return _taken_by_workers(self.costs, self.shape, self.workers)
 
-    def asked(self, needed_s: FloatArray) -> IntArray:
+    def worth_evaluating(self, needed_s: FloatArray) -> IntArray:
         """Return compositions that fit, are not columns yet, and may have a shorter interval than needed [C]."""
-        return np.flatnonzero(self.fits & ~self.is_listed & (self.evaluator.shortest_s < needed_s))
+        return np.flatnonzero(self.fits & ~self.is_enumerated & (self.evaluator.shortest_s < needed_s))
 
     def found_among(self, which: IntArray, needed_s: FloatArray) -> IntArray:
         """Evaluate compositions [W]; return those whose best replica has a shorter interval than needed [W]."""
@@ -150,8 +150,8 @@ class Candidates:
 
     def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
         """Return known replicas as columns."""
-        uses = self.shape.counts[which] @ self.atlas.group_use[self.shape.ranks] + self._beside()
-        routes = self.atlas.routes
+        uses = self.shape.counts[which] @ self.costs.group_use[self.shape.ranks] + self._beside()
+        routes = self.costs.routes
         links = np.zeros_like(routes.capacity) if routes.has_links else NO_LINKS  # replicas lie in one zone
         return Columns(
             rates=1.0 / self.evaluator.shortest_s[which],
@@ -164,58 +164,58 @@ class Candidates:
     def kind(self, composition: int) -> Kind:
         """Return the GPUs that a replica takes."""
         counts = self.shape.counts[composition].tolist()
-        parts = [(*self.atlas.ranks[rank], count) for rank, count in zip(self.shape.ranks, counts, strict=True)]
+        parts = [(*self.costs.ranks[rank], count) for rank, count in zip(self.shape.ranks, counts, strict=True)]
         if self.workers is not None:
-            cards = self.shape.depth * self.atlas.pool_sizes[self.workers.size]
+            cards = self.shape.depth * self.costs.pool_sizes[self.workers.size]
             parts.append((self.workers.device_class, 1, cards))
         return kind_of_parts(parts)
 
     def template(self, composition: int) -> Template:
         """Return a known replica."""
         counts, found = self.shape.counts[composition], self.evaluator.found[composition]
-        return template_of_pipeline(self.atlas, self.shape, counts, found, self.workers)
+        return template_of_pipeline(self.costs, self.shape, counts, found, self.workers)
 
 
-def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]:
+def candidates_of(costs: CostTables) -> tuple[list[Candidates], Iterator[Candidates]]:
     """Return all replicas of an engine's family, unevaluated: those without attention workers, and those with.
 
     Raises:
         InvalidProblemError: there are too many to list.
     """
-    shapes, evaluators = shapes_of(atlas), dict[Hashable, Evaluator]()
+    shapes, evaluators = shapes_of(costs), dict[Hashable, Evaluator]()
     scopes = {shape.scope for shape in shapes}
-    kinds = dict(zip(scopes, _numbered([_kind_of_scope(atlas, number) for number in scopes]), strict=True))
+    kinds = dict(zip(scopes, _numbered([_kind_of_scope(costs, number) for number in scopes]), strict=True))
     compositions = _numbered([shape.counts.tobytes() for shape in shapes])
-    uses = [shape.counts @ atlas.group_use[shape.ranks] for shape in shapes]
-    engine = atlas.problem.family.engine
+    uses = [shape.counts @ costs.group_use[shape.ranks] for shape in shapes]
+    engine = costs.problem.family.engine
     most_nodes = None if engine is None else engine.max_nodes
-    places = shared_places(atlas.classes)
+    places = shared_places(costs.classes)
 
     def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
         shape = shapes[number]
-        place = None if workers is None else (_place_in_zone(atlas, workers.device_class), workers.size)
-        alike = kinds[shape.scope], shape.depth, _ranks(atlas, shape), compositions[number], mixes.tobytes(), place
+        place = None if workers is None else (_place_in_zone(costs, workers.device_class), workers.size)
+        alike = kinds[shape.scope], shape.depth, _ranks(costs, shape), compositions[number], mixes.tobytes(), place
         if alike not in evaluators:
-            evaluators[alike] = Evaluator(atlas, shape, mixes, workers)
-        fits = np.all(uses[number] + _taken_by_workers(atlas, shape, workers) <= atlas.resources.limits, axis=1)
+            evaluators[alike] = Evaluator(costs, shape, mixes, workers)
+        fits = np.all(uses[number] + _taken_by_workers(costs, shape, workers) <= costs.resources.limits, axis=1)
         if most_nodes is not None:
-            fits &= least_nodes(atlas, shape, workers, places) <= most_nodes
-        return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
+            fits &= least_nodes(costs, shape, workers, places) <= most_nodes
+        return Candidates(costs, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
     mixes_of = {
-        (number, dp): _mixes_by_side(atlas, number, dp) for number in kinds for dp in sorted({1, *atlas.rank_dp})
+        (number, dp): _mixes_by_side(costs, number, dp) for number in kinds for dp in sorted({1, *costs.rank_dp})
     }
     without = [
         made(number, side, mixes, None)
         for number, shape in enumerate(shapes)
-        for side, mixes in mixes_of[shape.scope, _ranks(atlas, shape)[1]].items()
-        if engine is None or shape.depth <= engine.stages_of(atlas.mixes[mixes[0]].role, atlas.problem.model)
+        for side, mixes in mixes_of[shape.scope, _ranks(costs, shape)[1]].items()
+        if engine is None or shape.depth <= engine.stages_of(costs.mixes[mixes[0]].role, costs.problem.model)
     ]
     return without, (
         made(number, UNIFIED, mixes_of[shape.scope, 1][UNIFIED], workers)
         for number, shape in enumerate(shapes)
         if UNIFIED in mixes_of[shape.scope, 1]
-        for workers in workers_of(atlas, shape)
+        for workers in workers_of(costs, shape)
     )
 
 
@@ -225,43 +225,43 @@ def _numbered(values: Sequence[Hashable]) -> list[int]:
     return [numbers.setdefault(value, len(numbers)) for value in values]
 
 
-def _taken_by_workers(atlas: Atlas, shape: Shape, workers: Workers | None) -> IntArray:
+def _taken_by_workers(costs: CostTables, shape: Shape, workers: Workers | None) -> IntArray:
     if workers is None:
-        return np.zeros(len(atlas.resources.rows), dtype=np.int64)
-    cards = shape.depth * atlas.pool_sizes[workers.size]
-    return np.asarray(cards * atlas.card_use[workers.device_class])
+        return np.zeros(len(costs.resources.rows), dtype=np.int64)
+    cards = shape.depth * costs.pool_sizes[workers.size]
+    return np.asarray(cards * costs.card_use[workers.device_class])
 
 
-def _ranks(atlas: Atlas, shape: Shape) -> tuple[int, int]:
+def _ranks(costs: CostTables, shape: Shape) -> tuple[int, int]:
     """Return the GPUs of a shape's ranks, and the copies among them that share their experts."""
     rank = int(shape.ranks[0])
-    return atlas.ranks[rank][1], atlas.rank_dp[rank]
+    return costs.ranks[rank][1], costs.rank_dp[rank]
 
 
-def _mixes_by_side(atlas: Atlas, scope: int, attention_dp: int) -> dict[int, IntArray]:
+def _mixes_by_side(costs: CostTables, scope: int, attention_dp: int) -> dict[int, IntArray]:
     by_side: dict[int, list[int]] = {}
-    for x, mix in enumerate(atlas.mixes):
-        if atlas.scopes[scope].serves(mix) and mix.attention_dp == attention_dp:
-            by_side.setdefault(atlas.side_of(scope, x), []).append(x)
+    for x, mix in enumerate(costs.mixes):
+        if costs.scopes[scope].serves(mix) and mix.attention_dp == attention_dp:
+            by_side.setdefault(costs.side_of(scope, x), []).append(x)
     return {side: np.array(mixes, dtype=np.int64) for side, mixes in by_side.items()}
 
 
-def _classes_in(atlas: Atlas, zones: Sequence[str]) -> list[int]:
-    return [g for g, c in enumerate(atlas.classes) if c.zone in zones]
+def _classes_in(costs: CostTables, zones: Sequence[str]) -> list[int]:
+    return [g for g, c in enumerate(costs.classes) if c.zone in zones]
 
 
-def _place_in_zone(atlas: Atlas, device_class: int) -> int:
-    return _classes_in(atlas, [atlas.classes[device_class].zone]).index(device_class)
+def _place_in_zone(costs: CostTables, device_class: int) -> int:
+    return _classes_in(costs, [costs.classes[device_class].zone]).index(device_class)
 
 
-def _kind_of_scope(atlas: Atlas, scope: int) -> Hashable:
+def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
     """Return a key, equal for scopes in which replicas of equal classes, in order, take equal times and memory."""
-    here, t, cluster = atlas.scopes[scope], atlas.scopes[scope].tables, atlas.problem.cluster
-    ranks = [s for s, (g, _) in enumerate(atlas.ranks) if atlas.classes[g].zone in here.zones]
-    numbers = _classes_in(atlas, here.zones)
+    here, t, cluster = costs.scopes[scope], costs.scopes[scope].tables, costs.problem.cluster
+    ranks = [s for s, (g, _) in enumerate(costs.ranks) if costs.classes[g].zone in here.zones]
+    numbers = _classes_in(costs, here.zones)
     gpus = [
         (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.constraints, here.computes_on(g))
-        for g, c in zip(numbers, (atlas.classes[g] for g in numbers), strict=True)
+        for g, c in zip(numbers, (costs.classes[g] for g in numbers), strict=True)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks])
     return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)

@@ -330,7 +330,7 @@ def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int,
     return Ceiling((1.0 + ROUNDING) / (num_layers * num_layers * least), 0.0, np.sqrt(root))
 
 
-class Asked(NamedTuple):
+class CeilingQueries(NamedTuple):
     """Configurations of one scope whose ceilings are wanted, with their `Limits`; arrays of equal length."""
 
     mixes: IntArray
@@ -344,18 +344,18 @@ class Asked(NamedTuple):
     chunk_cap_s: FloatArray
 
 
-def asked_of(mixes: IntArray, in_flight: IntArray, limits: Sequence[Limits]) -> Asked:
+def queries_of(mixes: IntArray, in_flight: IntArray, limits: Sequence[Limits]) -> CeilingQueries:
     """Return these configurations as arrays."""
     columns = [np.array(column) for column in zip(*limits, strict=True)]
     shortest_s, longest_s, slack, slack_unevenness, copies, sequential, chunk_cap_s, _ = columns
-    return Asked(
+    return CeilingQueries(
         mixes, in_flight, shortest_s, longest_s, slack, slack_unevenness, copies.astype(np.int64), sequential,
         chunk_cap_s,
     )  # fmt: skip
 
 
 @kernel
-def _limits(a: Asked, i: int) -> Limits:
+def _limits(a: CeilingQueries, i: int) -> Limits:
     return Limits(
         a.shortest_s[i], a.longest_s[i], a.slack[i], a.slack_unevenness[i], a.copies[i], a.sequential[i],
         a.chunk_cap_s[i], np.inf,
@@ -363,7 +363,7 @@ def _limits(a: Asked, i: int) -> Limits:
 
 
 @kernel
-def all_lines(t: Tables, a: Asked, max_copies: int, max_pool: int) -> tuple[Lines, IntArray]:
+def all_lines(t: Tables, a: CeilingQueries, max_copies: int, max_pool: int) -> tuple[Lines, IntArray]:
     """Return `lines_of` many configurations, concatenated, and where those of each begin [configurations + 1]."""
     begins = np.zeros(a.mixes.shape[0] + 1, np.int64)
     size = 4096
@@ -411,7 +411,7 @@ def _part_of(lines: Lines, start: int, end: int) -> Lines:
 
 @kernel
 def ceilings(
-    num_layers: int, a: Asked, lines: Lines, begins: IntArray, group_price: FloatArray, card_price: FloatArray,
+    num_layers: int, a: CeilingQueries, lines: Lines, begins: IntArray, group_price: FloatArray, card_price: FloatArray,
     enough: FloatArray,
 ) -> FloatArray:  # fmt: skip
     """Return `ceiling` of many configurations, with ``enough`` for each; [configurations, 3]: ratio, m, r."""

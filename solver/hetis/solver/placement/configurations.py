@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.tables import NO_ROOM, Atlas, Tables
+from hetis.solver.placement.tables import NO_ROOM, CostTables, Tables
 from hetis.solver.plan import Role
 
 
@@ -36,30 +36,30 @@ class Configuration:
         return self.in_flight == 1
 
 
-def configurations(atlas: Atlas) -> list[Configuration]:
+def configurations(costs: CostTables) -> list[Configuration]:
     """Return every configuration of the family, except those that a smaller M serves as well.
 
     With G GPUs in the fleet K <= G, so the pipeline is full once M >= 2 G whatever its shape. More micro-batches only
     take memory and time, unless a limit on TTFT binds: a prompt is less likely to wait if more are prefilled at once.
     """
     found = []
-    family = atlas.problem.family
-    most_copies = sum(c.available for c in atlas.classes)
-    for scope, part in enumerate(atlas.scopes):
-        for mix in (i for i, mix in enumerate(atlas.mixes) if part.serves(mix)):
-            side = atlas.side_of(scope, mix)
-            role = atlas.mixes[mix].role
-            full, tight = atlas.regimes(role)
-            alone = atlas.regime_together(mix)
-            limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
+    family = costs.problem.family
+    most_copies = sum(c.available for c in costs.classes)
+    for scope, part in enumerate(costs.scopes):
+        for mix in (i for i, mix in enumerate(costs.mixes) if part.serves(mix)):
+            side = costs.side_of(scope, mix)
+            role = costs.mixes[mix].role
+            full, tight = costs.regimes(role)
+            alone = costs.regime_together(mix)
+            limited = costs.problem.objective.ttft_limit_s is not None and costs.mixes[mix].chunk_tokens > 0
             filled = False
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
                 if family.engine_settings and not (part.tables.kv_tokens[mix, f] < NO_ROOM).any():
                     continue
                 if m == 1:
-                    for unevenness in _unevenness_limits(atlas, scope, mix, f):
+                    for unevenness in _unevenness_limits(costs, scope, mix, f):
                         found.append(Configuration(scope, mix, f, m, 1 << 20, alone, side, unevenness))
-                elif not filled and atlas.mixes[mix].attention_dp == 1:
+                elif not filled and costs.mixes[mix].attention_dp == 1:
                     filled = m >= 2 * most_copies and not limited
                     # Without rules for chunks and with equal slack, this is part of the other configuration.
                     if filled or full != tight or role is Role.UNIFIED:
@@ -108,13 +108,13 @@ def _least_unevenness(t: Tables, x: int) -> float:
     return least
 
 
-def _unevenness_limits(atlas: Atlas, scope: int, x: int, f: int) -> Iterator[float]:
+def _unevenness_limits(costs: CostTables, scope: int, x: int, f: int) -> Iterator[float]:
     """Yield the limits on unevenness under which sequential replicas are looked for, or inf if TTFT has no limit.
 
     This omits limits that no stage can keep, that leave no time for the layers, or that a wider one dominates because
     it shortens the interval no more.
     """
-    t = atlas.scopes[scope].tables
+    t = costs.scopes[scope].tables
     if not np.isfinite(t.trip_cap[x, f]):
         yield np.inf
         return
@@ -123,7 +123,7 @@ def _unevenness_limits(atlas: Atlas, scope: int, x: int, f: int) -> Iterator[flo
         return
     fastest_s = t.num_layers * float(t.layer_s[x, here].min())
     mean_cap = float(t.trip_cap[x, f] * t.iterations[x])
-    at_most = cost.unevenness_level(t.iterations[x] / atlas.mixes[x].chunk_iterations)  # all time in chunks
+    at_most = cost.unevenness_level(t.iterations[x] / costs.mixes[x].chunk_iterations)  # all time in chunks
     first = cost.unevenness_level(max(1.0, _least_unevenness(t, x) * (1.0 - 1e-9)))
     levels = [k for k in range(first, at_most + 1) if mean_cap / cost.UNEVENNESS_STEP**k >= fastest_s]
     other_cap = float(t.t_cap[x, f])

@@ -29,7 +29,7 @@ from hetis.solver.placement.options import EVERYTHING, Options, chunk_cap, inter
 from hetis.solver.placement.parts import Part, whole
 from hetis.solver.placement.pool import NO_LINKS
 from hetis.solver.placement.routes import UNIFIED, Valuation
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template, template_of
 from hetis.solver.plan import Role
 
@@ -39,10 +39,10 @@ TOLERANCES = (0.2, 0.01, 1e-7)
 PIN_ROUNDING = 1e-6  # ratio to the relaxation's value by which its duals may be wrong
 
 
-def is_small(atlas: Atlas) -> bool:
+def is_small(costs: CostTables) -> bool:
     """Return whether the fleet has few enough usage vectors for the exact search."""
-    sizes = atlas.resources.limits.astype(float) + 1.0
-    gpus = sum(c.available for c in atlas.classes)
+    sizes = costs.resources.limits.astype(float) + 1.0
+    gpus = sum(c.available for c in costs.classes)
     return bool(gpus <= MAX_GPUS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
 
 
@@ -71,7 +71,7 @@ def kind_of(mix: Mix) -> Kind:
     return Kind.PREFILL if mix.sends_afar else Kind.LOCAL_PREFILL
 
 
-def speed_bounds(atlas: Atlas, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
+def speed_bounds(costs: CostTables, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
     """Return upper bounds on replicas' rates per scope, mix and sub-fleet from dense work alone; [scopes, X, V] each.
 
     A GPU of class g that spends all its time on repeated layers, without attention, serves at most ``1 / (n w)``
@@ -80,12 +80,12 @@ def speed_bounds(atlas: Atlas, lattice: Lattice) -> tuple[FloatArray, FloatArray
     """
     bounds, sequential = [], []
     present = (lattice.digits > 0).T
-    for scope in atlas.scopes:
+    for scope in costs.scopes:
         t = scope.tables
-        speeds, fastest = np.zeros((2, len(atlas.mixes), len(atlas.resources.rows)))
-        for s, (device_class, tp) in enumerate(atlas.ranks):
+        speeds, fastest = np.zeros((2, len(costs.mixes), len(costs.resources.rows)))
+        for s, (device_class, tp) in enumerate(costs.ranks):
             if t.available[device_class] > 0:
-                row = atlas.resources.rows.index((device_class, 1))
+                row = costs.resources.rows.index((device_class, 1))
                 speeds[:, row] = np.maximum(speeds[:, row], 1.0 / (tp * t.layer_s[:, s]))
                 fastest[:, row] = np.maximum(fastest[:, row], 1.0 / np.maximum(t.layer_s[:, s], t.wire_s[:, s]))
         bounds.append(speeds @ lattice.digits.T / t.num_layers)
@@ -128,18 +128,18 @@ class Sweep:
 
 
 class ExactSearch:
-    """The exact search of one problem; ``costs`` [V] are what the master minimises if it has a demand."""
+    """The exact search of one problem; ``usage_costs`` [V] are what the master minimises if it has a demand."""
 
-    def __init__(self, atlas: Atlas, master: Master, row_costs: FloatArray) -> None:
-        self.atlas, self.master = atlas, master
+    def __init__(self, costs: CostTables, master: Master, row_costs: FloatArray) -> None:
+        self.costs, self.master = costs, master
         self.counts_gpus = master.pins is not None and master.pins.ask_for_gpus
-        self.lattice = lattice_of(atlas.resources.limits, inherits=not self.counts_gpus)
-        self.costs = self.lattice.digits @ row_costs
-        self.whole = whole(atlas.problem.family)
-        self._free = np.zeros(len(atlas.ranks)), np.zeros(len(atlas.classes))
-        self.configurations = configurations(atlas)
-        self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
-        self.speed_bound, self.sequential_bound = speed_bounds(atlas, self.lattice)
+        self.lattice = lattice_of(costs.resources.limits, inherits=not self.counts_gpus)
+        self.usage_costs = self.lattice.digits @ row_costs
+        self.whole = whole(costs.problem.family)
+        self._free = np.zeros(len(costs.ranks)), np.zeros(len(costs.classes))
+        self.configurations = configurations(costs)
+        self.kinds = [kind_of(costs.mixes[c.mix]) for c in self.configurations]
+        self.speed_bound, self.sequential_bound = speed_bounds(costs, self.lattice)
         self.zones = self._zones()
         self._options: dict[tuple[object, ...], tuple[Options, Entries]] = {}
         count = len(self.lattice.digits)
@@ -151,8 +151,8 @@ class ExactSearch:
 
     def _zones(self) -> IntArray:
         """Return the zone of every sub-fleet, numbered as in `Routes`, or -1 if it has several or none; [V]."""
-        routes, zones = self.atlas.routes, np.full(len(self.lattice.digits), -1)
-        row_zones = [routes.zones.index(self.atlas.classes[g].zone) for g, _ in self.atlas.resources.rows]
+        routes, zones = self.costs.routes, np.full(len(self.lattice.digits), -1)
+        row_zones = [routes.zones.index(self.costs.classes[g].zone) for g, _ in self.costs.resources.rows]
         for v, digits in enumerate(self.lattice.digits):
             found = {row_zones[row] for row in np.flatnonzero(digits)}
             if len(found) == 1:
@@ -164,7 +164,7 @@ class ExactSearch:
         if kind is Kind.UNIFIED:
             return np.full(len(self.zones), UNIFIED)
         role = Role.DECODE if kind is Kind.DECODE else Role.PREFILL
-        first = self.atlas.routes.side(role, sends_afar=kind is Kind.PREFILL)
+        first = self.costs.routes.side(role, sends_afar=kind is Kind.PREFILL)
         return np.where(self.zones >= 0, first + self.zones, -1)
 
     def roomy(self, kind: Kind, part: Part) -> BoolArray:
@@ -179,13 +179,13 @@ class ExactSearch:
 
     def _find_roomy(self, kind: Kind, part: Part) -> BoolArray:
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
-        family, mixes = self.atlas.problem.family, self.atlas.mixes
+        family, mixes = self.costs.problem.family, self.costs.mixes
         of_kind = [x for x, mix in enumerate(mixes) if kind_of(mix) is kind]
         batch, in_flight = min(mixes[x].micro_batch for x in of_kind), min(family.in_flight)
         f = family.in_flight.index(in_flight)
-        for number, scope in enumerate(self.atlas.scopes):
+        for number, scope in enumerate(self.costs.scopes):
             for x in (x for x in of_kind if mixes[x].micro_batch == batch and scope.serves(mixes[x])):
-                side = self.atlas.side_of(number, x)
+                side = self.costs.side_of(number, x)
                 any_pipeline = Configuration(number, x, f, in_flight, 0, Regime(0.0, 0.0), side)
                 options, entries = self.options_of(any_pipeline, part)
                 layers, _ = entry_layers(scope.tables, options, entries, np.inf)
@@ -194,7 +194,7 @@ class ExactSearch:
 
     def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
         """Return the options of a part of the family, by default the whole of it."""
-        a, part = self.atlas, part or self.whole
+        a, part = self.costs, part or self.whole
         tables = a.scopes[c.scope].tables
         # Without limits on copies, whatever fits in memory counts.
         chunk_cap_s = chunk_cap(tables, c.mix, c.in_flight_index, c.max_copies) if c.max_copies else np.inf
@@ -231,7 +231,7 @@ class ExactSearch:
                 return False
             sweep.swept.add(tag)
             f, wanted = self.frontiers[kind], sweep.needed[kind]
-            tables = self.atlas.scopes[c.scope].tables
+            tables = self.costs.scopes[c.scope].tables
             cap = interval_cap(tables, c.mix, c.in_flight_index, c.unevenness)
             speed = self.sequential_bound if c.is_sequential else self.speed_bound
             ceiling = speed[c.scope, c.mix] / (1.0 + c.regime.least)
@@ -281,7 +281,7 @@ class ExactSearch:
         vs = np.array([v for _, v in chosen], dtype=np.int64)
         columns = Columns(
             rates=np.array([rates[kind][v] for kind, v in chosen]),
-            costs=self.costs[vs].astype(float),
+            costs=self.usage_costs[vs].astype(float),
             uses=self.lattice.digits[vs],
             sides=np.array([self._sides(kind)[v] for kind, v in chosen], dtype=np.int64),
             links=np.array([self._link_use(v) for v in vs]),
@@ -305,11 +305,11 @@ class ExactSearch:
 
     def _link_use(self, v: int) -> FloatArray:
         """Return the link capacity that a replica on a sub-fleet takes between its zones."""
-        routes, rows = self.atlas.routes, self.atlas.resources.rows
+        routes, rows = self.costs.routes, self.costs.resources.rows
         if not routes.has_links:
             return NO_LINKS
         classes = {rows[row][0] for row in np.flatnonzero(self.lattice.digits[v])}
-        return routes.link_use([routes.zones.index(self.atlas.classes[g].zone) for g in classes])
+        return routes.link_use([routes.zones.index(self.costs.classes[g].zone) for g in classes])
 
     def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], Verdict]:
         """Return the best packing of sub-fleets at these rates."""
@@ -335,13 +335,13 @@ class ExactSearch:
         if found is None:
             return nothing
         rows = np.maximum(found.row_prices, 1e-9 * (found.row_prices.max(initial=0.0) + 1e-12))
-        price = self.lattice.digits @ rows + (0.0 if self.master.maximises else self.costs)
-        theta = np.zeros(self.atlas.routes.num_sides)
+        price = self.lattice.digits @ rows + (0.0 if self.master.maximises else self.usage_costs)
+        theta = np.zeros(self.costs.routes.num_sides)
         for kind, rates in ceilings.items():
             sides = self._sides(kind)
             here = (sides >= 0) & (rates > 0)
             np.maximum.at(theta, sides[here], rates[here] / price[here])
-        routes, worth = self.atlas.routes, float(rows @ self.master.limits)
+        routes, worth = self.costs.routes, float(rows @ self.master.limits)
         if self.master.demand is None:
             proof: Valuation | None = routes.highest_rate(theta, worth)
         else:
@@ -364,9 +364,9 @@ class ExactSearch:
         """
         chosen, columns = self.columns(ceilings)
         found = self.master.solve_lp(columns, pinned=True) if chosen and self.master.pins is not None else None
-        if found is None or self.master.pins is None or self.atlas.routes.has_links:
+        if found is None or self.master.pins is None or self.costs.routes.has_links:
             return None
-        price = self.lattice.digits @ found.row_prices + (0.0 if self.master.maximises else self.costs)
+        price = self.lattice.digits @ found.row_prices + (0.0 if self.master.maximises else self.usage_costs)
         price = price + self.master.pins.coefficients(self.lattice.digits) @ found.pin_prices
         distance = abs(found.value - incumbent) + PIN_ROUNDING * abs(found.value)
         needed = {}
@@ -382,7 +382,7 @@ class ExactSearch:
         f = self.frontiers[kind]
         if v not in f.templates:
             c = self.configurations[int(f.tag[v])]
-            tables = self.atlas.scopes[c.scope].tables
+            tables = self.costs.scopes[c.scope].tables
             options, entries = self.options_of(c)
             if c.is_sequential:
                 stages = sequential_stages(tables, self.lattice, options, entries, v, f.interval_s[v])
@@ -392,5 +392,5 @@ class ExactSearch:
                 counted = c.max_copies if c.max_copies < total else 0
                 r = reach(tables, self.lattice, entries, layers, counted)
                 stages = stages_from(tables, entries, layers, option, r, v, counted > 0)
-            f.templates[v] = template_of(self.atlas, c, stage_rows(options, stages))
+            f.templates[v] = template_of(self.costs, c, stage_rows(options, stages))
         return f.templates[v]

@@ -39,7 +39,7 @@ from hetis.solver.placement.parts import SHARE, Part, contained_parts
 from hetis.solver.placement.pool import Bound, Pool, first_prices, lifted
 from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Role
 
@@ -63,7 +63,7 @@ class ColumnGeneration:
 
     def __init__(
         self,
-        atlas: Atlas,
+        costs: CostTables,
         master: Master,
         row_costs: FloatArray,
         *,
@@ -71,13 +71,13 @@ class ColumnGeneration:
         report: Report,
         roles: tuple[Role, ...] | None = None,
     ) -> None:
-        self.atlas, self.master, self.row_costs = atlas, master, row_costs
+        self.costs, self.master, self.row_costs = costs, master, row_costs
         self.budget, self.report = budget, report
-        self.roles = atlas.problem.family.roles if roles is None else roles
-        self.pool = Pool(atlas, row_costs)
+        self.roles = costs.problem.family.roles if roles is None else roles
+        self.pool = Pool(costs, row_costs)
         # Without the problem's constraints, which pricing ignores and whose bound pricing could then not improve.
-        self._dense = rate_bound(atlas, self.roles, with_constraints=False) if master.maximises else 0.0
-        self.bound = self._no_bound(first_prices(atlas))
+        self._dense = rate_bound(costs, self.roles, with_constraints=False) if master.maximises else 0.0
+        self.bound = self._no_bound(first_prices(costs))
         self.incumbent: MilpSolution | None = None
         self._last_pricers: list[Pricer] = []  # of the latest run, with the ceilings that they proved
         self.may_have_plan = True  # until a complete pricing finds nothing at all
@@ -85,7 +85,7 @@ class ColumnGeneration:
 
     def _no_bound(self, row_prices: FloatArray) -> Bound:
         """Return the bound known before any pricing."""
-        routes = self.atlas.routes
+        routes = self.costs.routes
         return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
     def solve(
@@ -100,7 +100,7 @@ class ColumnGeneration:
         if self.gap() > gap_target and not self.budget.is_spent():
             self.vary()
             self.choose(gap=gap_target / 10, seed=seed)
-            if self.atlas.role_types is None:
+            if self.costs.role_types is None:
                 self.go_on(gap_target=gap_target, seed=seed)
         return self.outcome()
 
@@ -112,7 +112,7 @@ class ColumnGeneration:
         Each of the `contained_parts` is solved as its strategy would be. The full family starts from their columns and
         choices, so it is never worse.
         """
-        family = self.atlas.problem.family
+        family = self.costs.problem.family
         for part in contained_parts(family, self.roles):
             self._start_from(part, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
         self.pool.add(self._with_roles(self.roles, seeds))
@@ -130,7 +130,7 @@ class ColumnGeneration:
     ) -> None:  # fmt: skip
         """Solve a part of the family, and keep its columns and its choice."""
         begun = ColumnGeneration(
-            self.atlas, self.master, self.row_costs, budget=self.budget.share(SHARE), report=self._report_of_part,
+            self.costs, self.master, self.row_costs, budget=self.budget.share(SHARE), report=self._report_of_part,
             roles=part.roles,
         )  # fmt: skip
         begun.pool.add(self._with_roles(part.roles, seeds))
@@ -151,7 +151,7 @@ class ColumnGeneration:
         self.report(progress)
 
     def _with_roles(self, roles: tuple[Role, ...], templates: Sequence[Template]) -> list[Template]:
-        return [t for t in templates if self.atlas.mixes[t.mix].role in roles]
+        return [t for t in templates if self.costs.mixes[t.mix].role in roles]
 
     def absorb(self, pool: Pool, choice: MilpSolution | None) -> None:
         """Take over the columns of another search, and its choice if that is better."""
@@ -231,7 +231,7 @@ class ColumnGeneration:
         """
         prices, cap = self._lifted(factors * self.bound.row_prices), self._rate_cap()
         for pricer, worth in zip(self._last_pricers, self.bound.rate_prices, strict=True):
-            role = self.atlas.mixes[pricer.configurations[0].mix].role if pricer.configurations else Role.UNIFIED
+            role = self.costs.mixes[pricer.configurations[0].mix].role if pricer.configurations else Role.UNIFIED
             if cap > 0.0 and worth > 0.0 and role in VARIETY and not self.budget.is_spent():
                 share = VARIETY[role]
                 self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
@@ -260,7 +260,7 @@ class ColumnGeneration:
 
     def _pricers(self, max_copies: int, max_pool: int, threads: int, target_gap: float) -> list[Pricer]:
         return pricers_of(
-            self.atlas, self.row_costs, self.roles, max_copies=max_copies, max_pool=max_pool, threads=threads,
+            self.costs, self.row_costs, self.roles, max_copies=max_copies, max_pool=max_pool, threads=threads,
             target_gap=target_gap,
         )  # fmt: skip
 
@@ -280,7 +280,7 @@ class ColumnGeneration:
         No column seen has a ratio above 1 / rate price at the relaxation's prices, and no replica at all has one at the
         bound's, so columns below it at prices in between improve neither. A side without columns has no floor.
         """
-        columns, routes = self.pool.columns(rate_cap), self.atlas.routes
+        columns, routes = self.pool.columns(rate_cap), self.costs.routes
         seen = np.zeros(routes.num_sides)
         np.maximum.at(seen, columns.sides, columns.rates / (columns.costs + columns.uses @ prices))
         rate_prices = routes.shared_out(seen, max(demand_price, 1e-300), link_prices)
@@ -304,12 +304,12 @@ class ColumnGeneration:
 
     def _lifted(self, prices: FloatArray) -> FloatArray:
         """Return prices with a floor for GPUs that no constraint makes dear."""
-        resources = self.atlas.resources
+        resources = self.costs.resources
         rent = 0.0 if self.master.maximises else float(self.row_costs @ resources.limits)
         return lifted(prices, resources, float(prices @ resources.limits) + rent)
 
     def _improve_bound(self, prices: FloatArray, theta: FloatArray) -> None:
-        routes, worth = self.atlas.routes, float(prices @ self.master.limits)
+        routes, worth = self.costs.routes, float(prices @ self.master.limits)
         found: Valuation | None
         if self.master.demand is None:
             found = routes.highest_rate(theta, worth)
@@ -350,7 +350,7 @@ class ColumnGeneration:
         """Return the relative gap between the incumbent and the bound."""
         if self.incumbent is None:
             return np.inf
-        if self.atlas.problem.objective.kind is ObjectiveKind.GPUS:  # the number of GPUs is whole
+        if self.costs.problem.objective.kind is ObjectiveKind.GPUS:  # the number of GPUs is whole
             return max(0.0, self.incumbent.value - float(np.ceil(self.bound.value - 1e-6))) / self.incumbent.value
         return relative_gap(self.incumbent, self.bound.value)
 
@@ -362,7 +362,7 @@ class ColumnGeneration:
         chosen = tuple((self.pool.templates[k], int(n)) for k, n in enumerate(counts) if n)
         worth = self.bound.rate_prices
         reduced = [
-            (worth[self.atlas.side_of(t.scope, t.mix)] * t.rate - float(self.bound.row_prices @ use), t)
+            (worth[self.costs.side_of(t.scope, t.mix)] * t.rate - float(self.bound.row_prices @ use), t)
             for t, use, n in zip(
                 self.pool.templates, self.pool.uses, padded(counts, len(self.pool.templates)), strict=True
             )

@@ -28,7 +28,7 @@ import numpy as np
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import DeviceClass, IntArray
 from hetis.solver.placement.packing import Cut, Parts, cuts_of, patterns_of, place_parts, slots_of
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 
 Kind = tuple[tuple[int, Parts], ...]  # for every device class that a replica uses, its parts, the largest first
@@ -40,11 +40,11 @@ SHAPE = 1 / 64  # cost of a replica shape, as a ratio to that of a piece
 MORE_PIECES = 2  # beyond the fewest, if the nodes of a replica are not limited
 
 
-def kind_of(atlas: Atlas, template: Template) -> Kind:
+def kind_of(costs: CostTables, template: Template) -> Kind:
     """Return the GPUs that a replica takes."""
     parts = list[tuple[int, int, int]]()
     for stage in template.stages:
-        parts.append((*atlas.ranks[stage.rank], stage.copies))
+        parts.append((*costs.ranks[stage.rank], stage.copies))
         if stage.pool_class >= 0:
             parts.append((stage.pool_class, 1, stage.copies * stage.pool_cards))
     return kind_of_parts(parts)

@@ -15,47 +15,47 @@ from collections.abc import Collection
 import numpy as np
 
 from hetis.solver.placement.pins import unit_of
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.plan import Role
 
 SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that is given to its prompt
 ROUNDING = 1e-9
 
 
-def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_constraints: bool = True) -> float:
+def rate_bound(costs: CostTables, roles: Collection[Role] = tuple(Role), *, with_constraints: bool = True) -> float:
     """Return an upper bound on the requests/s of plans of these roles within the latency limits; 0 if none serves any.
 
     Memory is ignored. With ``with_constraints`` limits on rent and GPUs count, too.
     """
-    if not atlas.ranks or not atlas.scopes:
+    if not costs.ranks or not costs.scopes:
         return 0.0
-    none = np.zeros(len(atlas.classes))
-    speeds = np.array([layers_per_s(atlas, role) if role in roles else none for role in Role])  # [roles, N]
-    available = np.array([float(c.available) for c in atlas.classes])
+    none = np.zeros(len(costs.classes))
+    speeds = np.array([layers_per_s(costs, role) if role in roles else none for role in Role])  # [roles, N]
+    available = np.array([float(c.available) for c in costs.classes])
     weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
     of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s per GPU at every share, [shares, N]
     totals = [of_gpus @ available]
-    index = atlas.problem.constraint_index if with_constraints else None
+    index = costs.problem.constraint_index if with_constraints else None
     for constraint in index.most if index is not None else ():
-        units = np.array([unit_of(c, constraint.of) for c in atlas.classes])
+        units = np.array([unit_of(c, constraint.of) for c in costs.classes])
         totals.append(np.array([_filled(speed, available, units, constraint.most) for speed in of_gpus]))
-    return float(min(total.min() for total in totals)) / atlas.scopes[0].tables.num_layers
+    return float(min(total.min() for total in totals)) / costs.scopes[0].tables.num_layers
 
 
-def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:
+def is_out_of_reach(costs: CostTables, saturated_rps: float) -> bool:
     """Return whether no plan serves this rate, or with 0, whether the limits alone leave no replica."""
-    bound = rate_bound(atlas)
+    bound = rate_bound(costs)
     return bound <= 0.0 or bound < saturated_rps * (1.0 - ROUNDING)
 
 
-def layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
+def layers_per_s(costs: CostTables, role: Role) -> FloatArray:
     """Return layers/s of dense work per GPU of every class, in replicas of a role that keep the limits; [N]."""
-    best = np.zeros(len(atlas.classes))
-    in_flight = np.array(atlas.problem.family.in_flight)
-    for part in atlas.scopes:
+    best = np.zeros(len(costs.classes))
+    in_flight = np.array(costs.problem.family.in_flight)
+    for part in costs.scopes:
         t = part.tables
-        mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and part.serves(mix)]
-        here = [s for s, (g, _) in enumerate(atlas.ranks) if t.available[g] > 0]
+        mixes = [x for x, mix in enumerate(costs.mixes) if mix.role is role and part.serves(mix)]
+        here = [s for s, (g, _) in enumerate(costs.ranks) if t.available[g] > 0]
         if not mixes or not here:
             continue
         layer_s = t.layer_s[np.ix_(mixes, here)]
@@ -63,7 +63,7 @@ def layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
         kept = (t.t_cap[mixes] * in_flight >= shortest[:, None] * (1.0 - ROUNDING)).any(axis=1)
         if kept.any():
             for s, fastest in zip(here, layer_s[kept].min(axis=0), strict=True):
-                device_class, tp = atlas.ranks[s]
+                device_class, tp = costs.ranks[s]
                 best[device_class] = max(best[device_class], 1.0 / (tp * fastest))
     return best
 

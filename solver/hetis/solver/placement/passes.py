@@ -26,7 +26,7 @@ from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.parts import Part, parts_inside, whole
 from hetis.solver.placement.pool import Pool
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 
 MAIN = 0.25  # share of the time for the whole family before its parts are searched
 MOMENT = 1e-9  # seconds: avoids a division by zero, since a budget may end between two reads of it
@@ -41,7 +41,7 @@ class Packed:
 
 
 def solve_exactly(
-    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
+    costs: CostTables, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
 ) -> Outcome | None:
     """Return the proven optimum of a small fleet, or None if the family is empty or the budget ran out before a plan.
 
@@ -50,8 +50,8 @@ def solve_exactly(
     Raises:
         NoPlanFoundError: HiGHS, which has a clock of its own, stopped before it found a plan or proved there is none.
     """
-    passes = Passes(atlas, master, row_costs, budget, report, seed)
-    family = atlas.problem.family
+    passes = Passes(costs, master, row_costs, budget, report, seed)
+    family = costs.problem.family
     everything, inside = whole(family), parts_inside(family)
     if not passes.over(everything, budget.share(MAIN) if inside else budget):
         rest_s = budget.remaining_s()
@@ -78,16 +78,16 @@ class Passes:
     """Passes over the parts of a family, each of which starts from what the others found."""
 
     def __init__(
-        self, atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, report: Report, seed: int
+        self, costs: CostTables, master: Master, row_costs: FloatArray, budget: Budget, report: Report, seed: int
     ) -> None:
-        self.search = ExactSearch(atlas, master, row_costs)
-        self.whole = whole(atlas.problem.family)
+        self.search = ExactSearch(costs, master, row_costs)
+        self.whole = whole(costs.problem.family)
         self.budget, self.report, self.seed = budget, report, seed
         self.best: Packed | None = None
         self.is_empty = False  # proven: the whole family holds no plan
         self._begun: dict[Part, Progression] = {}
         self._is_packed = True  # all rates found so far have been packed
-        self.proven = rate_bound(atlas) if master.maximises else 0.0
+        self.proven = rate_bound(costs) if master.maximises else 0.0
 
     def over(self, part: Part, budget: Budget) -> bool:
         """Search a part and return whether it was finished within its budget; the next call resumes where this stopped.
@@ -180,9 +180,9 @@ class Passes:
         if self.best is None:
             return None
         search, chosen, packing = self.search, self.best.chosen, self.best.packing
-        atlas, master = search.atlas, search.master
+        costs, master = search.costs, search.master
         picked = [(search.template(*where), int(n)) for where, n in zip(chosen, packing.counts, strict=True) if n]
-        pool = Pool(atlas, np.zeros(len(atlas.resources.rows)))
+        pool = Pool(costs, np.zeros(len(costs.resources.rows)))
         pool.add([template for template, _ in picked])
         counts = np.zeros(len(pool.templates), dtype=np.int64)
         for template, n in picked:
@@ -193,7 +193,7 @@ class Passes:
         duals = search.prices(search.rates())
         used = {where for where, n in zip(chosen, packing.counts, strict=True) if n}
         others = sorted((w for w in chosen if w not in used), key=lambda w: -search.frontiers[w[0]].rate[w[1]])
-        rows, sides = len(atlas.resources.rows), atlas.routes.num_sides
+        rows, sides = len(costs.resources.rows), costs.routes.num_sides
         return Outcome(
             chosen=tuple(picked),
             value=value,

@@ -17,7 +17,7 @@ from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.pricing import Pricer
-from hetis.solver.placement.tables import Atlas, FloatArray, Scope
+from hetis.solver.placement.tables import CostTables, FloatArray, Scope
 from hetis.solver.placement.template import Template
 
 CHEAP = 1e-3  # price of GPUs that must be used, as a ratio to other prices
@@ -27,20 +27,20 @@ QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # least rate of a replica, as a share of the
 
 
 def pinned_columns(
-    atlas: Atlas, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
+    costs: CostTables, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
 ) -> Iterator[Template]:
     """Yield replicas that pins may require; ``prices`` [rows] are those of GPUs that no pin requires."""
-    family, most = atlas.problem.family, float(pins.upper[-1])
-    each = rate_bound(atlas) / most if np.isfinite(most) else 0.0
+    family, most = costs.problem.family, float(pins.upper[-1])
+    each = rate_bound(costs) / most if np.isfinite(most) else 0.0
     free = [row > 0.0 for row in pins.wanted.T if row.any()]
     if each:  # with few replicas, GPUs of any type may be left idle
-        rows = atlas.resources.rows
+        rows = costs.resources.rows
         free += [np.zeros(len(rows), dtype=bool)]
-        free += [np.array([atlas.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(atlas)]
+        free += [np.array([costs.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(costs)]
     asked = [np.where(cheap, CHEAP * prices, prices) for cheap in free]
     asked += [np.maximum(row, CHEAP * row.max()) for row in pins.dear.T]  # the best rate per limited unit
     for least in dict.fromkeys(share * each for share in QUICK):
-        quick = replace(atlas, scopes=tuple(_quick(scope, least) for scope in atlas.scopes))
+        quick = replace(costs, scopes=tuple(_quick(scope, least) for scope in costs.scopes))
         every = configurations(quick)
         for side in range(quick.routes.num_sides):
             pricer = Pricer(
@@ -52,8 +52,8 @@ def pinned_columns(
                     yield from pricer.price(each_prices, 0.0, KEEP, budget, rate_cap=np.inf).templates
 
 
-def _types(atlas: Atlas) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(c.gpu for c in atlas.classes))
+def _types(costs: CostTables) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(c.gpu for c in costs.classes))
 
 
 def _quick(scope: Scope, least_rate: float) -> Scope:

@@ -2,7 +2,8 @@
 
 There are few ways in which such a replica may use the fleet: a number of TP groups of each device class, called a
 *composition*, optionally with attention workers of one class, equally many for every stage. For each of them the
-quickest split of layers is found over all iteration mixes, and the best becomes a column of the master (`listing.py`).
+quickest split of layers is found over all iteration mixes, and the best becomes a column of the
+master (`enumeration.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
 from hetis.solver.placement.options import ROUNDING
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, FloatArray
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
 
@@ -35,7 +36,7 @@ class Workers:
     """The attention workers of every stage of a replica: a device class and their number."""
 
     device_class: int
-    size: int  # index of the number of cards in `Atlas.pool_sizes`
+    size: int  # index of the number of cards in `CostTables.pool_sizes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,12 @@ class Sweep:
     unevenness: FloatArray
 
 
-def sweep_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Sweep:
+def sweep_of(costs: CostTables, depth: int, mixes: IntArray, groups: IntArray) -> Sweep:
     """Return every mix with every given number of head groups."""
     # Deeper pipelines have as many micro-batches as stages; a single stage waits for its own copies at most.
-    kinds = [(atlas.mixes[x].role, atlas.mixes[x].attention_dp) for x in mixes.tolist()]
+    kinds = [(costs.mixes[x].role, costs.mixes[x].attention_dp) for x in mixes.tolist()]
     of_kind = {
-        kind: atlas.regime_together(x) if depth == 1 else atlas.regimes(kind[0])[1]
+        kind: costs.regime_together(x) if depth == 1 else costs.regimes(kind[0])[1]
         for kind, x in zip(kinds, mixes.tolist(), strict=True)
     }
     each = len(groups)
@@ -106,9 +107,9 @@ class StageTimes(NamedTuple):
         return np.where(room < num_layers, np.inf, _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2)))
 
 
-def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | None) -> StageTimes:
+def stage_times(costs: CostTables, shape: Shape, sweep: Sweep, workers: Workers | None) -> StageTimes:
     """Compute what `options.list_options` does for single copies, for a whole sweep; workers need unified mixes."""
-    t, f, s, x = atlas.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
+    t, f, s, x = costs.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
     at = np.ix_(x, s)
     groups, n_it, given = t.rank_groups[s], t.iterations[x][:, None], sweep.groups[:, None]
     kv_bytes = t.kv_group_bytes * t.kv_tokens[x, f, 0][:, None]
@@ -129,7 +130,7 @@ def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | Non
     layer_s = np.maximum(compute_s, t.wire_s[at])
     prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
     fixed_s = _by_role(t.step_s[at], t.hop_s[at], prefix_s, t.last_s[at])
-    most = np.minimum(_layers_that_fit(atlas, shape, x, kept), on_cards[:, :, None])
+    most = np.minimum(_layers_that_fit(costs, shape, x, kept), on_cards[:, :, None])
     if workers is not None:
         most[:, :, [FIRST, BOTH]] = np.minimum(most[:, :, [FIRST, BOTH]], on_cards[:, :, None] - t.prefix_layers)
     chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, None, None]
@@ -139,7 +140,7 @@ def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | Non
         with np.errstate(divide="ignore", invalid="ignore"):
             in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
         most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
-    longer = 1.0 + _slack(atlas, shape, sweep, layer_s, chunk_s)
+    longer = 1.0 + _slack(costs, shape, sweep, layer_s, chunk_s)
     return StageTimes(
         layer_s=layer_s * longer,
         fixed_s=fixed_s * longer[:, :, None],
@@ -153,12 +154,12 @@ def _shortest_s(num_layers: int, counts: IntArray, layer_s: FloatArray, beside_s
     return found * (1.0 - EXACT)
 
 
-def shortest_with(atlas: Atlas, shape: Shape, counts: IntArray, mixes: IntArray, workers: Workers) -> FloatArray:
+def shortest_with(costs: CostTables, shape: Shape, counts: IntArray, mixes: IntArray, workers: Workers) -> FloatArray:
     """Return lower bounds on the interval of each composition with these workers, however much they take; [C, X].
 
     Attention takes the least over all numbers of head groups, and memory is ignored; inf beyond the latency limits.
     """
-    t, at = atlas.scopes[shape.scope].tables, np.ix_(mixes, shape.ranks)
+    t, at = costs.scopes[shape.scope].tables, np.ix_(mixes, shape.ranks)
     entries = t.least_pool_start[shape.ranks, workers.device_class] + workers.size
     layer_s = t.layer_s[at] + t.least_pool_s[np.ix_(mixes, entries)]
     prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[at])
@@ -167,9 +168,9 @@ def shortest_with(atlas: Atlas, shape: Shape, counts: IntArray, mixes: IntArray,
     return np.where(found_s > t.t_cap[mixes, shape.in_flight_index] * (1.0 + EXACT), np.inf, found_s)
 
 
-def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
+def _layers_that_fit(costs: CostTables, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
     """Return the repeated layers that fit in a rank's memory, [X, R, 4]; ``kept`` [X, R] is KV bytes of one layer."""
-    t, s = atlas.scopes[shape.scope].tables, shape.ranks
+    t, s = costs.scopes[shape.scope].tables, shape.ranks
     at = np.ix_(mixes, s)
     room = (t.room_bytes[s] - t.act_bytes[at])[:, :, None].repeat(NUM_ROLES, axis=2)
     room[:, :, [FIRST, BOTH]] -= (t.first_bytes[s] + t.prefix_layers * kept)[:, :, None]
@@ -188,9 +189,9 @@ def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s
     return fixed_s
 
 
-def _slack(atlas: Atlas, shape: Shape, sweep: Sweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
+def _slack(costs: CostTables, shape: Shape, sweep: Sweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
     """Return `options.stretch` minus 1; [X, R]. ``request_s`` and ``chunk_s`` are those of a repeated layer."""
-    t, x, f = atlas.scopes[shape.scope].tables, sweep.mixes, shape.in_flight_index
+    t, x, f = costs.scopes[shape.scope].tables, sweep.mixes, shape.in_flight_index
     least, unevenness = sweep.least_slack[:, None], sweep.unevenness[:, None]
     iterations, nc, none = t.iterations[x][:, None], t.chunk_iterations[x][:, None], t.without_chunk[x, f][:, None]
     plain = iterations - nc
@@ -328,22 +329,22 @@ def best_splits(
                     found[c, 0], found[c, 1], found[c, 2], found[c, 3] = mix, first, last, groups
 
 
-def shapes_of(atlas: Atlas) -> list[Shape]:
+def shapes_of(costs: CostTables) -> list[Shape]:
     """Return the compositions of every scope, TP size and depth that fit the fleet and have room for the model.
 
     Raises:
         InvalidProblemError: there are too many to list.
     """
-    family, found, mixtures = atlas.problem.family, list[Shape](), cache(_mixtures)  # zones often need the same ones
-    engine, least = family.engine, least_layers(atlas)
+    family, found, mixtures = costs.problem.family, list[Shape](), cache(_mixtures)  # zones often need the same ones
+    engine, least = family.engine, least_layers(costs)
     assert engine is not None, "other families have replicas that are not listed"
-    for number in range(len(atlas.scopes)):
-        for tp, dp in sorted({(tp, dp) for (_, tp), dp in zip(atlas.ranks, atlas.rank_dp, strict=True)}):
-            ranks = _ranks_of(atlas, number, tp, dp)
+    for number in range(len(costs.scopes)):
+        for tp, dp in sorted({(tp, dp) for (_, tp), dp in zip(costs.ranks, costs.rank_dp, strict=True)}):
+            ranks = _ranks_of(costs, number, tp, dp)
             deepest = engine.max_stages if engine.max_gpus is None else min(engine.max_stages, engine.max_gpus // tp)
             deepest = min(deepest, 1) if dp > 1 else deepest
             for depth in range(1, deepest + 1 if ranks else 1):
-                if least[FIRST] + (depth - 1) * least[PLAIN] > atlas.scopes[number].tables.num_layers:
+                if least[FIRST] + (depth - 1) * least[PLAIN] > costs.scopes[number].tables.num_layers:
                     break
                 if family.mixed_types and math.comb(len(ranks) + depth - 1, depth) > MOST_COMPOSITIONS:
                     raise InvalidProblemError(
@@ -352,20 +353,20 @@ def shapes_of(atlas: Atlas) -> list[Shape]:
                     )
                 pure = depth * np.eye(len(ranks), dtype=np.int64)
                 counts = mixtures(len(ranks), depth) if family.mixed_types else pure
-                counts = _with_room(atlas, number, ranks, counts)
+                counts = _with_room(costs, number, ranks, counts)
                 if len(counts):
                     found.append(Shape(number, depth, np.array(ranks, dtype=np.int64), counts))
     return found
 
 
-def _ranks_of(atlas: Atlas, scope: int, tp: int, dp: int) -> list[int]:
-    here, available = atlas.scopes[scope], atlas.scopes[scope].tables.available
+def _ranks_of(costs: CostTables, scope: int, tp: int, dp: int) -> list[int]:
+    here, available = costs.scopes[scope], costs.scopes[scope].tables.available
     return [
         s
-        for s, (g, size) in enumerate(atlas.ranks)
-        if (size, atlas.rank_dp[s]) == (tp, dp)
+        for s, (g, size) in enumerate(costs.ranks)
+        if (size, costs.rank_dp[s]) == (tp, dp)
         and available[g] >= tp
-        and atlas.classes[g].zone in here.zones
+        and costs.classes[g].zone in here.zones
         and here.computes_on(g)
     ]
 
@@ -376,100 +377,100 @@ def _mixtures(num_ranks: int, depth: int) -> IntArray:
     return np.stack([(chosen == i).sum(axis=1) for i in range(num_ranks)], axis=1)
 
 
-def _with_room(atlas: Atlas, scope: int, ranks: list[int], counts: IntArray) -> IntArray:
+def _with_room(costs: CostTables, scope: int, ranks: list[int], counts: IntArray) -> IntArray:
     """Return the rows of ``counts`` [C, ranks] that fit the fleet and have room for the model."""
-    t = atlas.scopes[scope].tables
+    t = costs.scopes[scope].tables
     layers = np.clip((t.room_bytes[ranks] - t.act_bytes[:, ranks].min(axis=0)) / t.layer_bytes[ranks], 0.0, None)
     fits = counts @ np.minimum(np.floor(layers + ROUNDING), t.num_layers) >= t.num_layers
     counts = counts[fits]
-    most = [int(t.available[g]) // tp for g, tp in (atlas.ranks[s] for s in ranks)]
+    most = [int(t.available[g]) // tp for g, tp in (costs.ranks[s] for s in ranks)]
     fits = np.all(counts <= most, axis=1)
-    fits &= np.all(counts @ atlas.group_use[ranks] <= atlas.resources.limits, axis=1)
+    fits &= np.all(counts @ costs.group_use[ranks] <= costs.resources.limits, axis=1)
     return np.asarray(counts[fits])
 
 
-def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
+def is_run_by_engine(costs: CostTables, template: Template) -> bool:
     """Return whether the family's engine can run a replica, judging by its shape; True if there is no engine."""
-    rules, mix = atlas.problem.family.engine, atlas.mixes[template.mix]
+    rules, mix = costs.problem.family.engine, costs.mixes[template.mix]
     if rules is None:
         return True
     depth = len(template.stages)
     groups, workers = sum(stage.copies for stage in template.stages), {stage.pool_class for stage in template.stages}
     pools = {(stage.pool_class, stage.pool_cards, stage.pool_groups) for stage in template.stages}
-    zones = {atlas.classes[atlas.ranks[stage.rank][0]].zone for stage in template.stages}
-    sizes = {atlas.ranks[stage.rank][1] for stage in template.stages}
-    computes_on = atlas.scopes[template.scope].computes_on
-    gpus = sum(gpus_of(atlas, template).values())
-    least = least_layers(atlas)
+    zones = {costs.classes[costs.ranks[stage.rank][0]].zone for stage in template.stages}
+    sizes = {costs.ranks[stage.rank][1] for stage in template.stages}
+    computes_on = costs.scopes[template.scope].computes_on
+    gpus = sum(gpus_of(costs, template).values())
+    least = least_layers(costs)
     return (
-        depth == groups == int(atlas.scopes[template.scope].tables.in_flight[template.in_flight_index])
-        and depth <= (rules.stages_of(mix.role, atlas.problem.model) if workers == {-1} else rules.max_pooled_stages)
+        depth == groups == int(costs.scopes[template.scope].tables.in_flight[template.in_flight_index])
+        and depth <= (rules.stages_of(mix.role, costs.problem.model) if workers == {-1} else rules.max_pooled_stages)
         and len(sizes) == len(zones) == len(pools) == 1
-        and all(computes_on(atlas.ranks[stage.rank][0]) for stage in template.stages)
+        and all(computes_on(costs.ranks[stage.rank][0]) for stage in template.stages)
         and (workers == {-1} or mix.role is Role.UNIFIED)
         and (rules.max_gpus is None or gpus <= rules.max_gpus)
-        and (rules.max_nodes is None or least_nodes_of(atlas.classes, kind_of(atlas, template)) <= rules.max_nodes)
+        and (rules.max_nodes is None or least_nodes_of(costs.classes, kind_of(costs, template)) <= rules.max_nodes)
         and all(stage.layers >= least[FIRST if index == 0 else PLAIN] for index, stage in enumerate(template.stages))
     )
 
 
-def least_nodes(atlas: Atlas, shape: Shape, workers: Workers | None, places: Sequence[int]) -> IntArray:
+def least_nodes(costs: CostTables, shape: Shape, workers: Workers | None, places: Sequence[int]) -> IntArray:
     """Return the fewest nodes that a replica of each composition takes, whatever else is on them; [C].
 
     ``places`` are equal for device classes whose GPUs may be in one node (`shared_places`).
     """
-    counts, tp = shape.counts, atlas.ranks[int(shape.ranks[0])][1]
-    groups = {atlas.ranks[int(s)][0]: counts[:, i] for i, s in enumerate(shape.ranks)}
+    counts, tp = shape.counts, costs.ranks[int(shape.ranks[0])][1]
+    groups = {costs.ranks[int(s)][0]: counts[:, i] for i, s in enumerate(shape.ranks)}
     cards = dict.fromkeys(groups, 0)
     if workers is not None:
-        cards[workers.device_class] = shape.depth * atlas.pool_sizes[workers.size]
+        cards[workers.device_class] = shape.depth * costs.pool_sizes[workers.size]
     taken = dict[int, IntArray]()
     for g, single in cards.items():
         of_class = groups.get(g, np.zeros(len(counts), dtype=np.int64))
-        here = nodes_of_groups(of_class, tp, of_class * tp + single, atlas.classes[g].gpus_per_node)
+        here = nodes_of_groups(of_class, tp, of_class * tp + single, costs.classes[g].gpus_per_node)
         taken[places[g]] = np.maximum(taken.get(places[g], 0), here)
     return np.asarray(sum(taken.values()))
 
 
-def least_layers(atlas: Atlas) -> IntArray:
+def least_layers(costs: CostTables) -> IntArray:
     """Return the fewest repeated layers of a stage by role; leading dense layers are the first stage's own; [4]."""
-    engine, prefix = atlas.problem.family.engine, atlas.problem.model.prefix_layers
+    engine, prefix = costs.problem.family.engine, costs.problem.model.prefix_layers
     least = np.full(NUM_ROLES, 1 if engine is None else engine.min_layers, dtype=np.int64)
     least[[FIRST, BOTH]] = np.maximum(1, least[[FIRST, BOTH]] - prefix)
     return least
 
 
-def workers_of(atlas: Atlas, shape: Shape) -> Iterator[Workers]:
+def workers_of(costs: CostTables, shape: Shape) -> Iterator[Workers]:
     """Yield the attention workers that replicas of a shape may have."""
-    family, t = atlas.problem.family, atlas.scopes[shape.scope].tables
+    family, t = costs.problem.family, costs.scopes[shape.scope].tables
     engine = family.engine
     if engine is None or shape.depth > engine.max_pooled_stages or Role.UNIFIED not in family.roles:
         return
     tp = int(t.rank_tp[shape.ranks[0]])
-    for q in range(len(atlas.classes)):
-        if np.any(t.pool_start[shape.ranks, q] < 0) or atlas.classes[q].zone not in atlas.scopes[shape.scope].zones:
+    for q in range(len(costs.classes)):
+        if np.any(t.pool_start[shape.ranks, q] < 0) or costs.classes[q].zone not in costs.scopes[shape.scope].zones:
             continue
-        for size, cards in enumerate(atlas.pool_sizes):
+        for size, cards in enumerate(costs.pool_sizes):
             total = shape.depth * (cards + tp)
             if shape.depth * cards <= t.available[q] and (engine.max_gpus is None or total <= engine.max_gpus):
                 yield Workers(q, size)
 
 
 def template_of_pipeline(
-    atlas: Atlas, shape: Shape, counts: IntArray, found: IntArray, workers: Workers | None
+    costs: CostTables, shape: Shape, counts: IntArray, found: IntArray, workers: Workers | None
 ) -> Template:
     """Return the replica behind a composition [R] and the row [4] that `best_splits` found for it."""
-    t = atlas.scopes[shape.scope].tables
+    t = costs.scopes[shape.scope].tables
     x, first, last, groups = found.tolist()
     stages, roles, layers = np.empty((3, shape.depth), dtype=np.int64)
     _line_up(counts, first, last if shape.depth > 1 else -1, stages, roles)
-    sweep = sweep_of(atlas, shape.depth, np.array([x]), np.array([groups]))
-    times = stage_times(atlas, shape, sweep, workers)
+    sweep = sweep_of(costs, shape.depth, np.array([x]), np.array([groups]))
+    times = stage_times(costs, shape, sweep, workers)
     fill(
         t.num_layers, stages, roles, shape.depth, times.layer_s[0], times.fixed_s[0], times.most[0],
-        least_layers(atlas), np.inf, layers,
+        least_layers(costs), np.inf, layers,
     )  # fmt: skip
-    pool = () if workers is None else (workers.device_class, atlas.pool_sizes[workers.size], groups)
+    pool = () if workers is None else (workers.device_class, costs.pool_sizes[workers.size], groups)
     parts = tuple(TemplateStage(int(shape.ranks[s]), 1, int(n), *pool) for s, n in zip(stages, layers, strict=True))
     template = Template(shape.scope, x, shape.in_flight_index, parts, np.inf)
-    return replace(template, interval_s=interval_of(atlas, template))
+    return replace(template, interval_s=interval_of(costs, template))

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray, Resources
 from hetis.solver.placement.master import Columns
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 
 PRICE_FLOOR = 1e-5  # share of a row unit's mean price: with a free row a replica could be infinitely good
@@ -20,7 +20,7 @@ NO_LINKS = np.zeros((0, 0))  # if no links between zones carry KV
 class Pool:
     """The columns seen so far, without repetition."""
 
-    atlas: Atlas
+    costs: CostTables
     row_costs: FloatArray
     templates: list[Template] = field(default_factory=list)
     uses: list[IntArray] = field(default_factory=list)
@@ -31,14 +31,14 @@ class Pool:
     def add(self, templates: Sequence[Template]) -> int:
         """Add new templates that fit in the fleet; return how many were new."""
         before = len(self.templates)
-        routes = self.atlas.routes
+        routes = self.costs.routes
         for template in templates:
-            use = use_of(self.atlas, template)
-            if template.shape not in self._place and np.all(use <= self.atlas.resources.limits):
+            use = use_of(self.costs, template)
+            if template.shape not in self._place and np.all(use <= self.costs.resources.limits):
                 self._place[template.shape] = len(self.templates)
                 self.templates.append(template)
                 self.uses.append(use)
-                self.links.append(routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS)
+                self.links.append(routes.link_use(zones_of(self.costs, template)) if routes.has_links else NO_LINKS)
         if len(self.templates) > before:
             self._built = None
         return len(self.templates) - before
@@ -55,7 +55,7 @@ class Pool:
             rates=np.array([t.rate for t in self.templates]),
             costs=uses @ self.row_costs,
             uses=uses,
-            sides=np.array([self.atlas.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
+            sides=np.array([self.costs.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
             links=np.array(self.links),
         )
 
@@ -87,8 +87,8 @@ def lifted(prices: FloatArray, resources: Resources, total: float) -> FloatArray
     return np.maximum(prices, PRICE_FLOOR * total / max(1.0, float(gpus @ resources.limits)) * gpus)
 
 
-def first_prices(atlas: Atlas) -> FloatArray:
+def first_prices(costs: CostTables) -> FloatArray:
     """Return initial row prices, at which a GPU is worth about its memory bandwidth; [rows]."""
-    types, rows = atlas.problem.cluster.gpu_types, atlas.resources.rows
-    worth = np.array([types[atlas.classes[g].gpu].mem_bytes_per_s for g, _ in rows])
-    return np.asarray(worth / worth.max() * atlas.resources.counts_gpus)
+    types, rows = costs.problem.cluster.gpu_types, costs.resources.rows
+    worth = np.array([types[costs.classes[g].gpu].mem_bytes_per_s for g, _ in rows])
+    return np.asarray(worth / worth.max() * costs.resources.counts_gpus)

@@ -11,14 +11,14 @@ import numpy as np
 from hetis.solver.budget import Budget
 from hetis.solver.compiled import compile_alike
 from hetis.solver.placement.ceiling import (
-    Asked,
     Ceiling,
+    CeilingQueries,
     Limits,
     Lines,
     all_lines,
-    asked_of,
     ceilings,
     limits_of,
+    queries_of,
     reach_of,
 )
 from hetis.solver.placement.classes import IntArray
@@ -34,7 +34,7 @@ from hetis.solver.placement.options import (
 )
 from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
 from hetis.solver.placement.stages import overdrawn
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables, cover_tables
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables, cover_tables
 from hetis.solver.placement.template import Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
 from hetis.solver.plan import Role
@@ -111,7 +111,7 @@ class Pricer:
 
     def __init__(
         self,
-        atlas: Atlas,
+        costs: CostTables,
         every: list[Configuration],
         row_costs: FloatArray,
         *,
@@ -120,14 +120,14 @@ class Pricer:
         threads: int,
         tolerance: float,
     ) -> None:
-        self.atlas, self.row_costs = atlas, row_costs
+        self.costs, self.row_costs = costs, row_costs
         self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
         self.configurations = every
         self.scopes = np.array([c.scope for c in every], dtype=np.int64)
         self.mixes = np.array([c.mix for c in every], dtype=np.int64)
         self.in_flight = np.array([c.in_flight_index for c in every], dtype=np.int64)
         self.longest_s = np.array([self._longest_s(c) for c in every], dtype=float)
-        self.scarce = _scarce(atlas)
+        self.scarce = _scarce(costs)
         self._proved = _Proved(len(every), len(row_costs))
         self._shares = [_Share(part) for part in _shares(self.scopes)]
 
@@ -145,7 +145,7 @@ class Pricer:
         if not self.configurations or floor == np.inf:
             return Priced((), floor if self.configurations else 0.0, True)
         prices = row_prices + self.row_costs
-        worth = self.atlas.group_use @ prices, self.atlas.card_use @ prices
+        worth = self.costs.group_use @ prices, self.costs.card_use @ prices
         best, enough, complete = floor, floor * (1.0 + ease), True
         found: list[tuple[float, int, IntArray]] = []
         tables = self._tables(rate_cap)
@@ -192,13 +192,13 @@ class Pricer:
                         best = max(best, ratio)
         found.sort(key=lambda one: -one[0])
         templates = tuple(
-            template_of(self.atlas, self.configurations[i], rows) for ratio, i, rows in found if ratio >= best * keep
+            template_of(self.costs, self.configurations[i], rows) for ratio, i, rows in found if ratio >= best * keep
         )
         return Priced(templates, float(bound), complete)
 
     def _longest_s(self, c: Configuration) -> float:
         """Return an interval that no replica of a configuration exceeds."""
-        longest_s: float = interval_cap(self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
+        longest_s: float = interval_cap(self.costs.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
         return longest_s
 
     def _counted(self, rate_cap: float) -> FloatArray:
@@ -215,7 +215,7 @@ class Pricer:
         If a latency limit requires shorter intervals, any interval within the limit is allowed. Such rates all count as
         the cap, which is a share of the slowest of them.
         """
-        whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
+        whole = {int(scope): self.costs.scopes[scope].tables for scope in np.unique(self.scopes)}
         made: dict[tuple[int, float], Tables] = {}
         found = []
         for c, longest_s in zip(self.configurations, self.longest_s.tolist(), strict=True):
@@ -244,22 +244,24 @@ class Pricer:
                 return
             t, members = tables[int(share.members[0])], share.members
             if share.is_stale(t_floors[members]):
-                share.tabulate(t, self._asked(t, members, t_floors), t_floors[members], self.max_copies, self.max_pool)
+                share.tabulate(
+                    t, self._queries(t, members, t_floors), t_floors[members], self.max_copies, self.max_pool
+                )
             assert share.lines is not None, "tabulated"
-            assert share.asked is not None, "tabulated"
+            assert share.queries is not None, "tabulated"
             found[members] = ceilings(
-                t.num_layers, share.asked, share.lines, share.begins, group_price, card_price, enough[members]
+                t.num_layers, share.queries, share.lines, share.begins, group_price, card_price, enough[members]
             )  # fmt: skip
 
         list(workers.map(bounds, self._shares))
         return found[which]
 
-    def _asked(self, t: Tables, members: IntArray, t_floors: FloatArray) -> Asked:
+    def _queries(self, t: Tables, members: IntArray, t_floors: FloatArray) -> CeilingQueries:
         every = [self.configurations[i] for i in members]
         floors = t_floors[members].tolist()
         limits = [limits_of(t, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, floor)  # type: ignore[call-arg]
                   for c, floor in zip(every, floors, strict=True)]  # fmt: skip
-        return asked_of(self.mixes[members], self.in_flight[members], limits)
+        return queries_of(self.mixes[members], self.in_flight[members], limits)
 
 
 STALE = 0.05  # ratio by which shortest intervals may grow before lines, which lose sharpness, are made again
@@ -271,13 +273,15 @@ class _Share:
     def __init__(self, members: IntArray) -> None:
         self.members = members
         self.t_floors = np.zeros(len(members))
-        self.asked: Asked | None = None
+        self.queries: CeilingQueries | None = None
         self.lines: Lines | None = None
         self.begins: IntArray = np.zeros(1, dtype=np.int64)
 
-    def tabulate(self, t: Tables, asked: Asked, t_floors: FloatArray, max_copies: int, max_pool: int) -> None:
-        self.asked, self.t_floors = asked, t_floors
-        self.lines, self.begins = all_lines(t, asked, max_copies, max_pool)
+    def tabulate(
+        self, t: Tables, queries: CeilingQueries, t_floors: FloatArray, max_copies: int, max_pool: int
+    ) -> None:
+        self.queries, self.t_floors = queries, t_floors
+        self.lines, self.begins = all_lines(t, queries, max_copies, max_pool)
 
     def is_stale(self, t_floors: FloatArray) -> bool:
         """Return whether lines are missing, or made for shortest intervals that are too long or much too short.
@@ -290,14 +294,14 @@ class _Share:
 
 
 def pricers_of(
-    atlas: Atlas, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
+    costs: CostTables, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
     target_gap: float,
 ) -> list[Pricer]:  # fmt: skip
     """Return a pricer for each side of the master; sides of other roles have no configurations."""
-    every = [c for c in configurations(atlas) if atlas.mixes[c.mix].role in roles]
+    every = [c for c in configurations(costs) if costs.mixes[c.mix].role in roles]
     return [
         Pricer(
-            atlas,
+            costs,
             [c for c in every if c.side == side],
             row_costs,
             max_copies=max_copies,
@@ -305,7 +309,7 @@ def pricers_of(
             threads=threads,
             tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
         )
-        for side in range(atlas.routes.num_sides)
+        for side in range(costs.routes.num_sides)
     ]
 
 
@@ -341,9 +345,9 @@ class _Proved:
         self.ratios[which], self.prices[which], self.rate_caps[which] = ratios, prices, rate_cap
 
 
-def _scarce(atlas: Atlas) -> BoolArray:
+def _scarce(costs: CostTables) -> BoolArray:
     """Return the classes of which a single replica may well require more GPUs than exist; [N].
 
     In larger classes pricing does not exclude such replicas, which can only loosen the bound.
     """
-    return np.array([c.available < SCARCE for c in atlas.classes])
+    return np.array([c.available < SCARCE for c in costs.classes])

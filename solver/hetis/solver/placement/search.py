@@ -11,10 +11,10 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.compiled import is_cached
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.enumeration import search_enumerated
 from hetis.solver.placement.exact import is_small
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import ColumnGeneration
-from hetis.solver.placement.listing import search_listing
 from hetis.solver.placement.master import UNDECIDED, Master
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds, kind_of
 from hetis.solver.placement.out_of_reach import rate_bound
@@ -24,8 +24,8 @@ from hetis.solver.placement.pinned_columns import pinned_columns
 from hetis.solver.placement.pins import Pins, pins_of
 from hetis.solver.placement.pool import Bound, Pool
 from hetis.solver.placement.pricing import KERNELS
-from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.types_of_roles import search_types
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
@@ -36,7 +36,7 @@ RELAXATION, COLUMNS = 0.6, 0.8  # shares of the time left, with pins: for the re
 
 
 def search(
-    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report, *,
+    costs: CostTables, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report, *,
     simplest_within: float = 0.0,
 ) -> Outcome | None:  # fmt: skip
     """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
@@ -44,11 +44,11 @@ def search(
     With ``simplest_within``, a share of the best value, an engine's replicas use the fewest nodes that lose no more
     than this share. Progress is in the master's unit: saturated requests/s, or what is minimised.
     """
-    if not atlas.ranks:
+    if not costs.ranks:
         return None
-    family = atlas.problem.family
+    family = costs.problem.family
 
-    def of_types(pair: Atlas, news: Report) -> Outcome | None:
+    def of_types(pair: CostTables, news: Report) -> Outcome | None:
         try:
             return search(pair, strategy, budget, gap_target, seed, threads, news)
         except NoPlanFoundError:  # no plan of this pair is known to keep the pins
@@ -56,36 +56,36 @@ def search(
                 raise
             return None
 
-    if family.one_type_per_role and atlas.role_types is None:
-        return search_types(atlas, of_types, None, budget, threads, report)
-    pins = pins_of(atlas.problem.constraint_index, atlas.classes, atlas.resources)
-    master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
-    row_costs = row_costs_of(atlas)
+    if family.one_type_per_role and costs.role_types is None:
+        return search_types(costs, of_types, None, budget, threads, report)
+    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
+    master = Master(costs.resources.limits, demanded_rate(costs.problem), costs.routes, pins)
+    row_costs = row_costs_of(costs)
     if strategy == "uniform":
-        return _enumerate_uniform(atlas, master, row_costs, budget, seed)
+        return _enumerate_uniform(costs, master, row_costs, budget, seed)
     if family.engine is not None:
-        outcome = search_listing(
-            atlas, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report,
+        outcome = search_enumerated(
+            costs, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report,
             simplest_within=simplest_within,
         )  # fmt: skip
         is_short = budget.is_spent() and not simplest_within
         if is_short and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
-            return _better(outcome, _first_plan(atlas, budget, seed), master)
+            return _better(outcome, _first_plan(costs, budget, seed), master)
         return outcome
-    if is_small(atlas):
+    if is_small(costs):
         _announce_compilation((explore,), budget, report)
-        outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+        outcome = solve_exactly(costs, master, row_costs, budget=budget, report=report, seed=seed)
         if budget.is_spent() and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
-            return _better(outcome, _first_plan(atlas, budget, seed), master)
+            return _better(outcome, _first_plan(costs, budget, seed), master)
         return outcome
     part = budget if pins is None else budget.share(RELAXATION)
-    generation = ColumnGeneration(atlas, master, row_costs, budget=part, report=report)
+    generation = ColumnGeneration(costs, master, row_costs, budget=part, report=report)
     outcome = _generate(generation, part, gap_target, seed, threads)
     if pins is not None:
         outcome = _pinned(generation, outcome, pins, budget, gap_target, seed, threads)
     # Pairs of GPU types are searched without attention workers.
-    if outcome is not None and family.splits_roles and family.decode_keeps_heads and atlas.role_types is None:
-        outcome = search_types(atlas, of_types, outcome, budget, threads, report)
+    if outcome is not None and family.splits_roles and family.decode_keeps_heads and costs.role_types is None:
+        outcome = search_types(costs, of_types, outcome, budget, threads, report)
     return outcome
 
 
@@ -101,7 +101,7 @@ def _pinned(
     if not generation.may_have_plan:
         return None
     prices = generation.bound.row_prices
-    found = pinned_columns(generation.atlas, pins, generation.row_costs, prices, budget.share(COLUMNS), threads)
+    found = pinned_columns(generation.costs, pins, generation.row_costs, prices, budget.share(COLUMNS), threads)
     generation.pool.add(tuple(found))
     generation.choose(gap=gap_target / 10, seed=seed)
     outcome = generation.outcome()
@@ -120,24 +120,24 @@ def _generate(
     generation: ColumnGeneration, budget: Budget, gap_target: float, seed: int, threads: int
 ) -> Outcome | None:
     """Run column generation, with zones merged or not."""
-    atlas, master, row_costs = generation.atlas, generation.master, generation.row_costs
+    costs, master, row_costs = generation.costs, generation.master, generation.row_costs
     _announce_compilation(KERNELS, budget, generation.report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
         generation.may_have_plan = False
         return None
-    one_zone, relaxed = merged_problem(atlas.problem), None
+    one_zone, relaxed = merged_problem(costs.problem), None
     if one_zone is not None:
-        merged = build_atlas(one_zone, is_relaxation=True)
-        if atlas.role_types is not None:
-            merged = merged.of_types(*atlas.role_types)
+        merged = build_cost_tables(one_zone, is_relaxation=True)
+        if costs.role_types is not None:
+            merged = merged.of_types(*costs.role_types)
         outcome = _search_merged(merged, generation, threads, gap_target, seed)
         if outcome is not None:
             return outcome
         relaxed = generation.bound.value if generation.is_whole_family else None
-    outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
+    outcome = generation.solve(uniform_templates(costs), threads=threads, gap_target=gap_target, seed=seed)
     if outcome is None and generation.may_have_plan and master.pins is None and not budget.is_spent():
         # The columns found fit in no packing, which proves nothing.
-        return solve_exactly(atlas, master, row_costs, budget=budget, report=generation.report, seed=seed)
+        return solve_exactly(costs, master, row_costs, budget=budget, report=generation.report, seed=seed)
     if outcome is None or relaxed is None:
         return outcome
     # The bound of the relaxation holds whatever the search over separate zones proves.
@@ -151,21 +151,21 @@ def _announce_compilation(kernels: Sequence[Callable[..., object]], budget: Budg
 
 def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_target: float) -> bool:
     """Return whether the fleet's best rate may reach the demand; ``generation`` keeps the columns of that search."""
-    atlas = generation.atlas
+    costs = generation.costs
     fastest = ColumnGeneration(
-        atlas,
-        Master(atlas.resources.limits, None, atlas.routes),
-        np.zeros(len(atlas.resources.rows)),
+        costs,
+        Master(costs.resources.limits, None, costs.routes),
+        np.zeros(len(costs.resources.rows)),
         budget=generation.budget,
         report=silent,
     )
-    fastest.generate(uniform_templates(atlas), threads=threads, gap_target=gap_target)
+    fastest.generate(uniform_templates(costs), threads=threads, gap_target=gap_target)
     generation.pool.add(fastest.pool.templates)
     return fastest.bound.value >= demand * (1.0 - 1e-9)
 
 
 def _search_merged(
-    merged: Atlas, generation: ColumnGeneration, threads: int, gap_target: float, seed: int
+    merged: CostTables, generation: ColumnGeneration, threads: int, gap_target: float, seed: int
 ) -> Outcome | None:
     """Search a fleet of several zones through its one-zone relaxation; return None if that leaves too wide a gap.
 
@@ -179,12 +179,12 @@ def _search_merged(
     if not np.isfinite(relaxed.bound.value):
         return None
     relaxed.vary()
-    generation.pool.add(zone_templates(merged, generation.atlas, relaxed.pool.templates))
+    generation.pool.add(zone_templates(merged, generation.costs, relaxed.pool.templates))
     generation.bound = Bound(
         relaxed.bound.value,
-        row_prices_of(merged, generation.atlas, relaxed.bound.row_prices),
-        np.zeros_like(generation.atlas.routes.capacity),
-        rate_prices_of(merged, generation.atlas, relaxed.bound.rate_prices),
+        row_prices_of(merged, generation.costs, relaxed.bound.row_prices),
+        np.zeros_like(generation.costs.routes.capacity),
+        rate_prices_of(merged, generation.costs, relaxed.bound.rate_prices),
     )
     generation.is_whole_family = True
     generation.choose(gap=gap_target / 10, seed=seed)
@@ -201,45 +201,45 @@ def demanded_rate(problem: PlacementProblem) -> float | None:
     return objective.demand_rps / problem.assumptions.planned_utilisation
 
 
-def row_costs_of(atlas: Atlas) -> FloatArray:
+def row_costs_of(costs: CostTables) -> FloatArray:
     """Return the cost of one unit of each row in the objective: rent or one GPU for the rows that count GPUs."""
-    kind = atlas.problem.objective.kind
-    costs = []
-    for device_class, p in atlas.resources.rows:
-        price = atlas.classes[device_class].usd_per_hour or 0.0
+    kind = costs.problem.objective.kind
+    units = []
+    for device_class, p in costs.resources.rows:
+        price = costs.classes[device_class].usd_per_hour or 0.0
         unit = {ObjectiveKind.COST: price, ObjectiveKind.GPUS: 1.0}.get(kind, 0.0)
-        costs.append(unit if p == 1 else 0.0)
-    return np.array(costs)
+        units.append(unit if p == 1 else 0.0)
+    return np.array(units)
 
 
-def equal_stages(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
+def equal_stages(costs: CostTables, budget: Budget, seed: int) -> Outcome | None:
     """Return the best plan of equal stages, which takes little time, or None if none was found.
 
     One role may have several GPU types. The bound holds for the family of `uniform` only.
     """
-    if not atlas.ranks:
+    if not costs.ranks:
         return None
-    pins = pins_of(atlas.problem.constraint_index, atlas.classes, atlas.resources)
-    master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
+    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
+    master = Master(costs.resources.limits, demanded_rate(costs.problem), costs.routes, pins)
     try:
-        return _enumerate_uniform(atlas, master, row_costs_of(atlas), budget, seed)
+        return _enumerate_uniform(costs, master, row_costs_of(costs), budget, seed)
     except NoPlanFoundError:
         return None
 
 
 def _enumerate_uniform(
-    atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int
+    costs: CostTables, master: Master, row_costs: FloatArray, budget: Budget, seed: int
 ) -> Outcome | None:
     """Enumerate the small family of `uniform`: every GPU type, TP size and number of stages at its best."""
-    pool = Pool(atlas, row_costs)
-    pool.add(uniform_templates(atlas))
+    pool = Pool(costs, row_costs)
+    pool.add(uniform_templates(costs))
     if not pool.templates:
         return None
     columns = pool.columns()
-    engine, extend, is_whole = atlas.problem.family.engine, None, True
+    engine, extend, is_whole = costs.problem.family.engine, None, True
     if engine is not None and engine.max_nodes is not None:
-        kinds, of_columns = counts_of_kinds([kind_of(atlas, template) for template in pool.templates])
-        program = NodeProgram.of(atlas.classes, kinds, engine.max_nodes)
+        kinds, of_columns = counts_of_kinds([kind_of(costs, template) for template in pool.templates])
+        program = NodeProgram.of(costs.classes, kinds, engine.max_nodes)
         if program is None:
             raise NoPlanFoundError(UNDECIDED)
         is_whole, extend = program.is_whole, partial(program.extend, kinds_of_columns=of_columns.tolist())
@@ -270,8 +270,8 @@ def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Out
     return _with_bound(first, found.bound, maximises=master.maximises) if is_ahead else found
 
 
-def _first_plan(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
+def _first_plan(costs: CostTables, budget: Budget, seed: int) -> Outcome | None:
     """Return a quick plan of equal stages, bounded by dense work alone."""
-    outcome = equal_stages(atlas, Budget(cancelled=budget.cancelled), seed)
-    bound = rate_bound(atlas) if atlas.problem.objective.maximises else 0.0
+    outcome = equal_stages(costs, Budget(cancelled=budget.cancelled), seed)
+    bound = rate_bound(costs) if costs.problem.objective.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

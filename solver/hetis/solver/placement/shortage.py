@@ -7,30 +7,30 @@ from collections.abc import Iterator
 import numpy as np
 
 from hetis.solver.placement.explanation.wording import in_bytes
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.plan import Role
 
 
-def why_nothing_fits(atlas: Atlas) -> str:
+def why_nothing_fits(costs: CostTables) -> str:
     """Return one sentence for a problem whose family holds no replica even without limits."""
-    if not atlas.ranks:
-        model, sizes = atlas.problem.model, "/".join(map(str, atlas.problem.family.tp_sizes))
+    if not costs.ranks:
+        model, sizes = costs.problem.model, "/".join(map(str, costs.problem.family.tp_sizes))
         return f"{model.name}: its {model.q_heads} query heads cannot be split by any of TP {sizes} on this fleet"
-    return next(_shortages(atlas))
+    return next(_shortages(costs))
 
 
-def _shortages(atlas: Atlas) -> Iterator[str]:
+def _shortages(costs: CostTables) -> Iterator[str]:
     """Yield shortages, from the plainest to the one that remains if all others are excluded."""
-    problem, model = atlas.problem, min(atlas.problem.models(), key=lambda model: model.weight_bytes)
-    room, whose = _usable_by_a_replica(atlas)
+    problem, model = costs.problem, min(costs.problem.models(), key=lambda model: model.weight_bytes)
+    room, whose = _usable_by_a_replica(costs)
     weights = model.params() * model.weight_bytes
-    kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * _fewest_kv_tokens(atlas)
-    kv += model.num_layers * _least_state_bytes(atlas)
+    kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * _fewest_kv_tokens(costs)
+    kv += model.num_layers * _least_state_bytes(costs)
     batch = min(problem.family.micro_batches)
     requests = f"{batch} request{'' if batch == 1 else 's'}, the smallest batch"
     if weights > room:
         yield f"{model.name} needs {in_bytes(weights)} for weights alone; {whose} has {in_bytes(room)} usable"
-    apart, fleet_room = Role.UNIFIED not in problem.family.roles, sum(_rooms(atlas))
+    apart, fleet_room = Role.UNIFIED not in problem.family.roles, sum(_rooms(costs))
     if apart and weights <= room and 2.0 * weights > fleet_room:
         yield (
             f"{model.name} needs {in_bytes(weights)} for weights twice, to prefill and to decode; this fleet has "
@@ -41,13 +41,13 @@ def _shortages(atlas: Atlas) -> Iterator[str]:
             f"{model.name} needs {in_bytes(weights + kv)}: {in_bytes(weights)} for weights and {in_bytes(kv)} for the "
             f"KV of {requests}; {whose} has {in_bytes(room)} usable"
         )
-    held, tp, gpu, needed, usable = _largest_share(atlas)
+    held, tp, gpu, needed, usable = _largest_share(costs)
     if held < 1:
         yield (
             f"a layer of {model.name} needs {in_bytes(needed)} on each of {tp} GPUs, activations included; "
             f"{gpu} has {in_bytes(usable)} usable"
         )
-    layers, most = model.num_layers - model.prefix_layers, _most_layers(atlas)
+    layers, most = model.num_layers - model.prefix_layers, _most_layers(costs)
     if most < layers:
         yield (
             f"the GPUs that a replica may use hold at most {most} of {layers} layers of {model.name}, KV left out: a "
@@ -60,51 +60,51 @@ def _shortages(atlas: Atlas) -> Iterator[str]:
     )
 
 
-def _rooms(atlas: Atlas) -> list[float]:
+def _rooms(costs: CostTables) -> list[float]:
     """Return the bytes besides the engine's on all GPUs of every class."""
-    rooms = atlas.scopes[-1].tables.worker_room_bytes
-    return [float(room) * c.available for room, c in zip(rooms, atlas.classes, strict=True)]
+    rooms = costs.scopes[-1].tables.worker_room_bytes
+    return [float(room) * c.available for room, c in zip(rooms, costs.classes, strict=True)]
 
 
-def _usable_by_a_replica(atlas: Atlas) -> tuple[float, str]:
+def _usable_by_a_replica(costs: CostTables) -> tuple[float, str]:
     """Return the bytes besides the engine's on all GPUs that one replica may use together, and who has them."""
-    rooms = _rooms(atlas)
-    if atlas.problem.family.mixed_types or len(rooms) == 1:
+    rooms = _rooms(costs)
+    if costs.problem.family.mixed_types or len(rooms) == 1:
         return sum(rooms), "this fleet"
     largest = int(np.argmax(rooms))
-    c = atlas.classes[largest]
+    c = costs.classes[largest]
     return rooms[largest], f"a replica of one device class, at most {c.available} {c.gpu},"
 
 
-def _fewest_kv_tokens(atlas: Atlas) -> float:
+def _fewest_kv_tokens(costs: CostTables) -> float:
     """Return the fewest tokens of KV that a copy of a decoding replica must have room for under any mix."""
-    decodes = [mix.micro_batch > 0 for mix in atlas.mixes]
-    return float(atlas.scopes[-1].tables.kv_tokens[decodes].min())
+    decodes = [mix.micro_batch > 0 for mix in costs.mixes]
+    return float(costs.scopes[-1].tables.kv_tokens[decodes].min())
 
 
-def _least_state_bytes(atlas: Atlas) -> float:
+def _least_state_bytes(costs: CostTables) -> float:
     """Return the same of the bytes of states in a layer."""
-    decodes = [mix.micro_batch > 0 for mix in atlas.mixes]
-    return float(atlas.scopes[-1].tables.state_bytes[decodes].min())
+    decodes = [mix.micro_batch > 0 for mix in costs.mixes]
+    return float(costs.scopes[-1].tables.state_bytes[decodes].min())
 
 
-def _largest_share(atlas: Atlas) -> tuple[float, int, str, float, float]:
+def _largest_share(costs: CostTables) -> tuple[float, int, str, float, float]:
     """Return the best place for a layer: layers per rank (below 1 if none), TP size, GPU, needed and usable bytes."""
-    t = atlas.scopes[-1].tables
+    t = costs.scopes[-1].tables
     found = []
-    for s, (device_class, tp) in enumerate(atlas.ranks):
+    for s, (device_class, tp) in enumerate(costs.ranks):
         needed = float(t.layer_bytes[s] + t.act_bytes[:, s].min())
         held = (float(t.room_bytes[s]) - float(t.act_bytes[:, s].min())) / float(t.layer_bytes[s])
-        found.append((held, tp, atlas.classes[device_class].gpu, needed, float(t.room_bytes[s])))
+        found.append((held, tp, costs.classes[device_class].gpu, needed, float(t.room_bytes[s])))
     return max(found)
 
 
-def _most_layers(atlas: Atlas) -> int:
+def _most_layers(costs: CostTables) -> int:
     """Return an upper bound on the repeated layers that a replica holds, ignoring KV and embeddings."""
-    t = atlas.scopes[-1].tables
-    most = [0] * len(atlas.classes)
-    for s, (device_class, tp) in enumerate(atlas.ranks):
+    t = costs.scopes[-1].tables
+    most = [0] * len(costs.classes)
+    for s, (device_class, tp) in enumerate(costs.ranks):
         on_rank = max(0.0, float(t.room_bytes[s]) - float(t.act_bytes[:, s].min())) // float(t.layer_bytes[s])
-        groups = atlas.classes[device_class].available // tp
+        groups = costs.classes[device_class].available // tp
         most[device_class] = max(most[device_class], int(on_rank) * groups)
-    return sum(most) if atlas.problem.family.mixed_types else max(most)
+    return sum(most) if costs.problem.family.mixed_types else max(most)

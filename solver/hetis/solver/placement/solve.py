@@ -23,8 +23,8 @@ from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.search import demanded_rate, equal_stages, row_costs_of, search
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import (
     Template,
     describe,
@@ -77,11 +77,11 @@ def solve_family(
 
     if searched.is_empty:
         raise no_plan()
-    atlas = build_atlas(searched.problem)
-    if is_out_of_reach(atlas, demanded_rate(searched.problem) or 0.0):
+    costs = build_cost_tables(searched.problem)
+    if is_out_of_reach(costs, demanded_rate(searched.problem) or 0.0):
         raise no_plan()
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
-    outcome = search(atlas, strategy, budget, gap_target, seed, threads, report, simplest_within=simplest_within)
+    outcome = search(costs, strategy, budget, gap_target, seed, threads, report, simplest_within=simplest_within)
     if outcome is None:
         if budget.is_spent():
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
@@ -89,11 +89,11 @@ def solve_family(
 
     def bound(outcome: Outcome) -> Plan:
         if not problem.constraints:  # constraints may want GPUs in use, whatever for
-            outcome = without_idle(atlas, outcome)
-        chosen = [(with_fewest_in_flight(atlas, template), count) for template, count in outcome.chosen]
+            outcome = without_idle(costs, outcome)
+        chosen = [(with_fewest_in_flight(costs, template), count) for template, count in outcome.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
-        bound_stages = bind(atlas, templates, seed=seed, budget=budget)
-        return plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
+        bound_stages = bind(costs, templates, seed=seed, budget=budget)
+        return plan_of(costs, strategy, outcome, templates, bound_stages, budget)
 
     plan = bound(outcome)
     if outcome.best is not None:
@@ -101,17 +101,17 @@ def solve_family(
     return restored(plan, searched, problem) if problem.constraints else plan
 
 
-def without_idle(atlas: Atlas, outcome: Outcome) -> Outcome:
+def without_idle(costs: CostTables, outcome: Outcome) -> Outcome:
     """Return the outcome without replicas that prefill or decode and that no KV goes from or to.
 
     Where GPUs cost nothing a search may choose them, because they neither help nor hurt.
     """
     templates = [template for template, count in outcome.chosen for _ in range(count)]
-    ends = {end for route in kv_routes(atlas, templates, outcome.flows) for end in (route.prefill, route.decode)}
+    ends = {end for route in kv_routes(costs, templates, outcome.flows) for end in (route.prefill, route.decode)}
     kept = Counter(
         template
         for number, template in enumerate(templates)
-        if number in ends or atlas.mixes[template.mix].role is Role.UNIFIED
+        if number in ends or costs.mixes[template.mix].role is Role.UNIFIED
     )
     return replace(outcome, chosen=tuple(kept.items()))
 
@@ -149,7 +149,7 @@ def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int =
     searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if searched.is_empty:
         return None
-    outcome = equal_stages(build_atlas(searched.problem), budget, seed)
+    outcome = equal_stages(build_cost_tables(searched.problem), budget, seed)
     return None if outcome is None else objective_scale(problem) * outcome.value
 
 
@@ -175,7 +175,7 @@ def objective_scale(problem: PlacementProblem) -> float:
 
 
 def plan_of(
-    atlas: Atlas,
+    costs: CostTables,
     strategy: str,
     outcome: Outcome,
     templates: list[Template],
@@ -183,7 +183,7 @@ def plan_of(
     budget: Budget,
 ) -> Plan:
     """Return the outcome of a search as a plan on named GPUs; ``templates`` lists its replicas in plan order."""
-    problem = atlas.problem
+    problem = costs.problem
     kind = problem.objective.kind
     scale = objective_scale(problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
@@ -197,7 +197,7 @@ def plan_of(
     replicas = []
     for template, stages in zip(templates, bound_stages, strict=True):
         if template not in shapes:
-            shapes[template] = replica_plan(atlas, template, stages)
+            shapes[template] = replica_plan(costs, template, stages)
             replicas.append(shapes[template])
         else:
             replicas.append(_with_devices(shapes[template], stages))
@@ -215,25 +215,25 @@ def plan_of(
         ),
         objective=problem.objective,
         replicas=tuple(replicas),
-        kv_routes=kv_routes(atlas, templates, outcome.flows),
-        prices=_prices(atlas, outcome, scale),
-        runners_up=_runners_up(atlas, outcome),
+        kv_routes=kv_routes(costs, templates, outcome.flows),
+        prices=_prices(costs, outcome, scale),
+        runners_up=_runners_up(costs, outcome),
         notes=_notes(problem),
     )
 
 
-def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
+def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
     """Return a template on named GPUs, with the numbers of the cost model."""
-    mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
-    zones = atlas.routes.zones if mix.sends_afar else atlas.scopes[template.scope].zones
-    tables = atlas.scopes[template.scope].tables
+    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    zones = costs.routes.zones if mix.sends_afar else costs.scopes[template.scope].zones
+    tables = costs.scopes[template.scope].tables
     plans, pools, first_layer = [], [], 0
     for index, (stage, bound) in enumerate(zip(template.stages, stages, strict=True)):
-        device_class, size = atlas.ranks[stage.rank]
+        device_class, size = costs.ranks[stage.rank]
         layers = stage.layers + (tables.prefix_layers if index == 0 else 0)
         plans.append(
             StagePlan(
-                gpu=atlas.classes[device_class].gpu,
+                gpu=costs.classes[device_class].gpu,
                 tp=size // mix.attention_dp,
                 copies=stage.copies * mix.attention_dp,
                 first_layer=first_layer,
@@ -244,7 +244,7 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
         )
         first_layer += layers
         if stage.pool_class >= 0:
-            gpu = atlas.classes[stage.pool_class].gpu
+            gpu = costs.classes[stage.pool_class].gpu
             pools.append(
                 AttentionWorkerPool(
                     stage=index, gpu=gpu, devices=tuple(bound.workers), kv_head_groups=stage.pool_groups
@@ -252,12 +252,12 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
             )
     return ReplicaPlan(
         rate=template.rate,
-        ttft_s=ttft_s(atlas, template) + landing_s(atlas, template),
-        tpot_s=template.interval_s * cost.tpot_per_interval(atlas.moments, mix, m),
+        ttft_s=ttft_s(costs, template) + landing_s(costs, template),
+        tpot_s=template.interval_s * cost.tpot_per_interval(costs.moments, mix, m),
         micro_batch=mix.micro_batch,
         in_flight=m * mix.attention_dp,
         chunk_tokens=mix.chunk_tokens,
-        kv_tokens=int(min(_kv_room(atlas, template, i) for i in range(len(template.stages)))),
+        kv_tokens=int(min(_kv_room(costs, template, i) for i in range(len(template.stages)))),
         stages=tuple(plans),
         attention_workers=tuple(pools),
         role=mix.role,
@@ -279,49 +279,49 @@ def _with_devices(shape: ReplicaPlan, stages: list[BoundStage]) -> ReplicaPlan:
     )
 
 
-def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
+def _kv_room(costs: CostTables, template: Template, index: int) -> float:
     """Return the number of tokens whose KV fits on all copies of a stage together."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     stage = template.stages[index]
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
     if index == len(template.stages) - 1:
         layers += t.draft_layers
-    room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - stage.layers * t.layer_bytes[stage.rank]
+    room = t.room_bytes[stage.rank] - fixed_bytes(costs, template, index) - stage.layers * t.layer_bytes[stage.rank]
     kept = t.rank_groups[stage.rank] - stage.pool_groups
     prompts = float(t.prompt_tokens[template.mix, template.in_flight_index, stage.copies - 1])
     room -= layers * stage.pool_groups * prompts * t.kv_group_bytes
     room -= layers * state_on_rank(t, template.mix, template.in_flight_index, stage.rank, stage.copies)
     tokens = room / (layers * kept * t.kv_group_bytes) if kept else np.inf
     if stage.pool_class >= 0:
-        held, _ = kv_tokens_held(atlas, template, stage)
+        held, _ = kv_tokens_held(costs, template, stage)
         requests = held * int(t.micro_batch[template.mix])
         pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
         per_token = layers * pairs / requests * t.kv_group_bytes
         tokens = min(tokens, t.worker_room_bytes[stage.pool_class] / per_token)
-    copies = stage.copies * atlas.rank_dp[stage.rank]
-    return float(copies * min(tokens, atlas.problem.most_kv_tokens))
+    copies = stage.copies * costs.rank_dp[stage.rank]
+    return float(copies * min(tokens, costs.problem.most_kv_tokens))
 
 
-def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:
+def _prices(costs: CostTables, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:
     used, workers = Counter[int](), Counter[int]()
     for template, count in outcome.chosen:
-        for g, n in gpus_of(atlas, template).items():
+        for g, n in gpus_of(costs, template).items():
             used[g] += count * n
         for stage in template.stages:
             if stage.pool_class >= 0:
                 workers[stage.pool_class] += count * stage.copies * stage.pool_cards
-    rows = [atlas.resources.rows.index((g, 1)) for g in range(len(atlas.classes))]
-    return class_prices(atlas.classes, used, workers, (scale * outcome.row_prices[rows]).tolist())
+    rows = [costs.resources.rows.index((g, 1)) for g in range(len(costs.classes))]
+    return class_prices(costs.classes, used, workers, (scale * outcome.row_prices[rows]).tolist())
 
 
-def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
-    objective = atlas.problem.objective
-    row_costs = row_costs_of(atlas)
+def _runners_up(costs: CostTables, outcome: Outcome) -> tuple[RunnerUp, ...]:
+    objective = costs.problem.objective
+    row_costs = row_costs_of(costs)
     result = []
     for template in outcome.runners_up:
-        use = use_of(atlas, template)
-        role = atlas.mixes[template.mix].role
-        worth = float(outcome.rate_prices[atlas.side_of(template.scope, template.mix)])  # value of a request/s there
+        use = use_of(costs, template)
+        role = costs.mixes[template.mix].role
+        worth = float(outcome.rate_prices[costs.side_of(template.scope, template.mix)])  # value of a request/s there
         reason = "would fit, but no packing of whole replicas with it is better"
         if objective.maximises:
             price = float(outcome.row_prices @ use)
@@ -330,20 +330,20 @@ def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
                 reason = f"its GPUs are worth {price:.4g} requests/s elsewhere{half}"
         else:
             each = float(row_costs @ use) / template.rate
-            paid, served = _paid_per_request(atlas, outcome), role is Role.UNIFIED
+            paid, served = _paid_per_request(costs, outcome), role is Role.UNIFIED
             limit = paid if served else paid * worth / float(outcome.rate_prices[UNIFIED] or 1.0)
             if each > limit * (1.0 + 1e-6):
                 plan = "the plan takes" if served else f"{role} work is worth"
                 reason = f"{each:.4g} {objective.unit} per request/s, where {plan} {limit:.4g}"
-        shape = describe(atlas, template.stages)
+        shape = describe(costs, template.stages)
         named = shape if role is Role.UNIFIED else f"{role}: {shape}"
         result.append(RunnerUp(shape=named, rate=template.rate, reason=reason))
     return tuple(result)
 
 
-def _paid_per_request(atlas: Atlas, outcome: Outcome) -> float:
+def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
     """Return what the plan costs per request/s served."""
-    whole = sum(n * t.rate for t, n in outcome.chosen if atlas.mixes[t.mix].role is Role.UNIFIED)
+    whole = sum(n * t.rate for t, n in outcome.chosen if costs.mixes[t.mix].role is Role.UNIFIED)
     return outcome.value / (whole + float(outcome.flows.sum()))
 
 

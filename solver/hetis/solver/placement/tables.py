@@ -165,7 +165,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class Atlas:
+class CostTables:
     """All tables of one problem."""
 
     problem: PlacementProblem
@@ -182,7 +182,7 @@ class Atlas:
     routes: Routes
     role_types: tuple[str, str] | None = None  # the GPU types of prefill and of decode replicas; None: any
 
-    def of_types(self, prefill: str, decode: str) -> Atlas:
+    def of_types(self, prefill: str, decode: str) -> CostTables:
         """Return the problem with prefill replicas of one GPU type, decode replicas of one, and no others."""
         scopes = (
             scope.of_type(gpu, self.classes, (role,))

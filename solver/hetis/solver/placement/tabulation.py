@@ -17,7 +17,7 @@ from hetis.solver.cost import DeviceCost, Mix, PoolCost, RankShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
-from hetis.solver.placement.tables import NO_ROOM, Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, CostTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -26,7 +26,7 @@ FEW_GPUS = 24  # largest fleet for which idle attention workers are tried if GPU
 MANY_ZONES = 4  # with more, there are too many sets of zones to search each
 
 
-def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> Atlas:
+def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False) -> CostTables:
     """Tabulate the cost model for every mix, rank type and pool of a problem's family.
 
     With ``is_relaxation`` the fleet represents several zones as if they were one (`zones.py`).
@@ -58,7 +58,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     biggest = max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
     tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes, is_relaxation=is_relaxation)
-    return Atlas(
+    return CostTables(
         problem=problem,
         moments=moments,
         classes=classes,

@@ -22,7 +22,7 @@ from hetis.solver.placement.options import (
     pool_wire_seconds,
     stretch,
 )
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables
 from hetis.solver.plan import Role
 
 
@@ -62,15 +62,15 @@ class Template:
         return self.scope, self.mix, self.in_flight_index, self.stages
 
 
-def template_of(atlas: Atlas, configuration: Configuration, rows: IntArray) -> Template:
+def template_of(costs: CostTables, configuration: Configuration, rows: IntArray) -> Template:
     """Return the rows of `stage_rows` as a template, at the exact interval of its best layer split."""
     parts = tuple(
         TemplateStage(rank, copies, layers, pool_class, *((cards, groups) if pool_class >= 0 else (0, 0)))
         for rank, copies, layers, pool_class, cards, groups in rows.tolist()
     )
     rough = Template(configuration.scope, configuration.mix, configuration.in_flight_index, parts, np.inf)
-    rough = replace(rough, interval_s=interval_of(atlas, rough))
-    return rebalanced(atlas, rough)
+    rough = replace(rough, interval_s=interval_of(costs, rough))
+    return rebalanced(costs, rough)
 
 
 def roles(count: int) -> list[int]:
@@ -80,16 +80,16 @@ def roles(count: int) -> list[int]:
     return [FIRST] + [PLAIN] * (count - 2) + [LAST]
 
 
-def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+def stage_seconds(costs: CostTables, template: Template) -> list[tuple[float, float]]:
     """Return (w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     x, result = template.mix, []
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         s = stage.rank
         if stage.pool_class < 0:
             compute_s, wire_s = t.layer_s[x, s] + t.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
         else:
-            entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, atlas.pool_sizes.index(stage.pool_cards))
+            entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, costs.pool_sizes.index(stage.pool_cards))
             compute_s, wire_s = t.layer_s[x, s] + t.pool_s[x, entry], pool_wire_seconds(t, x, entry)
         fixed = float(t.step_s[x, s])
         if role in (PLAIN, LAST):
@@ -102,9 +102,9 @@ def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]
     return result
 
 
-def chunk_stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+def chunk_stage_seconds(costs: CostTables, template: Template) -> list[tuple[float, float]]:
     """Return `stage_seconds` of one iteration with a chunk, in a unified replica."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     x, result = template.mix, []
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         s = stage.rank
@@ -112,7 +112,7 @@ def chunk_stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, f
         if stage.pool_class < 0:
             layer_s += t.own_s[x, s, t.rank_groups[s]] / t.iterations[x]
         else:
-            size = atlas.pool_sizes.index(stage.pool_cards)
+            size = costs.pool_sizes.index(stage.pool_cards)
             layer_s += t.chunk.pool_s[x, pool_entry(t, s, stage.pool_class, stage.pool_groups, size)]
         fixed = float(t.chunk.step_s[x, s])
         if role in (PLAIN, LAST):
@@ -130,59 +130,59 @@ def times_of(template: Template, seconds: Sequence[tuple[float, float]]) -> list
     return [stage.layers * w + fixed for stage, (w, fixed) in zip(template.stages, seconds, strict=True)]
 
 
-def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+def slacked_seconds(costs: CostTables, template: Template) -> list[tuple[float, float]]:
     """Return `stage_seconds` stretched by the slack of each stage."""
-    t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
-    of_role = atlas.regimes(atlas.mixes[template.mix].role)
+    t, m = costs.scopes[template.scope].tables, costs.problem.family.in_flight[template.in_flight_index]
+    of_role = costs.regimes(costs.mixes[template.mix].role)
     regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
     if m == 1:
-        regime = atlas.regime_together(template.mix)
+        regime = costs.regime_together(template.mix)
     mix = iterations_of(t, template.mix, template.in_flight_index)
     found = []
-    chunks = chunk_stage_seconds(atlas, template)
-    for (w, fixed), (chunk_s, _) in zip(stage_seconds(atlas, template), chunks, strict=True):
+    chunks = chunk_stage_seconds(costs, template)
+    for (w, fixed), (chunk_s, _) in zip(stage_seconds(costs, template), chunks, strict=True):
         longer = stretch(mix, w, chunk_s, *regime)
         found.append((longer * w, longer * fixed))
     return found
 
 
-def interval_of(atlas: Atlas, template: Template) -> float:
+def interval_of(costs: CostTables, template: Template) -> float:
     """Return t of `docs/cost-model.md`."""
-    times = times_of(template, slacked_seconds(atlas, template))
-    m = atlas.problem.family.in_flight[template.in_flight_index]
+    times = times_of(template, slacked_seconds(costs, template))
+    m = costs.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
-    return max(busiest, sum(times) / m, atlas.scopes[template.scope].tables.t_floor)
+    return max(busiest, sum(times) / m, costs.scopes[template.scope].tables.t_floor)
 
 
-def with_fewest_in_flight(atlas: Atlas, template: Template) -> Template:
+def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
     """Return a prefill replica with no more micro-batches than its rate needs; leave others, and any with a TTFT limit.
 
     What is in flight takes room twice, because a prompt's KV has its place on the decode replica from the beginning.
     """
-    if atlas.mixes[template.mix].role is not Role.PREFILL or atlas.problem.objective.ttft_limit_s is not None:
+    if costs.mixes[template.mix].role is not Role.PREFILL or costs.problem.objective.ttft_limit_s is not None:
         return template
-    for index, m in sorted(enumerate(atlas.problem.family.in_flight), key=lambda pair: pair[1]):
+    for index, m in sorted(enumerate(costs.problem.family.in_flight), key=lambda pair: pair[1]):
         fewer = replace(template, in_flight_index=index)
-        if m >= template.num_copies and math.isclose(interval_of(atlas, fewer), template.interval_s, rel_tol=1e-12):
+        if m >= template.num_copies and math.isclose(interval_of(costs, fewer), template.interval_s, rel_tol=1e-12):
             return fewer
     return template
 
 
-def rebalanced(atlas: Atlas, template: Template) -> Template:
+def rebalanced(costs: CostTables, template: Template) -> Template:
     """Return the same stages with the split of layers that makes the interval shortest.
 
     This applies to pipelined replicas of models that may be cut anywhere; others come from the search with their best
     split. The interval is lowered as long as the layers that fit in every stage within it cover the model.
     """
-    m = atlas.problem.family.in_flight[template.in_flight_index]
-    if m == 1 or len(template.stages) == 1 or atlas.problem.model.forbidden_cuts:
+    m = costs.problem.family.in_flight[template.in_flight_index]
+    if m == 1 or len(template.stages) == 1 or costs.problem.model.forbidden_cuts:
         return template
-    times = slacked_seconds(atlas, template)
-    rooms = [room_layers(atlas, template, i) for i in range(len(template.stages))]
-    trip_cap = float(atlas.scopes[template.scope].tables.trip_cap[template.mix, template.in_flight_index])
+    times = slacked_seconds(costs, template)
+    rooms = [room_layers(costs, template, i) for i in range(len(template.stages))]
+    trip_cap = float(costs.scopes[template.scope].tables.trip_cap[template.mix, template.in_flight_index])
     if np.isfinite(trip_cap):
         longest_s = trip_cap / cost.most_copies(m, template.num_copies)
-        chunks = chunk_stage_seconds(atlas, template)
+        chunks = chunk_stage_seconds(costs, template)
         in_time = [(stage.copies * longest_s - f) / s for stage, (s, f) in zip(template.stages, chunks, strict=True)]
         rooms = [min(room, int(max(0.0, n + ROUNDING))) for room, n in zip(rooms, in_time, strict=True)]
     total = sum(stage.layers for stage in template.stages)
@@ -205,23 +205,23 @@ def rebalanced(atlas: Atlas, template: Template) -> Template:
                     spare -= given
         stages = tuple(replace(stage, layers=n) for stage, n in zip(best.stages, fits, strict=True))
         candidate = replace(best, stages=stages)
-        interval = interval_of(atlas, candidate)
+        interval = interval_of(costs, candidate)
         if not interval < best.interval_s:
             return best
         best = replace(candidate, interval_s=interval)
 
 
-def kv_tokens_held(atlas: Atlas, template: Template, stage: TemplateStage) -> tuple[int, float]:
+def kv_tokens_held(costs: CostTables, template: Template, stage: TemplateStage) -> tuple[int, float]:
     """Return (D, Tkv) of a stage: the micro-batches whose KV one copy holds, and their tokens."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     m = int(t.in_flight[template.in_flight_index])
     held = -(-m // stage.copies)
     return held, float(t.kv_tokens[template.mix, template.in_flight_index, stage.copies - 1])
 
 
-def fixed_bytes(atlas: Atlas, template: Template, index: int) -> float:
+def fixed_bytes(costs: CostTables, template: Template, index: int) -> float:
     """Return the bytes of a rank that do not grow with repeated layers or KV: activations, ends, prefix weights."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     s, x, role = template.stages[index].rank, template.mix, roles(len(template.stages))[index]
     total = float(t.act_bytes[x, s])
     if role in (FIRST, BOTH):
@@ -233,11 +233,11 @@ def fixed_bytes(atlas: Atlas, template: Template, index: int) -> float:
     return total
 
 
-def room_layers(atlas: Atlas, template: Template, index: int) -> int:
+def room_layers(costs: CostTables, template: Template, index: int) -> int:
     """Return the repeated layers that fit in memory on a stage (and its pool)."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     stage, role = template.stages[index], roles(len(template.stages))[index]
-    held, tokens = kv_tokens_held(atlas, template, stage)
+    held, tokens = kv_tokens_held(costs, template, stage)
     kept = kept_bytes(t, template.mix, template.in_flight_index, stage.rank, stage.copies, stage.pool_groups)
     layers = layers_on_rank(t, template.mix, stage.rank, kept, role)
     if stage.pool_class >= 0:
@@ -250,48 +250,48 @@ def room_layers(atlas: Atlas, template: Template, index: int) -> int:
     return max(0, int(layers))
 
 
-def use_of(atlas: Atlas, template: Template) -> IntArray:
+def use_of(costs: CostTables, template: Template) -> IntArray:
     """Return how much a template takes of every master row, shape [rows]."""
-    use = np.zeros(len(atlas.resources.rows), dtype=np.int64)
+    use = np.zeros(len(costs.resources.rows), dtype=np.int64)
     for stage in template.stages:
-        use += stage.copies * atlas.group_use[stage.rank]
+        use += stage.copies * costs.group_use[stage.rank]
         if stage.pool_class >= 0:
-            use += stage.copies * stage.pool_cards * atlas.card_use[stage.pool_class]
+            use += stage.copies * stage.pool_cards * costs.card_use[stage.pool_class]
     return use
 
 
-def zones_of(atlas: Atlas, template: Template) -> list[int]:
+def zones_of(costs: CostTables, template: Template) -> list[int]:
     """Return the zones of a template's GPUs, by their numbers in `Routes`."""
-    names = {atlas.classes[device_class].zone for device_class in gpus_of(atlas, template)}
-    return [z for z, name in enumerate(atlas.routes.zones) if name in names]
+    names = {costs.classes[device_class].zone for device_class in gpus_of(costs, template)}
+    return [z for z, name in enumerate(costs.routes.zones) if name in names]
 
 
-def landing_s(atlas: Atlas, template: Template) -> float:
+def landing_s(costs: CostTables, template: Template) -> float:
     """Return the seconds that landing the KV of a prompt's last chunk adds to TTFT, from the slowest stage."""
-    landing = atlas.scopes[template.scope].tables.landing_s
+    landing = costs.scopes[template.scope].tables.landing_s
     return float(max(landing[template.mix, stage.rank] for stage in template.stages))
 
 
-def gpus_of(atlas: Atlas, template: Template) -> Counter[int]:
+def gpus_of(costs: CostTables, template: Template) -> Counter[int]:
     """Return the GPUs of each class that a template takes."""
     count: Counter[int] = Counter()
     for stage in template.stages:
-        device_class, tp = atlas.ranks[stage.rank]
+        device_class, tp = costs.ranks[stage.rank]
         count[device_class] += stage.copies * tp
         if stage.pool_class >= 0:
             count[stage.pool_class] += stage.copies * stage.pool_cards
     return count
 
 
-def describe(atlas: Atlas, stages: Sequence[TemplateStage]) -> str:
+def describe(costs: CostTables, stages: Sequence[TemplateStage]) -> str:
     """Return text like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
     parts = []
     for stage in stages:
-        device_class, size = atlas.ranks[stage.rank]
-        dp = atlas.rank_dp[stage.rank]
+        device_class, size = costs.ranks[stage.rank]
+        dp = costs.rank_dp[stage.rank]
         shared = f" EP{size}" if dp > 1 else ""
-        text = f"{atlas.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{stage.layers}"
+        text = f"{costs.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{stage.layers}"
         if stage.pool_class >= 0:
-            text += f" (+{stage.pool_cards} {atlas.classes[stage.pool_class].gpu} attention workers)"
+            text += f" (+{stage.pool_cards} {costs.classes[stage.pool_class].gpu} attention workers)"
         parts.append(text)
     return " | ".join(parts)

@@ -16,28 +16,28 @@ from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.out_of_reach import layers_per_s
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import Pricer
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Role
 
-Search = Callable[[Atlas, Report], Outcome | None]
+Search = Callable[[CostTables, Report], Outcome | None]
 TOLERANCE = 1e-3  # of ratios that only rule out pairs
 ROUNDING = 1e-9  # ratio by which a limit may exceed the value from which it is computed
 CHEAPEST = 1e-9  # USD/h, so that free GPUs have a finite ratio
 
 
 def search_types(
-    atlas: Atlas, search: Search, known: Outcome | None, budget: Budget, threads: int, report: Report
+    costs: CostTables, search: Search, known: Outcome | None, budget: Budget, threads: int, report: Report
 ) -> Outcome | None:
     """Return the best of ``known`` and every pair of GPU types, skipping pairs that cannot beat the best so far.
 
     ``known`` comes from a family that contains all pairs, so its bound holds. Without it the bound is the worst of the
     pairs' bounds.
     """
-    objective = atlas.problem.objective
+    objective = costs.problem.objective
     maximises, better = objective.maximises, max if objective.maximises else min
     best, bounds = known, list[float]()
-    for pair, limit in _promising_first(atlas, known, budget, threads):
+    for pair, limit in _promising_first(costs, known, budget, threads):
         if best is not None and better(limit, best.value) == best.value:
             break
         found = None
@@ -51,8 +51,8 @@ def search_types(
         if best is None or better(found.value, best.value) != best.value:
             best = replace(
                 found,
-                chosen=tuple((_in_scopes_of(atlas, pair, t), n) for t, n in found.chosen),
-                runners_up=tuple(_in_scopes_of(atlas, pair, t) for t in found.runners_up),
+                chosen=tuple((_in_scopes_of(costs, pair, t), n) for t, n in found.chosen),
+                runners_up=tuple(_in_scopes_of(costs, pair, t) for t in found.runners_up),
             )
     if best is None or best is known:
         return known
@@ -63,20 +63,20 @@ def search_types(
 
 
 def _promising_first(
-    atlas: Atlas, known: Outcome | None, budget: Budget, threads: int
-) -> list[tuple[Atlas, float]]:  # fmt: skip
+    costs: CostTables, known: Outcome | None, budget: Budget, threads: int
+) -> list[tuple[CostTables, float]]:  # fmt: skip
     """Return every pair, without stage copies and attention workers, with a limit on its value, the best limit first.
 
     A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves at most theta times
     its GPUs; if one type has both roles, its GPUs are divided between them. Pricing need not look below a theta at
     which the limit could not beat ``known``, whatever the other role's theta.
     """
-    objective = atlas.problem.objective
-    family = replace(atlas.problem.family, max_copies=1, max_pool=0, roles=(Role.PREFILL, Role.DECODE))
-    plain = replace(atlas, problem=replace(atlas.problem, family=family))
-    gpus = list(dict.fromkeys(c.gpu for c in atlas.classes))
-    counts = {gpu: sum(c.available for c in atlas.classes if c.gpu == gpu) for gpu in gpus}
-    demand = (objective.demand_rps or 0.0) / atlas.problem.assumptions.planned_utilisation
+    objective = costs.problem.objective
+    family = replace(costs.problem.family, max_copies=1, max_pool=0, roles=(Role.PREFILL, Role.DECODE))
+    plain = replace(costs, problem=replace(costs.problem, family=family))
+    gpus = list(dict.fromkeys(c.gpu for c in costs.classes))
+    counts = {gpu: sum(c.available for c in costs.classes if c.gpu == gpu) for gpu in gpus}
+    demand = (objective.demand_rps or 0.0) / costs.problem.assumptions.planned_utilisation
     floors = dict.fromkeys(gpus, 0.0)
     if known is not None and known.value > 0.0:
         enough = 1.0 - ROUNDING
@@ -102,7 +102,7 @@ def _promising_first(
     return sorted(found, key=lambda one: one[1], reverse=objective.maximises)
 
 
-def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> FloatArray:
+def _best_ratios(pair: CostTables, floor: float, budget: Budget, threads: int) -> FloatArray:
     """Return the highest rate per GPU, or per unit of cost, of a prefill and a decode replica, or ``floor``; [2]."""
     family, kind = pair.problem.family, pair.problem.objective.kind
     prices = np.zeros(len(pair.resources.rows))
@@ -124,7 +124,7 @@ def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> Flo
     return ratios
 
 
-def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
+def _dense_ratio(pair: CostTables, role: Role, prices: FloatArray) -> float:
     """Return a bound on the role's ratio from dense work alone, which takes no time."""
     layers = pair.scopes[0].tables.num_layers
     speeds = layers_per_s(pair, role)
@@ -132,10 +132,10 @@ def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
     return max(float(speeds[g] / price) / layers for g, price in of_gpu.items() if price > 0.0)
 
 
-def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
-    """Return a template of an atlas of two GPU types as one of the whole atlas."""
+def _in_scopes_of(costs: CostTables, pair: CostTables, template: Template) -> Template:
+    """Return a template of cost tables of two GPU types as one of the whole tables."""
     zones, mix = pair.scopes[template.scope].zones, pair.mixes[template.mix]
-    here = (i for i, scope in enumerate(atlas.scopes) if scope.zones == zones and scope.serves(mix))
+    here = (i for i, scope in enumerate(costs.scopes) if scope.zones == zones and scope.serves(mix))
     return replace(template, scope=next(here))
 
 

@@ -12,7 +12,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import ROUNDING, iterations_of, layers_on_rank, stretch
 from hetis.solver.placement.pipelines import is_run_by_engine
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
 
@@ -115,28 +115,28 @@ def best_equal_split(
     return best, best_x, best_f
 
 
-def uniform_templates(atlas: Atlas) -> list[Template]:
+def uniform_templates(costs: CostTables) -> list[Template]:
     """Return the best replica of every rank type and number of equal stages that fits in the fleet, on every side."""
     found: list[Template] = []
-    for scope, part in enumerate(atlas.scopes):
+    for scope, part in enumerate(costs.scopes):
         mixes_on: dict[int, list[int]] = {}
-        for x in (x for x, mix in enumerate(atlas.mixes) if part.serves(mix)):
-            mixes_on.setdefault(atlas.side_of(scope, x), []).append(x)
+        for x in (x for x, mix in enumerate(costs.mixes) if part.serves(mix)):
+            mixes_on.setdefault(costs.side_of(scope, x), []).append(x)
         for mixes in mixes_on.values():
-            found.extend(_equal_stages(atlas, scope, np.array(mixes, dtype=np.int64)))
+            found.extend(_equal_stages(costs, scope, np.array(mixes, dtype=np.int64)))
     return found
 
 
-def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Template]:
-    t, regimes = atlas.scopes[scope].tables, atlas.regimes(atlas.mixes[mixes[0]].role)
-    degrees = np.array([mix.attention_dp for mix in atlas.mixes])[mixes]
-    family = atlas.problem.family
+def _equal_stages(costs: CostTables, scope: int, mixes: IntArray) -> Iterator[Template]:
+    t, regimes = costs.scopes[scope].tables, costs.regimes(costs.mixes[mixes[0]].role)
+    degrees = np.array([mix.attention_dp for mix in costs.mixes])[mixes]
+    family = costs.problem.family
     most_stages = min(t.num_layers, max(family.in_flight))
-    for s, (device_class, tp) in enumerate(atlas.ranks):
-        if not atlas.scopes[scope].computes_on(device_class):
+    for s, (device_class, tp) in enumerate(costs.ranks):
+        if not costs.scopes[scope].computes_on(device_class):
             continue
-        own = mixes[degrees == atlas.rank_dp[s]]
-        together = atlas.regime_together(own[0])
+        own = mixes[degrees == costs.rank_dp[s]]
+        together = costs.regime_together(own[0])
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
             _, x, f = best_equal_split(t, own, s, num_stages, *regimes, together, family.engine is not None)
             if x < 0:
@@ -150,5 +150,5 @@ def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Templat
             if np.any(t.cut_floor[cuts] != cuts):
                 continue  # the model does not allow these cuts
             template = Template(scope, x, f, stages, np.inf)
-            if is_run_by_engine(atlas, template):
-                yield replace(template, interval_s=interval_of(atlas, template))
+            if is_run_by_engine(costs, template):
+                yield replace(template, interval_s=interval_of(costs, template))

@@ -14,7 +14,7 @@ import numpy as np
 
 from hetis.solver.cluster import Network
 from hetis.solver.placement.classes import DeviceClass
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
@@ -45,25 +45,25 @@ def _kind(c: DeviceClass) -> tuple[object, ...]:
     return c.gpu, c.gpus_per_node, c.nic, c.intra, c.usd_per_hour, c.constraints
 
 
-def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> list[Template]:
+def zone_templates(merged: CostTables, costs: CostTables, templates: list[Template]) -> list[Template]:
     """Return every template in every zone with its GPU classes; prefill replicas also as senders to all zones."""
     found = []
     mixes_like: dict[tuple[int, int, int], list[int]] = {}
-    for x, mix in enumerate(atlas.mixes):
+    for x, mix in enumerate(costs.mixes):
         mixes_like.setdefault((mix.micro_batch, mix.chunk_tokens, mix.attention_dp), []).append(x)
-    for scope, part in enumerate(atlas.scopes):
+    for scope, part in enumerate(costs.scopes):
         if len(part.zones) != 1:
             continue
-        here = {_kind(c): g for g, c in enumerate(atlas.classes) if c.zone == part.zones[0]}
+        here = {_kind(c): g for g, c in enumerate(costs.classes) if c.zone == part.zones[0]}
         class_of = [here.get(_kind(c), -1) for c in merged.classes]
         for template in templates:
-            stages = _stages_on(merged, class_of, atlas, template)
+            stages = _stages_on(merged, class_of, costs, template)
             mix = merged.mixes[template.mix]
             alike = mixes_like[mix.micro_batch, mix.chunk_tokens, mix.attention_dp]
             for x in alike if stages and part.serves(mix) else ():
                 moved = replace(template, scope=scope, mix=x, stages=stages)
                 if mix.role is not Role.UNIFIED:  # KV to or from other zones takes longer
-                    moved = replace(moved, interval_s=interval_of(atlas, moved))
+                    moved = replace(moved, interval_s=interval_of(costs, moved))
                     if moved.interval_s > part.tables.t_cap[x, moved.in_flight_index]:
                         continue
                 found.append(moved)
@@ -71,13 +71,13 @@ def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> li
 
 
 def _stages_on(
-    merged: Atlas, class_of: list[int], atlas: Atlas, template: Template
+    merged: CostTables, class_of: list[int], costs: CostTables, template: Template
 ) -> tuple[TemplateStage, ...]:  # fmt: skip
     """Return a template's stages on a zone's own classes, or none if the zone lacks a class."""
     stages = []
     for stage in template.stages:
         device_class, size = merged.ranks[stage.rank]
-        rank = atlas.rank_of(class_of[device_class], size, merged.rank_dp[stage.rank])
+        rank = costs.rank_of(class_of[device_class], size, merged.rank_dp[stage.rank])
         pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
         if rank is None or (stage.pool_class >= 0 and pool_class < 0):
             return ()
@@ -85,15 +85,15 @@ def _stages_on(
     return tuple(stages)
 
 
-def row_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
+def row_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) -> FloatArray:
     """Return prices of the merged fleet's rows for the rows of the real fleet."""
     of_kind = {(_kind(merged.classes[g]), p): prices[i] for i, (g, p) in enumerate(merged.resources.rows)}
-    return np.array([of_kind.get((_kind(atlas.classes[g]), p), 0.0) for g, p in atlas.resources.rows])
+    return np.array([of_kind.get((_kind(costs.classes[g]), p), 0.0) for g, p in costs.resources.rows])
 
 
-def rate_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
+def rate_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) -> FloatArray:
     """Return rate prices of the merged fleet's sides for the sides of the real one, the same in every zone."""
-    if not atlas.routes.splits_roles:
+    if not costs.routes.splits_roles:
         return prices
     local, _, receiving = merged.routes.parts(prices)
-    return np.concatenate([prices[:1], np.repeat([local[0], local[0], receiving[0]], len(atlas.routes.zones))])
+    return np.concatenate([prices[:1], np.repeat([local[0], local[0], receiving[0]], len(costs.routes.zones))])

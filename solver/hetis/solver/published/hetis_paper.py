@@ -42,7 +42,7 @@ from hetis.solver import cost
 from hetis.solver.cost import DeviceCost
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.solve import replica_plan
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template, TemplateStage, kv_tokens_held
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.published.heuristic import Found, Search
@@ -105,10 +105,10 @@ def _of_zone(search: Search, zone: str) -> list[ReplicaPlan]:
     @cache
     def replica(group: Composition, path: DensePath) -> Template | None:
         """Return the best replica on a dense path, with all cards of a type that left, up to a pool size, or none."""
-        sizes = {g: [size for size in search.atlas.pool_sizes if size <= sum(nodes)] for g, nodes in group}
+        sizes = {g: [size for size in search.costs.pool_sizes if size <= sum(nodes)] for g, nodes in group}
         pools = [SharedPool(g, max(sizes[g])) for g, _ in group if g in path.leavers and sizes[g]]
         candidates: list[SharedPool | None] = [*pools] or [None]
-        return fastest(best_with_pool(search.atlas, duty, path.ranks, pool) for pool in candidates)
+        return fastest(best_with_pool(search.costs, duty, path.ranks, pool) for pool in candidates)
 
     def rate(chosen: Sequence[tuple[ReplicaShare, Template]]) -> float:
         return sum(template.rate for _, template in chosen)
@@ -134,7 +134,7 @@ def _degrees(search: Search, duty: ReplicaDuty, zone: str) -> Iterator[list[Repl
     for gpu in search.gpus.of_zone(zone):
         members[int(search.gpus.device_class[gpu])].append(gpu)
     room = float(sum(search.gpus.room_bytes[gpus].sum() for gpus in members.values()))
-    path_of = cache(lambda group: dense_path(search.atlas, duty, group) if group else None)
+    path_of = cache(lambda group: dense_path(search.costs, duty, group) if group else None)
     for degree in range(1, max(1, int(room / search.replica_bytes(0.0))) + 1):
         shares = []
         for number in range(degree):
@@ -152,59 +152,59 @@ def _degrees(search: Search, duty: ReplicaDuty, zone: str) -> Iterator[list[Repl
 
 def _on_gpus(search: Search, template: Template, gpus: Part) -> ReplicaPlan:
     """Return the replica on named GPUs; the cards of its pool are listed with every stage that they serve."""
-    atlas, stages = search.atlas, search.bound(template, gpus)
+    costs, stages = search.costs, search.bound(template, gpus)
     pooled = next((stage for stage in template.stages if stage.pool_class >= 0), None)
     if pooled is None:
-        return replica_plan(atlas, template, stages)
+        return replica_plan(costs, template, stages)
     pool = SharedPool(pooled.pool_class, pooled.pool_cards)
     of_class = (gpu for gpu in gpus if search.gpus.device_class[gpu] == pool.device_class)
     workers = [search.gpus.names[gpu] for gpu in of_class][: pool.cards]
     for stage, bound in zip(template.stages, stages, strict=True):
         if stage.pool_class >= 0:
             bound.workers.extend(workers)
-    plan = replica_plan(atlas, template, stages)
+    plan = replica_plan(costs, template, stages)
     return replace(
         plan,
-        kv_tokens=min(plan.kv_tokens, _shared_room(atlas, template, pool)),
+        kv_tokens=min(plan.kv_tokens, _shared_room(costs, template, pool)),
         attention_workers=tuple(replace(each, shared=True) for each in plan.attention_workers),
     )
 
 
-def _shared_room(atlas: Atlas, template: Template, pool: SharedPool) -> int:
+def _shared_room(costs: CostTables, template: Template, pool: SharedPool) -> int:
     """Return the replica's tokens whose KV fits on the fullest card, over all stages."""
-    t = atlas.scopes[template.scope].tables
+    t = costs.scopes[template.scope].tables
     per_token = 0.0
     for i, stage in enumerate(template.stages):
         if stage.pool_class >= 0:
-            held, _ = kv_tokens_held(atlas, template, stage)
+            held, _ = kv_tokens_held(costs, template, stage)
             requests = held * int(t.micro_batch[template.mix])
             pairs = np.ceil(requests * stage.pool_groups * int(t.rank_tp[stage.rank]) / pool.cards - 1e-9)
             layers = stage.layers + (t.prefix_layers if i == 0 else 0)
             per_token += layers * float(pairs) / requests * t.kv_group_bytes
-    return int(_card(atlas, pool.device_class, 1).room_bytes() / per_token)
+    return int(_card(costs, pool.device_class, 1).room_bytes() / per_token)
 
 
 # --- the 5% rule
 
 
-def dense_path(atlas: Atlas, duty: ReplicaDuty, group: Composition) -> DensePath | None:
+def dense_path(costs: CostTables, duty: ReplicaDuty, group: Composition) -> DensePath | None:
     """Return a replica's dense path on these GPUs after the 5% rule, or None if they cannot hold the weights."""
     distances = {}
     for x in duty.mixes:  # the family's mix that is closest to the reference is taken
-        mix = atlas.mixes[x]
+        mix = costs.mixes[x]
         distances[x] = [
             abs(np.log(size / reference))
             for size, reference in ((mix.chunk_tokens, REFERENCE_CHUNK), (mix.micro_batch, REFERENCE_BATCH))
         ]
     x = min(duty.mixes, key=lambda x: distances[x])
-    duty, t = replace(duty, mixes=(x,)), atlas.scopes[duty.scope].tables
+    duty, t = replace(duty, mixes=(x,)), costs.scopes[duty.scope].tables
     speeds: dict[int, float] = defaultdict(float)  # layers per second of one GPU
-    for s, (g, tp) in enumerate(atlas.ranks):
+    for s, (g, tp) in enumerate(costs.ranks):
         speeds[g] = max(speeds[g], 1.0 / (tp * float(t.layer_s[x, s])))
     staying = sorted(group, key=lambda part: (-speeds[part[0]], part[0]))
-    best, leavers = _path(atlas, duty, staying), list[int]()
+    best, leavers = _path(costs, duty, staying), list[int]()
     while len(staying) > 1:
-        without = _path(atlas, duty, staying[:-1])
+        without = _path(costs, duty, staying[:-1])
         if best is not None and (without is None or without.cost_s * (1.0 - LEAST_GAIN) > best.cost_s):
             break
         leavers.insert(0, staying.pop()[0])
@@ -212,22 +212,22 @@ def dense_path(atlas: Atlas, duty: ReplicaDuty, group: Composition) -> DensePath
     return None if best is None else best._replace(leavers=tuple(leavers))
 
 
-def _path(atlas: Atlas, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple[int, ...]]]) -> DensePath | None:
+def _path(costs: CostTables, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple[int, ...]]]) -> DensePath | None:
     """Return the dense path over all GPUs of these classes, in order, or None if it cannot hold the weights.
 
     Its cost is that at the split of layers that balances compute.
     """
     ranks: list[int] = []
     for device_class, nodes in parts:
-        rank_of = {tp: s for s, (c, tp) in enumerate(atlas.ranks) if c == device_class}
+        rank_of = {tp: s for s, (c, tp) in enumerate(costs.ranks) if c == device_class}
         ranks += [rank_of[tp] for count in nodes for tp in tp_groups(count, list(rank_of))]
     if not ranks:
         return None
-    t, (x,), s = atlas.scopes[duty.scope].tables, duty.mixes, np.array(ranks)
-    reduce_s = np.array([_all_reduce_s(atlas, x, rank) for rank in ranks])
+    t, (x,), s = costs.scopes[duty.scope].tables, duty.mixes, np.array(ranks)
+    reduce_s = np.array([_all_reduce_s(costs, x, rank) for rank in ranks])
     # No head group is kept, because the KV of the stages is decided later.
     compute_s = (t.layer_s[x, s] - reduce_s)[None, :]
-    p = priced(atlas, duty, tuple(ranks), compute_s, np.zeros_like(compute_s), t.rank_groups[s]).unlimited_at(0)
+    p = priced(costs, duty, tuple(ranks), compute_s, np.zeros_like(compute_s), t.rank_groups[s]).unlimited_at(0)
     even = p._replace(
         fixed_s=np.zeros_like(p.fixed_s), in_flight=np.array([2 * len(ranks)]), full=cost.Regime(0.0, 0.0)
     )
@@ -238,67 +238,67 @@ def _path(atlas: Atlas, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple[int,
     return DensePath(tuple(ranks), cost_s, ())
 
 
-def _all_reduce_s(atlas: Atlas, x: int, rank: int) -> float:
+def _all_reduce_s(costs: CostTables, x: int, rank: int) -> float:
     """Return the seconds of a request in the all-reduces of one layer."""
-    mix, device = atlas.mixes[x], _card(atlas, *atlas.ranks[rank])
+    mix, device = costs.mixes[x], _card(costs, *costs.ranks[rank])
     with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
     reduce_s = mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain)
     return float(2.0 * reduce_s)
 
 
-def _card(atlas: Atlas, device_class: int, tp: int) -> DeviceCost:
+def _card(costs: CostTables, device_class: int, tp: int) -> DeviceCost:
     """Return the costs of a GPU of a class in a TP group of this size; on its own it holds all heads."""
-    c, model = atlas.classes[device_class], atlas.problem.model
+    c, model = costs.classes[device_class], costs.problem.model
     shape = cost.rank_shape(model, tp)
     assert shape is not None, "rank types are valid shapes, and one GPU holds all heads"
-    return DeviceCost(model, atlas.problem.profiles[c.gpu], atlas.moments, shape, c.intra)
+    return DeviceCost(model, costs.problem.profiles[c.gpu], costs.moments, shape, c.intra)
 
 
 # --- shared attention workers
 
 
-def best_with_pool(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
+def best_with_pool(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
     """Return the dense path at its best setting with these attention workers, or without; None if nothing fits."""
-    without = template_of(duty, [TemplateStage(rank, 1, 0) for rank in ranks], pipeline_of(atlas, duty, ranks))
+    without = template_of(duty, [TemplateStage(rank, 1, 0) for rank in ranks], pipeline_of(costs, duty, ranks))
     if pool is None:
         return without
     found = [without]
-    for given in _shares(atlas, ranks):
+    for given in _shares(costs, ranks):
         stages = [
             TemplateStage(rank, 1, 0, pool.device_class, pool.cards, k) if k else TemplateStage(rank, 1, 0)
             for rank, k in zip(ranks, given.tolist(), strict=True)
         ]
-        found.append(template_of(duty, stages, pooled_pipeline(atlas, duty, ranks, pool, given)))
+        found.append(template_of(duty, stages, pooled_pipeline(costs, duty, ranks, pool, given)))
     return fastest(found)
 
 
-def _shares(atlas: Atlas, ranks: Ranks) -> Iterator[IntArray]:
+def _shares(costs: CostTables, ranks: Ranks) -> Iterator[IntArray]:
     """Yield the head groups that every stage gives away, for ever larger shares; unsplittable stages keep all."""
-    model = atlas.problem.model
-    tps = np.array([atlas.ranks[rank][1] for rank in ranks], dtype=np.int64)
+    model = costs.problem.model
+    tps = np.array([costs.ranks[rank][1] for rank in ranks], dtype=np.int64)
     groups = np.where(tps <= model.head_groups, np.maximum(1, model.head_groups // tps), 0)
     finest = int(groups.max(initial=0))
     for step in range(1, finest + 1):
         yield (groups * step + finest // 2) // finest
 
 
-def pooled_pipeline(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool, given: IntArray) -> Pipeline:
+def pooled_pipeline(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool, given: IntArray) -> Pipeline:
     """Return the pipeline of a dense path whose stages give ``given`` [S] head groups per rank to the pool."""
-    t = atlas.scopes[duty.scope].tables
+    t = costs.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
-    size = atlas.pool_sizes.index(pool.cards)
-    entry = t.pool_start[s, pool.device_class] + (given - 1) * len(atlas.pool_sizes) + size
+    size = costs.pool_sizes.index(pool.cards)
+    entry = t.pool_start[s, pool.device_class] + (given - 1) * len(costs.pool_sizes) + size
     at, own_s = (x[:, None], np.where(given > 0, entry, 0)), t.own_s[x[:, None], s, t.rank_groups[s]]
     attention_s = np.where(given > 0, t.pool_s[at], own_s)
     chunk_attention_s = np.where(given > 0, t.chunk.pool_s[at], own_s / t.iterations[x][:, None])
     compute_s, chunk_s = t.layer_s[np.ix_(x, s)] + attention_s, t.chunk.layer_s[np.ix_(x, s)] + chunk_attention_s
-    pipeline, worker = priced(atlas, duty, ranks, compute_s, chunk_s, given), _card(atlas, pool.device_class, 1)
+    pipeline, worker = priced(costs, duty, ranks, compute_s, chunk_s, given), _card(costs, pool.device_class, 1)
     card_s, card_share = np.zeros_like(compute_s), np.zeros(pipeline.room.shape)
     requests = t.micro_batch[x][:, None] * t.in_flight[None, :]
     for j, (rank, k) in enumerate(zip(ranks, given.tolist(), strict=True)):
         tp = int(t.rank_tp[rank])
-        queries = atlas.problem.model.q_heads // tp // int(t.rank_groups[rank])
-        for i, mix in enumerate(atlas.mixes[index] for index in duty.mixes):
+        queries = costs.problem.model.q_heads // tp // int(t.rank_groups[rank])
+        for i, mix in enumerate(costs.mixes[index] for index in duty.mixes):
             load = -(-mix.micro_batch * k * tp // pool.cards)
             card_s[i, j] = mix.iterations * float(worker.decode_attention_s(float(load), queries))
         pairs = -(-requests * tp * k // pool.cards)  # on the fullest card

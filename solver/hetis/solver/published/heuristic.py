@@ -16,8 +16,8 @@ from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.classes import class_of_slots, class_prices
 from hetis.solver.placement.out_of_reach import SHARES, layers_per_s, rate_bound
 from hetis.solver.placement.solve import replica_plan
-from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 class Search:
     """The search of one heuristic; ``seed`` is for those that draw random numbers."""
 
-    atlas: Atlas
+    costs: CostTables
     gpus: FleetGpus
     replicas: ReplicaSearch
     budget: Budget
@@ -47,14 +47,14 @@ class Search:
 
     @property
     def zones(self) -> tuple[str, ...]:
-        return self.atlas.problem.cluster.zones()
+        return self.costs.problem.cluster.zones()
 
     def tell(self, phase: str, incumbent: float | None = None) -> None:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=incumbent))
 
     def replica_bytes(self, headroom: float) -> float:
         """Return the estimated memory of a replica: weights, and ``headroom`` times as many bytes of KV."""
-        model = self.atlas.problem.model
+        model = self.costs.problem.model
         ends = model.embedding_params * (1 if model.tie_embeddings else 2)
         return (1.0 + headroom) * ((model.params() - ends) * model.weight_bytes + ends * model.embedding_bytes)
 
@@ -63,10 +63,10 @@ class Search:
         return self.replicas.best_replica(self.gpus.composition(gpus), duty) if gpus else None
 
     def duty(self, role: Role, zone: str) -> ReplicaDuty:
-        return duty_of(self.atlas, role, zone)
+        return duty_of(self.costs, role, zone)
 
     def on_gpus(self, template: Template, gpus: Sequence[int]) -> ReplicaPlan:
-        return replica_plan(self.atlas, template, self.bound(template, gpus))
+        return replica_plan(self.costs, template, self.bound(template, gpus))
 
     def bound(self, template: Template, gpus: Sequence[int]) -> list[BoundStage]:
         """Place TP groups inside nodes, the largest first, each in the fullest node that holds it.
@@ -76,7 +76,7 @@ class Search:
         free: dict[tuple[int, str], list[int]] = defaultdict(list)
         for gpu in sorted(gpus):
             free[self.gpus.kind(gpu)].append(gpu)
-        ranks = [self.atlas.ranks[stage.rank] for stage in template.stages]
+        ranks = [self.costs.ranks[stage.rank] for stage in template.stages]
         bound = [BoundStage() for _ in ranks]
         for i in sorted(range(len(ranks)), key=lambda i: (-ranks[i][1], i)):
             device_class, tp = ranks[i]
@@ -121,33 +121,33 @@ class Published:
             raise NoPlanFoundError(f"{self.name} {self.does}: {size} GPUs, it is meant for {self.max_gpus} at most")
         if self.splits_roles and not problem.family.splits_roles:
             raise NoPlanFoundError(f"{self.name} needs prefill and decode replicas")
-        atlas = build_atlas(problem)
-        if self.splits_roles and (size < 2 or not atlas.ranks):
+        costs = build_cost_tables(problem)
+        if self.splits_roles and (size < 2 or not costs.ranks):
             raise NoPlanFoundError(f"{self.name} needs two GPUs at least, one to prefill and one to decode")
-        rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
-        gpus = FleetGpus.of(problem.cluster, atlas.classes, rooms)
-        found = self.search(Search(atlas, gpus, ReplicaSearch(atlas), budget, report, seed))
+        rooms = [problem.profiles[c.gpu].room_bytes for c in costs.classes]
+        gpus = FleetGpus.of(problem.cluster, costs.classes, rooms)
+        found = self.search(Search(costs, gpus, ReplicaSearch(costs), budget, report, seed))
         if not found.replicas:
             if budget.is_spent():
                 raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
             raise NoPlanFoundError(f"{self.name} found no {self.finds}")
-        return plan_of(atlas, self.name, found._replace(notes=(WITHOUT_PROOF, self.notes, *found.notes)), budget)
+        return plan_of(costs, self.name, found._replace(notes=(WITHOUT_PROOF, self.notes, *found.notes)), budget)
 
 
-def plan_of(atlas: Atlas, strategy: str, found: Found, budget: Budget) -> Plan:
+def plan_of(costs: CostTables, strategy: str, found: Found, budget: Budget) -> Plan:
     """Return the plan with the bound from dense work, which no plan of any strategy exceeds.
 
     Raises:
         NoPlanFoundError: cost or GPUs are minimised and the plan serves less than the demand.
     """
-    problem, objective = atlas.problem, atlas.problem.objective
+    problem, objective = costs.problem, costs.problem.objective
     rate = sum(r.rate for r in found.replicas if r.role is Role.UNIFIED) + sum(r.rate for r in found.routes)
     goodput = problem.assumptions.planned_utilisation * rate
     demand = objective.demand_rps
     if not objective.maximises and demand is not None and goodput < demand * (1.0 - 1e-9):
         raise NoPlanFoundError(f"{strategy} serves {goodput:.4g} requests/s, {demand:.4g} are demanded")
-    used, workers = _used(atlas, found)
-    value, bound = _value_and_bound(atlas, used, rate)
+    used, workers = _used(costs, found)
+    value, bound = _value_and_bound(costs, used, rate)
     notes = found.notes
     if not objective.maximises:
         notes = (*notes, f"the heuristic maximises the rate: it uses what serves {goodput:.4g} requests/s")
@@ -166,34 +166,34 @@ def plan_of(atlas: Atlas, strategy: str, found: Found, budget: Budget) -> Plan:
         objective=objective,
         replicas=tuple(found.replicas),
         kv_routes=tuple(found.routes),
-        prices=class_prices(atlas.classes, used, workers, duals=[0.0] * len(atlas.classes)),  # heuristics have no duals
+        prices=class_prices(costs.classes, used, workers, duals=[0.0] * len(costs.classes)),  # heuristics have no duals
         notes=notes,
     )
 
 
-def _used(atlas: Atlas, found: Found) -> Iterator[Counter[int]]:
+def _used(costs: CostTables, found: Found) -> Iterator[Counter[int]]:
     """Yield the GPUs of every class that the plan uses, and the attention workers among them."""
-    class_of = class_of_slots(atlas.classes)
-    device_class = {d.name: class_of[d.group.name, d.gpu] for d in atlas.problem.cluster.devices()}
+    class_of = class_of_slots(costs.classes)
+    device_class = {d.name: class_of[d.group.name, d.gpu] for d in costs.problem.cluster.devices()}
     used = {name for replica in found.replicas for name in replica.devices()}
     workers = {name for replica in found.replicas for pool in replica.attention_workers for name in pool.devices}
     for names in (used, workers):
         yield Counter(device_class[name] for name in names)
 
 
-def _value_and_bound(atlas: Atlas, used: Counter[int], rate: float) -> tuple[float, float]:
-    problem, kind = atlas.problem, atlas.problem.objective.kind
+def _value_and_bound(costs: CostTables, used: Counter[int], rate: float) -> tuple[float, float]:
+    problem, kind = costs.problem, costs.problem.objective.kind
     if problem.objective.maximises:
         scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
-        return scale * rate, scale * max(rate, rate_bound(atlas))
-    costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in atlas.classes])
-    value = float(sum(costs[row] * count for row, count in used.items()))
+        return scale * rate, scale * max(rate, rate_bound(costs))
+    row_costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in costs.classes])
+    value = float(sum(row_costs[row] * count for row, count in used.items()))
     needed = (problem.objective.demand_rps or 0.0) / problem.assumptions.planned_utilisation
-    bound = least_cost(atlas, needed, costs)
+    bound = least_cost(costs, needed, row_costs)
     return value, min(value, math.ceil(bound - 1e-6) if kind is ObjectiveKind.GPUS else bound)
 
 
-def least_cost(atlas: Atlas, demand: float, unit_costs: FloatArray) -> float:
+def least_cost(costs: CostTables, demand: float, unit_costs: FloatArray) -> float:
     """Return a lower bound on the cost of serving ``demand`` requests/s; ``unit_costs`` [N] are per GPU and class.
 
     A GPU that spends its time on dense work alone does at most so many layers per second: u of prompts and outputs
@@ -205,14 +205,14 @@ def least_cost(atlas: Atlas, demand: float, unit_costs: FloatArray) -> float:
     The cheapest GPUs per layer and second come first, the last class in part. The bound is infinite if the fleet is too
     small.
     """
-    unified, prefill, decode = (layers_per_s(atlas, role) for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE))
+    unified, prefill, decode = (layers_per_s(costs, role) for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE))
     least = 0.0
     for q in SHARES:
         speed = np.maximum(unified, np.maximum(q * prefill, (1.0 - q) * decode))
         per_layer = unit_costs / np.maximum(speed, 1e-300)
-        needed, cost = demand * atlas.scopes[0].tables.num_layers, 0.0
+        needed, cost = demand * costs.scopes[0].tables.num_layers, 0.0
         for g in np.argsort(per_layer, kind="stable"):
-            taken = min(needed, float(speed[g] * atlas.classes[g].available))
+            taken = min(needed, float(speed[g] * costs.classes[g].available))
             cost += taken * float(per_layer[g])
             needed -= taken
         least = max(least, cost if needed <= 1e-12 else np.inf)

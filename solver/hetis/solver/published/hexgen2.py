@@ -100,7 +100,7 @@ class Evaluated:
 def search_hexgen2(search: Search) -> Found:
     """Return the plan that HexGen-2's heuristic finds."""
     networks = [Network(search, sends_afar) for sends_afar in ((False, True) if len(search.zones) > 1 else (False,))]
-    weights = bandwidths(search.atlas.problem.cluster)
+    weights = bandwidths(search.costs.problem.cluster)
     counts = _group_counts(search)
     starts = [_arranged(search, weights, groups, headroom) for headroom, groups in counts]
     found: list[Evaluated] = []
@@ -365,11 +365,11 @@ class Network:
     """The evaluation of arrangements, and their improvement; prefill replicas may send to all zones, or not."""
 
     def __init__(self, search: Search, sends_afar: bool, replicas: ReplicaSearch | None = None) -> None:
-        atlas, network = search.atlas, search.atlas.problem.cluster.network
-        kv_bytes = atlas.problem.model.prompt_kv_bytes(atlas.moments.mean_prompt)
+        costs, network = search.costs, search.costs.problem.cluster.network
+        kv_bytes = costs.problem.model.prompt_kv_bytes(costs.moments.mean_prompt)
         self.search, self._sends_afar, self._replicas = search, sends_afar, replicas or search.replicas
         self._duties = {
-            (role, zone): duty_of(atlas, role, zone, sends_afar=sends_afar)
+            (role, zone): duty_of(costs, role, zone, sends_afar=sends_afar)
             for role in (Role.PREFILL, Role.DECODE)
             for zone in search.zones
         }
@@ -422,7 +422,7 @@ class Network:
 
     def improved_from_without_limits(self, start: Arrangement) -> Evaluated:
         """Improve without the latency limits, then with them, since no swap leaves an arrangement without flow."""
-        free = ReplicaSearch(self.search.atlas, keeps_limits=False)
+        free = ReplicaSearch(self.search.costs, keeps_limits=False)
         relaxed = Network(replace(self.search, report=silent), self._sends_afar, free)
         return self.improved(self.evaluated(relaxed.improved(relaxed.evaluated(start)).arrangement))
 

@@ -25,14 +25,14 @@ from hetis.solver.cost import Regime
 from hetis.solver.placement import compiled as placement
 from hetis.solver.placement.classes import DeviceClass, IntArray, class_of_slots
 from hetis.solver.placement.options import kept_bytes, layers_on_rank
-from hetis.solver.placement.tables import Atlas, FloatArray, Tables
+from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, roles
 from hetis.solver.plan import Role
 
 MAX_ORDERED_TYPES = 3  # types of a group up to which every order is tried
 
 Part = tuple[int, ...]  # GPUs, or other vertices of a graph, ascending
-Ranks = tuple[int, ...]  # rank type (index into `Atlas.ranks`) of every stage in order
+Ranks = tuple[int, ...]  # rank type (index into `CostTables.ranks`) of every stage in order
 # The composition of a group: for every device class, the number of GPUs on each of its nodes, most first.
 Composition = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -83,15 +83,15 @@ class ReplicaDuty:
     """The role and zone of wanted replicas, and the mixes of the family that serve them."""
 
     role: Role
-    scope: int  # index into `Atlas.scopes`, of one zone
-    mixes: tuple[int, ...]  # indices into `Atlas.mixes`
+    scope: int  # index into `CostTables.scopes`, of one zone
+    mixes: tuple[int, ...]  # indices into `CostTables.mixes`
 
 
-def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) -> ReplicaDuty:
+def duty_of(costs: CostTables, role: Role, zone: str, *, sends_afar: bool = False) -> ReplicaDuty:
     """Return the duty of a role in a zone; with ``sends_afar`` a prefill replica may send KV to all zones."""
-    scope = next(i for i, scope in enumerate(atlas.scopes) if scope.zones == (zone,) and role in scope.roles)
+    scope = next(i for i, scope in enumerate(costs.scopes) if scope.zones == (zone,) and role in scope.roles)
     afar = sends_afar and role is Role.PREFILL
-    mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and mix.sends_afar == afar]
+    mixes = [x for x, mix in enumerate(costs.mixes) if mix.role is role and mix.sends_afar == afar]
     return ReplicaDuty(role, scope, tuple(mixes))
 
 
@@ -99,7 +99,7 @@ def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) ->
 class ReplicaSearch:
     """A search for the best replica of groups, equal groups once; without ``keeps_limits`` latency is ignored."""
 
-    atlas: Atlas
+    costs: CostTables
     keeps_limits: bool = True
     _found: dict[tuple[Composition, ReplicaDuty], Template | None] = field(default_factory=dict)
 
@@ -127,9 +127,9 @@ class ReplicaSearch:
 
     def shapes(self, group: Composition) -> Iterator[Ranks]:
         """Yield TP groups in stage order, for every TP degree per type and, of few types, every order."""
-        atlas, rank_of = self.atlas, {rank: s for s, rank in enumerate(self.atlas.ranks)}
-        sizes = [sorted({tp for c, tp in atlas.ranks if c == g and tp <= nodes[0]}) for g, nodes in group]
-        room = [atlas.problem.profiles[atlas.classes[g].gpu].room_bytes for g, _ in group]
+        costs, rank_of = self.costs, {rank: s for s, rank in enumerate(self.costs.ranks)}
+        sizes = [sorted({tp for c, tp in costs.ranks if c == g and tp <= nodes[0]}) for g, nodes in group]
+        room = [costs.problem.profiles[costs.classes[g].gpu].room_bytes for g, _ in group]
         by_room = tuple(sorted(range(len(group)), key=lambda i: (-room[i], i)))
         for order in permutations(range(len(group))) if len(group) <= MAX_ORDERED_TYPES else (by_room,):
             for chosen in product(*(sizes[i] for i in order)):
@@ -142,13 +142,13 @@ class ReplicaSearch:
 
     def _latency_s(self, shape: Ranks, duty: ReplicaDuty) -> float:
         """Return seconds of a mean prompt that is alone in the pipeline (or among as few as the family allows)."""
-        p = pipeline_of(self.atlas, duty, shape)
+        p = pipeline_of(self.costs, duty, shape)
         alone = p.unlimited_at(int(np.argmin(p.in_flight)))
         return float(best_split(alone).interval_s * alone.in_flight[0])
 
     def at_best_setting(self, shape: Ranks, duty: ReplicaDuty) -> Template | None:
         """Return the replica of this shape with the highest rate, or None if no setting fits and meets the limits."""
-        pipeline = pipeline_of(self.atlas, duty, shape)
+        pipeline = pipeline_of(self.costs, duty, shape)
         if not self.keeps_limits:
             pipeline = pipeline._replace(t_cap=pipeline.t_cap + np.inf, trip_cap=pipeline.trip_cap + np.inf)
         return template_of(duty, [TemplateStage(rank, 1, 0) for rank in shape], pipeline)
@@ -217,26 +217,26 @@ class Pipeline(NamedTuple):
         )  # fmt: skip
 
 
-def pipeline_of(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks) -> Pipeline:
+def pipeline_of(costs: CostTables, duty: ReplicaDuty, ranks: Ranks) -> Pipeline:
     """Return times and room of a pipeline without attention workers under every mix of a duty."""
-    t = atlas.scopes[duty.scope].tables
+    t = costs.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     own_s = t.own_s[x[:, None], s, t.rank_groups[s]]
     compute_s, chunk_s = (
         t.layer_s[x[:, None], s] + own_s,
         t.chunk.layer_s[x[:, None], s] + own_s / t.iterations[x, None],
     )
-    return priced(atlas, duty, ranks, compute_s, chunk_s, np.zeros(len(ranks), dtype=np.int64))
+    return priced(costs, duty, ranks, compute_s, chunk_s, np.zeros(len(ranks), dtype=np.int64))
 
 
 def priced(
-    atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, compute_s: FloatArray, chunk_s: FloatArray, given: IntArray
+    costs: CostTables, duty: ReplicaDuty, ranks: Ranks, compute_s: FloatArray, chunk_s: FloatArray, given: IntArray
 ) -> Pipeline:
     """Return a pipeline of layers with ``compute_s`` [X, S] per request and ``chunk_s`` [X, S] with a chunk.
 
     Its stages give away ``given`` [S] head groups per rank.
     """
-    t = atlas.scopes[duty.scope].tables
+    t = costs.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     is_first, is_last = np.arange(len(s)) == 0, np.arange(len(s)) == len(s) - 1
     at = x[:, None], s
@@ -245,7 +245,7 @@ def priced(
     chunk_prefix_s = t.prefix_layers * (chunk_s + t.chunk.prefix_delta_s[at])
     room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
     _fill_rooms(t, x, s, np.array(roles(len(ranks)), dtype=np.int64), given, room)
-    full, tight = atlas.regimes(duty.role)
+    full, tight = costs.regimes(duty.role)
     return Pipeline(
         num_layers=t.num_layers,
         cut_floor=t.cut_floor,

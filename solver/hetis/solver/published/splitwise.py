@@ -97,8 +97,8 @@ def search_splitwise(search: Search) -> Found:
 def machines(search: Search, zone: str) -> list[Machine]:
     """Return all kinds of machines that a zone's nodes can be cut into and that can prefill or decode."""
     found = list[Machine]()
-    duties = {role: search.duty(role, zone) for role in search.atlas.problem.family.roles}
-    for rank, (device_class, tp) in enumerate(search.atlas.ranks):
+    duties = {role: search.duty(role, zone) for role in search.costs.problem.family.roles}
+    for rank, (device_class, tp) in enumerate(search.costs.ranks):
         by_node: dict[str, list[int]] = defaultdict(list)
         for gpu in search.gpus.of_zone(zone):
             if search.gpus.device_class[gpu] == device_class:

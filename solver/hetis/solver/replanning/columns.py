@@ -22,7 +22,7 @@ from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.pool import NO_LINKS
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.search import row_costs_of
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.inventory import Inventory, Row
@@ -61,30 +61,30 @@ class NetMaster:
     def __init__(
         self,
         inventory: Inventory,
-        costs: ChangeCosts,
+        change_costs: ChangeCosts,
         demand: float | None,
         stay_rates: dict[int, float],
         stay_shares: dict[int, float],
     ) -> None:
-        self.inventory, self.costs, self.atlas = inventory, costs, inventory.atlas
+        self.inventory, self.change_costs, self.costs = inventory, change_costs, inventory.costs
         self.stay_rates, self.stay_shares = stay_rates, stay_shares
-        self.master = Master(inventory.limits, demand, self.atlas.routes)
-        self.row_costs = row_costs_of(self.atlas)
+        self.master = Master(inventory.limits, demand, self.costs.routes)
+        self.row_costs = row_costs_of(self.costs)
         self.is_settled = False
 
     def start_s(self, template: Template) -> float:
         """Return the start time of a new replica: all its GPUs read their weights."""
-        return self.costs.start_s(max(stage_bytes(self.atlas, template)))
+        return self.change_costs.start_s(max(stage_bytes(self.costs, template)))
 
     def net(self, candidate: Candidate) -> tuple[float, float]:
         """Return (rate, cost) as the master counts them."""
-        template, cost = candidate.template, float(self.row_costs @ use_of(self.atlas, candidate.template))
+        template, cost = candidate.template, float(self.row_costs @ use_of(self.costs, candidate.template))
         option = candidate.option
         if self.master.maximises:
-            return template.rate * self.costs.served_share(candidate.start_s), 0.0
+            return template.rate * self.change_costs.served_share(candidate.start_s), 0.0
         if option is not None and option.fate is Fate.KEPT:
             return template.rate, cost * (1.0 - self.stay_shares.get(option.old, 0.0))
-        return template.rate, cost * (1.0 + candidate.start_s / self.costs.horizon_s)
+        return template.rate, cost * (1.0 + candidate.start_s / self.change_costs.horizon_s)
 
     def choose(
         self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
@@ -116,7 +116,7 @@ class NetMaster:
             rates.append(rate)
             costs.append(0.0)
             sides.append(UNIFIED)
-            links.append(np.zeros_like(self.atlas.routes.capacity) if self.atlas.routes.has_links else NO_LINKS)
+            links.append(np.zeros_like(self.costs.routes.capacity) if self.costs.routes.has_links else NO_LINKS)
         columns = Columns(
             rates=np.array(rates),
             costs=np.array(costs),
@@ -129,7 +129,7 @@ class NetMaster:
 
     def _moved(self, candidate: Candidate) -> int:
         if candidate.option is not None:
-            return candidate.option.num_moved(self.atlas)
+            return candidate.option.num_moved(self.costs)
         return sum(size for row, size in self.inventory.of_template(candidate.template).items() if row[0] == "gpus")
 
     def _helpers(self) -> list[tuple[dict[Row, int], float]]:
@@ -144,12 +144,12 @@ class NetMaster:
         return found
 
     def _side(self, template: Template) -> int:
-        return self.atlas.side_of(template.scope, template.mix)
+        return self.costs.side_of(template.scope, template.mix)
 
     def links(self, template: Template) -> FloatArray:
         """Return the use of the links between zones by a replica that spans several of them."""
-        routes = self.atlas.routes
-        return routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS
+        routes = self.costs.routes
+        return routes.link_use(zones_of(self.costs, template)) if routes.has_links else NO_LINKS
 
     def _choice(self, candidates: Sequence[Candidate], found: MilpSolution) -> ColumnChoice:
         chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)
@@ -168,7 +168,7 @@ class NetMaster:
 
     def rent_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
         """Return the minimised quantity once all replicas run."""
-        return sum(n * float(self.row_costs @ use_of(self.atlas, c.template)) for c, n in chosen)
+        return sum(n * float(self.row_costs @ use_of(self.costs, c.template)) for c, n in chosen)
 
     def flows_of(self, chosen: Sequence[tuple[Candidate, int]]) -> FloatArray:
         """Return the flows between prefill and decode replicas once all run, [Z, Z]."""
@@ -192,10 +192,10 @@ class NetMaster:
         return columns, np.array([n for _, n in chosen], dtype=np.int64)
 
 
-def least_start_s(costs: ChangeCosts, atlas: Atlas, num_gpus: int) -> float:
+def least_start_s(change_costs: ChangeCosts, costs: CostTables, num_gpus: int) -> float:
     """Return the least time until a new replica serves, its layers being spread over at most ``num_gpus`` GPUs."""
-    model = atlas.problem.model
+    model = costs.problem.model
     params = (model.num_layers - model.prefix_layers) * model.layer_params()
     params += model.prefix_layers * model.dense_layer_params()
-    each = min(variant.weight_bytes for variant in atlas.problem.models())
-    return costs.start_s(params * each / max(1, num_gpus))
+    each = min(variant.weight_bytes for variant in costs.problem.models())
+    return change_costs.start_s(params * each / max(1, num_gpus))

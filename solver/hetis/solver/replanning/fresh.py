@@ -2,9 +2,9 @@
 
 A *proof* bounds the worth of new replicas that are added to replicas that continue:
 
-    listed   small fleets: a ceiling on the rate of every sub-fleet, by the exact search; packed by the master
-    priced   larger ones: prices w of GPUs and rate prices a by column generation, with ``a_s rate <= cost + w use`` for
-             every replica of the family, so that replicas on GPUs u are worth at most w u
+    enumerated  small fleets: a ceiling on the rate of every sub-fleet, by the exact search; packed by the master
+    priced      larger ones: prices w of GPUs and rate prices a by column generation, with ``a_s rate <= cost + w use``
+                for every replica of the family, so that replicas on GPUs u are worth at most w u
 
 The first also lists the family of `uniform`.
 """
@@ -17,15 +17,15 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
+from hetis.solver.placement.enumeration import explore_enumerated
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import ColumnGeneration
-from hetis.solver.placement.listing import explore_listing
 from hetis.solver.placement.master import Columns, Master, Verdict
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.pool import Bound
 from hetis.solver.placement.search import row_costs_of, search
-from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, interval_of
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import ObjectiveKind
@@ -41,7 +41,7 @@ class Fresh:
     Attributes:
         templates: replicas to choose from.
         value, bound: value of the best plan found, and bound on all plans, in the master's unit.
-        listed: ceilings on the rates of sub-fleets, as columns; if None, ``prices`` are the proof.
+        enumerated: ceilings on the rates of sub-fleets, as columns; if None, ``prices`` are the proof.
         prices: prices of column generation.
         row_prices: duals of the rows, if there are no ``prices``; [rows].
         is_empty: it is proved that no plan exists.
@@ -51,31 +51,31 @@ class Fresh:
     value: float | None
     bound: float
     row_prices: FloatArray
-    listed: Columns | None = None
+    enumerated: Columns | None = None
     prices: Bound | None = None
     is_empty: bool = False
 
 
 def search_fresh(
-    atlas: Atlas, demand: float | None, *, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int,
-    report: Report,
+    costs: CostTables, demand: float | None, *, strategy: str, budget: Budget, gap_target: float, seed: int,
+    threads: int, report: Report,
 ) -> Fresh:  # fmt: skip
     """Return replicas and a proof for the whole fleet; without time for more, what is known at once."""
-    master = Master(atlas.resources.limits, demand, atlas.routes)
+    master = Master(costs.resources.limits, demand, costs.routes)
     if strategy == "uniform":
-        return _listed(atlas, master, uniform_templates(atlas), budget, seed)
-    if atlas.problem.family.engine is not None:
-        return _of_engine(atlas, master, budget, gap_target, seed, report)
-    if is_small(atlas):
-        found = _exact(atlas, master, budget, seed)
+        return _enumerated(costs, master, uniform_templates(costs), budget, seed)
+    if costs.problem.family.engine is not None:
+        return _of_engine(costs, master, budget, gap_target, seed, report)
+    if is_small(costs):
+        found = _exact(costs, master, budget, seed)
         if found is not None:
             return found
-    return _priced(atlas, master, budget, gap_target, seed, threads, report)
+    return _priced(costs, master, budget, gap_target, seed, threads, report)
 
 
-def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | None:
+def _exact(costs: CostTables, master: Master, budget: Budget, seed: int) -> Fresh | None:
     """Return the best replica of every sub-fleet; none is ruled out, since a plan that keeps replicas may need any."""
-    search_of = ExactSearch(atlas, master, row_costs_of(atlas))
+    search_of = ExactSearch(costs, master, row_costs_of(costs))
     nothing = {kind: np.zeros(len(f.rate)) for kind, f in search_of.frontiers.items()}
     for tolerance in (*TOLERANCES[:-1], FINEST):
         if not search_of.sweep(nothing, tolerance, budget):
@@ -89,16 +89,16 @@ def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | N
     return Fresh(
         templates=templates,
         value=None if best.found is None else best.found.value,
-        bound=_bound_of(most, atlas, master),
-        row_prices=np.zeros(len(atlas.resources.rows)) if duals is None else duals.row_prices,
-        listed=columns,
+        bound=_bound_of(most, costs, master),
+        row_prices=np.zeros(len(costs.resources.rows)) if duals is None else duals.row_prices,
+        enumerated=columns,
         is_empty=most.proves_none,
     )
 
 
-def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Budget, seed: int) -> Fresh:
-    """Return the result for a family that is listed completely."""
-    generation = ColumnGeneration(atlas, master, row_costs_of(atlas), budget=budget, report=silent)
+def _enumerated(costs: CostTables, master: Master, templates: list[Template], budget: Budget, seed: int) -> Fresh:
+    """Return the result for a family that is enumerated completely."""
+    generation = ColumnGeneration(costs, master, row_costs_of(costs), budget=budget, report=silent)
     generation.pool.add(templates)
     columns = generation.pool.columns()
     best = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
@@ -106,31 +106,31 @@ def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Bud
     return Fresh(
         templates=() if best.proves_none else tuple(generation.pool.templates),
         value=None if best.found is None else best.found.value,
-        bound=_bound_of(best, atlas, master),
-        row_prices=np.zeros(len(atlas.resources.rows)) if relaxed is None else relaxed.row_prices,
-        listed=columns,
+        bound=_bound_of(best, costs, master),
+        row_prices=np.zeros(len(costs.resources.rows)) if relaxed is None else relaxed.row_prices,
+        enumerated=columns,
         is_empty=best.proves_none,
     )
 
 
-def _bound_of(best: Verdict, atlas: Atlas, master: Master) -> float:
+def _bound_of(best: Verdict, costs: CostTables, master: Master) -> float:
     """Return a bound that no plan exceeds, from what HiGHS proved in its time."""
     if best.proves_none:
         return 0.0 if master.maximises else np.inf
-    return _known_at_once(atlas, master) if best.found is None else best.found.bound
+    return _known_at_once(costs, master) if best.found is None else best.found.bound
 
 
 def _priced(
-    atlas: Atlas, master: Master, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
+    costs: CostTables, master: Master, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
 ) -> Fresh:  # fmt: skip
-    generation = ColumnGeneration(atlas, master, row_costs_of(atlas), budget=budget, report=report)
-    generation.generate(uniform_templates(atlas), threads=threads, gap_target=gap_target, choose_seed=seed)
+    generation = ColumnGeneration(costs, master, row_costs_of(costs), budget=budget, report=report)
+    generation.generate(uniform_templates(costs), threads=threads, gap_target=gap_target, choose_seed=seed)
     generation.choose(gap=gap_target / 10, seed=seed)
     known = generation.is_whole_family and np.isfinite(generation.bound.value) and np.any(generation.bound.row_prices)
     return Fresh(
         templates=tuple(generation.pool.templates),
         value=None if generation.incumbent is None else generation.incumbent.value,
-        bound=generation.bound.value if known else _known_at_once(atlas, master),
+        bound=generation.bound.value if known else _known_at_once(costs, master),
         row_prices=generation.bound.row_prices,
         prices=generation.bound if known else None,
         is_empty=not generation.may_have_plan,
@@ -138,48 +138,48 @@ def _priced(
 
 
 def _of_engine(
-    atlas: Atlas, master: Master, budget: Budget, gap_target: float, seed: int, report: Report
+    costs: CostTables, master: Master, budget: Budget, gap_target: float, seed: int, report: Report
 ) -> Fresh:  # fmt: skip
-    found = explore_listing(
-        atlas, master, row_costs_of(atlas), budget=budget, gap_target=gap_target, seed=seed, report=report
+    found = explore_enumerated(
+        costs, master, row_costs_of(costs), budget=budget, gap_target=gap_target, seed=seed, report=report
     )  # fmt: skip
     return Fresh(
         templates=found.templates,
         value=found.value,
-        bound=found.prices.value if found.prices is not None else _known_at_once(atlas, master),
-        row_prices=np.zeros(len(atlas.resources.rows)) if found.prices is None else found.prices.row_prices,
+        bound=found.prices.value if found.prices is not None else _known_at_once(costs, master),
+        row_prices=np.zeros(len(costs.resources.rows)) if found.prices is None else found.prices.row_prices,
         prices=found.prices,
         is_empty=found.is_empty,
     )
 
 
-def _known_at_once(atlas: Atlas, master: Master) -> float:
-    return rate_bound(atlas) if master.maximises else 0.0
+def _known_at_once(costs: CostTables, master: Master) -> float:
+    return rate_bound(costs) if master.maximises else 0.0
 
 
 # --- what remains of a fleet when some of its GPUs are taken
 
 
 def search_left_over(
-    atlas: Atlas, taken: set[str], demand_rps: float | None, *, strategy: str, budget: Budget, gap_target: float,
+    costs: CostTables, taken: set[str], demand_rps: float | None, *, strategy: str, budget: Budget, gap_target: float,
     seed: int, threads: int,
 ) -> tuple[Template, ...]:  # fmt: skip
     """Return the replicas of the best plan on the GPUs that are not ``taken``, as replicas of the whole fleet.
 
     ``demand_rps``: the goodput that they have to serve if the objective is minimised.
     """
-    left = _left_over(atlas.problem.cluster, taken)
+    left = _left_over(costs.problem.cluster, taken)
     if left is None:
         return ()
-    objective = atlas.problem.objective
+    objective = costs.problem.objective
     if objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS):
         objective = replace(objective, demand_rps=demand_rps)
-    part = build_atlas(replace(atlas.problem, cluster=left, objective=objective))
+    part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective))
     outcome = search(part, strategy, budget, gap_target, seed, threads, silent)
     if outcome is None:
         return ()
-    found = (_translated(template, part, atlas) for template, _ in outcome.chosen)
-    return tuple(template for template in found if template is not None and is_allowed(atlas, template))
+    found = (_translated(template, part, costs) for template, _ in outcome.chosen)
+    return tuple(template for template in found if template is not None and is_allowed(costs, template))
 
 
 def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
@@ -199,7 +199,7 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
     return replace(cluster, node_groups=tuple(groups)) if groups else None
 
 
-def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | None:
+def _translated(template: Template, part: CostTables, whole: CostTables) -> Template | None:
     """Translate a replica of the remaining fleet to the whole fleet: classes by the node groups they come from."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = []
@@ -224,7 +224,7 @@ def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | Non
     return replace(found, interval_s=interval_of(whole, found))
 
 
-def _origin(part: Atlas, g: int, whole: Atlas) -> int:
+def _origin(part: CostTables, g: int, whole: CostTables) -> int:
     """Return the class of the whole fleet from which a class of the remaining fleet comes."""
     name, gpu = part.classes[g].groups[0].name.partition("/")[0], part.classes[g].gpu
     return next(

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 from hetis.solver.replanning.running import Option, Place
 
@@ -38,7 +38,7 @@ Row = tuple[object, ...]
 class Inventory:
     """Rows with their limits, and the data that every column shares."""
 
-    atlas: Atlas
+    costs: CostTables
     places: Mapping[str, Place]
     rows: Mapping[Row, int]  # row -> its number
     limits: IntArray  # [rows]
@@ -47,7 +47,7 @@ class Inventory:
 
     def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
         """Return the amounts that a new replica takes."""
-        parts = [self.atlas.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
+        parts = [self.costs.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
         parts += [
             (s.pool_class, 1) for s in template.stages if s.pool_class >= 0 for _ in range(s.copies * s.pool_cards)
         ]
@@ -55,11 +55,11 @@ class Inventory:
 
     def of_option(self, option: Option) -> dict[Row, int]:
         """Return the amounts taken by a running replica that continues: its own GPUs by name, others like a new one."""
-        use = Counter(self._of_parts(option.missing(self.atlas), True))
+        use = Counter(self._of_parts(option.missing(self.costs), True))
         for slot, count in _by_slot(option.named(), self.places).items():
             _, g = slot
             use["gpus", g] += count
-            node_size = self.atlas.classes[g].gpus_per_node
+            node_size = self.costs.classes[g].gpus_per_node
             for p in self._sizes_of(g):
                 if slot in self.shared:
                     use["node", slot, p] += count
@@ -97,11 +97,15 @@ class Inventory:
         return dict(use)
 
     def _sizes_of(self, device_class: int) -> list[int]:
-        return [p for p in self.sizes if p <= self.atlas.classes[device_class].gpus_per_node]
+        return [p for p in self.sizes if p <= self.costs.classes[device_class].gpus_per_node]
 
 
 def inventory_of(
-    atlas: Atlas, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int], max_moves: int | None
+    costs: CostTables,
+    places: Mapping[str, Place],
+    options: Sequence[Option],
+    stays: Iterable[int],
+    max_moves: int | None,
 ) -> Inventory:
     """Return the rows for these options; ``stays`` are the running replicas for which staying is worth something."""
     owners: dict[Slot, set[int]] = {}
@@ -109,9 +113,9 @@ def inventory_of(
         for slot in _by_slot(option.named(), places):
             owners.setdefault(slot, set()).add(option.old)
     shared = frozenset(slot for slot, olds in owners.items() if len(olds) > 1)
-    sizes = tuple(size for size in sorted(atlas.problem.family.tp_sizes) if size > 1)
+    sizes = tuple(size for size in sorted(costs.problem.family.tp_sizes) if size > 1)
     limits: dict[Row, int] = {}
-    for g, c in enumerate(atlas.classes):
+    for g, c in enumerate(costs.classes):
         limits["gpus", g] = c.available
         for p in (size for size in sizes if size <= c.gpus_per_node):
             alone = c.num_nodes - sum(1 for _, of_class in shared if of_class == g)
@@ -123,7 +127,7 @@ def inventory_of(
     if max_moves is not None:
         limits["moves",] = max_moves
     rows = {row: number for number, row in enumerate(limits)}
-    return Inventory(atlas, places, rows, np.array(list(limits.values()), dtype=np.int64), sizes, shared)
+    return Inventory(costs, places, rows, np.array(list(limits.values()), dtype=np.int64), sizes, shared)
 
 
 def _by_slot(devices: Iterable[str], places: Mapping[str, Place]) -> Counter[Slot]:

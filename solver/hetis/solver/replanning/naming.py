@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.binding import BoundStage
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.replanning.columns import Candidate
 from hetis.solver.replanning.holdings import Holding
 from hetis.solver.replanning.inventory import Slot
@@ -33,7 +33,7 @@ class _Part:
 
 
 def name_gpus(
-    atlas: Atlas, places: Mapping[str, Place], chosen: Sequence[Candidate], held: Mapping[str, Holding]
+    costs: CostTables, places: Mapping[str, Place], chosen: Sequence[Candidate], held: Mapping[str, Holding]
 ) -> list[list[BoundStage]]:
     """Return the GPUs of every stage of every candidate, in their order; those that continue keep theirs.
 
@@ -50,8 +50,8 @@ def name_gpus(
         if name not in taken:
             free.setdefault((place.node, place.device_class), []).append(name)
     home: dict[int, set[str]] = {}
-    for part in sorted(_parts(atlas, chosen, groups, workers), key=lambda p: (-len(p.wanted), p.replica, p.stage)):
-        slot = _best_slot(atlas, free, part, held, home.setdefault(part.replica, set()))
+    for part in sorted(_parts(costs, chosen, groups, workers), key=lambda p: (-len(p.wanted), p.replica, p.stage)):
+        slot = _best_slot(costs, free, part, held, home.setdefault(part.replica, set()))
         names = _take(free[slot], part.wanted, held)
         home[part.replica].add(slot[0])
         (workers if part.is_worker else groups)[part.replica][part.stage][part.position] = names
@@ -78,23 +78,23 @@ def _workers_of(candidate: Candidate) -> list[list[Group]]:
 
 
 def _parts(
-    atlas: Atlas, chosen: Sequence[Candidate], groups: list[list[list[Group]]], workers: list[list[list[Group]]]
+    costs: CostTables, chosen: Sequence[Candidate], groups: list[list[list[Group]]], workers: list[list[list[Group]]]
 ) -> list[_Part]:
     parts = []
     for replica, candidate in enumerate(chosen):
         first = 0
-        prefix = atlas.scopes[candidate.template.scope].tables.prefix_layers
+        prefix = costs.scopes[candidate.template.scope].tables.prefix_layers
         for index, stage in enumerate(candidate.template.stages):
             end = first + stage.layers + (prefix if index == 0 else 0)
-            device_class, size = atlas.ranks[stage.rank]
-            dp = atlas.rank_dp[stage.rank]
+            device_class, size = costs.ranks[stage.rank]
+            dp = costs.rank_dp[stage.rank]
             tp = size // dp
-            gpu = atlas.classes[device_class].gpu
+            gpu = costs.classes[device_class].gpu
             shards = tuple(
                 Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank, attention_dp=dp)
                 for rank in range(size)
             )
-            card_gpu = atlas.classes[stage.pool_class].gpu if stage.pool_class >= 0 else gpu
+            card_gpu = costs.classes[stage.pool_class].gpu if stage.pool_class >= 0 else gpu
             card = (Holding(gpu=card_gpu, first_layer=first, end_layer=end, tp=tp, rank=-1),)
             parts += [
                 _Part(replica, index, i, False, device_class, shards)
@@ -111,7 +111,7 @@ def _parts(
 
 
 def _best_slot(
-    atlas: Atlas, free: Mapping[Slot, list[str]], part: _Part, held: Mapping[str, Holding], home: set[str]
+    costs: CostTables, free: Mapping[Slot, list[str]], part: _Part, held: Mapping[str, Holding], home: set[str]
 ) -> Slot:  # fmt: skip
     wanted, size = set(part.wanted), len(part.wanted)
 
@@ -122,7 +122,7 @@ def _best_slot(
 
     roomy = [slot for slot, names in free.items() if slot[1] == part.device_class and len(names) >= size]
     if not roomy:
-        gpu = atlas.classes[part.device_class].gpu
+        gpu = costs.classes[part.device_class].gpu
         raise UnboundPlanError(f"no node has {size} free {gpu} for replica {part.replica}")
     return max(roomy, key=fit)
 

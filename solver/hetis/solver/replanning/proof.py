@@ -10,8 +10,8 @@ plan's net rate is at most
 over whole x and u: a small mixed program, whose bound by HiGHS is used. Where cost is minimised, new replicas cost at
 least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, and at least 0.
 
-On small fleets new replicas are listed with ceilings on their rates instead, each counted with the share of a replica
-whose weights are spread evenly over its sub-fleet.
+On small fleets new replicas are enumerated with ceilings on their rates instead, each counted with the share of a
+replica whose weights are spread evenly over its sub-fleet.
 
 Replicas of prefill and decode may be larger than any plan needs, and then serve all that it needs even during their
 start: ``share`` is 1 if w is the price of those.
@@ -43,8 +43,8 @@ def bound_of(
     net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time_limit_s: float, seed: int
 ) -> float:  # fmt: skip
     """Return a bound: no re-planning is worth more (costs less), in the master's unit."""
-    if fresh.listed is not None:
-        return _by_list(net, options, fresh.listed, time_limit_s, seed)
+    if fresh.enumerated is not None:
+        return _by_enumeration(net, options, fresh.enumerated, time_limit_s, seed)
     if fresh.prices is not None:
         return _by_prices(net, options, fresh.prices, time_limit_s, seed)
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
@@ -115,24 +115,24 @@ def _stay(net: NetMaster, option: Option) -> float:
 
 
 def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time_limit_s: float, seed: int) -> float:
-    atlas, maximises = net.atlas, net.master.maximises
-    start_s = least_start_s(net.costs, atlas, sum(c.available for c in atlas.classes))
-    share, later = net.costs.served_share(start_s), 1.0 + start_s / net.costs.horizon_s
-    if atlas.routes.splits_roles or not maximises:
+    costs, maximises = net.costs, net.master.maximises
+    start_s = least_start_s(net.change_costs, costs, sum(c.available for c in costs.classes))
+    share, later = net.change_costs.served_share(start_s), 1.0 + start_s / net.change_costs.horizon_s
+    if costs.routes.splits_roles or not maximises:
         share = 1.0
-    program = _BoundProgram(_limits_of(net, "gpus", "replica", "moves"), replace(atlas.routes, splits_roles=False))
+    program = _BoundProgram(_limits_of(net, "gpus", "replica", "moves"), replace(costs.routes, splits_roles=False))
     for candidate in options:
         option, (rate, cost) = candidate.option, net.net(candidate)
         assert option is not None
-        worth = float(prices.rate_prices[atlas.side_of(candidate.template.scope, candidate.template.mix)])
+        worth = float(prices.rate_prices[costs.side_of(candidate.template.scope, candidate.template.mix)])
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
         use = net.inventory.of_template(candidate.template, count_moves=False)
-        use |= {("replica", option.old): 1, ("moves",): option.num_moved(atlas)}
+        use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
         program.add(use, worth * rate + _stay(net, option), cost)
     # All room for larger TP groups is given to new replicas: its worth is a constant, as is that of the links.
-    finite = np.isfinite(atlas.routes.capacity)
-    fixed = float((prices.link_prices[finite] * atlas.routes.capacity[finite]).sum())
-    for (g, p), price, limit in zip(atlas.resources.rows, prices.row_prices, atlas.resources.limits, strict=True):
+    finite = np.isfinite(costs.routes.capacity)
+    fixed = float((prices.link_prices[finite] * costs.routes.capacity[finite]).sum())
+    for (g, p), price, limit in zip(costs.resources.rows, prices.row_prices, costs.resources.limits, strict=True):
         if p == 1:
             program.add({("gpus", g): 1, ("moves",): 1}, share * float(price))
         else:
@@ -147,28 +147,30 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
     return max(0.0, program.bound(demand, time_limit_s, seed) - part) * (1.0 - ROUNDING)
 
 
-def _by_list(net: NetMaster, options: Sequence[Candidate], listed: Columns, time_limit_s: float, seed: int) -> float:
-    """Return the bound of the same master with ceilings in place of new replicas; its rows are those of the atlas."""
-    atlas, maximises = net.atlas, net.master.maximises
-    rows: list[Row] = [("row", *row) for row in atlas.resources.rows]
-    limits = dict(zip(rows, map(int, atlas.resources.limits), strict=True))
-    program = _BoundProgram({**limits, **_limits_of(net, "replica", "stays", "moves")}, atlas.routes)
+def _by_enumeration(
+    net: NetMaster, options: Sequence[Candidate], enumerated: Columns, time_limit_s: float, seed: int
+) -> float:
+    """Return the bound of the same master with ceilings in place of new replicas, over all of its rows."""
+    costs, maximises = net.costs, net.master.maximises
+    rows: list[Row] = [("row", *row) for row in costs.resources.rows]
+    limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))
+    program = _BoundProgram({**limits, **_limits_of(net, "replica", "stays", "moves")}, costs.routes)
     for candidate in options:
         template, option = candidate.template, candidate.option
         assert option is not None
-        use: dict[Row, int] = dict(zip(rows, map(int, use_of(atlas, template)), strict=True))
-        use |= {("replica", option.old): 1, ("moves",): option.num_moved(atlas)}
+        use: dict[Row, int] = dict(zip(rows, map(int, use_of(costs, template)), strict=True))
+        use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
         rate, cost = net.net(candidate)
         if stay := _stay(net, option):
             program.add({("stays", option.old): 1}, stay)
             use["stays", option.old] = -1
-        program.add(use, rate, cost, atlas.side_of(template.scope, template.mix), net.links(template))
-    of_gpus = [p == 1 for _, p in atlas.resources.rows]
-    for k, taken in enumerate(listed.uses):
+        program.add(use, rate, cost, costs.side_of(template.scope, template.mix), net.links(template))
+    of_gpus = [p == 1 for _, p in costs.resources.rows]
+    for k, taken in enumerate(enumerated.uses):
         num_gpus = int(taken[of_gpus].sum())
-        start_s = least_start_s(net.costs, atlas, num_gpus)
-        share = net.costs.served_share(start_s) if maximises else 1.0
-        cost = float(listed.costs[k]) * (1.0 + start_s / net.costs.horizon_s)
+        start_s = least_start_s(net.change_costs, costs, num_gpus)
+        share = net.change_costs.served_share(start_s) if maximises else 1.0
+        cost = float(enumerated.costs[k]) * (1.0 + start_s / net.change_costs.horizon_s)
         use = {**dict(zip(rows, map(int, taken), strict=True)), ("moves",): num_gpus}
-        program.add(use, share * float(listed.rates[k]), cost, int(listed.sides[k]), listed.links[k])
+        program.add(use, share * float(enumerated.rates[k]), cost, int(enumerated.sides[k]), enumerated.links[k])
     return program.bound(net.master.demand, time_limit_s, seed)

@@ -17,7 +17,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.placement.classes import class_of_slots
 from hetis.solver.placement.first_token import least_ttft_limit_s
 from hetis.solver.placement.pipelines import is_run_by_engine
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, Atlas
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, roles, room_layers
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.replanning.change import Fate
@@ -28,16 +28,16 @@ WITHIN = 1.0 + 1e-9  # a limit is met apart from rounding
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a GPU: its node, and its class in the atlas."""
+    """The place of a GPU: its node, and its class in the cost tables."""
 
     node: str
     gpu: str
     device_class: int
 
 
-def places_of(cluster: Cluster, atlas: Atlas) -> dict[str, Place]:
+def places_of(cluster: Cluster, costs: CostTables) -> dict[str, Place]:
     """Return the place of every GPU of the fleet by name."""
-    classes = class_of_slots(atlas.classes)
+    classes = class_of_slots(costs.classes)
     return {d.name: Place(d.node, d.gpu, classes[d.group.name, d.gpu]) for d in cluster.devices()}
 
 
@@ -69,15 +69,15 @@ class Option:
             for group in parts:
                 yield from group or ()
 
-    def missing(self, atlas: Atlas) -> Iterator[tuple[int, int]]:
+    def missing(self, costs: CostTables) -> Iterator[tuple[int, int]]:
         """Yield (class, GPUs) of every TP group and attention worker that has no GPUs yet."""
         for stage, groups, workers in zip(self.template.stages, self.groups, self.workers, strict=True):
-            yield from (atlas.ranks[stage.rank] for group in groups if group is None)
+            yield from (costs.ranks[stage.rank] for group in groups if group is None)
             yield from ((stage.pool_class, 1) for card in workers if card is None)
 
-    def num_moved(self, atlas: Atlas) -> int:
+    def num_moved(self, costs: CostTables) -> int:
         """Return the number of GPUs that join it."""
-        return sum(size for _, size in self.missing(atlas))
+        return sum(size for _, size in self.missing(costs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,8 @@ class _Layout:
 class Continuations:
     """The options of running replicas; equal shapes are evaluated once."""
 
-    def __init__(self, atlas: Atlas, places: Mapping[str, Place], costs: ChangeCosts) -> None:
-        self.atlas, self.places, self.costs = atlas, places, costs
+    def __init__(self, costs: CostTables, places: Mapping[str, Place], change_costs: ChangeCosts) -> None:
+        self.costs, self.places, self.change_costs = costs, places, change_costs
         self._best: dict[object, Template | None] = {}
 
     def options(self, number: int, replica: ReplicaPlan) -> tuple[Option, ...]:
@@ -131,14 +131,14 @@ class Continuations:
         return devices if whole and len({(p.node, p.device_class) for p in found if p is not None}) == 1 else None
 
     def _template(self, layout: _Layout) -> Template | None:
-        """Return the replica in the atlas's terms; None if the family or the fleet has no such replica."""
+        """Return the replica in terms of the cost tables; None if the family or the fleet has no such replica."""
         stages, replica = list[TemplateStage](), layout.replica
-        dp, tables = replica.attention_dp, self.atlas.scopes[0].tables
+        dp, tables = replica.attention_dp, self.costs.scopes[0].tables
         for index, (stage, groups, workers) in enumerate(
             zip(replica.stages, layout.groups, layout.workers, strict=True)
         ):
             device_class = self._class_of(groups, stage.gpu)
-            rank = None if device_class is None else self.atlas.rank_of(device_class, stage.tp * dp, dp)
+            rank = None if device_class is None else self.costs.rank_of(device_class, stage.tp * dp, dp)
             if rank is None:
                 return None
             pool_class, cards, held = -1, 0, 0
@@ -146,7 +146,7 @@ class Continuations:
                 pool = next(pool for pool in replica.attention_workers if pool.stage == index)
                 found = self._class_of(workers, pool.gpu)
                 cards, rest = divmod(len(workers), stage.copies)
-                if found is None or rest or pool.shared or cards not in self.atlas.pool_sizes:
+                if found is None or rest or pool.shared or cards not in self.costs.pool_sizes:
                     return None
                 pool_class, held = found, pool.kv_head_groups
             layers = stage.num_layers - (tables.prefix_layers if index == 0 else 0)
@@ -156,48 +156,50 @@ class Continuations:
             return None
         scope, mix, f = settings
         rough = Template(scope, mix, f, tuple(stages), np.inf)
-        return replace(rough, interval_s=interval_of(self.atlas, rough))
+        return replace(rough, interval_s=interval_of(self.costs, rough))
 
     def _class_of(self, groups: Sequence[Group], gpu: str) -> int | None:
         """Return the one class of all remaining groups; without any, the fleet's largest class of the type."""
         found = {self.places[group[0]].device_class for group in groups if group is not None}
         if len(found) > 1:
             return None
-        alike = [g for g, c in enumerate(self.atlas.classes) if c.gpu == gpu]
-        return found.pop() if found else max(alike, key=lambda g: self.atlas.classes[g].available, default=None)
+        alike = [g for g, c in enumerate(self.costs.classes) if c.gpu == gpu]
+        return found.pop() if found else max(alike, key=lambda g: self.costs.classes[g].available, default=None)
 
     def _settings(self, replica: ReplicaPlan, stages: Sequence[TemplateStage]) -> tuple[int, int, int] | None:
         """Return (scope, mix, in-flight index) of a replica on these stages."""
-        zones = {self.atlas.classes[self.atlas.ranks[stage.rank][0]].zone for stage in stages}
-        zones |= {self.atlas.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
+        zones = {self.costs.classes[self.costs.ranks[stage.rank][0]].zone for stage in stages}
+        zones |= {self.costs.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
         afar = replica.role is Role.PREFILL and len(replica.kv_zones) > 1
         key = (replica.micro_batch, replica.chunk_tokens, replica.role, afar, replica.attention_dp)
-        for x, mix in enumerate(self.atlas.mixes):
+        for x, mix in enumerate(self.costs.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
-                for scope, part in enumerate(self.atlas.scopes):
-                    is_own = all(part.computes_on(self.atlas.ranks[stage.rank][0]) for stage in stages)
+                for scope, part in enumerate(self.costs.scopes):
+                    is_own = all(part.computes_on(self.costs.ranks[stage.rank][0]) for stage in stages)
                     if set(part.zones) == zones and part.serves(mix) and is_own:
-                        in_flight = self.atlas.problem.family.in_flight
+                        in_flight = self.costs.problem.family.in_flight
                         wanted = replica.in_flight // replica.attention_dp
                         found = in_flight.index(wanted) if wanted in in_flight else None
                         return None if found is None else (scope, x, found)
         return None
 
     def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
-        kept = template if is_allowed(self.atlas, template) else None
+        kept = template if is_allowed(self.costs, template) else None
         if kept is not None:
             yield self._option(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
-        own = self.atlas.mixes[template.mix]
-        for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.atlas.mixes):
+        own = self.costs.mixes[template.mix]
+        for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.costs.mixes):
             best = self._best_settings(template, role, afar=afar)
             same_work = (role, afar) == (own.role, own.sends_afar)
             if best is not None and not (same_work and kept is not None and best.rate <= kept.rate * WITHIN):
-                yield self._option(number, Fate.RESET, best, layout.groups, layout.workers, self.costs.start_s(0.0))
+                yield self._option(
+                    number, Fate.RESET, best, layout.groups, layout.workers, self.change_costs.start_s(0.0)
+                )
 
     def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
         repaired = self._best_settings(template)
         if repaired is not None:
-            start_s = self.costs.start_s(self._longest_load(repaired, layout.groups))
+            start_s = self.change_costs.start_s(self._longest_load(repaired, layout.groups))
             yield self._option(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
         if not all(any(group is not None for group in groups) for groups in layout.groups):
             return
@@ -205,7 +207,7 @@ class Continuations:
         shrunk = self._shrunk(template, groups, layout.workers)
         best = self._best_settings(shrunk[0]) if shrunk is not None else None
         if shrunk is not None and best is not None:
-            yield self._option(number, Fate.CHANGED, best, groups, shrunk[1], self.costs.start_s(0.0))
+            yield self._option(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
 
     def _option(
         self, number: int, fate: Fate, template: Template, groups: tuple[tuple[Group, ...], ...],
@@ -220,7 +222,7 @@ class Continuations:
         stages, pools = [], []
         for stage, left, cards in zip(template.stages, groups, workers, strict=True):
             there = [card for card in cards if card is not None]
-            each = max((p for p in self.atlas.pool_sizes if p * len(left) <= len(there)), default=0)
+            each = max((p for p in self.costs.pool_sizes if p * len(left) <= len(there)), default=0)
             if stage.pool_class >= 0 and each == 0:
                 return None  # its head groups would have to return to the stage, which was short of memory for them
             each = each if stage.pool_class >= 0 else 0
@@ -230,14 +232,14 @@ class Continuations:
 
     def _longest_load(self, template: Template, groups: tuple[tuple[Group, ...], ...]) -> float:
         """Return the bytes of the joining GPU that reads the most."""
-        sizes = stage_bytes(self.atlas, template)
+        sizes = stage_bytes(self.costs, template)
         joining = [size for size, stage in zip(sizes, groups, strict=True) if any(group is None for group in stage)]
         return max(joining, default=0.0)
 
     def _best_settings(self, template: Template, role: Role | None = None, *, afar: bool = False) -> Template | None:
         """Return the same stages under the engine settings that serve the most, in its own role or another; None if no
         settings are allowed."""
-        own = self.atlas.mixes[template.mix]
+        own = self.costs.mixes[template.mix]
         role, afar = (own.role, own.sends_afar) if role is None else (role, afar)
         key = (template.scope, template.stages, role, afar)
         if key not in self._best:
@@ -245,41 +247,41 @@ class Continuations:
         return self._best[key]
 
     def _search_settings(self, template: Template, role: Role, afar: bool) -> Template | None:
-        atlas, best = self.atlas, None
+        costs, best = self.costs, None
         if role is Role.PREFILL and any(stage.pool_class >= 0 for stage in template.stages):
             return None  # nothing decodes there
-        for x, mix in enumerate(atlas.mixes):
-            if (mix.role, mix.sends_afar) != (role, afar) or not atlas.scopes[template.scope].serves(mix):
+        for x, mix in enumerate(costs.mixes):
+            if (mix.role, mix.sends_afar) != (role, afar) or not costs.scopes[template.scope].serves(mix):
                 continue
-            if any(atlas.rank_dp[stage.rank] != mix.attention_dp for stage in template.stages):
+            if any(costs.rank_dp[stage.rank] != mix.attention_dp for stage in template.stages):
                 continue
-            for f in range(len(atlas.problem.family.in_flight)):
+            for f in range(len(costs.problem.family.in_flight)):
                 candidate = replace(template, mix=x, in_flight_index=f)
-                candidate = replace(candidate, interval_s=interval_of(atlas, candidate))
-                if (best is None or candidate.rate > best.rate) and is_allowed(atlas, candidate):
+                candidate = replace(candidate, interval_s=interval_of(costs, candidate))
+                if (best is None or candidate.rate > best.rate) and is_allowed(costs, candidate):
                     best = candidate
         return best
 
 
-def is_allowed(atlas: Atlas, template: Template) -> bool:
+def is_allowed(costs: CostTables, template: Template) -> bool:
     """Return whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
-    tables = atlas.scopes[template.scope].tables
+    tables = costs.scopes[template.scope].tables
     m = int(tables.in_flight[template.in_flight_index])
-    if m > 1 and (m < template.num_copies or atlas.mixes[template.mix].attention_dp > 1):
+    if m > 1 and (m < template.num_copies or costs.mixes[template.mix].attention_dp > 1):
         return False
-    if not is_run_by_engine(atlas, template):
+    if not is_run_by_engine(costs, template):
         return False
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
         return False
-    limit_s = atlas.problem.objective.ttft_limit_s
-    if limit_s is not None and least_ttft_limit_s(atlas, template) > limit_s * WITHIN:
+    limit_s = costs.problem.objective.ttft_limit_s
+    if limit_s is not None and least_ttft_limit_s(costs, template) > limit_s * WITHIN:
         return False
-    return all(room_layers(atlas, template, i) >= stage.layers for i, stage in enumerate(template.stages))
+    return all(room_layers(costs, template, i) >= stage.layers for i, stage in enumerate(template.stages))
 
 
-def stage_bytes(atlas: Atlas, template: Template) -> list[float]:
+def stage_bytes(costs: CostTables, template: Template) -> list[float]:
     """Return the weight bytes of one GPU of every stage."""
-    t, sizes = atlas.scopes[template.scope].tables, []
+    t, sizes = costs.scopes[template.scope].tables, []
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         size = float(stage.layers * t.layer_bytes[stage.rank])
         size += float(t.first_bytes[stage.rank]) if role in (FIRST, BOTH) else 0.0

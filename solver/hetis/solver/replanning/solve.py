@@ -14,8 +14,8 @@ from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
@@ -99,15 +99,15 @@ def solve_replanning(
     if searched.is_empty:
         raise infeasible(whole, budget, seed=seed, threads=threads)
     posed = replace(posed, problem=problem)
-    atlas = build_atlas(problem)
+    costs = build_cost_tables(problem)
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
-    if not atlas.ranks:
+    if not costs.ranks:
         raise infeasible(problem, budget, seed=seed, threads=threads)
-    running = Survivors(posed, atlas)
+    running = Survivors(posed, costs)
     demand = None if problem.objective.maximises else _saturated_demand(problem)
     report(Progress(phase="the fleet as if nothing ran on it", elapsed_s=budget.elapsed_s()))
     fresh = search_fresh(
-        atlas, demand, strategy=strategy, budget=budget.share(FRESH_SHARE), gap_target=gap_target, seed=seed,
+        costs, demand, strategy=strategy, budget=budget.share(FRESH_SHARE), gap_target=gap_target, seed=seed,
         threads=threads, report=silent,
     )  # fmt: skip
     net = running.master(demand)
@@ -117,9 +117,9 @@ def solve_replanning(
     report(Progress(phase="which replicas stay", elapsed_s=budget.elapsed_s()))
     choice = _choose(net, candidates, running, fresh, gap_target, seed, budget)
     if choice is None:
-        raise _none(atlas, posed, fresh, net.is_settled, budget, seed, threads)
+        raise _none(costs, posed, fresh, net.is_settled, budget, seed, threads)
     bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(budget), seed=seed)
-    answer = _answer(posed, atlas, running, net, fresh, choice, bound, strategy, budget)
+    answer = _answer(posed, costs, running, net, fresh, choice, bound, strategy, budget)
     return replace(answer, plan=restored(answer.plan, searched, whole)) if whole.constraints else answer
 
 
@@ -163,7 +163,7 @@ def _choose(
     """Return the best choice found; never worse than keeping all replicas that can be kept."""
     if not candidates:
         return None
-    num_gpus = sum(c.available for c in net.atlas.classes)
+    num_gpus = sum(c.available for c in net.costs.classes)
     penalty = MOVE_PENALTY * abs(fresh.value or 0.0) / max(1, num_gpus)
     found = net.choose(
         candidates, time_limit_s=_seconds(budget), gap=min(1e-6, gap_target / 10), seed=seed, penalty=penalty
@@ -177,13 +177,13 @@ def _choose(
 
 
 def _none(
-    atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, is_settled: bool, budget: Budget, seed: int, threads: int
+    costs: CostTables, posed: ReplanningProblem, fresh: Fresh, is_settled: bool, budget: Budget, seed: int, threads: int
 ) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
     """Return the error that says why there is nothing to choose."""
     if fresh.value is None:
         if budget.is_spent() or not fresh.is_empty:
             return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        return infeasible(atlas.problem, budget, seed=seed, threads=threads)
+        return infeasible(costs.problem, budget, seed=seed, threads=threads)
     if posed.max_moves is None or not is_settled or budget.is_spent():
         return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
     demand = posed.problem.objective.demand_rps
@@ -193,18 +193,18 @@ def _none(
 
 
 def _answer(
-    posed: ReplanningProblem, atlas: Atlas, running: Survivors, net: NetMaster, fresh: Fresh, choice: ColumnChoice,
+    posed: ReplanningProblem, costs: CostTables, running: Survivors, net: NetMaster, fresh: Fresh, choice: ColumnChoice,
     bound: float, strategy: str, budget: Budget,
 ) -> Replanning:  # fmt: skip
-    problem, scale = atlas.problem, objective_scale(atlas.problem)
+    problem, scale = costs.problem, objective_scale(costs.problem)
     value = net.value_of(choice.chosen)
     bound = sound_bound(bound, value, maximises=net.master.maximises)
     dropped = running.all_dropped(net)
     value, bound = (v - dropped if net.master.maximises else v + dropped for v in (value, bound))
     chosen = [candidate for candidate, count in choice.chosen for _ in range(count)]
-    bound_stages = name_gpus(atlas, running.places, chosen, holdings(posed.running))
+    bound_stages = name_gpus(costs, running.places, chosen, holdings(posed.running))
     outcome = _outcome(net, fresh, choice, interrupted=budget.cancelled.is_set())
-    plan = plan_of(atlas, strategy, outcome, [c.template for c in chosen], bound_stages, budget)
+    plan = plan_of(costs, strategy, outcome, [c.template for c in chosen], bound_stages, budget)
     moments = problem.workload.clipped_to(problem.model.max_position)
     change = plan_change(
         posed.running, plan, problem.model, moments.moments(block_tokens=problem.assumptions.block_tokens)
@@ -231,7 +231,7 @@ def _continued(candidate: Candidate) -> Continued:
 
 def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted: bool) -> Outcome:
     """Return the choice as a search of placement would: its worth once it runs, the bound of the empty fleet."""
-    atlas, maximises = net.atlas, net.master.maximises
+    costs, maximises = net.costs, net.master.maximises
     by_template: dict[Template, int] = {}
     for candidate, count in choice.chosen:
         by_template[candidate.template] = by_template.get(candidate.template, 0) + count
@@ -242,7 +242,7 @@ def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted:
         value=value,
         bound=sound_bound(fresh.bound, value, maximises=maximises),
         row_prices=prices.row_prices if prices is not None else fresh.row_prices,
-        rate_prices=prices.rate_prices if prices is not None else np.ones(atlas.routes.num_sides),
+        rate_prices=prices.rate_prices if prices is not None else np.ones(costs.routes.num_sides),
         flows=net.flows_of(choice.chosen),
         interrupted=interrupted,
     )

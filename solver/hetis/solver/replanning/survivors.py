@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetis.solver.budget import Budget
-from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.columns import Candidate, NetMaster
@@ -25,10 +25,10 @@ class Survivors:
         keepable: those that may continue unchanged.
     """
 
-    def __init__(self, posed: ReplanningProblem, atlas: Atlas) -> None:
-        self.posed, self.atlas = posed, atlas
-        self.places = places_of(posed.problem.cluster, atlas)
-        self.continuations = Continuations(atlas, self.places, posed.costs)
+    def __init__(self, posed: ReplanningProblem, costs: CostTables) -> None:
+        self.posed, self.costs = posed, costs
+        self.places = places_of(posed.problem.cluster, costs)
+        self.continuations = Continuations(costs, self.places, posed.costs)
         replicas = posed.running.replicas
         self.templates = [self.continuations.template_now(replica) for replica in replicas]
         self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
@@ -41,7 +41,7 @@ class Survivors:
 
     def master(self, demand: float | None) -> NetMaster:
         stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
-        inventory = inventory_of(self.atlas, self.places, self.options, stays, self.posed.max_moves)
+        inventory = inventory_of(self.costs, self.places, self.options, stays, self.posed.max_moves)
         return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
@@ -76,6 +76,6 @@ class Survivors:
             if demand_rps <= 0.0:
                 return ()
         return search_left_over(
-            self.atlas, taken, demand_rps, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed,
+            self.costs, taken, demand_rps, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed,
             threads=threads,
         )  # fmt: skip

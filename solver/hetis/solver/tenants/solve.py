@@ -18,8 +18,8 @@ from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.solve import OPTIMAL_GAP, plan_of
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import Plan, Status
 from hetis.solver.tenants.master import (
@@ -87,18 +87,18 @@ class FleetSearch:
             replace(t, problem=replace(t.problem, family=restrict(t.problem.family))) for t in tenancy.tenants
         )
         self.tenancy = Tenancy(tenants=self.tenants)  # with the searched families
-        atlases = [build_atlas(tenant.problem) for tenant in self.tenants]
-        self.limits = atlases[0].resources.limits
+        tables = [build_cost_tables(tenant.problem) for tenant in self.tenants]
+        self.limits = tables[0].resources.limits
         self.solvers: list[TenantSolver] = []
-        if all(is_small(atlas) for atlas in atlases):
+        if all(is_small(costs) for costs in tables):
             listed = [
-                EnumeratedTenant(*pair, self.settings, self.budget) for pair in zip(self.tenants, atlases, strict=True)
+                EnumeratedTenant(*pair, self.settings, self.budget) for pair in zip(self.tenants, tables, strict=True)
             ]
             if not all(one.complete for one in listed):
                 raise NoPlanFoundError(f"no shares found within {self.budget.elapsed_s():.1f} s; allow more time")
             self.solvers.extend(listed)
         else:
-            self.solvers.extend(PricedTenant(*pair, self.settings) for pair in zip(self.tenants, atlases, strict=True))
+            self.solvers.extend(PricedTenant(*pair, self.settings) for pair in zip(self.tenants, tables, strict=True))
         self.alone = tuple(self._alone(solver) for solver in self.solvers)
         self.parts = tuple(
             self._reach(solver, part_of(self.limits, claim), f"{solver.tenant.name} on its part of the fleet")
@@ -239,7 +239,7 @@ class FleetSearch:
     def _fewest(self, floors: FloatArray, choice: TenantsChoice) -> TenantsChoice:
         """Return the same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
         columns = self._columns()
-        gpus = [block.uses @ self.solvers[0].atlas.resources.counts_gpus for block in columns]
+        gpus = [block.uses @ self.solvers[0].costs.resources.counts_gpus for block in columns]
         goal = TenantsGoal(np.zeros(len(columns)), floors)
         found = choose_whole(
             columns, self.limits, goal, time_limit_s=self._choosing_s(), gap=1e-3, start=choice.counts, gpus=gpus,
@@ -306,16 +306,16 @@ class FleetSearch:
     def _proof(self, bound: TenantsBound | None, floors: FloatArray) -> PriceProof | None:
         if bound is None:
             return None
-        atlas = self.solvers[0].atlas
+        costs = self.solvers[0].costs
         rows = tuple(
             RowPrice(
-                gpu=atlas.classes[g].gpu,
-                gpus_per_node=atlas.classes[g].gpus_per_node,
+                gpu=costs.classes[g].gpu,
+                gpus_per_node=costs.classes[g].gpus_per_node,
                 tp_at_least=p,
                 limit=int(limit),
                 price=float(price),
             )
-            for (g, p), limit, price in zip(atlas.resources.rows, self.limits, bound.row_prices, strict=True)
+            for (g, p), limit, price in zip(costs.resources.rows, self.limits, bound.row_prices, strict=True)
         )
         return PriceProof(
             rows=rows, multipliers=tuple(bound.multipliers.tolist()), floors=tuple(floors.tolist()), bound=bound.value
@@ -346,7 +346,7 @@ class FleetSearch:
     def _use_of(self, share: TenantShare) -> IntArray:
         """Return the amount of every row of the inventory that the GPUs of a share allow."""
         used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
-        rows = self.solvers[0].atlas.resources.rows
+        rows = self.solvers[0].costs.resources.rows
         return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
 
 
@@ -375,47 +375,47 @@ def plans_of(
     """
     chosen = [templates_of(c, counts.tolist()) for c, counts in zip(solvers, choice.counts, strict=True)]
     singles = [[template for template, n in parts for _ in range(n)] for parts in chosen]
-    bound = bind_together([c.atlas for c in solvers], singles, seed=seed)
+    bound = bind_together([c.costs for c in solvers], singles, seed=seed)
     plans: list[Plan | None] = []
     for i, (solver, stages) in enumerate(zip(solvers, bound, strict=True)):
         if not singles[i]:
             plans.append(None)
             continue
-        unit, atlas = utilisation(solver.tenant), solver.atlas
+        unit, costs = utilisation(solver.tenant), solver.costs
         outcome = _outcome(
-            atlas, chosen[i], bound=alone[i].bound / unit,
+            costs, chosen[i], bound=alone[i].bound / unit,
             prices=prices / (multipliers[i] * unit / alone[i].rate) if multipliers[i] > 0.0 else 0.0 * prices,
             interrupted=budget.cancelled.is_set(),
         )  # fmt: skip
-        plans.append(plan_of(atlas, strategy, outcome, singles[i], stages, budget))
+        plans.append(plan_of(costs, strategy, outcome, singles[i], stages, budget))
     return plans
 
 
 def bind_together(
-    atlases: Sequence[Atlas], templates: Sequence[Sequence[Template]], *, seed: int
+    tables: Sequence[CostTables], templates: Sequence[Sequence[Template]], *, seed: int
 ) -> list[list[list[BoundStage]]]:
     """Return named GPUs for the stages of every tenant's templates; tenants number their ranks differently."""
-    ranks = tuple(dict.fromkeys(rank for atlas in atlases for rank in atlas.ranks))
+    ranks = tuple(dict.fromkeys(rank for costs in tables for rank in costs.ranks))
     place = {rank: s for s, rank in enumerate(ranks)}
     together = [
-        replace(t, stages=tuple(replace(stage, rank=place[atlas.ranks[stage.rank]]) for stage in t.stages))
-        for atlas, own in zip(atlases, templates, strict=True)
+        replace(t, stages=tuple(replace(stage, rank=place[costs.ranks[stage.rank]]) for stage in t.stages))
+        for costs, own in zip(tables, templates, strict=True)
         for t in own
     ]
-    bound = iter(bind(replace(atlases[0], ranks=ranks), together, seed=seed))
+    bound = iter(bind(replace(tables[0], ranks=ranks), together, seed=seed))
     return [[next(bound) for _ in own] for own in templates]
 
 
 def _outcome(
-    atlas: Atlas, chosen: tuple[tuple[Template, int], ...], *, bound: float, prices: FloatArray, interrupted: bool
+    costs: CostTables, chosen: tuple[tuple[Template, int], ...], *, bound: float, prices: FloatArray, interrupted: bool
 ) -> Outcome:
     """Return a tenant's replicas with the rate they serve; prefill and decode both use the fleet's one zone."""
-    pool = Pool(atlas, np.zeros(len(atlas.resources.rows)))
+    pool = Pool(costs, np.zeros(len(costs.resources.rows)))
     pool.add([template for template, _ in chosen])
     counts = np.zeros(len(pool.templates), dtype=np.int64)
     for template, n in chosen:
         counts[pool.place(template)] += n
-    master, columns = Master(atlas.resources.limits, None, atlas.routes), pool.columns()
+    master, columns = Master(costs.resources.limits, None, costs.routes), pool.columns()
     flows = master.best_flows(columns, counts)
     value = master.served(columns, counts, flows)
     return Outcome(
@@ -423,7 +423,7 @@ def _outcome(
         value=value,
         bound=sound_bound(bound, value, maximises=True),
         row_prices=prices,
-        rate_prices=np.ones(atlas.routes.num_sides),
+        rate_prices=np.ones(costs.routes.num_sides),
         flows=flows,
         interrupted=interrupted,
     )

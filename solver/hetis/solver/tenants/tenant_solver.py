@@ -26,7 +26,7 @@ from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.pool import Pool, lifted
 from hetis.solver.placement.pricing import Pricer, pricers_of
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Scope
 from hetis.solver.placement.template import Template
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.tenants.master import (
@@ -72,7 +72,7 @@ class TenantSolver(Protocol):
     """The interface of a tenant that the rules need."""
 
     tenant: Tenant
-    atlas: Atlas
+    costs: CostTables
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
         """Return the reach with these amounts of every row; None if it is proved to be nothing."""
@@ -93,10 +93,10 @@ def utilisation(tenant: Tenant) -> float:
     return problem.assumptions.planned_utilisation if problem.objective.kind.value == "goodput" else 1.0
 
 
-def within(atlas: Atlas, limits: IntArray) -> Atlas:
+def within(costs: CostTables, limits: IntArray) -> CostTables:
     """Return the same problem with every row of the inventory limited to these amounts."""
-    counts = np.zeros(len(atlas.classes), dtype=np.int64)
-    for (device_class, p), limit in zip(atlas.resources.rows, limits, strict=True):
+    counts = np.zeros(len(costs.classes), dtype=np.int64)
+    for (device_class, p), limit in zip(costs.resources.rows, limits, strict=True):
         if p == 1:
             counts[device_class] = limit
 
@@ -104,18 +104,18 @@ def within(atlas: Atlas, limits: IntArray) -> Atlas:
         return scope.changed(lambda tables: tables._replace(available=np.minimum(tables.available, counts)))
 
     return replace(
-        atlas,
-        resources=Resources(atlas.resources.rows, np.minimum(atlas.resources.limits, limits)),
-        scopes=tuple(narrowed(scope) for scope in atlas.scopes),
+        costs,
+        resources=Resources(costs.resources.rows, np.minimum(costs.resources.limits, limits)),
+        scopes=tuple(narrowed(scope) for scope in costs.scopes),
     )
 
 
 class EnumeratedTenant:
     """A tenant on a fleet small enough to know the best replica of every sub-fleet."""
 
-    def __init__(self, tenant: Tenant, atlas: Atlas, settings: SearchSettings, budget: Budget) -> None:
-        self.tenant, self.atlas, self._seed = tenant, atlas, settings.seed
-        self._search = ExactSearch(atlas, self._master(atlas.resources.limits), np.zeros(len(atlas.resources.rows)))
+    def __init__(self, tenant: Tenant, costs: CostTables, settings: SearchSettings, budget: Budget) -> None:
+        self.tenant, self.costs, self._seed = tenant, costs, settings.seed
+        self._search = ExactSearch(costs, self._master(costs.resources.limits), np.zeros(len(costs.resources.rows)))
         needed = {kind: np.zeros(len(f.rate)) for kind, f in self._search.frontiers.items()}
         self.complete = all(self._search.sweep(needed, tolerance, budget) for tolerance in TOLERANCES)
         self._chosen, self._columns = self._search.columns(self._search.rates())
@@ -142,28 +142,28 @@ class EnumeratedTenant:
         return self._search.template(*self._chosen[column])
 
     def _master(self, limits: IntArray) -> Master:
-        return Master(limits, None, self.atlas.routes)
+        return Master(limits, None, self.costs.routes)
 
 
 class PricedTenant:
     """A tenant on a larger fleet. ``rate_cap`` is a saturated rate that no plan of it exceeds."""
 
-    def __init__(self, tenant: Tenant, atlas: Atlas, settings: SearchSettings) -> None:
-        self.tenant, self.atlas, self._settings = tenant, atlas, settings
-        no_costs = np.zeros(len(atlas.resources.rows))
-        self.pool = Pool(atlas, no_costs)
-        self.pool.add(uniform_templates(atlas))
-        family = atlas.problem.family
+    def __init__(self, tenant: Tenant, costs: CostTables, settings: SearchSettings) -> None:
+        self.tenant, self.costs, self._settings = tenant, costs, settings
+        no_costs = np.zeros(len(costs.resources.rows))
+        self.pool = Pool(costs, no_costs)
+        self.pool.add(uniform_templates(costs))
+        family = costs.problem.family
         self._pricers: list[Pricer] = pricers_of(
-            atlas, no_costs, family.roles, max_copies=family.max_copies, max_pool=family.max_pool,
+            costs, no_costs, family.roles, max_copies=family.max_copies, max_pool=family.max_pool,
             threads=settings.threads, target_gap=settings.gap_target,
         )  # fmt: skip
         self._barren: BoolArray = np.zeros(len(self._pricers), dtype=bool)  # sides without a single replica
         self.rate_cap = np.inf
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
-        s, part, unit = self._settings, within(self.atlas, limits), utilisation(self.tenant)
-        is_whole = np.array_equal(part.resources.limits, self.atlas.resources.limits)
+        s, part, unit = self._settings, within(self.costs, limits), utilisation(self.tenant)
+        is_whole = np.array_equal(part.resources.limits, self.costs.resources.limits)
         master = Master(part.resources.limits, None, part.routes)
         alone = ColumnGeneration(part, master, np.zeros(len(limits)), budget=budget, report=report)
         gap = s.gap_target if is_whole else max(s.gap_target, GAP_OF_PARTS)
@@ -223,7 +223,7 @@ class PricedTenant:
         self._barren |= (theta == 0.0) & complete
         theta[self._barren] = 0.0
         added = self.pool.add([template for side in priced for template in side.templates])
-        return self.atlas.routes.highest_rate(theta, 1.0).value, added, complete
+        return self.costs.routes.highest_rate(theta, 1.0).value, added, complete
 
     def vary(self, prices: FloatArray, multiplier: float, budget: Budget) -> None:
         """Add near-optimal columns of nearly every configuration at these prices: of other sizes and classes.
@@ -240,7 +240,7 @@ class PricedTenant:
     def _ratios_that_matter(self, prices: FloatArray, multiplier: float) -> FloatArray:
         """Return the ratio of every side that matters: no column seen has a better ratio unless it improves something;
         [sides]."""
-        routes, columns = self.atlas.routes, self.pool.columns(self.rate_cap)
+        routes, columns = self.costs.routes, self.pool.columns(self.rate_cap)
         seen = np.zeros(routes.num_sides)
         np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))
         rate_prices = multiplier * routes.shared_out(multiplier * seen, 1.0, np.zeros_like(routes.capacity))
@@ -271,7 +271,7 @@ class JointGeneration:
     ) -> None:
         self.solvers, self.alone, self.goal = solvers, alone, goal
         self.budget, self.report = budget, report
-        self.resources: Resources = solvers[0].atlas.resources
+        self.resources: Resources = solvers[0].costs.resources
         # Factors from a tenant's request/s to a normalised rate; pricing uses saturated rates only.
         self._scales = np.array([utilisation(c.tenant) / a for c, a in zip(solvers, alone, strict=True)])
         self.bound: TenantsBound | None = None

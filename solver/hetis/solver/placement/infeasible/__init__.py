@@ -25,7 +25,7 @@ from hetis.solver.placement.infeasible.requirements import Requirement, Subject,
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed
 from hetis.solver.placement.shortage import why_nothing_fits
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.problem import PlacementProblem
 
 __all__ = [
@@ -128,7 +128,7 @@ def _of_the_fleet(
     trials: Trials, given: Sequence[Requirement], fleet: Sequence[Requirement], market: Market | None
 ) -> Infeasibility:
     """Explain why nothing fits whatever is requested: memory, forbidden cuts, or no usable GPU at all."""
-    reason = why_nothing_fits(build_atlas(apply_constraints(keeping(trials.problem, fleet)).problem))
+    reason = why_nothing_fits(build_cost_tables(apply_constraints(keeping(trials.problem, fleet)).problem))
     if not trials.of(()).exists:
         return Infeasibility(conflicts=(), relaxations=(), reasons=(reason,))
     (conflict,) = conflicts_among(trials, fleet)
@@ -179,4 +179,4 @@ def _what_is_short(
         asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
         found = apply_constraints(keeping(trials.problem, asked))
         if not found.is_empty:
-            yield why_nothing_fits(build_atlas(found.problem))
+            yield why_nothing_fits(build_cost_tables(found.problem))

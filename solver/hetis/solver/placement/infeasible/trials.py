@@ -14,8 +14,8 @@ from hetis.solver.placement.infeasible.requirements import Requirement, Requirem
 from hetis.solver.placement.out_of_reach import is_out_of_reach, rate_bound
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.search import equal_stages, search
-from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.tables import CostTables
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 
@@ -29,14 +29,14 @@ class Trial:
     """The answer to whether a plan keeps some requirements (None: unknown), and such a plan if one was found."""
 
     exists: bool | None
-    atlas: Atlas | None = None
+    costs: CostTables | None = None
     outcome: Outcome | None = None
 
     def latency_s(self, subject: Subject, *, of_all: bool) -> float:
         """Return the latency of the worst replica if a demand needs all of them, otherwise of the best."""
         assert self.outcome is not None, "only asked of a plan that exists"
-        assert self.atlas is not None
-        a, family = self.atlas, self.atlas.problem.family
+        assert self.costs is not None
+        a, family = self.costs, self.costs.problem.family
         found = []
         for template, _ in self.outcome.chosen:
             mix, m = a.mixes[template.mix], family.in_flight[template.in_flight_index]
@@ -84,51 +84,51 @@ class Trials:
 
         A plan of equal stages may have several types in one role.
         """
-        family, atlas = problem.family, self._plain_atlas(problem)
-        if atlas is None:
+        family, costs = problem.family, self._plain_costs(problem)
+        if costs is None:
             return Trial(exists=False)
         least = demand_rps / self.problem.assumptions.planned_utilisation
-        if is_out_of_reach(atlas, least):
-            return Trial(exists=False, atlas=atlas)
+        if is_out_of_reach(costs, least):
+            return Trial(exists=False, costs=costs)
         if self.is_over():
-            return Trial(exists=None, atlas=atlas)
+            return Trial(exists=None, costs=costs)
         least *= 1.0 - ROUNDING
-        equal = None if family.one_type_per_role else equal_stages(atlas, self.budget.of_its_own(), self.seed)
+        equal = None if family.one_type_per_role else equal_stages(costs, self.budget.of_its_own(), self.seed)
         if equal is not None and equal.value >= least:
-            return Trial(exists=True, atlas=atlas, outcome=equal)
-        found = atlas if family.max_pool == 0 else self._atlas(problem)
+            return Trial(exists=True, costs=costs, outcome=equal)
+        found = costs if family.max_pool == 0 else self._costs(problem)
         assert found is not None, "the same fleet"
         return self._search_until_certain(found, least)
 
     def is_refuted_at_once(self, problem: PlacementProblem, demand_rps: float) -> bool:
         """Return whether dense work alone proves that no plan of a problem has this goodput."""
-        atlas = self._plain_atlas(problem)
-        return atlas is None or is_out_of_reach(atlas, demand_rps / self.problem.assumptions.planned_utilisation)
+        costs = self._plain_costs(problem)
+        return costs is None or is_out_of_reach(costs, demand_rps / self.problem.assumptions.planned_utilisation)
 
     def best(self, kept: Iterable[Requirement]) -> Outcome | None:
         """Return the best rate under these requirements, or None if it was not found in time."""
-        atlas = self._atlas(keeping(self.problem, frozenset(kept)))
-        return None if atlas is None or self.is_over() else self._search(atlas, self.budget.of_its_own(), silent)
+        costs = self._costs(keeping(self.problem, frozenset(kept)))
+        return None if costs is None or self.is_over() else self._search(costs, self.budget.of_its_own(), silent)
 
     def rate_bound(self, kept: Iterable[Requirement]) -> float:
         """Return an upper bound on saturated requests/s under these requirements that takes no search."""
-        atlas = self._plain_atlas(keeping(self.problem, frozenset(kept)))
-        return 0.0 if atlas is None else rate_bound(atlas)
+        costs = self._plain_costs(keeping(self.problem, frozenset(kept)))
+        return 0.0 if costs is None else rate_bound(costs)
 
     def is_over(self) -> bool:
         """Return whether no further trial may run."""
         return self._num_searches >= MAX_TRIALS or self.budget.is_spent()
 
-    def _plain_atlas(self, problem: PlacementProblem) -> Atlas | None:
+    def _plain_costs(self, problem: PlacementProblem) -> CostTables | None:
         """Return tables without attention workers, which take longest; enough for dense work and equal stages."""
-        return self._atlas(replace(problem, family=replace(problem.family, max_pool=0)))
+        return self._costs(replace(problem, family=replace(problem.family, max_pool=0)))
 
-    def _atlas(self, problem: PlacementProblem) -> Atlas | None:
+    def _costs(self, problem: PlacementProblem) -> CostTables | None:
         """Return the tables of a problem, or None if no GPU is left."""
         found = apply_constraints(problem)
-        return None if found.is_empty else build_atlas(found.problem)
+        return None if found.is_empty else build_cost_tables(found.problem)
 
-    def _search_until_certain(self, atlas: Atlas, least: float) -> Trial:
+    def _search_until_certain(self, costs: CostTables, least: float) -> Trial:
         share, refuted = self.budget.of_its_own(), False
 
         def stop_when_certain(progress: Progress) -> None:
@@ -137,18 +137,18 @@ class Trials:
             if refuted or (progress.incumbent is not None and progress.incumbent >= least):
                 share.cancelled.set()
 
-        outcome = self._search(atlas, share, stop_when_certain)
+        outcome = self._search(costs, share, stop_when_certain)
         exists: bool | None = None
         if outcome is not None and outcome.value >= least:
             exists = True
         elif refuted or (outcome is not None and outcome.bound < least) or (outcome is None and not share.is_spent()):
             exists = False
-        return Trial(exists=exists, atlas=atlas, outcome=outcome)
+        return Trial(exists=exists, costs=costs, outcome=outcome)
 
-    def _search(self, atlas: Atlas, budget: Budget, report: Report) -> Outcome | None:
+    def _search(self, costs: CostTables, budget: Budget, report: Report) -> Outcome | None:
         self._num_searches += 1
         try:
-            return search(atlas, atlas.problem.family.name, budget, GAP, self.seed, self.threads, report)
+            return search(costs, costs.problem.family.name, budget, GAP, self.seed, self.threads, report)
         except NoPlanFoundError:
             budget.cancelled.set()  # neither found nor refuted, as if the search had been stopped
             return None

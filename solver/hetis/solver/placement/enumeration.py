@@ -28,7 +28,7 @@ from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
 from hetis.solver.placement.pipelines import least_nodes
 from hetis.solver.placement.pool import Bound, first_prices
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 
 ALIKE = 1e-7  # ratio by which replicas may be worth more than their GPUs when the relaxation ends
@@ -49,7 +49,7 @@ FEW = 200_000  # compositions: up to this many may all be evaluated, until time 
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class Enumerated:
     """Columns of some candidates: their compositions [K], and the number of the first column."""
 
     candidates: Candidates
@@ -57,14 +57,14 @@ class Listed:
     begin: int
 
 
-class Listing:
-    """The columns of one problem that have been listed so far."""
+class EnumeratedColumns:
+    """The columns of one problem that have been enumerated so far."""
 
-    def __init__(self, atlas: Atlas, row_costs: FloatArray) -> None:
+    def __init__(self, costs: CostTables, row_costs: FloatArray) -> None:
         self.row_costs = row_costs
-        self.without_workers, self._with_workers = candidates_of(atlas)
+        self.without_workers, self._with_workers = candidates_of(costs)
         self.columns: Columns | None = None
-        self._listed = list[Listed]()
+        self._blocks = list[Enumerated]()
 
     @cached_property
     def candidates(self) -> list[Candidates]:
@@ -76,22 +76,22 @@ class Listing:
         more = candidates.columns(which, self.row_costs)
         begin = 0 if self.columns is None else len(self.columns.rates)
         self.columns = more if self.columns is None else self.columns.followed_by(more)
-        self._listed.append(Listed(candidates, which, begin))
-        candidates.is_listed[which] = True
+        self._blocks.append(Enumerated(candidates, which, begin))
+        candidates.is_enumerated[which] = True
 
     def template(self, column: int) -> Template:
         """Return the replica behind a column."""
-        listed = self._listed_at(column)
-        return listed.candidates.template(int(listed.compositions[column - listed.begin]))
+        block = self._block_at(column)
+        return block.candidates.template(int(block.compositions[column - block.begin]))
 
     def kind(self, column: int) -> Kind:
         """Return the GPUs that the replica behind a column takes."""
-        listed = self._listed_at(column)
-        return listed.candidates.kind(int(listed.compositions[column - listed.begin]))
+        block = self._block_at(column)
+        return block.candidates.kind(int(block.compositions[column - block.begin]))
 
-    def _listed_at(self, column: int) -> Listed:
-        begins = [listed.begin for listed in self._listed]
-        return self._listed[int(np.searchsorted(begins, column, side="right")) - 1]
+    def _block_at(self, column: int) -> Enumerated:
+        begins = [block.begin for block in self._blocks]
+        return self._blocks[int(np.searchsorted(begins, column, side="right")) - 1]
 
     @property
     def num_columns(self) -> int:
@@ -102,8 +102,8 @@ class Listing:
         return sum(len(each.fits) for each in self.candidates)
 
 
-def search_listing(
-    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int,
+def search_enumerated(
+    costs: CostTables, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int,
     report: Report, simplest_within: float = 0.0,
 ) -> Outcome | None:  # fmt: skip
     """Return the best plan of an engine's family with a bound, or None if the family has none.
@@ -112,10 +112,10 @@ def search_listing(
     lose no more than this share of the best value. The bound remains that on the best.
 
     Raises:
-        InvalidProblemError: the family is too large to list, or the model may not be cut everywhere.
+        InvalidProblemError: the family is too large to enumerate, or the model may not be cut everywhere.
         NoPlanFoundError: no plan was found in time, nor proved impossible.
     """
-    searching = _Search(atlas, master, row_costs, budget, gap_target, seed, report)
+    searching = _Search(costs, master, row_costs, budget, gap_target, seed, report)
     best = searching.run()
     return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
 
@@ -134,29 +134,36 @@ class Explored:
     is_empty: bool
 
 
-def explore_listing(
-    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int, report: Report
+def explore_enumerated(
+    costs: CostTables,
+    master: Master,
+    row_costs: FloatArray,
+    *,
+    budget: Budget,
+    gap_target: float,
+    seed: int,
+    report: Report,
 ) -> Explored:
-    """Return replicas to choose from for a running fleet, with the relaxation's prices; raises as `search_listing`."""
-    return _Search(atlas, master, row_costs, budget, gap_target, seed, report).explored()
+    """Return replicas to choose from for a running fleet, with prices; raises as `search_enumerated`."""
+    return _Search(costs, master, row_costs, budget, gap_target, seed, report).explored()
 
 
 class _Search:
     """One search of an engine's family."""
 
     def __init__(
-        self, atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int,
+        self, costs: CostTables, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int,
         report: Report,
     ) -> None:  # fmt: skip
-        if atlas.problem.model.forbidden_cuts:
+        if costs.problem.model.forbidden_cuts:
             raise InvalidProblemError(
-                f"{atlas.problem.model.name} has forbidden cuts, which the search of an engine's plans does not know; "
+                f"{costs.problem.model.name} has forbidden cuts, which the search of an engine's plans does not know; "
                 "ask for any engine"
             )
-        self.atlas, self.master, self.row_costs = atlas, master, row_costs
+        self.costs, self.master, self.row_costs = costs, master, row_costs
         self.budget, self.report, self.gap_target, self.seed = budget, report, gap_target, seed
-        self.listing = Listing(atlas, row_costs)
-        self.bound = rate_bound(atlas) if master.maximises else 0.0  # from dense work alone, until more is known
+        self.enumerated = EnumeratedColumns(costs, row_costs)
+        self.bound = rate_bound(costs) if master.maximises else 0.0  # from dense work alone, until more is known
         self.is_complete = False  # the bound is that of the relaxation over the whole family
         self.is_impossible = False  # no whole counts of the family's replicas meet the demand
         self.incumbent: MilpSolution | None = None
@@ -164,7 +171,7 @@ class _Search:
 
     def run(self) -> Outcome | None:
         """Return the best plan."""
-        engine = self.atlas.problem.family.engine
+        engine = self.costs.problem.family.engine
         self._relax()
         if engine is not None and engine.max_nodes is not None:
             self._keep_to_nodes(engine.max_nodes)
@@ -186,7 +193,7 @@ class _Search:
         prices = Bound(self.bound, lp.row_prices * dearer, lp.link_prices * dearer, lp.rate_prices)
         value = None if self.incumbent is None else self.incumbent.value
         return Explored(
-            templates=tuple(self.listing.template(int(i)) for i in chosen),
+            templates=tuple(self.enumerated.template(int(i)) for i in chosen),
             value=value,
             prices=prices if self.is_complete else None,
             is_empty=False,
@@ -211,17 +218,17 @@ class _Search:
             if self._list_improving(lp):
                 self._set_bound()
                 break
-        if self.listing.columns is None and not self.is_complete:
+        if self.enumerated.columns is None and not self.is_complete:
             raise NoPlanFoundError(f"no plan found within {self.budget.elapsed_s():.1f} s; allow more time")
         self._round_down()
         self._choose(LIKELY, QUICK_S, back=8)
 
     def _solve_relaxation(self) -> LpSolution | None:
-        """Solve the relaxation over the listed columns and keep it in ``relaxed``.
+        """Solve the relaxation over the enumerated columns and keep it in ``relaxed``.
 
         Return instead the solution with the highest rate if these columns cannot meet the demand.
         """
-        columns, master = self.listing.columns, self.master
+        columns, master = self.enumerated.columns, self.master
         if columns is None:
             return None
         self.relaxed = master.solve_lp(columns)
@@ -231,8 +238,8 @@ class _Search:
 
     def _list_first(self) -> None:
         """List replicas that are worth their GPUs if a GPU is worth about its memory bandwidth."""
-        prices = first_prices(self.atlas)
-        for each in self.listing.without_workers:
+        prices = first_prices(self.costs)
+        for each in self.enumerated.without_workers:
             if not self.budget.is_spent():
                 ratio = each.evaluator.shortest_s * each.worth(prices + self.row_costs)
                 which = np.argsort(ratio)[:FIRST]
@@ -241,7 +248,7 @@ class _Search:
 
     def _list_improving(self, lp: LpSolution | None) -> bool:
         """List replicas that improve the relaxation; return whether the whole family has none."""
-        at_once = AT_ONCE if lp is not None else self.listing.num_compositions
+        at_once = AT_ONCE if lp is not None else self.enumerated.num_compositions
         while not self.budget.is_spent():
             found, is_whole = self._improving(lp, at_once)
             if found:
@@ -266,7 +273,7 @@ class _Search:
         """
         found, is_whole = list[tuple[Candidates, IntArray, FloatArray]](), True
         for each, worth, needed_s in self._needed_s(lp):
-            which = each.asked(needed_s)
+            which = each.worth_evaluating(needed_s)
             if len(which) > at_once:
                 share = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
                 which, is_whole = which[np.argpartition(share, at_once)[:at_once]], False
@@ -288,7 +295,7 @@ class _Search:
         With ``slack`` the interval is the one below which a replica loses at most ``slack``. Without prices any replica
         may be wanted.
         """
-        for each in self.listing.candidates:
+        for each in self.enumerated.candidates:
             if lp is None:
                 yield each, np.zeros(len(each.fits)), np.full(len(each.fits), np.inf)
                 continue
@@ -301,7 +308,7 @@ class _Search:
 
     def _add(self, candidates: Candidates, which: IntArray) -> None:
         if len(which):
-            self.listing.add(candidates, which)
+            self.enumerated.add(candidates, which)
 
     def _set_bound(self) -> None:
         self.is_complete, lp = True, self.relaxed
@@ -338,14 +345,14 @@ class _Search:
 
     def _within(self, distance: float) -> BoolArray:
         """Return which columns lose at most ``distance``; no better plan contains any other."""
-        columns = self.listing.columns
+        columns = self.enumerated.columns
         assert self.relaxed is not None, "prices say what is lost"
         assert columns is not None, "prices are those of columns"
         return np.asarray(self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE))
 
     def _likeliest(self, num: int) -> BoolArray:
         """Return the ``num`` columns of every side that lose least, and those of the relaxation."""
-        columns = self.listing.columns
+        columns = self.enumerated.columns
         assert self.relaxed is not None, "prices say which are likely"
         assert columns is not None, "prices are those of columns"
         inside = padded(self.relaxed.counts, len(columns.rates)) > 0.0
@@ -357,7 +364,7 @@ class _Search:
 
     def _round_down(self) -> None:
         """Round the relaxation down to a plan, in case no time is left for a better one."""
-        columns = self.listing.columns
+        columns = self.enumerated.columns
         if columns is not None and self.relaxed is not None and self.master.maximises and self.master.pins is None:
             found = self.master.rounded_down(columns, padded(self.relaxed.counts, len(columns.rates)))
             if found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
@@ -376,7 +383,7 @@ class _Search:
         is_telling = distance * float(self.relaxed.counts.sum()) <= abs(self.bound)  # less than a replica is worth
         # Without a limit on the time, only what cannot take long is tried.
         ends = self.incumbent is None or np.isfinite(self.budget.remaining_s())
-        may_take_long = self.listing.num_compositions <= (FEW if ends else MOST_PROVED)
+        may_take_long = self.enumerated.num_compositions <= (FEW if ends else MOST_PROVED)
         if not (is_telling or may_take_long) or not self._list_within(distance) or self.budget.is_spent():
             return False
         worthwhile = self._within(distance)
@@ -391,7 +398,7 @@ class _Search:
     def _list_within(self, distance: float) -> bool:
         """List every replica that loses at most ``distance``; return False if time ran out."""
         for each, _, needed_s in self._needed_s(self.relaxed, slack=distance * (1.0 + ALIKE)):
-            which = each.asked(needed_s)
+            which = each.worth_evaluating(needed_s)
             if len(which):
                 if self.budget.is_spent():
                     return False
@@ -400,7 +407,7 @@ class _Search:
 
     def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False, back: int = 1) -> float | None:
         """Find whole counts of some columns no worse than the incumbent; return HiGHS's bound on them."""
-        columns, num = self.listing.columns, len(which)
+        columns, num = self.enumerated.columns, len(which)
         chosen = np.flatnonzero(which)
         if columns is None or not len(chosen):
             return None
@@ -451,7 +458,7 @@ class _Search:
                 f"no plan was found with replicas on at most {most_nodes} nodes each, nor proved that there is none"
             )
         distance = abs(self.bound - self.incumbent.value)
-        is_tellable = self.is_complete and self.listing.num_compositions <= FEW and self._gap() > self.gap_target
+        is_tellable = self.is_complete and self.enumerated.num_compositions <= FEW and self._gap() > self.gap_target
         if not is_tellable or self.budget.is_spent() or not self._list_within(distance):
             return
         worthwhile = self._within(distance)
@@ -468,12 +475,12 @@ class _Search:
         if self.incumbent is None or self.relaxed is None:
             return best
         self._list_of_few_nodes(min(2.0 * share, MOST_LOST))
-        columns, num = self.listing.columns, self.listing.num_columns
+        columns, num = self.enumerated.columns, self.enumerated.num_columns
         assert columns is not None, "the incumbent has columns"
         chosen = np.flatnonzero(self._likeliest(SIMPLE) | (padded(self.incumbent.counts, num) > 0))
-        engine, value = self.atlas.problem.family.engine, self.incumbent.value
-        kinds, of_columns = counts_of_kinds([self.listing.kind(int(i)) for i in chosen])
-        program = NodeProgram.of(self.atlas.classes, kinds, None if engine is None else engine.max_nodes)
+        engine, value = self.costs.problem.family.engine, self.incumbent.value
+        kinds, of_columns = counts_of_kinds([self.enumerated.kind(int(i)) for i in chosen])
+        program = NodeProgram.of(self.costs.classes, kinds, None if engine is None else engine.max_nodes)
         if program is None:
             return best
         least = value * (1.0 - share) if self.master.maximises else value * (1.0 + share)
@@ -489,13 +496,13 @@ class _Search:
 
     def _list_of_few_nodes(self, share: float) -> None:
         """List replicas that lose at most a share of the worth of their GPUs, those on few nodes first."""
-        places = shared_places(self.atlas.classes)
+        places = shared_places(self.costs.classes)
         for each, worth, _ in self._needed_s(self.relaxed):
             assert self.relaxed is not None, "its prices say what is lost"
             with np.errstate(divide="ignore", invalid="ignore"):
                 needed_s = self.relaxed.rate_prices[each.side] / (worth * (1.0 - share))
-            which = each.asked(needed_s)
-            nodes = least_nodes(self.atlas, each.shape, each.workers, places)[which]
+            which = each.worth_evaluating(needed_s)
+            nodes = least_nodes(self.costs, each.shape, each.workers, places)[which]
             ratio = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
             which = which[np.lexsort((ratio, nodes))[:AT_ONCE]]
             if len(which) and not self.budget.is_spent():
@@ -503,11 +510,11 @@ class _Search:
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int) -> float | None:
         """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all."""
-        columns = self.listing.columns
+        columns = self.enumerated.columns
         assert columns is not None, "prices are those of columns"
         chosen = np.flatnonzero(which)
-        kinds, of_columns = counts_of_kinds([self.listing.kind(int(i)) for i in chosen])
-        program = NodeProgram.of(self.atlas.classes, kinds, most_nodes)
+        kinds, of_columns = counts_of_kinds([self.enumerated.kind(int(i)) for i in chosen])
+        program = NodeProgram.of(self.costs.classes, kinds, most_nodes)
         if program is None:
             return None
         limit_s = min(MOST_ON_NODES_S, max(QUICK_S, self.budget.remaining_s()))
@@ -526,7 +533,7 @@ class _Search:
 
     def _adopt(self, found: MilpSolution, chosen: IntArray, phase: str) -> None:
         """Make whole counts of the chosen columns the incumbent."""
-        counts = np.zeros(self.listing.num_columns, dtype=np.int64)
+        counts = np.zeros(self.enumerated.num_columns, dtype=np.int64)
         counts[chosen] = found.counts
         self.incumbent = replace(found, counts=counts)
         self._tell(phase)
@@ -555,7 +562,7 @@ class _Search:
         )
 
     def _outcome(self) -> Outcome | None:
-        columns = self.listing.columns
+        columns = self.enumerated.columns
         if self.incumbent is None or self.relaxed is None or columns is None:
             serves_nothing = self.relaxed is None or (self.master.maximises and self.relaxed.value <= 0.0)
             if self.master.pins is None and (self.is_impossible or (self.is_complete and serves_nothing)):
@@ -566,13 +573,13 @@ class _Search:
         others = [int(i) for i in np.argsort(reduced)[: 5 + int((counts > 0).sum())] if not counts[i]][:5]
         value = self.incumbent.value
         return Outcome(
-            chosen=tuple((self.listing.template(int(i)), int(counts[i])) for i in np.flatnonzero(counts)),
+            chosen=tuple((self.enumerated.template(int(i)), int(counts[i])) for i in np.flatnonzero(counts)),
             value=value,
             bound=sound_bound(self.bound, value, maximises=self.master.maximises) if self.is_complete else self.bound,
             row_prices=self.relaxed.row_prices,
             rate_prices=self.relaxed.rate_prices,
             flows=self.incumbent.flows,
-            runners_up=tuple(map(self.listing.template, others)),
+            runners_up=tuple(map(self.enumerated.template, others)),
             interrupted=self.budget.cancelled.is_set(),
         )
 
