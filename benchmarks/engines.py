@@ -21,7 +21,7 @@ from benchmarks.strategies import FAILED, Answer, answer
 from hetis.planner.use_cases.precision import constraints_of
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
-from hetis.solver.placement.engines import ANY_ENGINE, run_by
+from hetis.solver.placement.families import ANY_ENGINE, run_by
 from hetis.solver.plan import Objective
 from hetis.solver.problem import EngineRules, PlacementProblem
 

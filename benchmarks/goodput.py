@@ -38,7 +38,7 @@ from hetis.simulator.metrics import Limits
 from hetis.simulator.running import silent
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.engines import DEFAULT_ENGINE, run_by
+from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem

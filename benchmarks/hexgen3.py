@@ -31,9 +31,9 @@ from benchmarks.strategies import FAILED, answer
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.options import pool_entry
 from hetis.solver.placement.search import search
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, Role

@@ -57,7 +57,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "check": (
         (f"{SOLVER}/check",),
         (
-            *(f"tests/solver/test_check{which}.py" for which in ("_rounding", "_engine", "_will", "", "_roles")),
+            *(f"tests/solver/test_check{which}.py" for which in ("_rounding", "_engine", "_constraints", "", "_roles")),
             "tests/solver/test_arithmetic.py::test_the_checker_times_a_stage_alike",
             "tests/solver/test_arithmetic.py::test_the_checker_counts_memory_alike",
             "tests/solver/test_arithmetic.py::test_all_know_the_same_latencies_whether_prompts_wait_or_not",

@@ -38,7 +38,7 @@ from hetis.simulator.steadiness import over_runs
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError, NoPlanFoundError
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

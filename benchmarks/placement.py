@@ -42,7 +42,7 @@ from benchmarks.measuring.instances import (
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
 from hetis.solver.cluster import Cluster
-from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE, ENGINES, run_by
+from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, ENGINES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
@@ -269,7 +269,7 @@ class Specified:
 
 def specify(argument: tuple[PlacementProblem, float]) -> Specified:
     """Solve the compact MILP of a problem within a time limit."""
-    from hetis.solver.placement.specification import solve_specification
+    from benchmarks.measuring.specification import solve_specification
 
     posed, time_limit_s = argument
     started = time.process_time()

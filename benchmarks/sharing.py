@@ -28,7 +28,7 @@ from benchmarks.measuring.instances import EXAMPLES
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.share import load_tenancy
 from hetis.solver.budget import Budget, silent
-from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem
 from hetis.solver.shares.problem import Tenant as Claimant

@@ -40,7 +40,7 @@ _PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "trans
 
 # The sources of each table: files and whole folders, without those marked "!".
 SOURCES: dict[str, tuple[str, ...]] = {
-    "placement": ("benchmarks/placement.py", *_SEARCH),
+    "placement": ("benchmarks/placement.py", "benchmarks/measuring/specification.py", *_SEARCH),
     "placement_any": ("benchmarks/placement.py", *_SEARCH),
     "attention_workers": ("benchmarks/attention_workers.py", *_SEARCH),
     "strategies": ("benchmarks/strategies.py", *_SEARCH),

@@ -25,7 +25,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InfeasibleError
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

@@ -19,7 +19,7 @@ assert hetis.__version__ and [name for name in sys.modules if name.startswith("h
 for name in ("highspy", "numba", "ortools", "typer", "rich", "cvxpy"):
     sys.modules[name] = None
 import hetis.formats, hetis.formats.documents, hetis.formats.catalogue
-import hetis.solver.problem, hetis.solver.plan, hetis.solver.explain, hetis.solver.check
+import hetis.solver.problem, hetis.solver.plan, hetis.solver.placement.explanation, hetis.solver.check
 import hetis.profiler.roofline
 import hetis.v1.plan_service_pb2_grpc, hetis.v1.agent_service_pb2_grpc
 hetis.profiler.roofline.modelled_profile(hetis.formats.catalogue.find_gpu("L4").gpu)

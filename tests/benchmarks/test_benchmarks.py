@@ -25,7 +25,7 @@ from benchmarks.measuring import drift, instances, plots, rows, solving, ties
 from benchmarks.pipeline import OneRole, measure
 from hetis.solver.budget import Progress
 from hetis.solver.dispatch.solve import solve_dispatch
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
 from tests.solver.dispatch.instances import random_problem
 from tests.solver.dispatch.oracle import assert_feasible, makespan_of

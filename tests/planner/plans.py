@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
+    Explanation,
+    IdleGpus,
     KvRoute,
+    MemoryBar,
     Objective,
     ObjectiveKind,
     Plan,
@@ -17,6 +19,7 @@ from hetis.solver.plan import (
     RunnerUp,
     SolveResult,
     StagePlan,
+    StageTime,
     Status,
 )
 

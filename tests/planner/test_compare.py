@@ -20,7 +20,7 @@ from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from tests.planner import plans

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from tests.command_line import environment
 from tests.planner.command_line import COMMAND, hetis_plan, hetis_plan_here
 

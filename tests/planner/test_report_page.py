@@ -21,7 +21,7 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import VERIFICATION
-from hetis.solver.explain import Explanation, IdleGpus
+from hetis.solver.plan import Explanation, IdleGpus
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.solver.placement.specification_sets import Sets
+from benchmarks.measuring.specification import Sets
 from hetis.solver.problem import PlacementProblem
 
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["small", "every"])

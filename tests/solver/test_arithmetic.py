@@ -23,12 +23,11 @@ from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
-from hetis.solver.placement import template as search
-from hetis.solver.placement.configurations import configurations
+from hetis.solver.placement import template as of_search
 from hetis.solver.placement.options import kept_bytes
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.placement.template import Template, TemplateStage, configurations
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
@@ -361,24 +360,24 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, Co
     problem, costs, template = found
     numbers, stages = named(*found)
     last = len(stages) - 1
-    seconds = search.times_of(template, search.stage_seconds(costs, template))
+    seconds = of_search.times_of(template, of_search.stage_seconds(costs, template))
     expected = [
         numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) / numbers.d for i, s in enumerate(stages)
     ]  # of copies that iterate together, the part of each
     assert seconds == [near(value) for value in expected]
     if numbers.role is Role.UNIFIED:
-        chunks = search.times_of(template, search.chunk_stage_seconds(costs, template))
+        chunks = of_search.times_of(template, of_search.chunk_stage_seconds(costs, template))
         assert chunks == [
             near(numbers.chunk_seconds(s, is_first=i == 0, is_last=i == last)) for i, s in enumerate(stages)
         ]
     t_floor = costs.scopes[template.scope].tables.t_floor
-    assert search.interval_of(costs, template) == near(max(numbers.interval(stages), t_floor))
+    assert of_search.interval_of(costs, template) == near(max(numbers.interval(stages), t_floor))
     mix, M = costs.mixes[template.mix], numbers.M // numbers.d
     assert cost.tpot_per_interval(costs.moments, mix, M) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
     if mix.role is Role.PREFILL:
         landing_s = max(numbers.landing_seconds(s, s.kv_link) for s in stages if s.kv_link is not None)
-        assert search.landing_s(costs, template) == near(landing_s)
+        assert of_search.landing_s(costs, template) == near(landing_s)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=range(len(MODELS)))
@@ -402,14 +401,14 @@ def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, CostTable
     t = costs.scopes[template.scope].tables
     for i, (stage, one) in enumerate(zip(stages, template.stages, strict=True)):
         ends = {"is_first": i == 0, "is_last": i == last}
-        fixed = search.fixed_bytes(costs, template, i) + one.layers * float(t.layer_bytes[one.rank])
+        fixed = of_search.fixed_bytes(costs, template, i) + one.layers * float(t.layer_bytes[one.rank])
         reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
         assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
         kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
         layers = numbers.layers_of(stage, i == 0) + numbers.drafting(i == last)
         assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
         fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
-        assert search.room_layers(costs, template, i) == max(fits, default=0)
+        assert of_search.room_layers(costs, template, i) == max(fits, default=0)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

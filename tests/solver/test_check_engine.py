@@ -11,7 +11,7 @@ from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.check.violation import Rule, at
 from hetis.solver.model import DraftShape, GpuPrecision
-from hetis.solver.placement.engines import run_by
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.solver.claimed_plans import unclaimed

@@ -18,9 +18,9 @@ from hetis.solver.constraints import AtMost, Duty, Exclude, Replicas, RestrictRo
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, Infeasibility, Offer, Requirement
-from hetis.solver.placement.infeasible.growth import with_added
+from hetis.solver.placement.infeasible.relaxations import with_added
 from hetis.solver.placement.infeasible.requirements import Subject, keeping, requirements_of, with_faster_links
-from hetis.solver.placement.out_of_reach import rate_bound
+from hetis.solver.placement.outcome import rate_bound
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hetis.solver.budget import Budget
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Cluster
-from hetis.solver.constraint_prices import price_constraints
 from hetis.solver.constraints import (
     DUTY_OF_ROLE,
     PARTS,
@@ -37,7 +36,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.model import MoeShape
 from hetis.solver.placement import search
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
-from hetis.solver.planning import solve_placement
+from hetis.solver.planning import price_constraints, solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import (
     NO_LIMITS,

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measuring.specification import solve_specification
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cost import BUSIEST
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement.engines import run_by
-from hetis.solver.placement.specification import solve_specification
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, StagePlan, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import (

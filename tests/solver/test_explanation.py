@@ -16,11 +16,10 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.explain import Explanation
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
-from hetis.solver.plan import ClassPrice, KvRoute, Objective, ObjectiveKind, Plan, Role
+from hetis.solver.plan import ClassPrice, Explanation, KvRoute, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver import test_check_roles

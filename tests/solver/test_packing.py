@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.placement.packing import Packing, pack
+from hetis.solver.placement.nodes import Packing, pack
 
 EXAMPLES = settings().max_examples
 Replicas = list[list[int]]

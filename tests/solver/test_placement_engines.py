@@ -17,11 +17,10 @@ from hetis.solver.check.structure import check_engine
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
-from hetis.solver.placement.engines import ENGINES, beyond, run_by
+from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.options import EVERYTHING, list_options
 from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement

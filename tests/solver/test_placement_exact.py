@@ -20,9 +20,9 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape
 from hetis.solver.placement import search
+from hetis.solver.placement.exact import solve_exactly
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.passes import solve_exactly
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

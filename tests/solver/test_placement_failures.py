@@ -21,11 +21,11 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement import exact as exact_search
 from hetis.solver.placement import frontier, master, search
+from hetis.solver.placement.exact import solve_exactly
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import trials as trials_module
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, requirements_of
 from hetis.solver.placement.infeasible.trials import Trials
-from hetis.solver.placement.passes import solve_exactly
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.planning import solve_placement

@@ -17,13 +17,12 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search
-from hetis.solver.placement.configurations import configurations
+from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.pricing import Priced, Pricer
-from hetis.solver.placement.routes import UNIFIED
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import use_of
+from hetis.solver.placement.template import configurations, use_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

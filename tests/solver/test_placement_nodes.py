@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement.classes import device_classes
-from hetis.solver.placement.engines import beyond, run_by
+from hetis.solver.placement.families import STRATEGIES, beyond, run_by
+from hetis.solver.placement.fleet import device_classes
 from hetis.solver.placement.nodes import Kind, fewest_nodes, pack_within
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem

@@ -16,12 +16,12 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement import search
-from hetis.solver.placement.kv_routes import kv_routes
-from hetis.solver.placement.routes import UNIFIED, Routes
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import UNIFIED, Routes
+from hetis.solver.placement.pipelines import uniform_templates
+from hetis.solver.placement.solve import kv_routes
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import interval_of, with_fewest_in_flight
-from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement import exact, frontier, frontier_sequential, search
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement import exact, frontier, search
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -62,7 +62,7 @@ def searched(problem: PlacementProblem, strategy: str = "hetis", limit: float = 
 
     with (
         patch.object(exact, "explore", partial(clocked, frontier.explore)),
-        patch.object(exact, "explore_sequential", partial(clocked, frontier_sequential.explore_sequential)),
+        patch.object(exact, "explore_sequential", partial(clocked, frontier.explore_sequential)),
     ):
         budget = Budget(time_limit_s=limit, clock=lambda: explored[0])
         return solve_placement(problem, strategy=strategy, budget=budget), explored[0]

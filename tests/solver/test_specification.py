@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
+from benchmarks.measuring.specification import solve_specification
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.specification import solve_specification
 from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems

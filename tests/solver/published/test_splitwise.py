@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

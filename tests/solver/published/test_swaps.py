@@ -10,7 +10,7 @@ import pytest
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Link
 from hetis.solver.cluster import Network as Links
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Role
 from hetis.solver.published.heuristic import Search

@@ -31,7 +31,7 @@ def catalog(
     from hetis.planner.report import catalogue as tables
     from hetis.planner.use_cases.json_values import json_value
     from hetis.profiler.defaults import profile_origin
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
     from hetis.solver.problem import Family
 
     def chosen(name: str) -> bool:
@@ -69,7 +69,7 @@ def _suggest(terminal: Terminal, containing: str, which: Catalogue) -> None:
     """Warn about a text that is in no name, with the nearest name: an empty list alone would look like all there is."""
     from hetis.formats import catalogue
     from hetis.formats.errors import did_you_mean
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     names: Sequence[str] = {
         Catalogue.GPUS: lambda: [entry.gpu.name for entry in catalogue.gpus()],

@@ -21,7 +21,7 @@ ALL_STRATEGIES = ALL_ENGINES = "all"
 def strategy(text: str) -> str:
     """Parse the name of a strategy."""
     from hetis.formats.errors import did_you_mean
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     if text not in STRATEGIES:
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(STRATEGIES)}{did_you_mean(text, STRATEGIES)}")
@@ -31,7 +31,7 @@ def strategy(text: str) -> str:
 def engine(text: str) -> str:
     """Parse the name of an engine, or ``any``."""
     from hetis.formats.errors import did_you_mean
-    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
 
     known = [*ENGINES, ANY_ENGINE]
     if text not in known:
@@ -84,7 +84,7 @@ class Engines:
 
 def engines(text: str) -> Engines:
     """Parse names of engines separated by commas, each once; ``all`` for every one, with ``any``."""
-    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
 
     if text == ALL_ENGINES:
         return Engines((*ENGINES, ANY_ENGINE))
@@ -105,7 +105,7 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> Engi
 def rules_of_engines(asked: Engines | None, limits: ReplicaLimits) -> dict[str, EngineRules | None]:
     """Return rules by engine name, with the limits if they apply to it; only ``any`` unless engines were requested."""
     from hetis.planner.use_cases.sources import ReplicaLimits
-    from hetis.solver.placement.engines import ANY_ENGINE
+    from hetis.solver.placement.families import ANY_ENGINE
 
     names = (ANY_ENGINE,) if asked is None else asked.names
     limited = [name for name in names if name != ANY_ENGINE or len(names) == 1]
@@ -154,7 +154,7 @@ class Strategies:
 
 def strategies(text: str) -> Strategies:
     """Parse names of strategies separated by commas, each once; ``all`` for every one."""
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     names = [name.strip() for name in text.split(",")]
     if names == [ALL_STRATEGIES]:

@@ -15,14 +15,14 @@ def model_names(incomplete: str) -> list[str]:
 
 def strategy_names(incomplete: str) -> list[str]:
     """Return the strategies that start with this."""
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     return [name for name in STRATEGIES if name.startswith(incomplete.lower())]
 
 
 def engine_names(incomplete: str) -> list[str]:
     """Return the engines that start with this."""
-    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
 
     return [name for name in (*ENGINES, ANY_ENGINE) if name.startswith(incomplete.lower())]
 

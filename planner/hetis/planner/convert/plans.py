@@ -13,9 +13,10 @@ from google.protobuf.message import Message
 
 from hetis.planner.use_cases import place as placing
 from hetis.solver.budget import Progress
-from hetis.solver.explain import Explanation, MemoryBar
 from hetis.solver.plan import (
     AttentionWorkerPool,
+    Explanation,
+    MemoryBar,
     Objective,
     ObjectiveKind,
     Plan,

@@ -14,8 +14,8 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Progress, Report
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.compiled import is_cached
-from hetis.solver.placement.engines import DEFAULT_ENGINE, run_by
 from hetis.solver.placement.exact import MAX_GPUS
+from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.pipelines import best_splits
 from hetis.solver.placement.pricing import KERNELS, compile_rest

@@ -150,7 +150,7 @@ def _lost(name: str) -> str:
 
 
 def _strategy(name: str) -> str:
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     if name not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {name!r}, expected one of {', '.join(STRATEGIES)}")

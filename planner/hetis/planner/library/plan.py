@@ -22,7 +22,7 @@ from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.sources import Inputs
 from hetis.solver import plan as solved
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.explain import Explanation
+from hetis.solver.plan import Explanation
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:

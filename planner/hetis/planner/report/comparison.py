@@ -14,7 +14,7 @@ from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.use_cases.compare import Compared, Figures, figures_of
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sources import Inputs
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 PUBLISHED_MEANS = (

@@ -17,8 +17,7 @@ from hetis.planner.report.plan import bullets, headline, price_table, section
 from hetis.planner.report.replica import device_table
 from hetis.planner.report.unbroken import Unbroken
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
-from hetis.solver.plan import Plan, ReplicaPlan, Role, parallel_sizes
+from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
 MAX_SHAPES = 6
 PRICES_MEAN = (

@@ -31,7 +31,7 @@ from hetis.planner.use_cases.verify import Verification, kept_rate, misses, veri
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, Role, SolveResult, Status
 
 if TYPE_CHECKING:
-    from hetis.solver.constraint_prices import ConstraintPrice
+    from hetis.solver.planning import ConstraintPrice
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40

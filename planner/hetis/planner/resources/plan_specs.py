@@ -237,7 +237,7 @@ class _SpecReader:
         return None
 
     def _settings(self) -> Settings:
-        from hetis.solver.placement.strategies import STRATEGIES
+        from hetis.solver.placement.families import STRATEGIES
 
         spec, limits, defaults = self.spec, self.limits, Settings()
         strategy = spec.strategy or DEFAULT_STRATEGY
@@ -291,7 +291,7 @@ class _SpecReader:
 
     def _engine(self) -> EngineRules | None:
         """Return the rules that plans keep to; None if there are none, or after an error."""
-        from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+        from hetis.solver.placement.families import ANY_ENGINE, ENGINES
 
         spec, strategy = self.spec, self.spec.strategy or DEFAULT_STRATEGY
         if spec.engine and not self.choice("engine", spec.engine, [*ENGINES, ANY_ENGINE]):

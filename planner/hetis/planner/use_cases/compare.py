@@ -12,8 +12,8 @@ from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
-from hetis.solver.placement.strategies import STRATEGIES, constraints_ignored
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 

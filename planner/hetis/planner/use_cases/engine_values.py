@@ -79,7 +79,7 @@ def engine_values_of(plan: Plan) -> list[EngineValue]:
 def _values(
     plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, told: Callable[[str], None]
 ) -> Iterator[EngineValue]:
-    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
 
     own, known = problem.family.engine, dict[Hashable, EngineValue]()
     of_engine = partial(constraints_of, problem.model, problem.cluster)
@@ -124,7 +124,7 @@ def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> 
 
 def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -> tuple[str, ...]:
     """Return what a plan needs and an engine lacks, in a few words each: features, and GPUs that run the model."""
-    from hetis.solver.placement.engines import beyond
+    from hetis.solver.placement.families import beyond
 
     if rules is None:
         return ()

@@ -34,8 +34,8 @@ from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.robustness.study import Robustness
-    from hetis.solver.constraint_prices import ConstraintPrice
     from hetis.solver.placement.infeasible import Market
+    from hetis.solver.planning import ConstraintPrice
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
@@ -290,7 +290,7 @@ def search(
 
 def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: Settings) -> Plan:
     """Add to a plan its inputs, and notes on its links and profiles."""
-    from hetis.solver.placement.explanation.routes import link_sentences
+    from hetis.solver.placement.explanation import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     notes = (*plan.notes, *loaded.notes, *routed, *profile_notes(problem))
@@ -413,7 +413,7 @@ def _constraint_prices(
     """Return the cost of every constraint; empty if the problem has none."""
     if not problem.constraints:
         return ()
-    from hetis.solver.constraint_prices import price_constraints
+    from hetis.solver.planning import price_constraints
 
     return price_constraints(
         problem,

@@ -110,8 +110,7 @@ def family_of(
         InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it supports no engine's
             rules, as published heuristics and `hexgen3`.
     """
-    from hetis.solver.placement.engines import run_by
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES, run_by
 
     family = STRATEGIES[strategy].restrict(Family())
     extra = [role for role in roles if role not in family.roles]
@@ -153,8 +152,7 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = Replic
     Raises:
         InvalidProblemError: there is no such engine, or limits are given for any engine.
     """
-    from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE, run_by
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, STRATEGIES, run_by
 
     chosen = name or (DEFAULT_ENGINE if STRATEGIES[strategy].has_engines else ANY_ENGINE)
     if chosen == ANY_ENGINE:
@@ -319,7 +317,7 @@ def inputs_from_documents(documents: Any, path: str) -> Inputs:
 
 
 def _known_strategy(plan: Plan, path: str) -> None:
-    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.placement.families import STRATEGIES
 
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"

@@ -1,7 +1,7 @@
 """The assignment of replica shapes to named GPUs.
 
 If all GPUs of a node are of one class, an integer program puts every replica on as few nodes as possible
-(`packing.py`). Otherwise, or if it found nothing in time, TP groups go into nodes largest first. Sizes are powers of
+(`nodes.py`). Otherwise, or if it found nothing in time, TP groups go into nodes largest first. Sizes are powers of
 two, so everything that the master's packing rows admit fits (first fit decreasing is exact for sizes that divide one
 another), and a replica's parts go where the replica already is, if there is room. On small fleets CP-SAT then starts
 from that assignment and looks for one that spreads replicas over the fewest nodes of several classes.
@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
-from hetis.solver.placement.classes import DeviceClass
-from hetis.solver.placement.nodes import kind_of, pack_within
-from hetis.solver.placement.packing import pack
+from hetis.solver.placement.fleet import DeviceClass
+from hetis.solver.placement.nodes import kind_of, pack, pack_within
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 

@@ -14,7 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.fleet import UNIFIED, IntArray
+from hetis.solver.placement.generation import NO_LINKS
 from hetis.solver.placement.master import Columns
 from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.pipelines import (
@@ -32,8 +33,6 @@ from hetis.solver.placement.pipelines import (
     template_of_pipeline,
     workers_of,
 )
-from hetis.solver.placement.pool import NO_LINKS
-from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 

@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import (
     ROUNDING,
     Reach,

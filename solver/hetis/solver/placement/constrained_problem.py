@@ -29,7 +29,7 @@ from hetis.solver.constraints import (
     misfits,
 )
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.placement.classes import class_of_slots, class_prices, device_classes
+from hetis.solver.placement.fleet import class_of_slots, class_prices, device_classes
 from hetis.solver.plan import ClassPrice, Plan, ReplicaPlan
 from hetis.solver.problem import Family, PlacementProblem
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import ROUNDING, Options, penalised_prices, selected, stage_rows
-from hetis.solver.placement.stages import overdrawn, total_price
+from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.options import (
+    ROUNDING,
+    Options,
+    overdrawn,
+    penalised_prices,
+    selected,
+    stage_rows,
+    total_price,
+)
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
 

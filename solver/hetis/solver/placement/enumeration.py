@@ -21,13 +21,12 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Candidates, candidates_of
-from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.generation import Bound, first_prices
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, padded, settled
 from hetis.solver.placement.nodes import Kind, NodeProgram, counts_of_kinds, shared_places
-from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
+from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
 from hetis.solver.placement.pipelines import least_nodes
-from hetis.solver.placement.pool import Bound, first_prices
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 

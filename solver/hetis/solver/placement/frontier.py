@@ -1,7 +1,12 @@
-"""Exact search over usage vectors, compiled: the best pipelined replica of *every* sub-fleet of a small fleet.
+"""Exact search over usage vectors, compiled: the best replica of *every* sub-fleet of a small fleet.
 
-For one configuration and one interval t, a dynamic program determines for all sub-fleets at once whether they carry the
-model (`reach`). Bisection over t then closes in on the best rate of each sub-fleet that still matters (`explore`).
+A usage vector counts what a replica takes of each master row. Vectors are numbered in mixed radix, so a vector below
+another in every component has the smaller number. Stage options are grouped by their use of a sub-fleet.
+
+For one pipelined configuration and one interval t, a dynamic program determines for all sub-fleets at once whether they
+carry the model (`reach`). Bisection over t then closes in on the best rate of each sub-fleet that still matters
+(`explore`). With a single micro-batch t is the sum of stage times: one dynamic program finds the least sum for every
+sub-fleet, without a search over intervals (`explore_sequential`).
 """
 
 from __future__ import annotations
@@ -10,12 +15,88 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import layers_in_time
-from hetis.solver.placement.lattice import NOTHING_BEFORE, Entries, Lattice, within
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import Options
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
+
+NOTHING_BEFORE = -2  # instead of a usage vector: the stage is the first one
+
+
+class Lattice(NamedTuple):
+    """All usage vectors up to the fleet: R rows, V vectors."""
+
+    limits: IntArray  # [R]
+    strides: IntArray  # [R]
+    digits: IntArray  # [V, R]
+    inherits: bool  # a vector inherits from smaller ones; False: replicas use all of their vector
+
+
+class Entries(NamedTuple):
+    """Options of one configuration grouped by use: E distinct (usage, copies)."""
+
+    usage: IntArray  # [E] number of the usage vector
+    copies: IntArray  # [E]
+    option: IntArray  # [O] entry of each option, -1 if it does not fit in the fleet
+
+
+def lattice_of(limits: IntArray, *, inherits: bool = True) -> Lattice:
+    """Return the usage vectors of a fleet with these row limits."""
+    sizes = limits + 1
+    strides = np.concatenate([[1], np.cumprod(sizes)[:-1]]).astype(np.int64)
+    numbers = np.arange(int(np.prod(sizes)), dtype=np.int64)
+    digits = (numbers[:, None] // strides[None, :]) % sizes[None, :]
+    return Lattice(limits.astype(np.int64), strides, digits.astype(np.int64), inherits)
+
+
+@kernel
+def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntArray) -> Entries:
+    """Group options by usage and copies."""
+    num_rows = lattice.limits.shape[0]
+    num_options = o.rank.shape[0]
+    usage = np.empty(num_options, np.int64)
+    copies = np.empty(num_options, np.int64)
+    entry_of = np.full(num_options, -1, np.int64)
+    count = 0
+    for i in range(num_options):
+        number = 0
+        fits = True
+        for row in range(num_rows):
+            each = group_use[o.rank[i], row]
+            if o.pool_class[i] >= 0:
+                each += o.pool_cards[i] * card_use[o.pool_class[i], row]
+            used = each * o.copies[i]
+            if used > lattice.limits[row]:
+                fits = False
+                break
+            number += used * lattice.strides[row]
+        if not fits:
+            continue
+        for e in range(count):
+            if usage[e] == number and copies[e] == o.copies[i]:
+                entry_of[i] = e
+                break
+        if entry_of[i] < 0:
+            usage[count] = number
+            copies[count] = o.copies[i]
+            entry_of[i] = count
+            count += 1
+    return Entries(usage[:count], copies[:count], entry_of)
+
+
+@kernel
+def within(lattice: Lattice, small: int, large: int) -> bool:
+    """Return whether one usage vector is below another in every component."""
+    if small > large:
+        return False
+    for row in range(lattice.limits.shape[0]):  # noqa: SIM110  (compiled: a comparison of arrays would allocate)
+        if lattice.digits[small, row] > lattice.digits[large, row]:
+            return False
+    return True
+
+
+# --- pipelined replicas
 
 
 @kernel
@@ -36,7 +117,7 @@ def entry_layers(t: Tables, o: Options, entries: Entries, interval_s: float) -> 
     return layers, option
 
 
-class Reach(NamedTuple):
+class SubfleetReach(NamedTuple):
     """The reach of each sub-fleet's stages, by the most copies used, and where each value came from."""
 
     position: IntArray  # [K + 1, V] furthest position with a first stage and any plain ones; 0: no first stage fits
@@ -48,7 +129,7 @@ class Reach(NamedTuple):
 
 
 @kernel
-def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_copies: int) -> Reach:
+def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_copies: int) -> SubfleetReach:
     """Determine which sub-fleets cover all layers if entries carry ``layers`` [E, 4], with at most ``max_copies``.
 
     Copies are not counted if ``max_copies`` is 0.
@@ -108,12 +189,12 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
                             position[k, v], back_entry[k, v], back_from[k, v] = reached, e, rest
                     if closing[v] < 0 and start + layers[e, LAST] >= num_layers:
                         closing[v], closing_copies[v], closing_from[v] = e, k, rest
-    return Reach(position, back_entry, back_from, closing, closing_copies, closing_from)
+    return SubfleetReach(position, back_entry, back_from, closing, closing_copies, closing_from)
 
 
 @kernel
 def stages_from(
-    t: Tables, entries: Entries, layers: IntArray, option: IntArray, r: Reach, v: int, counted: bool
+    t: Tables, entries: Entries, layers: IntArray, option: IntArray, r: SubfleetReach, v: int, counted: bool
 ) -> IntArray:
     """Return the stages behind ``r.closing[v]``, first to last, [., 2] of (option, layers)."""
     num_layers = t.num_layers
@@ -251,3 +332,136 @@ def explore(
         lows[size], highs[size] = low, middle  # the faster half is on top and looked at first
         size += 1
     return runs
+
+
+# --- replicas with a single micro-batch
+
+
+@kernel
+def _worth_s(lattice: Lattice, feasible: BoolArray, needed: FloatArray, best_rate: FloatArray) -> FloatArray:
+    """Return, per usage u, the longest interval that still improves a feasible sub-fleet containing u; [V]."""
+    num_vectors = feasible.shape[0]
+    worth = np.zeros(num_vectors, np.float64)
+    for v in range(num_vectors - 1, -1, -1):
+        if feasible[v]:
+            rate = max(needed[v], best_rate[v])
+            worth[v] = 1.0 / rate if rate > 0.0 else np.inf
+        for row in range(lattice.limits.shape[0]):
+            if lattice.digits[v, row] < lattice.limits[row]:
+                worth[v] = max(worth[v], worth[v + lattice.strides[row]])
+    return worth
+
+
+class Sums(NamedTuple):
+    """The least sums of stage times by usage and layers covered, and where each came from."""
+
+    seconds: FloatArray  # [V, L + 1]
+    back_entry: IntArray  # [V, L + 1] entry of the last stage; -1: copied from a smaller usage
+    back_usage: IntArray  # [V, L + 1] usage before it, or that smaller usage
+    back_position: IntArray  # [V, L + 1] layers before it
+    option: IntArray  # [E, 4, L + 1] quickest option of an entry for l layers in a role
+
+
+@kernel
+def _offer(sums: Sums, v: int, pos: int, seconds: float, entry: int, usage: int, before: int) -> None:
+    if seconds < sums.seconds[v, pos]:
+        sums.seconds[v, pos] = seconds
+        sums.back_entry[v, pos], sums.back_usage[v, pos], sums.back_position[v, pos] = entry, usage, before
+
+
+@kernel
+def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits_s: FloatArray) -> Sums:
+    """Return the least sums of stage times that cover ``pos`` layers with each sub-fleet.
+
+    Partial sums that cannot stay within ``limits_s`` [V] are dropped.
+    """
+    num_vectors = lattice.digits.shape[0]
+    num_layers = t.num_layers
+    count = entries.usage.shape[0]
+    least = np.full((count, 4, num_layers + 1), np.inf)
+    option = np.full((count, 4, num_layers + 1), -1, np.int64)
+    most = np.zeros((count, 4), np.int64)
+    fastest = np.inf
+    for i in range(o.rank.shape[0]):
+        e = entries.option[i]
+        if e < 0:
+            continue
+        fastest = min(fastest, o.layer_s[i])
+        for role in range(4):
+            most[e, role] = max(most[e, role], o.max_layers[i, role])
+            for n in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
+                took = n * o.layer_s[i] + o.fixed_s[i, role]
+                if took < least[e, role, n]:
+                    least[e, role, n], option[e, role, n] = took, i
+    shape = (num_vectors, num_layers + 1)
+    seconds = np.full(shape, np.inf)
+    sums = Sums(seconds, np.full(shape, -1, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64), option)
+    for v in range(num_vectors):
+        for row in range(lattice.limits.shape[0]):
+            if lattice.inherits and lattice.digits[v, row] > 0:
+                below = v - lattice.strides[row]
+                for pos in range(1, num_layers + 1):
+                    _offer(sums, v, pos, sums.seconds[below, pos], -1, below, pos)
+        for e in range(count):
+            if not within(lattice, entries.usage[e], v):
+                continue
+            rest = v - entries.usage[e]
+            if lattice.inherits or rest == 0:
+                _offer(sums, v, num_layers, least[e, BOTH, num_layers], e, NOTHING_BEFORE, 0)
+                for n in range(1, min(most[e, FIRST], num_layers - 1) + 1):
+                    if t.cut_floor[n] == n:
+                        _offer(sums, v, n, least[e, FIRST, n], e, NOTHING_BEFORE, 0)
+            for pos in range(1, num_layers):
+                so_far = sums.seconds[rest, pos]
+                if so_far + (num_layers - pos) * fastest > limits_s[v]:
+                    continue
+                for n in range(1, min(most[e, PLAIN], num_layers - 1 - pos) + 1):
+                    if least[e, PLAIN, n] == np.inf:
+                        continue
+                    reached_s = so_far + least[e, PLAIN, n]
+                    if reached_s + (num_layers - pos - n) * fastest > limits_s[v]:
+                        break  # further layers here only take longer
+                    if t.cut_floor[pos + n] == pos + n:
+                        _offer(sums, v, pos + n, reached_s, e, rest, pos)
+                _offer(sums, v, num_layers, so_far + least[e, LAST, num_layers - pos], e, rest, pos)
+    return sums
+
+
+@kernel
+def explore_sequential(
+    t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, needed: FloatArray,
+    best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
+) -> None:  # fmt: skip
+    """Do what `explore` does for a single micro-batch, where the least t is the least sum of stage times."""
+    layers, _ = entry_layers(t, o, entries, np.inf)
+    memory = reach(t, lattice, entries, layers, 0)
+    worth = np.minimum(_worth_s(lattice, memory.closing >= 0, needed, best_rate), interval_cap_s)
+    fastest = np.inf
+    for i in range(o.rank.shape[0]):
+        if entries.option[i] >= 0:
+            fastest = min(fastest, o.layer_s[i])
+    if not t.num_layers * fastest < worth[0]:
+        return
+    sums = least_sums(t, lattice, o, entries, worth)
+    for v in range(worth.shape[0]):
+        interval = max(sums.seconds[v, t.num_layers], t.t_floor)
+        if interval <= interval_cap_s and 1.0 / interval > best_rate[v]:
+            best_rate[v], best_tag[v], best_interval[v] = 1.0 / interval, tag, interval
+
+
+@kernel
+def sequential_stages(t: Tables, lattice: Lattice, o: Options, entries: Entries, v: int, interval_s: float) -> IntArray:
+    """Return the stages behind the least sum of sub-fleet v, first to last, [., 2] of (option, layers)."""
+    sums = least_sums(t, lattice, o, entries, np.full(lattice.digits.shape[0], interval_s * (1.0 + 1e-9)))
+    reverse = np.empty((t.num_layers, 2), np.int64)
+    pos, count = t.num_layers, 0
+    while pos > 0:
+        while sums.back_entry[v, pos] < 0:
+            v = sums.back_usage[v, pos]
+        e, before, usage = sums.back_entry[v, pos], sums.back_position[v, pos], sums.back_usage[v, pos]
+        is_first, is_last = usage == NOTHING_BEFORE, pos == t.num_layers
+        role = (BOTH if is_first else LAST) if is_last else (FIRST if is_first else PLAIN)
+        reverse[count, 0], reverse[count, 1] = sums.option[e, role, pos - before], pos - before
+        count += 1
+        pos, v = before, usage
+    return reverse[:count][::-1].copy()

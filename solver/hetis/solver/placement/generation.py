@@ -9,7 +9,7 @@ minimised, so that
 hold for every plan of the family, whichever columns have been seen. y lies between the relaxation's duals and the
 prices of the best bound so far (Wentges smoothing), which keeps it from oscillating.
 
-With split roles a request's price is split between two replicas. Every side of the master (`routes.py`) has a theta of
+With split roles a request's price is split between two replicas. Every side of the master (`Routes`) has a theta of
 its own: theta_u for unified replicas, theta_p and theta_d for prefill and decode replicas. Row prices s y are dual
 feasible if the flow rows have prices alpha <= s / theta_p and beta <= s / theta_d, where a request prefilled and
 decoded on different replicas is worth alpha + beta >= 1 (less the price of a link between zones). In one zone the least
@@ -26,22 +26,170 @@ prefill replica of ratio ``<= 1 / alpha`` improves nothing, which gives the floo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.placement.master import LpSolution, Master, MilpSolution, padded, settled
-from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
-from hetis.solver.placement.parts import SHARE, Part, contained_parts
-from hetis.solver.placement.pool import Bound, Pool, first_prices, lifted
+from hetis.solver.placement.fleet import IntArray, Resources, Valuation
+from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution, padded, settled
+from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
 from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
-from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import CostTables, FloatArray
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.problem import Family
+
+PLAIN = ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE))
+SHARE = 0.5  # largest share of the time left for each of them
+INSIDE = (1 / 3, 1 / 6, 1 / 12)  # shares of the exact search's time left: for the first, the second, any wider part
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Replicas of some roles, with limits on stage copies and on attention workers of one class per copy."""
+
+    roles: tuple[Role, ...]
+    max_copies: int
+    max_pool: int
+
+    def describe(self, family: Part) -> str:
+        """Return what the part leaves out of a family."""
+        left_out = [
+            name
+            for name, is_less in (
+                ("stage copies", self.max_copies < family.max_copies),
+                ("attention workers", self.max_pool < family.max_pool),
+            )
+            if is_less
+        ]
+        roles = [f"{' and '.join(self.roles)} only"] if set(self.roles) != set(family.roles) else []
+        return ", ".join([*roles, *([f"without {' and '.join(left_out)}"] if left_out else [])])
+
+
+def whole(family: Family) -> Part:
+    """Return the part that is the whole of a family."""
+    return Part(family.roles, family.max_copies, family.max_pool)
+
+
+def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
+    """Return the parts of a family to search before the whole, without any that equals the whole.
+
+    Unified replicas without stage copies and attention workers are the family of `hexgen`; such prefill and decode
+    replicas are that of `hexgen2`. ``roles`` are those of the search.
+    """
+    plain = [Part(part, 1, 0) for part in PLAIN if set(part) <= set(roles) and _has_plans(family, part, 0)]
+    is_plain = family.max_copies == 1 and family.max_pool == 0
+    return [part for part in plain if not (is_plain and len(part.roles) == len(roles))]
+
+
+def parts_inside(family: Family) -> list[tuple[Part, float]]:
+    """Return the parts that the exact search of a family turns to, each with its share of the time (`INSIDE`).
+
+    Those of `contained_parts` come first, then all roles without stage copies, and without attention workers.
+    """
+    roles = family.roles
+    plain = contained_parts(family, roles)
+    wider = [Part(roles, 1, family.max_pool), Part(roles, family.max_copies, 0)]
+    found = [part for part in dict.fromkeys([*plain, *wider]) if part != whole(family)]
+    found = [part for part in found if _has_plans(family, part.roles, part.max_pool)]
+    shares = dict(zip(PLAIN, INSIDE, strict=False))
+    return [(part, shares[part.roles] if part in plain else INSIDE[-1]) for part in found]
+
+
+def _has_plans(family: Family, roles: Collection[Role], max_pool: int) -> bool:
+    """Return whether a part may hold plans: decode replicas that keep no head groups need attention workers."""
+    return max_pool > 0 or family.decode_keeps_heads or Role.DECODE not in roles
+
+
+# --- the columns seen so far, the prices of a bound, and the floor under prices that keeps pricing finite
+
+
+PRICE_FLOOR = 1e-5  # share of a row unit's mean price: with a free row a replica could be infinitely good
+NO_LINKS = np.zeros((0, 0))  # if no links between zones carry KV
+
+
+@dataclass(slots=True)
+class Pool:
+    """The columns seen so far, without repetition."""
+
+    costs: CostTables
+    row_costs: FloatArray
+    templates: list[Template] = field(default_factory=list)
+    uses: list[IntArray] = field(default_factory=list)
+    links: list[FloatArray] = field(default_factory=list)
+    _place: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _built: Columns | None = None  # of all templates; None if templates were added since
+
+    def add(self, templates: Sequence[Template]) -> int:
+        """Add new templates that fit in the fleet; return how many were new."""
+        before = len(self.templates)
+        routes = self.costs.routes
+        for template in templates:
+            use = use_of(self.costs, template)
+            if template.shape not in self._place and np.all(use <= self.costs.resources.limits):
+                self._place[template.shape] = len(self.templates)
+                self.templates.append(template)
+                self.uses.append(use)
+                self.links.append(routes.link_use(zones_of(self.costs, template)) if routes.has_links else NO_LINKS)
+        if len(self.templates) > before:
+            self._built = None
+        return len(self.templates) - before
+
+    def columns(self, rate_cap: float = np.inf) -> Columns:
+        """Return all templates as columns, with rates counted only up to ``rate_cap``."""
+        if self._built is None:
+            self._built = self._columns()
+        return replace(self._built, rates=np.minimum(self._built.rates, rate_cap))
+
+    def _columns(self) -> Columns:
+        uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
+        return Columns(
+            rates=np.array([t.rate for t in self.templates]),
+            costs=uses @ self.row_costs,
+            uses=uses,
+            sides=np.array([self.costs.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
+            links=np.array(self.links),
+        )
+
+    def place(self, template: Template) -> int:
+        """Return the number of a template that was added."""
+        return self._place[template.shape]
+
+    def counts_from(self, other: Pool, counts: IntArray) -> IntArray:
+        """Return counts of another pool's templates, all of which are in this pool, in this pool's order."""
+        mine = np.zeros(len(self.templates), dtype=np.int64)
+        for template, count in zip(other.templates, counts, strict=False):
+            mine[self.place(template)] += count
+        return mine
+
+
+@dataclass(slots=True)
+class Bound:
+    """The best bound so far and the prices that gave it, scaled to be dual feasible."""
+
+    value: float
+    row_prices: FloatArray
+    link_prices: FloatArray
+    rate_prices: FloatArray
+
+
+def lifted(prices: FloatArray, resources: Resources, total: float) -> FloatArray:
+    """Return row prices with a floor for GPU rows; ``total`` is the worth of the whole inventory; [rows]."""
+    gpus = resources.counts_gpus
+    return np.maximum(prices, PRICE_FLOOR * total / max(1.0, float(gpus @ resources.limits)) * gpus)
+
+
+def first_prices(costs: CostTables) -> FloatArray:
+    """Return initial row prices, at which a GPU is worth about its memory bandwidth; [rows]."""
+    types, rows = costs.problem.cluster.gpu_types, costs.resources.rows
+    worth = np.array([types[costs.classes[g].gpu].mem_bytes_per_s for g, _ in rows])
+    return np.asarray(worth / worth.max() * costs.resources.counts_gpus)
+
+
+# --- column generation
+
 
 SMOOTHING = 0.5  # weight of the prices of the best bound
 MAX_ROUNDS = 60

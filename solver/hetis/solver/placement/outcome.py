@@ -1,15 +1,27 @@
-"""The outcome of any search: chosen templates, their value, a bound, and the prices of the rows."""
+"""The outcome of any search, and bounds on every plan that need no search: they follow from dense work.
+
+A replica with M micro-batches in flight takes ``t >= (sum of its stages) / M``, and its stages hold all L layers. With
+w the least time of a layer on any GPU it may use, ``t >= L w / M``, so a mix whose latency limits require less has no
+replica. For the other mixes, a GPU that spends all its time on dense work, without attention, processes at most
+``1 / (n w)`` layers per second at the best mix and TP size n of a role, and every request needs all layers. With
+separate prefill and decode a GPU serves at most a share of each request, and the bound holds for every split of a
+request's price between the two.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from hetis.solver.errors import BrokenProofError
-from hetis.solver.placement.master import MilpSolution
-from hetis.solver.placement.tables import FloatArray
-from hetis.solver.placement.template import Template
+import numpy as np
 
-ROUNDING = 1e-6  # ratio by which value and bound, both sums of rounded numbers, may cross
+from hetis.solver.errors import BrokenProofError
+from hetis.solver.placement.master import MilpSolution, unit_of
+from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.template import Template
+from hetis.solver.plan import Role
+
+CROSSING = 1e-6  # ratio by which value and bound, both sums of rounded numbers, may cross
 
 
 def sound_bound(bound: float, value: float, *, maximises: bool) -> float:
@@ -19,7 +31,7 @@ def sound_bound(bound: float, value: float, *, maximises: bool) -> float:
         BrokenProofError: they cross by more than rounding explains.
     """
     beyond = value - bound if maximises else bound - value
-    if beyond > ROUNDING * abs(value):
+    if beyond > CROSSING * abs(value):
         raise BrokenProofError(f"a plan of value {value:.9g} contradicts the bound {bound:.9g}; please report this")
     return value if beyond > 0.0 else bound
 
@@ -44,3 +56,67 @@ class Outcome:
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
     best: Outcome | None = None  # the best outcome, if a simpler one replaced it
+
+
+# --- bounds from dense work
+
+
+SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that is given to its prompt
+ROUNDING = 1e-9
+
+
+def rate_bound(costs: CostTables, roles: Collection[Role] = tuple(Role), *, with_constraints: bool = True) -> float:
+    """Return an upper bound on the requests/s of plans of these roles within the latency limits; 0 if none serves any.
+
+    Memory is ignored. With ``with_constraints`` limits on rent and GPUs count, too.
+    """
+    if not costs.ranks or not costs.scopes:
+        return 0.0
+    none = np.zeros(len(costs.classes))
+    speeds = np.array([layers_per_s(costs, role) if role in roles else none for role in Role])  # [roles, N]
+    available = np.array([float(c.available) for c in costs.classes])
+    weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
+    of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s per GPU at every share, [shares, N]
+    totals = [of_gpus @ available]
+    index = costs.problem.constraint_index if with_constraints else None
+    for constraint in index.most if index is not None else ():
+        units = np.array([unit_of(c, constraint.of) for c in costs.classes])
+        totals.append(np.array([_filled(speed, available, units, constraint.most) for speed in of_gpus]))
+    return float(min(total.min() for total in totals)) / costs.scopes[0].tables.num_layers
+
+
+def is_out_of_reach(costs: CostTables, saturated_rps: float) -> bool:
+    """Return whether no plan serves this rate, or with 0, whether the limits alone leave no replica."""
+    bound = rate_bound(costs)
+    return bound <= 0.0 or bound < saturated_rps * (1.0 - ROUNDING)
+
+
+def layers_per_s(costs: CostTables, role: Role) -> FloatArray:
+    """Return layers/s of dense work per GPU of every class, in replicas of a role that keep the limits; [N]."""
+    best = np.zeros(len(costs.classes))
+    in_flight = np.array(costs.problem.family.in_flight)
+    for part in costs.scopes:
+        t = part.tables
+        mixes = [x for x, mix in enumerate(costs.mixes) if mix.role is role and part.serves(mix)]
+        here = [s for s, (g, _) in enumerate(costs.ranks) if t.available[g] > 0]
+        if not mixes or not here:
+            continue
+        layer_s = t.layer_s[np.ix_(mixes, here)]
+        shortest = t.num_layers * np.maximum(layer_s, t.wire_s[np.ix_(mixes, here)]).min(axis=1)
+        kept = (t.t_cap[mixes] * in_flight >= shortest[:, None] * (1.0 - ROUNDING)).any(axis=1)
+        if kept.any():
+            for s, fastest in zip(here, layer_s[kept].min(axis=0), strict=True):
+                device_class, tp = costs.ranks[s]
+                best[device_class] = max(best[device_class], 1.0 / (tp * fastest))
+    return best
+
+
+def _filled(speed: FloatArray, available: FloatArray, units: FloatArray, most: float) -> float:
+    """Return the most layers/s within a limit on a sum: a fractional knapsack, most speed per unit first."""
+    total = 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        promise = np.where(units > 0.0, speed / units, np.inf)
+    for g in np.argsort(-promise, kind="stable"):
+        count = available[g] if units[g] == 0.0 else min(available[g], max(0.0, most) / units[g])
+        total, most = total + count * speed[g], most - count * units[g]
+    return float(total)

@@ -21,22 +21,26 @@ from hetis.solver.placement.ceiling import (
     queries_of,
     reach_of,
 )
-from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.cover import best_column
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import (
     NO_STAGES,
     interval_cap,
     list_options,
     option_prices,
+    overdrawn,
     selected,
     stage_rows,
 )
-from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
-from hetis.solver.placement.stages import overdrawn
+from hetis.solver.placement.sequential import (
+    best_fitting_sequential,
+    best_sequential,
+    best_within_cap,
+    least_weighted,
+    useful_options,
+)
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables, cover_tables
-from hetis.solver.placement.template import Template, template_of
-from hetis.solver.placement.within_cap import best_within_cap
+from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 from hetis.solver.plan import Role
 
 BATCH = 32

@@ -1,35 +1,45 @@
-"""The choice of a search: equal stages enumerated, sub-fleets exactly, or column generation, zones merged or not."""
+"""The choice of a search: equal stages enumerated, sub-fleets exactly, or column generation, zones merged or not.
+
+*Zones merged.* If zones differ only in their numbers of nodes, the fleet with all nodes in one zone is a relaxation of
+the real one: links inside a zone are at least as fast as links between zones, every replica of the real family is a
+replica there, and what it takes is available there. So its bound holds, at the cost of one zone instead of all of them
+and their combinations, and each of its replicas can be placed in any zone that has the GPUs.
+
+*Pairs of types.* In the family of `splitwise` prefill replicas are of one GPU type and decode replicas of one: each
+pair of types is its own problem, and most are ruled out early. Searches of wider families end with it, too: any pair
+that could beat their plan is searched, so they are never worse.
+
+*Columns for pins*, which the relaxation does not need because pricing ignores pins. For each pin, GPUs that must be
+used are priced at almost nothing. If the number of replicas is limited, columns are priced that are fast enough to be
+one of so few, with each GPU type almost free in turn. If rent or GPUs are limited, these are the price of a replica.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.cluster import Network
 from hetis.solver.compiled import is_cached
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.enumeration import search_enumerated
-from hetis.solver.placement.exact import is_small
+from hetis.solver.placement.exact import is_small, solve_exactly
+from hetis.solver.placement.fleet import DeviceClass
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.generation import ColumnGeneration
-from hetis.solver.placement.master import UNDECIDED, Master
+from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
+from hetis.solver.placement.master import UNDECIDED, Master, Pins, pins_of
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds, kind_of
-from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.passes import solve_exactly
-from hetis.solver.placement.pinned_columns import pinned_columns
-from hetis.solver.placement.pins import Pins, pins_of
-from hetis.solver.placement.pool import Bound, Pool
-from hetis.solver.placement.pricing import KERNELS
-from hetis.solver.placement.tables import CostTables, FloatArray
+from hetis.solver.placement.outcome import Outcome, layers_per_s, rate_bound, sound_bound
+from hetis.solver.placement.pipelines import uniform_templates
+from hetis.solver.placement.pricing import KERNELS, Pricer
+from hetis.solver.placement.tables import CostTables, FloatArray, Scope
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.types_of_roles import search_types
-from hetis.solver.placement.uniform import uniform_templates
-from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
-from hetis.solver.plan import ObjectiveKind
+from hetis.solver.placement.template import Template, TemplateStage, configurations, interval_of
+from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 
 RELAXATION, COLUMNS = 0.6, 0.8  # shares of the time left, with pins: for the relaxation, then for the pins' columns
@@ -275,3 +285,262 @@ def _first_plan(costs: CostTables, budget: Budget, seed: int) -> Outcome | None:
     outcome = equal_stages(costs, Budget(cancelled=budget.cancelled), seed)
     bound = rate_bound(costs) if costs.problem.objective.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)
+
+
+MERGED = "all zones"
+
+
+def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
+    """Return the same fleet in one zone, or None if that is not a relaxation or there is just one zone."""
+    cluster = problem.cluster
+    zones, network = cluster.zones(), cluster.network
+    inside = {network.zone_link(zone, zone) for zone in zones}
+    if len(zones) < 2 or len(inside) != 1 or network.between_nodes:
+        return None
+    link = inside.pop()
+    between = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i + 1 :]]
+    if any(other.slower_of(link) != other for other in between):
+        return None  # some zones have faster links to each other than inside themselves
+    groups = tuple(
+        replace(group, zone=MERGED, nic=group.nic if group.nic is not None else network.default)
+        for group in cluster.node_groups
+    )
+    merged = replace(cluster, node_groups=groups, network=Network(default=link))
+    return replace(problem, cluster=merged)
+
+
+def _kind(c: DeviceClass) -> tuple[object, ...]:
+    return c.gpu, c.gpus_per_node, c.nic, c.intra, c.usd_per_hour, c.constraints
+
+
+def zone_templates(merged: CostTables, costs: CostTables, templates: list[Template]) -> list[Template]:
+    """Return every template in every zone with its GPU classes; prefill replicas also as senders to all zones."""
+    found = []
+    mixes_like: dict[tuple[int, int, int], list[int]] = {}
+    for x, mix in enumerate(costs.mixes):
+        mixes_like.setdefault((mix.micro_batch, mix.chunk_tokens, mix.attention_dp), []).append(x)
+    for scope, part in enumerate(costs.scopes):
+        if len(part.zones) != 1:
+            continue
+        here = {_kind(c): g for g, c in enumerate(costs.classes) if c.zone == part.zones[0]}
+        class_of = [here.get(_kind(c), -1) for c in merged.classes]
+        for template in templates:
+            stages = _stages_on(merged, class_of, costs, template)
+            mix = merged.mixes[template.mix]
+            alike = mixes_like[mix.micro_batch, mix.chunk_tokens, mix.attention_dp]
+            for x in alike if stages and part.serves(mix) else ():
+                moved = replace(template, scope=scope, mix=x, stages=stages)
+                if mix.role is not Role.UNIFIED:  # KV to or from other zones takes longer
+                    moved = replace(moved, interval_s=interval_of(costs, moved))
+                    if moved.interval_s > part.tables.t_cap[x, moved.in_flight_index]:
+                        continue
+                found.append(moved)
+    return found
+
+
+def _stages_on(
+    merged: CostTables, class_of: list[int], costs: CostTables, template: Template
+) -> tuple[TemplateStage, ...]:  # fmt: skip
+    """Return a template's stages on a zone's own classes, or none if the zone lacks a class."""
+    stages = []
+    for stage in template.stages:
+        device_class, size = merged.ranks[stage.rank]
+        rank = costs.rank_of(class_of[device_class], size, merged.rank_dp[stage.rank])
+        pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
+        if rank is None or (stage.pool_class >= 0 and pool_class < 0):
+            return ()
+        stages.append(TemplateStage(rank, stage.copies, stage.layers, pool_class, stage.pool_cards, stage.pool_groups))
+    return tuple(stages)
+
+
+def row_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) -> FloatArray:
+    """Return prices of the merged fleet's rows for the rows of the real fleet."""
+    of_kind = {(_kind(merged.classes[g]), p): prices[i] for i, (g, p) in enumerate(merged.resources.rows)}
+    return np.array([of_kind.get((_kind(costs.classes[g]), p), 0.0) for g, p in costs.resources.rows])
+
+
+def rate_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) -> FloatArray:
+    """Return rate prices of the merged fleet's sides for the sides of the real one, the same in every zone."""
+    if not costs.routes.splits_roles:
+        return prices
+    local, _, receiving = merged.routes.parts(prices)
+    return np.concatenate([prices[:1], np.repeat([local[0], local[0], receiving[0]], len(costs.routes.zones))])
+
+
+# --- pairs of GPU types
+
+
+Search = Callable[[CostTables, Report], Outcome | None]
+PAIR_TOLERANCE = 1e-3  # of ratios that only rule out pairs
+ROUNDING = 1e-9  # ratio by which a limit may exceed the value from which it is computed
+CHEAPEST = 1e-9  # USD/h, so that free GPUs have a finite ratio
+
+
+def search_types(
+    costs: CostTables, search: Search, known: Outcome | None, budget: Budget, threads: int, report: Report
+) -> Outcome | None:
+    """Return the best of ``known`` and every pair of GPU types, skipping pairs that cannot beat the best so far.
+
+    ``known`` comes from a family that contains all pairs, so its bound holds. Without it the bound is the worst of the
+    pairs' bounds.
+    """
+    objective = costs.problem.objective
+    maximises, better = objective.maximises, max if objective.maximises else min
+    best, bounds = known, list[float]()
+    for pair, limit in _promising_first(costs, known, budget, threads):
+        if best is not None and better(limit, best.value) == best.value:
+            break
+        found = None
+        if best is None or not budget.is_spent():
+            found = search(pair, _of_a_pair(report, best, maximises))
+        if found is None and budget.is_spent():
+            bounds.append(limit)
+        if found is None:
+            continue
+        bounds.append(found.bound)
+        if best is None or better(found.value, best.value) != best.value:
+            best = replace(
+                found,
+                chosen=tuple((_in_scopes_of(costs, pair, t), n) for t, n in found.chosen),
+                runners_up=tuple(_in_scopes_of(costs, pair, t) for t in found.runners_up),
+            )
+    if best is None or best is known:
+        return known
+    bound = better([*bounds, best.value]) if known is None else known.bound
+    best = replace(best, bound=bound, interrupted=budget.cancelled.is_set())
+    report(Progress(phase="pairs of GPU types", elapsed_s=budget.elapsed_s(), incumbent=best.value, bound=best.bound))
+    return best
+
+
+def _promising_first(
+    costs: CostTables, known: Outcome | None, budget: Budget, threads: int
+) -> list[tuple[CostTables, float]]:  # fmt: skip
+    """Return every pair, without stage copies and attention workers, with a limit on its value, the best limit first.
+
+    A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves at most theta times
+    its GPUs; if one type has both roles, its GPUs are divided between them. Pricing need not look below a theta at
+    which the limit could not beat ``known``, whatever the other role's theta.
+    """
+    objective = costs.problem.objective
+    family = replace(costs.problem.family, max_copies=1, max_pool=0, roles=(Role.PREFILL, Role.DECODE))
+    plain = replace(costs, problem=replace(costs.problem, family=family))
+    gpus = list(dict.fromkeys(c.gpu for c in costs.classes))
+    counts = {gpu: sum(c.available for c in costs.classes if c.gpu == gpu) for gpu in gpus}
+    demand = (objective.demand_rps or 0.0) / costs.problem.assumptions.planned_utilisation
+    floors = dict.fromkeys(gpus, 0.0)
+    if known is not None and known.value > 0.0:
+        enough = 1.0 - ROUNDING
+        floors = {
+            gpu: enough * (known.value / counts[gpu] if objective.maximises else demand / known.value) for gpu in gpus
+        }
+    ratios_budget = budget.share(0.5)  # the other half is for the pairs
+    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], ratios_budget, threads) for gpu in gpus}
+    found = []
+    for prefill in gpus:
+        for decode in gpus:
+            with np.errstate(divide="ignore"):
+                effort = 1.0 / theta[prefill][0] + 1.0 / theta[decode][1]
+                shared = counts[prefill] / effort
+            if not objective.maximises:
+                limit = effort * demand
+            elif prefill == decode:
+                limit = shared
+            else:
+                limit = min(counts[prefill] * theta[prefill][0], counts[decode] * theta[decode][1])
+            if limit > 0.0 if objective.maximises else limit < np.inf:
+                found.append((plain.of_types(prefill, decode), float(limit)))
+    return sorted(found, key=lambda one: one[1], reverse=objective.maximises)
+
+
+def _best_ratios(pair: CostTables, floor: float, budget: Budget, threads: int) -> FloatArray:
+    """Return the highest rate per GPU, or per unit of cost, of a prefill and a decode replica, or ``floor``; [2]."""
+    family, kind = pair.problem.family, pair.problem.objective.kind
+    prices = np.zeros(len(pair.resources.rows))
+    for row, (g, p) in enumerate(pair.resources.rows):
+        price = pair.classes[g].usd_per_hour or 0.0
+        prices[row] = (max(price, CHEAPEST) if kind is ObjectiveKind.COST else 1.0) if p == 1 else 0.0
+    ratios = np.zeros(2)
+    every = configurations(pair)
+    for place, role in enumerate((Role.PREFILL, Role.DECODE)):
+        for side in sorted({c.side for c in every if pair.mixes[c.mix].role is role}):
+            pricer = Pricer(
+                pair, [c for c in every if c.side == side], np.zeros_like(prices), max_copies=family.max_copies,
+                max_pool=family.max_pool, threads=threads, tolerance=PAIR_TOLERANCE,
+            )  # fmt: skip
+            priced = pricer.price(prices, floor, 1.0, budget, rate_cap=np.inf)
+            ratios[place] = max(ratios[place], priced.ratio_bound)
+        if not np.isfinite(ratios[place]):
+            ratios[place] = _dense_ratio(pair, role, prices)
+    return ratios
+
+
+def _dense_ratio(pair: CostTables, role: Role, prices: FloatArray) -> float:
+    """Return a bound on the role's ratio from dense work alone, which takes no time."""
+    layers = pair.scopes[0].tables.num_layers
+    speeds = layers_per_s(pair, role)
+    of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
+    return max(float(speeds[g] / price) / layers for g, price in of_gpu.items() if price > 0.0)
+
+
+def _in_scopes_of(costs: CostTables, pair: CostTables, template: Template) -> Template:
+    """Return a template of cost tables of two GPU types as one of the whole tables."""
+    zones, mix = pair.scopes[template.scope].zones, pair.mixes[template.mix]
+    here = (i for i, scope in enumerate(costs.scopes) if scope.zones == zones and scope.serves(mix))
+    return replace(template, scope=next(here))
+
+
+def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
+    """Return a report without a pair's bound, which does not hold for other pairs, and with the best incumbent."""
+    better = max if maximises else min
+
+    def told(progress: Progress) -> None:
+        known = [value for value in (progress.incumbent, best.value if best else None) if value is not None]
+        report(replace(progress, incumbent=better(known) if known else None, bound=None, gap=None))
+
+    return told
+
+
+# --- columns for pins
+
+
+CHEAP = 1e-3  # price of GPUs that must be used, as a ratio to other prices
+KEEP = 0.7  # share of the best ratio that a column must reach
+PIN_TOLERANCE = 1e-2
+QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # least rate of a replica, as a share of the highest rate per allowed replica
+
+
+def pinned_columns(
+    costs: CostTables, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
+) -> Iterator[Template]:
+    """Yield replicas that pins may require; ``prices`` [rows] are those of GPUs that no pin requires."""
+    family, most = costs.problem.family, float(pins.upper[-1])
+    each = rate_bound(costs) / most if np.isfinite(most) else 0.0
+    free = [row > 0.0 for row in pins.wanted.T if row.any()]
+    if each:  # with few replicas, GPUs of any type may be left idle
+        rows = costs.resources.rows
+        free += [np.zeros(len(rows), dtype=bool)]
+        free += [np.array([costs.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(costs)]
+    asked = [np.where(cheap, CHEAP * prices, prices) for cheap in free]
+    asked += [np.maximum(row, CHEAP * row.max()) for row in pins.dear.T]  # the best rate per limited unit
+    for least in dict.fromkeys(share * each for share in QUICK):
+        quick = replace(costs, scopes=tuple(_quick(scope, least) for scope in costs.scopes))
+        every = configurations(quick)
+        for side in range(quick.routes.num_sides):
+            pricer = Pricer(
+                quick, [c for c in every if c.side == side], row_costs, max_copies=family.max_copies,
+                max_pool=family.max_pool, threads=threads, tolerance=PIN_TOLERANCE,
+            )  # fmt: skip
+            for each_prices in asked:
+                if not budget.is_spent():
+                    yield from pricer.price(each_prices, 0.0, KEEP, budget, rate_cap=np.inf).templates
+
+
+def _types(costs: CostTables) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(c.gpu for c in costs.classes))
+
+
+def _quick(scope: Scope, least_rate: float) -> Scope:
+    """Return the scope with replicas of at least this rate only."""
+    if least_rate <= 0.0:
+        return scope
+    return scope.changed(lambda tables: tables._replace(t_cap=np.minimum(tables.t_cap, 1.0 / least_rate)))

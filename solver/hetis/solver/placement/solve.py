@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,17 +13,13 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
-from hetis.solver.placement.classes import class_prices
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
-from hetis.solver.placement.first_token import ttft_s
+from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import UNIFIED, FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
-from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.options import state_on_rank
-from hetis.solver.placement.out_of_reach import is_out_of_reach
-from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.routes import UNIFIED
+from hetis.solver.placement.outcome import Outcome, is_out_of_reach
 from hetis.solver.placement.search import demanded_rate, equal_stages, row_costs_of, search
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import (
@@ -32,12 +29,14 @@ from hetis.solver.placement.template import (
     gpus_of,
     kv_tokens_held,
     landing_s,
+    ttft_s,
     use_of,
     with_fewest_in_flight,
 )
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
+    KvRoute,
     ObjectiveKind,
     Plan,
     ReplicaPlan,
@@ -357,3 +356,37 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
     if len(problem.cluster.zones()) > 1 and Role.UNIFIED in problem.family.roles:
         notes.append("a replica over several zones keeps to an equal share of the links between them")
     return tuple(notes)
+
+
+DUST = 1e-12  # share of a flow that may remain from rounding
+
+
+def kv_routes(costs: CostTables, templates: Sequence[Template], flows: FloatArray) -> tuple[KvRoute, ...]:
+    """Split ``flows`` [Z, Z] over the replicas of their zones so that none sends or receives more than its rate.
+
+    ``templates`` are the plan's replicas in order. Flows between zones come first and use replicas that may send to
+    all zones; the remaining capacity of these joins that of replicas that send to their own zone only. Replicas are
+    filled in turn, which gives few routes: fewer than there are replicas, for every pair of zones.
+    """
+    left = [template.rate for template in templates]
+    on_side: dict[int, list[int]] = {}
+    for i, template in enumerate(templates):
+        on_side.setdefault(costs.side_of(template.scope, template.mix), []).append(i)
+    rates: dict[tuple[int, int], float] = {}
+    zones = range(len(costs.routes.zones))
+    for z, y in sorted(((z, y) for z in zones for y in zones), key=lambda pair: pair[0] == pair[1]):
+        senders = on_side.get(costs.routes.side(Role.PREFILL, z, sends_afar=True), [])
+        if z == y:
+            senders = on_side.get(costs.routes.side(Role.PREFILL, z), []) + senders
+        receivers = on_side.get(costs.routes.side(Role.DECODE, y), [])
+        flow, dust = float(flows[z, y]), DUST * float(flows[z, y])
+        send, receive = iter(senders), iter(receivers)
+        i, j = next(send, -1), next(receive, -1)
+        while flow > dust and i >= 0 and j >= 0:
+            rate = min(flow, left[i], left[j])
+            if rate > dust:
+                rates[i, j] = rates.get((i, j), 0.0) + rate
+            flow, left[i], left[j] = flow - rate, left[i] - rate, left[j] - rate
+            i = next(send, -1) if left[i] <= dust else i
+            j = next(receive, -1) if left[j] <= dust else j
+    return tuple(KvRoute(prefill=i, decode=j, rate=rate) for (i, j), rate in sorted(rates.items()))

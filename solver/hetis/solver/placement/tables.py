@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.solver.cost import Mix, Regime, chunk_spread, regime_together, regimes
-from hetis.solver.placement.classes import DeviceClass, IntArray, Resources
-from hetis.solver.placement.routes import Routes
+from hetis.solver.placement.fleet import DeviceClass, IntArray, Resources, Routes
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments

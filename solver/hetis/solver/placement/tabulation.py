@@ -15,8 +15,16 @@ from hetis.solver.cluster import Link
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.cost import DeviceCost, Mix, PoolCost, RankShape
 from hetis.solver.model import ModelSpec
-from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
-from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
+from hetis.solver.placement.fleet import (
+    DeviceClass,
+    IntArray,
+    device_classes,
+    most_spanning,
+    resources_of,
+    routes_of,
+    slowest_between,
+    spanning_bytes,
+)
 from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, CostTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
@@ -29,7 +37,7 @@ MANY_ZONES = 4  # with more, there are too many sets of zones to search each
 def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False) -> CostTables:
     """Tabulate the cost model for every mix, rank type and pool of a problem's family.
 
-    With ``is_relaxation`` the fleet represents several zones as if they were one (`zones.py`).
+    With ``is_relaxation`` the fleet represents several zones as if they were one (`search.py`).
     """
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)

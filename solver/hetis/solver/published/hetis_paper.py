@@ -40,7 +40,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.cost import DeviceCost
-from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template, TemplateStage, kv_tokens_held

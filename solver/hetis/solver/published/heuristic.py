@@ -13,8 +13,8 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage
-from hetis.solver.placement.classes import class_of_slots, class_prices
-from hetis.solver.placement.out_of_reach import SHARES, layers_per_s, rate_bound
+from hetis.solver.placement.fleet import class_of_slots, class_prices
+from hetis.solver.placement.outcome import SHARES, layers_per_s, rate_bound
 from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables

@@ -23,7 +23,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.compiled import kernel_of
 from hetis.solver.cost import Regime
 from hetis.solver.placement import compiled as placement
-from hetis.solver.placement.classes import DeviceClass, IntArray, class_of_slots
+from hetis.solver.placement.fleet import DeviceClass, IntArray, class_of_slots
 from hetis.solver.placement.options import kept_bytes, layers_on_rank
 from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, roles

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.fleet import UNIFIED, IntArray
+from hetis.solver.placement.generation import NO_LINKS
 from hetis.solver.placement.master import Columns, Master, MilpSolution
-from hetis.solver.placement.pool import NO_LINKS
-from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.search import row_costs_of
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of

@@ -19,15 +19,14 @@ from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.placement.enumeration import explore_enumerated
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
-from hetis.solver.placement.generation import ColumnGeneration
+from hetis.solver.placement.generation import Bound, ColumnGeneration
 from hetis.solver.placement.master import Columns, Master, Verdict
-from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.pool import Bound
+from hetis.solver.placement.outcome import rate_bound
+from hetis.solver.placement.pipelines import uniform_templates
 from hetis.solver.placement.search import row_costs_of, search
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, interval_of
-from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.replanning.running import is_allowed
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 from hetis.solver.replanning.running import Option, Place

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from hetis.solver.placement.fleet import UNIFIED, Routes
+from hetis.solver.placement.generation import NO_LINKS, Bound
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.outcome import ROUNDING
-from hetis.solver.placement.pool import NO_LINKS, Bound
-from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import use_of
 from hetis.solver.replanning.change import Fate

@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.cluster import Cluster
-from hetis.solver.placement.classes import class_of_slots
-from hetis.solver.placement.first_token import least_ttft_limit_s
+from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables
-from hetis.solver.placement.template import Template, TemplateStage, interval_of, roles, room_layers
+from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.problem import ChangeCosts

@@ -10,10 +10,10 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import ConstrainedProblem, apply_constraints, restored
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template

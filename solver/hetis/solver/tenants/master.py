@@ -37,8 +37,7 @@ import highspy
 import numpy as np
 
 from hetis.solver.highs import linear_program, quiet_highs
-from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.routes import UNIFIED
+from hetis.solver.placement.fleet import UNIFIED, IntArray
 from hetis.solver.placement.tables import FloatArray
 
 ROWS_OF_TENANT = 3  # rate, sent, received

@@ -10,14 +10,14 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
-from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.exact import is_small
+from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.generation import Pool
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, why_infeasible
 from hetis.solver.placement.master import Master, settled
 from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.solve import OPTIMAL_GAP, plan_of
-from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template

@@ -19,16 +19,14 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.classes import IntArray, Resources
-from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
-from hetis.solver.placement.generation import KEEP, MAX_ROUNDS, SMOOTHING, ColumnGeneration
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small, solve_exactly
+from hetis.solver.placement.fleet import IntArray, Resources
+from hetis.solver.placement.generation import KEEP, MAX_ROUNDS, SMOOTHING, ColumnGeneration, Pool, lifted
 from hetis.solver.placement.master import Columns, Master
-from hetis.solver.placement.passes import solve_exactly
-from hetis.solver.placement.pool import Pool, lifted
+from hetis.solver.placement.pipelines import uniform_templates
 from hetis.solver.placement.pricing import Pricer, pricers_of
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Scope
 from hetis.solver.placement.template import Template
-from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.tenants.master import (
     TenantColumns,
     TenantsBound,

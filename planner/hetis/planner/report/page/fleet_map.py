@@ -9,8 +9,7 @@ from hetis.planner.report.figures import plural
 from hetis.planner.report.page.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.explain import Explanation
-from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, Explanation, Plan, ReplicaPlan, Role, StagePlan
 
 MAX_NODES = 60  # cards per zone; others are only counted
 ROW = 4  # GPUs of a node per row

@@ -48,9 +48,8 @@ from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.perturbing import used_fits
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.verify import kept_rate, misses, verification_of
-from hetis.solver.explain import Explanation, MemoryBar
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.plan import ObjectiveKind, Plan, Role, parallel_sizes
+from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # of replicas, described in full

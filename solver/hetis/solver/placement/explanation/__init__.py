@@ -5,13 +5,21 @@ Sentences that say "at least" or "at most" are proofs; the others compare number
 
 from __future__ import annotations
 
-from hetis.solver.explain import Explanation
-from hetis.solver.placement.explanation.attention_workers import attention_workers
-from hetis.solver.placement.explanation.bottleneck import what_binds
-from hetis.solver.placement.explanation.idle import why_idle
-from hetis.solver.placement.explanation.replica_view import replica_views
-from hetis.solver.placement.explanation.routes import route_sentences
-from hetis.solver.plan import Plan
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.cluster import Link, node_of
+from hetis.solver.constraints import Exclude
+from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view, replica_views
+from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import DeviceClass, device_classes
+from hetis.solver.placement.wording import in_bytes, in_percent, in_time, in_time_above, num_layers, stage_name
+from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, Plan, Role, StageTime
 from hetis.solver.problem import PlacementProblem
 
 __all__ = ["explain_plan"]
@@ -35,3 +43,427 @@ def explain_plan(plan: Plan, problem: PlacementProblem) -> Explanation:
         attention_workers=" ".join(attention_workers(plan, problem, views)),
         kv_routes=tuple(route_sentences(plan, problem)),
     )
+
+
+# --- the limits of a replica: its busiest stage, the latency limits and KV room it uses up, the next larger batch
+
+
+NEAR = 0.95  # share of a limit from which it is said to bind
+
+
+def what_binds(view: ReplicaView) -> str:
+    """Return one sentence on the stage, the wire, the limits and the memory that determine the rate."""
+    times = view.times()
+    busiest = view.busiest()
+    rate = f"busy {in_time(busiest.total_s / busiest.copies)} of every {in_time(view.interval_s(times))}"
+    name = f"stage {busiest.stage + 1} ({stage_name(view.shape, view.shape.stages[busiest.stage])})"
+    if view.shape.shared_by and max(view.shared_card_s()) > max(busiest.total_s / busiest.copies, view.round_s(times)):
+        sentence = f"the attention workers that its stages share are busy all of the time, {name} is {rate}"
+    elif len(times) == 1:
+        sentence = f"{name} is {rate}"
+    elif view.shape.in_flight == 1:
+        sentence = f"one micro-batch walks through all {len(times)} stages, so that their sum counts: {name} is {rate}"
+    elif view.round_s(times) > busiest.total_s / busiest.copies * (1 + 1e-9):
+        sentence = (
+            f"{view.shape.in_flight} micro-batches in flight are too few to keep any stage busy: {name} is {rate}"
+        )
+    else:
+        sentence = f"{name} is {rate}"
+    role = "" if view.role is Role.UNIFIED else f" ({view.role})"
+    return f"replica {view.number}{role}: {sentence}{_wire(view, busiest)}; {_limits(view)}{_next_size(view, times)}."
+
+
+def _wire(view: ReplicaView, busiest: StageTime) -> str:
+    """Return how long the KV of a request is on the wire, compared with the time of its busiest stage."""
+    if view.role is Role.UNIFIED:
+        return ""
+    way = "leaves" if view.role is Role.PREFILL else "arrives"
+    text = f", KV {way} in {in_time(busiest.kv_wire_s)} of the {in_time(busiest.total_s)} that a request takes there"
+    if busiest.kv_wait_s > 0:
+        text += f", {busiest.kv_wait_s / busiest.total_s:.0%} of which is waiting for it"
+    return text
+
+
+def _limits(view: ReplicaView) -> str:
+    """Return which of the latency limits and the KV room are nearly used up."""
+    objective, one = view.problem.objective, view.replica
+    said = [
+        (value / limit, f"{name} {in_time(value)} of {in_time(limit)}")
+        for name, value, limit in (
+            ("mean TPOT", one.tpot_s, objective.tpot_limit_s),
+            ("p95 TTFT", one.ttft_s, objective.ttft_limit_s),
+        )
+        if limit is not None and value > 0  # prefill replicas have no TPOT, decode replicas no TTFT
+    ]
+    full, where = view.kv_fill()
+    said.append((full, f"KV room {full:.0%} planned ({where})"))
+    binding = [text for share, text in said if share >= NEAR]
+    if binding:
+        return f"{'a limit binds' if len(binding) == 1 else 'limits bind'}: {', '.join(binding)}"
+    return f"no limit is within 5%: {', '.join(text for _, text in said)}"
+
+
+def _next_size(view: ReplicaView, times: tuple[StageTime, ...]) -> str:
+    """Return what prevents the next larger micro-batch, or for a prefill replica the next larger chunk."""
+    family, b, C = view.problem.family, view.mix.micro_batch, view.mix.chunk_tokens
+    prefills = view.role is Role.PREFILL
+    larger = [
+        size for size in (family.chunk_tokens if prefills else family.micro_batches) if size > (C if prefills else b)
+    ]
+    if not larger:
+        return ""
+    size, objective = min(larger), view.problem.objective
+    grown = (
+        view.with_sizes(micro_batch=b, chunk_tokens=size)
+        if prefills
+        else view.with_sizes(micro_batch=size, chunk_tokens=C)
+    )
+    interval_s = grown.interval_s(grown.times())
+    short = [bar for bar in grown.memory() if bar.free_bytes < 0]
+    breaks = [
+        f"takes {name} to {in_time_above(value, limit)}"
+        for name, value, limit in (
+            ("mean TPOT", grown.tpot_s(interval_s), objective.tpot_limit_s),
+            ("p95 TTFT", grown.ttft_s(interval_s), objective.ttft_limit_s),
+        )
+        if limit is not None and value > limit * (1 + 1e-9)
+    ]
+    if short:
+        breaks.append(f"lacks {in_bytes(-min(bar.free_bytes for bar in short))} on a GPU of stage {short[0].stage + 1}")
+    gain = view.interval_s(times) / interval_s - 1
+    effect = " and ".join(breaks) if breaks else f"changes the rate by {gain:+.1%}"
+    return f"; the next {'chunk' if prefills else 'batch'} size, {size}, {effect}"
+
+
+# --- idle GPUs: their marginal worth, why they make no replica alone, what they would do to another
+
+
+NOTHING = 1e-6  # share of the objective below which a dual counts as 0
+
+
+def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[IdleGpus]:
+    """Yield the idle GPUs of every class with the reasons."""
+    for price, device_class in idle_classes(plan, problem):
+        forbidden, idle = _forbidden(problem, device_class), price.available - price.used
+        reasons = [f"{forbidden:,} of them are forbidden"] if 0 < forbidden < idle else []
+        reasons += _reasons(plan, problem, views, price, device_class) if forbidden < idle else ["they are forbidden"]
+        reason = "; ".join(reasons)
+        yield IdleGpus(gpu=price.gpu, zone=price.zone, count=price.available - price.used, reason=reason)
+
+
+def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
+    """Return the number of GPUs of a class that a constraint excludes."""
+    out = [each.gpus for each in problem.constraints if isinstance(each, Exclude)]
+    if not out:
+        return 0
+    groups = {group.name for group in device_class.groups}
+    return sum(
+        any(gpus.takes(device=d.name, node=d.node, gpu=d.gpu, zone=d.group.zone) for gpus in out)
+        for d in problem.cluster.devices()
+        if d.group.name in groups and d.gpu == device_class.gpu
+    )
+
+
+def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice, DeviceClass]]:
+    """Return the prices of classes with idle GPUs; a plan's table lists the classes in order."""
+    classes = list(device_classes(problem.cluster))
+    found = []
+    for price in plan.prices:
+        same = [c for c in classes if (c.gpu, c.zone, c.gpus_per_node) == (price.gpu, price.zone, price.gpus_per_node)]
+        if not same:
+            raise InvalidProblemError(f"plan has a price for {price.gpu} in {price.zone}, the cluster has no such GPUs")
+        exact = [c for c in same if c.available == price.available] or same
+        classes.remove(exact[0])
+        if price.used < price.available:
+            found.append((price, exact[0]))
+    return found
+
+
+def _reasons(
+    plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...], price: ClassPrice, device_class: DeviceClass
+) -> Iterator[str]:
+    unit = plan.objective.unit
+    if plan.objective.demand_rps is not None and views:
+        yield f"the demand of {plan.objective.demand_rps:g} requests/s is met without them"
+    elif STRATEGIES[plan.strategy].is_published:
+        yield f"{plan.strategy} left them over: a heuristic as published has no prices to say why"
+    elif price.dual <= NOTHING * abs(plan.result.value):
+        yield "their price at the margin is 0: the relaxation is not short of them"
+    else:
+        yield f"at the margin each is worth {price.dual:.3g} {unit}, but the plan's whole replicas leave them over"
+    if views:
+        view = main_view(views)
+        idle = price.available - price.used
+        in_their_precision = problem.in_precision_of(device_class.gpu)
+        yield from _alone(replace(view, problem=in_their_precision), device_class, idle)
+        if in_their_precision.model == view.problem.model:
+            yield from _joining(view, device_class, idle)
+        else:
+            yield f"they hold the model in another precision than {view.shape.stages[0].gpu}"
+    if plan.result.gap > NOTHING:
+        yield f"a gap of {in_percent(plan.result.gap)} is left, so that a use for them may exist"
+
+
+def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
+    """Return the costs of one TP group of every size that ``idle`` GPUs allow."""
+    sizes = [n for n in view.problem.family.tp_sizes if n <= min(idle, device_class.gpus_per_node)]
+    usable = [n for n in sizes if rank_shape(view.problem.model, n) is not None]
+    return [view.cost(device_class.gpu, n, device_class.intra) for n in usable]
+
+
+def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:
+    """Yield why these GPUs make no replica of their own, if one line can prove it."""
+    model, family, limit_s = view.problem.model, view.problem.family, view.problem.objective.tpot_limit_s
+    # A replica of one role processes only one kind of tokens.
+    least = (min(family.micro_batches), min(family.chunk_tokens))
+    tokens = min(least) if family.splits_roles else sum(least)
+    costs = _costs(view, device_class, idle)
+    if not costs:
+        return
+    fit = {c: max(0, math.floor((c.room_bytes() - c.activation_bytes(tokens)) / c.layer_bytes())) for c in costs}
+    held = math.floor(max(idle * layers / c.shape.tp for c, layers in fit.items()))
+    repeated = model.num_layers - model.prefix_layers
+    if held < repeated:
+        yield f"the {idle:,} idle hold at most {held} of {repeated} layers, KV left out"
+        return
+    # b n_it / O >= 1 / eta, so TPOT is at least one plain iteration of one request by the tokens that it adds.
+    fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
+    token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1)) / model.emitted_tokens
+    if limit_s is not None and token_s > limit_s:
+        took = in_time_above(token_s, limit_s)
+        could = ": they could only prefill" if family.splits_roles else ""
+        yield f"alone, they take at least {took} per token (TP{fastest.shape.tp}), limit {in_time(limit_s)}{could}"
+
+
+def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:
+    """Yield what moving layers onto these GPUs would do to the plan's main replica."""
+    model, limit_s, mix = view.problem.model, view.problem.objective.tpot_limit_s, view.mix
+    zones = tuple(dict.fromkeys((*view.fleet.zones_of(view.replica.devices()), device_class.zone)))
+    link = device_class.link_in(view.problem.cluster, zones)
+    busiest = view.busiest()
+    stage = view.shape.stages[busiest.stage]
+    there_s = _layer_s(view, view.stage_cost(stage))
+    tried = []
+    for cost in _costs(view, device_class, idle):
+        room = cost.room_bytes() - cost.activation_bytes(mix.decode_tokens + mix.chunk_tokens)
+        kv_bytes = cost.shape.groups * model.kv_bytes_per_token_group() * view.kv_tokens(1)
+        kv_bytes += state_bytes_per_copy(model, mix, view.shape.in_flight) / cost.shape.tp
+        layers = min(math.floor(room / (cost.layer_bytes() + kv_bytes)), view.layers(busiest.stage))
+        if layers > 0:
+            tried.append((_layer_s(view, cost), layers, cost))
+    if not tried:
+        yield f"beside the KV of {view.requests(1)} requests no layer fits on one"
+        return
+    layer_s, layers, cost = min(tried, key=lambda each: each[0])
+    name = f"{device_class.gpu} TP{cost.shape.tp}"
+    tpot = view.mix.micro_batch / view.moments.mean_output
+    work = f"at b = {mix.micro_batch}, {num_layers(layers)} cost a token {in_time(tpot * layers * layer_s)} on {name}"
+    work += f", {in_time(tpot * layers * there_s)} on {stage_name(view.shape, stage)}"
+    if limit_s is None:
+        yield work
+        return
+    b, C = mix.micro_batch, mix.chunk_tokens
+    added_s = layers * (layer_s - there_s)
+    added_s += view.per_request(cost.hop_s(b + C, link) + cost.step_s(b + C), cost.hop_s(b, link) + cost.step_s(b))
+    tpot_s = (1 + view.least_slack()) * tpot * (sum(part.total_s for part in view.times()) + added_s)
+    if tpot_s > limit_s:
+        yield f"{work}: TPOT grows to about {in_time_above(tpot_s, limit_s)}, limit {in_time(limit_s)}"
+    else:
+        yield work
+
+
+def _layer_s(view: ReplicaView, cost: DeviceCost) -> float:
+    """Return w of a repeated layer without attention workers."""
+    b, C = view.mix.micro_batch, view.mix.chunk_tokens
+    own_s = float(cost.decode_attention_s(b * cost.shape.groups, cost.shape.queries_per_group))
+    return view.per_request(
+        cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + own_s,
+        cost.dense_s(b) + 2 * cost.reduce_s(b) + own_s,
+    )
+
+
+# --- what pools of attention workers do for their stages, or why there are none
+
+
+MAX_POOLS = 3  # pools that the paragraph describes
+
+
+def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[str]:
+    """Yield sentences on the plan's pools, or if there are none, on what one would do to the busiest stage."""
+    pools = [(view, i) for view in views for i, stage in enumerate(view.shape.stages) if stage.pool is not None]
+    for view, i in pools[:MAX_POOLS]:
+        yield _used_pool(view, i)
+    if len(pools) > MAX_POOLS:
+        yield f"{len(pools) - MAX_POOLS} more pools are like these."
+    if pools:
+        return
+    if not views:
+        yield "The plan has no replica that could have attention workers."
+    elif problem.family.max_pool == 0:
+        yield f"None: strategy {plan.strategy} does not use them."
+    else:
+        yield from _unused_pools(plan, main_view(views))
+
+
+def _used_pool(view: ReplicaView, i: int) -> str:
+    stage = view.shape.stages[i]
+    pool, cost = stage.pool, view.stage_cost(stage)
+    assert pool is not None
+    own_s, pool_s = view.attention_s(stage)
+    whole = replace(stage, pool=None)
+    alone_s, _ = view.attention_s(whole)
+    moved = pool.head_groups * view.layers(i) * view.problem.model.kv_bytes_per_token_group()
+    moved_bytes = moved * (view.kv_tokens(stage.copies) - view.prompt_tokens(stage.copies))
+    text = (
+        f"Replica {view.number}, stage {i + 1}: {pool.head_groups} of {cost.shape.groups} head groups of every rank "
+        f"live on {pool.cards * stage.copies} {pool.gpu}, {in_bytes(moved_bytes)} of KV less on each "
+        f"{stage.gpu}. Decode attention of a layer and iteration takes {in_time(own_s)} there and {in_time(pool_s)} on "
+        f"the workers, exchange of {in_time(_exchange_s(view, stage, pool))} included; "
+        f"without workers {in_time(alone_s)}"
+    )
+    stages = tuple(whole if j == i else other for j, other in enumerate(view.shape.stages))
+    shared_by = tuple(tuple(j for j in positions if j != i) for positions in view.shape.shared_by)
+    without = replace(view, shape=replace(view.shape, stages=stages, shared_by=shared_by))
+    bar = next(bar for bar in without.memory() if bar.stage == i)
+    if bar.free_bytes < 0:
+        return f"{text}, but {in_bytes(-bar.free_bytes)} of KV would not fit."
+    gain = view.interval_s(view.times()) / without.interval_s(without.times()) - 1
+    return f"{text}, and its KV would fit: that changes the rate by {gain:+.1%}."
+
+
+def _exchange_s(view: ReplicaView, stage: StageShape, pool: PoolShape) -> float:
+    cost, b = view.pool_cost(stage, pool.gpu, pool.link), view.mix.micro_batch
+    load = cost.load(b, pool.head_groups, pool.cards)
+    worker_s = float(cost.worker.decode_attention_s(load, cost.primary.shape.queries_per_group))
+    return float(cost.attention_s(b, pool.head_groups, pool.cards)) - worker_s
+
+
+def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
+    busiest = view.busiest()
+    stage = view.shape.stages[busiest.stage]
+    own_s, _ = view.attention_s(stage)
+    share = busiest.decode_attention_s / busiest.total_s
+    full, where = view.kv_fill()
+    yield (
+        f"None. Decode attention is {share:.1%} of the time of stage {busiest.stage + 1} of replica {view.number} "
+        f"({stage_name(view.shape, stage)}), {in_time(own_s)} per layer and iteration; "
+        f"KV room is {full:.0%} planned ({where})."
+    )
+    if not view.problem.model.heads_can_move:
+        yield "No head can be computed apart: layers keep more than the KV of single heads, or less, or verify drafts."
+        return
+    if not view.stage_cost(stage).shape.splits_groups:
+        yield "Its ranks share head groups, so that none can move."
+        return
+    idle = idle_classes(plan, view.problem)
+    devices = view.replica.stages[busiest.stage].devices
+    (zone,) = view.fleet.zones_of(devices)
+    near = [(price.available - price.used, c) for price, c in idle if c.zone == zone]
+    if not idle:
+        yield "No GPU is left to be one."
+    elif not near:
+        yield f"The idle GPUs are in other zones than the stage ({zone})."
+    for count, device_class in near:
+        link = slowest([*view.fleet.nic_links(devices), device_class.link_in(view.problem.cluster, (zone,))])
+        yield _unused_pool(view, busiest.stage, device_class.gpu, count, link)
+
+
+def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> str:
+    """Compare no pool with the one, of 1, 2, 4, ... or all idle cards, that costs the stage the least time."""
+    stage = view.shape.stages[i]
+    cost, model = view.pool_cost(stage, gpu, link), view.problem.model
+    groups, mix = cost.primary.shape.groups, view.mix
+    most = min(idle, view.problem.family.max_pool) // stage.copies
+    if most == 0:
+        return f"{idle} idle {gpu} are fewer than the stage has copies."
+
+    before_s = view.attention_s(stage)[0]
+
+    def added_s(k: int, p: int) -> float:
+        """Return the seconds that the pool adds per request and layer."""
+        pooled = replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link))
+        return mix.iterations * (max(view.attention_s(pooled)) - before_s) + mix.chunk_iterations * view.late_s(pooled)
+
+    sizes = sorted({*(size for size in (1, 2, 4, 8, 16) if size < most), most})
+    k, p = min(((k, p) for k in range(1, groups + 1) for p in sizes), key=lambda kp: added_s(*kp))
+    pool = PoolShape(gpu=gpu, cards=p, head_groups=k, link=link)
+    own_s, pool_s = view.attention_s(replace(stage, pool=pool))
+    tokens = view.kv_tokens(stage.copies) - view.prompt_tokens(stage.copies)
+    freed = k * view.layers(i) * model.kv_bytes_per_token_group() * tokens
+    change = 100 * view.layers(i) * added_s(k, p) / view.times()[i].total_s
+    return (
+        f"{k} of {groups} head groups on {p} {gpu} take {in_time(pool_s)} "
+        f"({in_time(_exchange_s(view, stage, pool))} of it exchange) beside {in_time(own_s)} on the stage, "
+        f"against {in_time(before_s)} without; with the KV of prefills that makes the stage "
+        f"{abs(change):.1f}% {'slower' if change >= 0 else 'faster'} and frees {in_bytes(freed)} of "
+        "KV on each of its GPUs."
+    )
+
+
+# --- the limit on traffic between prefill and decode replicas: one of the sides, or the links between zones
+
+
+USED_UP = 1 - 1e-4  # share of a side's rate from which its traffic is said to limit
+MAX_LINKS = 5  # that are described, the fullest first
+
+
+def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
+    """Yield sentences on the sides, and on every link between zones that KV crosses."""
+    if all(replica.role is Role.UNIFIED for replica in plan.replicas):
+        return
+    yield _sides(plan)
+    yield from link_sentences(plan, problem)
+
+
+def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
+    """Yield how much KV uses the links between zones, the fullest first; nothing if all KV stays in its zone."""
+    loads = _loads(plan, problem)
+    links = sorted(loads, key=lambda pair: -loads[pair] / problem.cluster.network.zone_link(*pair).bytes_per_s)
+    kv_bytes = _prompt_bytes(problem)
+    for here, there in links[:MAX_LINKS]:
+        bytes_per_s, limit = loads[here, there], problem.cluster.network.zone_link(here, there).bytes_per_s
+        yield (
+            f"From {here} to {there} go {bytes_per_s / kv_bytes:.3g} prompts/s of {in_bytes(kv_bytes)} of KV each, "
+            f"{bytes_per_s / limit:.0%} of what the link carries ({limit / 1e9:.3g} GB/s)."
+        )
+    if len(links) > MAX_LINKS:
+        yield f"{len(links) - MAX_LINKS} more links between zones carry less."
+
+
+def _sides(plan: Plan) -> str:
+    """Return the rates of both sides, and which of them the traffic uses up."""
+    rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in (Role.PREFILL, Role.DECODE)}
+    flow = sum(route.rate for route in plan.kv_routes)
+    full = [role for role, rate in rates.items() if flow >= rate * USED_UP]
+    match full:
+        case [one]:
+            other = Role.DECODE if one is Role.PREFILL else Role.PREFILL
+            why = f"the {one} side limits, {1 - flow / rates[other]:.1%} of the {other} side is left over"
+        case []:
+            why = "neither side is used up: what may send to what limits, or the links between zones"
+        case _:
+            why = "both sides are used up"
+    return (
+        f"Prefill replicas give {rates[Role.PREFILL]:.4g} requests/s, decode replicas {rates[Role.DECODE]:.4g}, and "
+        f"{flow:.4g} go from the one to the other: {why}."
+    )
+
+
+def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float]:
+    """Return bytes/s of KV by pair of zones, without routes inside a zone."""
+    zone_of_node = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
+    ends = {number for route in plan.kv_routes for number in (route.prefill, route.decode)}
+    zones = {number: zone_of_node[node_of(plan.replicas[number].stages[0].devices[0])] for number in ends}
+    loads: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for route in plan.kv_routes:
+        here, there = zones[route.prefill], zones[route.decode]
+        if here != there:
+            loads[here, there] += route.rate * _prompt_bytes(problem)
+    return dict(loads)
+
+
+def _prompt_bytes(problem: PlacementProblem) -> float:
+    """Return the KV bytes of a mean prompt."""
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    prompt = workload.moments(block_tokens=problem.assumptions.block_tokens).mean_prompt
+    return problem.model.prompt_kv_bytes(prompt)

@@ -8,8 +8,8 @@ from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.constraints import Constraint
-from hetis.solver.placement.routes import most_spanning
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import most_spanning
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
 

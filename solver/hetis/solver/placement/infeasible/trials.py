@@ -1,21 +1,23 @@
-"""Trials whether a plan keeps some requirements, by the search itself, which ends once the answer is certain."""
+"""Trials whether a plan keeps some requirements, by the search itself, which ends once the answer is certain.
+
+Conflicts among requirements are found by leaving out each in turn (a deletion filter).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
-from hetis.solver.placement.first_token import least_ttft_limit_s
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, keeping
-from hetis.solver.placement.out_of_reach import is_out_of_reach, rate_bound
-from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.outcome import Outcome, is_out_of_reach, rate_bound
 from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
+from hetis.solver.placement.template import least_ttft_limit_s
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 
@@ -156,3 +158,46 @@ class Trials:
 
 def _demand(kept: Iterable[Requirement]) -> float:
     return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)
+
+
+# --- conflicts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """Requirements that no plan keeps together.
+
+    ``is_minimal`` if for each of them a plan was found that keeps all others; False if a trial ended without an answer.
+    """
+
+    members: tuple[Requirement, ...]
+    is_minimal: bool
+
+
+def conflicts_among(trials: Trials, given: Sequence[Requirement]) -> Iterator[Conflict]:
+    """Yield disjoint conflicts until the rest can be kept, or is not known to conflict.
+
+    No plan keeps ``given``. Requirements of the fleet may be in several conflicts, since they cannot be given up.
+    """
+    rest = tuple(given)
+    is_first = True
+    while rest and (is_first or trials.of(rest).exists is False):
+        found = _conflict_in(trials, rest)
+        yield found
+        rest = tuple(r for r in rest if r not in found.members or r.subject.is_of_fleet)
+        if all(member.subject.is_of_fleet for member in found.members):
+            return
+        is_first = False
+
+
+def _conflict_in(trials: Trials, given: Sequence[Requirement]) -> Conflict:
+    """Return a minimal subset of ``given`` that no plan keeps."""
+    kept, is_minimal = list(given), True
+    for requirement in given:
+        without = [r for r in kept if r != requirement]
+        exists = trials.of(without).exists if without else True
+        if exists is False:
+            kept = without
+        elif exists is None:
+            is_minimal = False
+    return Conflict(members=tuple(kept), is_minimal=is_minimal)

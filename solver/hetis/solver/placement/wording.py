@@ -1,6 +1,9 @@
-"""Wording of stages and quantities in explanations."""
+"""Wording of explanations: stages, quantities, and options in three digits on the safe side of what was shown."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
 
 from hetis.solver.check.fleet import ReplicaShape, StageShape
 from hetis.solver.plan import parallel_sizes
@@ -37,3 +40,30 @@ def in_percent(ratio: float) -> str:
 def in_bytes(num_bytes: float) -> str:
     gib = num_bytes / 2**30
     return f"{gib:.1f} GiB" if gib >= 0.05 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def listed(requirements: Iterable[object]) -> str:
+    *most, last = map(str, requirements)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def option_up(seconds: float) -> str:
+    """Return a time as an option, rounded up."""
+    return _as_option(seconds, lambda value: -rounded_down(-value))
+
+
+def option_down(seconds: float) -> str:
+    """Return a time as an option, rounded down."""
+    return _as_option(seconds, rounded_down)
+
+
+def _as_option(seconds: float, rounded: Callable[[float], float]) -> str:
+    return f"{rounded(seconds):g}s" if seconds >= 1.0 else f"{rounded(seconds * 1e3):g}ms"
+
+
+def rounded_down(value: float) -> float:
+    """Return three digits of a value, not above it."""
+    if value == 0.0:
+        return 0.0
+    places = 2 - math.floor(math.log10(abs(value)))
+    return round(math.floor(value * 10.0**places) / 10.0**places, max(0, places))
