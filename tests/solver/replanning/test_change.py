@@ -9,8 +9,7 @@ import pytest
 from hetis.solver.model import DraftShape, LinearShape
 from hetis.solver.plan import Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.replanning.change import Fate, plan_change
-from hetis.solver.replanning.holdings import Holding, holdings, in_flight
+from hetis.solver.replanning.change import Fate, Holding, holdings, in_flight, plan_change
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
 MODEL = make_model(num_layers=6)

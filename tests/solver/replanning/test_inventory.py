@@ -15,10 +15,9 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.columns import Candidate
-from hetis.solver.replanning.inventory import Inventory, inventory_of
-from hetis.solver.replanning.naming import name_gpus
+from hetis.solver.replanning.net_master import Candidate, Inventory, inventory_of
 from hetis.solver.replanning.running import Option, places_of
+from hetis.solver.replanning.solve import name_gpus
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
 PROBLEM = make_problem(
@@ -113,7 +112,7 @@ def test_room_for_groups_is_counted_node_by_node(named: list[tuple[str, ...]], n
 
 
 def test_gpus_that_hold_the_right_shard_already_are_taken_for_it() -> None:
-    from hetis.solver.replanning.holdings import Holding
+    from hetis.solver.replanning.change import Holding
 
     layers = PROBLEM.model.num_layers
     held = {f"n-1/{5 - rank}": Holding(gpu="A", first_layer=0, end_layer=layers, tp=2, rank=rank) for rank in (0, 1)}
@@ -122,7 +121,7 @@ def test_gpus_that_hold_the_right_shard_already_are_taken_for_it() -> None:
 
 
 def test_idle_gpus_come_before_those_that_hold_something_else() -> None:
-    from hetis.solver.replanning.holdings import Holding
+    from hetis.solver.replanning.change import Holding
 
     held = {f"n-{n}/{i}": Holding(gpu="A", first_layer=0, end_layer=1, tp=1, rank=0) for n in (0, 1) for i in range(4)}
     ((stage,),) = name_gpus(COSTS, PLACES, [Candidate(template=template(2))], held)

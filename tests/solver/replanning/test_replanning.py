@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from hetis.solver.advice.fleets import without
+from hetis.solver.advice import without
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
@@ -16,10 +16,8 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
-from hetis.solver.replanning.change import Fate
+from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem, in_flight
 from hetis.solver.replanning.check import check_replanning
-from hetis.solver.replanning.holdings import in_flight
-from hetis.solver.replanning.problem import HALF_DONE, ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.solve import Replanning, solve_replanning
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value

@@ -127,7 +127,7 @@ def replan(
     from hetis.planner.use_cases import replan as replanning
     from hetis.planner.use_cases.place import Settings
     from hetis.solver.budget import Budget
-    from hetis.solver.replanning.problem import ChangeCosts
+    from hetis.solver.replanning.change import ChangeCosts
 
     if out is not None:
         refuse_unwritable(out)

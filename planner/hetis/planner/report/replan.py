@@ -26,7 +26,7 @@ from hetis.planner.report.plan_diff import (
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.replan import Posed
 from hetis.solver.plan import ObjectiveKind
-from hetis.solver.replanning.problem import ChangeCosts
+from hetis.solver.replanning.change import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action, Step
 

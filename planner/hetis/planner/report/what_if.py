@@ -19,8 +19,7 @@ from hetis.planner.report.plan_diff import change_counts, change_document
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
-from hetis.solver.advice.difference import Difference, Verdict
-from hetis.solver.advice.fleets import NodeShape
+from hetis.solver.advice import Difference, NodeShape, Verdict
 from hetis.solver.cluster import Link
 from hetis.solver.plan import Objective, Plan
 

@@ -12,7 +12,7 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.planner.use_cases.sources import attempt
 from hetis.planner.use_cases.what_if import FleetChange
 from hetis.profiler.defaults import profile_origin
-from hetis.solver.advice.fleets import Addition, NodeShape, node_names
+from hetis.solver.advice import Addition, NodeShape, node_names
 from hetis.solver.cluster import Cluster, GpuType, Link, NodeGroup
 
 MAX_ADDED = 100_000  # GPUs per option

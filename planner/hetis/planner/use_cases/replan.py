@@ -22,8 +22,8 @@ from hetis.solver.constraints import Constraint, Constraints, misfits
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.replanning.change import ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
-from hetis.solver.replanning.problem import ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
 
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"

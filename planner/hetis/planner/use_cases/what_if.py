@@ -17,8 +17,17 @@ from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem
 from hetis.profiler.defaults import default_profile
-from hetis.solver.advice.difference import Change, Difference, Proven, difference
-from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
+from hetis.solver.advice import (
+    Addition,
+    Change,
+    Difference,
+    NodeShape,
+    Proven,
+    difference,
+    usd_per_hour_of,
+    with_added,
+    without,
+)
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, Status

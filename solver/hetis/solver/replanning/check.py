@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterator
 
 from hetis.solver.plan import ObjectiveKind, ReplicaPlan, Role
-from hetis.solver.replanning.change import Fate, is_same
-from hetis.solver.replanning.holdings import holdings, holdings_of, in_flight
-from hetis.solver.replanning.problem import HALF_DONE, ReplanningProblem
+from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, in_flight, is_same
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action
 

@@ -19,8 +19,7 @@ from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
 from hetis.solver.plan import ReplicaPlan, Role
-from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.problem import ChangeCosts
+from hetis.solver.replanning.change import ChangeCosts, Fate
 
 WITHIN = 1.0 + 1e-9  # a limit is met apart from rounding
 

@@ -1,14 +1,22 @@
-"""`solve_replanning`: the best plan on the fleet as it is now, starting from the plan that runs, with change costs."""
+"""`solve_replanning`: the best plan on the fleet as it is now, starting from the plan that runs, with change costs.
+
+The GPUs of new and repaired replicas are named among those that continuing replicas leave free. TP groups are placed in
+nodes largest first; sizes are powers of two, so that any node with room may be taken and the rest still fits if the
+inventory's rows are met. Of the nodes with room, the first choice is one whose GPUs hold already what they have to
+hold, then one that the replica uses, then the fullest, then the one with more idle GPUs: these can start before
+anything stops.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UnboundPlanError
+from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.constrained_problem import ConstrainedProblem, apply_constraints, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
@@ -19,14 +27,19 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.replanning.change import Fate, PlanChange, plan_change
-from hetis.solver.replanning.columns import Candidate, ColumnChoice, NetMaster
-from hetis.solver.replanning.fresh import Fresh, search_fresh
-from hetis.solver.replanning.holdings import holdings
-from hetis.solver.replanning.naming import name_gpus
-from hetis.solver.replanning.problem import ReplanningProblem
-from hetis.solver.replanning.proof import bound_of
-from hetis.solver.replanning.survivors import Survivors
+from hetis.solver.replanning.change import (
+    HALF_DONE,
+    Fate,
+    Holding,
+    PlanChange,
+    ReplanningProblem,
+    holdings,
+    in_flight,
+    plan_change,
+)
+from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
+from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of
+from hetis.solver.replanning.running import Continuations, Group, Place, places_of
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 
 FRESH_SHARE = 0.75  # of the time, for the fleet as if nothing ran on it; then of the rest, for the remaining GPUs
@@ -276,3 +289,199 @@ def _transition(
         return seen[olds, news]
 
     return plan_transition(runs, stays, starts, capacity)
+
+
+# --- running replicas: how each may continue, the worth of staying, the GPUs they leave free
+
+
+class Survivors:
+    """The replicas of a running plan.
+
+    Attributes:
+        places: every GPU that is there now.
+        templates: each running replica as it runs; None: it lost GPUs.
+        candidates: every way in which one may continue.
+        stay_rates, stay_shares: requests/s over the horizon that are not lost if one stays, and as a share of its rate.
+        keepable: those that may continue unchanged.
+    """
+
+    def __init__(self, posed: ReplanningProblem, costs: CostTables) -> None:
+        self.posed, self.costs = posed, costs
+        self.places = places_of(posed.problem.cluster, costs)
+        self.continuations = Continuations(costs, self.places, posed.costs)
+        replicas = posed.running.replicas
+        self.templates = [self.continuations.template_now(replica) for replica in replicas]
+        self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
+        self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
+        horizon_s = posed.costs.horizon_s
+        whole = {i: template for i, template in enumerate(self.templates) if template is not None}
+        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in whole}
+        self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
+        self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
+
+    def master(self, demand: float | None) -> NetMaster:
+        stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
+        inventory = inventory_of(self.costs, self.places, self.options, stays, self.posed.max_moves)
+        return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
+
+    def all_dropped(self, net: NetMaster) -> float:
+        """Return the loss if no running replica is kept: the requests in flight on all that are whole, in net's unit.
+
+        The master counts what keeping gains relative to that loss; results state what dropping loses.
+        """
+        if net.master.maximises:
+            return sum(self.stay_rates.values())
+        rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
+        return sum(share * rent[i] for i, share in self.stay_shares.items())
+
+    def left_over(
+        self, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int
+    ) -> tuple[Template, ...]:  # fmt: skip
+        """Return new replicas to add to all whole running ones; none if these serve the whole demand already."""
+        stay: dict[int, Candidate] = {}
+        for candidate in self.candidates:
+            option = candidate.option
+            assert option is not None
+            better = option.old not in stay or candidate.template.rate > stay[option.old].template.rate
+            if option.fate is not Fate.CHANGED and better:
+                stay[option.old] = candidate
+        if not stay or self.posed.max_moves == 0:
+            return ()
+        taken = {name for c in stay.values() if c.option is not None for name in c.option.named()}
+        problem, demand_rps = self.posed.problem, None
+        if not problem.objective.maximises:
+            served = sum(c.template.rate for c in stay.values()) * problem.assumptions.planned_utilisation
+            assert problem.objective.demand_rps is not None
+            demand_rps = problem.objective.demand_rps - served
+            if demand_rps <= 0.0:
+                return ()
+        return search_left_over(
+            self.costs, taken, demand_rps, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed,
+            threads=threads,
+        )  # fmt: skip
+
+
+# --- names for the GPUs that join
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A TP group or an attention worker that needs GPUs, and what each of them will hold."""
+
+    replica: int
+    stage: int
+    position: int  # among the stage's groups, or its workers
+    is_worker: bool
+    device_class: int
+    wanted: tuple[Holding, ...]
+
+
+def name_gpus(
+    costs: CostTables, places: Mapping[str, Place], chosen: Sequence[Candidate], held: Mapping[str, Holding]
+) -> list[list[BoundStage]]:
+    """Return the GPUs of every stage of every candidate, in their order; those that continue keep theirs.
+
+    ``held``: what GPUs hold now, by name.
+
+    Raises:
+        UnboundPlanError: the candidates do not fit.
+    """
+    groups = [_groups_of(candidate) for candidate in chosen]
+    workers = [_workers_of(candidate) for candidate in chosen]
+    taken = {name for parts in (*groups, *workers) for stage in parts for group in stage for name in group or ()}
+    free: dict[Slot, list[str]] = {}
+    for name, place in places.items():
+        if name not in taken:
+            free.setdefault((place.node, place.device_class), []).append(name)
+    home: dict[int, set[str]] = {}
+    for part in sorted(_parts(costs, chosen, groups, workers), key=lambda p: (-len(p.wanted), p.replica, p.stage)):
+        slot = _best_slot(costs, free, part, held, home.setdefault(part.replica, set()))
+        names = _take(free[slot], part.wanted, held)
+        home[part.replica].add(slot[0])
+        (workers if part.is_worker else groups)[part.replica][part.stage][part.position] = names
+    return [
+        [BoundStage(_flat(stage), _flat(pool)) for stage, pool in zip(of_stages, of_pools, strict=True)]
+        for of_stages, of_pools in zip(groups, workers, strict=True)
+    ]
+
+
+def _flat(groups: Sequence[Group]) -> list[str]:
+    return [name for group in groups for name in group or ()]
+
+
+def _groups_of(candidate: Candidate) -> list[list[Group]]:
+    if candidate.option is not None:
+        return [list(stage) for stage in candidate.option.groups]
+    return [[None] * stage.copies for stage in candidate.template.stages]
+
+
+def _workers_of(candidate: Candidate) -> list[list[Group]]:
+    if candidate.option is not None:
+        return [list(stage) for stage in candidate.option.workers]
+    return [[None] * (stage.copies * stage.pool_cards) for stage in candidate.template.stages]
+
+
+def _parts(
+    costs: CostTables, chosen: Sequence[Candidate], groups: list[list[list[Group]]], workers: list[list[list[Group]]]
+) -> list[_Part]:
+    parts = []
+    for replica, candidate in enumerate(chosen):
+        first = 0
+        prefix = costs.scopes[candidate.template.scope].tables.prefix_layers
+        for index, stage in enumerate(candidate.template.stages):
+            end = first + stage.layers + (prefix if index == 0 else 0)
+            device_class, size = costs.ranks[stage.rank]
+            dp = costs.rank_dp[stage.rank]
+            tp = size // dp
+            gpu = costs.classes[device_class].gpu
+            shards = tuple(
+                Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank, attention_dp=dp)
+                for rank in range(size)
+            )
+            card_gpu = costs.classes[stage.pool_class].gpu if stage.pool_class >= 0 else gpu
+            card = (Holding(gpu=card_gpu, first_layer=first, end_layer=end, tp=tp, rank=-1),)
+            parts += [
+                _Part(replica, index, i, False, device_class, shards)
+                for i, group in enumerate(groups[replica][index])
+                if group is None
+            ]
+            parts += [
+                _Part(replica, index, i, True, stage.pool_class, card)
+                for i, group in enumerate(workers[replica][index])
+                if group is None
+            ]
+            first = end
+    return parts
+
+
+def _best_slot(
+    costs: CostTables, free: Mapping[Slot, list[str]], part: _Part, held: Mapping[str, Holding], home: set[str]
+) -> Slot:  # fmt: skip
+    wanted, size = set(part.wanted), len(part.wanted)
+
+    def fit(slot: Slot) -> tuple[int, bool, int, int]:
+        names = free[slot]
+        holding = len({held[name] for name in names if name in held} & wanted)
+        return holding, slot[0] in home, -len(names), sum(name not in held for name in names)
+
+    roomy = [slot for slot, names in free.items() if slot[1] == part.device_class and len(names) >= size]
+    if not roomy:
+        gpu = costs.classes[part.device_class].gpu
+        raise UnboundPlanError(f"no node has {size} free {gpu} for replica {part.replica}")
+    return max(roomy, key=fit)
+
+
+def _take(names: list[str], wanted: Sequence[Holding], held: Mapping[str, Holding]) -> tuple[str, ...]:
+    """Return one GPU per shard and remove it from ``names``: first one that holds it, then an idle one, then any."""
+    found: dict[int, str] = {}
+    for i, holding in enumerate(wanted):
+        match = next((name for name in names if held.get(name) == holding), None)
+        if match is not None:
+            found[i] = match
+            names.remove(match)
+    for i in range(len(wanted)):
+        if i not in found:
+            idle = next((name for name in names if name not in held), names[0])
+            found[i] = idle
+            names.remove(idle)
+    return tuple(found[i] for i in range(len(wanted)))

@@ -25,7 +25,7 @@ from hetis.planner.use_cases.sources import Inputs, engine_of_plan
 from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.replanning.problem import ChangeCosts
+from hetis.solver.replanning.change import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
 
 ROOM = 1.02  # space after the longest bar
