@@ -45,7 +45,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention_workers": ("benchmarks/attention_workers.py", *_SEARCH),
     "strategies": ("benchmarks/strategies.py", *_SEARCH),
     "hexgen3": ("benchmarks/hexgen3.py", *_SEARCH),
-    "token_ranges": ("benchmarks/token_ranges.py", f"{_SOLVER}/token_ranges.py", *_COSTS),
+    "token_ranges": ("benchmarks/token_ranges.py", "benchmarks/measuring/token_ranges.py", *_COSTS),
     "engines": ("benchmarks/engines.py", "engines/hetis/engines/precision.py", *_SEARCH),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),
     "pipeline": ("benchmarks/pipeline.py", *_COSTS),

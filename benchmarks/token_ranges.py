@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
+from benchmarks.measuring.token_ranges import TokenRangeCost
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.documents import load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
 from hetis.solver.model import ModelSpec
-from hetis.solver.token_ranges import TokenRangeCost
 
 STAGES = (
     ("Llama-2-13B", "A100-SXM-80GB", 1),

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given
 
+from hetis.solver.advice import worst_node, worst_zone
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.losses import worst_node, worst_zone
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.measuring.token_ranges import TokenRangeCost
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, PoolCost, rank_shape
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec
 from hetis.solver.profile import Fit, Op, Piece
-from hetis.solver.token_ranges import TokenRangeCost
 from hetis.solver.workload import WorkloadMoments
 from tests.solver.instances import MADE_UP, make_model, make_profile, make_workload
 

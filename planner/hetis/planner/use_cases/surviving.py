@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 
+from hetis.solver.advice import Loss, worst_node, worst_zone
 from hetis.solver.constraints import AtMost, Exclude, Replicas, Selection, Unit, Use
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.losses import Loss, worst_node, worst_zone
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
