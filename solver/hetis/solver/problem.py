@@ -241,10 +241,7 @@ class Family:
             fullest = {most // m for m in self.in_flight if m <= most}
             sizes = tuple(sorted({size for size in sizes if size <= most} | fullest))
         return replace(
-            self,
-            micro_batches=sizes,
-            chunk_tokens=settings.chunk_tokens or self.chunk_tokens,
-            engine_settings=settings,
+            self, micro_batches=sizes, chunk_tokens=settings.chunk_tokens or self.chunk_tokens, engine_settings=settings
         )
 
     @property

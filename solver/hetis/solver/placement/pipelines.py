@@ -143,9 +143,7 @@ def stage_times(costs: CostTables, shape: Shape, sweep: Sweep, workers: Workers 
         most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
     longer = 1.0 + _slack(costs, shape, sweep, layer_s, chunk_s)
     return StageTimes(
-        layer_s=layer_s * longer,
-        fixed_s=fixed_s * longer[:, :, None],
-        most=np.maximum(0.0, most).astype(np.int64),
+        layer_s=layer_s * longer, fixed_s=fixed_s * longer[:, :, None], most=np.maximum(0.0, most).astype(np.int64)
     )
 
 

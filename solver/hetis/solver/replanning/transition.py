@@ -168,8 +168,7 @@ def _greedy(
     order, waiting = list[Start](), list(blocked)
     while waiting:
         chosen = max(
-            waiting,
-            key=lambda s: (capacity(runs - s.needs, started), capacity(runs - s.needs, started | {s.replica})),
+            waiting, key=lambda s: (capacity(runs - s.needs, started), capacity(runs - s.needs, started | {s.replica}))
         )
         waiting.remove(chosen)
         order.append(chosen)

@@ -11,12 +11,7 @@ from dataclasses import dataclass, replace
 
 from hetis.solver.cluster import GpuSlots, GpuType, NodeGroup
 from hetis.solver.constraints import AtMost, Constraint, Replicas, Sum, Use
-from hetis.solver.placement.infeasible.requirements import (
-    Requirement,
-    Subject,
-    keeping,
-    with_faster_links,
-)
+from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, with_faster_links
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.wording import in_bytes, listed, option_down, option_up, rounded_down
 from hetis.solver.problem import PlacementProblem
@@ -381,9 +376,7 @@ def with_added(problem: PlacementProblem, offer: Offer, count: int) -> Placement
         zone=zones[0] if zones else "default",
     )
     grown = replace(
-        cluster,
-        node_groups=(*cluster.node_groups, group),
-        gpu_types={offer.gpu.name: offer.gpu, **cluster.gpu_types},
+        cluster, node_groups=(*cluster.node_groups, group), gpu_types={offer.gpu.name: offer.gpu, **cluster.gpu_types}
     )
     return replace(problem, cluster=grown, profiles={offer.gpu.name: offer.profile, **problem.profiles})
 
