@@ -28,7 +28,7 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.strategies import FAILED, answer
-from hetis.solver.budget import Budget, silent
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
 from hetis.solver.placement.families import STRATEGIES
@@ -149,7 +149,7 @@ def turns_bound(posed: PlacementProblem) -> float:
         costs, scopes=tuple(scope.changed(lambda t: _without_waiting(costs, t)) for scope in costs.scopes)
     )
     budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time)
-    outcome = search(turning, "hexgen3", budget, GAP, 0, 1, silent)
+    outcome = search(turning, SearchSettings(strategy="hexgen3", budget=budget, gap_target=GAP))
     if outcome is None:
         return np.inf if budget.is_spent() else 0.0
     return outcome.bound * posed.assumptions.planned_utilisation

@@ -366,7 +366,7 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, Co
     ]  # of copies that iterate together, the part of each
     assert seconds == [near(value) for value in expected]
     if numbers.role is Role.UNIFIED:
-        chunks = of_search.times_of(template, of_search.chunk_stage_seconds(costs, template))
+        chunks = of_search.times_of(template, of_search.stage_seconds(costs, template, with_chunk=True))
         assert chunks == [
             near(numbers.chunk_seconds(s, is_first=i == 0, is_last=i == last)) for i, s in enumerate(stages)
         ]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import (
@@ -373,7 +373,7 @@ def test_prices_of_constraints_hold_the_difference(problem: PlacementProblem) ->
         return
     sign = 1.0 if problem.objective.maximises else -1.0
     best = best_by_brute_force(problem)
-    for price in price_constraints(problem, plan, budget=Budget()):
+    for price in price_constraints(problem, plan, SearchSettings()):
         assert price.is_solved
         rest = tuple(each for each in problem.constraints if each not in price.constraints)
         gain = sign * (best_by_brute_force(replace(problem, constraints=rest)) - best)
@@ -387,8 +387,8 @@ def test_prices_that_nobody_had_time_for_are_bounds() -> None:
         plan = solved(problem)
         spent = Budget()
         spent.cancelled.set()
-        (price,) = price_constraints(problem, plan, budget=spent)
-        (true,) = price_constraints(problem, plan, budget=Budget())
+        (price,) = price_constraints(problem, plan, SearchSettings(budget=spent))
+        (true,) = price_constraints(problem, plan, SearchSettings())
         assert not price.is_solved
         assert price.least == 0.0
         assert price.most >= true.most * (1 - 1e-9)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import LinearShape
 from hetis.solver.placement import search, solve
@@ -234,16 +234,17 @@ class StoppedClock:
 
 def test_reasons_that_nobody_had_time_for_are_not_made_up() -> None:
     problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-6)
-    whole = why_infeasible(problem).reasons
+    whole = why_infeasible(problem, SearchSettings()).reasons
     for readings in (1, 2, 5, 10, 20, 40, 80, 160, 320):
-        found = why_infeasible(problem, Budget(time_limit_s=1.0, clock=StoppedClock(readings))).reasons
+        budget = Budget(time_limit_s=1.0, clock=StoppedClock(readings))
+        found = why_infeasible(problem, SearchSettings(budget=budget)).reasons
         assert found
         assert all(found)
         if found != whole:
             assert any("no time was left" in reason or "cannot be kept" in reason for reason in found)
     spent = Budget()
     spent.cancelled.set()
-    limit, demand, reason = why_infeasible(problem, spent).reasons
+    limit, demand, reason = why_infeasible(problem, SearchSettings(budget=spent)).reasons
     assert limit.startswith("mean TPOT limit 0.001 ms cannot be kept: dense work alone takes longer")
     assert demand.startswith("demand 100000 requests/s is above ")
     assert reason == (
@@ -256,10 +257,10 @@ def test_few_searches_suffice(exact: bool) -> None:
     problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-7, ttft_limit_s=1e-7)
     count = 0
 
-    def counting(*arguments: object) -> object:
+    def counting(*arguments: object, **named: object) -> object:
         nonlocal count
         count += 1
-        return search.search(*arguments)  # type: ignore[arg-type]
+        return search.search(*arguments, **named)  # type: ignore[arg-type]
 
     with (
         patch.object(solve, "search", counting),

@@ -365,6 +365,6 @@ def test_whole_counts_that_found_nothing_prove_nothing_unless_they_came_to_their
     objective = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=most / 2)
     problem = make_problem(fleet, objective=objective, family=PLAIN)
     assert solve_placement(problem, strategy="hetis").replicas
-    monkeypatch.setattr(Master, "attempt", lambda *_args, **_options: (None, is_settled))
+    monkeypatch.setattr(Master, "solve_milp", lambda *_args, **_options: (None, is_settled))
     with pytest.raises(error):
         solve_placement(problem, strategy="hetis")

@@ -9,12 +9,11 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.budget import Budget, Progress, silent
+from hetis.solver.budget import Budget, Progress, SearchSettings
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
@@ -151,10 +150,7 @@ def test_packings_that_ran_out_of_time_prove_nothing(strategy: str, kind: Object
     with milps_without_time(), pytest.raises(NoPlanFoundError, match="nor proved that there is none"):
         solve_placement(problem, strategy=strategy)
     with milps_without_time():
-        fresh = search_fresh(
-            build_cost_tables(problem), demand, strategy=strategy, budget=Budget(), gap_target=0.001, seed=0, threads=1,
-            report=silent,
-        )  # fmt: skip
+        fresh = search_fresh(build_cost_tables(problem), SearchSettings(strategy=strategy))
     assert not fresh.is_empty
     assert math.isfinite(fresh.bound)
     assert (fresh.bound > 0.0) == problem.objective.maximises, "what is known without a packing"
@@ -170,7 +166,7 @@ def test_a_pass_whose_packings_were_cut_is_not_the_last() -> None:
 
 
 def test_a_trial_whose_packings_ran_out_of_time_has_no_answer() -> None:
-    trials = Trials(make_problem([make_node("a", "A", nodes=2)]), Budget(), 0, 1)
+    trials = Trials(make_problem([make_node("a", "A", nodes=2)]), SearchSettings())
     with milps_without_time():
         assert trials.of(()).exists is None
 
@@ -182,7 +178,7 @@ def test_trials_search_only_what_nothing_simpler_answers() -> None:
     limits = replace(NO_LIMITS, tpot_limit_s=1.0, ttft_limit_s=100.0)
     problem = make_problem([make_node("a", "A", nodes=2)], objective=limits)
     asked = requirements_of(problem)
-    trials = Trials(problem, Budget(), 0, 1)
+    trials = Trials(problem, SearchSettings())
     with patch.object(trials_module, "search", side_effect=AssertionError("searched")):
         kept = trials.of(asked)
         assert kept.exists is True, "equal stages do"
@@ -201,11 +197,11 @@ def test_equal_stages_of_several_types_in_a_role_answer_no_trial_of_splitwise() 
     problem = replace(problem, family=STRATEGIES["splitwise"].restrict(problem.family))
     best = solve_placement(problem, strategy="splitwise").result
     assert best.status is Status.OPTIMAL
-    equal = search.equal_stages(build_cost_tables(problem), Budget(), 0)
+    equal = search.equal_stages(build_cost_tables(problem), SearchSettings())
     assert equal is not None
     beyond = 1.01 * best.value
     assert beyond < 0.9 * equal.value, "there is a plan of equal stages, but not in the family"
-    trials = Trials(problem, Budget(), 0, 1)
+    trials = Trials(problem, SearchSettings())
     demand = Requirement(subject=Subject.DEMAND, value=beyond)
     assert trials.of([*requirements_of(problem), demand]).exists is False
 
@@ -329,9 +325,8 @@ def test_cancelled_in_the_middle_of_a_pass_packs_once_more_and_no_further() -> N
 
     with milps_without_time(num_calls=0) as begun, patch.object(exact_search, "explore", cancelling):
         costs = build_cost_tables(problem)
-        limits = costs.resources.limits
-        rates = master.Master(limits, None, costs.routes)
-        assert solve_exactly(costs, rates, np.zeros(len(limits)), budget=budget, report=silent, seed=0) is not None
+        rates = master.Master(costs.resources.limits, None, costs.routes)
+        assert solve_exactly(costs, rates, SearchSettings(budget=budget)) is not None
     assert len(begun) - begun_before[0] == 1
 
 

@@ -275,8 +275,10 @@ def test_a_budget_of_its_own_ends_with_the_callers_and_not_the_other_way_round()
 
 
 def test_where_no_time_is_left_for_whole_counts_those_of_the_relaxation_are_rounded_down() -> None:
-    def in_vain(_: Master, columns: Columns, *, start: MilpSolution | None = None, **__: object) -> MilpSolution | None:
-        return start
+    def in_vain(
+        _: Master, columns: Columns, *, start: MilpSolution | None = None, **__: object
+    ) -> tuple[MilpSolution | None, bool]:
+        return start, False
 
     problem = make_problem([make_node("a", "A", nodes=20)], objective=NO_LIMITS)
     with patch.object(Master, "solve_milp", in_vain):

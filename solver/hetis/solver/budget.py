@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from hetis.solver.errors import NoPlanFoundError
+
 
 def _no_clock() -> float:
     return 0.0
@@ -69,6 +71,33 @@ Report = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """Report nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and who hears of it."""
+
+    strategy: str = "hetis"
+    budget: Budget = field(default_factory=Budget)
+    gap_target: float = 0.001
+    seed: int = 0
+    threads: int = 1
+    report: Report = silent
+
+    def within(self, of_rest: float) -> SearchSettings:
+        """Return the settings for a search in this share of the time left."""
+        return replace(self, budget=self.budget.share(of_rest))
+
+    def tell(
+        self, phase: str, incumbent: float | None = None, bound: float | None = None, gap: float | None = None
+    ) -> None:
+        """Report the progress of the search."""
+        elapsed_s = self.budget.elapsed_s()
+        self.report(Progress(phase=phase, elapsed_s=elapsed_s, incumbent=incumbent, bound=bound, gap=gap))
+
+    def stopped(self) -> NoPlanFoundError:
+        """Return the error of a search whose time was up before it had a plan."""
+        return NoPlanFoundError(f"no plan found within {self.budget.elapsed_s():.1f} s; allow more time")
 
 
 def one_of_several(report: Report, number: int, count: int, what: str = "") -> Report:

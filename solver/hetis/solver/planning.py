@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.compiled import is_cached
 from hetis.solver.constraints import Constraints
 from hetis.solver.errors import HetisError, InvalidProblemError
@@ -57,7 +57,9 @@ def solve_placement(
     """
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
-    budget = budget if budget is not None else Budget()
+    settings = SearchSettings(
+        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
+    )
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     family = problem.family
     if simplest_within and (family.engine is None or family.one_type_per_role or not family.uneven_layers):
@@ -65,11 +67,8 @@ def solve_placement(
             "the simplest plan is sought among those for an engine, by strategies hetis, hexgen and hexgen2"
         )
     if STRATEGIES[strategy].is_published:
-        return _by_published_heuristic(problem, strategy, budget, seed, in_objective_units(report, problem))
-    return solve_family(
-        problem, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed, threads=threads, report=report,
-        market=market, simplest_within=simplest_within,
-    )  # fmt: skip
+        return _by_published_heuristic(problem, settings)
+    return solve_family(problem, settings, market, simplest_within)
 
 
 def is_compiled(problem: PlacementProblem) -> bool:
@@ -79,15 +78,14 @@ def is_compiled(problem: PlacementProblem) -> bool:
     return is_cached(explore) and is_cached(best_column)
 
 
-def _by_published_heuristic(
-    problem: PlacementProblem, strategy: str, budget: Budget, seed: int, report: Report
-) -> Plan:
+def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:
     from hetis.solver.published import PUBLISHED
 
-    searched = apply_constraints(problem)
+    searched, strategy = apply_constraints(problem), settings.strategy
     for constraint in constraints_ignored(strategy, problem.constraints):
         raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
-    plan = PUBLISHED[strategy].solve(searched.problem, budget=budget, seed=seed, report=report)
+    report = in_objective_units(settings.report, problem)
+    plan = PUBLISHED[strategy].solve(searched.problem, budget=settings.budget, seed=settings.seed, report=report)
     return restored(plan, searched, problem) if problem.constraints else plan
 
 
@@ -107,16 +105,7 @@ class ConstraintPrice:
     is_solved: bool
 
 
-def price_constraints(
-    problem: PlacementProblem,
-    plan: Plan,
-    *,
-    budget: Budget,
-    gap_target: float = 0.001,
-    seed: int = 0,
-    threads: int = 1,
-    report: Report = silent,
-) -> tuple[ConstraintPrice, ...]:
+def price_constraints(problem: PlacementProblem, plan: Plan, settings: SearchSettings) -> tuple[ConstraintPrice, ...]:
     """Return the price of each constraint of a problem while keeping the others, and of all together if several.
 
     Every solve gets an equal part of the time left.
@@ -127,26 +116,18 @@ def price_constraints(
     prices = []
     for number, part in enumerate(parts):
         freed = replace(problem, constraints=tuple(each for each in problem.constraints if each not in part))
-        share = budget.share(1.0 / (len(parts) - number))
-        price = None if budget.is_spent() else _solved(freed, plan, part, share, gap_target, seed, threads, report)
+        share = settings.within(1.0 / (len(parts) - number))
+        price = None if settings.budget.is_spent() else _solved(freed, plan, part, share)
         prices.append(price if price is not None else _at_once(freed, plan, part))
     return tuple(prices)
 
 
-def _solved(
-    freed: PlacementProblem, plan: Plan, part: Constraints, budget: Budget, gap_target: float, seed: int, threads: int,
-    report: Report,
-) -> ConstraintPrice | None:  # fmt: skip
+def _solved(freed: PlacementProblem, plan: Plan, part: Constraints, settings: SearchSettings) -> ConstraintPrice | None:
     try:
         better = solve_placement(
-            freed,
-            strategy=plan.strategy,
-            budget=budget,
-            gap_target=gap_target,
-            seed=seed,
-            threads=threads,
-            report=report,
-        )
+            freed, strategy=plan.strategy, budget=settings.budget, gap_target=settings.gap_target, seed=settings.seed,
+            threads=settings.threads, report=settings.report,
+        )  # fmt: skip
     except HetisError:
         return None  # stopped before it had a plan, which proves nothing
     sign = 1.0 if plan.objective.maximises else -1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.errors import UnboundPlanError
+from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import Candidate, Inventory, inventory_of
+from hetis.solver.replanning.net_master import Candidate, ColumnList, Inventory, Row, inventory_of
 from hetis.solver.replanning.running import Option, places_of
 from hetis.solver.replanning.solve import name_gpus
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
@@ -52,17 +54,23 @@ def named_groups(draw: st.DrawFn) -> list[Option]:
     return options
 
 
+def counted(inventory: Inventory, use: Mapping[Row, int]) -> IntArray:
+    listed = ColumnList(inventory.rows, COSTS.routes)
+    listed.add(use, 0.0)
+    return listed.columns().uses[0]
+
+
 def rows_admit(inventory: Inventory, going_on: list[Option], new: list[int]) -> bool:
     """Return whether the rows hold, with the most room in shared nodes that their whole variables can say."""
     total = np.zeros(len(inventory.limits), dtype=np.int64)
     for use in itertools.chain(
         (inventory.of_option(o) for o in going_on), (inventory.of_template(template(tp)) for tp in new)
     ):
-        total += inventory.matrix([use])[0]
+        total += counted(inventory, use)
     for floor in inventory.floors():
         (row,) = (row for row in floor if row[0] == "node")
         room = inventory.limits[inventory.rows[row]] - total[inventory.rows[row]]
-        total += int(room // floor[row]) * inventory.matrix([floor])[0] if room > 0 else 0
+        total += int(room // floor[row]) * counted(inventory, floor) if room > 0 else 0
     return bool(np.all(total <= inventory.limits))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.sources import family_of
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.constraints import Constraints
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
@@ -186,7 +186,7 @@ def _by_equal_stages(
         return known  # a separate search is only for engines without any plan
     else:
         alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-        value = equal_stages_value(problem, budget=alone, seed=seed)
+        value = equal_stages_value(problem, SearchSettings(budget=alone, seed=seed))
     better = value is not None and _is_better(value, known.value, plan)
     return replace(known, value=value, equal_stages=True) if better else known
 

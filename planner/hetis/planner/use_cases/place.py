@@ -23,7 +23,7 @@ from hetis.planner.use_cases.surviving import check_survival, surviving_plan, wi
 from hetis.planner.use_cases.tightening import tightening_of, verified_plan
 from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.planner.use_cases.versions import installed_versions
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.errors import InvalidProblemError
@@ -375,8 +375,9 @@ def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings
     """Return the plan with the value of equal stages, which is what engines do without a planner."""
     from hetis.solver.placement.solve import equal_stages_value
 
-    alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-    value = equal_stages_value(problem, budget=alone, seed=settings.seed)
+    budget = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
+    alone = SearchSettings(budget=budget, seed=settings.seed)
+    value = equal_stages_value(problem, alone)
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
     forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
     freely = replace(
@@ -384,9 +385,7 @@ def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings
         constraints=tuple(each for each in problem.constraints if not isinstance(each, WithoutTp)),
     )
     by_size = {
-        str(tp): equal_stages_value(
-            replace(freely, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
-        )
+        str(tp): equal_stages_value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), alone)
         for tp in problem.family.tp_sizes
         if tp <= most and tp not in forbidden
     }
@@ -415,15 +414,10 @@ def _constraint_prices(
         return ()
     from hetis.solver.planning import price_constraints
 
-    return price_constraints(
-        problem,
-        plan,
-        budget=budget,
-        gap_target=settings.gap_target,
-        seed=settings.seed,
-        threads=settings.threads,
-        report=report,
+    search = SearchSettings(
+        budget=budget, gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
     )
+    return price_constraints(problem, plan, search)
 
 
 def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from that assignment and looks for one that spreads replicas over the fewest nod
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
@@ -87,7 +88,8 @@ def _on_few_nodes(costs: CostTables, parts: Sequence[Part], seed: int, budget: B
     nodes = _first_fit(costs, parts)
     alone = _packed(costs, parts, nodes, seed, budget)
     rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
-    if rest and _num_pairs(costs, [parts[i] for i in rest]) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
+    num_pairs = sum(costs.classes[parts[i].device_class].num_nodes for i in rest)
+    if rest and num_pairs <= MAX_CP_SAT_PAIRS and not budget.is_spent():
         found = _fewest_nodes(costs, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
         for i, node in zip(rest, found, strict=True):
             nodes[i] = node
@@ -168,10 +170,6 @@ def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
     return -1
 
 
-def _num_pairs(costs: CostTables, parts: Sequence[Part]) -> int:
-    return sum(costs.classes[part.device_class].num_nodes for part in parts)
-
-
 def _fewest_nodes(
     costs: CostTables, parts: Sequence[Part], start: Sequence[int], seed: int, budget: Budget
 ) -> list[int]:  # fmt: skip
@@ -184,7 +182,8 @@ def _fewest_nodes(
     """
     from ortools.sat.python import cp_model
 
-    node_ids = _node_ids(costs)
+    # A node with several GPU types has one name in all of them.
+    node_ids = [[group.node_name(i) for group, i in _nodes_of(c)] for c in costs.classes]
     model = cp_model.CpModel()
     x: dict[tuple[int, int], cp_model.IntVar] = {}
     load: dict[tuple[int, int], list[tuple[int, cp_model.IntVar]]] = defaultdict(list)
@@ -219,47 +218,23 @@ def _fewest_nodes(
     ]
 
 
-def _node_ids(costs: CostTables) -> list[list[str]]:
-    """Return the node names of every class by number; a node with several GPU types has one name in all of them."""
-    return [[group.node_name(i) for group in c.groups for i in range(group.count)] for c in costs.classes]
+def _nodes_of(c: DeviceClass) -> list[tuple[NodeGroup, int]]:
+    """Return the nodes of a class by number: their groups, and their numbers in these."""
+    return [(group, i) for group in c.groups for i in range(group.count)]
 
 
 class _Names:
     """An allocator of device names: the next free GPUs of a class in a node, in the node's own numbering."""
 
     def __init__(self, costs: CostTables) -> None:
-        self._places = [_places(c) for c in costs.classes]
-        self._taken: dict[tuple[int, int], int] = defaultdict(int)
-        self._indices = [{id(group): _indices(c, group) for group in c.groups} for c in costs.classes]
+        self._classes, self._nodes = costs.classes, [_nodes_of(c) for c in costs.classes]
+        self._free: dict[tuple[int, int], Iterator[str]] = {}
 
     def take(self, device_class: int, node: int, count: int) -> list[str]:
-        group, name = self._places[device_class](node)
-        first = self._taken[device_class, node]
-        self._taken[device_class, node] += count
-        indices = self._indices[device_class][id(group)]
-        return [f"{name}/{index}" for index in indices[first : first + count]]
-
-
-def _places(c: DeviceClass):  # type: ignore[no-untyped-def]
-    """Return a function from the number of a node within its class to its group and name."""
-    starts, total = [], 0
-    for group in c.groups:
-        starts.append(total)
-        total += group.count
-
-    def place(node: int) -> tuple[NodeGroup, str]:
-        g = max(i for i, start in enumerate(starts) if start <= node)
-        return c.groups[g], c.groups[g].node_name(node - starts[g])
-
-    return place
-
-
-def _indices(c: DeviceClass, group: NodeGroup) -> list[int]:
-    """Return the device numbers of the class's GPUs within a node of the group."""
-    found: list[int] = []
-    index = 0
-    for slots in group.gpus:
-        if slots.gpu == c.gpu:
-            found.extend(range(index, index + slots.count))
-        index += slots.count
-    return found
+        key = device_class, node
+        if key not in self._free:
+            group, number = self._nodes[device_class][node]
+            own = self._classes[device_class].gpu
+            _, indices = group.slots_left(lambda _, gpu: gpu == own)
+            self._free[key] = iter([f"{group.node_name(number)}/{index}" for index in indices])
+        return list(islice(self._free[key], count))

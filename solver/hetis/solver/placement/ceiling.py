@@ -29,7 +29,7 @@ is *useful* only if what it takes beyond r for each of its layers leaves a repli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -50,6 +50,7 @@ from hetis.solver.placement.options import (
 )
 from hetis.solver.placement.tables import BoolArray, FloatArray, Tables
 
+AnyArray = TypeVar("AnyArray", IntArray, FloatArray)
 ROUNDS = 12  # iterations of the search for m
 
 
@@ -216,9 +217,9 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
                             continue
                         if count == size:
                             size *= 2
-                            rank, pool_class = _longer_ints(rank, size), _longer_ints(pool_class, size)
-                            group, card = _longer_floats(group, size), _longer_floats(card, size)
-                            copies, own_gpus = _longer_floats(copies, size), _longer_floats(own_gpus, size)
+                            rank, pool_class = _longer(rank, size), _longer(pool_class, size)
+                            group, card = _longer(group, size), _longer(card, size)
+                            copies, own_gpus = _longer(copies, size), _longer(own_gpus, size)
                         rank[count], pool_class[count] = s, q
                         group[count], card[count], copies[count], own_gpus[count] = each, cards, taken, gpus
                         count += 1
@@ -229,15 +230,8 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
 
 
 @kernel
-def _longer_ints(values: IntArray, size: int) -> IntArray:
-    longer = np.empty(size, np.int64)
-    longer[: values.shape[0]] = values
-    return longer
-
-
-@kernel
-def _longer_floats(values: FloatArray, size: int) -> FloatArray:
-    longer = np.empty(size, np.float64)
+def _longer(values: AnyArray, size: int) -> AnyArray:
+    longer = np.empty(size, values.dtype)
     longer[: values.shape[0]] = values
     return longer
 

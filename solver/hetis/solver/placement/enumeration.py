@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Candidates, candidates_of
 from hetis.solver.placement.fleet import IntArray
@@ -102,9 +102,8 @@ class EnumeratedColumns:
 
 
 def search_enumerated(
-    costs: CostTables, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int,
-    report: Report, simplest_within: float = 0.0,
-) -> Outcome | None:  # fmt: skip
+    costs: CostTables, master: Master, settings: SearchSettings, simplest_within: float = 0.0
+) -> Outcome | None:
     """Return the best plan of an engine's family with a bound, or None if the family has none.
 
     With ``simplest_within``, return the plan found on the fewest nodes, then with the fewest shapes, among those that
@@ -114,7 +113,7 @@ def search_enumerated(
         InvalidProblemError: the family is too large to enumerate, or the model may not be cut everywhere.
         NoPlanFoundError: no plan was found in time, nor proved impossible.
     """
-    searching = _Search(costs, master, row_costs, budget, gap_target, seed, report)
+    searching = _Search(costs, master, settings)
     best = searching.run()
     return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
 
@@ -133,35 +132,23 @@ class Explored:
     is_empty: bool
 
 
-def explore_enumerated(
-    costs: CostTables,
-    master: Master,
-    row_costs: FloatArray,
-    *,
-    budget: Budget,
-    gap_target: float,
-    seed: int,
-    report: Report,
-) -> Explored:
+def explore_enumerated(costs: CostTables, master: Master, settings: SearchSettings) -> Explored:
     """Return replicas to choose from for a running fleet, with prices; raises as `search_enumerated`."""
-    return _Search(costs, master, row_costs, budget, gap_target, seed, report).explored()
+    return _Search(costs, master, settings).explored()
 
 
 class _Search:
     """One search of an engine's family."""
 
-    def __init__(
-        self, costs: CostTables, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int,
-        report: Report,
-    ) -> None:  # fmt: skip
+    def __init__(self, costs: CostTables, master: Master, settings: SearchSettings) -> None:
         if costs.problem.model.forbidden_cuts:
             raise InvalidProblemError(
                 f"{costs.problem.model.name} has forbidden cuts, which the search of an engine's plans does not know; "
                 "ask for any engine"
             )
-        self.costs, self.master, self.row_costs = costs, master, row_costs
-        self.budget, self.report, self.gap_target, self.seed = budget, report, gap_target, seed
-        self.enumerated = EnumeratedColumns(costs, row_costs)
+        self.costs, self.master, self.settings = costs, master, settings
+        self.budget, self.gap_target, self.seed = settings.budget, settings.gap_target, settings.seed
+        self.enumerated = EnumeratedColumns(costs, master.row_costs)
         self.bound = rate_bound(costs) if master.maximises else 0.0  # from dense work alone, until more is known
         self.is_complete = False  # the bound is that of the relaxation over the whole family
         self.is_impossible = False  # no whole counts of the family's replicas meet the demand
@@ -218,7 +205,7 @@ class _Search:
                 self._set_bound()
                 break
         if self.enumerated.columns is None and not self.is_complete:
-            raise NoPlanFoundError(f"no plan found within {self.budget.elapsed_s():.1f} s; allow more time")
+            raise self.settings.stopped()
         self._round_down()
         self._choose(LIKELY, QUICK_S, back=8)
 
@@ -240,7 +227,7 @@ class _Search:
         prices = first_prices(self.costs)
         for each in self.enumerated.without_workers:
             if not self.budget.is_spent():
-                ratio = each.evaluator.shortest_s * each.worth(prices + self.row_costs)
+                ratio = each.evaluator.shortest_s * each.worth(prices + self.master.row_costs)
                 which = np.argsort(ratio)[:FIRST]
                 which = which[each.fits[which] & np.isfinite(ratio[which])]
                 self._add(each, each.found_among(which, np.full(len(which), np.inf)))
@@ -299,7 +286,7 @@ class _Search:
                 yield each, np.zeros(len(each.fits)), np.full(len(each.fits), np.inf)
                 continue
             is_for_cost = not self.master.maximises and self.relaxed is not None
-            worth = each.worth(lp.row_prices + (self.row_costs if is_for_cost else 0.0))
+            worth = each.worth(lp.row_prices + (self.master.row_costs if is_for_cost else 0.0))
             price = lp.rate_prices[each.side]
             least, otherwise = (worth * (1.0 + ALIKE), price > 0.0) if slack is None else (worth - slack, True)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -339,7 +326,7 @@ class _Search:
 
     def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
         """Return the worth of each replica's GPUs beyond its rate, the least that a plan with the replica loses."""
-        worth = columns.uses @ lp.row_prices + (0.0 if self.master.maximises else columns.costs)
+        worth = columns.uses @ lp.row_prices + columns.costs
         return np.asarray(worth - lp.rate_prices[columns.sides] * columns.rates)
 
     def _within(self, distance: float) -> BoolArray:
@@ -422,7 +409,7 @@ class _Search:
             (least,) = settled([padded(self.relaxed.counts, num)[chosen]], back=back) or (None,)
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
-        found, is_settled = self.master.attempt(
+        found, is_settled = self.master.solve_milp(
             columns.some(chosen), time_limit_s=max(LEAST_S, limit_s),
             gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
             presolves=self.master.pins is not None, stop=self._is_over(limit_s),
@@ -484,7 +471,7 @@ class _Search:
             return best
         least = value * (1.0 - share) if self.master.maximises else value * (1.0 + share)
         limit_s = min(SIMPLER_S, max(QUICK_S, self.budget.remaining_s()))
-        found, _ = self.master.attempt(
+        found, _ = self.master.solve_milp(
             columns.some(chosen), time_limit_s=limit_s, gap=0.0, seed=self.seed,
             extend=lambda highs: program.simplify(highs, of_columns.tolist(), least), stop=self._is_over(limit_s),
         )  # fmt: skip
@@ -517,7 +504,7 @@ class _Search:
         if program is None:
             return None
         limit_s = min(MOST_ON_NODES_S, max(QUICK_S, self.budget.remaining_s()))
-        found, _ = self.master.attempt(
+        found, _ = self.master.solve_milp(
             columns.some(chosen), time_limit_s=limit_s, gap=self.gap_target / 2, seed=self.seed,
             extend=lambda highs: program.extend(highs, of_columns.tolist()), stop=self._is_over(limit_s),
         )  # fmt: skip
@@ -550,15 +537,9 @@ class _Search:
 
     def _tell(self, phase: str) -> None:
         known = np.isfinite(self.bound) and (self.is_complete or self.master.maximises)
-        self.report(
-            Progress(
-                phase=phase,
-                elapsed_s=self.budget.elapsed_s(),
-                incumbent=None if self.incumbent is None else self.incumbent.value,
-                bound=self.bound if known else None,
-                gap=relative_gap(self.incumbent, self.bound) if known and self.incumbent is not None else None,
-            )
-        )
+        value = None if self.incumbent is None else self.incumbent.value
+        gap = relative_gap(self.incumbent, self.bound) if known and self.incumbent is not None else None
+        self.settings.tell(phase, value, self.bound if known else None, gap)
 
     def _outcome(self) -> Outcome | None:
         columns = self.enumerated.columns

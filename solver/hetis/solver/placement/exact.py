@@ -26,7 +26,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cost import Mix, Regime
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.fleet import UNIFIED, IntArray, Valuation
@@ -46,14 +46,13 @@ from hetis.solver.placement.generation import (
     LEAST_MILP_SECONDS,
     MILP_SECONDS,
     NO_LINKS,
-    Part,
     Pool,
     parts_inside,
-    whole,
 )
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Verdict
 from hetis.solver.placement.options import EVERYTHING, Options, chunk_cap, interval_cap, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
+from hetis.solver.placement.pricing import Part, whole
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 from hetis.solver.plan import Role
@@ -155,11 +154,11 @@ class Sweep:
 class ExactSearch:
     """The exact search of one problem; ``usage_costs`` [V] are what the master minimises if it has a demand."""
 
-    def __init__(self, costs: CostTables, master: Master, row_costs: FloatArray) -> None:
+    def __init__(self, costs: CostTables, master: Master) -> None:
         self.costs, self.master = costs, master
         self.counts_gpus = master.pins is not None and master.pins.ask_for_gpus
         self.lattice = lattice_of(costs.resources.limits, inherits=not self.counts_gpus)
-        self.usage_costs = self.lattice.digits @ row_costs
+        self.usage_costs = self.lattice.digits @ master.row_costs
         self.whole = whole(costs.problem.family)
         self._free = np.zeros(len(costs.ranks)), np.zeros(len(costs.classes))
         self.configurations = configurations(costs)
@@ -301,8 +300,7 @@ class ExactSearch:
 
     def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
         """Return, per kind, sub-fleets whose rate no smaller one reaches as columns of the master; all if ``every``."""
-        worth = self._of_any_worth if every else self._worth_having
-        chosen = [(kind, int(v)) for kind in rates for v in worth(kind, rates[kind])]
+        chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind], every)]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
         columns = Columns(
             rates=np.array([rates[kind][v] for kind, v in chosen]),
@@ -313,20 +311,17 @@ class ExactSearch:
         )
         return chosen, columns
 
-    def _worth_having(self, kind: Kind, rates: FloatArray) -> IntArray:
+    def _worth_having(self, kind: Kind, rates: FloatArray, every: bool) -> IntArray:
+        candidates = (rates > 0) & (self._sides(kind) >= 0)
+        if every or self.counts_gpus:  # a smaller vector may have the same rate but use too few GPUs for the pins
+            return np.flatnonzero(candidates)
         digits, strides = self.lattice.digits, self.lattice.strides
         below = np.zeros(len(rates))
         for v in range(len(rates)):
             for row, stride in enumerate(strides):
                 if digits[v, row]:
                     below[v] = max(below[v], below[v - stride], rates[v - stride])
-        better = rates > below
-        if self.counts_gpus:
-            better[:] = True  # a smaller vector may have the same rate but use too few GPUs for the pins
-        return np.flatnonzero((rates > 0) & better & (self._sides(kind) >= 0))
-
-    def _of_any_worth(self, kind: Kind, rates: FloatArray) -> IntArray:
-        return np.flatnonzero((rates > 0) & (self._sides(kind) >= 0))
+        return np.flatnonzero(candidates & (rates > below))
 
     def _link_use(self, v: int) -> FloatArray:
         """Return the link capacity that a replica on a sub-fleet takes between its zones."""
@@ -360,7 +355,7 @@ class ExactSearch:
         if found is None:
             return nothing
         rows = np.maximum(found.row_prices, 1e-9 * (found.row_prices.max(initial=0.0) + 1e-12))
-        price = self.lattice.digits @ rows + (0.0 if self.master.maximises else self.usage_costs)
+        price = self.lattice.digits @ rows + self.usage_costs
         theta = np.zeros(self.costs.routes.num_sides)
         for kind, rates in ceilings.items():
             sides = self._sides(kind)
@@ -391,7 +386,7 @@ class ExactSearch:
         found = self.master.solve_lp(columns, pinned=True) if chosen and self.master.pins is not None else None
         if found is None or self.master.pins is None or self.costs.routes.has_links:
             return None
-        price = self.lattice.digits @ found.row_prices + (0.0 if self.master.maximises else self.usage_costs)
+        price = self.lattice.digits @ found.row_prices + self.usage_costs
         price = price + self.master.pins.coefficients(self.lattice.digits) @ found.pin_prices
         distance = abs(found.value - incumbent) + PIN_ROUNDING * abs(found.value)
         needed = {}
@@ -436,9 +431,7 @@ class Packed:
     packing: MilpSolution
 
 
-def solve_exactly(
-    costs: CostTables, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
-) -> Outcome | None:
+def solve_exactly(costs: CostTables, master: Master, settings: SearchSettings) -> Outcome | None:
     """Return the proven optimum of a small fleet, or None if the family is empty or the budget ran out before a plan.
 
     If the budget runs out during a pass, the result carries the bound of the last full pass over the whole family.
@@ -446,8 +439,7 @@ def solve_exactly(
     Raises:
         NoPlanFoundError: HiGHS, which has a clock of its own, stopped before it found a plan or proved there is none.
     """
-    passes = Passes(costs, master, row_costs, budget, report, seed)
-    family = costs.problem.family
+    passes, budget, family = Passes(costs, master, settings), settings.budget, costs.problem.family
     everything, inside = whole(family), parts_inside(family)
     if not passes.over(everything, budget.share(MAIN) if inside else budget):
         rest_s = budget.remaining_s()
@@ -473,12 +465,10 @@ class Progression:
 class Passes:
     """Passes over the parts of a family, each of which starts from what the others found."""
 
-    def __init__(
-        self, costs: CostTables, master: Master, row_costs: FloatArray, budget: Budget, report: Report, seed: int
-    ) -> None:
-        self.search = ExactSearch(costs, master, row_costs)
+    def __init__(self, costs: CostTables, master: Master, settings: SearchSettings) -> None:
+        self.search = ExactSearch(costs, master)
         self.whole = whole(costs.problem.family)
-        self.budget, self.report, self.seed = budget, report, seed
+        self.settings, self.budget, self.seed = settings, settings.budget, settings.seed
         self.best: Packed | None = None
         self.is_empty = False  # proven: the whole family holds no plan
         self._begun: dict[Part, Progression] = {}
@@ -558,15 +548,8 @@ class Passes:
     def _tell(self, part: Part) -> None:
         value, is_whole = self._best_value(), part == self.whole
         gap = abs(self.proven - value) / max(abs(value), 1e-12)
-        self.report(
-            Progress(
-                phase="sub-fleets" if is_whole else f"sub-fleets, {part.describe(self.whole)}",
-                elapsed_s=self.budget.elapsed_s(),
-                incumbent=value,
-                bound=self.proven if is_whole else None,
-                gap=gap if is_whole else None,
-            )
-        )
+        phase = "sub-fleets" if is_whole else f"sub-fleets, {part.describe(self.whole)}"
+        self.settings.tell(phase, value, *((self.proven, gap) if is_whole else ()))
 
     def outcome(self) -> Outcome | None:
         """Return the best packing as replicas at their exact rates, or None without one."""
@@ -578,12 +561,9 @@ class Passes:
         search, chosen, packing = self.search, self.best.chosen, self.best.packing
         costs, master = search.costs, search.master
         picked = [(search.template(*where), int(n)) for where, n in zip(chosen, packing.counts, strict=True) if n]
-        pool = Pool(costs, np.zeros(len(costs.resources.rows)))
+        pool = Pool(costs)
         pool.add([template for template, _ in picked])
-        counts = np.zeros(len(pool.templates), dtype=np.int64)
-        for template, n in picked:
-            counts[pool.place(template)] += n
-        columns = pool.columns()
+        counts, columns = pool.counts_of(picked), pool.columns()
         flows = master.best_flows(columns, counts)
         value = master.served(columns, counts, flows) if master.maximises else packing.value
         duals = search.prices(search.rates())

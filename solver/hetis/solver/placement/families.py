@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.constraints import Constraint, Constraints, Exclude, WithoutTp
@@ -17,14 +18,18 @@ from hetis.solver.problem import EngineRules, Family
 class Strategy:
     """A strategy's name, one sentence for people, and how it restricts a family.
 
-    The shapes are the strategy's. The sizes tried (TP, micro-batches, chunks, limits on copies and attention workers)
-    are the family's.
+    ``shapes`` are fields of `Family`. The sizes tried (TP, micro-batches, chunks, limits on copies and attention
+    workers) are the family's.
     """
 
     name: str
     summary: str
-    restrict: Callable[[Family], Family]
+    shapes: Mapping[str, Any]
     is_published: bool = False  # a heuristic of `hetis.solver.published`, not a search with a proof
+
+    def restrict(self, family: Family) -> Family:
+        """Return the replicas of a family that have the strategy's shapes."""
+        return replace(family, name=self.name, **self.shapes)
 
     @property
     def has_engines(self) -> bool:
@@ -32,68 +37,47 @@ class Strategy:
         return not self.is_published and self.restrict(Family()).decode_keeps_heads
 
 
-def _uniform(family: Family) -> Family:
-    return replace(
-        family, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0, roles=(Role.UNIFIED,)
-    )
-
-
-def _hexgen(family: Family) -> Family:
-    return replace(
-        family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0, roles=(Role.UNIFIED,),
-        attention_dp=(),
-    )  # fmt: skip
-
-
-def _hexgen2(family: Family) -> Family:
-    return replace(
-        family, name="hexgen2", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0,
-        roles=(Role.PREFILL, Role.DECODE), one_type_per_role=False, attention_dp=(),
-    )  # fmt: skip
-
-
-def _splitwise(family: Family) -> Family:
-    return replace(_hexgen2(family), name="splitwise", mixed_types=False, one_type_per_role=True)
-
-
-def _hexgen3(family: Family) -> Family:
-    return replace(_hexgen2(family), name="hexgen3", max_pool=family.max_pool, decode_keeps_heads=False)
-
-
-def _splitwise_paper(family: Family) -> Family:
-    # Without unified replicas there is no mixed pool; every zone has pools, with types of its own.
-    return replace(_splitwise(family), name="splitwise-paper", roles=family.roles, one_type_per_role=False)
-
-
-def _hexgen_paper(family: Family) -> Family:
-    return replace(_hexgen(family), name="hexgen-paper")
-
-
-def _hexgen2_paper(family: Family) -> Family:
-    return replace(_hexgen2(family), name="hexgen2-paper")
-
-
-def _hetis_paper(family: Family) -> Family:
-    return replace(_hexgen(family), name="hetis-paper", max_pool=family.max_pool)
-
-
+_ANY_SHAPE = {"mixed_types": True, "uneven_layers": True}
+_PIPELINES = {**_ANY_SHAPE, "max_copies": 1, "attention_dp": ()}
+_UNIFIED, _APART = {"roles": (Role.UNIFIED,)}, {"roles": (Role.PREFILL, Role.DECODE), "one_type_per_role": False}
+_WITHOUT_WORKERS, _ONE_TYPE = {"max_pool": 0}, {"mixed_types": False}
+_HEXGEN, _HEXGEN2 = _PIPELINES | _UNIFIED | _WITHOUT_WORKERS, _PIPELINES | _APART | _WITHOUT_WORKERS
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy(
             "hetis",
             "every shape: mixed types, uneven layers, stage copies, attention workers; prefill and decode apart or not",
-            lambda family: replace(family, name="hetis", mixed_types=True, uneven_layers=True, one_type_per_role=False),
+            _ANY_SHAPE | {"one_type_per_role": False},
         ),
-        Strategy("uniform", "what engines do today: one GPU type per replica, equal layers", _uniform),
-        Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
-        Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _hexgen2),
-        Strategy("hexgen3", "prefill apart; decode with all attention on workers, all else on stages", _hexgen3),
-        Strategy("splitwise", "prefill replicas of one GPU type, decode replicas of one", _splitwise),
-        Strategy("splitwise-paper", "Splitwise's own search: prompt, token, mixed pool", _splitwise_paper, True),
-        Strategy("hexgen-paper", "HexGen's own heuristic: genetic search over groups", _hexgen_paper, True),
-        Strategy("hexgen2-paper", "HexGen-2's own heuristic: partition, maximum flow, swaps", _hexgen2_paper, True),
-        Strategy("hetis-paper", "Hetis's own heuristic: 5% rule, workers shared by a replica", _hetis_paper, True),
+        Strategy(
+            "uniform",
+            "what engines do today: one GPU type per replica, equal layers",
+            {"mixed_types": False, "uneven_layers": False, "max_copies": 1} | _UNIFIED | _WITHOUT_WORKERS,
+        ),
+        Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _HEXGEN),
+        Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _HEXGEN2),
+        Strategy(
+            "hexgen3",
+            "prefill apart; decode with all attention on workers, all else on stages",
+            _PIPELINES | _APART | {"decode_keeps_heads": False},
+        ),
+        Strategy(
+            "splitwise",
+            "prefill replicas of one GPU type, decode replicas of one",
+            _HEXGEN2 | _ONE_TYPE | {"one_type_per_role": True},
+        ),
+        Strategy(  # without unified replicas there is no mixed pool; every zone has pools, with types of its own
+            "splitwise-paper",
+            "Splitwise's own search: prompt, token, mixed pool",
+            _PIPELINES | _WITHOUT_WORKERS | _ONE_TYPE | {"one_type_per_role": False},
+            True,
+        ),
+        Strategy("hexgen-paper", "HexGen's own heuristic: genetic search over groups", _HEXGEN, True),
+        Strategy("hexgen2-paper", "HexGen-2's own heuristic: partition, maximum flow, swaps", _HEXGEN2, True),
+        Strategy(
+            "hetis-paper", "Hetis's own heuristic: 5% rule, workers shared by a replica", _PIPELINES | _UNIFIED, True
+        ),
     )
 }
 

@@ -26,16 +26,16 @@ prefill replica of ratio ``<= 1 / alpha`` improves nothing, which gives the floo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, SearchSettings
 from hetis.solver.placement.fleet import IntArray, Resources, Valuation
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution, padded, settled
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
-from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
+from hetis.solver.placement.pricing import Part, Priced, Pricer, pricers_of, tolerance_for, whole
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.plan import ObjectiveKind, Role
@@ -44,33 +44,6 @@ from hetis.solver.problem import Family
 PLAIN = ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE))
 SHARE = 0.5  # largest share of the time left for each of them
 INSIDE = (1 / 3, 1 / 6, 1 / 12)  # shares of the exact search's time left: for the first, the second, any wider part
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Replicas of some roles, with limits on stage copies and on attention workers of one class per copy."""
-
-    roles: tuple[Role, ...]
-    max_copies: int
-    max_pool: int
-
-    def describe(self, family: Part) -> str:
-        """Return what the part leaves out of a family."""
-        left_out = [
-            name
-            for name, is_less in (
-                ("stage copies", self.max_copies < family.max_copies),
-                ("attention workers", self.max_pool < family.max_pool),
-            )
-            if is_less
-        ]
-        roles = [f"{' and '.join(self.roles)} only"] if set(self.roles) != set(family.roles) else []
-        return ", ".join([*roles, *([f"without {' and '.join(left_out)}"] if left_out else [])])
-
-
-def whole(family: Family) -> Part:
-    """Return the part that is the whole of a family."""
-    return Part(family.roles, family.max_copies, family.max_pool)
 
 
 def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
@@ -115,7 +88,7 @@ class Pool:
     """The columns seen so far, without repetition."""
 
     costs: CostTables
-    row_costs: FloatArray
+    row_costs: FloatArray | None = None  # None: columns cost nothing
     templates: list[Template] = field(default_factory=list)
     uses: list[IntArray] = field(default_factory=list)
     links: list[FloatArray] = field(default_factory=list)
@@ -147,22 +120,18 @@ class Pool:
         uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
         return Columns(
             rates=np.array([t.rate for t in self.templates]),
-            costs=uses @ self.row_costs,
+            costs=np.zeros(len(uses)) if self.row_costs is None else uses @ self.row_costs,
             uses=uses,
             sides=np.array([self.costs.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
             links=np.array(self.links),
         )
 
-    def place(self, template: Template) -> int:
-        """Return the number of a template that was added."""
-        return self._place[template.shape]
-
-    def counts_from(self, other: Pool, counts: IntArray) -> IntArray:
-        """Return counts of another pool's templates, all of which are in this pool, in this pool's order."""
-        mine = np.zeros(len(self.templates), dtype=np.int64)
-        for template, count in zip(other.templates, counts, strict=False):
-            mine[self.place(template)] += count
-        return mine
+    def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
+        """Return the counts of columns that make these replicas, all of them added before."""
+        counts = np.zeros(len(self.templates), dtype=np.int64)
+        for template, count in chosen:
+            counts[self._place[template.shape]] += count
+        return counts
 
 
 @dataclass(slots=True)
@@ -210,19 +179,11 @@ class ColumnGeneration:
     """
 
     def __init__(
-        self,
-        costs: CostTables,
-        master: Master,
-        row_costs: FloatArray,
-        *,
-        budget: Budget,
-        report: Report,
-        roles: tuple[Role, ...] | None = None,
+        self, costs: CostTables, master: Master, settings: SearchSettings, roles: tuple[Role, ...] | None = None
     ) -> None:
-        self.costs, self.master, self.row_costs = costs, master, row_costs
-        self.budget, self.report = budget, report
+        self.costs, self.master, self.settings = costs, master, settings
         self.roles = costs.problem.family.roles if roles is None else roles
-        self.pool = Pool(costs, row_costs)
+        self.pool = Pool(costs, master.row_costs)
         # Without the problem's constraints, which pricing ignores and whose bound pricing could then not improve.
         self._dense = rate_bound(costs, self.roles, with_constraints=False) if master.maximises else 0.0
         self.bound = self._no_bound(first_prices(costs))
@@ -236,57 +197,49 @@ class ColumnGeneration:
         routes = self.costs.routes
         return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
-    def solve(
-        self, seeds: Sequence[Template], *, threads: int, gap_target: float, seed: int
-    ) -> Outcome | None:  # fmt: skip
+    @property
+    def budget(self) -> Budget:
+        return self.settings.budget
+
+    def solve(self, seeds: Sequence[Template]) -> Outcome | None:
         """Generate columns and choose whole counts, again with columns of other sizes if the gap is too wide.
 
         Return None if no plan was found.
         """
-        self.generate(seeds, threads=threads, gap_target=gap_target, choose_seed=seed)
-        self.choose(gap=gap_target / 10, seed=seed)
-        if self.gap() > gap_target and not self.budget.is_spent():
+        self.generate(seeds, chooses=True)
+        self.choose()
+        if self.gap() > self.settings.gap_target and not self.budget.is_spent():
             self.vary()
-            self.choose(gap=gap_target / 10, seed=seed)
+            self.choose()
             if self.costs.role_types is None:
-                self.go_on(gap_target=gap_target, seed=seed)
+                self.go_on()
         return self.outcome()
 
-    def generate(
-        self, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None = None
-    ) -> None:  # fmt: skip
+    def generate(self, seeds: Sequence[Template], *, chooses: bool = False) -> None:
         """Run the relaxation to its end, first for the families of other strategies, then for the whole family.
 
-        Each of the `contained_parts` is solved as its strategy would be. The full family starts from their columns and
-        choices, so it is never worse.
+        Each of the `contained_parts` is solved as its strategy would be, with whole counts if it ``chooses``. The full
+        family starts from their columns and choices, so it is never worse.
         """
         family = self.costs.problem.family
         for part in contained_parts(family, self.roles):
-            self._start_from(part, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
+            self._start_from(part, seeds, chooses=chooses)
         self.pool.add(self._with_roles(self.roles, seeds))
         self.is_whole_family = True
-        of_all, self.budget = self.budget, self.budget.share(GENERATION)
+        of_all, self.settings = self.settings, self.settings.within(GENERATION)
         try:
-            self.run(
-                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
-            )  # fmt: skip
+            self.run(whole(family))
         finally:
-            self.budget = of_all
+            self.settings = of_all
 
-    def _start_from(
-        self, part: Part, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None
-    ) -> None:  # fmt: skip
+    def _start_from(self, part: Part, seeds: Sequence[Template], *, chooses: bool) -> None:
         """Solve a part of the family, and keep its columns and its choice."""
-        begun = ColumnGeneration(
-            self.costs, self.master, self.row_costs, budget=self.budget.share(SHARE), report=self._report_of_part,
-            roles=part.roles,
-        )  # fmt: skip
+        settings = replace(self.settings.within(SHARE), report=self._report_of_part)
+        begun = ColumnGeneration(self.costs, self.master, settings, part.roles)
         begun.pool.add(self._with_roles(part.roles, seeds))
-        begun.run(
-            max_copies=part.max_copies, max_pool=part.max_pool, threads=threads, target_gap=gap_target / 2
-        )  # fmt: skip
-        if choose_seed is not None and not begun.budget.is_spent():
-            begun.choose(gap=gap_target / 10, seed=choose_seed)
+        begun.run(part)
+        if chooses and not begun.budget.is_spent():
+            begun.choose()
         self.absorb(begun.pool, begun.incumbent)
         self.bound = self._no_bound(begun.bound.row_prices)
 
@@ -296,7 +249,7 @@ class ColumnGeneration:
             progress.incumbent is None or not self.master.prefers(progress.incumbent, self.incumbent)
         ):
             progress = replace(progress, incumbent=self.incumbent.value)
-        self.report(progress)
+        self.settings.report(progress)
 
     def _with_roles(self, roles: tuple[Role, ...], templates: Sequence[Template]) -> list[Template]:
         return [t for t in templates if self.costs.mixes[t.mix].role in roles]
@@ -305,15 +258,20 @@ class ColumnGeneration:
         """Take over the columns of another search, and its choice if that is better."""
         self.pool.add(pool.templates)
         if choice is not None and self.master.prefers(choice.value, self.incumbent):
-            self.incumbent = replace(choice, counts=self.pool.counts_from(pool, choice.counts))
+            self.incumbent = replace(
+                choice, counts=self.pool.counts_of(zip(pool.templates, choice.counts, strict=False))
+            )
 
-    def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:
-        """Alternate pricing and the relaxation until the bound is within ``target_gap`` of it.
+    def run(self, part: Part) -> bool:
+        """Alternate pricing and the relaxation until the bound is within half of the gap that is the target.
 
-        Return whether it converged. The bound holds for templates with at most ``max_copies`` copies per stage and
-        ``max_pool`` attention workers per copy.
+        Return whether it converged. The bound holds for templates with the copies and attention workers of the part.
         """
-        pricers = self._last_pricers = self._pricers(max_copies, max_pool, threads, target_gap)
+        target_gap = self.settings.gap_target / 2
+        pricers = self._last_pricers = pricers_of(
+            self.costs, self.master.row_costs, replace(part, roles=self.roles), self.settings.threads,
+            tolerance_for(target_gap),
+        )  # fmt: skip
         self.bound = self._no_bound(self.bound.row_prices)
         prices, links, smooth = self.bound.row_prices, self.bound.link_prices, True
         floors = np.zeros(len(pricers))
@@ -384,7 +342,7 @@ class ColumnGeneration:
                 share = VARIETY[role]
                 self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
 
-    def go_on(self, *, gap_target: float, seed: int) -> None:
+    def go_on(self) -> None:
         """Look for better whole counts in the time left, with columns that other prices ask for.
 
         Whole counts leave some GPUs idle and lack others; the replica that fits these is the best one at other prices.
@@ -392,9 +350,9 @@ class ColumnGeneration:
         after an improvement. In every other attempt idle GPUs are cheap. Without a time limit the search ends after
         `MOST_BARREN` attempts without an improvement.
         """
-        budget, random, barren = self.budget.share(MORE), np.random.default_rng(seed), 0
+        budget, random, barren = self.budget.share(MORE), np.random.default_rng(self.settings.seed), 0
         has_limit = bool(np.isfinite(budget.remaining_s()))
-        while self.gap() > gap_target and not budget.is_spent() and (has_limit or barren < MOST_BARREN):
+        while self.gap() > self.settings.gap_target and not budget.is_spent() and (has_limit or barren < MOST_BARREN):
             before, known = self.incumbent, len(self.pool.templates)
             spread = min(MOST_SPREAD, SPREAD * (1 + barren))
             factors = np.exp(random.normal(0.0, spread, len(self.master.limits)))
@@ -403,14 +361,8 @@ class ColumnGeneration:
                 factors[left > 0] *= random.uniform(0.01, 0.5)
             self.vary(factors)
             if len(self.pool.templates) > known:
-                self.choose(gap=gap_target / 10, seed=seed)
+                self.choose()
             barren = 0 if self.incumbent is not before else barren + 1
-
-    def _pricers(self, max_copies: int, max_pool: int, threads: int, target_gap: float) -> list[Pricer]:
-        return pricers_of(
-            self.costs, self.row_costs, self.roles, max_copies=max_copies, max_pool=max_pool, threads=threads,
-            target_gap=target_gap,
-        )  # fmt: skip
 
     def _rate_cap(self) -> float:
         """Return the most that one replica can serve in a plan: the bound on the rate, or the demand.
@@ -453,7 +405,7 @@ class ColumnGeneration:
     def _lifted(self, prices: FloatArray) -> FloatArray:
         """Return prices with a floor for GPUs that no constraint makes dear."""
         resources = self.costs.resources
-        rent = 0.0 if self.master.maximises else float(self.row_costs @ resources.limits)
+        rent = float(self.master.row_costs @ resources.limits)
         return lifted(prices, resources, float(prices @ resources.limits) + rent)
 
     def _improve_bound(self, prices: FloatArray, theta: FloatArray) -> None:
@@ -470,7 +422,7 @@ class ColumnGeneration:
         if found is not None and is_better:
             self.bound = Bound(found.value, found.scale * prices, found.link_prices, found.rate_prices)
 
-    def choose(self, *, gap: float, seed: int) -> MilpSolution | None:
+    def choose(self) -> MilpSolution | None:
         """Choose whole counts over all columns seen, never worse than an earlier choice."""
         if not self.pool.templates:
             return None
@@ -481,14 +433,11 @@ class ColumnGeneration:
             start = None
         if start is None and relaxed is not None and self.master.maximises:
             start = self.master.rounded_down(columns, relaxed.counts)
-        found = self.master.solve_milp(
-            columns,
-            time_limit_s=max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s())),
-            gap=gap,
-            start=start,
+        limit_s = max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s()))
+        found, _ = self.master.solve_milp(
+            columns, time_limit_s=limit_s, gap=self.settings.gap_target / 10, seed=self.settings.seed, start=start,
             least=least,
-            seed=seed,
-        )
+        )  # fmt: skip
         if found is not None and found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
             self.incumbent = found
             self._tell("whole counts")
@@ -531,12 +480,6 @@ class ColumnGeneration:
 
     def _tell(self, phase: str) -> None:
         known = self.is_whole_family and np.isfinite(self.bound.value)
-        self.report(
-            Progress(
-                phase=phase,
-                elapsed_s=self.budget.elapsed_s(),
-                incumbent=self.incumbent.value if self.incumbent is not None else None,
-                bound=self.bound.value if known else None,
-                gap=self.gap() if known and self.incumbent is not None else None,
-            )
-        )
+        value = None if self.incumbent is None else self.incumbent.value
+        gap = self.gap() if known and self.incumbent is not None else None
+        self.settings.tell(phase, value, self.bound.value if known else None, gap)

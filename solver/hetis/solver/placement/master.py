@@ -18,7 +18,7 @@ its relaxation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard, TypeVar
 
 import highspy
@@ -29,7 +29,9 @@ from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import UNIFIED, DeviceClass, IntArray, Resources, Routes
-from hetis.solver.placement.tables import BoolArray, FloatArray
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.problem import PlacementProblem
 
 ROUNDING = 1e-6  # ratio by which HiGHS may miss a row
 
@@ -119,9 +121,7 @@ class Columns:
 
     def some(self, which: IntArray) -> Columns:
         """Return the columns with these numbers."""
-        return Columns(
-            self.rates[which], self.costs[which], self.uses[which], self.sides[which], self.links[which]
-        )  # fmt: skip
+        return Columns(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def undominated(self) -> IntArray:
         """Return the numbers of columns that no other on the same side and links dominates.
@@ -134,13 +134,8 @@ class Columns:
 
     def followed_by(self, more: Columns) -> Columns:
         """Return these columns followed by others."""
-        return Columns(
-            rates=np.concatenate([self.rates, more.rates]),
-            costs=np.concatenate([self.costs, more.costs]),
-            uses=np.concatenate([self.uses, more.uses]),
-            sides=np.concatenate([self.sides, more.sides]),
-            links=np.concatenate([self.links, more.links]),
-        )
+        names = [field.name for field in fields(self)]
+        return Columns(*(np.concatenate([getattr(self, name), getattr(more, name)]) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +180,21 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Master:
-    """The rows of the master: limits of the packing rows, routes, pins, and the demanded rate if cost is minimised."""
+    """The rows of the master: limits of the packing rows, routes, pins, and the demanded rate if cost is minimised.
+
+    ``minimised`` [rows] is the cost of a unit of each row; None if the rate is maximised.
+    """
 
     limits: IntArray
     demand: float | None  # None: maximise the rate
     routes: Routes
     pins: Pins | None = None
+    minimised: FloatArray | None = None
+
+    @property
+    def row_costs(self) -> FloatArray:
+        """Return the cost of a unit of each row, 0 if the rate is maximised; [rows]."""
+        return np.zeros(len(self.limits)) if self.minimised is None else self.minimised
 
     @property
     def maximises(self) -> bool:
@@ -230,39 +234,16 @@ class Master:
         end = len(signed) - (0 if self.maximises else 1)
         return signed[end - (len(self.pins.lower) if self.pins is not None else 0) : end]
 
-    def solve_milp(
-        self,
-        columns: Columns,
-        *,
-        time_limit_s: float,
-        gap: float,
-        start: MilpSolution | None = None,
-        least: IntArray | None = None,
-        seed: int = 0,
-        presolves: bool = True,
-        stop: Callable[[], bool] | None = None,
-    ) -> MilpSolution | None:
-        """Return whole counts within a relative gap, or None if none was found in time or before ``stop`` is true.
-
-        ``start`` is a known feasible choice of the first columns; the result is never worse. With ``least`` [K], counts
-        are at least this large, and the bound holds for such counts only.
-        """
-        found, _ = self.attempt(
-            columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed, presolves=presolves,
-            stop=stop,
-        )  # fmt: skip
-        return found
-
     def decide(
         self, columns: Columns, *, time_limit_s: float, seed: int = 0, extend: Callable[[Any], object] | None = None
     ) -> Verdict:
         """Return the best whole counts, or a proof that these columns cannot serve anything or meet the demand.
 
-        ``extend`` is as in `attempt`.
+        ``extend`` is as in `solve_milp`.
         """
         if not len(columns.rates):
             return Verdict(None, is_settled=True)
-        found, is_settled = self.attempt(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, extend=extend)
+        found, is_settled = self.solve_milp(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, extend=extend)
         return Verdict(found if self.serves(found) else None, is_settled)
 
     def serves(self, found: MilpSolution | None) -> TypeGuard[MilpSolution]:
@@ -273,22 +254,25 @@ class Master:
         """
         return found is not None and (not self.maximises or found.value > 0.0)
 
-    def attempt(
+    def solve_milp(
         self,
         columns: Columns,
         *,
         time_limit_s: float,
         gap: float,
-        seed: int,
+        seed: int = 0,
         start: MilpSolution | None = None,
         least: IntArray | None = None,
         presolves: bool = True,
         stop: Callable[[], bool] | None = None,
         extend: Callable[[Any], object] | None = None,
     ) -> tuple[MilpSolution | None, bool]:
-        """Solve as `solve_milp` does, and return whether HiGHS finished, with an optimum or a proof of infeasibility.
+        """Return whole counts within a relative gap, and whether HiGHS finished: with an optimum, or proved infeasible.
 
-        ``extend`` adds rows and further columns to the model. It may change the objective, which voids the bound.
+        Counts are None if none were found in time or before ``stop`` is true. ``start`` is a known feasible choice of
+        the first columns; the result is never worse. With ``least`` [K], counts are at least this large, and the bound
+        holds for such counts only. ``extend`` adds rows and further columns to the model. It may change the objective,
+        which voids the bound.
         """
         options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
         if not presolves:  # presolve compares columns pair by pair, without regard to the time limit
@@ -448,6 +432,35 @@ class Master:
             replicas = np.concatenate([replicas, columns.links[:, between[0], between[1]]], axis=1)
             limits = np.concatenate([limits, routes.capacity[between]])
         return np.concatenate([replicas, flows]), limits
+
+
+def master_of(costs: CostTables, demand: float | None) -> Master:
+    """Return the master of a problem, without pins."""
+    row_costs = None if demand is None else row_costs_of(costs)
+    return Master(costs.resources.limits, demand, costs.routes, minimised=row_costs)
+
+
+def master_with_pins(costs: CostTables) -> Master:
+    """Return the master of a problem with its demand and the rows that its constraints require."""
+    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
+    return replace(master_of(costs, demanded_rate(costs.problem)), pins=pins)
+
+
+def demanded_rate(problem: PlacementProblem) -> float | None:
+    """Return the saturated rate that the demanded goodput takes, or None if the rate is maximised."""
+    objective = problem.objective
+    if objective.maximises:
+        return None
+    assert objective.demand_rps is not None, "PlacementProblem checks it"
+    return objective.demand_rps / problem.assumptions.planned_utilisation
+
+
+def row_costs_of(costs: CostTables) -> FloatArray:
+    """Return the cost of one unit of each row in the objective: rent or one GPU for the rows that count GPUs."""
+    kind = costs.problem.objective.kind
+    of_gpu = {ObjectiveKind.COST: [c.usd_per_hour or 0.0 for c in costs.classes]}
+    each = of_gpu.get(kind, [1.0 if kind is ObjectiveKind.GPUS else 0.0] * len(costs.classes))
+    return np.array([each[g] if p == 1 else 0.0 for g, p in costs.resources.rows])
 
 
 @kernel

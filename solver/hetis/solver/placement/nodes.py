@@ -207,8 +207,6 @@ def _solve(
     seed: int,
 ) -> tuple[dict[Parts, list[Cut]], list[int], int] | None:
     """Return the cuts of every kind's replicas, the nodes of each pattern, and the bound; None if none in time."""
-    import highspy
-
     highs = quiet_highs(
         {"mip_max_nodes": MOST_SEARCHED, "mip_rel_gap": GAP, "mip_abs_gap": 0.999}, time_limit_s=time_limit_s, seed=seed
     )
@@ -218,22 +216,14 @@ def _solve(
         highs.changeColCost(highs.getNumCol() - 1, float(len(cut)))
     for _ in patterns:
         highs.addVar(0.0, float(num_nodes))
-    count = len(columns) + len(patterns)
-    highs.changeColsIntegrality(
-        count, np.arange(count, dtype=np.int32), np.full(count, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
-    )
-
-    def row(least: float, most: float, entries: Mapping[int, float]) -> None:
-        indices = np.array(list(entries), dtype=np.int32)
-        highs.addRow(least, most, len(entries), indices, np.array(list(entries.values())))
-
+    _make_whole(highs, 0)
     for kind, number in kinds.items():
-        row(number, number, {i: 1.0 for i, (one, _) in enumerate(columns) if one == kind})
+        add_row(highs, number, number, {i: 1.0 for i, (one, _) in enumerate(columns) if one == kind})
     for size in sizes:
         used = {i: float(sum(sum(piece) == size for piece in cut)) for i, (_, cut) in enumerate(columns)}
         held = {len(columns) + i: -float(pattern.count(size)) for i, pattern in enumerate(patterns)}
-        row(-np.inf, 0.0, {i: value for i, value in (used | held).items() if value})
-    row(-np.inf, num_nodes, {len(columns) + i: 1.0 for i in range(len(patterns))})
+        add_row(highs, -np.inf, 0.0, {i: value for i, value in (used | held).items() if value})
+    add_row(highs, -np.inf, num_nodes, {len(columns) + i: 1.0 for i in range(len(patterns))})
     highs.run()
     info = highs.getInfo()
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -357,9 +347,7 @@ class NodeProgram:
         most = max((c.num_nodes * c.gpus_per_node for c in self.classes), default=0)
         for _ in range(len(z) + len(y)):
             highs.addVar(0.0, float(most))
-        added = np.arange(first_z, first_z + len(z) + len(y), dtype=np.int32)
-        kinds = np.full(len(added), int(highspy.HighsVarType.kInteger), dtype=np.uint8)
-        highs.changeColsIntegrality(len(added), added, kinds)
+        _make_whole(highs, first_z)
         by_kind = [dict[int, float]() for _ in self.kinds]
         for column, kind in enumerate(kinds_of_columns):
             by_kind[kind][column] = -1.0
@@ -406,6 +394,13 @@ class NodeProgram:
             highs.changeColIntegrality(is_used, highspy.HighsVarType.kInteger)
             highs.changeColCost(is_used, SHAPE)
             add_row(highs, -np.inf, 0.0, {column: 1.0, is_used: -upper})
+
+
+def _make_whole(highs: Any, first: int) -> None:
+    """Make the columns from ``first`` on whole numbers."""
+    columns = np.arange(first, highs.getNumCol(), dtype=np.int32)
+    kinds = np.full(len(columns), int(highspy.HighsVarType.kInteger), dtype=np.uint8)
+    highs.changeColsIntegrality(len(columns), columns, kinds)
 
 
 def add_row(highs: Any, least: float, most: float, entries: Mapping[int, float]) -> None:

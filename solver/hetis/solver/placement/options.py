@@ -258,7 +258,7 @@ def chunk_cap(t: Tables, x: int, f: int, copies: int) -> float:
 
 
 @kernel
-def _fill_fixed(
+def fill_fixed(
     fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, hop_s: float, step_s: float,
     last_s: float, prefix_delta_s: float,
 ) -> None:  # fmt: skip
@@ -400,11 +400,11 @@ def list_options(
                             most_layers = max(most_layers, caps[role])
                         if most_layers == 0:
                             continue
-                        _fill_fixed(
+                        fill_fixed(
                             fixed_s, prefix_layers, compute_s, wire_s, hop_s, step_s, last_s, prefix_delta_s
                         )  # fmt: skip
                         if has_chunk_limits:
-                            _fill_fixed(
+                            fill_fixed(
                                 chunk_fixed_s, prefix_layers, chunk_layer_s, 0.0, chunk_hop_s, chunk_step_s,
                                 chunk_last_s, chunk_prefix_s,
                             )  # fmt: skip
@@ -436,7 +436,7 @@ def list_options(
                                 continue
                         if count == size_of_out:
                             size_of_out *= 2
-                            out = _grown(out)
+                            out = selected(out, np.arange(size_of_out) % count)  # the new half is overwritten
                             out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
                             out_min, out_max = out.min_layers, out.max_layers
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
@@ -447,7 +447,7 @@ def list_options(
                         if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:
                             roomiest = count
                         count += 1
-    return _sliced(out, count)
+    return selected(out, np.arange(count))
 
 
 @kernel
@@ -473,45 +473,6 @@ def _no_worse(
         if caps_a[role] < caps_b[role] or floors_a[role] > floors_b[role] or fixed_a[role] > fixed_b[role]:
             return False
     return True
-
-
-@kernel
-def _grown(o: Options) -> Options:
-    bigger = _empty_options(2 * o.rank.shape[0])
-    count = o.rank.shape[0]
-    _copy_options(o, bigger, np.arange(count))
-    return bigger
-
-
-@kernel
-def _copy_options(source: Options, target: Options, chosen: IntArray) -> None:
-    for i in range(chosen.shape[0]):
-        o = chosen[i]
-        target.rank[i] = source.rank[o]
-        target.copies[i] = source.copies[o]
-        target.pool_class[i] = source.pool_class[o]
-        target.pool_cards[i] = source.pool_cards[o]
-        target.pool_groups[i] = source.pool_groups[o]
-        target.layer_s[i] = source.layer_s[o]
-        for role in range(4):
-            target.fixed_s[i, role] = source.fixed_s[o, role]
-            target.min_layers[i, role] = source.min_layers[o, role]
-            target.max_layers[i, role] = source.max_layers[o, role]
-
-
-@kernel
-def _sliced(o: Options, count: int) -> Options:
-    return Options(
-        o.rank[:count],
-        o.copies[:count],
-        o.pool_class[:count],
-        o.pool_cards[:count],
-        o.pool_groups[:count],
-        o.layer_s[:count],
-        o.fixed_s[:count],
-        o.min_layers[:count],
-        o.max_layers[:count],
-    )
 
 
 def option_prices(o: Options, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
@@ -553,9 +514,17 @@ def class_use(t: CoverTables, o: Options, i: int, device_class: int) -> int:
 @kernel
 def selected(o: Options, chosen: IntArray) -> Options:
     """Return the chosen options, in that order."""
-    out = _empty_options(max(1, chosen.shape[0]))
-    _copy_options(o, out, chosen)
-    return _sliced(out, chosen.shape[0])
+    return Options(
+        o.rank[chosen],
+        o.copies[chosen],
+        o.pool_class[chosen],
+        o.pool_cards[chosen],
+        o.pool_groups[chosen],
+        o.layer_s[chosen],
+        o.fixed_s[chosen],
+        o.min_layers[chosen],
+        o.max_layers[chosen],
+    )
 
 
 NO_STAGES = np.empty((0, 6), np.int64)

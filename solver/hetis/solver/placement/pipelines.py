@@ -22,7 +22,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
-from hetis.solver.placement.options import ROUNDING, iterations_of, layers_on_rank, stretch
+from hetis.solver.placement.options import ROUNDING, fill_fixed, iterations_of, layers_on_rank, stretch
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
@@ -506,7 +506,7 @@ def best_equal_split(
     """
     best, best_x, best_f = np.inf, -1, -1
     kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
-    groups = t.rank_groups[s]
+    groups, fixed_s, chunk_fixed_s = t.rank_groups[s], np.empty(4), np.empty(4)
     # The remainder goes to plain stages first, and may be less than their number.
     many_plain = 0 < t.num_layers % num_stages < num_stages - 2
     for x in mixes:
@@ -514,9 +514,15 @@ def best_equal_split(
             continue
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
-        prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], t.wire_s[x, s])
         chunk_w = t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x]
-        chunk_prefix_s = t.prefix_layers * (chunk_w + t.chunk.prefix_delta_s[x, s])
+        fill_fixed(
+            fixed_s, t.prefix_layers, compute_s, t.wire_s[x, s], t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s],
+            t.prefix_delta_s[x, s],
+        )  # fmt: skip
+        fill_fixed(
+            chunk_fixed_s, t.prefix_layers, chunk_w, 0.0, t.chunk.hop_s[x, s], t.chunk.step_s[x, s],
+            t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s],
+        )  # fmt: skip
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
             if 1 < m < num_stages or (depth_in_flight and m != num_stages):
@@ -532,13 +538,7 @@ def best_equal_split(
                 if layers < 1 or layers > layers_on_rank(t, x, s, kept, role):
                     fits = False
                     break
-                fixed, chunk_fixed = t.step_s[x, s], t.chunk.step_s[x, s]
-                if role in (FIRST, BOTH):
-                    fixed, chunk_fixed = fixed + prefix_s, chunk_fixed + chunk_prefix_s
-                else:
-                    fixed, chunk_fixed = fixed + t.hop_s[x, s], chunk_fixed + t.chunk.hop_s[x, s]
-                if role in (LAST, BOTH):
-                    fixed, chunk_fixed = fixed + t.last_s[x, s], chunk_fixed + t.chunk.last_s[x, s]
+                fixed, chunk_fixed = fixed_s[role], chunk_fixed_s[role]
                 chunk_s = max(chunk_s, layers * chunk_w + chunk_fixed)
                 # Some plain stages may have one layer less, which gives the rest of the stage more weight.
                 for n in range(max(1, layers - 1) if role == PLAIN and many_plain else layers, layers + 1):

@@ -42,8 +42,11 @@ from hetis.solver.placement.sequential import (
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables, cover_tables
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 from hetis.solver.plan import Role
+from hetis.solver.problem import Family
 
 BATCH = 32
+# GPUs of a class: with fewer, a single replica may well need more than there are. In larger classes pricing does not
+# exclude such replicas, which can only loosen the bound.
 SCARCE = 256
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further
 KERNELS = (all_lines, ceilings, list_options, best_column, useful_options, best_sequential, best_within_cap)
@@ -106,6 +109,33 @@ class Priced:
     complete: bool  # False if the budget ran out; the bound then uses ceilings, infinite at worst, for the rest
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Replicas of some roles, with limits on stage copies and on attention workers of one class per copy."""
+
+    roles: tuple[Role, ...]
+    max_copies: int
+    max_pool: int
+
+    def describe(self, family: Part) -> str:
+        """Return what the part leaves out of a family."""
+        left_out = [
+            name
+            for name, is_less in (
+                ("stage copies", self.max_copies < family.max_copies),
+                ("attention workers", self.max_pool < family.max_pool),
+            )
+            if is_less
+        ]
+        roles = [f"{' and '.join(self.roles)} only"] if set(self.roles) != set(family.roles) else []
+        return ", ".join([*roles, *([f"without {' and '.join(left_out)}"] if left_out else [])])
+
+
+def whole(family: Family) -> Part:
+    """Return the part that is the whole of a family."""
+    return Part(family.roles, family.max_copies, family.max_pool)
+
+
 class Pricer:
     """Prices configurations that are all on one side of the master.
 
@@ -131,7 +161,7 @@ class Pricer:
         self.mixes = np.array([c.mix for c in every], dtype=np.int64)
         self.in_flight = np.array([c.in_flight_index for c in every], dtype=np.int64)
         self.longest_s = np.array([self._longest_s(c) for c in every], dtype=float)
-        self.scarce = _scarce(costs)
+        self.scarce = np.array([c.available < SCARCE for c in costs.classes])
         self._proved = _Proved(len(every), len(row_costs))
         self._shares = [_Share(part) for part in _shares(self.scopes)]
 
@@ -297,24 +327,21 @@ class _Share:
         return bool(np.any(t_floors < self.t_floors) or np.any(t_floors > (1.0 + STALE) * self.t_floors))
 
 
-def pricers_of(
-    costs: CostTables, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
-    target_gap: float,
-) -> list[Pricer]:  # fmt: skip
+def tolerance_for(target_gap: float) -> float:
+    """Return the tolerance of pricing that leaves the master within a gap."""
+    return min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2))
+
+
+def pricers_of(costs: CostTables, row_costs: FloatArray, part: Part, threads: int, tolerance: float) -> list[Pricer]:
     """Return a pricer for each side of the master; sides of other roles have no configurations."""
-    every = [c for c in configurations(costs) if costs.mixes[c.mix].role in roles]
+    every = [c for c in configurations(costs) if costs.mixes[c.mix].role in part.roles]
     return [
         Pricer(
-            costs,
-            [c for c in every if c.side == side],
-            row_costs,
-            max_copies=max_copies,
-            max_pool=max_pool,
-            threads=threads,
-            tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
+            costs, [c for c in every if c.side == side], row_costs, max_copies=part.max_copies, max_pool=part.max_pool,
+            threads=threads, tolerance=tolerance,
         )
         for side in range(costs.routes.num_sides)
-    ]
+    ]  # fmt: skip
 
 
 def _shares(scopes: IntArray) -> Iterator[IntArray]:
@@ -347,11 +374,3 @@ class _Proved:
     def note(self, which: IntArray | int, ratios: FloatArray | float, prices: FloatArray, rate_cap: float) -> None:
         """Record ceilings proved at these prices."""
         self.ratios[which], self.prices[which], self.rate_caps[which] = ratios, prices, rate_cap
-
-
-def _scarce(costs: CostTables) -> BoolArray:
-    """Return the classes of which a single replica may well require more GPUs than exist; [N].
-
-    In larger classes pricing does not exclude such replicas, which can only loosen the bound.
-    """
-    return np.array([c.available < SCARCE for c in costs.classes])

@@ -22,7 +22,7 @@ from functools import partial
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.budget import Budget, Progress, Report, SearchSettings, silent
 from hetis.solver.cluster import Network
 from hetis.solver.compiled import is_cached
 from hetis.solver.errors import NoPlanFoundError
@@ -31,24 +31,21 @@ from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.fleet import DeviceClass
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
-from hetis.solver.placement.master import UNDECIDED, Master, Pins, pins_of
+from hetis.solver.placement.master import UNDECIDED, Master, Pins, master_of, master_with_pins
 from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds, kind_of
 from hetis.solver.placement.outcome import Outcome, layers_per_s, rate_bound, sound_bound
 from hetis.solver.placement.pipelines import uniform_templates
-from hetis.solver.placement.pricing import KERNELS, Pricer
+from hetis.solver.placement.pricing import KERNELS, pricers_of, whole
 from hetis.solver.placement.tables import CostTables, FloatArray, Scope
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, TemplateStage, configurations, interval_of
+from hetis.solver.placement.template import Template, interval_of, stages_in
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 
 RELAXATION, COLUMNS = 0.6, 0.8  # shares of the time left, with pins: for the relaxation, then for the pins' columns
 
 
-def search(
-    costs: CostTables, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report, *,
-    simplest_within: float = 0.0,
-) -> Outcome | None:  # fmt: skip
+def search(costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0) -> Outcome | None:
     """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
 
     With ``simplest_within``, a share of the best value, an engine's replicas use the fewest nodes that lose no more
@@ -56,53 +53,35 @@ def search(
     """
     if not costs.ranks:
         return None
-    family = costs.problem.family
-
-    def of_types(pair: CostTables, news: Report) -> Outcome | None:
-        try:
-            return search(pair, strategy, budget, gap_target, seed, threads, news)
-        except NoPlanFoundError:  # no plan of this pair is known to keep the pins
-            if family.one_type_per_role:
-                raise
-            return None
-
+    family, budget = costs.problem.family, settings.budget
     if family.one_type_per_role and costs.role_types is None:
-        return search_types(costs, of_types, None, budget, threads, report)
-    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
-    master = Master(costs.resources.limits, demanded_rate(costs.problem), costs.routes, pins)
-    row_costs = row_costs_of(costs)
-    if strategy == "uniform":
-        return _enumerate_uniform(costs, master, row_costs, budget, seed)
-    if family.engine is not None:
-        outcome = search_enumerated(
-            costs, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report,
-            simplest_within=simplest_within,
-        )  # fmt: skip
-        is_short = budget.is_spent() and not simplest_within
-        if is_short and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
-            return _better(outcome, _first_plan(costs, budget, seed), master)
+        return search_types(costs, settings, None)
+    master = master_with_pins(costs)
+    if settings.strategy == "uniform":
+        return _enumerate_uniform(costs, master, settings)
+    if family.engine is not None or is_small(costs):
+        if family.engine is not None:
+            outcome = search_enumerated(costs, master, settings, simplest_within)
+        else:
+            _announce_compilation((explore,), settings)
+            outcome = solve_exactly(costs, master, settings)
+        is_short = budget.is_spent() and not (family.engine is not None and simplest_within)
+        if is_short and (outcome is None or abs(outcome.bound - outcome.value) > settings.gap_target * outcome.value):
+            return _better(outcome, _first_plan(costs, settings), master)
         return outcome
-    if is_small(costs):
-        _announce_compilation((explore,), budget, report)
-        outcome = solve_exactly(costs, master, row_costs, budget=budget, report=report, seed=seed)
-        if budget.is_spent() and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
-            return _better(outcome, _first_plan(costs, budget, seed), master)
-        return outcome
-    part = budget if pins is None else budget.share(RELAXATION)
-    generation = ColumnGeneration(costs, master, row_costs, budget=part, report=report)
-    outcome = _generate(generation, part, gap_target, seed, threads)
-    if pins is not None:
-        outcome = _pinned(generation, outcome, pins, budget, gap_target, seed, threads)
+    generation = ColumnGeneration(costs, master, settings if master.pins is None else settings.within(RELAXATION))
+    outcome = _generate(generation)
+    if master.pins is not None:
+        outcome = _pinned(generation, outcome, master.pins, settings)
     # Pairs of GPU types are searched without attention workers.
     if outcome is not None and family.splits_roles and family.decode_keeps_heads and costs.role_types is None:
-        outcome = search_types(costs, of_types, outcome, budget, threads, report)
+        outcome = search_types(costs, settings, outcome)
     return outcome
 
 
 def _pinned(
-    generation: ColumnGeneration, known: Outcome | None, pins: Pins, budget: Budget, gap_target: float, seed: int,
-    threads: int,
-) -> Outcome | None:  # fmt: skip
+    generation: ColumnGeneration, known: Outcome | None, pins: Pins, settings: SearchSettings
+) -> Outcome | None:
     """Return the best choice that keeps the pins, with columns generated for them; None if there is provably none.
 
     Raises:
@@ -110,10 +89,9 @@ def _pinned(
     """
     if not generation.may_have_plan:
         return None
-    prices = generation.bound.row_prices
-    found = pinned_columns(generation.costs, pins, generation.row_costs, prices, budget.share(COLUMNS), threads)
+    found = pinned_columns(generation, pins, settings.budget.share(COLUMNS))
     generation.pool.add(tuple(found))
-    generation.choose(gap=gap_target / 10, seed=seed)
+    generation.choose()
     outcome = generation.outcome()
     if outcome is None:
         raise NoPlanFoundError("no plan was found that keeps the pins on GPUs and replicas, nor proved impossible")
@@ -126,13 +104,11 @@ def _with_bound(outcome: Outcome, bound: float, *, maximises: bool) -> Outcome:
     return replace(outcome, bound=sound_bound(tightest, outcome.value, maximises=maximises))
 
 
-def _generate(
-    generation: ColumnGeneration, budget: Budget, gap_target: float, seed: int, threads: int
-) -> Outcome | None:
+def _generate(generation: ColumnGeneration) -> Outcome | None:
     """Run column generation, with zones merged or not."""
-    costs, master, row_costs = generation.costs, generation.master, generation.row_costs
-    _announce_compilation(KERNELS, budget, generation.report)
-    if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
+    costs, master, settings = generation.costs, generation.master, generation.settings
+    _announce_compilation(KERNELS, settings)
+    if master.demand is not None and not _can_serve(generation, master.demand):
         generation.may_have_plan = False
         return None
     one_zone, relaxed = merged_problem(costs.problem), None
@@ -140,52 +116,41 @@ def _generate(
         merged = build_cost_tables(one_zone, is_relaxation=True)
         if costs.role_types is not None:
             merged = merged.of_types(*costs.role_types)
-        outcome = _search_merged(merged, generation, threads, gap_target, seed)
+        outcome = _search_merged(merged, generation)
         if outcome is not None:
             return outcome
         relaxed = generation.bound.value if generation.is_whole_family else None
-    outcome = generation.solve(uniform_templates(costs), threads=threads, gap_target=gap_target, seed=seed)
-    if outcome is None and generation.may_have_plan and master.pins is None and not budget.is_spent():
+    outcome = generation.solve(uniform_templates(costs))
+    if outcome is None and generation.may_have_plan and master.pins is None and not settings.budget.is_spent():
         # The columns found fit in no packing, which proves nothing.
-        return solve_exactly(costs, master, row_costs, budget=budget, report=generation.report, seed=seed)
+        return solve_exactly(costs, master, settings)
     if outcome is None or relaxed is None:
         return outcome
     # The bound of the relaxation holds whatever the search over separate zones proves.
     return _with_bound(outcome, relaxed, maximises=master.maximises)
 
 
-def _announce_compilation(kernels: Sequence[Callable[..., object]], budget: Budget, report: Report) -> None:
+def _announce_compilation(kernels: Sequence[Callable[..., object]], settings: SearchSettings) -> None:
     if not all(map(is_cached, kernels)):
-        report(Progress(phase="compiling the search, once per installation", elapsed_s=budget.elapsed_s()))
+        settings.tell("compiling the search, once per installation")
 
 
-def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_target: float) -> bool:
+def _can_serve(generation: ColumnGeneration, demand: float) -> bool:
     """Return whether the fleet's best rate may reach the demand; ``generation`` keeps the columns of that search."""
     costs = generation.costs
-    fastest = ColumnGeneration(
-        costs,
-        Master(costs.resources.limits, None, costs.routes),
-        np.zeros(len(costs.resources.rows)),
-        budget=generation.budget,
-        report=silent,
-    )
-    fastest.generate(uniform_templates(costs), threads=threads, gap_target=gap_target)
+    fastest = ColumnGeneration(costs, master_of(costs, None), replace(generation.settings, report=silent))
+    fastest.generate(uniform_templates(costs))
     generation.pool.add(fastest.pool.templates)
     return fastest.bound.value >= demand * (1.0 - 1e-9)
 
 
-def _search_merged(
-    merged: CostTables, generation: ColumnGeneration, threads: int, gap_target: float, seed: int
-) -> Outcome | None:
+def _search_merged(merged: CostTables, generation: ColumnGeneration) -> Outcome | None:
     """Search a fleet of several zones through its one-zone relaxation; return None if that leaves too wide a gap.
 
     ``generation`` keeps the columns found.
     """
-    master = Master(merged.resources.limits, generation.master.demand, merged.routes)
-    relaxed = ColumnGeneration(
-        merged, master, row_costs_of(merged), budget=generation.budget, report=generation.report
-    )  # fmt: skip
-    relaxed.generate(uniform_templates(merged), threads=threads, gap_target=gap_target)
+    relaxed = ColumnGeneration(merged, master_of(merged, generation.master.demand), generation.settings)
+    relaxed.generate(uniform_templates(merged))
     if not np.isfinite(relaxed.bound.value):
         return None
     relaxed.vary()
@@ -197,51 +162,27 @@ def _search_merged(
         rate_prices_of(merged, generation.costs, relaxed.bound.rate_prices),
     )
     generation.is_whole_family = True
-    generation.choose(gap=gap_target / 10, seed=seed)
-    small_enough = generation.gap() <= max(gap_target, 0.005)
+    generation.choose()
+    small_enough = generation.gap() <= max(generation.settings.gap_target, 0.005)
     return generation.outcome() if small_enough or generation.budget.is_spent() else None
 
 
-def demanded_rate(problem: PlacementProblem) -> float | None:
-    """Return the saturated rate that the demanded goodput takes, or None if the rate is maximised."""
-    objective = problem.objective
-    if objective.maximises:
-        return None
-    assert objective.demand_rps is not None, "PlacementProblem checks it"
-    return objective.demand_rps / problem.assumptions.planned_utilisation
-
-
-def row_costs_of(costs: CostTables) -> FloatArray:
-    """Return the cost of one unit of each row in the objective: rent or one GPU for the rows that count GPUs."""
-    kind = costs.problem.objective.kind
-    units = []
-    for device_class, p in costs.resources.rows:
-        price = costs.classes[device_class].usd_per_hour or 0.0
-        unit = {ObjectiveKind.COST: price, ObjectiveKind.GPUS: 1.0}.get(kind, 0.0)
-        units.append(unit if p == 1 else 0.0)
-    return np.array(units)
-
-
-def equal_stages(costs: CostTables, budget: Budget, seed: int) -> Outcome | None:
+def equal_stages(costs: CostTables, settings: SearchSettings) -> Outcome | None:
     """Return the best plan of equal stages, which takes little time, or None if none was found.
 
     One role may have several GPU types. The bound holds for the family of `uniform` only.
     """
     if not costs.ranks:
         return None
-    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
-    master = Master(costs.resources.limits, demanded_rate(costs.problem), costs.routes, pins)
     try:
-        return _enumerate_uniform(costs, master, row_costs_of(costs), budget, seed)
+        return _enumerate_uniform(costs, master_with_pins(costs), settings)
     except NoPlanFoundError:
         return None
 
 
-def _enumerate_uniform(
-    costs: CostTables, master: Master, row_costs: FloatArray, budget: Budget, seed: int
-) -> Outcome | None:
+def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettings) -> Outcome | None:
     """Enumerate the small family of `uniform`: every GPU type, TP size and number of stages at its best."""
-    pool = Pool(costs, row_costs)
+    pool, budget = Pool(costs, master.row_costs), settings.budget
     pool.add(uniform_templates(costs))
     if not pool.templates:
         return None
@@ -253,7 +194,7 @@ def _enumerate_uniform(
         if program is None:
             raise NoPlanFoundError(UNDECIDED)
         is_whole, extend = program.is_whole, partial(program.extend, kinds_of_columns=of_columns.tolist())
-    verdict = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed, extend=extend)
+    verdict = master.decide(columns, time_limit_s=budget.remaining_s(), seed=settings.seed, extend=extend)
     found, relaxed = verdict.found, master.solve_lp(columns)
     if found is None or relaxed is None:
         if not (verdict.proves_none and is_whole) and not budget.is_spent():
@@ -280,11 +221,14 @@ def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Out
     return _with_bound(first, found.bound, maximises=master.maximises) if is_ahead else found
 
 
-def _first_plan(costs: CostTables, budget: Budget, seed: int) -> Outcome | None:
+def _first_plan(costs: CostTables, settings: SearchSettings) -> Outcome | None:
     """Return a quick plan of equal stages, bounded by dense work alone."""
-    outcome = equal_stages(costs, Budget(cancelled=budget.cancelled), seed)
+    outcome = equal_stages(costs, replace(settings, budget=Budget(cancelled=settings.budget.cancelled)))
     bound = rate_bound(costs) if costs.problem.objective.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)
+
+
+# --- zones merged
 
 
 MERGED = "all zones"
@@ -325,7 +269,7 @@ def zone_templates(merged: CostTables, costs: CostTables, templates: list[Templa
         here = {_kind(c): g for g, c in enumerate(costs.classes) if c.zone == part.zones[0]}
         class_of = [here.get(_kind(c), -1) for c in merged.classes]
         for template in templates:
-            stages = _stages_on(merged, class_of, costs, template)
+            stages = stages_in(costs, merged, class_of, template)
             mix = merged.mixes[template.mix]
             alike = mixes_like[mix.micro_batch, mix.chunk_tokens, mix.attention_dp]
             for x in alike if stages and part.serves(mix) else ():
@@ -336,21 +280,6 @@ def zone_templates(merged: CostTables, costs: CostTables, templates: list[Templa
                         continue
                 found.append(moved)
     return found
-
-
-def _stages_on(
-    merged: CostTables, class_of: list[int], costs: CostTables, template: Template
-) -> tuple[TemplateStage, ...]:  # fmt: skip
-    """Return a template's stages on a zone's own classes, or none if the zone lacks a class."""
-    stages = []
-    for stage in template.stages:
-        device_class, size = merged.ranks[stage.rank]
-        rank = costs.rank_of(class_of[device_class], size, merged.rank_dp[stage.rank])
-        pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
-        if rank is None or (stage.pool_class >= 0 and pool_class < 0):
-            return ()
-        stages.append(TemplateStage(rank, stage.copies, stage.layers, pool_class, stage.pool_cards, stage.pool_groups))
-    return tuple(stages)
 
 
 def row_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) -> FloatArray:
@@ -370,29 +299,26 @@ def rate_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) ->
 # --- pairs of GPU types
 
 
-Search = Callable[[CostTables, Report], Outcome | None]
 PAIR_TOLERANCE = 1e-3  # of ratios that only rule out pairs
 ROUNDING = 1e-9  # ratio by which a limit may exceed the value from which it is computed
 CHEAPEST = 1e-9  # USD/h, so that free GPUs have a finite ratio
 
 
-def search_types(
-    costs: CostTables, search: Search, known: Outcome | None, budget: Budget, threads: int, report: Report
-) -> Outcome | None:
+def search_types(costs: CostTables, settings: SearchSettings, known: Outcome | None) -> Outcome | None:
     """Return the best of ``known`` and every pair of GPU types, skipping pairs that cannot beat the best so far.
 
     ``known`` comes from a family that contains all pairs, so its bound holds. Without it the bound is the worst of the
     pairs' bounds.
     """
-    objective = costs.problem.objective
+    objective, budget = costs.problem.objective, settings.budget
     maximises, better = objective.maximises, max if objective.maximises else min
     best, bounds = known, list[float]()
-    for pair, limit in _promising_first(costs, known, budget, threads):
+    for pair, limit in _promising_first(costs, known, settings):
         if best is not None and better(limit, best.value) == best.value:
             break
         found = None
         if best is None or not budget.is_spent():
-            found = search(pair, _of_a_pair(report, best, maximises))
+            found = _search_pair(pair, replace(settings, report=_of_a_pair(settings.report, best, maximises)))
         if found is None and budget.is_spent():
             bounds.append(limit)
         if found is None:
@@ -408,13 +334,22 @@ def search_types(
         return known
     bound = better([*bounds, best.value]) if known is None else known.bound
     best = replace(best, bound=bound, interrupted=budget.cancelled.is_set())
-    report(Progress(phase="pairs of GPU types", elapsed_s=budget.elapsed_s(), incumbent=best.value, bound=best.bound))
+    settings.tell("pairs of GPU types", best.value, best.bound)
     return best
 
 
+def _search_pair(pair: CostTables, settings: SearchSettings) -> Outcome | None:
+    try:
+        return search(pair, settings)
+    except NoPlanFoundError:  # no plan of this pair is known to keep the pins
+        if pair.problem.family.one_type_per_role:
+            raise
+        return None
+
+
 def _promising_first(
-    costs: CostTables, known: Outcome | None, budget: Budget, threads: int
-) -> list[tuple[CostTables, float]]:  # fmt: skip
+    costs: CostTables, known: Outcome | None, settings: SearchSettings
+) -> list[tuple[CostTables, float]]:
     """Return every pair, without stage copies and attention workers, with a limit on its value, the best limit first.
 
     A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves at most theta times
@@ -433,8 +368,8 @@ def _promising_first(
         floors = {
             gpu: enough * (known.value / counts[gpu] if objective.maximises else demand / known.value) for gpu in gpus
         }
-    ratios_budget = budget.share(0.5)  # the other half is for the pairs
-    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], ratios_budget, threads) for gpu in gpus}
+    part = settings.within(0.5)  # the other half is for the pairs
+    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], part) for gpu in gpus}
     found = []
     for prefill in gpus:
         for decode in gpus:
@@ -452,26 +387,19 @@ def _promising_first(
     return sorted(found, key=lambda one: one[1], reverse=objective.maximises)
 
 
-def _best_ratios(pair: CostTables, floor: float, budget: Budget, threads: int) -> FloatArray:
+def _best_ratios(pair: CostTables, floor: float, settings: SearchSettings) -> FloatArray:
     """Return the highest rate per GPU, or per unit of cost, of a prefill and a decode replica, or ``floor``; [2]."""
-    family, kind = pair.problem.family, pair.problem.objective.kind
-    prices = np.zeros(len(pair.resources.rows))
+    kind, prices = pair.problem.objective.kind, np.zeros(len(pair.resources.rows))
     for row, (g, p) in enumerate(pair.resources.rows):
         price = pair.classes[g].usd_per_hour or 0.0
         prices[row] = (max(price, CHEAPEST) if kind is ObjectiveKind.COST else 1.0) if p == 1 else 0.0
-    ratios = np.zeros(2)
-    every = configurations(pair)
-    for place, role in enumerate((Role.PREFILL, Role.DECODE)):
-        for side in sorted({c.side for c in every if pair.mixes[c.mix].role is role}):
-            pricer = Pricer(
-                pair, [c for c in every if c.side == side], np.zeros_like(prices), max_copies=family.max_copies,
-                max_pool=family.max_pool, threads=threads, tolerance=PAIR_TOLERANCE,
-            )  # fmt: skip
-            priced = pricer.price(prices, floor, 1.0, budget, rate_cap=np.inf)
-            ratios[place] = max(ratios[place], priced.ratio_bound)
-        if not np.isfinite(ratios[place]):
-            ratios[place] = _dense_ratio(pair, role, prices)
-    return ratios
+    ratios = dict.fromkeys((Role.PREFILL, Role.DECODE), 0.0)
+    for pricer in pricers_of(pair, np.zeros_like(prices), whole(pair.problem.family), settings.threads, PAIR_TOLERANCE):
+        if pricer.configurations:
+            role = pair.mixes[pricer.configurations[0].mix].role
+            priced = pricer.price(prices, floor, 1.0, settings.budget, rate_cap=np.inf)
+            ratios[role] = max(ratios[role], priced.ratio_bound)
+    return np.array([r if np.isfinite(r) else _dense_ratio(pair, role, prices) for role, r in ratios.items()])
 
 
 def _dense_ratio(pair: CostTables, role: Role, prices: FloatArray) -> float:
@@ -509,34 +437,25 @@ PIN_TOLERANCE = 1e-2
 QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # least rate of a replica, as a share of the highest rate per allowed replica
 
 
-def pinned_columns(
-    costs: CostTables, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
-) -> Iterator[Template]:
-    """Yield replicas that pins may require; ``prices`` [rows] are those of GPUs that no pin requires."""
-    family, most = costs.problem.family, float(pins.upper[-1])
+def pinned_columns(generation: ColumnGeneration, pins: Pins, budget: Budget) -> Iterator[Template]:
+    """Yield replicas that pins may require; GPUs that no pin requires have the prices of the bound."""
+    costs, prices, most = generation.costs, generation.bound.row_prices, float(pins.upper[-1])
     each = rate_bound(costs) / most if np.isfinite(most) else 0.0
     free = [row > 0.0 for row in pins.wanted.T if row.any()]
     if each:  # with few replicas, GPUs of any type may be left idle
         rows = costs.resources.rows
         free += [np.zeros(len(rows), dtype=bool)]
-        free += [np.array([costs.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(costs)]
+        types = dict.fromkeys(c.gpu for c in costs.classes)
+        free += [np.array([costs.classes[g].gpu == gpu for g, _ in rows]) for gpu in types]
     asked = [np.where(cheap, CHEAP * prices, prices) for cheap in free]
     asked += [np.maximum(row, CHEAP * row.max()) for row in pins.dear.T]  # the best rate per limited unit
     for least in dict.fromkeys(share * each for share in QUICK):
         quick = replace(costs, scopes=tuple(_quick(scope, least) for scope in costs.scopes))
-        every = configurations(quick)
-        for side in range(quick.routes.num_sides):
-            pricer = Pricer(
-                quick, [c for c in every if c.side == side], row_costs, max_copies=family.max_copies,
-                max_pool=family.max_pool, threads=threads, tolerance=PIN_TOLERANCE,
-            )  # fmt: skip
+        row_costs, family = generation.master.row_costs, whole(costs.problem.family)
+        for pricer in pricers_of(quick, row_costs, family, generation.settings.threads, PIN_TOLERANCE):
             for each_prices in asked:
                 if not budget.is_spent():
                     yield from pricer.price(each_prices, 0.0, KEEP, budget, rate_cap=np.inf).templates
-
-
-def _types(costs: CostTables) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(c.gpu for c in costs.classes))
 
 
 def _quick(scope: Scope, least_rate: float) -> Scope:

@@ -9,17 +9,17 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver import cost
-from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import node_of
-from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import UNIFIED, FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
+from hetis.solver.placement.master import demanded_rate, row_costs_of
 from hetis.solver.placement.options import state_on_rank
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
-from hetis.solver.placement.search import demanded_rate, equal_stages, row_costs_of, search
+from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import (
@@ -52,47 +52,32 @@ OPTIMAL_GAP = 1e-6
 
 
 def solve_family(
-    problem: PlacementProblem,
-    *,
-    strategy: str,
-    budget: Budget,
-    gap_target: float = 0.001,
-    seed: int = 0,
-    threads: int = 1,
-    report: Report = silent,
-    market: Market | None = None,
-    simplest_within: float = 0.0,
+    problem: PlacementProblem, settings: SearchSettings, market: Market | None = None, simplest_within: float = 0.0
 ) -> Plan:
     """Solve as `hetis.solver.planning.solve_placement` does, by one of our own strategies within the problem's family.
 
     Small fleets are solved exactly (`exact.py`). Others are solved by column generation (`generation.py`) until the
-    gap is at most ``gap_target``, the time is up or no remaining column could help.
+    gap is small enough, the time is up or no remaining column could help.
     """
     searched = apply_constraints(problem)
-    report = in_objective_units(report, problem)
-
-    def no_plan() -> InfeasibleError:
-        return infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
-
+    settings = replace(settings, report=in_objective_units(settings.report, problem))
     if searched.is_empty:
-        raise no_plan()
+        raise infeasible(problem, settings, market)
     costs = build_cost_tables(searched.problem)
     if is_out_of_reach(costs, demanded_rate(searched.problem) or 0.0):
-        raise no_plan()
-    report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
-    outcome = search(costs, strategy, budget, gap_target, seed, threads, report, simplest_within=simplest_within)
+        raise infeasible(problem, settings, market)
+    settings.tell("cost tables")
+    outcome = search(costs, settings, simplest_within=simplest_within)
     if outcome is None:
-        if budget.is_spent():
-            raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        raise no_plan()
+        raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
 
     def bound(outcome: Outcome) -> Plan:
         if not problem.constraints:  # constraints may want GPUs in use, whatever for
             outcome = without_idle(costs, outcome)
         chosen = [(with_fewest_in_flight(costs, template), count) for template, count in outcome.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
-        bound_stages = bind(costs, templates, seed=seed, budget=budget)
-        return plan_of(costs, strategy, outcome, templates, bound_stages, budget)
+        bound_stages = bind(costs, templates, seed=settings.seed, budget=settings.budget)
+        return plan_of(costs, settings.strategy, outcome, templates, bound_stages, settings.budget)
 
     plan = bound(outcome)
     if outcome.best is not None:
@@ -140,7 +125,7 @@ def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
     return nodes, len(shapes)
 
 
-def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int = 0) -> float | None:
+def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> float | None:
     """Return the value of the best plan of replicas with equal stages, which engines build without a planner.
 
     The value is in the unit of the objective. Return None if there is no such plan or none was found in time.
@@ -148,7 +133,7 @@ def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int =
     searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if searched.is_empty:
         return None
-    outcome = equal_stages(build_cost_tables(searched.problem), budget, seed)
+    outcome = equal_stages(build_cost_tables(searched.problem), settings)
     return None if outcome is None else objective_scale(problem) * outcome.value
 
 

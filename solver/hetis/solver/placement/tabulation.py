@@ -268,8 +268,10 @@ class _Tabulation:
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
             kv_tokens=kv_tokens,
-            prompt_tokens=self._per_copy(self._prompt_tokens),
-            state_bytes=self._per_copy(self._state_bytes),
+            prompt_tokens=self._per_copy(partial(cost.prompt_tokens_per_copy, self.problem.model, self.moments)),
+            state_bytes=self._per_copy(
+                lambda mix, held: mix.attention_dp * cost.state_bytes_per_copy(self.problem.model, mix, held)
+            ),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
             rank_dp=np.array(self.rank_dp, dtype=np.int64),
@@ -473,7 +475,8 @@ class _Tabulation:
 
         They limit pairs of a mix and M, which searches combine freely; memory is what all of them keep to.
         """
-        tokens, problem = self._per_copy(self._kv_tokens), self.problem
+        problem = self.problem
+        tokens = self._per_copy(partial(cost.kv_tokens_per_copy, problem.model, self.moments, problem.assumptions))
         settings = problem.family.engine_settings
         if not settings:
             return tokens
@@ -482,16 +485,6 @@ class _Tabulation:
              for mix in self.mixes]
         )  # fmt: skip
         return np.where(runs[:, :, None] & (tokens <= problem.most_kv_tokens), tokens, NO_ROOM)
-
-    def _kv_tokens(self, mix: Mix, micro_batches: int) -> float:
-        problem = self.problem
-        return cost.kv_tokens_per_copy(problem.model, self.moments, problem.assumptions, mix, micro_batches)
-
-    def _prompt_tokens(self, mix: Mix, micro_batches: int) -> float:
-        return cost.prompt_tokens_per_copy(self.problem.model, self.moments, mix, micro_batches)
-
-    def _state_bytes(self, mix: Mix, micro_batches: int) -> float:
-        return mix.attention_dp * cost.state_bytes_per_copy(self.problem.model, mix, micro_batches)
 
     def _per_copy(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
         """Return tokens or bytes of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
@@ -518,7 +511,8 @@ class _Tabulation:
         total = 0
         for s, (i, _) in enumerate(self.ranks):
             primary = self.devices[s]
-            if not self.pool_sizes or not primary.shape.splits_groups or not self._may_have_workers(primary.model):
+            is_refused = self.problem.family.engine is not None and primary.model.kv_bytes != 2  # engines keep 16 bits
+            if not self.pool_sizes or not primary.shape.splits_groups or is_refused:
                 continue
             for q, worker_class in enumerate(self.classes):
                 if worker_class.zone != self.classes[i].zone:
@@ -542,10 +536,6 @@ class _Tabulation:
             return start, nothing, nothing, np.zeros(1)
         whole, chunk = (np.concatenate(tables, axis=1) for tables in zip(*parts, strict=True))
         return start, whole, chunk, np.concatenate(wires)
-
-    def _may_have_workers(self, model: ModelSpec) -> bool:
-        """Return whether replicas in this precision may have attention workers: an engine's keep 16-bit KV."""
-        return self.problem.family.engine is None or model.kv_bytes == 2
 
     def _least_of_splits(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the least over k of attention, of attention with a chunk, and of wire; fill the starts of these."""

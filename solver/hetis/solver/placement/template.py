@@ -190,6 +190,24 @@ class Template:
         return self.scope, self.mix, self.in_flight_index, self.stages
 
 
+def stages_in(
+    costs: CostTables, before: CostTables, class_of: Sequence[int], template: Template
+) -> tuple[TemplateStage, ...]:
+    """Return a replica's stages by the cost tables of another fleet; none if that has no such GPUs.
+
+    ``class_of`` [N] are the classes there of those in the cost tables ``before``; -1: none.
+    """
+    stages = []
+    for stage in template.stages:
+        device_class, size = before.ranks[stage.rank]
+        rank = costs.rank_of(class_of[device_class], size, before.rank_dp[stage.rank])
+        pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
+        if rank is None or pool_class < 0 <= stage.pool_class:
+            return ()
+        stages.append(replace(stage, rank=rank, pool_class=pool_class))
+    return tuple(stages)
+
+
 def template_of(costs: CostTables, configuration: Configuration, rows: IntArray) -> Template:
     """Return the rows of `stage_rows` as a template, at the exact interval of its best layer split."""
     parts = tuple(
@@ -208,48 +226,30 @@ def roles(count: int) -> list[int]:
     return [FIRST] + [PLAIN] * (count - 2) + [LAST]
 
 
-def stage_seconds(costs: CostTables, template: Template) -> list[tuple[float, float]]:
-    """Return (w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request."""
-    t = costs.scopes[template.scope].tables
-    x, result = template.mix, []
+def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = False) -> list[tuple[float, float]]:
+    """Return (w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request.
+
+    With ``with_chunk``, return those of one iteration with a chunk, in a unified replica, where no KV is on the wire.
+    """
+    t, x, result = costs.scopes[template.scope].tables, template.mix, []
+    times = t.chunk if with_chunk else t
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         s = stage.rank
         if stage.pool_class < 0:
-            compute_s, wire_s = t.layer_s[x, s] + t.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
+            own_s, wire_s = t.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
+            compute_s = times.layer_s[x, s] + (own_s / t.iterations[x] if with_chunk else own_s)
         else:
             entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, costs.pool_sizes.index(stage.pool_cards))
-            compute_s, wire_s = t.layer_s[x, s] + t.pool_s[x, entry], pool_wire_seconds(t, x, entry)
-        fixed = float(t.step_s[x, s])
+            compute_s, wire_s = times.layer_s[x, s] + times.pool_s[x, entry], pool_wire_seconds(t, x, entry)
+        wire_s = 0.0 if with_chunk else wire_s
+        fixed = float(times.step_s[x, s])
         if role in (PLAIN, LAST):
-            fixed += t.hop_s[x, s]
+            fixed += times.hop_s[x, s]
         else:
-            fixed += t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], wire_s)
+            fixed += t.prefix_layers * max(compute_s + times.prefix_delta_s[x, s], wire_s)
         if role in (LAST, BOTH):
-            fixed += t.last_s[x, s]
+            fixed += times.last_s[x, s]
         result.append((float(max(compute_s, wire_s)), float(fixed)))
-    return result
-
-
-def chunk_stage_seconds(costs: CostTables, template: Template) -> list[tuple[float, float]]:
-    """Return `stage_seconds` of one iteration with a chunk, in a unified replica."""
-    t = costs.scopes[template.scope].tables
-    x, result = template.mix, []
-    for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
-        s = stage.rank
-        layer_s = t.chunk.layer_s[x, s]
-        if stage.pool_class < 0:
-            layer_s += t.own_s[x, s, t.rank_groups[s]] / t.iterations[x]
-        else:
-            size = costs.pool_sizes.index(stage.pool_cards)
-            layer_s += t.chunk.pool_s[x, pool_entry(t, s, stage.pool_class, stage.pool_groups, size)]
-        fixed = float(t.chunk.step_s[x, s])
-        if role in (PLAIN, LAST):
-            fixed += t.chunk.hop_s[x, s]
-        else:
-            fixed += t.prefix_layers * (layer_s + t.chunk.prefix_delta_s[x, s])
-        if role in (LAST, BOTH):
-            fixed += t.chunk.last_s[x, s]
-        result.append((float(layer_s), float(fixed)))
     return result
 
 
@@ -267,7 +267,7 @@ def slacked_seconds(costs: CostTables, template: Template) -> list[tuple[float, 
         regime = costs.regime_together(template.mix)
     mix = iterations_of(t, template.mix, template.in_flight_index)
     found = []
-    chunks = chunk_stage_seconds(costs, template)
+    chunks = stage_seconds(costs, template, with_chunk=True)
     for (w, fixed), (chunk_s, _) in zip(stage_seconds(costs, template), chunks, strict=True):
         longer = stretch(mix, w, chunk_s, *regime)
         found.append((longer * w, longer * fixed))
@@ -310,7 +310,7 @@ def rebalanced(costs: CostTables, template: Template) -> Template:
     trip_cap = float(costs.scopes[template.scope].tables.trip_cap[template.mix, template.in_flight_index])
     if np.isfinite(trip_cap):
         longest_s = trip_cap / cost.most_copies(m, template.num_copies)
-        chunks = chunk_stage_seconds(costs, template)
+        chunks = stage_seconds(costs, template, with_chunk=True)
         in_time = [(stage.copies * longest_s - f) / s for stage, (s, f) in zip(template.stages, chunks, strict=True)]
         rooms = [min(room, int(max(0.0, n + ROUNDING))) for room, n in zip(rooms, in_time, strict=True)]
     total = sum(stage.layers for stage in template.stages)
@@ -435,7 +435,7 @@ def ttft_s(costs: CostTables, template: Template) -> float:
         return 0.0
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:  # all round trips of a prefill replica carry a chunk
-        trip_s = max(trip_s, sum(times_of(template, chunk_stage_seconds(costs, template))))
+        trip_s = max(trip_s, sum(times_of(template, stage_seconds(costs, template, with_chunk=True))))
     return cost.ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
 
 
@@ -444,7 +444,7 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:
-        chunks_s = times_of(template, chunk_stage_seconds(costs, template))
+        chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
         if m == 1:
             uneven = max(
                 mix.iterations * chunk_s / u

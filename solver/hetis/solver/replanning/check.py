@@ -13,19 +13,19 @@ from hetis.solver.replanning.transition import Action
 RELATIVE = 1e-6
 
 
-def check_replanning(posed: ReplanningProblem, found: Replanning) -> list[str]:
+def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
     """Return every error as a sentence; the plan itself is judged by `check_plan`."""
     if len(found.continued) != len(found.plan.replicas):
         return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
     return [
-        *_check_continued(posed, found),
-        *_check_moves(posed, found),
-        *_check_value(posed, found),
-        *_check_steps(posed, found),
+        *_check_continued(given, found),
+        *_check_moves(given, found),
+        *_check_value(given, found),
+        *_check_steps(given, found),
     ]
 
 
-def _check_continued(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+def _check_continued(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
     """Check that kept replicas are the running ones and that those that are reset keep their weights."""
     olds = [continued.old for continued in found.continued if continued.old is not None]
     if len(olds) != len(set(olds)):
@@ -33,39 +33,39 @@ def _check_continued(posed: ReplanningProblem, found: Replanning) -> Iterator[st
     for number, (replica, continued) in enumerate(zip(found.plan.replicas, found.continued, strict=True)):
         if continued.old is None:
             continue
-        old = posed.running.replicas[continued.old]
+        old = given.running.replicas[continued.old]
         if continued.fate is Fate.KEPT and not is_same(old, replica):
             yield f"replica {number} is not the running replica {continued.old}, which it is said to be"
         if continued.fate is Fate.RESET and dict(holdings_of(old)) != dict(holdings_of(replica)):
             yield f"replica {number} has other weights than the running replica {continued.old}"
 
 
-def _check_moves(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    held = holdings(posed.running)
+def _check_moves(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    held = holdings(given.running)
     moved = [device for device, holding in holdings(found.plan).items() if held.get(device) != holding]
     if sorted(moved) != sorted(found.change.moved):
         yield f"{len(moved)} GPUs do something else than before, {len(found.change.moved)} are named"
-    if posed.max_moves is not None and len(moved) > posed.max_moves:
-        yield f"{len(moved)} GPUs do something else than before, at most {posed.max_moves} may"
+    if given.max_moves is not None and len(moved) > given.max_moves:
+        yield f"{len(moved)} GPUs do something else than before, at most {given.max_moves} may"
 
 
-def _check_value(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
     """Check the net value against the replicas' rates and starts; only for plans without routes and demand."""
-    problem = posed.problem
+    problem = given.problem
     if not problem.objective.maximises or any(r.role is not Role.UNIFIED for r in found.plan.replicas):
         return
     value = 0.0
     for replica, continued in zip(found.plan.replicas, found.continued, strict=True):
         start_s = continued.start_s
         if continued.fate is Fate.NEW:
-            start_s = posed.costs.start_s(_longest_load(posed, replica))
+            start_s = given.costs.start_s(_longest_load(given, replica))
             if not math.isclose(start_s, continued.start_s, rel_tol=RELATIVE):
                 yield f"a new replica starts in {start_s:.6g} s, not in {continued.start_s:.6g} s"
-        value += replica.rate * posed.costs.served_share(start_s)
+        value += replica.rate * given.costs.served_share(start_s)
     kept = {c.old for c in found.continued if c.fate is Fate.KEPT}
-    for number, old in enumerate(posed.running.replicas):
+    for number, old in enumerate(given.running.replicas):
         if number not in kept and number not in found.lost:
-            value -= HALF_DONE * in_flight(old) / posed.costs.horizon_s
+            value -= HALF_DONE * in_flight(old) / given.costs.horizon_s
     if problem.objective.kind is ObjectiveKind.GOODPUT:
         value *= problem.assumptions.planned_utilisation
     if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):
@@ -74,14 +74,14 @@ def _check_value(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
         yield f"the bound is {found.bound:.9g}, below the net value {found.value:.9g}"
 
 
-def _longest_load(posed: ReplanningProblem, replica: ReplicaPlan) -> float:
-    return max(holding.weight_bytes(posed.problem.model) for _, holding in holdings_of(replica))
+def _longest_load(given: ReplanningProblem, replica: ReplicaPlan) -> float:
+    return max(holding.weight_bytes(given.problem.model) for _, holding in holdings_of(replica))
 
 
-def _check_steps(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+def _check_steps(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
     """Check that nothing starts on GPUs that are busy and that at the end the plan runs and nothing else."""
     lost = set(found.lost)
-    runs = {i: set(r.devices()) for i, r in enumerate(posed.running.replicas) if i not in lost}
+    runs = {i: set(r.devices()) for i, r in enumerate(given.running.replicas) if i not in lost}
     stays = {c.old for c in found.continued if c.fate is Fate.KEPT}
     started: set[int] = set()
     for step in found.transition.steps:

@@ -28,27 +28,27 @@ start: ``share`` is 1 if w is the price of those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.placement.enumeration import explore_enumerated
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
-from hetis.solver.placement.fleet import UNIFIED, Routes
-from hetis.solver.placement.generation import NO_LINKS, Bound, ColumnGeneration
-from hetis.solver.placement.master import Columns, Master, Verdict
+from hetis.solver.placement.fleet import UNIFIED
+from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
+from hetis.solver.placement.master import Columns, Master, Verdict, demanded_rate, master_of
 from hetis.solver.placement.outcome import CROSSING, rate_bound
 from hetis.solver.placement.pipelines import uniform_templates
-from hetis.solver.placement.search import row_costs_of, search
+from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.placement.template import Template, interval_of, use_of
+from hetis.solver.placement.template import Template, interval_of, stages_in, use_of
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import Candidate, NetMaster, Row, least_start_s
+from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
 from hetis.solver.replanning.running import Option, is_allowed
 
 FINEST = 1e-6  # share by which ceilings of the exact search may exceed the rates found
@@ -76,26 +76,23 @@ class Fresh:
     is_empty: bool = False
 
 
-def search_fresh(
-    costs: CostTables, demand: float | None, *, strategy: str, budget: Budget, gap_target: float, seed: int,
-    threads: int, report: Report,
-) -> Fresh:  # fmt: skip
+def search_fresh(costs: CostTables, settings: SearchSettings) -> Fresh:
     """Return replicas and a proof for the whole fleet; without time for more, what is known at once."""
-    master = Master(costs.resources.limits, demand, costs.routes)
-    if strategy == "uniform":
-        return _enumerated(costs, master, uniform_templates(costs), budget, seed)
+    master = master_of(costs, demanded_rate(costs.problem))
+    if settings.strategy == "uniform":
+        return _enumerated(costs, master, uniform_templates(costs), settings)
     if costs.problem.family.engine is not None:
-        return _of_engine(costs, master, budget, gap_target, seed, report)
+        return _of_engine(costs, master, settings)
     if is_small(costs):
-        found = _exact(costs, master, budget, seed)
+        found = _exact(costs, master, settings)
         if found is not None:
             return found
-    return _priced(costs, master, budget, gap_target, seed, threads, report)
+    return _priced(costs, master, settings)
 
 
-def _exact(costs: CostTables, master: Master, budget: Budget, seed: int) -> Fresh | None:
+def _exact(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh | None:
     """Return the best replica of every sub-fleet; none is ruled out, since a plan that keeps replicas may need any."""
-    search_of = ExactSearch(costs, master, row_costs_of(costs))
+    search_of, budget, seed = ExactSearch(costs, master), settings.budget, settings.seed
     nothing = {kind: np.zeros(len(f.rate)) for kind, f in search_of.frontiers.items()}
     for tolerance in (*TOLERANCES[:-1], FINEST):
         if not search_of.sweep(nothing, tolerance, budget):
@@ -116,15 +113,15 @@ def _exact(costs: CostTables, master: Master, budget: Budget, seed: int) -> Fres
     )
 
 
-def _enumerated(costs: CostTables, master: Master, templates: list[Template], budget: Budget, seed: int) -> Fresh:
+def _enumerated(costs: CostTables, master: Master, templates: list[Template], settings: SearchSettings) -> Fresh:
     """Return the result for a family that is enumerated completely."""
-    generation = ColumnGeneration(costs, master, row_costs_of(costs), budget=budget, report=silent)
-    generation.pool.add(templates)
-    columns = generation.pool.columns()
-    best = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
+    pool = Pool(costs, master.row_costs)
+    pool.add(templates)
+    columns = pool.columns()
+    best = master.decide(columns, time_limit_s=settings.budget.remaining_s(), seed=settings.seed)
     relaxed = master.solve_lp(columns) if templates else None
     return Fresh(
-        templates=() if best.proves_none else tuple(generation.pool.templates),
+        templates=() if best.proves_none else tuple(pool.templates),
         value=None if best.found is None else best.found.value,
         bound=_bound_of(best, costs, master),
         row_prices=np.zeros(len(costs.resources.rows)) if relaxed is None else relaxed.row_prices,
@@ -140,12 +137,10 @@ def _bound_of(best: Verdict, costs: CostTables, master: Master) -> float:
     return _known_at_once(costs, master) if best.found is None else best.found.bound
 
 
-def _priced(
-    costs: CostTables, master: Master, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
-) -> Fresh:  # fmt: skip
-    generation = ColumnGeneration(costs, master, row_costs_of(costs), budget=budget, report=report)
-    generation.generate(uniform_templates(costs), threads=threads, gap_target=gap_target, choose_seed=seed)
-    generation.choose(gap=gap_target / 10, seed=seed)
+def _priced(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh:
+    generation = ColumnGeneration(costs, master, settings)
+    generation.generate(uniform_templates(costs), chooses=True)
+    generation.choose()
     known = generation.is_whole_family and np.isfinite(generation.bound.value) and np.any(generation.bound.row_prices)
     return Fresh(
         templates=tuple(generation.pool.templates),
@@ -157,12 +152,8 @@ def _priced(
     )
 
 
-def _of_engine(
-    costs: CostTables, master: Master, budget: Budget, gap_target: float, seed: int, report: Report
-) -> Fresh:  # fmt: skip
-    found = explore_enumerated(
-        costs, master, row_costs_of(costs), budget=budget, gap_target=gap_target, seed=seed, report=report
-    )  # fmt: skip
+def _of_engine(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh:
+    found = explore_enumerated(costs, master, settings)
     return Fresh(
         templates=found.templates,
         value=found.value,
@@ -181,9 +172,8 @@ def _known_at_once(costs: CostTables, master: Master) -> float:
 
 
 def search_left_over(
-    costs: CostTables, taken: set[str], demand_rps: float | None, *, strategy: str, budget: Budget, gap_target: float,
-    seed: int, threads: int,
-) -> tuple[Template, ...]:  # fmt: skip
+    costs: CostTables, taken: set[str], demand_rps: float | None, settings: SearchSettings
+) -> tuple[Template, ...]:
     """Return the replicas of the best plan on the GPUs that are not ``taken``, as replicas of the whole fleet.
 
     ``demand_rps``: the goodput that they have to serve if the objective is minimised.
@@ -195,7 +185,7 @@ def search_left_over(
     if objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS):
         objective = replace(objective, demand_rps=demand_rps)
     part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective))
-    outcome = search(part, strategy, budget, gap_target, seed, threads, silent)
+    outcome = search(part, settings)
     if outcome is None:
         return ()
     found = (_translated(template, part, costs) for template, _ in outcome.chosen)
@@ -222,14 +212,7 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
 def _translated(template: Template, part: CostTables, whole: CostTables) -> Template | None:
     """Translate a replica of the remaining fleet to the whole fleet: classes by the node groups they come from."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
-    stages = []
-    for stage in template.stages:
-        g, size = part.ranks[stage.rank]
-        rank = whole.rank_of(class_of[g], size, part.rank_dp[stage.rank])
-        if rank is None:
-            return None
-        pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
-        stages.append(replace(stage, rank=rank, pool_class=pool_class))
+    stages = stages_in(whole, part, class_of, template)
     mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
     mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
     primaries = {whole.ranks[stage.rank][0] for stage in stages}
@@ -238,9 +221,9 @@ def _translated(template: Template, part: CostTables, whole: CostTables) -> Temp
         for i, scope in enumerate(whole.scopes)
         if scope.zones == zones and scope.serves(mix) and all(map(scope.computes_on, primaries))
     ]
-    if not mixes or not scopes:
+    if not stages or not mixes or not scopes:
         return None
-    found = replace(template, scope=scopes[0], mix=mixes[0], stages=tuple(stages))
+    found = replace(template, scope=scopes[0], mix=mixes[0], stages=stages)
     return replace(found, interval_s=interval_of(whole, found))
 
 
@@ -269,63 +252,31 @@ def bound_of(
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
 
 
-@dataclass(slots=True)
-class _BoundProgram:
-    """A bounding program, collected column by column; ``routes`` define the sides and links."""
-
-    limits: dict[Row, int]
-    routes: Routes
-    uses: list[dict[Row, int]] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    costs: list[float] = field(default_factory=list)
-    sides: list[int] = field(default_factory=list)
-    links: list[FloatArray] = field(default_factory=list)
-
-    def add(
-        self, use: dict[Row, int], rate: float, cost: float = 0.0, side: int = UNIFIED, links: FloatArray | None = None
-    ) -> None:  # fmt: skip
-        self.uses.append(use)
-        self.rates.append(rate)
-        self.costs.append(cost)
-        self.sides.append(side)
-        nothing = np.zeros_like(self.routes.capacity) if self.routes.has_links else NO_LINKS
-        self.links.append(nothing if links is None else links)
-
-    def bound(self, demand: float | None, time_limit_s: float, seed: int) -> float:
-        """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; without any, 0 or inf."""
-        if not self.rates:
-            return 0.0 if demand is None else np.inf
-        master = Master(np.array(list(self.limits.values()), dtype=np.int64), demand, self.routes)
-        columns = self._columns()
-        relaxed = master.solve_lp(columns)
-        if relaxed is None:
-            return 0.0 if master.maximises else np.inf
-        found = master.solve_milp(columns, time_limit_s=time_limit_s, gap=1e-6, seed=seed)
-        if found is None or not np.isfinite(found.bound):
-            return relaxed.value
-        tightest = min if master.maximises else max
-        return float(tightest(found.bound, relaxed.value))
-
-    def _columns(self) -> Columns:
-        number = {row: i for i, row in enumerate(self.limits)}
-        uses = np.zeros((len(self.uses), len(number)), dtype=np.int64)
-        for k, use in enumerate(self.uses):
-            for row, amount in use.items():
-                if row in number:
-                    uses[k, number[row]] = amount
-        return Columns(
-            rates=np.array(self.rates),
-            costs=np.array(self.costs),
-            uses=uses,
-            sides=np.array(self.sides, dtype=np.int64),
-            links=np.array(self.links),
-        )
+def _bound(
+    listed: ColumnList, limits: Mapping[Row, int], demand: float | None, time_limit_s: float, seed: int
+) -> float:
+    """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; without any, 0 or inf."""
+    nothing = 0.0 if demand is None else np.inf
+    if not listed.uses:
+        return nothing
+    master, columns = Master(np.array(list(limits.values()), dtype=np.int64), demand, listed.routes), listed.columns()
+    relaxed = master.solve_lp(columns)
+    if relaxed is None:
+        return nothing
+    found, _ = master.solve_milp(columns, time_limit_s=time_limit_s, gap=1e-6, seed=seed)
+    if found is None or not np.isfinite(found.bound):
+        return relaxed.value
+    return float((min if master.maximises else max)(found.bound, relaxed.value))
 
 
 def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
     """Return rows of the inventory of these kinds with their limits."""
     inventory = net.inventory
     return {row: int(inventory.limits[i]) for row, i in inventory.rows.items() if row[0] in kinds}
+
+
+def _numbered(limits: Mapping[Row, int]) -> dict[Row, int]:
+    return {row: number for number, row in enumerate(limits)}
 
 
 def _stay(net: NetMaster, option: Option) -> float:
@@ -339,7 +290,8 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
     share, later = net.change_costs.served_share(start_s), 1.0 + start_s / net.change_costs.horizon_s
     if costs.routes.splits_roles or not maximises:
         share = 1.0
-    program = _BoundProgram(_limits_of(net, "gpus", "replica", "moves"), replace(costs.routes, splits_roles=False))
+    limits = _limits_of(net, "gpus", "replica", "moves")
+    listed = ColumnList(_numbered(limits), replace(costs.routes, splits_roles=False))
     for candidate in options:
         option, (rate, cost) = candidate.option, net.net(candidate)
         assert option is not None
@@ -347,23 +299,23 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
         use = net.inventory.of_template(candidate.template, count_moves=False)
         use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
-        program.add(use, worth * rate + _stay(net, option), cost)
+        listed.add(use, worth * rate + _stay(net, option), cost)
     # All room for larger TP groups is given to new replicas: its worth is a constant, as is that of the links.
     finite = np.isfinite(costs.routes.capacity)
     fixed = float((prices.link_prices[finite] * costs.routes.capacity[finite]).sum())
     for (g, p), price, limit in zip(costs.resources.rows, prices.row_prices, costs.resources.limits, strict=True):
         if p == 1:
-            program.add({("gpus", g): 1, ("moves",): 1}, share * float(price))
+            listed.add({("gpus", g): 1, ("moves",): 1}, share * float(price))
         else:
             fixed += float(price * limit)
     if maximises:
-        return (program.bound(None, time_limit_s, seed) + fixed) * (1.0 + CROSSING)
+        return (_bound(listed, limits, None, time_limit_s, seed) + fixed) * (1.0 + CROSSING)
     demand = float(prices.rate_prices[UNIFIED]) * (net.master.demand or 0.0) - fixed
     if demand <= 0.0:
         return 0.0
     part = later * demand / PARTS
-    program.add({}, demand / PARTS, part)  # one unit of the demand, served by new replicas
-    return max(0.0, program.bound(demand, time_limit_s, seed) - part) * (1.0 - CROSSING)
+    listed.add({}, demand / PARTS, part)  # one unit of the demand, served by new replicas
+    return max(0.0, _bound(listed, limits, demand, time_limit_s, seed) - part) * (1.0 - CROSSING)
 
 
 def _by_enumeration(
@@ -373,7 +325,8 @@ def _by_enumeration(
     costs, maximises = net.costs, net.master.maximises
     rows: list[Row] = [("row", *row) for row in costs.resources.rows]
     limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))
-    program = _BoundProgram({**limits, **_limits_of(net, "replica", "stays", "moves")}, costs.routes)
+    limits |= _limits_of(net, "replica", "stays", "moves")
+    listed = ColumnList(_numbered(limits), costs.routes)
     for candidate in options:
         template, option = candidate.template, candidate.option
         assert option is not None
@@ -381,9 +334,9 @@ def _by_enumeration(
         use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
         rate, cost = net.net(candidate)
         if stay := _stay(net, option):
-            program.add({("stays", option.old): 1}, stay)
+            listed.add({("stays", option.old): 1}, stay)
             use["stays", option.old] = -1
-        program.add(use, rate, cost, costs.side_of(template.scope, template.mix), net.links(template))
+        listed.add(use, rate, cost, costs.side_of(template.scope, template.mix), net.links(template))
     of_gpus = [p == 1 for _, p in costs.resources.rows]
     for k, taken in enumerate(enumerated.uses):
         num_gpus = int(taken[of_gpus].sum())
@@ -391,5 +344,5 @@ def _by_enumeration(
         share = net.change_costs.served_share(start_s) if maximises else 1.0
         cost = float(enumerated.costs[k]) * (1.0 + start_s / net.change_costs.horizon_s)
         use = {**dict(zip(rows, map(int, taken), strict=True)), ("moves",): num_gpus}
-        program.add(use, share * float(enumerated.rates[k]), cost, int(enumerated.sides[k]), enumerated.links[k])
-    return program.bound(net.master.demand, time_limit_s, seed)
+        listed.add(use, share * float(enumerated.rates[k]), cost, int(enumerated.sides[k]), enumerated.links[k])
+    return _bound(listed, limits, net.master.demand, time_limit_s, seed)

@@ -34,10 +34,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hetis.solver.placement.fleet import UNIFIED, IntArray
+from hetis.solver.placement.fleet import UNIFIED, IntArray, Routes
 from hetis.solver.placement.generation import NO_LINKS
-from hetis.solver.placement.master import Columns, Master, MilpSolution
-from hetis.solver.placement.search import row_costs_of
+from hetis.solver.placement.master import Columns, Master, row_costs_of
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
@@ -89,15 +88,6 @@ class Inventory:
             for p in self._sizes_of(g)
         ]
 
-    def matrix(self, uses: Sequence[Mapping[Row, int]]) -> IntArray:
-        """Return columns as the master takes them, shape [columns, rows]."""
-        matrix = np.zeros((len(uses), len(self.limits)), dtype=np.int64)
-        for k, use in enumerate(uses):
-            for row, amount in use.items():
-                if row in self.rows:
-                    matrix[k, self.rows[row]] = amount
-        return matrix
-
     def _of_parts(self, parts: Iterable[tuple[int, int]], count_moves: bool) -> dict[Row, int]:
         use: Counter[Row] = Counter()
         for g, size in parts:
@@ -148,6 +138,33 @@ def _by_slot(devices: Iterable[str], places: Mapping[str, Place]) -> Counter[Slo
 
 
 # --- columns
+
+
+@dataclass(slots=True)
+class ColumnList:
+    """The columns of a master, collected one by one: amounts by row, of which those not in ``rows`` do not count."""
+
+    rows: Mapping[Row, int]  # row -> its number
+    routes: Routes
+    uses: list[Mapping[Row, int]] = field(default_factory=list)
+    numbers: list[tuple[float, float, int, FloatArray]] = field(default_factory=list)
+
+    def add(
+        self, use: Mapping[Row, int], rate: float, cost: float = 0.0, side: int = UNIFIED,
+        links: FloatArray | None = None,
+    ) -> None:  # fmt: skip
+        nothing = np.zeros_like(self.routes.capacity) if self.routes.has_links else NO_LINKS
+        self.uses.append(use)
+        self.numbers.append((rate, cost, side, nothing if links is None else links))
+
+    def columns(self) -> Columns:
+        uses = np.zeros((len(self.uses), len(self.rows)), dtype=np.int64)
+        for k, use in enumerate(self.uses):
+            for row, amount in use.items():
+                if row in self.rows:
+                    uses[k, self.rows[row]] = amount
+        rates, costs, sides, links = zip(*self.numbers, strict=True)
+        return Columns(np.array(rates), np.array(costs), uses, np.array(sides, dtype=np.int64), np.array(links))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,55 +230,30 @@ class NetMaster:
 
         ``penalty``: subtracted per GPU that moves, so that of equally good plans the one with the fewest is chosen.
         """
-        uses: list[dict[Row, int]] = []
-        rates, costs, sides, links = list[float](), list[float](), list[int](), list[FloatArray]()
+        listed = ColumnList(self.inventory.rows, self.costs.routes)
         for candidate in candidates:
-            use = (
-                self.inventory.of_option(candidate.option)
-                if candidate.option is not None
-                else self.inventory.of_template(candidate.template)
-            )
-            moved = self._moved(candidate)
-            rate, cost = self.net(candidate)
-            if candidate.option is not None and ("stays", candidate.option.old) in self.inventory.rows:
-                use = {**use, ("stays", candidate.option.old): -int(candidate.option.fate is Fate.KEPT)}
-            uses.append(use)
-            unified = self._side(candidate.template) == UNIFIED
-            rates.append(max(0.0, rate - penalty * moved) if self.master.maximises and unified else rate)
-            costs.append(cost + (0.0 if self.master.maximises else penalty * moved))
-            sides.append(self._side(candidate.template))
-            links.append(self.links(candidate.template))
-        for use, rate in self._helpers():
-            uses.append(use)
-            rates.append(rate)
-            costs.append(0.0)
-            sides.append(UNIFIED)
-            links.append(np.zeros_like(self.costs.routes.capacity) if self.costs.routes.has_links else NO_LINKS)
-        columns = Columns(
-            rates=np.array(rates),
-            costs=np.array(costs),
-            uses=self.inventory.matrix(uses),
-            sides=np.array(sides, dtype=np.int64),
-            links=np.array(links),
-        )
-        found, self.is_settled = self.master.attempt(columns, time_limit_s=time_limit_s, gap=gap, seed=seed)
-        return None if found is None else self._choice(candidates, found)
-
-    def _moved(self, candidate: Candidate) -> int:
-        if candidate.option is not None:
-            return candidate.option.num_moved(self.costs)
-        return sum(size for row, size in self.inventory.of_template(candidate.template).items() if row[0] == "gpus")
-
-    def _helpers(self) -> list[tuple[dict[Row, int], float]]:
-        """Return columns that are no replicas: room in shared nodes, and what staying is worth."""
-        found: list[tuple[dict[Row, int], float]] = [(use, 0.0) for use in self.inventory.floors()]
-        if self.master.maximises:
-            found += [
-                ({("stays", old): 1}, rate)
-                for old, rate in self.stay_rates.items()
-                if ("stays", old) in self.inventory.rows
-            ]
-        return found
+            option, side, (rate, cost) = candidate.option, self._side(candidate.template), self.net(candidate)
+            if option is None:
+                use = self.inventory.of_template(candidate.template)
+                moved = sum(size for row, size in use.items() if row[0] == "gpus")
+            else:
+                use = {**self.inventory.of_option(option), ("stays", option.old): -int(option.fate is Fate.KEPT)}
+                moved = option.num_moved(self.costs)
+            if not self.master.maximises:
+                cost += penalty * moved
+            elif side == UNIFIED:
+                rate = max(0.0, rate - penalty * moved)
+            listed.add(use, rate, cost, side, self.links(candidate.template))
+        for use in self.inventory.floors():  # room in shared nodes
+            listed.add(use, 0.0)
+        for old, rate in self.stay_rates.items() if self.master.maximises else ():  # what staying is worth
+            if ("stays", old) in self.inventory.rows:
+                listed.add({("stays", old): 1}, rate)
+        found, self.is_settled = self.master.solve_milp(listed.columns(), time_limit_s=time_limit_s, gap=gap, seed=seed)
+        if found is None:
+            return None
+        chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)
+        return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
 
     def _side(self, template: Template) -> int:
         return self.costs.side_of(template.scope, template.mix)
@@ -270,10 +262,6 @@ class NetMaster:
         """Return the use of the links between zones by a replica that spans several of them."""
         routes = self.costs.routes
         return routes.link_use(zones_of(self.costs, template)) if routes.has_links else NO_LINKS
-
-    def _choice(self, candidates: Sequence[Candidate], found: MilpSolution) -> ColumnChoice:
-        chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)
-        return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
         """Return the worth of a choice, without penalties: net requests/s, or USD/h or GPUs."""

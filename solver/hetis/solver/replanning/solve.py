@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UnboundPlanError
 from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.constrained_problem import ConstrainedProblem, apply_constraints, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
+from hetis.solver.placement.master import demanded_rate
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
 from hetis.solver.placement.tables import CostTables
@@ -83,7 +84,7 @@ class Replanning:
 
 
 def solve_replanning(
-    posed: ReplanningProblem,
+    given: ReplanningProblem,
     *,
     strategy: str = "hetis",
     budget: Budget | None = None,
@@ -102,37 +103,37 @@ def solve_replanning(
         InfeasibleError: proved that the fleet has no plan, or none within ``max_moves``.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
-    budget = budget if budget is not None else Budget()
-    _require_search(strategy)
-    whole = replace(posed.problem, family=STRATEGIES[strategy].restrict(posed.problem.family))
+    settings = SearchSettings(
+        strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
+    )
+    known = [s.name for s in STRATEGIES.values() if s.has_engines and s.name != "splitwise"]
+    if strategy not in known:
+        raise InvalidProblemError(f"strategy {strategy!r} has no re-planning, must be one of {', '.join(known)}")
+    whole = replace(given.problem, family=STRATEGIES[strategy].restrict(given.problem.family))
     searched = apply_constraints(whole)
     if not keeps(whole, searched):
         raise InvalidProblemError("re-planning does not keep to all constraints of the problem")
-    problem = searched.problem
+    problem, quiet = searched.problem, replace(settings, report=silent)
     if searched.is_empty:
-        raise infeasible(whole, budget, seed=seed, threads=threads)
-    posed = replace(posed, problem=problem)
+        raise infeasible(whole, quiet)
+    given = replace(given, problem=problem)
     costs = build_cost_tables(problem)
-    report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
+    settings.tell("cost tables")
     if not costs.ranks:
-        raise infeasible(problem, budget, seed=seed, threads=threads)
-    running = Survivors(posed, costs)
-    demand = None if problem.objective.maximises else _saturated_demand(problem)
-    report(Progress(phase="the fleet as if nothing ran on it", elapsed_s=budget.elapsed_s()))
-    fresh = search_fresh(
-        costs, demand, strategy=strategy, budget=budget.share(FRESH_SHARE), gap_target=gap_target, seed=seed,
-        threads=threads, report=silent,
-    )  # fmt: skip
-    net = running.master(demand)
-    report(Progress(phase="what the running replicas leave over", elapsed_s=budget.elapsed_s()))
-    left_over = running.left_over(strategy, budget.share(FRESH_SHARE), gap_target, seed, threads)
+        raise infeasible(problem, quiet)
+    running = Survivors(given, costs)
+    settings.tell("the fleet as if nothing ran on it")
+    fresh = search_fresh(costs, quiet.within(FRESH_SHARE))
+    net = running.master(demanded_rate(problem))
+    settings.tell("what the running replicas leave over")
+    left_over = running.left_over(quiet.within(FRESH_SHARE))
     candidates = [*running.candidates, *_new(net, [*fresh.templates, *left_over])]
-    report(Progress(phase="which replicas stay", elapsed_s=budget.elapsed_s()))
-    choice = _choose(net, candidates, running, fresh, gap_target, seed, budget)
+    settings.tell("which replicas stay")
+    choice = _choose(net, candidates, running, fresh, settings)
     if choice is None:
-        raise _none(costs, posed, fresh, net.is_settled, budget, seed, threads)
-    bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(budget), seed=seed)
-    answer = _answer(posed, costs, running, net, fresh, choice, bound, strategy, budget)
+        raise _none(given, fresh, net.is_settled, quiet)
+    bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(settings.budget), seed=seed)
+    answer = _answer(given, running, net, fresh, choice, bound, settings)
     return replace(answer, plan=restored(answer.plan, searched, whole)) if whole.constraints else answer
 
 
@@ -144,17 +145,6 @@ def keeps(problem: PlacementProblem, searched: ConstrainedProblem | None = None)
     searched = searched or apply_constraints(problem)
     index = searched.problem.constraint_index
     return not searched.names and (index is None or not index.has_rows)
-
-
-def _require_search(strategy: str) -> None:
-    known = [s.name for s in STRATEGIES.values() if s.has_engines and s.name != "splitwise"]
-    if strategy not in known:
-        raise InvalidProblemError(f"strategy {strategy!r} has no re-planning, must be one of {', '.join(known)}")
-
-
-def _saturated_demand(problem: PlacementProblem) -> float:
-    assert problem.objective.demand_rps is not None, "PlacementProblem checks it"
-    return problem.objective.demand_rps / problem.assumptions.planned_utilisation
 
 
 def _seconds(budget: Budget) -> float:
@@ -170,17 +160,15 @@ def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
 
 
 def _choose(
-    net: NetMaster, candidates: Sequence[Candidate], running: Survivors, fresh: Fresh, gap_target: float, seed: int,
-    budget: Budget,
-) -> ColumnChoice | None:  # fmt: skip
+    net: NetMaster, candidates: Sequence[Candidate], running: Survivors, fresh: Fresh, settings: SearchSettings
+) -> ColumnChoice | None:
     """Return the best choice found; never worse than keeping all replicas that can be kept."""
     if not candidates:
         return None
     num_gpus = sum(c.available for c in net.costs.classes)
     penalty = MOVE_PENALTY * abs(fresh.value or 0.0) / max(1, num_gpus)
-    found = net.choose(
-        candidates, time_limit_s=_seconds(budget), gap=min(1e-6, gap_target / 10), seed=seed, penalty=penalty
-    )
+    limit_s, gap = _seconds(settings.budget), min(1e-6, settings.gap_target / 10)
+    found = net.choose(candidates, time_limit_s=limit_s, gap=gap, seed=settings.seed, penalty=penalty)
     if not net.master.maximises:
         return found
     kept = tuple((c, 1) for c in running.candidates if c.option is not None and c.option.fate is Fate.KEPT)
@@ -190,37 +178,37 @@ def _choose(
 
 
 def _none(
-    costs: CostTables, posed: ReplanningProblem, fresh: Fresh, is_settled: bool, budget: Budget, seed: int, threads: int
-) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
+    given: ReplanningProblem, fresh: Fresh, is_settled: bool, settings: SearchSettings
+) -> InfeasibleError | NoPlanFoundError:
     """Return the error that says why there is nothing to choose."""
+    is_proved = fresh.is_empty if fresh.value is None else given.max_moves is not None and is_settled
+    if settings.budget.is_spent() or not is_proved:
+        return settings.stopped()
     if fresh.value is None:
-        if budget.is_spent() or not fresh.is_empty:
-            return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        return infeasible(costs.problem, budget, seed=seed, threads=threads)
-    if posed.max_moves is None or not is_settled or budget.is_spent():
-        return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-    demand = posed.problem.objective.demand_rps
-    asked = "" if demand is None or posed.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
-    reason = f"at most {posed.max_moves} GPUs may do something else than before, and no plan{asked} needs so few"
+        return infeasible(given.problem, settings)
+    demand = given.problem.objective.demand_rps
+    asked = "" if demand is None or given.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
+    reason = f"at most {given.max_moves} GPUs may do something else than before, and no plan{asked} needs so few"
     return InfeasibleError((reason,))
 
 
 def _answer(
-    posed: ReplanningProblem, costs: CostTables, running: Survivors, net: NetMaster, fresh: Fresh, choice: ColumnChoice,
-    bound: float, strategy: str, budget: Budget,
+    given: ReplanningProblem, running: Survivors, net: NetMaster, fresh: Fresh, choice: ColumnChoice, bound: float,
+    settings: SearchSettings,
 ) -> Replanning:  # fmt: skip
-    problem, scale = costs.problem, objective_scale(costs.problem)
+    costs, problem, scale = net.costs, given.problem, objective_scale(given.problem)
     value = net.value_of(choice.chosen)
     bound = sound_bound(bound, value, maximises=net.master.maximises)
     dropped = running.all_dropped(net)
     value, bound = (v - dropped if net.master.maximises else v + dropped for v in (value, bound))
     chosen = [candidate for candidate, count in choice.chosen for _ in range(count)]
-    bound_stages = name_gpus(costs, running.places, chosen, holdings(posed.running))
-    outcome = _outcome(net, fresh, choice, interrupted=budget.cancelled.is_set())
-    plan = plan_of(costs, strategy, outcome, [c.template for c in chosen], bound_stages, budget)
+    bound_stages = name_gpus(costs, running.places, chosen, holdings(given.running))
+    outcome = _outcome(net, fresh, choice, interrupted=settings.budget.cancelled.is_set())
+    templates = [c.template for c in chosen]
+    plan = plan_of(costs, settings.strategy, outcome, templates, bound_stages, settings.budget)
     moments = problem.workload.clipped_to(problem.model.max_position)
     change = plan_change(
-        posed.running, plan, problem.model, moments.moments(block_tokens=problem.assumptions.block_tokens)
+        given.running, plan, problem.model, moments.moments(block_tokens=problem.assumptions.block_tokens)
     )
     return Replanning(
         plan=plan,
@@ -231,7 +219,7 @@ def _answer(
         continued=tuple(_continued(candidate) for candidate in chosen),
         lost=tuple(i for i, template in enumerate(running.templates) if template is None),
         change=change,
-        transition=_transition(posed, running, net, plan, chosen),
+        transition=_transition(given, running, net, plan, chosen),
     )
 
 
@@ -262,14 +250,14 @@ def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted:
 
 
 def _transition(
-    posed: ReplanningProblem, running: Survivors, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
+    given: ReplanningProblem, running: Survivors, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
 ) -> Transition:  # fmt: skip
     """Return the order of steps; capacities are goodputs, or saturated rates if throughput is the objective."""
-    throughput = posed.problem.objective.kind is ObjectiveKind.THROUGHPUT
-    scale = 1.0 if throughput else posed.problem.assumptions.planned_utilisation
+    throughput = given.problem.objective.kind is ObjectiveKind.THROUGHPUT
+    scale = 1.0 if throughput else given.problem.assumptions.planned_utilisation
     runs = [i for i, template in enumerate(running.templates) if template is not None]
     stays = [c.option.old for c in chosen if c.option is not None and c.option.fate is Fate.KEPT]
-    owner = {device: i for i in runs for device in posed.running.replicas[i].devices()}
+    owner = {device: i for i in runs for device in given.running.replicas[i].devices()}
     starts = [
         Start(
             replica=number,
@@ -305,15 +293,15 @@ class Survivors:
         keepable: those that may continue unchanged.
     """
 
-    def __init__(self, posed: ReplanningProblem, costs: CostTables) -> None:
-        self.posed, self.costs = posed, costs
-        self.places = places_of(posed.problem.cluster, costs)
-        self.continuations = Continuations(costs, self.places, posed.costs)
-        replicas = posed.running.replicas
+    def __init__(self, given: ReplanningProblem, costs: CostTables) -> None:
+        self.given, self.costs = given, costs
+        self.places = places_of(given.problem.cluster, costs)
+        self.continuations = Continuations(costs, self.places, given.costs)
+        replicas = given.running.replicas
         self.templates = [self.continuations.template_now(replica) for replica in replicas]
         self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
         self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
-        horizon_s = posed.costs.horizon_s
+        horizon_s = given.costs.horizon_s
         whole = {i: template for i, template in enumerate(self.templates) if template is not None}
         self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in whole}
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
@@ -321,8 +309,8 @@ class Survivors:
 
     def master(self, demand: float | None) -> NetMaster:
         stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
-        inventory = inventory_of(self.costs, self.places, self.options, stays, self.posed.max_moves)
-        return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
+        inventory = inventory_of(self.costs, self.places, self.options, stays, self.given.max_moves)
+        return NetMaster(inventory, self.given.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
         """Return the loss if no running replica is kept: the requests in flight on all that are whole, in net's unit.
@@ -334,9 +322,7 @@ class Survivors:
         rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
         return sum(share * rent[i] for i, share in self.stay_shares.items())
 
-    def left_over(
-        self, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int
-    ) -> tuple[Template, ...]:  # fmt: skip
+    def left_over(self, settings: SearchSettings) -> tuple[Template, ...]:
         """Return new replicas to add to all whole running ones; none if these serve the whole demand already."""
         stay: dict[int, Candidate] = {}
         for candidate in self.candidates:
@@ -345,20 +331,17 @@ class Survivors:
             better = option.old not in stay or candidate.template.rate > stay[option.old].template.rate
             if option.fate is not Fate.CHANGED and better:
                 stay[option.old] = candidate
-        if not stay or self.posed.max_moves == 0:
+        if not stay or self.given.max_moves == 0:
             return ()
         taken = {name for c in stay.values() if c.option is not None for name in c.option.named()}
-        problem, demand_rps = self.posed.problem, None
+        problem, demand_rps = self.given.problem, None
         if not problem.objective.maximises:
             served = sum(c.template.rate for c in stay.values()) * problem.assumptions.planned_utilisation
             assert problem.objective.demand_rps is not None
             demand_rps = problem.objective.demand_rps - served
             if demand_rps <= 0.0:
                 return ()
-        return search_left_over(
-            self.costs, taken, demand_rps, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed,
-            threads=threads,
-        )  # fmt: skip
+        return search_left_over(self.costs, taken, demand_rps, settings)
 
 
 # --- names for the GPUs that join

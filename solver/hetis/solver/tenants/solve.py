@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.budget import Budget, Progress, Report, SearchSettings, silent
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.exact import is_small
@@ -44,7 +44,6 @@ from hetis.solver.tenants.tenant_solver import (
     EnumeratedTenant,
     JointGeneration,
     PricedTenant,
-    SearchSettings,
     TenantReach,
     TenantSolver,
     templates_of,
@@ -129,8 +128,9 @@ class FleetSearch:
             return found
         if self.budget.is_spent():
             raise NoPlanFoundError(f"no plan for {name} found within {self.budget.elapsed_s():.1f} s; allow more time")
-        s, nobody = self.settings, f"tenant {name} can be served by no replica on this fleet, even alone"
-        why = why_infeasible(solver.tenant.problem, self.budget, seed=s.seed, threads=s.threads, report=self.report)
+        nobody = f"tenant {name} can be served by no replica on this fleet, even alone"
+        settings = replace(self.settings, budget=self.budget, report=self.report)
+        why = why_infeasible(solver.tenant.problem, settings)
         raise ExplainedInfeasibleError((nobody, *why.reasons), why)
 
     def _reach(self, solver: TenantSolver, limits: IntArray, phase: str) -> TenantReach:
@@ -410,11 +410,9 @@ def _outcome(
     costs: CostTables, chosen: tuple[tuple[Template, int], ...], *, bound: float, prices: FloatArray, interrupted: bool
 ) -> Outcome:
     """Return a tenant's replicas with the rate they serve; prefill and decode both use the fleet's one zone."""
-    pool = Pool(costs, np.zeros(len(costs.resources.rows)))
+    pool = Pool(costs)
     pool.add([template for template, _ in chosen])
-    counts = np.zeros(len(pool.templates), dtype=np.int64)
-    for template, n in chosen:
-        counts[pool.place(template)] += n
+    counts = pool.counts_of(chosen)
     master, columns = Master(costs.resources.limits, None, costs.routes), pool.columns()
     flows = master.best_flows(columns, counts)
     value = master.served(columns, counts, flows)

@@ -17,14 +17,14 @@ from typing import Protocol
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small, solve_exactly
 from hetis.solver.placement.fleet import IntArray, Resources
 from hetis.solver.placement.generation import KEEP, MAX_ROUNDS, SMOOTHING, ColumnGeneration, Pool, lifted
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.pipelines import uniform_templates
-from hetis.solver.placement.pricing import Pricer, pricers_of
+from hetis.solver.placement.pricing import pricers_of, tolerance_for, whole
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Scope
 from hetis.solver.placement.template import Template
 from hetis.solver.tenants.master import (
@@ -54,16 +54,6 @@ class TenantReach:
     rate: float
     bound: float
     chosen: tuple[tuple[Template, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchSettings:
-    """Settings of the search: see `solve_placement`."""
-
-    strategy: str
-    gap_target: float
-    seed: int
-    threads: int
 
 
 class TenantSolver(Protocol):
@@ -113,7 +103,7 @@ class EnumeratedTenant:
 
     def __init__(self, tenant: Tenant, costs: CostTables, settings: SearchSettings, budget: Budget) -> None:
         self.tenant, self.costs, self._seed = tenant, costs, settings.seed
-        self._search = ExactSearch(costs, self._master(costs.resources.limits), np.zeros(len(costs.resources.rows)))
+        self._search = ExactSearch(costs, self._master(costs.resources.limits))
         needed = {kind: np.zeros(len(f.rate)) for kind, f in self._search.frontiers.items()}
         self.complete = all(self._search.sweep(needed, tolerance, budget) for tolerance in TOLERANCES)
         self._chosen, self._columns = self._search.columns(self._search.rates())
@@ -123,8 +113,8 @@ class EnumeratedTenant:
         if not self._chosen:
             return None
         master, unit = self._master(limits), utilisation(self.tenant)
-        found = master.solve_milp(self._columns, time_limit_s=np.inf, gap=0.0, seed=self._seed)
-        above = master.solve_milp(self._ceilings, time_limit_s=np.inf, gap=0.0, seed=self._seed)
+        found, _ = master.solve_milp(self._columns, time_limit_s=np.inf, gap=0.0, seed=self._seed)
+        above, _ = master.solve_milp(self._ceilings, time_limit_s=np.inf, gap=0.0, seed=self._seed)
         if found is None or found.value <= 0.0 or above is None:
             return None
         return TenantReach(rate=unit * found.value, bound=unit * max(found.value, above.bound))
@@ -148,14 +138,10 @@ class PricedTenant:
 
     def __init__(self, tenant: Tenant, costs: CostTables, settings: SearchSettings) -> None:
         self.tenant, self.costs, self._settings = tenant, costs, settings
-        no_costs = np.zeros(len(costs.resources.rows))
-        self.pool = Pool(costs, no_costs)
+        self.pool = Pool(costs)
         self.pool.add(uniform_templates(costs))
-        family = costs.problem.family
-        self._pricers: list[Pricer] = pricers_of(
-            costs, no_costs, family.roles, max_copies=family.max_copies, max_pool=family.max_pool,
-            threads=settings.threads, target_gap=settings.gap_target,
-        )  # fmt: skip
+        no_costs, tolerance = np.zeros(len(costs.resources.rows)), tolerance_for(settings.gap_target)
+        self._pricers = pricers_of(costs, no_costs, whole(costs.problem.family), settings.threads, tolerance)
         self._barren: BoolArray = np.zeros(len(self._pricers), dtype=bool)  # sides without a single replica
         self.rate_cap = np.inf
 
@@ -163,16 +149,15 @@ class PricedTenant:
         s, part, unit = self._settings, within(self.costs, limits), utilisation(self.tenant)
         is_whole = np.array_equal(part.resources.limits, self.costs.resources.limits)
         master = Master(part.resources.limits, None, part.routes)
-        alone = ColumnGeneration(part, master, np.zeros(len(limits)), budget=budget, report=report)
         gap = s.gap_target if is_whole else max(s.gap_target, GAP_OF_PARTS)
-        found = None
-        if not is_small(part):
-            found = alone.solve(uniform_templates(part), threads=s.threads, gap_target=gap, seed=s.seed)
+        own = replace(s, budget=budget, report=report, gap_target=gap)
+        alone = ColumnGeneration(part, master, own)
+        found = None if is_small(part) else alone.solve(uniform_templates(part))
         few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
         if found is None and alone.may_have_plan and few and not budget.is_spent():
             # Few GPUs: nothing was searched yet, or the columns found fit in no packing.
             with suppress(NoPlanFoundError):  # nothing is proved then
-                found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
+                found = solve_exactly(part, master, own)
                 if found is None and not budget.is_spent():
                     return None
         bound = found.bound if found is not None else alone.bound.value if alone.may_have_plan else 0.0
@@ -190,10 +175,7 @@ class PricedTenant:
 
     def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
         """Return the counts of columns that make these replicas, all of them known."""
-        counts = np.zeros(len(self.pool.templates), dtype=np.int64)
-        for template, n in chosen:
-            counts[self.pool.place(template)] += n
-        return counts
+        return self.pool.counts_of(chosen)
 
     def capped_columns(self, alone: float) -> TenantColumns:
         """Return the same columns, each rate limited to a rate that no plan exceeds."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.budget import SearchSettings
 from hetis.solver.constraints import AtMost, Replicas, Use
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.constrained_problem import apply_constraints
@@ -67,22 +67,14 @@ class ExplainedInfeasibleError(InfeasibleError):
         self.why = why
 
 
-def why_infeasible(
-    problem: PlacementProblem,
-    budget: Budget | None = None,
-    *,
-    seed: int = 0,
-    threads: int = 1,
-    market: Market | None = None,
-    report: Report = silent,
-) -> Infeasibility:
+def why_infeasible(problem: PlacementProblem, settings: SearchSettings, market: Market | None = None) -> Infeasibility:
     """Explain a problem that was proved infeasible, with the change that each member of a conflict needs.
 
-    ``budget`` is the caller's; the explanation says what there was no time for. ``market`` gives GPU types to add
+    The budget is the caller's; the explanation says what there was no time for. ``market`` gives GPU types to add
     besides those of the fleet; with None nothing is added.
     """
-    trials = Trials(problem, budget if budget is not None else Budget(), seed, threads, report)
-    trials.tell("no plan exists: finding out why")
+    trials = Trials(problem, settings)
+    settings.tell("no plan exists: finding out why")
     given = requirements_of(problem)
     fleet = [requirement for requirement in given if requirement.subject.is_of_fleet]
     asked = [requirement for requirement in given if not requirement.subject.is_of_fleet]
@@ -103,19 +95,13 @@ def why_infeasible(
 
 
 def infeasible(
-    problem: PlacementProblem,
-    budget: Budget,
-    *,
-    seed: int,
-    threads: int,
-    market: Market | None = None,
-    report: Report = silent,
+    problem: PlacementProblem, settings: SearchSettings, market: Market | None = None
 ) -> ExplainedInfeasibleError:
     """Return `why_infeasible` as the error to raise, or no reasons if the budget is not for them."""
-    if not budget.explains:
+    if not settings.budget.explains:
         reasons = ("no plan of the family exists",)
         return ExplainedInfeasibleError(reasons, Infeasibility(conflicts=(), relaxations=(), reasons=reasons))
-    why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
+    why = why_infeasible(problem, settings, market)
     return ExplainedInfeasibleError(why.reasons, why)
 
 

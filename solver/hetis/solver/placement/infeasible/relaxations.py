@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from hetis.solver.cluster import GpuSlots, GpuType, NodeGroup
 from hetis.solver.constraints import AtMost, Constraint, Replicas, Sum, Use
-from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, with_faster_links
+from hetis.solver.placement.infeasible.requirements import Requirement, Subject, demand_of, keeping, with_faster_links
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.wording import in_bytes, listed, option_down, option_up, rounded_down
 from hetis.solver.problem import PlacementProblem
@@ -142,9 +142,7 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
     return Relaxation(about=member, sentence=sentence, change=f"links {text}")
 
 
-def smaller_memory(
-    trials: Trials, member: Requirement, kept: Collection[Requirement]
-) -> Iterator[Relaxation]:  # fmt: skip
+def smaller_memory(trials: Trials, member: Requirement, kept: Collection[Requirement]) -> Iterator[Relaxation]:
     """Yield the first smaller size of weights with which a plan exists, then a smaller KV cache if one exists."""
     model = trials.problem.model
     sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
@@ -177,7 +175,7 @@ def _fewer(
         return _gone(trials, member, others)
     while high - low > 1:
         middle = (low + high) // 2
-        if _with_constraint(trials, member, constraint, replace(constraint, least=middle), others):
+        if _with_constraint(trials, member, replace(constraint, least=middle), others):
             low = middle
         else:
             high = middle
@@ -201,13 +199,8 @@ def _more_allowed(
 
     def exists(factor: float) -> bool | None:
         most = constraint.most * factor
-        return _with_constraint(
-            trials,
-            member,
-            constraint,
-            replace(constraint, most=most if constraint.of is Sum.USD else round(most)),
-            others,
-        )
+        changed = replace(constraint, most=most if constraint.of is Sum.USD else round(most))
+        return _with_constraint(trials, member, changed, others)
 
     found = _smallest(exists, PRECISION, MOST_SPENT)
     if found is None:
@@ -220,12 +213,12 @@ def _more_allowed(
 
 
 def _with_constraint(
-    trials: Trials, member: Requirement, constraint: Constraint, changed: Constraint, others: Collection[Requirement]
+    trials: Trials, member: Requirement, changed: Constraint, others: Collection[Requirement]
 ) -> bool | None:
-    """Return whether a plan exists with one constraint changed."""
+    """Return whether a plan exists with the member's constraint changed."""
     problem = keeping(trials.problem, [member, *others])
-    problem = replace(problem, constraints=tuple(changed if w == constraint else w for w in problem.constraints))
-    return trials.of_problem(problem, demand_of(others)).exists
+    constraints = tuple(changed if each == member.constraint else each for each in problem.constraints)
+    return trials.of_problem(replace(problem, constraints=constraints), demand_of(others)).exists
 
 
 def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
@@ -264,11 +257,6 @@ def _smallest(exists: Callable[[float], bool | None], precision: float, most: fl
     return high
 
 
-def demand_of(kept: Collection[Requirement]) -> float:
-    """Return the demanded goodput among the requirements, or 0 without one."""
-    return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)
-
-
 # --- GPUs to add
 
 
@@ -300,7 +288,7 @@ def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> It
     for offer in () if trials.is_over() else _offers(trials.problem, market):
         if trials.is_over():
             break
-        trials.tell(f"no plan exists: trying {offer.gpu.name} to add")
+        trials.settings.tell(f"no plan exists: trying {offer.gpu.name} to add")
         enough = min((usd for usd, _ in found), default=float("inf"))
         fewest = _fewest(trials, problem, demand_of(kept), offer, enough)
         if fewest is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -71,6 +71,11 @@ class Requirement:
 Requirements = frozenset[Requirement]
 
 
+def demand_of(kept: Iterable[Requirement]) -> float:
+    """Return the demanded goodput among the requirements, or 0 without one."""
+    return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)
+
+
 def requirements_of(problem: PlacementProblem) -> tuple[Requirement, ...]:
     """Return all requirements of a problem, in the order in which a conflict leaves them out."""
     return tuple(_requirements(problem))
@@ -129,7 +134,8 @@ def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> Placeme
     if Subject.MEMORY not in by_subject:
         found = _with_plenty_of_memory(found)
     if Subject.LINKS not in by_subject:
-        found = replace(found, cluster=with_links(found.cluster, FAST))
+        groups = tuple(replace(group, nic=None) for group in found.cluster.node_groups)
+        found = replace(found, cluster=replace(found.cluster, node_groups=groups, network=Network(default=FAST)))
     return found
 
 
@@ -184,12 +190,6 @@ def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
         for b in zones[i:]
     }
     return replace(cluster, network=replace(network, between_zones=between))
-
-
-def with_links(cluster: Cluster, link: Link) -> Cluster:
-    """Return a cluster with this link between any two nodes."""
-    groups = tuple(replace(group, nic=None) for group in cluster.node_groups)
-    return replace(cluster, node_groups=groups, network=Network(default=link))
 
 
 def with_faster_links(cluster: Cluster, factor: float) -> Cluster:

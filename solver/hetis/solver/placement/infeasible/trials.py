@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from hetis.solver import cost
-from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.budget import Progress, SearchSettings, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
-from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, keeping
+from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, demand_of, keeping
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach, rate_bound
 from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.placement.tables import CostTables
@@ -55,23 +55,16 @@ class Trials:
     """Trials of one problem, each run once, with at most `MAX_TRIALS` searches."""
 
     problem: PlacementProblem
-    budget: Budget
-    seed: int
-    threads: int
-    report: Report = silent
+    settings: SearchSettings
     _done: dict[Requirements, Trial] = field(default_factory=dict)
     _num_searches: int = 0
-
-    def tell(self, phase: str) -> None:
-        """Report what is being determined."""
-        self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
 
     def of(self, kept: Iterable[Requirement]) -> Trial:
         """Return whether a plan keeps these requirements; the search ends as soon as that is certain."""
         key = frozenset(kept)
         if key not in self._done:
             known = self._known(key)
-            self._done[key] = known or self.of_problem(keeping(self.problem, key), _demand(key))
+            self._done[key] = known or self.of_problem(keeping(self.problem, key), demand_of(key))
         return self._done[key]
 
     def _known(self, key: Requirements) -> Trial | None:
@@ -95,7 +88,7 @@ class Trials:
         if self.is_over():
             return Trial(exists=None, costs=costs)
         least *= 1.0 - ROUNDING
-        equal = None if family.one_type_per_role else equal_stages(costs, self.budget.of_its_own(), self.seed)
+        equal = None if family.one_type_per_role else equal_stages(costs, self._own_settings())
         if equal is not None and equal.value >= least:
             return Trial(exists=True, costs=costs, outcome=equal)
         found = costs if family.max_pool == 0 else self._costs(problem)
@@ -110,7 +103,7 @@ class Trials:
     def best(self, kept: Iterable[Requirement]) -> Outcome | None:
         """Return the best rate under these requirements, or None if it was not found in time."""
         costs = self._costs(keeping(self.problem, frozenset(kept)))
-        return None if costs is None or self.is_over() else self._search(costs, self.budget.of_its_own(), silent)
+        return None if costs is None or self.is_over() else self._search(costs, self._own_settings())
 
     def rate_bound(self, kept: Iterable[Requirement]) -> float:
         """Return an upper bound on saturated requests/s under these requirements that takes no search."""
@@ -119,7 +112,11 @@ class Trials:
 
     def is_over(self) -> bool:
         """Return whether no further trial may run."""
-        return self._num_searches >= MAX_TRIALS or self.budget.is_spent()
+        return self._num_searches >= MAX_TRIALS or self.settings.budget.is_spent()
+
+    def _own_settings(self) -> SearchSettings:
+        """Return settings of searches that end with the caller's budget and can be ended before."""
+        return replace(self.settings, budget=self.settings.budget.of_its_own(), gap_target=GAP, report=silent)
 
     def _plain_costs(self, problem: PlacementProblem) -> CostTables | None:
         """Return tables without attention workers, which take longest; enough for dense work and equal stages."""
@@ -131,33 +128,27 @@ class Trials:
         return None if found.is_empty else build_cost_tables(found.problem)
 
     def _search_until_certain(self, costs: CostTables, least: float) -> Trial:
-        share, refuted = self.budget.of_its_own(), False
+        own, refuted = self._own_settings(), False
 
         def stop_when_certain(progress: Progress) -> None:
             nonlocal refuted
             refuted = refuted or (progress.bound is not None and progress.bound < least)
             if refuted or (progress.incumbent is not None and progress.incumbent >= least):
-                share.cancelled.set()
+                own.budget.cancelled.set()
 
-        outcome = self._search(costs, share, stop_when_certain)
-        exists: bool | None = None
+        outcome = self._search(costs, replace(own, report=stop_when_certain))
         if outcome is not None and outcome.value >= least:
-            exists = True
-        elif refuted or (outcome is not None and outcome.bound < least) or (outcome is None and not share.is_spent()):
-            exists = False
-        return Trial(exists=exists, costs=costs, outcome=outcome)
+            return Trial(exists=True, costs=costs, outcome=outcome)
+        is_refuted = not own.budget.is_spent() if outcome is None else outcome.bound < least
+        return Trial(exists=False if refuted or is_refuted else None, costs=costs, outcome=outcome)
 
-    def _search(self, costs: CostTables, budget: Budget, report: Report) -> Outcome | None:
+    def _search(self, costs: CostTables, settings: SearchSettings) -> Outcome | None:
         self._num_searches += 1
         try:
-            return search(costs, costs.problem.family.name, budget, GAP, self.seed, self.threads, report)
+            return search(costs, replace(settings, strategy=costs.problem.family.name))
         except NoPlanFoundError:
-            budget.cancelled.set()  # neither found nor refuted, as if the search had been stopped
+            settings.budget.cancelled.set()  # neither found nor refuted, as if the search had been stopped
             return None
-
-
-def _demand(kept: Iterable[Requirement]) -> float:
-    return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)
 
 
 # --- conflicts
