@@ -29,7 +29,7 @@ CP_SAT_SECONDS = 1.0  # of deterministic time
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BoundPart:
     """GPUs that must sit in one node: a TP group, or one attention worker."""
 
     replica: int
@@ -70,7 +70,7 @@ def bind(
 
 
 def _within(
-    costs: CostTables, templates: Sequence[Template], parts: Sequence[Part], most_nodes: int, seed: int
+    costs: CostTables, templates: Sequence[Template], parts: Sequence[BoundPart], most_nodes: int, seed: int
 ) -> list[int]:  # fmt: skip
     """Return a node for every part, with each replica on at most ``most_nodes``."""
     kinds = [kind_of(costs, template) for template in templates]
@@ -83,7 +83,7 @@ def _within(
     return nodes
 
 
-def _on_few_nodes(costs: CostTables, parts: Sequence[Part], seed: int, budget: Budget) -> list[int]:
+def _on_few_nodes(costs: CostTables, parts: Sequence[BoundPart], seed: int, budget: Budget) -> list[int]:
     """Return a node for every part, with each replica on as few as time allows."""
     nodes = _first_fit(costs, parts)
     alone = _packed(costs, parts, nodes, seed, budget)
@@ -96,16 +96,16 @@ def _on_few_nodes(costs: CostTables, parts: Sequence[Part], seed: int, budget: B
     return nodes
 
 
-def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[Part]:
+def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[BoundPart]:
     for index, stage in enumerate(template.stages):
         device_class, tp = costs.ranks[stage.rank]
         for _ in range(stage.copies):
-            yield Part(replica, index, False, device_class, tp)
+            yield BoundPart(replica, index, False, device_class, tp)
         for _ in range(stage.copies * stage.pool_cards if stage.pool_class >= 0 else 0):
-            yield Part(replica, index, True, stage.pool_class, 1)
+            yield BoundPart(replica, index, True, stage.pool_class, 1)
 
 
-def _packed(costs: CostTables, parts: Sequence[Part], nodes: list[int], seed: int, budget: Budget) -> set[int]:
+def _packed(costs: CostTables, parts: Sequence[BoundPart], nodes: list[int], seed: int, budget: Budget) -> set[int]:
     """Move parts of classes that are alone in their nodes to the fewest nodes; return the classes that succeeded."""
     classes_of = Counter(group.name for c in costs.classes for group in c.groups)
     done = set[int]()
@@ -132,7 +132,7 @@ def _packed(costs: CostTables, parts: Sequence[Part], nodes: list[int], seed: in
     return done
 
 
-def _first_fit(costs: CostTables, parts: Sequence[Part]) -> list[int]:
+def _first_fit(costs: CostTables, parts: Sequence[BoundPart]) -> list[int]:
     """Return a node (its number within the class) for every part, placed in order of size, then of replica."""
     node_of = [-1] * len(parts)
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -171,7 +171,7 @@ def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
 
 
 def _fewest_nodes(
-    costs: CostTables, parts: Sequence[Part], start: Sequence[int], seed: int, budget: Budget
+    costs: CostTables, parts: Sequence[BoundPart], start: Sequence[int], seed: int, budget: Budget
 ) -> list[int]:  # fmt: skip
     """Return the assignment that spreads replicas over the fewest nodes, found by CP-SAT from ``start``.
 

@@ -19,9 +19,9 @@ from hetis.solver.placement.generation import NO_LINKS
 from hetis.solver.placement.master import Columns
 from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.pipelines import (
+    MixSweep,
     Shape,
     StageTimes,
-    Sweep,
     Workers,
     best_splits,
     least_layers,
@@ -66,12 +66,12 @@ class Evaluator:
         found_s = times.shortest_s(self._num_layers, counts)
         return np.where(found_s > self._longest_s(sweep) * EVERY_MIX, np.inf, found_s)
 
-    def _longest_s(self, sweep: Sweep) -> FloatArray:
+    def _longest_s(self, sweep: MixSweep) -> FloatArray:
         tables = self.costs.scopes[self.shape.scope].tables
         return np.asarray(tables.t_cap[sweep.mixes, self.shape.in_flight_index])
 
     @cached_property
-    def _without_workers(self) -> tuple[Sweep, StageTimes]:
+    def _without_workers(self) -> tuple[MixSweep, StageTimes]:
         sweep = sweep_of(self.costs, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
         return sweep, stage_times(self.costs, self.shape, sweep, None)
 
@@ -89,7 +89,7 @@ class Evaluator:
         self.shortest_s[which] = np.where(is_found, best_s, np.maximum(self.shortest_s[which], worse_s))
         self.found[which], self.is_known[which] = found, is_found
 
-    def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[Sweep, StageTimes]:
+    def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[MixSweep, StageTimes]:
         """Return a sweep of the mixes that may be quick enough with every number of head groups, and its times."""
         assert self.workers is not None, "there are none"
         promising = np.any(self._shortest_s(counts) < worse_s[:, None], axis=0)
@@ -98,7 +98,7 @@ class Evaluator:
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
 
     def _split(
-        self, counts: IntArray, sweep: Sweep, times: StageTimes, best_s: FloatArray, found: IntArray
+        self, counts: IntArray, sweep: MixSweep, times: StageTimes, best_s: FloatArray, found: IntArray
     ) -> None:  # fmt: skip
         """Improve the best of every composition by the rows of the sweep, the most promising first."""
         t_floor = self.costs.scopes[self.shape.scope].tables.t_floor

@@ -70,7 +70,7 @@ def is_small(costs: CostTables) -> bool:
     return bool(gpus <= MAX_GPUS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
 
 
-class Kind(IntEnum):
+class FrontierKind(IntEnum):
     """The kinds of replicas that have a frontier each."""
 
     UNIFIED = 0
@@ -80,19 +80,19 @@ class Kind(IntEnum):
 
 
 ROLES = {
-    Kind.UNIFIED: Role.UNIFIED,
-    Kind.LOCAL_PREFILL: Role.PREFILL,
-    Kind.PREFILL: Role.PREFILL,
-    Kind.DECODE: Role.DECODE,
+    FrontierKind.UNIFIED: Role.UNIFIED,
+    FrontierKind.LOCAL_PREFILL: Role.PREFILL,
+    FrontierKind.PREFILL: Role.PREFILL,
+    FrontierKind.DECODE: Role.DECODE,
 }
 
 
-def kind_of(mix: Mix) -> Kind:
+def frontier_kind(mix: Mix) -> FrontierKind:
     if mix.role is Role.UNIFIED:
-        return Kind.UNIFIED
+        return FrontierKind.UNIFIED
     if mix.role is Role.DECODE:
-        return Kind.DECODE
-    return Kind.PREFILL if mix.sends_afar else Kind.LOCAL_PREFILL
+        return FrontierKind.DECODE
+    return FrontierKind.PREFILL if mix.sends_afar else FrontierKind.LOCAL_PREFILL
 
 
 def speed_bounds(costs: CostTables, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
@@ -133,7 +133,7 @@ class Frontier:
         return np.maximum(self.bound, self.rate * (1.0 + tolerance))
 
 
-Rates = Mapping[Kind, FloatArray]  # [V] each
+Rates = Mapping[FrontierKind, FloatArray]  # [V] each
 
 
 @dataclass(slots=True)
@@ -162,7 +162,7 @@ class ExactSearch:
         self.whole = whole(costs.problem.family)
         self._free = np.zeros(len(costs.ranks)), np.zeros(len(costs.classes))
         self.configurations = configurations(costs)
-        self.kinds = [kind_of(costs.mixes[c.mix]) for c in self.configurations]
+        self.kinds = [frontier_kind(costs.mixes[c.mix]) for c in self.configurations]
         self.speed_bound, self.sequential_bound = speed_bounds(costs, self.lattice)
         self.zones = self._zones()
         self._options: dict[tuple[object, ...], tuple[Options, Entries]] = {}
@@ -171,7 +171,7 @@ class ExactSearch:
             kind: Frontier(self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
-        self._roomy: dict[tuple[Kind, Part], BoolArray] = {}
+        self._roomy: dict[tuple[FrontierKind, Part], BoolArray] = {}
 
     def _zones(self) -> IntArray:
         """Return the zone of every sub-fleet, numbered as in `Routes`, or -1 if it has several or none; [V]."""
@@ -183,15 +183,15 @@ class ExactSearch:
                 zones[v] = found.pop()
         return zones
 
-    def _sides(self, kind: Kind) -> IntArray:
+    def _sides(self, kind: FrontierKind) -> IntArray:
         """Return the master's side for replicas of a kind, or -1 if they cannot be on that sub-fleet; [V]."""
-        if kind is Kind.UNIFIED:
+        if kind is FrontierKind.UNIFIED:
             return np.full(len(self.zones), UNIFIED)
-        role = Role.DECODE if kind is Kind.DECODE else Role.PREFILL
-        first = self.costs.routes.side(role, sends_afar=kind is Kind.PREFILL)
+        role = Role.DECODE if kind is FrontierKind.DECODE else Role.PREFILL
+        first = self.costs.routes.side(role, sends_afar=kind is FrontierKind.PREFILL)
         return np.where(self.zones >= 0, first + self.zones, -1)
 
-    def roomy(self, kind: Kind, part: Part) -> BoolArray:
+    def roomy(self, kind: FrontierKind, part: Part) -> BoolArray:
         """Return which sub-fleets have memory for a replica of some configuration of a part; [V].
 
         A replica with fewer requests takes less memory. Chunks have no such order: a longer one takes memory itself
@@ -201,10 +201,10 @@ class ExactSearch:
             self._roomy[kind, part] = self._find_roomy(kind, part)
         return self._roomy[kind, part]
 
-    def _find_roomy(self, kind: Kind, part: Part) -> BoolArray:
+    def _find_roomy(self, kind: FrontierKind, part: Part) -> BoolArray:
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
         family, mixes = self.costs.problem.family, self.costs.mixes
-        of_kind = [x for x, mix in enumerate(mixes) if kind_of(mix) is kind]
+        of_kind = [x for x, mix in enumerate(mixes) if frontier_kind(mix) is kind]
         batch, in_flight = min(mixes[x].micro_batch for x in of_kind), min(family.in_flight)
         f = family.in_flight.index(in_flight)
         for number, scope in enumerate(self.costs.scopes):
@@ -294,11 +294,11 @@ class ExactSearch:
         """Return rates that replicas of the part swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
         return {kind: f.ceiling(tolerance) for kind, f in self._of(part)}
 
-    def _of(self, part: Part | None) -> list[tuple[Kind, Frontier]]:
+    def _of(self, part: Part | None) -> list[tuple[FrontierKind, Frontier]]:
         roles = (part or self.whole).roles
         return [(kind, f) for kind, f in self.frontiers.items() if ROLES[kind] in roles]
 
-    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
+    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[FrontierKind, int]], Columns]:
         """Return, per kind, sub-fleets whose rate no smaller one reaches as columns of the master; all if ``every``."""
         chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind], every)]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
@@ -311,7 +311,7 @@ class ExactSearch:
         )
         return chosen, columns
 
-    def _worth_having(self, kind: Kind, rates: FloatArray, every: bool) -> IntArray:
+    def _worth_having(self, kind: FrontierKind, rates: FloatArray, every: bool) -> IntArray:
         candidates = (rates > 0) & (self._sides(kind) >= 0)
         if every or self.counts_gpus:  # a smaller vector may have the same rate but use too few GPUs for the pins
             return np.flatnonzero(candidates)
@@ -331,7 +331,7 @@ class ExactSearch:
         classes = {rows[row][0] for row in np.flatnonzero(self.lattice.digits[v])}
         return routes.link_use([routes.zones.index(self.costs.classes[g].zone) for g in classes])
 
-    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], Verdict]:
+    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[FrontierKind, int]], Verdict]:
         """Return the best packing of sub-fleets at these rates."""
         chosen, columns = self.columns(rates)
         return chosen, self.master.decide(columns, time_limit_s=time_limit_s, seed=seed)
@@ -397,7 +397,7 @@ class ExactSearch:
             needed[kind] = np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
         return needed
 
-    def template(self, kind: Kind, v: int) -> Template:
+    def template(self, kind: FrontierKind, v: int) -> Template:
         """Return the replica behind a frontier's rate of a sub-fleet, at its exact interval."""
         f = self.frontiers[kind]
         if v not in f.templates:
@@ -427,7 +427,7 @@ MOMENT = 1e-9  # seconds: avoids a division by zero, since a budget may end betw
 class Packed:
     """A packing of the chosen sub-fleets."""
 
-    chosen: list[tuple[Kind, int]]
+    chosen: list[tuple[FrontierKind, int]]
     packing: MilpSolution
 
 

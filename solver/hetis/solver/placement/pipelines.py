@@ -58,7 +58,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class MixSweep:
     """Settings that replicas of a shape are tried with, one per row.
 
     Rows have a mix [X] and the head groups of every rank that workers take [X], 0 without workers. ``least_slack`` and
@@ -71,7 +71,7 @@ class Sweep:
     unevenness: FloatArray
 
 
-def sweep_of(costs: CostTables, depth: int, mixes: IntArray, groups: IntArray) -> Sweep:
+def sweep_of(costs: CostTables, depth: int, mixes: IntArray, groups: IntArray) -> MixSweep:
     """Return every mix with every given number of head groups."""
     # Deeper pipelines have as many micro-batches as stages; a single stage waits for its own copies at most.
     kinds = [(costs.mixes[x].role, costs.mixes[x].attention_dp) for x in mixes.tolist()]
@@ -80,7 +80,7 @@ def sweep_of(costs: CostTables, depth: int, mixes: IntArray, groups: IntArray) -
         for kind, x in zip(kinds, mixes.tolist(), strict=True)
     }
     each = len(groups)
-    return Sweep(
+    return MixSweep(
         mixes=np.repeat(mixes, each),
         groups=np.tile(groups, len(mixes)),
         least_slack=np.repeat([of_kind[kind].least for kind in kinds], each),
@@ -108,7 +108,7 @@ class StageTimes(NamedTuple):
         return np.where(room < num_layers, np.inf, _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2)))
 
 
-def stage_times(costs: CostTables, shape: Shape, sweep: Sweep, workers: Workers | None) -> StageTimes:
+def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Workers | None) -> StageTimes:
     """Compute what `options.list_options` does for single copies, for a whole sweep; workers need unified mixes."""
     t, f, s, x = costs.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
     at = np.ix_(x, s)
@@ -188,7 +188,7 @@ def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s
     return fixed_s
 
 
-def _slack(costs: CostTables, shape: Shape, sweep: Sweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
+def _slack(costs: CostTables, shape: Shape, sweep: MixSweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
     """Return `options.stretch` minus 1; [X, R]. ``request_s`` and ``chunk_s`` are those of a repeated layer."""
     t, x, f = costs.scopes[shape.scope].tables, sweep.mixes, shape.in_flight_index
     least, unevenness = sweep.least_slack[:, None], sweep.unevenness[:, None]
