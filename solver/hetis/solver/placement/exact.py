@@ -369,13 +369,14 @@ class ExactSearch:
         if proof is None:
             return nothing
         distance = abs(proof.value - incumbent) * (1.0 + 1e-12)
-        needed = {}
-        for kind in ceilings:
-            sides = self._sides(kind)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                least = np.maximum(0.0, proof.scale * price - distance) / proof.rate_prices[sides]
-            needed[kind] = np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
-        return needed
+        return {kind: self._least_rates(kind, proof.scale * price - distance, proof.rate_prices) for kind in ceilings}
+
+    def _least_rates(self, kind: FrontierKind, worth: FloatArray, rate_prices: FloatArray) -> FloatArray:
+        """Return the rates that are worth so much at each sub-fleet's side, inf where no replica can be; [V]."""
+        sides = self._sides(kind)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            least = np.maximum(0.0, worth) / rate_prices[sides]
+        return np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
 
     def _needed_with_pins(self, ceilings: Rates, incumbent: float) -> Rates | None:
         """Return the needed rates if pins have prices, to which scaling does not apply, from the relaxation's duals.
@@ -389,13 +390,7 @@ class ExactSearch:
         price = self.lattice.digits @ found.row_prices + self.usage_costs
         price = price + self.master.pins.coefficients(self.lattice.digits) @ found.pin_prices
         distance = abs(found.value - incumbent) + PIN_ROUNDING * abs(found.value)
-        needed = {}
-        for kind in ceilings:
-            sides = self._sides(kind)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                least = np.maximum(0.0, price - distance) / found.rate_prices[sides]
-            needed[kind] = np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
-        return needed
+        return {kind: self._least_rates(kind, price - distance, found.rate_prices) for kind in ceilings}
 
     def template(self, kind: FrontierKind, v: int) -> Template:
         """Return the replica behind a frontier's rate of a sub-fleet, at its exact interval."""

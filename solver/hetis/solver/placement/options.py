@@ -88,6 +88,38 @@ def _empty_options(capacity: int) -> Options:
 
 
 @kernel
+def _doubled(o: Options) -> Options:
+    """Return the options twice, to be overwritten from the second half on."""
+    return Options(
+        np.concatenate((o.rank, o.rank)),
+        np.concatenate((o.copies, o.copies)),
+        np.concatenate((o.pool_class, o.pool_class)),
+        np.concatenate((o.pool_cards, o.pool_cards)),
+        np.concatenate((o.pool_groups, o.pool_groups)),
+        np.concatenate((o.layer_s, o.layer_s)),
+        np.concatenate((o.fixed_s, o.fixed_s)),
+        np.concatenate((o.min_layers, o.min_layers)),
+        np.concatenate((o.max_layers, o.max_layers)),
+    )
+
+
+@kernel
+def _first(o: Options, count: int) -> Options:
+    """Return the first options, without a copy."""
+    return Options(
+        o.rank[:count],
+        o.copies[:count],
+        o.pool_class[:count],
+        o.pool_cards[:count],
+        o.pool_groups[:count],
+        o.layer_s[:count],
+        o.fixed_s[:count],
+        o.min_layers[:count],
+        o.max_layers[:count],
+    )
+
+
+@kernel
 def room_of_role(room: float, first: float, last: float, tied: float, role: int) -> float:
     """Return the bytes of a rank left for repeated layers and the KV of prefix layers after its role's ends."""
     if role in (FIRST, BOTH):
@@ -436,7 +468,7 @@ def list_options(
                                 continue
                         if count == size_of_out:
                             size_of_out *= 2
-                            out = selected(out, np.arange(size_of_out) % count)  # the new half is overwritten
+                            out = _doubled(out)
                             out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
                             out_min, out_max = out.min_layers, out.max_layers
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
@@ -447,7 +479,7 @@ def list_options(
                         if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:
                             roomiest = count
                         count += 1
-    return selected(out, np.arange(count))
+    return _first(out, count)
 
 
 @kernel
