@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.solver.constraints import ConstraintIndex, Sum
-from hetis.solver.highs import quiet_highs
+from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import UNIFIED, DeviceClass, IntArray, Resources, Routes
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
@@ -387,25 +387,13 @@ class Master:
             upper.append(np.array([highspy.kHighsInf]))
             lower = np.append(lower, self.demand)
         matrix = np.concatenate(rows, axis=1)
-        num_columns = len(matrix)
         entry_columns, entry_rows = np.nonzero(matrix)
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = matrix.shape
-        lp.sense_ = highspy.ObjSense.kMaximize if self.maximises else highspy.ObjSense.kMinimize
-        lp.col_cost_ = served if self.maximises else objective
-        lp.col_lower_ = np.zeros(num_columns)
-        lp.col_upper_ = np.full(num_columns, highspy.kHighsInf)
-        lp.row_lower_ = lower
-        lp.row_upper_ = np.concatenate(upper)
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        lp.a_matrix_.start_ = np.searchsorted(entry_columns, np.arange(num_columns + 1)).astype(np.int32)
-        lp.a_matrix_.index_ = entry_rows.astype(np.int32)
-        lp.a_matrix_.value_ = matrix[entry_columns, entry_rows]
-        if whole:
-            replicas = len(columns.rates)
-            kinds = highspy.HighsVarType
-            lp.integrality_ = [kinds.kInteger] * replicas + [kinds.kContinuous] * (num_columns - replicas)
-        return lp
+        nothing, num_columns = np.zeros(len(matrix)), len(columns.rates)
+        return linear_program(
+            served if self.maximises else objective, (nothing, nothing + highspy.kHighsInf),
+            (lower, np.concatenate(upper)), [(entry_rows, entry_columns, matrix[entry_columns, entry_rows])],
+            whole=np.arange(len(matrix)) < num_columns if whole else None, maximise=self.maximises,
+        )  # fmt: skip
 
     def _flow_rows(self, columns: Columns) -> tuple[FloatArray, FloatArray]:
         """Return coefficients [K + flows, .] and upper limits of the rows that bind flows.
