@@ -24,14 +24,15 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.simulate import Question, answer
-from hetis.planner.use_cases.tightening import tightening_of, verified_plan
 from hetis.planner.use_cases.verify import (
     AS_PLANNED,
     enough_of,
     longest_of,
     num_requests_of,
     simulated_at,
+    tightening_of,
     verification_of,
+    verified_plan,
 )
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits

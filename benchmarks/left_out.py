@@ -29,7 +29,7 @@ from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.shipped_points import shipped_points
 from hetis.formats import catalogue
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
-from hetis.planner.use_cases.robustness.ranges import Predicted, predicted
+from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted
 from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile

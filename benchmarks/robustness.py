@@ -30,8 +30,8 @@ from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.documents import load_model
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
-from hetis.planner.use_cases.robustness.perturbing import Profiles, corners, perturbed
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Profiles
+from hetis.planner.use_cases.robustness.profile_errors import corners, perturbed
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.problem import (

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import EXAMPLES
 from benchmarks.measuring.rows import Row
-from hetis.planner.use_cases.share import load_tenancy
+from hetis.planner.use_cases.sharing import load_tenancy
 from hetis.solver.budget import Budget, silent
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tables import FloatArray

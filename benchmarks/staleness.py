@@ -56,10 +56,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "staging": ("benchmarks/staging.py", *_SEARCH, *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
-    "goodput": (
-        *("benchmarks/goodput.py", "planner/hetis/planner/use_cases/verify.py"),
-        *("planner/hetis/planner/use_cases/tightening.py", *_SEARCH, *_SIMULATOR),
-    ),
+    "goodput": ("benchmarks/goodput.py", "planner/hetis/planner/use_cases/verify.py", *_SEARCH, *_SIMULATOR),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
@@ -70,7 +67,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "left_out": (
         *("benchmarks/left_out.py", "benchmarks/measuring/shipped_points.py"),
         *("tools/left_out.py", "tools/efficiency.py", "profiler/hetis/profiler/fit"),
-        *("profiler/hetis/profiler/ranges.py", "planner/hetis/planner/use_cases/robustness/ranges.py", *_COSTS),
+        *("profiler/hetis/profiler/ranges.py", "planner/hetis/planner/use_cases/robustness/profile_errors.py", *_COSTS),
     ),
     "expert_parallel": ("benchmarks/expert_parallel.py", "solver/hetis/solver/cost.py"),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),

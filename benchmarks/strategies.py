@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from benchmarks.measuring import plots, rows
 from benchmarks.measuring.instances import NO_LIMITS, example, fleet, problem
 from benchmarks.measuring.rows import Row
-from hetis.planner.cli.native_output import no_native_output
+from hetis.planner.cli.searching import no_native_output
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster

@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import staleness
-from hetis.planner.cli.native_output import no_native_output
+from hetis.planner.cli.searching import no_native_output
 from tools import tables
 
 Cell = str | int | float | None

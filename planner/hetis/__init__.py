@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hetis.planner.client import Client
     from hetis.planner.export.targets import Export
-    from hetis.planner.library.loading import load_cluster, load_plan
-    from hetis.planner.library.placing import place
-    from hetis.planner.library.plan import Plan
-    from hetis.planner.library.simulation import Simulation
+    from hetis.planner.library.placing import load_cluster, load_plan, place
+    from hetis.planner.library.plan import Plan, Simulation
     from hetis.solver.errors import HetisError, InfeasibleError, NoPlanFoundError
 
     __version__: str
@@ -50,9 +48,9 @@ _HOMES = {
     "InfeasibleError": "hetis.solver.errors",
     "NoPlanFoundError": "hetis.solver.errors",
     "Plan": "hetis.planner.library.plan",
-    "Simulation": "hetis.planner.library.simulation",
-    "load_cluster": "hetis.planner.library.loading",
-    "load_plan": "hetis.planner.library.loading",
+    "Simulation": "hetis.planner.library.plan",
+    "load_cluster": "hetis.planner.library.placing",
+    "load_plan": "hetis.planner.library.placing",
     "place": "hetis.planner.library.placing",
 }
 

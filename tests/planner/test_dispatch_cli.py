@@ -13,11 +13,18 @@ import yaml
 from hetis.formats.documents import dump, load_state
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.report.dispatch_words import explain_redispatch
-from hetis.planner.use_cases.dispatch import RedispatchSettings, bundles, dispatch_requests, redispatch_stage
-from hetis.planner.use_cases.stage_of_plan import load_stage_of_plan
-from hetis.planner.use_cases.stage_sources import GIVEN, load_new_requests, load_stage
-from hetis.planner.use_cases.stage_times import times_of
+from hetis.planner.report.dispatch import explain_redispatch
+from hetis.planner.use_cases.dispatch import (
+    GIVEN,
+    RedispatchSettings,
+    bundles,
+    dispatch_requests,
+    load_new_requests,
+    load_stage,
+    load_stage_of_plan,
+    redispatch_stage,
+    times_of,
+)
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.dispatch.problem import DispatchProblem
 from hetis.solver.dispatch.solve import solve_dispatch

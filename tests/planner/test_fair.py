@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.planner.cli.fair import FairRule
+from hetis.planner.cli.sharing import FairRule
 from hetis.solver.shares.problem import Rule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 

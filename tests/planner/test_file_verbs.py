@@ -12,9 +12,7 @@ import yaml
 
 from hetis.formats.documents import kind_of, load
 from hetis.planner.cli.app import run
-from hetis.planner.cli.catalog import Catalogue
-from hetis.planner.cli.init import SAMPLES
-from hetis.planner.cli.schema import Kind
+from hetis.planner.cli.files import SAMPLES, Catalogue, Kind
 from tests.planner.command_line import EXAMPLES, invoke
 from tools.reference import FILE_EXAMPLES
 

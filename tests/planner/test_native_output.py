@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from hetis.planner.cli.native_output import no_native_output
+from hetis.planner.cli.searching import no_native_output
 
 
 def test_lines_of_native_code_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:

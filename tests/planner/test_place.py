@@ -12,7 +12,7 @@ import yaml
 
 from hetis.formats.documents import load_plan, write_atomically
 from hetis.formats.errors import single_problem
-from hetis.planner.cli import plan_files
+from hetis.planner.cli import outputs
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
@@ -162,8 +162,8 @@ def test_a_plan_that_could_not_be_saved_is_still_printed(
     def disk_full(path: Path, _text: str) -> None:
         raise single_problem(str(path), "cannot be written: No space left on device")
 
-    assert plan_files.write_atomically is write_atomically
-    monkeypatch.setattr(plan_files, "write_atomically", disk_full)
+    assert outputs.write_atomically is write_atomically
+    monkeypatch.setattr(outputs, "write_atomically", disk_full)
     solver(PLAN)
     assert run([*INPUTS, "-o", "json", "--out", str(tmp_path / "plan.json")]) == ExitCode.INTERNAL
     captured = capsys.readouterr()

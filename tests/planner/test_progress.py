@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.planner.cli.progress import SparseLines, by_one_clock, describe
-from hetis.planner.cli.simulation_progress import SparseRequests
+from hetis.planner.cli.searching import SparseLines, SparseRequests, by_one_clock, describe
 from hetis.solver.budget import Progress
 
 

@@ -17,14 +17,21 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases.place import Settings, make_plan, objective
 from hetis.planner.use_cases.robustness import study as robustness
-from hetis.planner.use_cases.robustness.alternatives import Alternative, regret, smaller_families
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
-from hetis.planner.use_cases.robustness.groups import structure_of
-from hetis.planner.use_cases.robustness.notes import PROFILE_ERRORS, predicted_of, profile_notes, with_profile_errors
-from hetis.planner.use_cases.robustness.perturbing import corners, perturbed, scaled, tp_sizes, used_fits
-from hetis.planner.use_cases.robustness.ranges import predicted
-from hetis.planner.use_cases.robustness.regions import outside_regions
-from hetis.planner.use_cases.robustness.study import Robustness, study
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach, structure_of
+from hetis.planner.use_cases.robustness.profile_errors import (
+    PROFILE_ERRORS,
+    corners,
+    outside_regions,
+    perturbed,
+    predicted,
+    predicted_of,
+    profile_notes,
+    scaled,
+    tp_sizes,
+    used_fits,
+    with_profile_errors,
+)
+from hetis.planner.use_cases.robustness.study import Alternative, Robustness, regret, smaller_families, study
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.profiler.defaults import MODELLED, default_profile
 from hetis.profiler.engines import for_engine

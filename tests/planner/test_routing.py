@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.use_cases.robustness.routing import most_routed
+from hetis.planner.use_cases.robustness.fixed_plan import most_routed
 
 ZONES = ("a", "b", "c")
 RATES = st.floats(0, 100) | st.just(0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import load_plan
-from hetis.planner.cli.share import ShareRule
+from hetis.planner.cli.sharing import ShareRule
 from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan, hetis_plan_here, invoke
 
@@ -54,7 +54,7 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
 
 
 def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetis.planner.cli.progress.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("hetis.planner.cli.searching.PLAIN_INTERVAL_S", 0.0)
     result = invoke("share", written(tmp_path), "-c", FLEET, "--rule", "sharing-incentive")
     assert result.exit_code == 0, result.output
     assert all(f" {number} of 5, " in result.stderr for number in range(1, 6)), "four rules and envy"

@@ -9,10 +9,17 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.measuring.instances import fleet, problem
-from hetis.planner.use_cases import tightening
+from hetis.planner.use_cases import verify as tightening
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.tightening import Tightening, tightening_of, verified_plan
-from hetis.planner.use_cases.verify import TTFT, VERIFICATION, Verification, verification_of
+from hetis.planner.use_cases.verify import (
+    TTFT,
+    VERIFICATION,
+    Tightening,
+    Verification,
+    tightening_of,
+    verification_of,
+    verified_plan,
+)
 from hetis.simulator.running import Report, silent
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError

@@ -47,7 +47,7 @@ def value_of(fleet: str) -> float:
 
 
 def test_those_who_wait_hear_which_of_how_many_is_solved(fleet: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetis.planner.cli.progress.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("hetis.planner.cli.searching.PLAIN_INTERVAL_S", 0.0)
     told = invoke(*asked(fleet, "--add", "1xL4")).stderr
     assert "1 of 2, before: " in told
     assert "2 of 2, after: " in told

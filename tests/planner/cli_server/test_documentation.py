@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from hetis.planner.cli.app import app
-from hetis.planner.cli.call_failures import ADVICE
+from hetis.planner.cli.failures import ADVICE
 from hetis.v1 import failure_pb2
 
 DOCS = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")

@@ -16,14 +16,14 @@ import jsonschema
 import pytest
 import yaml
 
-from hetis.planner.export.names import Target
+from hetis.planner.export import Target
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading
 from tests.planner.export.plans import PLANS
 from tests.planner.export.test_export import exported
 
 FOLDER = os.environ.get("HETIS_CRDS")
-CHANGES: Mapping[str, Any] = {"model_claim": "models", "namespace": "serving", "key_secret": "api"}
+CHANGES: Mapping[str, Any] = {"model_claim": "models", "namespace": "serving", "api_key_secret": "api"}
 pytestmark = pytest.mark.skipif(
     not FOLDER, reason="NOT CHECKED BY WHOLE CRDS: HETIS_CRDS names no folder with their files"
 )
@@ -71,7 +71,7 @@ def test_whole_crds_take_every_object(
     num_checked = 0
     for name in PLANS:
         try:
-            made = exported(PLANS[name], target, **changes, is_open="key_secret" not in changes)
+            made = exported(PLANS[name], target, **changes, insecure="api_key_secret" not in changes)
         except NotExportableError:
             continue
         for one in reading.manifests({p: t for p, t in made.files.items() if not p.startswith("values-")}):

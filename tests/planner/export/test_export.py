@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hetis.engines.versions import Engine
-from hetis.planner.export.names import Target
+from hetis.planner.export import Target
 from hetis.planner.export.replicas import NotExportableError, Settings, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
@@ -28,8 +28,8 @@ SETTINGS = Settings(
     hosts={node: f"10.0.0.{i}" for i, node in enumerate("abcdef", 1)},
     image="registry.example/engine:1",
     worker_image="registry.example/worker:1",
-    worker_secret="worker",
-    is_open=True,
+    worker_key_secret="worker",
+    insecure=True,
 )
 READERS: Mapping[Target, Callable[[Mapping[str, str]], dict[str, reading.Read]]] = {
     Target.VLLM: reading.read_shell,
@@ -211,7 +211,7 @@ def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
 
 @pytest.mark.parametrize("target", list(Target))
 def test_options_after_two_dashes_are_written_or_told_as_lost(target: Target) -> None:
-    made = exported(PLANS["one GPU"], target, options=("--seed", "4711"))
+    made = exported(PLANS["one GPU"], target, engine_options=("--seed", "4711"))
     carried = any("4711" in text for name, text in made.files.items() if name != "README.md")
     assert carried != any("--seed 4711" in lost for lost in made.lost)
 
@@ -235,7 +235,7 @@ def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
 
 def test_only_serve_starts_stages_on_several_nodes() -> None:
     with pytest.raises(NotExportableError, match="only `vllm serve` and `sglang serve` start stages on several nodes"):
-        exported(PLANS["stages of two nodes"], Target.VLLM, program=("python", "-m", "front"))
+        exported(PLANS["stages of two nodes"], Target.VLLM, program="python -m front")
 
 
 def test_nixl_without_an_address_is_told() -> None:

@@ -15,7 +15,7 @@ from kubernetes_validate.utils import all_versions, schema_contents
 from referencing import Registry, Resource
 
 from hetis.engines.versions import Engine
-from hetis.planner.export.names import Target
+from hetis.planner.export import Target
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading, schemas
 from tests.planner.export.plans import PLANS, WITH_WORKERS
@@ -108,13 +108,13 @@ def check_object(one: dict[str, Any]) -> None:
         check_pod(template["spec"], template.get("metadata", {}).get("labels"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_claim": "models", "namespace": "serving", "key_secret": "api"}])
+@pytest.mark.parametrize("changes", [{}, {"model_claim": "models", "namespace": "serving", "api_key_secret": "api"}])
 @pytest.mark.parametrize("target", [Target.LWS, Target.LLM_D, Target.KSERVE, Target.DYNAMO])
 def test_operators_take_every_object(target: Target, changes: dict[str, Any]) -> None:
     kinds = set[str]()
     for name in PLANS:
         try:
-            made = exported(PLANS[name], target, **changes, is_open="key_secret" not in changes)
+            made = exported(PLANS[name], target, **changes, insecure="api_key_secret" not in changes)
         except NotExportableError:
             continue
         for one in reading.manifests({p: t for p, t in made.files.items() if not p.startswith("values-")}):
@@ -136,7 +136,7 @@ def test_sglang_is_a_server_of_operators_too() -> None:
     for target in (Target.KUBERNETES, Target.LWS, Target.KSERVE, Target.DYNAMO):
         for name in ("stages of two nodes", "unlike replicas"):
             if (target, name) != (Target.DYNAMO, "stages of two nodes"):
-                made = exported(PLANS[name], target, engine=Engine.SGLANG, key_secret="api", is_open=False)
+                made = exported(PLANS[name], target, engine=Engine.SGLANG, api_key_secret="api", insecure=False)
                 for one in reading.manifests(made.files):
                     check_object(one)
                 assert "SGLANG_PP_LAYER_PARTITION" in str(made.files) or name == "unlike replicas"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.planner.export.names import Target
+from hetis.planner.export import Target
 from tests.planner.export.plans import PLANS
 from tests.planner.export.slurm_controller import Controller, Programs
 from tests.planner.export.test_export import exported

@@ -10,8 +10,8 @@ import pytest
 
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet.reconciler import PlanContents
+from hetis.planner.use_cases.dispatch import load_stage_of_plan
 from hetis.planner.use_cases.sources import load_plan_and_problem
-from hetis.planner.use_cases.stage_of_plan import load_stage_of_plan
 from tests.planner.command_line import invoke
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import PLAN

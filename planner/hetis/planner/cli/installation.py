@@ -1,18 +1,25 @@
-"""The requirements of planning: a Python, libraries that fit together, a cache for compiled code, a machine."""
+"""Verbs about this installation: ``doctor``, ``completion``, ``version``."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from hetis.planner.use_cases.versions import LIBRARIES, installed_versions
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_BYTES = 2 * 2**30
@@ -44,6 +51,61 @@ class Verdict(StrEnum):
     FAILED = "failed"
 
 
+@verb()
+def doctor(terminal: Terminal) -> ExitCode:
+    """Check this installation: Python, solver libraries and their order, the compiler's cache, the machine."""
+    findings = examine()
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        from hetis.planner.report.tables import grid
+
+        styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "bold red"}
+        rows = ((Text(f.verdict, style=styles[f.verdict]), f.subject, Text(f.detail)) for f in findings)
+        return grid(True, True, True, rows=rows)
+
+    terminal.emit(
+        lambda: [{"subject": f.subject, "verdict": f.verdict.value, "detail": f.detail} for f in findings], table
+    )
+    return ExitCode.INTERNAL if any(f.verdict is Verdict.FAILED for f in findings) else ExitCode.OK
+
+
+class Shell(StrEnum):
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+@verb(prints_data=False)
+def completion(
+    terminal: Terminal, shell: Annotated[Shell, typer.Argument(help="The shell the script is for.")]
+) -> ExitCode:
+    """Print a completion script: `source <(hetis-plan completion bash)`."""
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # imported there, not exported
+
+    sys.stdout.write(
+        get_completion_script(prog_name="hetis-plan", complete_var="_HETIS_PLAN_COMPLETE", shell=shell.value) + "\n"
+    )
+    return ExitCode.OK
+
+
+@verb()
+def version(terminal: Terminal) -> ExitCode:
+    """Print the versions of hetis and of the libraries that decide a plan."""
+    from hetis.planner.use_cases.versions import installed_versions
+
+    versions = installed_versions()
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        return Text("\n".join(f"{name} {number}" for name, number in versions.items()))
+
+    terminal.emit(lambda: versions, table)
+    return ExitCode.OK
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One finding of the examination."""
@@ -68,6 +130,8 @@ def _python() -> Finding:
 
 
 def _libraries() -> Iterator[Finding]:
+    from hetis.planner.use_cases.versions import LIBRARIES, installed_versions
+
     versions = installed_versions()
     missing = [library for library in LIBRARIES if library not in versions]
     found = ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions)
@@ -103,6 +167,8 @@ def _solver_orders() -> Iterator[Finding]:
 
 def _failure_of(program: str) -> str | None:
     """Return the last line of a Python program's error output, or None after success."""
+    import subprocess
+
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
@@ -135,6 +201,8 @@ def _solver_folder() -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
+    import tempfile
+
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

@@ -1,25 +1,406 @@
-"""Options of `hetis-plan` with long definitions, or shared by several verbs."""
+"""Options of `hetis-plan`: how they are declared, and those that several verbs share.
+
+Options stand in groups, dataclasses with an option per field. A verb that takes a group has its options on the command
+line, and gets their values as one (`verb`).
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
 import typer
 
-from hetis.planner.cli import families, quantities, words
+from hetis.formats.command_line import verb as command_line
+from hetis.formats.command_line.terminal import OutputFormat
+from hetis.planner.cli import values
 from hetis.solver.plan import ObjectiveKind, Role
 
-MOST_SETTING = 10**9  # of `EngineSettings`, whose module loads numpy: too slow for --help
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.place import Settings
+    from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits
+    from hetis.solver.plan import Objective
+    from hetis.solver.problem import EngineRules, EngineSettings
 
-# --- of verbs that read a plan
+T = TypeVar("T")
+
+DEFAULT_STRATEGY = "hetis"
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
 
-# --- inputs
 
-_INPUTS = "Inputs"
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def group(kind: type[T]) -> type[T]:
+    """Make a group of options of a class."""
+    return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(kind)  # quick to make: --help makes them all
+
+
+def option(usage: str, default: Any = None, *, shown: str | bool = True, panel: str = "", **more: Any) -> Any:
+    """Declare a field of a group to be an option.
+
+    Args:
+        usage: its names, the form of its value, and what the help says of it: ``--model -m NAME|FILE: The model.``
+        default: its value unless it is given, which goes through the parser, too; ``...``: it must be given.
+        shown: the default in words, or whether the help shows it.
+        panel: the part of the help in which it stands.
+        **more: as in `typer.Option`.
+    """
+    usage, _, says = usage.partition(": ")
+    names = [word for word in usage.split() if word.startswith("-")]
+    form = usage.split()[len(names) :]
+    info = typer.Option(
+        *names,
+        metavar=form[0] if form else None,
+        help=says or None,
+        show_default=shown,
+        rich_help_panel=panel or None,
+        **more,
+    )
+    return field(default=MISSING if default is ... else default, metadata={"option": info})
+
+
+def panel(name: str) -> Callable[..., Any]:
+    """Return `option` for a part of the help."""
+    return partial(option, panel=name)
+
+
+def verb(*, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE) -> Callable[..., Callable[..., None]]:
+    """Turn ``f(terminal, ...) -> exit code`` into a typer command, its groups into the options in them."""
+    command = command_line.verb(prints_data=prints_data, output=output)
+    return lambda function: command(_ungrouped(function))
+
+
+def _ungrouped(function: Callable[..., int]) -> Callable[..., int]:
+    """Return a verb with the options of its groups as parameters in place of these."""
+    parameters, groups = list[inspect.Parameter](), dict[str, Any]()
+    names = inspect.unwrap(function).__globals__
+    annotated: Any = Annotated  # of types that only the running program knows
+    for parameter in inspect.signature(function).parameters.values():
+        kind = parameter.annotation
+        if parameters and isinstance(kind, str):  # modules postpone evaluation; nobody reads that of the terminal
+            kind = eval(kind, names)
+        if not is_dataclass(kind):
+            parameters.append(parameter.replace(annotation=kind))
+            continue
+        groups[parameter.name] = kind
+        types = _types_of(groups[parameter.name])
+        for one in fields(kind):
+            default = parameter.empty if one.default is MISSING else one.default
+            annotation = annotated[types[one.name], one.metadata["option"]]
+            parameters.append(parameter.replace(name=one.name, default=default, annotation=annotation))
+
+    @functools.wraps(function)
+    def ungrouped(*args: Any, **given: Any) -> int:
+        made = {name: kind(**{one.name: given.pop(one.name) for one in fields(kind)}) for name, kind in groups.items()}
+        return function(*args, **given, **made)
+
+    ungrouped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return ungrouped
+
+
+@functools.cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+# --- options of several verbs, of which each has its own group
+
+_input, _goal, _search, _result = map(panel, ("Inputs", "Goal", "Search", "Result"))
+_to_solve, _plan = panel("To solve"), panel("Plan")
+
+cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
+profile_option = partial(
+    _input,
+    "--profile FILE: Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled.",
+    shown=False,
+)
+prefix_hit_rate_option = partial(
+    _input,
+    "--prefix-hit-rate SHARE|trace: "
+    "Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted by a Mooncake trace's hash ids.",
+    parser=values.prefix_hit_rate,
+    shown="the workload's, or 0",
+)
+rate_option = partial(
+    _goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.rate, shown=False
+)
+strategy_option = partial(
+    _search,
+    "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
+    DEFAULT_STRATEGY,
+    parser=values.strategy,
+    autocompletion=values.strategy_names,
+)
+time_limit_option = partial(
+    _search, "--time-limit TIME: Return the best plan found by then.", parser=values.positive_duration
+)
+gap_option = partial(
+    _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.ratio
+)
+seed_option = partial(_search, "--seed: Same seed, same plan.", 0, min=0)
+threads_option = partial(_search, "--threads: Solver threads; 0 uses every core.", 1, min=0)
+out_option = partial(
+    _result,
+    "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table.",
+    shown=False,
+)
+html_option = partial(
+    _result, "--html FILE: Also save one page of HTML that needs no network; see `report`.", shown=False
+)
+dry_run_option = partial(
+    _search,
+    "--dry-run: "
+    "Check the whole call, say what would be solved, and stop: every file, name and option, and whether the results "
+    "could be written.",
+    False,
+)
+
+no_wait_option = partial(option, "--no-wait: Return at once; `watch` shows how it goes on.", False)
+check_only_option = partial(option, "--dry-run: Check everything and show it, change nothing.", False)
+
+
+# --- groups of several verbs
+
+
+@group
+class OptionalInputs:
+    """The problem of ``apply``, which may do something else than solve one."""
+
+    cluster: str | None = _to_solve(
+        "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or a cluster that is there.", shown=False
+    )
+    model: str | None = _to_solve("--model -m NAME|FILE: As at place.", shown=False)
+    workload: str | None = _to_solve("--workload -w NAME|FILE|P/O: As at place.", shown=False)
+    prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot say
+    weights: str | None = _input(
+        "--weights P[,GPU=P...]: "
+        "Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
+        parser=values.weights,
+        shown="the checkpoint's",
+    )
+    kv: str | None = _input(
+        "--kv P[,GPU=P...]: Of the KV cache, everywhere and on GPU types: bf16 or fp8.",
+        parser=values.kv,
+        shown="bf16, or the file's",
+    )
+    mtp: str | None = _input(
+        "--mtp K:RATE: "
+        "Multi-token prediction by layers that the model has: K drafts per step, accepted at a rate: 1:0.85.",
+        parser=values.mtp,
+        shown="no drafts",
+    )
+    profile: list[str] | None = _to_solve(
+        "--profile FILE|NAME: Profile to use: a file, which is applied first, or one that is there; repeatable.",
+        shown=False,
+    )
+
+
+@group
+class Application:
+    """Which plan ``apply`` is about, and what becomes of it."""
+
+    plan: str | None = _plan("--plan FILE: Import a Plan file instead.", shown=False)
+    name: str = _plan("--name ID: Of the plan.", "", shown="chosen there")
+    activate: bool = _plan("--activate: Put the plan in force and wait until it is.", False)
+    out: Path | None = _plan("--out FILE: Save the Plan as JSON.", shown=False)
+    no_wait: bool = no_wait_option()
+    dry_run: bool = check_only_option()
+
+
+@group
+class Inputs(OptionalInputs):
+    """The problem to solve."""
+
+    cluster: str = cluster_option()
+    model: str = _input(
+        "--model -m NAME|FILE: A name of `catalog models`, a ModelSpec file, or a Hugging Face config.json.",
+        ...,
+        autocompletion=values.model_names,
+    )
+    workload: str = _input(
+        "--workload -w NAME|FILE|P/O: "
+        "A name of `catalog workloads`, a Workload file, a trace, or mean lengths such as 8000/300.",
+        ...,
+        autocompletion=values.workload_names,
+    )
+    profile: list[str] | None = profile_option()
+
+    def load(self, replicas: Replicas, constraints: Constraints | None = None) -> LoadedInputs:
+        """Read the files and names.
+
+        Raises:
+            DocumentError: with every problem of all of them.
+            InvalidProblemError: a precision is unknown, or a GPU type has no profile.
+        """
+        from hetis.planner.use_cases.precision import in_precision
+        from hetis.planner.use_cases.sources import load_inputs
+
+        loaded = load_inputs(
+            cluster=self.cluster,
+            model=self.model,
+            workload=self.workload,
+            profiles=self.profile or (),
+            prefix_hit_rate=self.prefix_hit_rate,
+        )
+        if constraints is not None:
+            loaded = loaded.with_constraints(pins=constraints.pin or (), forbids=constraints.forbid or ())
+        return in_precision(loaded, weights=self.weights, kv=self.kv, mtp=self.mtp).at(replicas.engine_settings)
+
+
+@group
+class Goal:
+    """What a plan is good for, and within which limits."""
+
+    objective: ObjectiveKind = _goal(
+        f"--objective GOAL: What the plan is good for: {', '.join(ObjectiveKind)}.", ObjectiveKind.GOODPUT
+    )
+    rate: float | None = rate_option()
+    ttft: float | None = _goal(
+        "--ttft TIME|none: Limit of the p95 time to first token.",
+        parser=values.ttft_limit,
+        shown="2s; throughput: none",
+    )
+    tpot: float | None = _goal(
+        "--tpot TIME|none: Limit of the mean time per output token.",
+        parser=values.tpot_limit,
+        shown="100ms; throughput: none",
+    )
+
+    def of(self, loaded: LoadedInputs) -> Objective:
+        """Return the objective for inputs.
+
+        Raises:
+            InvalidProblemError: it needs a demanded rate.
+        """
+        from hetis.planner.use_cases import place as placing
+
+        placing.require_demand(self.objective, self.rate, loaded.inputs.workload)
+        return placing.objective(self.objective, ttft_s=self.ttft, tpot_s=self.tpot, demand_rps=self.rate)
+
+
+@group
+class Constraints:
+    """Constraints that plans keep."""
+
+    pin: list[str] | None = _goal(
+        "--pin CONSTRAINT: "
+        "node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, unified "
+        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
+        shown=False,
+    )
+    forbid: list[str] | None = _goal(
+        "--forbid CONSTRAINT: "
+        "gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; shared-experts. "
+        "Repeatable.",
+        shown=False,
+    )
+
+
+@group
+class Family:
+    """The family of plans to search."""
+
+    strategy: str = strategy_option()
+    roles: frozenset[Role] | None = _search(
+        "--roles ROLE,...: What replicas may do: unified, or prefill,decode, or all three.",
+        parser=values.roles,
+        shown="all of the strategy",
+    )
+    engine: str | None = _search(
+        "--engine NAME: Plan only what this engine runs: vllm-hetis (with attention workers), vllm, sglang, or any.",
+        parser=values.engine,
+        autocompletion=values.engine_names,
+        shown="vllm-hetis; any for published heuristics",
+    )
+
+
+@group
+class Replicas:
+    """Limits of every replica, and settings that its engine is started with."""
+
+    max_stages: int | None = _search(
+        "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8"
+    )
+    max_gpus: int | None = _search(
+        "--max-gpus: GPUs of a replica, attention workers included, of an engine's plans.", min=1, shown=False
+    )
+    min_layers: int | None = _search(
+        "--min-layers-per-stage: Layers that a stage holds at least, of an engine's plans.", min=1, shown=False
+    )
+    max_nodes: int | None = _search(
+        "--max-nodes-per-replica: Nodes that a replica may lie on, attention workers included, of an engine's plans.",
+        min=1,
+        shown=False,
+    )
+    max_num_seqs: int | None = _search(
+        "--max-num-seqs N: Requests that an engine runs at once (a replica, or each of its copies that share experts).",
+        min=1,
+        max=values.MOST_SETTING,
+        shown=False,
+    )
+    chunk_tokens: frozenset[int] | None = _search(
+        "--chunk-tokens N[,N...]: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+        parser=values.chunks,
+        shown="256,512,2048",
+    )
+    kv_blocks: int | None = _search(
+        "--kv-blocks N: "
+        "KV blocks of 16 tokens that an engine has at most (each of copies that share experts), such as its "
+        "--num-gpu-blocks-override.",
+        min=1,
+        max=values.MOST_SETTING,
+        shown="as memory allows",
+    )
+
+    @property
+    def limits(self) -> ReplicaLimits:
+        from hetis.planner.use_cases.sources import ReplicaLimits
+
+        return ReplicaLimits(
+            max_stages=self.max_stages, max_gpus=self.max_gpus, min_layers=self.min_layers, max_nodes=self.max_nodes
+        )
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        from hetis.solver.problem import EngineSettings
+
+        chunks = tuple(sorted(self.chunk_tokens or ()))
+        return EngineSettings(max_num_seqs=self.max_num_seqs, chunk_tokens=chunks, kv_blocks=self.kv_blocks)
+
+
+@group
+class Search:
+    """How long and how closely is searched."""
+
+    time_limit: float = time_limit_option("60s")
+    gap: float = gap_option("0.1%")
+    seed: int = seed_option()
+    threads: int = threads_option()
+
+    def settings(self, family: Family, replicas: Replicas, **more: Any) -> Settings:
+        """Return the settings of a search in a family of plans.
+
+        Raises:
+            BadParameter: the options contradict each other.
+        """
+        return self.settings_of(
+            strategy=family.strategy,
+            roles=tuple(role for role in Role if role in (family.roles or ())),
+            engine=engine_rules(family.engine, family.strategy, replicas.limits),
+            **more,
+        )
+
+    def settings_of(self, **more: Any) -> Settings:
+        """Return the settings of a search."""
+        from hetis.planner.use_cases.place import Settings
+
+        return Settings(time_limit_s=self.time_limit, gap_target=self.gap, seed=self.seed, threads=self.threads, **more)
 
 
 class Survived(StrEnum):
@@ -29,417 +410,17 @@ class Survived(StrEnum):
     ZONE = "zone"
 
 
-ClusterOption = Annotated[
-    str, typer.Option("--cluster", "-c", metavar="FILE", rich_help_panel=_INPUTS, help="The fleet.")
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="NAME|FILE",
-        autocompletion=words.model_names,
-        rich_help_panel=_INPUTS,
-        help="A name of `catalog models`, a ModelSpec file, or a Hugging Face config.json.",
-    ),
-]
-WorkloadOption = Annotated[
-    str,
-    typer.Option(
-        "--workload",
-        "-w",
-        metavar="NAME|FILE|P/O",
-        autocompletion=words.workload_names,
-        rich_help_panel=_INPUTS,
-        help="A name of `catalog workloads`, a Workload file, a trace, or mean lengths such as 8000/300.",
-    ),
-]
-PrefixHitRateOption = Annotated[
-    Any,  # a share or "trace", which typer's types cannot say; the parser returns nothing else
-    typer.Option(
-        "--prefix-hit-rate",
-        parser=quantities.prefix_hit_rate,
-        metavar="SHARE|trace",
-        rich_help_panel=_INPUTS,
-        show_default="the workload's, or 0",
-        help="Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted by a Mooncake trace's hash ids.",
-    ),
-]
-ProfilesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--profile",
-        metavar="FILE",
-        rich_help_panel=_INPUTS,
-        show_default=False,
-        help="Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled.",
-    ),
-]
-
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        parser=families.weights,
-        metavar="P[,GPU=P...]",
-        rich_help_panel=_INPUTS,
-        show_default="the checkpoint's",
-        help="Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
-    ),
-]
-KvOption = Annotated[
-    str | None,
-    typer.Option(
-        "--kv",
-        parser=families.kv,
-        metavar="P[,GPU=P...]",
-        rich_help_panel=_INPUTS,
-        show_default="bf16, or the file's",
-        help="Of the KV cache, everywhere and on GPU types: bf16 or fp8.",
-    ),
-]
-
-MtpOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mtp",
-        parser=families.mtp,
-        metavar="K:RATE",
-        rich_help_panel=_INPUTS,
-        show_default="no drafts",
-        help="Multi-token prediction by layers that the model has: K drafts per step, accepted at a rate: 1:0.85.",
-    ),
-]
-
-# --- goal
-
-_GOAL = "Goal"
-
-ObjectiveOption = Annotated[
-    ObjectiveKind,
-    typer.Option(
-        "--objective",
-        metavar="GOAL",
-        rich_help_panel=_GOAL,
-        help=f"What the plan is good for: {', '.join(ObjectiveKind)}.",
-    ),
-]
-RateOption = Annotated[
-    float | None,
-    typer.Option(
-        "--rate",
-        parser=quantities.rate,
-        metavar="R",
-        rich_help_panel=_GOAL,
-        show_default=False,
-        help="Demanded requests/s; objectives cost and gpus need it.",
-    ),
-]
-TtftOption = Annotated[
-    float | None,
-    typer.Option(
-        "--ttft",
-        parser=quantities.ttft_limit,
-        metavar="TIME|none",
-        rich_help_panel=_GOAL,
-        show_default="2s; throughput: none",
-        help="Limit of the p95 time to first token.",
-    ),
-]
-TpotOption = Annotated[
-    float | None,
-    typer.Option(
-        "--tpot",
-        parser=quantities.tpot_limit,
-        metavar="TIME|none",
-        rich_help_panel=_GOAL,
-        show_default="100ms; throughput: none",
-        help="Limit of the mean time per output token.",
-    ),
-]
-
-PinsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pin",
-        metavar="CONSTRAINT",
-        rich_help_panel=_GOAL,
-        show_default=False,
-        help="node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, "
-        "unified (nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
-    ),
-]
-ForbidsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--forbid",
-        metavar="CONSTRAINT",
-        rich_help_panel=_GOAL,
-        show_default=False,
-        help="gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; "
-        "shared-experts. Repeatable.",
-    ),
-]
-
-PricePinsOption = Annotated[
-    bool,
-    typer.Option(
-        "--price-pins",
-        rich_help_panel=_GOAL,
-        help="Solve again without each pin and forbidden thing: what the objective would gain.",
-    ),
-]
-
-# --- search
-
-_SEARCH = "Search"
+survive_option = partial(
+    _goal, "--survive: Serve --rate when any one node, or zone, is lost, with --objective cost or gpus.", shown=False
+)
 
 
-DEFAULT_STRATEGY = families.DEFAULT_STRATEGY
+def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:
+    """Return the rules set by ``--engine`` and its limits. None: any engine, as for published heuristics by default."""
+    from hetis.planner.use_cases.sources import engine_rules as rules_of
+    from hetis.solver.errors import InvalidProblemError
 
-StrategyOption = Annotated[
-    str,
-    typer.Option(
-        "--strategy",
-        parser=families.strategy,
-        metavar="NAME",
-        autocompletion=words.strategy_names,
-        rich_help_panel=_SEARCH,
-        help="Family of plans to search, a name of `catalog strategies`.",
-    ),
-]
-EngineOption = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        parser=families.engine,
-        metavar="NAME",
-        autocompletion=words.engine_names,
-        rich_help_panel=_SEARCH,
-        show_default="vllm-hetis; any for published heuristics",
-        help="Plan only what this engine runs: vllm-hetis (with attention workers), vllm, sglang, or any.",
-    ),
-]
-MaxStagesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-stages",
-        min=1,
-        max=16,
-        rich_help_panel=_SEARCH,
-        show_default="8",
-        help="Stages of a replica, of an engine's plans.",
-    ),
-]
-MaxGpusOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-gpus",
-        min=1,
-        rich_help_panel=_SEARCH,
-        show_default=False,
-        help="GPUs of a replica, attention workers included, of an engine's plans.",
-    ),
-]
-MinLayersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--min-layers-per-stage",
-        min=1,
-        rich_help_panel=_SEARCH,
-        show_default=False,
-        help="Layers that a stage holds at least, of an engine's plans.",
-    ),
-]
-MaxNodesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-nodes-per-replica",
-        min=1,
-        rich_help_panel=_SEARCH,
-        show_default=False,
-        help="Nodes that a replica may lie on, attention workers included, of an engine's plans.",
-    ),
-]
-MaxNumSeqsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-num-seqs",
-        min=1,
-        max=MOST_SETTING,
-        metavar="N",
-        rich_help_panel=_SEARCH,
-        show_default=False,
-        help="Requests that an engine runs at once (a replica, or each of its copies that share experts).",
-    ),
-]
-ChunkTokensOption = Annotated[
-    families.Chunks | None,
-    typer.Option(
-        "--chunk-tokens",
-        parser=families.chunks,
-        metavar="N[,N...]",
-        rich_help_panel=_SEARCH,
-        show_default="256,512,2048",
-        help="Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
-    ),
-]
-KvBlocksOption = Annotated[
-    int | None,
-    typer.Option(
-        "--kv-blocks",
-        min=1,
-        max=MOST_SETTING,
-        metavar="N",
-        rich_help_panel=_SEARCH,
-        show_default="as memory allows",
-        help="KV blocks of 16 tokens that an engine has at most (each of copies that share experts), such as its "
-        "--num-gpu-blocks-override.",
-    ),
-]
-SimplestWithinOption = Annotated[
-    float,
-    typer.Option(
-        "--simplest-within",
-        parser=quantities.error,
-        metavar="SHARE",
-        rich_help_panel=_SEARCH,
-        help="What the plan may lose of the best for replicas on fewer nodes, then of fewer shapes; 2%.",
-    ),
-]
-SurviveOption = Annotated[
-    Survived | None,
-    typer.Option(
-        "--survive",
-        rich_help_panel=_GOAL,
-        show_default=False,
-        help="Serve --rate when any one node, or zone, is lost, with --objective cost or gpus.",
-    ),
-]
-RolesOption = Annotated[
-    frozenset[Role] | None,
-    typer.Option(
-        "--roles",
-        parser=families.roles,
-        metavar="ROLE,...",
-        rich_help_panel=_SEARCH,
-        show_default="all of the strategy",
-        help="What replicas may do: unified, or prefill,decode, or all three.",
-    ),
-]
-EnginesOption = Annotated[
-    families.Engines | None,
-    typer.Option(
-        "--engine",
-        parser=families.engines,
-        metavar="NAME,...",
-        rich_help_panel=_SEARCH,
-        show_default="any",
-        help="Plan only what this engine runs; with several (or all), their plans side by side.",
-    ),
-]
-StrategiesOption = Annotated[
-    families.Strategies | None,
-    typer.Option(
-        "--strategies",
-        parser=families.strategies,
-        metavar="NAME,...",
-        rich_help_panel=_SEARCH,
-        show_default="all; hetis where engines are compared",
-        help="Families of plans to search, names of `catalog strategies`, or all.",
-    ),
-]
-TimeLimitOption = Annotated[
-    float,
-    typer.Option(
-        "--time-limit",
-        parser=quantities.positive_duration,
-        metavar="TIME",
-        rich_help_panel=_SEARCH,
-        help="Return the best plan found by then.",
-    ),
-]
-GapOption = Annotated[
-    float,
-    typer.Option(
-        "--gap",
-        parser=quantities.ratio,
-        metavar="GAP",
-        rich_help_panel=_SEARCH,
-        help="Stop when the plan is proven this close to the best; 0.5% or 0.005.",
-    ),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=_SEARCH, help="Same seed, same plan.")]
-ThreadsOption = Annotated[
-    int, typer.Option("--threads", min=0, rich_help_panel=_SEARCH, help="Solver threads; 0 uses every core.")
-]
-ProfileErrorOption = Annotated[
-    float | None,
-    typer.Option(
-        "--profile-error",
-        parser=quantities.error,
-        metavar="ERROR",
-        rich_help_panel=_SEARCH,
-        show_default=False,
-        help="Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
-    ),
-]
-
-# --- result
-
-_RESULT = "Result"
-
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="FILE",
-        rich_help_panel=_RESULT,
-        show_default=False,
-        help="Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table.",
-    ),
-]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        metavar="FILE",
-        rich_help_panel=_RESULT,
-        show_default=False,
-        help="Also save one page of HTML that needs no network; see `report`.",
-    ),
-]
-PlansFolderOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="FOLDER",
-        rich_help_panel=_RESULT,
-        show_default=False,
-        help="Also save every plan there, as STRATEGY.json.",
-    ),
-]
-StrictOption = Annotated[
-    bool,
-    typer.Option(
-        "--strict",
-        rich_help_panel=_RESULT,
-        help="Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.",
-    ),
-]
-OtherEnginesOption = Annotated[
-    bool,
-    typer.Option(
-        "--other-engines/--no-other-engines",
-        rich_help_panel=_RESULT,
-        help="Say what plans for other engines reach, found in a tenth of the time limit.",
-    ),
-]
-VerifyOption = Annotated[
-    bool,
-    typer.Option(
-        "--verify/--no-verify",
-        rich_help_panel=_RESULT,
-        help="Simulate the plan at the rate it promises, and say whether the limits are kept.",
-    ),
-]
+    try:
+        return rules_of(name, strategy, limits)
+    except InvalidProblemError as error:
+        raise typer.BadParameter(str(error)) from None

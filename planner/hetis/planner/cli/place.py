@@ -1,112 +1,382 @@
-"""``hetis-plan place``: files in, a plan with its proof out."""
+"""Verbs that place: ``place``, ``compare`` and ``layers``."""
 
 from __future__ import annotations
 
-from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
-from hetis.planner.cli import options
-from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.solver.plan import ObjectiveKind
+from hetis.planner.cli.options import group, option, panel, verb
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.compare import Compared
+    from hetis.planner.use_cases.place import PlacedPlan, PlacementRequest
+    from hetis.planner.use_cases.sources import LoadedInputs
+    from hetis.solver.budget import Report
+    from hetis.solver.errors import InfeasibleError
+    from hetis.solver.problem import PlacementProblem
+
+LAYERS_EXAMPLES = "Example: hetis-plan layers examples/layers-24.yaml"
+_goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
+
+
+@group
+class Preferences:
+    """What else a plan should be."""
+
+    price_pins: bool = _goal(
+        "--price-pins: Solve again without each pin and forbidden thing: what the objective would gain.", False
+    )
+    survive: options.Survived | None = options.survive_option()
+    simplest_within: float = _search(
+        "--simplest-within SHARE: "
+        "What the plan may lose of the best for replicas on fewer nodes, then of fewer shapes; 2%.",
+        "0",
+        parser=values.error,
+    )
+
+
+@group
+class Results:
+    """What is done with a plan."""
+
+    profile_error: float | None = _search(
+        "--profile-error ERROR: Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
+        parser=values.error,
+        shown=False,
+    )
+    out: Path | None = options.out_option()
+    html: Path | None = options.html_option()
+    strict: bool = _result(
+        "--strict: Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.", False
+    )
+    verify: bool = _result(
+        "--verify/--no-verify: Simulate the plan at the rate it promises, and say whether the limits are kept.", True
+    )
+    dry_run: bool = options.dry_run_option()
+    other_engines: bool = _result(
+        "--other-engines/--no-other-engines: "
+        "Say what plans for other engines reach, found in a tenth of the time limit.",
+        True,
+    )
 
 
 @verb()
 def place(
     terminal: Terminal,
     *,
-    cluster: options.ClusterOption,
-    model: options.ModelOption,
-    workload: options.WorkloadOption,
-    prefix_hit_rate: options.PrefixHitRateOption = None,
-    weights: options.WeightsOption = None,
-    kv: options.KvOption = None,
-    mtp: options.MtpOption = None,
-    profile: options.ProfilesOption = None,
-    objective: options.ObjectiveOption = ObjectiveKind.GOODPUT,
-    rate: options.RateOption = None,
-    ttft: options.TtftOption = None,
-    tpot: options.TpotOption = None,
-    pin: options.PinsOption = None,
-    forbid: options.ForbidsOption = None,
-    price_pins: options.PricePinsOption = False,
-    strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
-    roles: options.RolesOption = None,
-    engine: options.EngineOption = None,
-    max_stages: options.MaxStagesOption = None,
-    max_gpus: options.MaxGpusOption = None,
-    min_layers: options.MinLayersOption = None,
-    max_nodes: options.MaxNodesOption = None,
-    max_num_seqs: options.MaxNumSeqsOption = None,
-    chunk_tokens: options.ChunkTokensOption = None,
-    kv_blocks: options.KvBlocksOption = None,
-    survive: options.SurviveOption = None,
-    simplest_within: options.SimplestWithinOption = "0",  # type: ignore[assignment]
-    time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
-    gap: options.GapOption = "0.1%",  # type: ignore[assignment]
-    seed: options.SeedOption = 0,
-    threads: options.ThreadsOption = 1,
-    profile_error: options.ProfileErrorOption = None,
-    out: options.OutOption = None,
-    html: options.HtmlOption = None,
-    strict: options.StrictOption = False,
-    verify: options.VerifyOption = True,
-    dry_run: DryRunOption = False,
-    other_engines: options.OtherEnginesOption = True,
+    inputs: options.Inputs,
+    goal: options.Goal,
+    constraints: options.Constraints,
+    family: options.Family,
+    replicas: options.Replicas,
+    preferences: Preferences,
+    search: options.Search,
+    results: Results,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, and prove how good that is.
 
     Ctrl-C once prints and saves the best plan so far; twice leaves at once.
     """
-    from hetis.planner.cli.families import engine_rules, engine_settings
-    from hetis.planner.cli.html_pages import refuse_page
-    from hetis.planner.cli.placement_run import PlacementRun
-    from hetis.planner.cli.plan_files import refuse_unwritable
-    from hetis.planner.use_cases.place import PlacementRequest, Settings, load, pose
-    from hetis.planner.use_cases.sources import ReplicaLimits, ordered
+    from hetis.planner.cli.outputs import refuse_page, refuse_unwritable, say_what_would_be_solved
+    from hetis.planner.use_cases.place import PlacementRequest, load, pose
 
-    if out is not None:
-        refuse_unwritable(out)
-    refuse_page(html, beside=out)
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
+    refuse_unwritable(results.out)
+    refuse_page(results.html, beside=results.out)
     request = PlacementRequest(
-        cluster=cluster,
-        model=model,
-        workload=workload,
-        prefix_hit_rate=prefix_hit_rate,
-        profiles=profile or (),
-        weights=weights,
-        kv=kv,
-        mtp=mtp,
-        pins=pin or (),
-        forbids=forbid or (),
-        objective=objective,
-        demand_rps=rate,
-        ttft_s=ttft,
-        tpot_s=tpot,
-        settings=Settings(
-            strategy=strategy,
-            roles=ordered(roles or ()),
-            engine=engine_rules(engine, strategy, limits),
-            time_limit_s=time_limit,
-            gap_target=gap,
-            seed=seed,
-            threads=threads,
-            simplest_within=simplest_within,
-            survive="" if survive is None else survive.value,
+        cluster=inputs.cluster,
+        model=inputs.model,
+        workload=inputs.workload,
+        prefix_hit_rate=inputs.prefix_hit_rate,
+        profiles=inputs.profile or (),
+        weights=inputs.weights,
+        kv=inputs.kv,
+        mtp=inputs.mtp,
+        pins=constraints.pin or (),
+        forbids=constraints.forbid or (),
+        objective=goal.objective,
+        demand_rps=goal.rate,
+        ttft_s=goal.ttft,
+        tpot_s=goal.tpot,
+        settings=search.settings(
+            family,
+            replicas,
+            simplest_within=preferences.simplest_within,
+            survive="" if preferences.survive is None else preferences.survive.value,
         ),
-        engine_settings=engine_settings(max_num_seqs, chunk_tokens, kv_blocks),
-        verify=verify,
-        other_engines=other_engines,
-        price_pins=price_pins,
-        profile_error=profile_error,
+        engine_settings=replicas.engine_settings,
+        verify=results.verify,
+        other_engines=results.other_engines,
+        price_pins=preferences.price_pins,
+        profile_error=results.profile_error,
     )
     loaded = load(request)
     problem = pose(request, loaded)
-    if dry_run:
+    if results.dry_run:
+        engine = problem.family.engine
         return say_what_would_be_solved(
-            terminal, [(loaded.inputs, problem.objective)], strategies=[strategy], solves=1, time_limit_s=time_limit,
-            engine=None if problem.family.engine is None else problem.family.engine.name,
+            terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
+            time_limit_s=search.time_limit, engine=None if engine is None else engine.name,
         )  # fmt: skip
-    return PlacementRun(
-        terminal=terminal, request=request, loaded=loaded, problem=problem, out=out, html=html, strict=strict
-    ).finish()
+    return finish(terminal, request, loaded, problem, results)
+
+
+def finish(
+    terminal: Terminal, request: PlacementRequest, loaded: LoadedInputs, problem: PlacementProblem, results: Results
+) -> ExitCode:
+    """Solve with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
+    from hetis.planner.cli.failures import report_failure, say_failure
+    from hetis.planner.cli.outputs import STDOUT, save_or_tell
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.jobs.kernels import compile_kernels
+    from hetis.planner.use_cases.place import missed
+    from hetis.planner.use_cases.place import place as placed
+    from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+
+    cancelled, settings = threading.Event(), request.settings
+
+    def work(report: Report) -> PlacedPlan:
+        num_gpus, for_engine = problem.cluster.num_gpus(), settings.engine is not None
+        compile_kernels(num_gpus, (settings.strategy,), for_engine=for_engine, report=report)
+        return placed(request, loaded, problem, cancelled=cancelled, report=report)
+
+    def page() -> str:
+        from hetis.planner.report.page.pages import ShownPlan, plans_page
+
+        return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=problem)])
+
+    try:
+        answer = search_interruptibly(
+            terminal, work, unit=problem.objective.unit, cancelled=cancelled, so_far="the best plan"
+        )
+    except InfeasibleError as error:
+        if not terminal.prints_tables:
+            document = _infeasible_document(error, request, problem)
+            terminal.emit(lambda: document, lambda: "")
+        return say_failure(error, terminal)
+    except NoPlanFoundError as error:
+        return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
+    saved = save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
+    if results.out != STDOUT:
+        _print(terminal, answer)
+    if not saved:
+        return ExitCode.INTERNAL
+    if cancelled.is_set():
+        return ExitCode.INTERRUPTED
+    short = missed(answer.plan, settings) if results.strict else []
+    for sentence in short:
+        terminal.error(sentence)
+    return ExitCode.MISSED if short else ExitCode.OK
+
+
+def _print(terminal: Terminal, answer: PlacedPlan) -> None:
+    from rich.console import Group, RenderableType
+
+    from hetis.formats.documents import to_data
+    from hetis.planner.report.plan import render_constraint_prices, render_plan
+    from hetis.planner.report.studies import render_robustness
+
+    def tables() -> RenderableType:
+        parts = [render_plan(answer.plan, wide=terminal.output is OutputFormat.WIDE)]
+        if answer.prices:
+            parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
+        if answer.robustness is not None:
+            parts.append(render_robustness(answer.robustness, answer.plan.objective))
+        return Group(*parts)
+
+    terminal.emit(lambda: to_data(answer.plan), tables)
+
+
+def _infeasible_document(
+    error: InfeasibleError, request: PlacementRequest, problem: PlacementProblem
+) -> dict[str, Any]:
+    from hetis.planner.report.studies import infeasible_parts
+    from hetis.solver.plan import Status
+
+    objective = problem.objective
+    result = {"status": Status.INFEASIBLE.value, "objective": objective.kind.value}
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "Plan",
+        "strategy": request.settings.strategy,
+        "result": {**result, "value": None, "bound": None, "gap": None, "unit": objective.unit},
+        **infeasible_parts(error),
+        "replicas": [],
+    }
+
+
+# --- compare
+
+
+@group
+class Compare:
+    """What is compared."""
+
+    strategies: values.Names | None = _search(
+        "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
+        parser=values.strategies,
+        shown="all; hetis where engines are compared",
+    )
+    engine: values.Names | None = _search(
+        "--engine NAME,...: Plan only what this engine runs; with several (or all), their plans side by side.",
+        parser=values.engines,
+        shown="any",
+    )
+
+
+@group
+class Comparison:
+    """What is done with the plans."""
+
+    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.", shown=False)
+    html: Path | None = options.html_option()
+    dry_run: bool = options.dry_run_option()
+
+
+@verb()
+def compare(
+    terminal: Terminal,
+    *,
+    inputs: options.Inputs,
+    goal: options.Goal,
+    constraints: options.Constraints,
+    asked: Compare,
+    replicas: options.Replicas,
+    search: options.Search,
+    results: Comparison,
+) -> ExitCode:
+    """Plan by several strategies, or for several engines, and show the plans side by side, checked alike.
+
+    Each has the whole time limit. One without a plan is a row with its reason.
+
+    Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
+    """
+    from hetis.planner.cli.outputs import (
+        refuse_page,
+        refuse_unwritable_plans,
+        save_page,
+        save_plans,
+        say_what_would_be_solved,
+    )
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.jobs.kernels import compile_kernels
+    from hetis.planner.report.comparison import comparison_document, render_comparison
+    from hetis.planner.use_cases.compare import compare_engines
+    from hetis.planner.use_cases.sources import ReplicaLimits
+    from hetis.solver.budget import Budget
+    from hetis.solver.placement.families import ANY_ENGINE
+
+    engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
+    unless = options.DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
+    names = (asked.strategies or values.strategies(unless)).names
+    rules = {  # limits are those of engines, unless "any" is alone
+        name: options.engine_rules(
+            name,
+            options.DEFAULT_STRATEGY,
+            replicas.limits if name != ANY_ENGINE or len(engines) == 1 else ReplicaLimits(),
+        )
+        for name in engines
+    }
+    if results.out is not None:
+        plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
+        refuse_unwritable_plans(results.out, plans)
+    refuse_page(results.html)
+    loaded = inputs.load(replicas, constraints)
+    objective, settings = goal.of(loaded), search.settings_of()
+    if results.dry_run:
+        return say_what_would_be_solved(
+            terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
+            time_limit_s=search.time_limit,
+        )  # fmt: skip
+    cancelled = threading.Event()
+
+    def budget() -> Budget:
+        return Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+
+    def work(report: Report) -> tuple[Compared, ...]:
+        for for_engine in {one is not None for one in rules.values()}:
+            compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
+        found = compare_engines(loaded, objective, settings, names, rules, budget=budget, report=report)
+        return found if asked.engine is not None else tuple(replace(outcome, engine=None) for outcome in found)
+
+    compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
+    if results.out is not None:
+        save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
+    if results.html is not None:
+        from hetis.planner.report.page.pages import comparison_page
+
+        save_page(terminal, comparison_page(compared, loaded.inputs, objective), results.html)
+    terminal.emit(
+        lambda: comparison_document(compared, loaded.inputs, objective),
+        lambda: render_comparison(compared, loaded.inputs, objective),
+    )
+    return ExitCode.INTERRUPTED if cancelled.is_set() else judge(compared)
+
+
+def judge(compared: Sequence[Compared]) -> ExitCode:
+    """Return success if there is something to choose from and nothing is broken."""
+    from hetis.planner.use_cases.compare import FAILED
+    from hetis.solver.plan import Status
+
+    if any(outcome.status == FAILED for outcome in compared):
+        return ExitCode.INTERNAL
+    if any(outcome.plan is not None for outcome in compared):
+        return ExitCode.OK
+    every = {outcome.status for outcome in compared}
+    return ExitCode.INFEASIBLE if every == {Status.INFEASIBLE.value} else ExitCode.NO_PLAN
+
+
+# --- layers
+
+
+@group
+class Layers:
+    """How a placement of layers is searched."""
+
+    time_limit: float = option(
+        "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
+    )
+    seed: int = options.seed_option()
+    compare: bool = option("--compare/--no-compare: Also find the placement of most flow and judge it alike.", True)
+
+
+@verb()
+def layers(
+    terminal: Terminal,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LayersProblem file, or - for standard input.")],
+    *,
+    search: Layers,
+) -> ExitCode:
+    """Decide which contiguous layers each one-node stage holds, and prove how good that is.
+
+    The rate is the sustained one: KV room limits the requests in flight, and each makes a token per round trip.
+
+    Ctrl-C once prints the best placement so far; twice leaves at once.
+    """
+    from hetis.formats.layers_problem import load_layers_problem
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.report.layers import layers_document, render_layers
+    from hetis.planner.use_cases.layers import is_compiled, place_layers
+    from hetis.solver.budget import Budget
+
+    problem = load_layers_problem(file)
+    if not is_compiled():
+        terminal.say("compiling the solver, once on this machine; half a minute")
+    budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)
+    found = search_interruptibly(
+        terminal,
+        lambda report: place_layers(problem, budget=budget, seed=search.seed, compare=search.compare, report=report),
+        unit="requests/s",
+        cancelled=budget.cancelled,
+        so_far="the best placement",
+    )
+    terminal.emit(lambda: layers_document(found), lambda: render_layers(found))
+    return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK

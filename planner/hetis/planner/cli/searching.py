@@ -1,25 +1,167 @@
-"""Search from a verb: progress on stderr, no native output on stdout, and Ctrl-C for the best found so far."""
+"""Work in a verb: progress on stderr, no native output on stdout, and Ctrl-C for the best found so far."""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli.native_output import no_native_output
-from hetis.planner.cli.progress import progress_on_stderr
-from hetis.solver.budget import Report
+from hetis.planner.report.figures import digits, percent
+from hetis.solver.budget import Progress, Report, silent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as ProgressBar
 
 T = TypeVar("T")
 
+PLAIN_INTERVAL_S = 2.0  # between plain lines of a search
+REQUESTS_INTERVAL_S = 5.0  # of a simulation
 _POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
 _ABORTED = 130
+_STDOUT = 1
+
+
+@contextmanager
+def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
+    """Yield a `Report` for the solver, safe to call from another thread. Times are those of the whole command."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0:
+        yield silent
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with console.status("loading the solver", spinner="dots") as status:
+            yield by_one_clock(lambda progress: status.update(describe(progress, unit)))
+    else:
+        yield by_one_clock(SparseLines(terminal.say, unit))
+
+
+def by_one_clock(report: Report, *, clock: Callable[[], float] = time.monotonic) -> Report:
+    """Return a report with the time since now: searches one after another each start at zero seconds."""
+    started_s = clock()
+    return lambda progress: report(replace(progress, elapsed_s=clock() - started_s))
+
+
+class SparseLines:
+    """A report that prints at most one line every `PLAIN_INTERVAL_S` seconds, however often phases change."""
+
+    def __init__(self, say: Callable[[str], None], unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._unit, self._clock = say, unit, clock
+        self._next_s = -math.inf
+        self._lock = threading.Lock()
+
+    def __call__(self, progress: Progress) -> None:
+        with self._lock:
+            now_s = self._clock()
+            if now_s < self._next_s:
+                return
+            self._next_s = now_s + PLAIN_INTERVAL_S
+        self._say(describe(progress, self._unit))
+
+
+def describe(progress: Progress, unit: str) -> str:
+    """Return ``4.1 s  pricing: incumbent 1.61, bound 1.63 requests/s, gap 1.20%``."""
+    parts = []
+    if progress.incumbent is not None:
+        parts.append(f"incumbent {digits(progress.incumbent, 4)}")
+    if progress.bound is not None:
+        parts.append(f"bound {digits(progress.bound, 4)} {unit}")
+    if progress.gap is not None:
+        parts.append(f"gap {percent(progress.gap)}")
+    news = f": {', '.join(parts)}" if parts else ""
+    return f"{progress.elapsed_s:5.1f} s  {progress.phase}{news}"
+
+
+# --- simulations
+
+
+class SimulationNews(Protocol):
+    """Receiver of requests arrived so far and in all, and of parts that begin; safe to call from other threads."""
+
+    def __call__(self, given: int, total: int) -> None: ...
+
+    def begins(self, part: str) -> None: ...
+
+
+@contextmanager
+def requests_on_stderr(terminal: Terminal) -> Iterator[SimulationNews]:
+    """Yield the progress of a simulation in the form that the terminal can show."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0:
+        yield SparseRequests(lambda _line: None)
+    elif console.is_terminal and not console.is_dumb_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+            yield _Bar(progress)
+    else:
+        yield SparseRequests(terminal.say)
+
+
+class _Bar:
+    def __init__(self, progress: ProgressBar) -> None:
+        self._progress = progress
+        self._task = progress.add_task("simulating", total=None)
+
+    def __call__(self, given: int, total: int) -> None:
+        self._progress.update(self._task, completed=given, total=total)
+
+    def begins(self, part: str) -> None:
+        self._progress.update(self._task, description=f"simulating {part}", completed=0)
+
+
+class SparseRequests:
+    """News as at most one line every `REQUESTS_INTERVAL_S`, and none for what ends within seconds."""
+
+    def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._last_s = clock()
+        self._part = ""
+
+    def __call__(self, given: int, total: int) -> None:
+        now_s = self._clock()
+        if now_s >= self._last_s + REQUESTS_INTERVAL_S:
+            self._last_s = now_s
+            part = f" {self._part}," if self._part else ""
+            self._say(f"simulating:{part} {given:,} of {total:,} requests have arrived")
+
+    def begins(self, part: str) -> None:
+        self._part = part
+
+
+@contextmanager
+def no_native_output() -> Iterator[None]:
+    """Drop what native libraries write to stdout in the block, which must therefore print no data.
+
+    HiGHS 1.12 prints a line from inside its MIP search whatever its options are; it writes to the process's file
+    descriptor, which Python's own `sys.stdout` cannot intercept.
+    """
+    try:
+        kept = os.dup(_STDOUT)
+    except OSError:  # closed by the parent process: there is nothing to keep clean
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, _STDOUT)
+        os.close(nowhere)
+        yield
+    finally:
+        with suppress(OSError, TypeError, AttributeError):  # without a C library
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
 
 
 def search_interruptibly(
@@ -29,11 +171,23 @@ def search_interruptibly(
 
     The first Ctrl-C sets ``cancelled`` and announces ``so_far`` (the best plan, the plans) as the result.
     """
-    with no_native_output(), progress_on_stderr(terminal, unit) as report:
+    with progress_on_stderr(terminal, unit) as report:
+        return work_interruptibly(terminal, lambda: work(report), cancelled=cancelled, stopping=f"with {so_far} so far")
+
+
+def simulate_interruptibly(terminal: Terminal, work: Callable[[SimulationNews], T], *, cancelled: threading.Event) -> T:
+    """Return the result of ``work``, and show how many of its requests have arrived."""
+    with requests_on_stderr(terminal) as news:
+        return work_interruptibly(terminal, lambda: work(news), cancelled=cancelled, stopping="with what was simulated")
+
+
+def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: threading.Event, stopping: str) -> T:
+    """Return the result of ``work``, which shows no progress; ``stopping``: what the first Ctrl-C announces."""
+    with no_native_output():
         return run_interruptibly(
-            lambda: work(report),
+            work,
             cancelled=cancelled,
-            on_cancel=lambda: terminal.say(f"stopping with {so_far} so far; Ctrl-C again leaves at once"),
+            on_cancel=lambda: terminal.say(f"stopping {stopping}; Ctrl-C again leaves at once"),
         )
 
 

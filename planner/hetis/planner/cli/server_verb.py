@@ -1,136 +1,162 @@
-"""The common part of all verbs that talk to a planner: its address, credentials, and failed calls as messages."""
+"""What verbs that talk to a planner share: its address, credentials, and names of resources."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
-from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import group, option, panel, verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection
 
-P = ParamSpec("P")
-
 DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens by default
-_PANEL = "Planner"
+_planner = panel("Planner")
 
-ServerOption = Annotated[
-    str,
-    typer.Option(
-        "--server",
-        metavar="HOST:PORT",
-        envvar="HETIS_SERVER",
-        rich_help_panel=_PANEL,
-        help="The planner; several with commas.",
-    ),
-]
-CaOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--ca",
-        metavar="FILE",
+cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its name.", shown="the only one")
+
+
+@group
+class InCluster:
+    """The cluster of a resource."""
+
+    cluster: str | None = cluster_name_option()
+
+
+@group
+class Planner:
+    """Where a planner is, and who calls it."""
+
+    server: str = _planner(
+        "--server HOST:PORT: The planner; several with commas.", DEFAULT_SERVER, envvar="HETIS_SERVER"
+    )
+    ca: Path | None = _planner(
+        "--ca FILE: "
+        "Authority of its certificate; those of the system unless given. Only this machine goes without TLS.",
         envvar="HETIS_CA",
-        rich_help_panel=_PANEL,
-        help="Authority of its certificate; those of the system unless given. Only this machine goes without TLS.",
-    ),
-]
-CertOption = Annotated[
-    Path | None,
-    typer.Option("--cert", metavar="FILE", envvar="HETIS_CERT", rich_help_panel=_PANEL, help="Own certificate."),
-]
-KeyOption = Annotated[
-    Path | None, typer.Option("--key", metavar="FILE", envvar="HETIS_KEY", rich_help_panel=_PANEL, help="Its key.")
-]
-TokenFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file", metavar="FILE", envvar="HETIS_TOKEN_FILE", rich_help_panel=_PANEL, help="Bearer token."
-    ),
-]
-_SHARED: dict[str, tuple[Any, Any]] = {
-    "server": (ServerOption, DEFAULT_SERVER),
-    "ca": (CaOption, None),
-    "cert": (CertOption, None),
-    "key": (KeyOption, None),
-    "token_file": (TokenFileOption, None),
-}
+    )
+    cert: Path | None = _planner("--cert FILE: Own certificate.", envvar="HETIS_CERT")
+    key: Path | None = _planner("--key FILE: Its key.", envvar="HETIS_KEY")
+    token_file: Path | None = _planner("--token-file FILE: Bearer token.", envvar="HETIS_TOKEN_FILE")
+
+    def use(self, terminal: Terminal, use: Callable[[Client], ExitCode]) -> ExitCode:
+        """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported."""
+        from hetis.planner.cli.failures import report_call_failure
+        from hetis.planner.client import CallError, Client
+
+        place = self._connection()
+        try:
+            with Client(place) as client:
+                return use(client)
+        except CallError as error:
+            return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
+
+    def _connection(self) -> Connection:
+        from hetis.planner.client import Connection
+
+        try:
+            place = Connection(
+                address=self.server, ca=self.ca, cert=self.cert, key=self.key, token_file=self.token_file
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        for path in (place.ca, place.cert, place.key, place.token_file):
+            if path is not None:
+                path.read_bytes()  # fails here, with the name of the file, if it cannot be read
+        return place
 
 
 def server_verb(
     *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
-) -> Callable[[Callable[Concatenate[Terminal, Client, P], ExitCode]], Callable[..., None]]:
+) -> Callable[[Callable[..., ExitCode]], Callable[..., None]]:
     """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client."""
 
-    def decorate(function: Callable[Concatenate[Terminal, Client, P], ExitCode]) -> Callable[..., None]:
-        own = list(inspect.signature(function).parameters.values())[2:]
-        names = {parameter.name for parameter in own}
-
+    def decorate(function: Callable[..., ExitCode]) -> Callable[..., None]:
         @functools.wraps(function)
-        def with_client(terminal: Terminal, *_: Any, **kwargs: Any) -> ExitCode:
-            given = {name: kwargs[name] for name in _SHARED}
-            mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
-            return with_planner(terminal, lambda client: function(terminal, client, **mine), **given)  # type: ignore[call-arg]
+        def with_client(terminal: Terminal, *args: Any, planner: Planner, **given: Any) -> ExitCode:
+            return planner.use(terminal, lambda client: function(terminal, client, *args, **given))
 
-        annotations = inspect.get_annotations(function, eval_str=False)
-        own = [parameter.replace(annotation=_evaluated(annotations, parameter.name, function)) for parameter in own]
-        shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in _SHARED.items()
-        ]
-        first = inspect.Parameter("terminal", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Terminal)
-        with_client.__signature__ = inspect.Signature([first, *own, *shared])  # type: ignore[attr-defined]
+        terminal, _client, *own = inspect.signature(function).parameters.values()
+        planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=Planner)
+        with_client.__signature__ = inspect.Signature([terminal, *own, planner])  # type: ignore[attr-defined]
         return verb(prints_data=prints_data, output=output)(with_client)
 
     return decorate
 
 
-def with_planner(terminal: Terminal, use: Callable[[Client], ExitCode], **given: Any) -> ExitCode:
-    """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported.
+# --- names
 
-    Args:
-        terminal: where a failure is reported.
-        use: makes the calls.
-        **given: the options of a planner: ``server``, ``ca``, ``cert``, ``key`` and ``token_file``.
+# Collections, as they appear in names, and what is in them. Those of a cluster are inside it.
+KINDS = {
+    "clusters": "Cluster",
+    "nodes": "Node",
+    "plans": "Plan",
+    "replicas": "Replica",
+    "redispatches": "Redispatch",
+    "profiles": "Profile",
+}
+IN_CLUSTER = ("nodes", "replicas", "redispatches")
+_SINGULAR = {kind.lower(): collection for collection, kind in KINDS.items()}
+_MAX_ID = 63
+
+
+def collection(text: str) -> str:
+    """Return ``plans`` for ``plans``, ``plan`` and ``plans/night``; ``nodes`` for ``clusters/c/nodes/n``."""
+    last = text.split("/")[-2] if "/" in text.strip("/") else text
+    found = _SINGULAR.get(last, last)
+    if found not in KINDS:
+        raise typer.BadParameter(f"{text!r} is no kind of resource, expected one of {', '.join(KINDS)}")
+    return found
+
+
+def full_name(kind: str, text: str, cluster: str | None = None) -> str:
+    """Return the full name of a resource of this kind, given its last part or its full name."""
+    if kind in IN_CLUSTER and text.startswith("clusters/"):
+        return text
+    first, slash, rest = text.partition("/")
+    own = rest if slash and _SINGULAR.get(first, first) == kind else text  # `nodes/x` and `node/x` mean x
+    if kind not in IN_CLUSTER:
+        return f"{kind}/{own}"
+    assert cluster is not None
+    return f"{cluster}/{kind}/{own}"
+
+
+def chosen_cluster(client: Client, given: str | None) -> str:
+    """Return the cluster that was given, or the only one there is."""
+    if given:
+        return full_name("clusters", given)
+    names = [cluster.name for cluster in client.list_clusters()]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise typer.BadParameter("the planner has no cluster yet: hetis-plan apply CLUSTER_FILE")
+    raise typer.BadParameter(f"which cluster? --cluster {' | '.join(last(name) for name in names[:5])}")
+
+
+def last(name: str) -> str:
+    """Return the last part of a name."""
+    return name.rpartition("/")[2]
+
+
+def id_of(text: str) -> str:
+    """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
+
+
+def word(kind: Any, value: int) -> str:
+    """Return the value's name without the enum's prefix, or the number of a value newer than this program.
+
+    ``kind`` is the enum, to which stubs give another type than it has.
     """
-    from hetis.planner.cli.call_failures import report_call_failure
-    from hetis.planner.client import CallError, Client
-
-    place = _connection(given)
-    try:
-        with Client(place) as client:
-            return use(client)
-    except CallError as error:
-        return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
-
-
-def _evaluated(annotations: dict[str, Any], name: str, function: Callable[..., Any]) -> Any:
-    """Return an annotation of a verb; those of its first two parameters are for type checkers only and never read."""
-    annotation = annotations[name]
-    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
-
-
-def _connection(given: dict[str, Any]) -> Connection:
-    from hetis.planner.client import Connection
-
-    try:
-        place = Connection(
-            address=given["server"],
-            ca=given["ca"],
-            cert=given["cert"],
-            key=given["key"],
-            token_file=given["token_file"],
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    for path in (place.ca, place.cert, place.key, place.token_file):
-        if path is not None:
-            path.read_bytes()  # fails here, with the name of the file, if it cannot be read
-    return place
+    by_number = kind.DESCRIPTOR.values_by_number
+    prefix = str(by_number[0].name).removesuffix("UNSPECIFIED")
+    return str(by_number[value].name).removeprefix(prefix) if value in by_number else str(value)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
-from hetis.planner.cli import simulation_options as options
+from hetis.planner.cli import options, values
+from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import HtmlOption, PlanArgument
-from hetis.planner.cli.simulation_options import Router
-from hetis.planner.cli.stage_options import announce_compilation
+from hetis.planner.cli.options import PlanArgument, group, panel, verb
 
 if TYPE_CHECKING:
-    from hetis.formats.traces import PrefixHitRate, Trace
+    from hetis.formats.traces import Trace
+    from hetis.planner.use_cases.simulate import Question, Simulated
     from hetis.planner.use_cases.sources import PlanAndProblem
     from hetis.simulator.metrics import Limits
     from hetis.simulator.values import Fault
@@ -25,135 +26,226 @@ if TYPE_CHECKING:
     from hetis.solver.problem import PlacementProblem
     from hetis.solver.workload import Workload
 
+SIMULATE_EXAMPLES = """\
+Examples:
+
+hetis-plan simulate plan.json --seeds 5
+
+hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html
+
+hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms
+
+hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps
+"""
+MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
+_traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
+
+
+class Router(StrEnum):
+    LEAST_WORK = "least-work"
+    WEIGHTED = "weighted"
+    FEWEST_REQUESTS = "fewest-requests"
+    FEWEST_TOKENS = "fewest-tokens"
+
+
+@group
+class Asked:
+    """What is simulated."""
+
+    trace: str | None = _traffic(
+        "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
+        autocompletion=values.workload_names,
+        shown="the plan's workload",
+    )
+    prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot say
+        "--prefix-hit-rate SHARE|trace: "
+        "Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted per request by its hash ids.",
+        parser=values.prefix_hit_rate,
+        shown="that of the requests' source, or 0",
+    )
+    rate: float | None = _traffic("--rate R: Requests/s that arrive.", parser=values.rate, shown="the planned goodput")
+    cv: float = _traffic(
+        "--cv CV: Coefficient of variation of the gaps between arrivals: 0 even, 1 Poisson, above 1 bursts (gamma).",
+        1.0,
+        min=0.0,
+        max=100.0,
+    )
+    recorded: bool = _traffic("--recorded: Arrivals as in the trace, stretched to --rate if that is given.", False)
+    saturate: bool = _traffic("--saturate: A request is always waiting: how much is served?", False)
+    sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
+    tolerance: float = _goal("--tolerance SHARE: How closely --sweep brackets that rate.", "2%", parser=values.share)
+    ttft: float | None = _goal(
+        "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit, shown="the plan's"
+    )
+    tpot: float | None = _goal(
+        "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit, shown="the plan's"
+    )
+    requests: int | None = _runs(
+        "--requests N: Requests of each run.",
+        min=1,
+        max=MAX_REQUESTS,
+        shown="20 times what the plan holds at once, 2000 at least",
+    )
+    seeds: int = _runs("--seeds K: Runs, each by its seed.", 1, min=1, max=1000)
+    seed: int = _runs("--seed: The first seed.", 0, min=0)
+    until_stable: bool = _runs(
+        "--until-stable: Double the requests until the intervals are narrow (--precision).", False
+    )
+    precision: float = _runs(
+        "--precision SHARE: Half width of a 95% interval over its value that --until-stable wants.",
+        "5%",
+        parser=values.share,
+    )
+    threads: int = _runs("--threads: Runs at once, as processes; 0: one per core.", 0, min=0)
+    greedy: bool = _fleet("--greedy: Stages take whatever waits, instead of keeping micro-batches apart.", False)
+    paced: bool = _fleet("--paced: Chunks of prompts no larger than keep the seats filled.", False)
+    router: Router = _fleet("--router: How requests are spread over replicas.", Router.LEAST_WORK)
+    no_dispatch: bool = _fleet("--no-dispatch: Head groups stay split as planned, request by request.", False)
+    no_redispatch: bool = _fleet("--no-redispatch: Head groups of running requests never move.", False)
+    theta: float = _fleet(
+        "--theta SHARE: How far a stage may be above its ideal time before head groups move.",
+        "50%",
+        parser=values.ratio,
+    )
+    max_num_seqs: int | None = _fleet(
+        "--max-num-seqs N: Requests that every engine runs at once, each of copies that share experts.",
+        min=1,
+        max=values.MOST_SETTING,
+        shown="the plan's",
+    )
+    chunk_tokens: int | None = _fleet(
+        "--chunk-tokens N: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+        min=1,
+        max=values.MOST_SETTING,
+        shown="the plan's",
+    )
+    kv_blocks: int | None = _fleet(
+        "--kv-blocks N: KV blocks of 16 tokens that every engine has at most, such as its --num-gpu-blocks-override.",
+        min=1,
+        max=values.MOST_SETTING,
+        shown="as memory allows",
+    )
+    fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.", shown=False)
+    join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.", shown=False)
+    faults: str | None = _fleet("--faults FILE: The same as CSV: at_s,device,event (fail or join).", shown=False)
+    perfetto: Path | None = _result(
+        "--perfetto FILE: What every stage did, for ui.perfetto.dev; of the first run.", shown=False
+    )
+    requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.", shown=False)
+    plot: Path | None = _result("--plot FILE: Pictures of the first run, or of the sweep: .html or .png.", shown=False)
+    html: Path | None = options.html_option()
+
+    def refuse_contradictions(self) -> None:
+        """Refuse options that contradict each other, before anything is read."""
+        given = {
+            "--rate": self.rate is not None,
+            "--recorded": self.recorded,
+            "--saturate": self.saturate,
+            "--sweep": self.sweep,
+        }
+        pairs = (("--saturate", "--rate"), ("--saturate", "--recorded"), ("--saturate", "--sweep"))
+        for one, other in (*pairs, ("--sweep", "--rate"), ("--sweep", "--recorded")):
+            if given[one] and given[other]:
+                raise typer.BadParameter(f"{one} and {other} cannot be combined")
+        if self.recorded and self.trace is None:
+            raise typer.BadParameter("--recorded needs --trace: the plan holds lengths only")
+        if self.cv != 1.0 and (self.recorded or self.saturate):
+            raise typer.BadParameter("--cv is for arrivals that are drawn, not for --recorded or --saturate")
+        if self.sweep and self.until_stable:
+            raise typer.BadParameter("--sweep and --until-stable cannot be combined: give --requests and --seeds")
+        for name, path in (("--perfetto", self.perfetto), ("--requests-csv", self.requests_csv)):
+            if self.sweep and path is not None:
+                raise typer.BadParameter(f"{name} shows one run: it goes without --sweep")
+
+    def refuse_unwritable(self) -> None:
+        """Refuse files that could not be written."""
+        from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_unwritable
+
+        for path in (self.perfetto, self.requests_csv, self.plot):
+            refuse_unwritable(path)
+        if (plot := self.plot) is not None:
+            if plot.suffix not in PICTURES:
+                known = " or ".join(PICTURES)
+                raise typer.BadParameter(f"{plot} is no picture: --plot takes a name that ends in {known}")
+            refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
+        refuse_page(self.html, beside=self.plot)
 
 
 @verb()
-def simulate(
-    terminal: Terminal,
-    plan: PlanArgument,
-    *,
-    trace: options.TraceOption = None,
-    prefix_hit_rate: options.PrefixHitRateOption = None,
-    rate: options.RateOption = None,
-    cv: options.GapCvOption = 1.0,
-    recorded: options.RecordedOption = False,
-    saturate: options.SaturateOption = False,
-    sweep: options.SweepOption = False,
-    tolerance: options.ToleranceOption = "2%",  # type: ignore[assignment]  # defaults go through the parser, too
-    ttft: options.TtftOption = None,
-    tpot: options.TpotOption = None,
-    requests: options.NumRequestsOption = None,
-    seeds: options.SeedsOption = 1,
-    seed: options.SeedOption = 0,
-    until_stable: options.UntilStableOption = False,
-    precision: options.PrecisionOption = "5%",  # type: ignore[assignment]
-    threads: options.ProcessesOption = 0,
-    greedy: options.GreedyOption = False,
-    paced: options.PacedOption = False,
-    router: options.RouterOption = Router.LEAST_WORK,
-    no_dispatch: options.NoDispatchOption = False,
-    no_redispatch: options.NoRedispatchOption = False,
-    theta: options.ThetaOption = "50%",  # type: ignore[assignment]
-    max_num_seqs: options.MaxNumSeqsOption = None,
-    chunk_tokens: options.ChunkTokensOption = None,
-    kv_blocks: options.KvBlocksOption = None,
-    fail: options.FailOption = None,
-    join: options.JoinOption = None,
-    faults: options.FaultsOption = None,
-    perfetto: options.PerfettoOption = None,
-    requests_csv: options.RequestsCsvOption = None,
-    plot: options.PlotOption = None,
-    html: HtmlOption = None,
-) -> ExitCode:
+def simulate(terminal: Terminal, plan: PlanArgument, *, asked: Asked) -> ExitCode:
     """Run a plan under traffic in virtual time, and hold what happens against what it promised.
 
     Ctrl-C once gives the figures of what was simulated by then; twice leaves at once.
     """
-    _refuse_contradictions(
-        {"--rate": rate is not None, "--recorded": recorded, "--saturate": saturate, "--sweep": sweep}, cv=cv,
-        trace=trace, files={"--perfetto": perfetto, "--requests-csv": requests_csv}, until_stable=until_stable,
-    )  # fmt: skip
-    from hetis.planner.cli.html_pages import refuse_page
-
-    _refuse_unwritable([path for path in (perfetto, requests_csv, plot) if path is not None], plot)
-    refuse_page(html, beside=plot)
-    from hetis.planner.cli.simulation_run import SimulationRun
     from hetis.planner.use_cases import simulate as simulating
-    from hetis.planner.use_cases.at_settings import at_settings, one_chunk_settings
+    from hetis.planner.use_cases.simulate import at_settings, one_chunk_settings
     from hetis.planner.use_cases.sources import load_plan_and_problem
     from hetis.planner.use_cases.verify import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
+    asked.refuse_contradictions()
+    asked.refuse_unwritable()
     found = load_plan_and_problem(plan)
     for warning in found.warnings:
         terminal.warn(warning)
     if not found.plan.replicas:
         terminal.error("the plan has no replicas: there is nothing to simulate")
         return ExitCode.INVALID
-    if not no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
+    if not asked.no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
         announce_compilation(terminal)
-    drawn = not recorded and not saturate
+    drawn = not asked.recorded and not asked.saturate
     load = Load(
-        lengths=_lengths(terminal, found, plan, trace, prefix_hit_rate),
+        lengths=_lengths(terminal, found, plan, asked),
         max_position=found.problem.model.max_position,
-        arrivals=Arrivals.RECORDED if recorded else Arrivals.SATURATED if saturate else Arrivals.DRAWN,
-        rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and rate is None else rate,
-        gap_cv=cv,
+        arrivals=Arrivals.RECORDED if asked.recorded else Arrivals.SATURATED if asked.saturate else Arrivals.DRAWN,
+        rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and asked.rate is None else asked.rate,
+        gap_cv=asked.cv,
     )
     # The traffic stays that of the plan as it is.
-    given = one_chunk_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks)
+    given = one_chunk_settings(
+        max_num_seqs=asked.max_num_seqs, chunk_tokens=asked.chunk_tokens, kv_blocks=asked.kv_blocks
+    )
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
-    num_requests = requests or simulating.default_requests(found.plan, load)
+    num_requests = asked.requests or simulating.default_requests(found.plan, load)
+    files = (asked.perfetto, asked.requests_csv, asked.plot, asked.html)
     question = simulating.Question(
         load=load,
         num_requests=num_requests,
-        seeds=tuple(range(seed, seed + seeds)),
+        seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
         settings=Settings(
-            discipline="greedy" if greedy else "apart",
-            chunks="paced" if paced else "planned",
-            router=router.value,
-            dispatch=not no_dispatch,
-            redispatch=not no_redispatch and not no_dispatch,
-            theta=theta,
-            faults=_faults(fail, join, faults, found.plan, found.problem),
-            sample_every_s=None if sweep else simulating.sample_spacing_s(found.plan, load, num_requests),
-            trace=perfetto is not None,
+            discipline="greedy" if asked.greedy else "apart",
+            chunks="paced" if asked.paced else "planned",
+            router=asked.router.value,
+            dispatch=not asked.no_dispatch,
+            redispatch=not asked.no_redispatch and not asked.no_dispatch,
+            theta=asked.theta,
+            faults=_faults(asked, found.plan, found.problem),
+            sample_every_s=None if asked.sweep else simulating.sample_spacing_s(found.plan, load, num_requests),
+            trace=asked.perfetto is not None,
         ),
-        limits=_limits(found.plan.objective, ttft, tpot),
-        sweeps=sweep,
-        tolerance=tolerance,
-        precision=precision if until_stable else None,
+        limits=_limits(found.plan.objective, asked),
+        sweeps=asked.sweep,
+        tolerance=asked.tolerance,
+        precision=asked.precision if asked.until_stable else None,
         engine_settings=given,
         changes=started.changes,
-        keep_run=any(path is not None for path in (perfetto, requests_csv, plot, html)) and not sweep,
+        keep_run=any(path is not None for path in files) and not asked.sweep,
     )
-    return SimulationRun(
-        terminal=terminal,
-        plan=found.plan,
-        problem=found.problem,
-        question=question,
-        processes=threads,
-        perfetto=perfetto,
-        requests_csv=requests_csv,
-        plot=plot,
-        html=html,
-    ).finish()
+    return _finish(terminal, found, question, asked)
 
 
-def _lengths(
-    terminal: Terminal, found: PlanAndProblem, path: str, trace: str | None, prefix_hit_rate: PrefixHitRate | None
-) -> Trace | Workload:
+def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Asked) -> Trace | Workload:
     """Return the requests of a trace, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
     from hetis.planner.use_cases.simulate import load_lengths, planned_lengths
 
-    if trace is None:
-        return with_prefix_hits(planned_lengths(found.plan, path), prefix_hit_rate)
-    lengths, planned = load_lengths(trace, prefix_hit_rate), found.problem.workload.prefix_hit_rate
-    if planned and not lengths.prefix_hit_rate and prefix_hit_rate is None:
+    if asked.trace is None:
+        return with_prefix_hits(planned_lengths(found.plan, path), asked.prefix_hit_rate)
+    lengths, planned = load_lengths(asked.trace, asked.prefix_hit_rate), found.problem.workload.prefix_hit_rate
+    if planned and not lengths.prefix_hit_rate and asked.prefix_hit_rate is None:
         terminal.warn(
             f"{lengths.name} says nothing of prefix caches, of which the plan expects"
             f" {planned:.3g} of prompt tokens: every prompt is computed; see --prefix-hit-rate"
@@ -161,60 +253,84 @@ def _lengths(
     return lengths
 
 
-def _refuse_contradictions(
-    modes: dict[str, bool], *, cv: float, trace: str | None, files: dict[str, Path | None], until_stable: bool
-) -> None:
-    """Refuse options that contradict each other, before anything is read."""
-    pairs = (("--saturate", "--rate"), ("--saturate", "--recorded"), ("--saturate", "--sweep"), ("--sweep", "--rate"))
-    for one, other in (*pairs, ("--sweep", "--recorded")):
-        if modes[one] and modes[other]:
-            raise typer.BadParameter(f"{one} and {other} cannot be combined")
-    if modes["--recorded"] and trace is None:
-        raise typer.BadParameter("--recorded needs --trace: the plan holds lengths only")
-    if cv != 1.0 and (modes["--recorded"] or modes["--saturate"]):
-        raise typer.BadParameter("--cv is for arrivals that are drawn, not for --recorded or --saturate")
-    if modes["--sweep"] and until_stable:
-        raise typer.BadParameter("--sweep and --until-stable cannot be combined: give --requests and --seeds")
-    for name, path in files.items():
-        if modes["--sweep"] and path is not None:
-            raise typer.BadParameter(f"{name} shows one run: it goes without --sweep")
-
-
-def _refuse_unwritable(paths: list[Path], plot: Path | None) -> None:
-    from hetis.planner.cli.plan_files import refuse_missing_library, refuse_unwritable
-
-    for path in paths:
-        refuse_unwritable(path)
-    if plot is not None:
-        if plot.suffix not in PICTURES:
-            raise typer.BadParameter(f"{plot} is no picture: --plot takes a name that ends in {' or '.join(PICTURES)}")
-        refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
-
-
-def _limits(objective: Objective, ttft_s: float | None, tpot_s: float | None) -> Limits:
-    from hetis.planner.cli.quantities import NO_LIMIT
+def _limits(objective: Objective, asked: Asked) -> Limits:
     from hetis.simulator.metrics import Limits
 
     def limit(given: float | None, planned: float | None) -> float | None:
         if given is None:
             return planned
-        return None if given == NO_LIMIT else given
+        return None if given == values.NO_LIMIT else given
 
-    return Limits(ttft_s=limit(ttft_s, objective.ttft_limit_s), tpot_s=limit(tpot_s, objective.tpot_limit_s))
+    return Limits(ttft_s=limit(asked.ttft, objective.ttft_limit_s), tpot_s=limit(asked.tpot, objective.tpot_limit_s))
 
 
-def _faults(
-    fail: list[str] | None, join: list[str] | None, file: str | None, plan: Plan, problem: PlacementProblem
-) -> tuple[Fault, ...]:
+def _faults(asked: Asked, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
     from hetis.planner.use_cases.simulate import faults_of
     from hetis.simulator.records import load_faults
     from hetis.simulator.values import Fault
 
     given = [
         Fault(at_s=at_s, device=device, joins=joins)
-        for texts, joins in ((fail, False), (join, True))
-        for device, at_s in map(options.device_at, texts or ())
+        for texts, joins in ((asked.fail, False), (asked.join, True))
+        for device, at_s in map(values.device_at, texts or ())
     ]
     named = faults_of(given, plan, problem, source="--fail, --join")
-    listed = faults_of(load_faults(file), plan, problem, source=file) if file is not None else ()
+    listed = () if asked.faults is None else faults_of(load_faults(asked.faults), plan, problem, source=asked.faults)
     return tuple(sorted(named + listed, key=lambda fault: fault.at_s))
+
+
+def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: Asked) -> ExitCode:
+    """Simulate with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
+    from hetis.planner.cli.searching import simulate_interruptibly
+    from hetis.planner.report.simulation import render_simulation, simulation_document
+    from hetis.planner.use_cases.simulate import NothingSimulatedError, answer
+
+    plan, cancelled = found.plan, threading.Event()
+    try:
+        simulated = simulate_interruptibly(
+            terminal,
+            lambda news: answer(
+                plan, found.problem, question, processes=asked.threads, cancelled=cancelled, report=news,
+                begins=news.begins,
+            ),
+            cancelled=cancelled,
+        )  # fmt: skip
+    except NothingSimulatedError:
+        terminal.error("stopped before anything was simulated")
+        return ExitCode.INTERRUPTED
+    saved = _save(terminal, simulated, found, asked)
+    terminal.emit(lambda: simulation_document(simulated, plan), lambda: render_simulation(simulated, plan))
+    if not saved:
+        return ExitCode.INTERNAL
+    return ExitCode.OK if simulated.complete else ExitCode.INTERRUPTED
+
+
+def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: Asked) -> bool:
+    """Save before printing, so that a stdout reader that goes away does not cost the files."""
+    from hetis.formats.errors import DocumentError
+    from hetis.formats.files import write_atomically
+    from hetis.planner.cli.outputs import save_page
+    from hetis.simulator.records import perfetto_json, requests_csv
+
+    def write(path: Path, content: str | bytes) -> None:
+        write_atomically(path, content)
+        terminal.say(f"saved {path}")
+
+    run = simulated.run
+    try:
+        if asked.perfetto is not None and run is not None:
+            write(asked.perfetto, perfetto_json(run))
+        if asked.requests_csv is not None and run is not None:
+            write(asked.requests_csv, requests_csv(run))
+        if asked.plot is not None:
+            from hetis.planner.report.simulation_pictures import picture
+
+            write(asked.plot, picture(simulated, found.plan, form=asked.plot.suffix))
+        if asked.html is not None:
+            from hetis.planner.report.page.pages import simulation_page
+
+            save_page(terminal, simulation_page(simulated, found.plan, found.problem), asked.html)
+    except DocumentError as error:
+        terminal.error("not all was saved", [str(problem) for problem in error.problems])
+        return False
+    return True

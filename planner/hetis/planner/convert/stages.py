@@ -8,9 +8,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from hetis.planner.use_cases.dispatch import LoadedStage, state_of_stage, with_costs
 from hetis.planner.use_cases.sources import PlanAndProblem
-from hetis.planner.use_cases.stage_of_plan import state_of_stage
-from hetis.planner.use_cases.stage_sources import LoadedStage, with_costs
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, IntArray, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError

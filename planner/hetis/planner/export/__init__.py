@@ -1,1 +1,31 @@
-"""Plans as files for engines and orchestrators. What a target cannot carry is reported."""
+"""Plans as files for engines and orchestrators. What a target cannot carry is reported.
+
+The targets by name stand here, where they are quick to import, for help and completion.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Target(StrEnum):
+    """A target of an export."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    COMPOSE = "compose"
+    KUBERNETES = "kubernetes"
+    LWS = "lws"
+    LLM_D = "llm-d"
+    KSERVE = "kserve"
+    DYNAMO = "dynamo"
+    RAY = "ray"
+    SLURM = "slurm"
+    HETIS_LAUNCH = "hetis-launch"
+
+
+class Device(StrEnum):
+    """A device type of engines."""
+
+    CUDA = "cuda"
+    CPU = "cpu"

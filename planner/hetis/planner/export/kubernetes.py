@@ -1,17 +1,26 @@
-"""Core Kubernetes: a StatefulSet for each process of a replica, as made by `hetis-launch kubernetes`."""
+"""Core Kubernetes and LeaderWorkerSet: pods of a replica on the nodes of the plan."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hetis.engines.errors import LayoutError
-from hetis.engines.kubernetes import FRONT_PORT, Deployment, manifests_of
+from hetis.engines.kubernetes import (
+    FRONT_PORT,
+    NODE_LABEL,
+    Deployment,
+    ReplicaObjects,
+    annotations_of,
+    manifests_of,
+    on_node,
+    refuse_shared_cards,
+)
+from hetis.engines.layout import Process
+from hetis.planner.export.files import Written, documents, yaml_text
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
-from hetis.planner.export.written import Written
-from hetis.planner.export.yaml_files import documents, yaml_text
-from hetis.solver.cluster import node_of
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Role
 
 
 def write_kubernetes(launchable: Launchable) -> Written:
@@ -29,7 +38,7 @@ def write_kubernetes(launchable: Launchable) -> Written:
             left_out[number] = error.messages
     launchable = launchable.without(left_out)
     files = {f"{one.name}.yaml": documents(made[number]) for number, one in launchable.replicas.items()}
-    return written_for_cluster(launchable, files, _HOW, not_carried=mixed_nodes(launchable), left_out=left_out)
+    return written_for_cluster(launchable, files, _HOW_CORE, not_carried=mixed_nodes(launchable), left_out=left_out)
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
@@ -38,10 +47,10 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         name=f"{settings.name}-{one.name}",
         image=settings.image or published_image(launchable.engine),
         worker_image=settings.worker_image,
-        worker_secret=settings.worker_secret,
+        worker_secret=settings.worker_key_secret,
         model_claim=settings.model_claim,
-        key_secret=settings.key_secret,
-        is_open=settings.is_open,
+        key_secret=settings.api_key_secret,
+        is_open=settings.insecure,
         namespace=settings.namespace,
     )
 
@@ -84,26 +93,205 @@ def written_for_cluster(
     )
 
 
-def types_of_nodes(plan: Plan) -> dict[str, set[str]]:
-    """Return the GPU types that a plan uses on each node."""
-    types = dict[str, set[str]]()
-    for replica in plan.replicas:
-        placed = [(stage.gpu, stage.devices) for stage in replica.stages]
-        placed += [(pool.gpu, pool.devices) for pool in replica.attention_workers]
-        for gpu, devices in placed:
-            for device in devices:
-                types.setdefault(node_of(device), set()).add(gpu)
-    return types
-
-
 def mixed_nodes(launchable: Launchable) -> list[str]:
     """Return a sentence per node with several GPU types, among which a pod, given a number, cannot choose."""
-    return [
-        f"node {node} has {' and '.join(sorted(found))}: which of them a pod gets, the device plugin says"
-        for node, found in types_of_nodes(launchable.plan).items()
-        if len(found) > 1
-    ]
+    return launchable.mixed_nodes("which of them a pod gets, the device plugin says", everywhere=True)
 
 
-_HOW = """`kubectl apply -k .` in this folder. Each process is a pod on the node of the plan (`kubernetes.io/hostname`),
+_HOW_CORE = """\
+`kubectl apply -k .` in this folder. Each process is a pod on the node of the plan (`kubernetes.io/hostname`),
 and the front of a replica a Service of its name at port 8000. Secrets and claims that options name must be there."""
+
+
+# --- pods from two templates
+
+
+_NODE, _RANK = "HETIS_NODE", "HETIS_RANK"
+
+
+class PodGroup:
+    """Templates of a replica's pods.
+
+    Args:
+        leader: the address of the leader, in the operator's notation.
+        container: the operator's name for the engine's container; empty: the engine's own.
+        worker_labels: labels that the operator gives only to workers; None: our own labels.
+    """
+
+    def __init__(
+        self,
+        launchable: Launchable,
+        one: LaunchableReplica,
+        *,
+        leader: str,
+        container: str = "",
+        worker_labels: dict[str, str] | None = None,
+    ) -> None:
+        self._own_worker_labels = worker_labels
+        self.objects = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
+        self._layout, self._leader, self._container = one.layout, leader, container
+        self._further = one.layout.servers[1:]
+
+    @property
+    def size(self) -> int:
+        return 1 + len(self._further)
+
+    def why_not(self) -> tuple[str, ...]:
+        """Return why workers of one template cannot be told apart; empty if they can."""
+        nodes = [process.node for process in self._further]
+        twice = sorted({node for node in nodes if nodes.count(node) > 1})
+        return tuple(
+            f"several further stages are on {node}: pods of one template are told apart by their nodes"
+            for node in twice
+        )
+
+    def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return the pod of the first stage."""
+        [first, *_] = self._layout.servers
+        pod = self.objects.server_pod(0, self.objects.arguments(0, master=self._leader))
+        return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
+
+    def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return the pods of all further stages."""
+        arguments = list(self.objects.arguments(1, master=self._leader))
+        if len(self._further) == 1:
+            pod = self.objects.server_pod(1, arguments)
+            return self._template({"nodeSelector": on_node(self._further[0].node), **pod}, self._further, labels)
+        ranks = " ".join(f"{process.node}) {_RANK}={rank};;" for rank, process in enumerate(self._further, 1))
+        arguments[arguments.index("--node-rank") + 1] = _MARK
+        line = shlex.join(arguments).replace(_MARK, f'"${_RANK}"')
+        stranger = f'*) echo "${_NODE} is no node of this replica" >&2; exit 2;;'
+        script = f'case "${_NODE}" in {ranks} {stranger} esac; exec {line}'
+        # The leader's address, $(...), is expanded by Kubernetes before the shell sees its quotes.
+        pod = self.objects.server_pod(1, ["sh", "-c", script])
+        container = pod["containers"][0]
+        node = {"name": _NODE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
+        container["env"] = [node, *container["env"]]
+        return self._template({"affinity": self._apart(), **pod}, self._further, labels)
+
+    def _apart(self) -> dict[str, Any]:
+        """Return an affinity for the nodes of the further stages, with never two pods on one."""
+        there = {"key": NODE_LABEL, "operator": "In", "values": [process.node for process in self._further]}
+        others = {"matchLabels": self._worker_labels()}
+        return {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [there]}]}
+            },
+            "podAntiAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": [{"labelSelector": others, "topologyKey": NODE_LABEL}]
+            },
+        }
+
+    def _worker_labels(self) -> dict[str, str]:
+        return self._own_worker_labels or self.objects.labels("further-stages")
+
+    def _template(
+        self, pod: dict[str, Any], processes: list[Process] | tuple[Process, ...], labels: dict[str, str] | None
+    ) -> dict[str, Any]:
+        if self._container:
+            pod["containers"][0]["name"] = self._container
+        is_leader = processes[0] is self._layout.servers[0]
+        own = self.objects.front_labels if is_leader else self._worker_labels()
+        annotations = [annotations_of(process) for process in processes]
+        said = {name: ",".join(each[name] for each in annotations) for name in annotations[0]}
+        return {"metadata": {"labels": {**own, **(labels or {})}, "annotations": said}, "spec": pod}
+
+
+_MARK = "HETIS-RANK-MARK"
+
+
+# --- LeaderWorkerSet v1 for each replica, and DisaggregatedSet v1 if no replica is unified
+
+
+LEADER = "$(LWS_LEADER_ADDRESS)"
+_MOST_ROLES = 10  # in a DisaggregatedSet
+
+
+def write_lws(launchable: Launchable) -> Written:
+    """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects.
+
+    Raises:
+        NotExportableError: no replica can be made of such pods, or options are missing.
+    """
+    check_cluster_options(launchable)
+    launchable, left_out = groupable(launchable)
+    split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
+    if split and 2 <= len(launchable.replicas) <= _MOST_ROLES:
+        files = {"replicas.yaml": documents(_disaggregated(launchable))}
+    else:
+        files = {
+            f"{one.name}.yaml": documents(replica_objects(launchable, one)) for one in launchable.replicas.values()
+        }
+    return written_for_cluster(launchable, files, _HOW_LWS, not_carried=mixed_nodes(launchable), left_out=left_out)
+
+
+def groupable(launchable: Launchable) -> tuple[Launchable, dict[int, tuple[str, ...]]]:
+    """Return the replicas whose pods can be made from two templates, and why the others cannot.
+
+    Raises:
+        NotExportableError: none is left.
+    """
+    left_out = dict[int, tuple[str, ...]]()
+    for number, one in launchable.replicas.items():
+        if why := PodGroup(launchable, one, leader=LEADER).why_not():
+            left_out[number] = why
+            continue
+        try:
+            refuse_shared_cards(one.layout)
+        except LayoutError as error:
+            left_out[number] = error.messages
+    return launchable.without(left_out), left_out
+
+
+def replica_objects(
+    launchable: Launchable, one: LaunchableReplica, labels: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return all objects of one replica, in an order in which they can be applied."""
+    group = PodGroup(launchable, one, leader=LEADER)
+    workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
+    whole = {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "metadata": group.objects.metadata(f"{launchable.settings.name}-{one.name}"),
+        "spec": _spec(group, labels),
+    }
+    return [*group.objects.around(), *workers, whole]
+
+
+def _spec(group: PodGroup, labels: dict[str, str] | None = None) -> dict[str, Any]:
+    if group.size > 1:
+        templates = {"leaderTemplate": group.leader(labels), "workerTemplate": group.workers(labels)}
+    else:  # without a template of its own, the leader is made from that of the workers, of which there are none
+        templates = {"workerTemplate": group.leader(labels)}
+    return {
+        "replicas": 1,
+        "leaderWorkerTemplate": {
+            "size": group.size,
+            "restartPolicy": "RecreateGroupOnPodRestart",  # an engine cannot continue without one of its stages
+            **templates,
+        },
+    }
+
+
+def _disaggregated(launchable: Launchable) -> list[dict[str, Any]]:
+    around, roles = list[dict[str, Any]](), list[dict[str, Any]]()
+    metadata: dict[str, Any] = {}
+    for one in launchable.replicas.values():
+        group = PodGroup(launchable, one, leader=LEADER)
+        around += group.objects.around()
+        roles.append({"name": f"{one.plan.role.value}-{one.name}", "spec": _spec(group)})
+        metadata = group.objects.metadata(launchable.settings.name)
+    metadata["labels"] = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": launchable.settings.name}
+    whole = {
+        "apiVersion": "disaggregatedset.x-k8s.io/v1",
+        "kind": "DisaggregatedSet",
+        "metadata": metadata,
+        "spec": {"roles": roles},
+    }
+    return [*around, whole]
+
+
+_HOW_LWS = """\
+`kubectl apply -k .` in this folder, where LeaderWorkerSet is installed. A replica is a group of pods, one for
+each process, that is restarted as a whole; each is on the node of the plan, and takes its rank from it. The front of a
+replica is a Service of its name at port 8000."""

@@ -7,10 +7,8 @@ from typing import Any
 
 from hetis.engines.serving import connector_of, partition_of, room_options, shape_options
 from hetis.engines.versions import Engine
-from hetis.planner.export.kubernetes import types_of_nodes
+from hetis.planner.export.files import Written, yaml_text
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
-from hetis.planner.export.written import Written
-from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
@@ -52,7 +50,7 @@ def write_ray(launchable: Launchable) -> Written:
             number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
         },
         start=_HOW.format(resources=resources),
-        not_carried=(*_chosen_by_ray(launchable), *_options_given(launchable)),
+        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray says"), *_options_given(launchable)),
         left_out={**left_out, **alone},
     )
 
@@ -124,18 +122,9 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
     return ()
 
 
-def _chosen_by_ray(launchable: Launchable) -> list[str]:
-    types = types_of_nodes(launchable.plan)
-    return [
-        f"node {node} has {' and '.join(sorted(types[node]))}: which of them a rank gets, Ray says"
-        for node in launchable.by_node()
-        if len(types[node]) > 1
-    ]
-
-
 def _options_given(launchable: Launchable) -> list[str]:
     """Name the options after ``--``: some are the engine's and some its server's, which Ray Serve LLM replaces."""
-    words = launchable.settings.options
+    words = launchable.settings.engine_options
     return [f"{' '.join(words)}: Ray takes no command line, set engine_kwargs in serve.yaml"] if words else []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,11 @@ from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, program_of
 from hetis.engines.versions import RECORDED, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
+from hetis.planner.export import Device
+from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
 _TUNED = re.compile(r"(?i)instruct|chat|-it$")
 _NODE = re.compile(
@@ -28,11 +31,7 @@ _MASTER_STEP = 20  # SGLang uses the ports after its own for its processes
 
 
 class NotExportableError(HetisError):
-    """No part of the plan can be launched in this way.
-
-    Attributes:
-        reasons: why, one sentence each.
-    """
+    """No part of the plan can be launched in this way; the reasons are a sentence each."""
 
     def __init__(self, reasons: tuple[str, ...]) -> None:
         super().__init__("\n".join(reasons))
@@ -41,16 +40,16 @@ class NotExportableError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The settings of an export besides the plan.
+    """The settings of an export besides the plan, by the names of their options.
 
     Attributes:
         model: in the engine's form: a folder, the same on every node, or a name; ``{weights}`` is the precision of a
-            replica's weights.
+            replica's weights; empty: the planned one.
         served_name: the name for clients; empty: ``model``.
         engine: the serving engine; None: vLLM, with our plugin if the plan has attention workers.
+        engine_options: passed to the engine unchanged.
         program: the command that starts the engine; empty: its default.
-        device: ``cuda``, or ``cpu`` for trying out a plan.
-        options: passed to the engine unchanged.
+        device: ``cpu`` is for trying out a plan.
         dtype: of model and KV.
         hosts: addresses or host names by node; other nodes are reached by their own names.
         port: of the first replica's front end on a node; others have the following ones.
@@ -58,17 +57,17 @@ class Settings:
         image: of the engine; empty: the one that its makers publish.
         worker_image: of attention workers.
         model_claim: a PersistentVolumeClaim with the models.
-        key_secret: a Secret with the ``api-key`` for clients.
-        worker_secret: a Secret with the attention workers' ``worker-key``.
-        is_open: whether no key is needed in the cluster.
+        api_key_secret: a Secret with the ``api-key`` for clients.
+        worker_key_secret: a Secret with the attention workers' ``worker-key``.
+        insecure: whether no key is needed in the cluster.
     """
 
-    model: str
+    model: str = ""
     served_name: str = ""
     engine: Engine | None = None
-    program: tuple[str, ...] = ()
-    device: str = "cuda"
-    options: tuple[str, ...] = ()
+    engine_options: tuple[str, ...] = ()
+    program: str = ""
+    device: Device = Device.CUDA
     dtype: str = "auto"
     hosts: Mapping[str, str] = field(default_factory=dict)
     port: int = 8000
@@ -77,9 +76,9 @@ class Settings:
     image: str = ""
     worker_image: str = ""
     model_claim: str = ""
-    key_secret: str = ""
-    worker_secret: str = ""
-    is_open: bool = False
+    api_key_secret: str = ""
+    worker_key_secret: str = ""
+    insecure: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +163,19 @@ class Launchable:
             raise NotExportableError(tuple(less.reasons()))
         return less
 
+    def mixed_nodes(self, says: str, *, everywhere: bool = False) -> list[str]:
+        """Return a sentence per node of the replicas with several GPU types; ``everywhere``: of the whole plan."""
+        types = dict[str, set[str]]()
+        for replica in self.plan.replicas:
+            parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+            for part in parts:
+                for device in part.devices:
+                    types.setdefault(node_of(device), set()).add(part.gpu)
+        nodes = types if everywhere else self.by_node()
+        return [
+            f"node {node} has {' and '.join(sorted(types[node]))}: {says}" for node in nodes if len(types[node]) > 1
+        ]
+
     def reasons(self) -> Iterator[str]:
         """Yield why replicas are left out, a sentence each."""
         for number, reasons in sorted(self.left_out.items()):
@@ -192,7 +204,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
         if strange := sorted({p.node for p in layout.processes if not _NODE.fullmatch(p.node)}):
             left_out[number] = tuple(f"node {node!r} has a name that no host has" for node in strange)
             continue
-        program = settings.program or program_of(engine)
+        program = tuple(shlex.split(settings.program)) or program_of(engine)
         if len(layout.servers) > 1 and program[-1] != "serve":
             left_out[number] = ("only `vllm serve` and `sglang serve` start stages on several nodes: see --program",)
             continue
@@ -205,8 +217,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
             serving=Serving(
                 model=settings.model.replace(WEIGHTS, weights_of(model.on(plan.replicas[number].stages[0].gpu))),
                 program=program,
-                device=settings.device,
-                options=settings.options,
+                device=settings.device.value,
+                options=settings.engine_options,
                 dtype=settings.dtype,
                 limits_kv=True,
                 served_name=settings.served_name,

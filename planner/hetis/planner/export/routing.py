@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hetis.planner.export.files import yaml_text
 from hetis.planner.export.replicas import Launchable
-from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.plan import Role
 
 _WHOLE = 1000  # weights are integers with this sum

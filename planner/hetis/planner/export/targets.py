@@ -1,25 +1,27 @@
-"""The targets by name, and complete exports: files with README and router weights."""
+"""The targets by name, the options of an export, checked before any file is made, and complete exports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from hetis.engines.versions import Engine
-from hetis.planner.export.compose import write_compose
-from hetis.planner.export.dynamo import write_dynamo
-from hetis.planner.export.hetis_launch import write_hetis_launch
-from hetis.planner.export.kserve import write_kserve
-from hetis.planner.export.kubernetes import write_kubernetes
-from hetis.planner.export.llm_d import write_llm_d
-from hetis.planner.export.lws import write_lws
-from hetis.planner.export.names import Target
+from hetis.engines.kubernetes import NAMESPACE
+from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
+from hetis.engines.serving import DECIDED, names_of
+from hetis.engines.versions import RECORDED, Engine
+from hetis.formats import catalogue
+from hetis.formats.endpoints import is_host
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.planner.export import Device, Target
+from hetis.planner.export.files import Written
+from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
+from hetis.planner.export.kubernetes import write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import write_ray
-from hetis.planner.export.replicas import Launchable, Settings, launchable
-from hetis.planner.export.routing import routing_files
-from hetis.planner.export.shell import write_shell
-from hetis.planner.export.slurm import write_slurm
-from hetis.planner.export.written import Written, readme_of
+from hetis.planner.export.replicas import Launchable, Settings, launchable, weights_used
+from hetis.planner.export.routing import routing_files, shares_of
+from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 
@@ -83,3 +85,160 @@ def export_plan(plan: Plan, model: ModelSpec, target: Target, settings: Settings
         planned=plan.served_rate(),
         rate=found.rate(),
     )
+
+
+_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
+_MAX_PORT = 60_000  # below the ephemeral ports of operating systems
+
+
+def export_wanted(
+    plan: Plan,
+    target: Target,
+    settings: Settings,
+    *,
+    file: str = "export",
+    spelled: Callable[[str], str] = str,
+    more_wrong: Sequence[str] = (),
+) -> Export:
+    """Check the settings, complete them by the plan, and return it as the files of a target.
+
+    Args:
+        plan: the plan.
+        target: what runs it.
+        settings: as given.
+        file: of the plan, for messages.
+        spelled: returns an option's spelling in the caller's interface.
+        more_wrong: the caller's own errors, reported together with those found here.
+
+    Raises:
+        DocumentError: options that cannot be met, all of them at once, or a plan without its model.
+        NotExportableError: no replica can be launched on the target.
+    """
+    allowed = ENGINES.get(target, tuple(Engine))
+    if wrong := [*more_wrong, *_wrong(settings, target, allowed, spelled)]:
+        raise DocumentError(Problem(file="export", message=message) for message in wrong)
+    shape = planned_model(plan)
+    if shape is None:
+        raise single_problem(file, "inputs.documents.model is missing: the layout follows from it")
+    has_one = len(weights_used(plan, shape)) == 1
+    settings = replace(
+        settings,
+        model=settings.model or _checkpoint(plan, shape),
+        served_name=settings.served_name or ("" if has_one else shape.name),  # clients know no precisions
+        engine=settings.engine or (allowed[0] if len(allowed) == 1 else None),
+    )
+    return export_plan(plan, shape, target, settings)
+
+
+def _wrong(
+    given: Settings, target: Target, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
+) -> Iterator[str]:
+    """Yield what is wrong with the settings, a sentence each."""
+    for node, host in given.hosts.items():
+        if not (node and is_host(host)):
+            text = f"{node}={host}" if node else host  # as on the command line
+            yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
+    yield from (
+        f"{option} is no option to give the engine: the plan decides it"
+        for option in sorted(names_of(given.engine_options) & DECIDED)
+    )
+    if given.engine_options and not given.engine_options[0].startswith("-"):
+        yield f"{given.engine_options[0]!r} is no option of the engine, which begin with -"
+    if given.engine is not None and given.engine not in allowed:
+        runs = " or ".join(one.value for one in allowed)
+        yield f"{spelled('engine')} is {given.engine.value}: {spelled('to')} {target.value} runs {runs}"
+    if given.dtype not in DTYPE_BYTES:
+        yield f"{spelled('dtype')} is {given.dtype!r}, must be one of {', '.join(DTYPE_BYTES)}"
+    if not _NAME.fullmatch(given.name):
+        yield f"{spelled('name')} is {given.name!r}, must be 1 to 30 small letters, digits and -, a letter first"
+    if given.namespace and not NAMESPACE.fullmatch(given.namespace):
+        yield f"{spelled('namespace')} is {given.namespace!r}, must be 1 to 63 small letters, digits and -"
+    if not 1 <= given.port <= _MAX_PORT:
+        yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
+    if given.device is Device.CPU and target not in (Target.VLLM, Target.HETIS_LAUNCH):
+        yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
+    try:
+        shlex.split(given.program)
+    except ValueError as error:
+        yield f"{spelled('program')} is {given.program!r}: {error}"
+
+
+def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
+    """Return the checkpoint that engines load: the Hugging Face id that the plan was asked for, or the model's name."""
+    asked = str((plan.inputs.get("origins") or {}).get("model", ""))
+    try:
+        known = catalogue.find_model(asked).model.name
+    except catalogue.UnknownNameError:
+        return shape.name
+    return asked if _HF_ID.fullmatch(asked) and known == shape.name else shape.name
+
+
+# --- README
+
+
+def readme_of(target: str, launchable: Launchable, written: Written) -> str:
+    """Return a README: what was exported, how it is started, and what is not carried."""
+    recorded, shares = RECORDED[launchable.engine], shares_of(launchable)
+    rows = []
+    for number, one in launchable.replicas.items():
+        layers = "+".join(map(str, one.layout.layers))
+        gpus = "; ".join(_gpus(p.node, p.gpus) for p in one.layout.processes)
+        rows.append(
+            f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {gpus} "
+            f"| {written.endpoints[number]} | {shares[number]:.1%} |"
+        )
+    lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
+    planned, left = launchable.plan.served_rate(), launchable.rate()
+    return "\n".join(
+        (
+            f"# A plan of hetis for {target}",
+            "",
+            f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
+            f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
+            f"{left:.3g}.{_precision(launchable)}",
+            "",
+            "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            "## Start",
+            "",
+            written.start,
+            "",
+            "## Not carried",
+            "",
+            *([f"- {line}" for line in lost] or ["Everything of the plan is here."]),
+            "",
+            "## Routing",
+            "",
+            "`router/weights.json` has the share of the requests that each replica should get"
+            + (
+                ", and the pairs that a request prefills and decodes in; other lists hold the replicas that do both."
+                if launchable.has_roles
+                else "; nginx, Envoy and LiteLLM take the lists beside it."
+            ),
+            "",
+        )
+    )
+
+
+def _precision(launchable: Launchable) -> str:
+    """Return the required precision of the checkpoints, if it differs from the usual one."""
+    used = weights_used(launchable.plan, launchable.model)
+    if used == ["bf16"]:
+        return ""
+    if len(used) == 1:
+        return f" The plan counts on weights in {used[0]}: give a checkpoint that is kept so."
+    models = dict.fromkeys(one.serving.model for one in launchable.replicas.values())
+    return f" The plan counts on weights in {' and '.join(used)}: {', '.join(models)} must be kept so."
+
+
+def _ranks(layout: Layout) -> str:
+    """Return the tensor-parallel ranks, and the copies that share their experts."""
+    copies = layout.data_parallel
+    return str(layout.tensor_parallel) if copies == 1 else f"{layout.tensor_parallel} × {copies} data-parallel"
+
+
+def _gpus(node: str, gpus: tuple[int, ...]) -> str:
+    return f"{node}/{','.join(map(str, gpus))}"

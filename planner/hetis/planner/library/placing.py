@@ -1,4 +1,4 @@
-"""Plans for a model on a fleet, as made by ``hetis-plan place``."""
+"""Plans for a model on a fleet, as made by ``hetis-plan place``, and documents from files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from hetis.formats import documents
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, ordered
+from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
@@ -128,7 +129,7 @@ def place(
     problem = placing.pose(request, loaded)
     compile_kernels(
         problem.cluster.num_gpus(), (strategy,), for_engine=request.settings.engine is not None, report=progress
-    )  # fmt: skip
+    )
     plan = placing.place(request, loaded, problem, cancelled=threading.Event(), report=progress).plan
     return Plan(value=plan, problem=replace(problem, objective=plan.objective))  # of which a loss may be survived
 
@@ -155,3 +156,22 @@ def _strategy(name: str) -> str:
     if name not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {name!r}, expected one of {', '.join(STRATEGIES)}")
     return name
+
+
+def load_cluster(path: str | os.PathLike[str]) -> Cluster:
+    """Read a Cluster file.
+
+    Raises:
+        HetisError: with every problem of the file, each with its line.
+    """
+    return documents.load_cluster(os.fspath(path))
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
+
+    Raises:
+        HetisError: the plan, or a document in it, is not usable.
+    """
+    found = load_plan_and_problem(os.fspath(path))
+    return Plan(value=found.plan, problem=found.problem)

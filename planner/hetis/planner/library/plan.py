@@ -1,4 +1,4 @@
-"""A plan for programs: its value, the problem it solves, and operations on both."""
+"""Plans and simulations for programs: values, and operations on them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,23 @@ from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.export.targets import Export
-from hetis.planner.library.simulation import Simulation, simulation_of
-from hetis.planner.report.figures import digits, percent, plural
-from hetis.planner.use_cases.at_settings import one_chunk_settings
+from hetis.planner.report.figures import digits, percent, plural, seconds
+from hetis.planner.report.simulation import simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
-from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.simulate import (
+    Question,
+    Simulated,
+    answer,
+    at_settings,
+    default_requests,
+    one_chunk_settings,
+    sample_spacing_s,
+)
+from hetis.planner.use_cases.verify import rate_to_simulate
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Limits, Summary
+from hetis.simulator.running import silent
+from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Explanation
@@ -35,6 +47,65 @@ _COLUMNS = (
 )  # fmt: skip
 Quantity = float | str
 Name = TypeVar("Name", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Simulation:
+    """The result of a plan under traffic; ``simulated`` contains everything."""
+
+    simulated: Simulated
+    plan: solved.Plan
+
+    @property
+    def summary(self) -> Summary:
+        """Throughput, latencies, attainment and events, with intervals; for a sweep, at its goodput."""
+        return self.simulated.summary
+
+    @property
+    def goodput_rps(self) -> float | None:
+        """The highest rate within the limits that a sweep found, 0 if none is; None without a sweep."""
+        return None if self.simulated.sweep is None else self.simulated.sweep.goodput_rps
+
+    @property
+    def kept(self) -> bool:
+        """Return whether the load was carried within the limits."""
+        return self.summary.within(self.simulated.question.limits)
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Return the simulation as plain data, as ``hetis-plan simulate -o json`` prints it."""
+        return simulation_document(self.simulated, self.plan)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a row for every rate that was tried, or one row without a sweep. Needs pandas: ``hetis[frames]``."""
+        import pandas
+
+        swept, question = self.simulated.sweep, self.simulated.question
+        if swept is None:
+            points = [(question.load.rate_rps, self.summary, self.kept)]
+        else:
+            points = [(point.rate_rps, point.summary, point.within) for point in swept.points]
+        return pandas.DataFrame(
+            [
+                {
+                    "rate_rps": rate_rps,
+                    "throughput_rps": summary.throughput_rps.value,
+                    "ttft_p95_s": summary.ttft_p95_s.value,
+                    "ttft_p95_half_width_s": summary.ttft_p95_s.half_width,
+                    "tpot_mean_s": summary.mean_tpot_s.value,
+                    "tpot_mean_half_width_s": summary.mean_tpot_s.half_width,
+                    "attainment": summary.attainment,
+                    "within": within,
+                }
+                for rate_rps, summary, within in points
+            ]
+        )
+
+    def __repr__(self) -> str:
+        found = self.summary
+        latencies = f"TTFT p95 {seconds(found.ttft_p95_s.value)}, TPOT mean {seconds(found.mean_tpot_s.value)}"
+        limits = "within the limits" if self.kept else "not within the limits"
+        rate = digits(found.throughput_rps.value, 4)
+        return f"<hetis.Simulation: {rate} requests/s, {latencies}, {percent(found.attainment)} attained, {limits}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -56,11 +127,7 @@ class Plan:
     @property
     def figures(self) -> Figures:
         """Requests/s, tokens/s, USD/h, USD per million tokens, latencies, GPUs in use."""
-        problem = self.problem
-        inputs = Inputs(
-            cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles
-        )
-        return figures_of(self.value, inputs)
+        return figures_of(self.value, self.problem)
 
     def explain(self) -> Explanation:
         """Explain where memory and time go, what limits every replica, and why GPUs idle."""
@@ -74,8 +141,7 @@ class Plan:
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
         """
         from hetis.planner.report.page.pages import ShownPlan, plans_page
-        from hetis.planner.use_cases.latency_curve import latency_curve
-        from hetis.simulator.running import silent
+        from hetis.planner.use_cases.verify import latency_curve
 
         curve = None
         if simulate:
@@ -110,13 +176,30 @@ class Plan:
         Raises:
             InvalidProblemError: the plan has no replicas, or cannot be simulated.
         """
-        return simulation_of(
-            self.value, self.problem, rate_rps=rate, num_requests=requests, seeds=tuple(range(seed, seed + seeds)),
-            sweeps=sweep, tolerance=ratio_of(tolerance),
-            engine_settings=one_chunk_settings(
-                max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks
-            ),
-        )  # fmt: skip
+        if not self.value.replicas:
+            raise InvalidProblemError("the plan has no replicas: there is nothing to simulate")
+        load = Load(
+            lengths=self.problem.workload,
+            max_position=self.problem.model.max_position,
+            arrivals=Arrivals.DRAWN,
+            rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
+        )
+        given = one_chunk_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks)
+        started = at_settings(self.value, self.problem, given)
+        plan, num_requests = started.plan, requests or default_requests(started.plan, load)
+        question = Question(
+            load=load,
+            num_requests=num_requests,
+            seeds=tuple(range(seed, seed + seeds)),
+            settings=Settings(sample_every_s=None if sweep else sample_spacing_s(plan, load, num_requests)),
+            limits=Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s),
+            sweeps=sweep,
+            tolerance=ratio_of(tolerance),
+            engine_settings=given,
+            changes=started.changes,
+        )
+        found = answer(plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent)
+        return Simulation(simulated=found, plan=plan)
 
     def export(
         self,
@@ -159,19 +242,32 @@ class Plan:
                 on the target.
         """
         from hetis.engines.versions import Engine
-        from hetis.planner.export.names import Device, Target
-        from hetis.planner.export.wanted import export_wanted
-        from hetis.planner.export.written import folder_refusals, write_files
+        from hetis.planner.export import Device, Target
+        from hetis.planner.export.files import folder_refusals, write_files
+        from hetis.planner.export.replicas import Settings as ExportSettings
+        from hetis.planner.export.targets import export_wanted
 
         wrong = [] if folder is None else folder_refusals(Path(folder), force=force)
-        made = export_wanted(
-            self.value, member(Target, target, "target"), more_wrong=wrong,
-            engine=None if engine is None else member(Engine, engine, "engine"), engine_options=engine_options,
-            model=model, served_name=served_name, dtype=dtype, program=program,
-            device=member(Device, device, "device"), hosts=node_address, port=port, name=name, namespace=namespace,
-            image=image, worker_image=worker_image, model_claim=model_claim, api_key_secret=api_key_secret,
-            worker_key_secret=worker_key_secret, insecure=insecure,
-        )  # fmt: skip
+        settings = ExportSettings(
+            engine=None if engine is None else member(Engine, engine, "engine"),
+            engine_options=tuple(engine_options),
+            model=model,
+            served_name=served_name,
+            dtype=dtype,
+            program=program,
+            device=member(Device, device, "device"),
+            hosts=node_address or {},
+            port=port,
+            name=name,
+            namespace=namespace,
+            image=image,
+            worker_image=worker_image,
+            model_claim=model_claim,
+            api_key_secret=api_key_secret,
+            worker_key_secret=worker_key_secret,
+            insecure=insecure,
+        )
+        made = export_wanted(self.value, member(Target, target, "target"), settings, more_wrong=wrong)
         if folder is not None:
             write_files(Path(folder), made.files)
         return made

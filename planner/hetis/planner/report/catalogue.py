@@ -8,19 +8,13 @@ from rich.table import Table
 
 from hetis.formats.catalogue import GpuEntry, ModelEntry, WorkloadEntry
 from hetis.planner.report.figures import digits, tokens
+from hetis.planner.report.tables import table
 
 
 def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -> Table:
     """Return GPU types with the peaks that plans depend on, and the default origin of their profiles."""
-    table = _table(
-        ("name", "left"),
-        ("architecture", "left"),
-        *_right("memory", "GB/s", "TFLOPS", "NVLink", "USD/h"),
-        ("profile", "left"),
-    )
-    for entry in entries:
-        gpu = entry.gpu
-        table.add_row(
+    rows = (
+        (
             gpu.name,
             gpu.architecture,
             f"{gpu.memory_bytes / 2**30:.0f} GiB",
@@ -30,58 +24,44 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -
             "" if gpu.usd_per_hour is None else f"{gpu.usd_per_hour:.2f}",
             profiles[gpu.name] or "none",
         )
-    return table
+        for gpu in (entry.gpu for entry in entries)
+    )
+    return table("'name", "'architecture", "memory", "GB/s", "TFLOPS", "NVLink", "USD/h", "'profile", rows=rows)
 
 
 def model_table(entries: Sequence[ModelEntry]) -> Table:
     """Return models with the shape of their layers."""
-    table = _table(
-        ("name", "left"), *_right("params", "active", "layers", "q/kv"), ("att.", "left"), *_right("context")
-    )
-    for entry in entries:
-        model = entry.model
-        table.add_row(
-            model.name,
+    rows = (
+        (
+            entry.model.name,
             f"{digits(entry.params_b)}B",
-            f"{digits(entry.active_params_b)}B" if model.moe is not None else "",
-            str(model.num_layers),
-            f"{model.q_heads}/{model.kv_heads}",
-            model.attention.value + (" MoE" if model.moe is not None else ""),
-            tokens(model.max_position),
+            f"{digits(entry.active_params_b)}B" if entry.model.moe is not None else "",
+            str(entry.model.num_layers),
+            f"{entry.model.q_heads}/{entry.model.kv_heads}",
+            entry.model.attention.value + (" MoE" if entry.model.moe is not None else ""),
+            tokens(entry.model.max_position),
         )
-    return table
+        for entry in entries
+    )
+    return table("'name", "params", "active", "layers", "q/kv", "'att.", "context", rows=rows)
 
 
 def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
     """Return traces with the lengths of their requests."""
-    table = _table(("name", "left"), *_right("requests", "rate", "mean prompt", "p95", "mean output"))
-    for entry in entries:
-        moments, rate = entry.workload.moments(), entry.workload.rate_rps
-        table.add_row(
+    rows = (
+        (
             entry.workload.name,
             f"{entry.num_requests:,}",
-            "" if rate is None else f"{digits(rate)}/s",
+            "" if entry.workload.rate_rps is None else f"{digits(entry.workload.rate_rps)}/s",
             f"{moments.mean_prompt:,.0f}",
             f"{moments.p95_prompt:,.0f}",
             f"{moments.mean_output:,.0f}",
         )
-    return table
+        for entry, moments in ((entry, entry.workload.moments()) for entry in entries)
+    )
+    return table("'name", "requests", "rate", "mean prompt", "p95", "mean output", rows=rows)
 
 
 def strategy_table(entries: Sequence[tuple[str, str]]) -> Table:
     """Return strategies with what each of them searches."""
-    table = _table(("name", "left"), ("searches", "left"))
-    for name, summary in entries:
-        table.add_row(name, summary)
-    return table
-
-
-def _right(*names: str) -> list[tuple[str, str]]:
-    return [(name, "right") for name in names]
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    for name, side in columns:
-        table.add_column(name, justify="left" if side == "left" else "right", overflow="fold")
-    return table
+    return table("'name", "'searches", rows=entries)

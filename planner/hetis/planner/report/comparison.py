@@ -1,8 +1,9 @@
-"""Strategies, or engines, side by side: a table with a row for each, and why some have no plan."""
+"""Plans side by side: strategies or engines, two fleets, and what to buy next; as tables and documents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,10 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
+from hetis.planner.report.changes import change_counts, change_document
 from hetis.planner.report.figures import digits, percent, plural, tokens
+from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
+from hetis.planner.report.tables import bullets, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, figures_of
+from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
+from hetis.solver.advice import Difference, NodeShape, Verdict
+from hetis.solver.cluster import Link
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
@@ -27,7 +35,12 @@ _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
     """Return the table view, at most 80 columns wide if the names allow it."""
-    parts: list[RenderableType] = [_title(inputs), goal_line(objective), Text(), _table(compared, inputs, objective)]
+    parts: list[RenderableType] = [
+        problem_title(inputs),
+        goal_line(objective),
+        Text(),
+        _table(compared, inputs, objective),
+    ]
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
         parts += [Text(f"\n{PUBLISHED_MEANS}", style="dim"), _published(published)]
@@ -38,11 +51,8 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
 
 
 def _published(strategies: Iterable[str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    for name in strategies:
-        table.add_row(f" {name}", STRATEGIES[name].summary, style="dim")
-    return table
+    rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in strategies)
+    return grid(False, True, rows=rows)
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
@@ -67,24 +77,6 @@ def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
         "reasons": list(outcome.reasons),
         "plan": to_data(plan) if plan is not None else None,
     }
-
-
-def _title(inputs: Inputs) -> Text:
-    fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
-    return Text.assemble(
-        (inputs.model.name, "bold"), " on ", (fleet, "bold"), " for ", (inputs.workload.name, "bold")
-    )  # fmt: skip
-
-
-def goal_line(objective: Objective) -> Text:
-    """Return the objective and its limits in a line."""
-    ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
-    limits = [
-        f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
-        f"TPOT {'unlimited' if tpot is None else f'up to {1e3 * tpot:g} ms'}",
-    ]
-    demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
-    return Text(f"{objective.kind.value}{demand}; {', '.join(limits)}", style="dim")
 
 
 def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Table:
@@ -155,10 +147,271 @@ def _solve_time(solve_s: float) -> str:
 
 
 def _reasons(without: Sequence[Compared], label: Callable[[Compared], str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for outcome in without:
-        reasons = "\n".join(outcome.reasons[:_LINES_PER_REASON])
-        table.add_row(f" {label(outcome)}", f"{outcome.status}: {reasons}")
+    reasons = ((one, "\n".join(one.reasons[:_LINES_PER_REASON])) for one in without)
+    return grid(False, True, rows=((f" {label(one)}", f"{one.status}: {why}") for one, why in reasons))
+
+
+# --- two fleets
+
+
+_NOTE = (
+    "Every plan is solved from scratch; hetis-plan replan says what of a running plan to keep, and what moving costs."
+)
+
+
+def render_what_if(found: WhatIf) -> RenderableType:
+    """Return the table view, at most 80 columns wide if names allow it."""
+    return Group(*_sections(found))
+
+
+def _sections(found: WhatIf) -> Iterator[RenderableType]:
+    yield problem_title(found.before.loaded.inputs)
+    yield goal_line(found.objective)
+    for label, line in change_lines(found.change, found.before):
+        yield Text.assemble((label.ljust(9), "dim"), line)
+    yield Text()
+    yield _sides(found)
+    yield section("Difference of the best plans", Text(verdict_words(found.difference, found.objective)))
+    for name, side in (("before", found.before), ("after", found.after)):
+        if side.outcome.plan is None:
+            yield section(f"No plan {name}: {side.outcome.status}", bullets(side.outcome.reasons[:3]))
+    yield section("GPUs in use", _use_table(found))
+    if found.plan_change is not None:
+        yield section("Replicas", Text(change_counts(found.plan_change)))
+        yield Text(f" {_NOTE}", style="dim")
+
+
+def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]:
+    """Yield what is removed and what is added, each with a word before it."""
+    if change.remove:
+        yield "without", ", ".join(change.remove)
+    if change.add:
+        yield "with", ", ".join(f"{addition.count} {addition.gpu.name}" for addition in change.add)
+        yield "", shape_words(change.shape, before)
+
+
+def shape_words(shape: NodeShape, before: Side) -> str:
+    """Return ``in nodes of up to 8 GPUs, zone default, the network's 100 Gb/s``."""
+    default = before.loaded.inputs.cluster.network.default
+    nic = f"the network's {_speed(default)}" if shape.nic is None else f"a NIC of {_speed(shape.nic)}"
+    inside = "" if shape.intra_link is None else f", {_speed(shape.intra_link)} between its GPUs"
+    return f"in nodes of up to {plural(shape.gpus_per_node, 'GPU')}, zone {shape.zone}, {nic}{inside}"
+
+
+def _speed(link: Link) -> str:
+    return f"{digits(8e-9 * link.bytes_per_s)} Gb/s"
+
+
+def _sides(found: WhatIf) -> Table:
+    made = table("'", "before", "after")
+    for name, *cells in side_rows(found):
+        made.add_row(name, *cells, style="bold" if name == _value_name(found.objective) else "")
+    return made
+
+
+def _value_name(objective: Objective) -> str:
+    return f"{objective.kind.value} {objective.unit}"
+
+
+def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
+    """Yield a figure, its value before, and its value after."""
+    sides = (found.before, found.after)
+    plans = [side.outcome.plan for side in sides]
+    results = [plan.result if plan is not None else None for plan in plans]
+    figures = [_figures(side) for side in sides]
+    rows = (
+        ("GPUs", [f"{side.loaded.inputs.cluster.num_gpus():,}" for side in sides]),
+        ("fleet USD/h", [_money(side.usd_per_hour) for side in sides]),
+        (_value_name(found.objective), ["-" if one is None else digits(one.value, 4) for one in results]),
+        ("bound", [_bound(side) for side in sides]),
+        ("gap", ["-" if one is None else percent(one.gap) for one in results]),
+        ("GPUs in use", ["-" if one is None else f"{one.gpus_used:,}" for one in figures]),
+        ("used USD/h", ["-" if one is None else _money(one.usd_per_hour) for one in figures]),
+        ("replicas", ["-" if plan is None else f"{len(plan.replicas):,}" for plan in plans]),
+        ("solved", [f"{side.outcome.solve_s:.1f} s" for side in sides]),
+    )
+    yield from ((name, before, after) for name, (before, after) in rows)
+
+
+def _figures(side: Side) -> Figures | None:
+    return None if side.outcome.plan is None else figures_of(side.outcome.plan, side.loaded.inputs)
+
+
+def _bound(side: Side) -> str:
+    return digits(side.proven.bound, 4) if math.isfinite(side.proven.bound) else "unknown"
+
+
+def _money(usd: float | None) -> str:
+    return "-" if usd is None else f"{usd:,.2f}"
+
+
+def verdict_words(difference: Difference, objective: Objective) -> str:
+    """Return what is proven, in words; a difference smaller than the gaps is not claimed."""
+    unit = objective.unit
+    span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
+    found = f"the plans found differ by {_signed(difference.found)} {unit}"
+    match difference.verdict:
+        case Verdict.SAME:
+            return "proven: none"
+        case Verdict.BETTER | Verdict.WORSE:
+            return f"proven: {difference.verdict.value}, {span}; {found}"
+    advice = "" if difference.low == difference.high else "; a smaller --gap or a longer --time-limit narrows that"
+    return f"undecided: {span}, which the gaps leave open ({found}){advice}"
+
+
+def _signed(value: float) -> str:
+    if not math.isfinite(value):
+        return "unknown"
+    return f"{'+' if value > 0 else '-' if value < 0 else ''}{digits(abs(value))}"
+
+
+def _use_table(found: WhatIf) -> Table:
+    """Return how many GPUs of every type exist and are used, before and after."""
+    sides = [_counts(side) for side in (found.before, found.after)]
+    rows = (
+        (gpu, *(f"{count:,}" for side in sides for count in side.get(gpu, (0, 0))))
+        for gpu in dict.fromkeys([*sides[0], *sides[1]])
+    )
+    return table("'GPU", "there", "used", "then there", "used", rows=rows)
+
+
+def _counts(side: Side) -> dict[str, tuple[int, int]]:
+    """Return existing and used GPUs by type."""
+    used = used_counts(side.outcome.plan)
+    return {gpu: (count, used[gpu]) for gpu, count in gpu_counts(side.loaded.inputs.cluster).items()}
+
+
+def what_if_document(found: WhatIf) -> dict[str, Any]:
+    """Return the answer as plain data, both plans in full."""
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "WhatIf",
+        "objective": json_value(found.objective),
+        "removed": list(found.change.remove),
+        "added": [{"gpu": a.gpu.name, "count": a.count} for a in found.change.add],
+        "node_shape": json_value(found.change.shape),
+        "before": _side_document(found.before),
+        "after": _side_document(found.after),
+        "difference": {**json_value(found.difference), "unit": found.objective.unit},
+        "plan_change": None if found.plan_change is None else change_document(found.plan_change),
+    }
+
+
+def _side_document(side: Side, *, with_plan: bool = True) -> dict[str, Any]:
+    plan = side.outcome.plan
+    return {
+        "gpus": side.loaded.inputs.cluster.num_gpus(),
+        "fleet_usd_per_hour": side.usd_per_hour,
+        "status": side.outcome.status,
+        "result": None if plan is None else json_value(plan.result),
+        "figures": None if plan is None else json_value(_figures(side)),
+        "reasons": list(side.outcome.reasons),
+        **({"plan": None if plan is None else to_data(plan)} if with_plan else {}),
+    }
+
+
+# --- what to buy next
+
+
+def render_buy_next(found: BuyNext) -> RenderableType:
+    """Return the market as a table, the best purchase per dollar first."""
+    return Group(*_market_sections(found))
+
+
+def _market_sections(found: BuyNext) -> Iterator[RenderableType]:
+    result, unit = found.before.outcome.plan, found.objective.unit
+    yield problem_title(found.before.loaded.inputs)
+    yield goal_line(found.objective)
+    now = "no plan" if result is None else f"{digits(result.result.value, 4)} {unit}, gap {percent(result.result.gap)}"
+    yield Text.assemble(("now      ", "dim"), now)
+    yield Text.assemble(
+        ("added    ", "dim"), f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"
+    )
+    yield Text()
+    if found.offers:
+        yield _market_table(found)
+        yield Text(
+            "\ngain: of the plans found, all added GPUs together. proven: what both bounds leave possible.\n"
+            "marginal price: what one GPU is worth in the plan now, an estimate that solving again replaces.",
+            style="dim",
+        )
+    if found.left_out:
+        yield section("Not solved in time", Text(", ".join(found.left_out)))
+
+
+def _market_table(found: BuyNext) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("GPU", vertical="bottom", overflow="fold")
+    for name in (
+        "USD/h\neach",
+        "marginal\nprice",
+        f"{found.objective.unit}\nthen",
+        "gain",
+        "per GPU",
+        "per\nUSD/h",
+        "proven",
+        "",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for offer in found.offers:
+        table.add_row(*offer_row(offer))
     return table
+
+
+def offer_row(offer: Offer) -> list[str]:
+    """Return the cells of a GPU type on the market."""
+    plan, found = offer.after.outcome.plan, offer.difference.found
+    per_gpu = found / offer.addition.count
+    price = offer.usd_per_hour
+    return [
+        offer.addition.gpu.name,
+        _money(price),
+        _price(offer.dual),
+        "-" if plan is None else digits(plan.result.value, 4),
+        _signed(found),
+        _signed(per_gpu),
+        "-" if not price else _signed(per_gpu / price),
+        _proven(offer.difference),
+        "?" if offer.difference.verdict is Verdict.UNDECIDED else "",
+    ]
+
+
+def _price(dual: float | None) -> str:
+    if dual is None:
+        return "-"
+    return digits(dual) if dual == 0.0 or dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"
+
+
+def _proven(difference: Difference) -> str:
+    if difference.verdict is Verdict.SAME:
+        return "0"
+    low, high = _signed(difference.low), _signed(difference.high)
+    return low if low == high else f"{low}…{high}"
+
+
+def buy_next_document(found: BuyNext) -> dict[str, Any]:
+    """Return the market as plain data; ``gain`` is in the objective's unit, negative if that is minimised and falls."""
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "BuyNext",
+        "objective": json_value(found.objective),
+        "node_shape": json_value(found.shape),
+        "count": found.count,
+        "before": _side_document(found.before, with_plan=False),
+        "offers": [_offer_document(offer, found.objective) for offer in found.offers],
+        "left_out": list(found.left_out),
+    }
+
+
+def _offer_document(offer: Offer, objective: Objective) -> dict[str, Any]:
+    price, count, gain = offer.usd_per_hour, offer.addition.count, offer.difference.found
+    return {
+        "gpu": offer.addition.gpu.name,
+        "usd_per_hour": price,
+        "dual": offer.dual,
+        "gain": gain,
+        "gain_per_gpu": gain / count,
+        "gain_per_usd_per_hour": None if not price else gain / count / price,
+        "difference": {**json_value(offer.difference), "unit": objective.unit},
+        "after": _side_document(offer.after, with_plan=False),
+    }

@@ -1,19 +1,205 @@
-"""Dispatch as tables: the placement of new requests, its effect on every device, and waiting requests."""
+"""Dispatch and re-dispatch of one stage: as tables, in sentences that explain them, and as JSON values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.dispatch_words import PATHS, costs_sentence
+from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.plan import bullets, section
-from hetis.planner.use_cases.dispatch import Dispatched
-from hetis.planner.use_cases.stage_sources import LoadedStage
-from hetis.planner.use_cases.stage_times import StageTimes, expected_blocks
+from hetis.planner.report.tables import bullets, facts, first_rows, section, table
+from hetis.planner.use_cases.dispatch import Dispatched, LoadedStage, Redispatched, StageTimes, expected_blocks
+from hetis.profiler.defaults import MODELLED
+from hetis.solver.dispatch.problem import Path, Resource, Unplaced
+from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
+from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, Refused
+
+# --- sentences that explain where head groups went
+
+
+PATHS = {
+    Path.CHAIN: "the relaxation was solved exactly, as a chain by comparative advantage",
+    Path.MIXED: "some devices are held by two rows at once; the chain was solved on mixtures of them",
+    Path.LP: "HiGHS solved the relaxation",
+    Path.MILP: "HiGHS searched whole head groups",
+}
+
+
+def explain_dispatch(found: Dispatched) -> tuple[str, ...]:
+    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
+    return tuple(_dispatch_sentences(found))
+
+
+def explain_redispatch(found: Redispatched) -> tuple[str, ...]:
+    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
+    return tuple(_redispatch_sentences(found))
+
+
+def costs_sentence(stage: LoadedStage) -> str | None:
+    """Return a sentence on devices with modelled costs, or None if all costs are given or measured."""
+    modelled = [device for device in stage.saved.devices if stage.origins[device.name] == MODELLED]
+    if not modelled:
+        return None
+    gpus = ", ".join(dict.fromkeys(device.gpu or "" for device in modelled))
+    return f"modelled, not measured: attention costs of {gpus} ({plural(len(modelled), 'device')})"
+
+
+def bottleneck_sentence(stage: LoadedStage, times: StageTimes) -> str:
+    """Return a sentence on the slowest device and where its time goes."""
+    if times.makespan_s == 0:
+        return "Nothing runs."
+    if times.bottleneck is None:
+        return (
+            f"The primary's network card is the slowest: exchanging with the attention workers takes it "
+            f"{seconds(times.card_s)} per layer."
+        )
+    name, time = stage.saved.devices[times.bottleneck].name, times.devices[times.bottleneck]
+    return (
+        f"{name} is the slowest with {seconds(time.seconds)} per layer: {seconds(time.kv_s)} for reading "
+        f"{digits(time.kv_bytes / 1e6)} MB of KV, {seconds(time.heads_s)} for {plural(time.heads, 'query head')}, "
+        f"{seconds(time.call_s)} whatever it holds."
+    )
+
+
+def _dispatch_sentences(found: Dispatched) -> Iterator[str]:
+    stage, plan = found.stage, found.plan
+    devices = stage.saved.devices
+    yield bottleneck_sentence(stage, found.after)
+    if found.after.makespan_s == found.before.makespan_s > 0:
+        yield "It was that slow before: the new requests fit beside what runs and cost no time."
+    if plan.gap <= 1e-9:
+        yield "No placement of these requests is faster: the bound is reached."
+    else:
+        yield f"No placement of these requests is over {percent(plan.gap)} faster, proved by weak duality."
+    weights = {device.name: float(plan.prices.piece[i].sum()) for i, device in enumerate(devices)}
+    used = {name: weight for name, weight in weights.items() if weight > 0.005 and _is_used(found, name)}
+    if plan.prices.nic > 0.005:
+        used["the primary's network card"] = plan.prices.nic
+    if used:
+        shares = ", ".join(f"{name} {weight:.0%}" for name, weight in sorted(used.items(), key=lambda w: -w[1])[:8])
+        yield f"The bound rests on the time of {shares}: only if these had less to do would all be done sooner."
+    elif plan.groups.any():
+        yield "The bound is the time of what runs already."
+    yield from _memory_sentences(found)
+    for one in plan.unplaced:
+        yield _unplaced_sentence(found, one)
+
+
+def _is_used(found: Dispatched, name: str) -> bool:
+    """Return whether the device holds heads; idle ones also have prices: what using them would have to save."""
+    return found.after.devices[found.stage.snapshot.stage.devices.index(name)].heads > 0
+
+
+def _memory_sentences(found: Dispatched) -> Iterator[str]:
+    saved = found.stage.saved
+    block_bytes = saved.heads.kv_bytes_per_token * saved.heads.block_tokens * saved.num_layers
+    priced = [(device.name, float(found.plan.prices.block_s[i])) for i, device in enumerate(saved.devices)]
+    binding = [(name, price) for name, price in priced if price > 0]
+    if not binding and found.plan.groups.any():
+        if found.plan.unplaced:
+            yield "No memory row binds for the requests that were placed: one more KV block would not speed these up."
+        else:
+            yield "No memory row binds: one more KV block would save nothing anywhere."
+    for name, price in sorted(binding, key=lambda one: -one[1])[:8]:
+        yield (
+            f"KV memory of {name} binds: one more block there ({block_bytes / 2**20:.3g} MiB in all layers) "
+            f"would save at most {_tiny(price)} per layer."
+        )
+
+
+def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
+    request = found.requests.requests[waiting.request]
+    heads = found.stage.saved.heads
+    blocks = -(-(request.context_tokens + request.output_tokens) // heads.block_tokens)
+    needs = f"Request {waiting.id} waits: it needs {heads.head_groups} x {blocks:,} KV blocks per layer"
+    missing, groups = waiting.missing, plural(waiting.missing, "head group")
+    if waiting.resource is Resource.KV_BLOCKS:
+        return f"{needs}, {missing:,} more than all devices together have left."
+    if waiting.proved:
+        return f"{needs}, which are free, but not in one piece for every head group: {groups} fit on no device whole."
+    return (
+        f"{needs}, which are free, but no way was found to fit {groups} whole beside the requests before it. "
+        "That is not proved: --exact settles it, given the time."
+    )
+
+
+def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
+    plan, stage = found.plan, found.stage
+    names = stage.snapshot.stage.devices
+    yield bottleneck_sentence(stage, found.before)
+    if not stage.saved.requests:
+        return
+    if not found.triggers:
+        yield "No trigger has fired: a running stage would not look."
+    yield from (f"Trigger: {trigger}." for trigger in found.triggers)
+    if not plan.moves:
+        yield "Nothing moves: no move saves more than it costs while its request is expected to run."
+    counts = {reason: sum(move.groups for move in plan.moves if move.reason is reason) for reason in MoveReason}
+    told = {
+        MoveReason.BALANCE: "to make the slowest device faster",
+        MoveReason.MEMORY: "because their device is, or will be, short of KV blocks, or another move needs the room",
+        MoveReason.DRAIN: "to empty a draining device",
+        MoveReason.DETOUR: "over a third device, until their target has room",
+    }
+    for reason, count in counts.items():
+        if count:
+            yield f"{plural(count, 'head group')} {'moves' if count == 1 else 'move'} {told[reason]}."
+    if plan.moves:
+        saved_s = plan.makespan_before_s - plan.makespan_after_s
+        copying = sum(move.seconds for move in plan.moves)
+        per_step = f", {digits(saved_s * stage.saved.num_layers * 1e3)} ms per decode step" if saved_s > 0 else ""
+        yield (
+            f"The slowest device goes from {seconds(plan.makespan_before_s)} to {seconds(plan.makespan_after_s)} per "
+            f"layer{per_step}; copying takes {seconds(copying)} of link time."
+        )
+        paying = [(move.payback_steps, move) for move in plan.moves if move.payback_steps is not None]
+        if paying:
+            steps, last = max(paying, key=lambda one: one[0])
+            yield (
+                f"The move that pays last is {last.request} to {names[last.target]}: its time is won back after "
+                f"{digits(steps, 2)} decode steps."
+            )
+    if plan.short_after >= 1:
+        yield (
+            f"{plan.short_after:,.0f} KV blocks are expected to be short, or stay on draining devices; "
+            f"they were {plan.short_before:,.0f}."
+        )
+    elif plan.short_before >= 1:
+        yield f"{plan.short_before:,.0f} KV blocks were expected to be short, or lay on draining devices: none stay so."
+    for device, held in zip(stage.saved.devices, found.reached.groups.sum(axis=0), strict=True):
+        if device.status is DeviceStatus.DRAINING and held:
+            yield (
+                f"{device.name} still holds {plural(int(held), 'head group')}: those of requests with groups under way "
+                "wait for them, others found no room."
+            )
+    if plan.gap <= 1e-9:
+        yield "No plan does better on makespan, moving and short memory together: the bound is reached."
+    else:
+        yield (
+            f"The best plan's makespan, moving and short memory together are at most {could_fall(plan)} lower, proved "
+            "by weak duality."
+        )
+    if plan.refused:
+        yield f"{plural(len(plan.refused), 'move')} that would help cannot be made; the table says why."
+
+
+def could_fall(plan: RedispatchPlan) -> str:
+    """Return the largest share of the objective by which the best plan could be lower; at most 100%."""
+    return percent(1.0 - plan.bound_s / plan.objective_s)
+
+
+def _tiny(value_s: float) -> str:
+    """Return nanoseconds where `seconds` would show leading zeros."""
+    return f"{digits(value_s * 1e9)} ns" if value_s < 1e-7 else seconds(value_s)
+
+
+# --- dispatch as tables
+
 
 MAX_ROWS = 40  # requests, moves or devices shown; -o json has all
 BAR_WIDTH = 8
@@ -22,24 +208,6 @@ BAR_WIDTH = 8
 def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:
     """Return the table view, at most 80 columns wide if the names allow it."""
     return Group(*_sections(found, explanation))
-
-
-def facts_table(rows: Sequence[tuple[str, Text | str]]) -> Table:
-    """Return a table of facts about the decision and its quality, one per line."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def plain_table(*columns: tuple[str, str]) -> Table:
-    """Return a table without lines; every column is ``(name, left or right)``."""
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    for name, side in columns:
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
-    return table
 
 
 def device_table(
@@ -52,18 +220,15 @@ def device_table(
 ) -> RenderableType:
     """Return times before and after with a bar, KV blocks of each device, and optionally a column of the caller's."""
     title, cells = last or ("", ())
-    columns = [("device", "left"), ("before", "right"), ("after", "right"), ("", "left"), ("KV blocks", "right")]
-    table = plain_table(*columns, *([(title, "right")] if last else []))
+    made = table("'device", "before", "after", "'", "KV blocks", *([title] if last else []))
     makespan_s = after.makespan_s
-    shown = stage.saved.devices[:MAX_ROWS]
-    for i, device in enumerate(shown):
-        time_s = after.devices[i].seconds
-        total = device.total_blocks
+    for i, device in enumerate(stage.saved.devices[:MAX_ROWS]):
+        time_s, total = after.devices[i].seconds, device.total_blocks
         share = f" {blocks[i] / total:>4.0%}" if total else ""
         name = Text(device.name)
         if device.status.value != "ok":
             name.append(f" {device.status.value}", style="yellow")
-        table.add_row(
+        made.add_row(
             name,
             seconds(before.devices[i].seconds),
             seconds(time_s),
@@ -72,21 +237,9 @@ def device_table(
             *([cells[i]] if last else []),
         )
     if after.card_s:
-        share_s = after.card_s / makespan_s if makespan_s else 0.0
-        table.add_row(
-            Text("network card", style="dim"),
-            seconds(before.card_s),
-            seconds(after.card_s),
-            Text(bar(share_s, BAR_WIDTH), style="green"),
-        )
-    if len(stage.saved.devices) <= MAX_ROWS:
-        return table
-    return Group(table, and_more(len(stage.saved.devices) - MAX_ROWS, "device"))
-
-
-def and_more(count: int, noun: str) -> Text:
-    """Return a line about rows that are not shown."""
-    return Text(f"… and {count:,} more {noun}{'' if count == 1 else 's'} (-o json has all)", style="dim")
+        card = Text(bar(after.card_s / makespan_s if makespan_s else 0.0, BAR_WIDTH), style="green")
+        made.add_row(Text("network card", style="dim"), seconds(before.card_s), seconds(after.card_s), card)
+    return first_rows(made, len(stage.saved.devices), MAX_ROWS, "device")
 
 
 def per_layer(value_s: float, stage: LoadedStage) -> str:
@@ -102,11 +255,11 @@ def _sections(found: Dispatched, explanation: tuple[str, ...] | None) -> Iterato
         (stage.saved.name, "bold"),
         f": {placed} of {plural(num, 'new request')} placed on {plural(len(stage.saved.devices), 'device')}",
     )
-    yield facts_table(list(_facts(found)))
+    yield facts(_facts(found))
     if num:
         yield section("Head groups", _requests(found))
     if plan.unplaced:
-        yield section("Waiting", bullets(tuple(str(one) for one in plan.unplaced[:MAX_ROWS])))
+        yield section("Waiting", bullets(str(one) for one in plan.unplaced[:MAX_ROWS]))
     expected = [int(blocks) for blocks in expected_blocks(found.reached)]
     worth = [_worth(float(price)) for price in plan.prices.block_s]
     title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
@@ -130,17 +283,244 @@ def _facts(found: Dispatched) -> Iterator[tuple[str, Text | str]]:
 
 def _requests(found: Dispatched) -> RenderableType:
     names = found.stage.snapshot.stage.devices
-    table = plain_table(("request", "left"), ("context", "right"), ("output", "right"), ("groups on", "left"))
-    requests = found.requests.requests
+    made, requests = table("'request", "context", "output", "'groups on"), found.requests.requests
     for j, request in enumerate(requests[:MAX_ROWS]):
         row = found.plan.groups[j]
         where = " · ".join(f"{names[i]} {row[i]}" for i in row.nonzero()[0])
         home = Text(where) if where else Text("waits", style="yellow")
-        table.add_row(Text(request.id), f"{request.context_tokens:,}", f"{request.output_tokens:,}", home)
-    if len(requests) <= MAX_ROWS:
-        return table
-    return Group(table, and_more(len(requests) - MAX_ROWS, "request"))
+        made.add_row(Text(request.id), f"{request.context_tokens:,}", f"{request.output_tokens:,}", home)
+    return first_rows(made, len(requests), MAX_ROWS, "request")
 
 
 def _worth(price_s: float) -> str:
     return f"≤ {digits(price_s * 1e9)} ns" if price_s > 0 else "0"
+
+
+# --- re-dispatch as tables
+
+
+def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:
+    """Return the table view, at most 80 columns wide if the names allow it."""
+    return Group(*_redispatch_sections(found, explanation))
+
+
+def _redispatch_sections(found: Redispatched, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
+    plan, stage = found.plan, found.stage
+    moving = plural(len(plan.moves), "move") if plan.moves else "nothing moves"
+    yield Text.assemble(
+        (stage.saved.name, "bold"),
+        f": {moving} among {plural(len(stage.saved.requests), 'running request')} "
+        f"on {plural(len(stage.saved.devices), 'device')}",
+    )
+    yield facts(_redispatch_facts(found))
+    fired = tuple(str(trigger) for trigger in found.triggers) or ("none: a running stage would not look",)
+    yield section("Triggers", bullets(fired))
+    if plan.moves:
+        yield section("Moves, in order", _moves(found))
+    if plan.refused:
+        yield section("Would help, cannot be made", _refused(found))
+    used = [int(count) for count in found.reached.used_blocks()]
+    yield section(
+        "Devices (KV blocks per layer, in use now)", device_table(stage, found.before, found.after, blocks=used)
+    )
+    costs = costs_sentence(stage)
+    if costs is not None:
+        yield Text(f"\n{costs}", style="dim")
+    if explanation is not None:
+        yield section("Why", bullets(explanation))
+
+
+def _redispatch_facts(found: Redispatched) -> Iterator[tuple[str, Text | str]]:
+    plan, stage = found.plan, found.stage
+    yield "Makespan", Text(per_layer(plan.makespan_after_s, stage), style="bold green")
+    yield "Before", per_layer(plan.makespan_before_s, stage)
+    proof = "nothing is better" if plan.gap <= 1e-9 else f"proven: the best is at most {could_fall(plan)} lower"
+    yield "Objective", f"{seconds(plan.objective_s)}, the makespan with what moving and short memory cost"
+    yield "Bound", f"{seconds(plan.bound_s)}  gap {percent(plan.gap)}, {proof}"
+    if plan.moves:
+        copying = sum(move.seconds for move in plan.moves)
+        yield "Copied", f"{_size(plan.num_bytes)} of KV, {seconds(copying)} of link time"
+    if max(plan.short_before, plan.short_after) >= 1:
+        yield "Short", f"{plan.short_after:,.0f} KV blocks expected or draining, {plan.short_before:,.0f} before"
+
+
+def _moves(found: Redispatched) -> RenderableType:
+    names, moves = found.stage.snapshot.stage.devices, found.plan.moves
+    rows = (
+        (
+            str(move.wave + 1),
+            Text(move.request),
+            str(move.groups),
+            Text(f"{names[move.source]} → {names[move.target]}"),
+            _size(move.num_bytes),
+            seconds(move.seconds),
+            "" if move.payback_steps is None else f"{digits(move.payback_steps, 2)} steps",
+            move.reason.value,
+        )
+        for move in moves[:MAX_ROWS]
+    )
+    made = table("wave", "'request", "groups", "'from → to", "size", "copy", "pays after", "'why", rows=rows)
+    return first_rows(made, len(moves), MAX_ROWS, "move")
+
+
+def _refused(found: Redispatched) -> RenderableType:
+    names, refused = found.stage.snapshot.stage.devices, found.plan.refused
+    lines = (
+        f"{one.request}, {plural(one.groups, 'group')} {names[one.source]} → {names[one.target]}: {one.why}"
+        for one in refused[:MAX_ROWS]
+    )
+    return first_rows(bullets(lines), len(refused), MAX_ROWS, "move")
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+# --- documents: devices are given by name; times are seconds per layer
+
+
+def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Return the document of ``kind: Dispatch``."""
+    plan, names = found.plan, found.stage.snapshot.stage.devices
+    devices = _devices(found.stage, found.before, found.after, found.reached)
+    for i, device in enumerate(devices):
+        device["new_groups"] = int(plan.groups[:, i].sum())
+        device["bound_weight"] = float(plan.prices.piece[i].sum())
+        device["block_price_s"] = float(plan.prices.block_s[i])
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "Dispatch",
+        "state": _state(found.stage),
+        "result": {
+            "path": plan.path.value,
+            "makespan_before_s": found.before.makespan_s,
+            "makespan_s": plan.makespan_s,
+            "bound_s": plan.bound_s,
+            "gap": _finite(plan.gap),
+            "relaxed_s": plan.relaxed_s,
+        },
+        "requests": [
+            {
+                "id": request.id,
+                "context_tokens": request.context_tokens,
+                "output_tokens": request.output_tokens,
+                "groups": {names[i]: int(plan.groups[j, i]) for i in np.flatnonzero(plan.groups[j])},
+                "group_price_s": _finite(float(plan.prices.request_s[j])),
+            }
+            for j, request in enumerate(found.requests.requests)
+        ],
+        "unplaced": [
+            {
+                "id": one.id,
+                "resource": one.resource.value,
+                "missing": one.missing,
+                "proved": one.proved,
+                "message": str(one),
+            }
+            for one in plan.unplaced
+        ],
+        "devices": devices,
+        "network_card": {
+            "before_s": found.before.card_s,
+            "after_s": found.after.card_s,
+            "bound_weight": plan.prices.nic,
+        },
+        **_explanation(explanation),
+    }
+
+
+def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Return the document of ``kind: Redispatch``."""
+    plan, problem, names = found.plan, found.problem, found.stage.snapshot.stage.devices
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "Redispatch",
+        "state": _state(found.stage),
+        "settings": {
+            "budget_bytes": _finite(problem.budget_bytes),
+            "least_gain": problem.least_gain,
+            "patience": problem.patience,
+            "ahead_steps": problem.ahead_steps,
+            "refill_token_s": problem.refill_token_s,
+        },
+        "triggers": [
+            {
+                "kind": trigger.kind.value,
+                "device": trigger.device,
+                "value": trigger.value,
+                "limit": trigger.limit,
+                "message": str(trigger),
+            }
+            for trigger in found.triggers
+        ],
+        "result": {
+            "makespan_before_s": plan.makespan_before_s,
+            "makespan_s": plan.makespan_after_s,
+            "short_blocks_before": float(plan.short_before),
+            "short_blocks": float(plan.short_after),
+            "objective_before_s": float(plan.stay_s),
+            "objective_s": float(plan.objective_s),
+            "bound_s": float(plan.bound_s),
+            "gap": _finite(float(plan.gap)),
+            "moved_bytes": plan.num_bytes,
+            "move_s": sum(move.seconds for move in plan.moves),
+        },
+        "moves": [
+            _move(move, names)
+            | {
+                "bytes": move.num_bytes,
+                "seconds": move.seconds,
+                "payback_steps": move.payback_steps,
+                "reason": move.reason.value,
+                "wave": move.wave,
+                "together": move.together,
+            }
+            for move in plan.moves
+        ],
+        "refused": [_move(refused, names) | {"why": refused.why} for refused in plan.refused],
+        "devices": _devices(found.stage, found.before, found.after, found.reached),
+        "network_card": {"before_s": found.before.card_s, "after_s": found.after.card_s},
+        **_explanation(explanation),
+    }
+
+
+def _state(stage: LoadedStage) -> dict[str, Any]:
+    return {"name": stage.saved.name, "num_layers": stage.saved.num_layers, "origin": stage.file}
+
+
+def _devices(stage: LoadedStage, before: StageTimes, after: StageTimes, reached: StateSnapshot) -> list[dict[str, Any]]:
+    first = stage.snapshot
+    used = (first.used_blocks(), reached.used_blocks())
+    expected = (expected_blocks(first), expected_blocks(reached))
+    return [
+        {
+            "name": saved.name,
+            "role": saved.role,
+            "tp": saved.tp,
+            "gpu": saved.gpu,
+            "costs": stage.origins[saved.name],
+            "status": saved.status.value,
+            "before_s": before.devices[i].seconds,
+            "after_s": after.devices[i].seconds,
+            "is_bottleneck": after.bottleneck == i,
+            "total_blocks": saved.total_blocks,
+            "high_water": saved.high_water,
+            "used_blocks_before": int(used[0][i]),
+            "used_blocks": int(used[1][i]),
+            "expected_blocks_before": int(expected[0][i]),
+            "expected_blocks": int(expected[1][i]),
+        }
+        for i, saved in enumerate(stage.saved.devices)
+    ]
+
+
+def _move(move: Move | Refused, names: tuple[str, ...]) -> dict[str, Any]:
+    return {"request": move.request, "groups": move.groups, "from": names[move.source], "to": names[move.target]}
+
+
+def _explanation(sentences: tuple[str, ...] | None) -> dict[str, Any]:
+    return {} if sentences is None else {"explanation": list(sentences)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

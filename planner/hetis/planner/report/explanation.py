@@ -6,16 +6,15 @@ Bars are readable with and without colours.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import percent, plural, seconds
-from hetis.planner.report.plan import bullets, headline, price_table, section
-from hetis.planner.report.replica import device_table
-from hetis.planner.report.unbroken import Unbroken
+from hetis.planner.report.plan import device_table, headline, price_table
+from hetis.planner.report.tables import Unbroken, bullets, grid, section, table
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
@@ -76,20 +75,18 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
 
 
 def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:
-    table = Table.grid(padding=(0, 1))
-    for is_devices in (False, False, False, False, True):
-        table.add_column(overflow="fold", no_wrap=not is_devices)
-    rows = [(part, memory_shares(part)) for part in parts]
-    for part, shares in rows:
-        worker = part.role != "primary"
-        table.add_row(
-            f"{part.stage + 1}{'└' if worker else ''}",
+    rows = (
+        (
+            f"{part.stage + 1}{'└' if part.role != 'primary' else ''}",
             Text(part.gpu),
             f"×{part.num_devices}",
-            stacked_bar(shares, whole=part.nominal_bytes, width=BAR_WIDTH),
+            stacked_bar(memory_shares(part), whole=part.nominal_bytes, width=BAR_WIDTH),
             Text(abbreviate(_devices(part, replica))),
         )
-    return Group(table, legend(rows[0][1]), _waterfall(parts))
+        for part in parts
+    )
+    bars = grid(False, False, False, False, True, rows=rows, gap=1)
+    return Group(bars, legend(memory_shares(parts[0])), _waterfall(parts))
 
 
 def _devices(part: MemoryBar, replica: ReplicaPlan) -> Sequence[str]:
@@ -100,96 +97,82 @@ def _devices(part: MemoryBar, replica: ReplicaPlan) -> Sequence[str]:
 
 
 def _waterfall(parts: list[MemoryBar]) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("GiB")
-    names = [share.name for share in memory_shares(parts[0])]
-    for name in (*names, "free", "nominal"):
-        table.add_column(name, justify="right")
+    made = table("'GiB", *(share.name for share in memory_shares(parts[0])), "free", "nominal")
     for part in parts:
         values = [share.amount for share in memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
         label = f"stage {part.stage + 1}" if part.role == "primary" else "└ worker"
-        table.add_row(label, *(f"{value / 2**30:.1f}" for value in values))
-    return table
+        made.add_row(label, *(f"{value / 2**30:.1f}" for value in values))
+    return made
 
 
 def memory_shares(part: MemoryBar) -> list[Share]:
     """Return the uses of a GPU's memory, without what is free."""
     return [
-        Share(name="unusable", amount=part.unusable_bytes, glyph="×", style="bright_black"),
-        Share(name="engine", amount=part.reserve_bytes, glyph="░", style="red"),
-        Share(name="weights", amount=part.weight_bytes, glyph="█", style="cyan"),
-        Share(name="KV", amount=part.kv_bytes, glyph="▒", style="green"),
-        Share(name="activations", amount=part.activation_bytes, glyph="▓", style="yellow"),
+        Share("unusable", part.unusable_bytes, "×", "bright_black"),
+        Share("engine", part.reserve_bytes, "░", "red"),
+        Share("weights", part.weight_bytes, "█", "cyan"),
+        Share("KV", part.kv_bytes, "▒", "green"),
+        Share("activations", part.activation_bytes, "▓", "yellow"),
     ]
 
 
 def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
     slowest = max(part.total_s / part.copies for part in parts)
-    table = Table.grid(padding=(0, 1))
-    for wraps in (False, True, False, False, False):
-        table.add_column(overflow="fold", no_wrap=not wraps)
-    for part in parts:
-        per_copy = part.total_s / part.copies
-        sizes = parallel_sizes(part.tp, part.copies, shares_experts=replica.expert_parallel)
-        scaled = [
-            Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in time_shares(part)
-        ]
-        table.add_row(
+    rows = (
+        (
             f"{part.stage + 1}",
-            Text(f"{part.gpu} {sizes}", overflow="fold"),
-            stacked_bar(scaled, whole=slowest, width=BAR_WIDTH),
-            Text(seconds(per_copy)),
-            Text("bottleneck" if part.is_bottleneck else f"{percent(per_copy / slowest)}", style="dim"),
+            Text(f"{part.gpu} {parallel_sizes(part.tp, part.copies, shares_experts=replica.expert_parallel)}"),
+            stacked_bar(time_shares(part), whole=slowest * part.copies, width=BAR_WIDTH),
+            Text(seconds(part.total_s / part.copies)),
+            Text("bottleneck" if part.is_bottleneck else percent(part.total_s / part.copies / slowest), style="dim"),
         )
+        for part in parts
+    )
+    bars = grid(False, True, False, False, False, rows=rows, gap=1)
     shares = Group(legend(time_shares(parts[0])), _time_table(parts))
     if any(part.kv_wire_s for part in parts):
-        return Group(table, shares, Text(WIRE_MEANS, style="dim"))
-    return Group(table, shares)
+        return Group(bars, shares, Text(WIRE_MEANS, style="dim"))
+    return Group(bars, shares)
 
 
 def _time_table(parts: list[StageTime]) -> Table:
     """Return shares in per cent of the stage's own time; columns that are empty for every stage are left out."""
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("% of stage")
     columns = [[share.amount for share in time_shares(part)] for part in parts]
     names = [share.name for share in time_shares(parts[0])]
     kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
     has_wire = any(part.kv_wire_s for part in parts)
-    for i in kept:
-        table.add_column(names[i], justify="right")
-    if has_wire:
-        table.add_column("(wire)", justify="right")
+    made = table("'% of stage", *(names[i] for i in kept), *(["(wire)"] if has_wire else []))
     for part, column in zip(parts, columns, strict=True):
         shares = [column[i] for i in kept] + ([part.kv_wire_s] if has_wire else [])
-        table.add_row(f"stage {part.stage + 1}", *(f"{100 * share / part.total_s:.1f}" for share in shares))
-    return table
+        made.add_row(f"stage {part.stage + 1}", *(f"{100 * share / part.total_s:.1f}" for share in shares))
+    return made
 
 
 def time_shares(part: StageTime) -> list[Share]:
     """Return the uses of a stage's time."""
     return [
-        Share(name="dense", amount=part.dense_s, glyph="█", style="cyan"),
-        Share(name="all-reduce", amount=part.all_reduce_s, glyph="▒", style="red"),
-        Share(name="prefill att.", amount=part.prefill_attention_s, glyph="▓", style="yellow"),
-        Share(name="decode att.", amount=part.decode_attention_s, glyph="░", style="green"),
-        Share(name="transfer", amount=part.transfer_s, glyph="=", style="magenta"),
-        Share(name="head", amount=part.head_s, glyph="#", style="blue"),
-        Share(name="other", amount=part.other_s, glyph="-", style="bright_black"),
-        *([Share(name="wait", amount=part.kv_wait_s, glyph="~", style="bright_red")] if part.kv_wire_s else []),
+        Share("dense", part.dense_s, "█", "cyan"),
+        Share("all-reduce", part.all_reduce_s, "▒", "red"),
+        Share("prefill att.", part.prefill_attention_s, "▓", "yellow"),
+        Share("decode att.", part.decode_attention_s, "░", "green"),
+        Share("transfer", part.transfer_s, "=", "magenta"),
+        Share("head", part.head_s, "#", "blue"),
+        Share("other", part.other_s, "-", "bright_black"),
+        *([Share("wait", part.kv_wait_s, "~", "bright_red")] if part.kv_wire_s else []),
     ]
 
 
 def _idle(groups: tuple[IdleGpus, ...]) -> Table:
     several_zones = len({idle.zone for idle in groups}) > 1
-    table = Table.grid(padding=(0, 1))
-    for idle in groups:
-        zone = f" in {idle.zone}" if several_zones else ""
-        table.add_row("•", Text.assemble((f"{idle.count:,} × {idle.gpu}{zone}", "bold"), f": {idle.reason}"))
-    return table
+    return bullets(
+        Text.assemble(
+            (f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several_zones else ''}", "bold"), f": {idle.reason}"
+        )
+        for idle in groups
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Share(NamedTuple):
     """One part of a stacked bar: an amount, and how it is drawn."""
 
     name: str

@@ -11,9 +11,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hetis.formats.fields import API_VERSION
-from hetis.planner.report.dispatch import and_more, facts_table, plain_table
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.plan import section
+from hetis.planner.report.tables import facts, first_rows, section, table
 from hetis.planner.use_cases.layers import Layered, Stage, stages
 from hetis.solver.layers.plan import LayersPlan, Limit
 
@@ -48,7 +47,7 @@ def _sections(found: Layered) -> Iterator[RenderableType]:
         f": {plural(problem.num_layers, 'layer')} on {len(plan.nodes)} of {plural(problem.num_nodes, 'node')}, "
         f"{plural(len(list(stages(plan))), 'stage')}",
     )
-    yield facts_table(list(_facts(found)))
+    yield facts(_facts(found))
     yield section("Stages", _stage_table(found))
     if plan.idle:
         idle = Counter(name.rpartition("-")[0] for name in plan.idle)
@@ -74,20 +73,12 @@ def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:
 
 
 def _stage_table(found: Layered) -> RenderableType:
-    table = plain_table(
-        ("layers", "right"),
-        ("nodes", "left"),
-        ("requests", "right"),
-        ("visit", "right"),
-        ("KV", "left"),
-        ("compute", "right"),
-        ("link", "right"),
-        ("of trip", "right"),
-    )
     every = list(stages(found.plan))
-    for stage in every[:MAX_STAGES]:
-        table.add_row(*_stage_row(stage, found))
-    return table if len(every) <= MAX_STAGES else Group(table, and_more(len(every) - MAX_STAGES, "stage"))
+    made = table(
+        "layers", "'nodes", "requests", "visit", "'KV", "compute", "link", "of trip",
+        rows=(_stage_row(stage, found) for stage in every[:MAX_STAGES]),
+    )  # fmt: skip
+    return first_rows(made, len(every), MAX_STAGES, "stage")
 
 
 def _stage_row(stage: Stage, found: Layered) -> tuple[str | Text, ...]:

@@ -16,22 +16,31 @@ from rich.text import Text
 from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
-from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.replica import Palette, device_table, render_replica
-from hetis.planner.report.unbroken import Unbroken
+from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
+from hetis.planner.report.tables import Unbroken, bullets, facts, section, table
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
+from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
-from hetis.planner.use_cases.robustness.notes import predicted_of
-from hetis.planner.use_cases.robustness.ranges import Predicted
-from hetis.planner.use_cases.sources import ENGINE_SETTINGS, engine_settings_of_plan, inputs_from_documents
+from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
+from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
-from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, Role, SolveResult, Status
+from hetis.solver.plan import (
+    ClassPrice,
+    Objective,
+    ObjectiveKind,
+    Plan,
+    ReplicaPlan,
+    Role,
+    SolveResult,
+    StagePlan,
+    Status,
+)
 
 if TYPE_CHECKING:
     from hetis.solver.planning import ConstraintPrice
+
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40
@@ -56,29 +65,15 @@ def render_plan(plan: Plan, *, wide: bool = False) -> RenderableType:
 
 def headline(plan: Plan) -> RenderableType:
     """Return what was planned and its quality, which `explain` shows too."""
-    return Group(_title(plan), _facts(plan))
-
-
-def section(title: str, body: RenderableType) -> RenderableType:
-    """Return a body under its bold title."""
-    return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
+    return Group(_title(plan), facts(_facts(plan)))
 
 
 def price_table(plan: Plan) -> Table:
     """Return the device classes: their numbers and uses, and their marginal prices."""
-    several_zones = len({price.zone for price in plan.prices}) > 1
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("GPU", no_wrap=True, overflow="fold")
-    if several_zones:
-        table.add_column("zone", no_wrap=True, overflow="fold")
-    for name in ("per node", "there", "used", "workers", "idle"):
-        table.add_column(name, justify="right")
-    table.add_column("marginal price", justify="right")
+    zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
-    for price in plan.prices:
-        if price in shown:
-            table.add_row(*_price_row(price, plan, zone=several_zones))
-    return table
+    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
+    return table(*heads, rows=(_price_row(price, plan, zone=zone) for price in plan.prices if price in shown))
 
 
 def _sections(plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
@@ -92,20 +87,12 @@ def _sections(plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
         if len(plan.prices) > MAX_CLASSES:
             yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
     if simpler := simple_setups(plan):
-        yield section("Simpler setups", bullets(tuple(simpler)))
+        yield section("Simpler setups", bullets(simpler))
     if plan.runners_up:
         yield section("Not chosen", _runners_up(plan))
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
     yield section("Family", Text(plan.family, style="dim"))
-
-
-def bullets(lines: tuple[str, ...]) -> Table:
-    """Return one bullet per line, with hanging indents."""
-    table = Table.grid(padding=(0, 1))
-    for line in lines:
-        table.add_row("•", Text(line))
-    return table
 
 
 def _title(plan: Plan) -> Text:
@@ -115,46 +102,62 @@ def _title(plan: Plan) -> Text:
         return Text(f"Plan by strategy {plan.strategy}", style="bold")
     model, cluster, workload = names
     gpus = sum(price.available for price in plan.prices)
-    fleet = f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster
-    title = Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+    title = _named_problem(model, f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster, workload)
     hits = documents["workload"].get("prefix_hit_rate", 0.0)
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
-def _facts(plan: Plan) -> Table:
+def problem_title(inputs: Inputs) -> Text:
+    """Return what is planned."""
+    fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
+    return _named_problem(inputs.model.name, fleet, inputs.workload.name)
+
+
+def _named_problem(model: str, fleet: str, workload: str) -> Text:
+    return Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+
+
+def goal_line(objective: Objective) -> Text:
+    """Return the objective and its limits in a line."""
+    ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
+    limits = [
+        f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
+        f"TPOT {'unlimited' if tpot is None else f'up to {1e3 * tpot:g} ms'}",
+    ]
+    demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
+    return Text(f"{objective.kind.value}{demand}; {', '.join(limits)}", style="dim")
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     result = plan.result
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    table.add_row(_VALUE_NAMES[result.objective], _value(plan))
+    yield _VALUE_NAMES[result.objective], _value(plan)
     if (cost := _cost(plan)) is not None:
-        table.add_row("Price" if result.objective is ObjectiveKind.COST else "Cost", cost)
+        yield "Price" if result.objective is ObjectiveKind.COST else "Cost", cost
     if (compared := beside_equal_stages(plan)) is not None:
-        table.add_row("Uniform", compared)
+        yield "Uniform", compared
     if engines := beside_engines(plan):
-        table.add_row("Engines", "\n".join(engines))
+        yield "Engines", "\n".join(engines)
     if (kept := precision(plan)) is not None:
-        table.add_row("Precision", kept)
+        yield "Precision", kept
     if plan.objective.demand_rps is not None:
-        table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
+        yield "Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s"
     for name, reached, limit in limits(plan):
-        table.add_row(name, _limit(reached, limit))
+        yield name, _limit(reached, limit)
     if (simulated := verification_of(plan)) is not None:
-        table.add_row("Simulated", _simulated(simulated, plan))
-    table.add_row("Fleet", _fleet(plan))
+        yield "Simulated", _simulated(simulated, plan)
+    yield "Fleet", _fleet(plan)
     if lost := losses(plan):
-        table.add_row("Losses", lost)
+        yield "Losses", lost
     if count_by_role(plan):
-        table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
+        yield "Roles", f"requests/s: {rates_by_role(plan)}"
     if (expected := predicted_of(plan)) is not None:
-        table.add_row("Range", _range(expected, plan))
-    table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
+        yield "Range", _range(expected, plan)
+    yield "Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}"
     engine = plan.inputs.get("engine")
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
-    table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
+    yield "Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"
     if ENGINE_SETTINGS in plan.inputs:
-        table.add_row("Engines", f"started with {engine_settings_of_plan(plan).describe()}")
-    return table
+        yield "Engines", f"started with {engine_settings_of_plan(plan).describe()}"
 
 
 def _value(plan: Plan) -> Text:
@@ -339,7 +342,7 @@ def _fleet(plan: Plan) -> str:
 def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     shown = len(groups) if wide else MAX_SHAPES
     for group in groups[:shown]:
-        yield render_replica(group, Palette.of(plan))
+        yield render_replica(group, palette_of(plan))
         if wide and len(group.numbers) > 1:
             yield Padding(device_table(group, plan), (0, 0, 0, 1))
     rest = groups[shown:]
@@ -368,17 +371,14 @@ def worth(dual: float, plan: Plan) -> str:
 
 
 def _runners_up(plan: Plan) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("shape", overflow="fold", ratio=3)
-    table.add_column("rate", justify="right", no_wrap=True)
-    table.add_column("why not", overflow="fold", ratio=3)
+    made = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    made.add_column("shape", overflow="fold", ratio=3)
+    made.add_column("rate", justify="right", no_wrap=True)
+    made.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
-        table.add_row(
-            Unbroken([Text(stage) for stage in folded(runner.shape).split(" | ")], " | "),
-            digits(runner.rate),
-            runner.reason,
-        )
-    return table
+        stages = [Text(stage) for stage in folded(runner.shape).split(" | ")]
+        made.add_row(Unbroken(stages, " | "), digits(runner.rate), runner.reason)
+    return made
 
 
 def folded(shape: str) -> str:
@@ -409,20 +409,16 @@ def route_table(plan: Plan, groups: Sequence[ReplicaGroup]) -> Table:
     rates: defaultdict[tuple[int, int], float] = defaultdict(float)
     for route in plan.kv_routes:
         rates[group_of[route.prefill], group_of[route.decode]] += route.rate
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("prefill", overflow="fold")
-    table.add_column("decode", overflow="fold")
-    for name in ("requests/s", "of prefill", "of decode"):
-        table.add_column(name, justify="right")
+    made = table("'prefill", "'decode", "requests/s", "of prefill", "of decode")
     pairs = sorted(rates, key=lambda pair: -rates[pair])
     for pair in pairs[:MAX_ROUTES]:
         sender, receiver = (groups[i] for i in pair)
         shares = (percent(rates[pair] / group.rate) if group.rate else "" for group in (sender, receiver))
-        table.add_row(_named(sender), _named(receiver), digits(rates[pair], 4), *shares)
+        made.add_row(_named(sender), _named(receiver), digits(rates[pair], 4), *shares)
     rest = pairs[MAX_ROUTES:]
     if rest:
-        table.add_row(f"… {plural(len(rest), 'more pair')}", "", digits(sum(rates[pair] for pair in rest)), "", "")
-    return table
+        made.add_row(f"… {plural(len(rest), 'more pair')}", "", digits(sum(rates[pair] for pair in rest)), "", "")
+    return made
 
 
 def _named(group: ReplicaGroup) -> str:
@@ -435,13 +431,14 @@ def _named(group: ReplicaGroup) -> str:
 
 def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
     """Return what the objective would gain without each constraint, and without all."""
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("without", overflow="fold")
-    table.add_column(f"gain, {unit}", justify="right")
-    for price in prices:
-        name = str(price.constraints[0]) if len(price.constraints) == 1 else f"all {len(price.constraints)} together"
-        table.add_row(name, _interval(price))
-    return section("What the constraints cost", table)
+    rows = (
+        (
+            str(price.constraints[0]) if len(price.constraints) == 1 else f"all {len(price.constraints)} together",
+            _interval(price),
+        )
+        for price in prices
+    )
+    return section("What the constraints cost", table("'without", f"gain, {unit}", rows=rows))
 
 
 def _interval(price: ConstraintPrice) -> str:
@@ -449,3 +446,144 @@ def _interval(price: ConstraintPrice) -> str:
     if not price.is_solved:
         return f"at most {high}, not solved again"
     return low if low == high else f"{low} to {high}"
+
+
+# --- one replica, or a group of equal ones: its pipeline drawn to scale and the devices of every stage
+
+
+_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+def palette_of(plan: Plan) -> Mapping[str, str]:
+    """Return colours for the GPU types of a plan, in the order of its device classes."""
+    gpus = [price.gpu for price in plan.prices]
+    gpus += [stage.gpu for replica in plan.replicas for stage in replica.stages]
+    gpus += [pool.gpu for replica in plan.replicas for pool in replica.attention_workers]
+    return {gpu: _COLORS[i % len(_COLORS)] for i, gpu in enumerate(dict.fromkeys(gpus))}
+
+
+PICTURE_WIDTH = 78
+MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
+
+
+def render_replica(group: ReplicaGroup, palette: Mapping[str, str]) -> RenderableType:
+    """Return headline, picture and stage table of a group of equal replicas."""
+    return Group(
+        _replica_headline(group), Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
+    )
+
+
+def device_table(group: ReplicaGroup, plan: Plan) -> Table:
+    """Return the GPUs of each of several equal replicas: those of its stages, and its attention workers."""
+    made = ["'attention workers"] if any(replica.attention_workers for replica in plan.replicas) else []
+    replicas = ((number, plan.replicas[number]) for number in group.numbers)
+    rows = (
+        (
+            str(number),
+            " | ".join(abbreviate(stage.devices) for stage in replica.stages),
+            *([abbreviate(replica.worker_devices())] if made else []),
+        )
+        for number, replica in replicas
+    )
+    return table("'replica", "'devices", *made, rows=rows)
+
+
+def _replica_headline(group: ReplicaGroup) -> Text:
+    """Return rate and settings in two lines, and in a third the zones to which KV may go if there are several."""
+    replica, count = group.first, len(group.numbers)
+    name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
+    each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
+    role = "" if replica.role is Role.UNIFIED else (f" {replica.role}" if count == 1 else f", {replica.role}")
+    return Text.assemble(
+        (f"\n{name}", "bold"),
+        (role, "bold magenta"),
+        f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} tokens\n",
+        f" {_latencies(replica)} · {_in_flight(replica)}{_kv_zones(replica)}",
+    )
+
+
+def _latencies(replica: ReplicaPlan) -> str:
+    """Return the latencies that the role has."""
+    ttft, tpot = f"TTFT {seconds(replica.ttft_s)}", f"TPOT {seconds(replica.tpot_s)}"
+    match replica.role:
+        case Role.PREFILL:
+            return f"{ttft} until the KV is there"
+        case Role.DECODE:
+            return tpot
+    return f"{ttft} · {tpot}"
+
+
+def _in_flight(replica: ReplicaPlan) -> str:
+    chunks = f"chunks of {replica.chunk_tokens}"
+    if replica.role is Role.PREFILL:
+        return f"{plural(replica.in_flight, 'prompt')} in flight · {chunks}"
+    decoding = (
+        f"{replica.micro_batch * replica.in_flight} decoding = {replica.micro_batch} × {replica.in_flight} in flight"
+    )
+    return decoding if replica.role is Role.DECODE else f"{decoding} · {chunks}"
+
+
+def _kv_zones(replica: ReplicaPlan) -> str:
+    return f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else ""
+
+
+def _picture(replica: ReplicaPlan, palette: Mapping[str, str]) -> RenderableType:
+    """Return the layers from left to right, with stage widths in proportion and layer numbers below."""
+    widths = _widths([stage.num_layers for stage in replica.stages])
+    if widths is None:
+        return Text(f"{len(replica.stages)} stages, too many to draw", style="dim")
+    line, ruler = Text("┃"), "0"
+    for number, (stage, width) in enumerate(zip(replica.stages, widths, strict=True), start=1):
+        label = _label(number, stage, replica.parallel_sizes(stage), width - 1)
+        line.append(label.center(width - 1, "━"), style=palette[stage.gpu])
+        line.append("┃")
+        tick = str(stage.first_layer + stage.num_layers)
+        ruler = ruler.ljust(len(line) - 1)
+        if not ruler or ruler[-1] == " ":  # a tick that would overlap the previous one is left out
+            ruler = ruler[: len(line) - len(tick)] + tick if number == len(replica.stages) else ruler + tick
+    return Group(line, Text(ruler, style="dim"))
+
+
+def _label(number: int, stage: StagePlan, shape: str, width: int) -> str:
+    """Return the longest description of a stage that leaves a dash on both sides."""
+    for label in (f" {number} {stage.gpu} {shape} ", f" {number} {stage.gpu} ", f" {number} ", f"{number}"):
+        if len(label) <= width - 2 or label == f"{number}":
+            return label
+    raise AssertionError("unreachable")
+
+
+def _widths(layers: list[int]) -> list[int] | None:
+    """Return characters per stage including its right border, or None if even the minimum does not fit."""
+    room = PICTURE_WIDTH - 1 - MIN_STAGE_WIDTH * len(layers)
+    if room < 0:
+        return None
+    ends = [round(room * sum(layers[: i + 1]) / sum(layers)) for i in range(len(layers))]
+    return [MIN_STAGE_WIDTH + end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _stages(group: ReplicaGroup, palette: Mapping[str, str]) -> Table:
+    replica = group.first
+    devices = "devices" if len(group.numbers) == 1 else f"devices of replica {group.numbers[0]}"
+    made = table("#", "<GPU", "<shape", "<layers", "<KV heads", f"'{devices}")
+    for number, stage in enumerate(replica.stages):
+        pools = [pool for pool in replica.attention_workers if pool.stage == number]
+        groups = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
+        last = stage.first_layer + stage.num_layers - 1
+        made.add_row(
+            str(number + 1),
+            Text(stage.gpu, style=palette[stage.gpu]),
+            replica.parallel_sizes(stage),
+            f"{stage.first_layer}–{last} ({stage.num_layers})",
+            "all" if not pools else f"{stage.kv_head_groups_kept} of {groups}",
+            abbreviate(stage.devices),
+        )
+        for pool in pools:
+            made.add_row(
+                "└",
+                Text(pool.gpu, style=palette[pool.gpu]),
+                f"×{len(pool.devices)}" + (" shared" if pool.shared else ""),
+                "attention",
+                f"{pool.kv_head_groups} of {groups}",
+                abbreviate(pool.devices),
+            )
+    return made

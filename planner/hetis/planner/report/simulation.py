@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.plan import section
+from hetis.planner.report.tables import facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import AGREES, Simulated
@@ -72,7 +72,7 @@ def _engine_settings(simulated: Simulated) -> dict[str, Any]:
 
 def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
     yield _title(simulated, plan)
-    yield _facts(simulated, plan)
+    yield facts(_facts(simulated, plan))
     if simulated.sweep is not None:
         yield section("Rates tried", _points(simulated))
     yield section("Planned and simulated", _comparison(simulated))
@@ -94,23 +94,20 @@ def _title(simulated: Simulated, plan: Plan) -> Text:
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
-def _facts(simulated: Simulated, plan: Plan) -> Table:
+def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     question, summary = simulated.question, simulated.summary
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    table.add_row("Arrivals", _arrivals(simulated))
+    yield "Arrivals", _arrivals(simulated)
     if simulated.sweep is not None:
-        table.add_row("Goodput", _goodput(simulated))
+        yield "Goodput", _goodput(simulated)
     tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
     throughput = f"{_with_interval(summary.throughput_rps, 4)} requests/s"
-    table.add_row("Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}"))
+    yield "Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}")
     if (doubt := _doubt(simulated)) is not None:
-        table.add_row("", Text(doubt, "yellow"))
+        yield "", Text(doubt, "yellow")
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
-        table.add_row("Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves")
+        yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves"
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
-    table.add_row("Measured", f"{_measured(simulated)}{clipped}")
+    yield "Measured", f"{_measured(simulated)}{clipped}"
     settings = question.settings
     lockstep = sum(one.expert_parallel for one in plan.replicas)
     parts = [f"micro-batches {settings.discipline}"] if lockstep < len(plan.replicas) else []
@@ -120,14 +117,13 @@ def _facts(simulated: Simulated, plan: Plan) -> Table:
     parts += [] if settings.dispatch else ["no head-level dispatch"]
     parts += ["no re-dispatch"] if settings.dispatch and not settings.redispatch else []
     parts += [plural(len(settings.faults), "fault")] if settings.faults else []
-    table.add_row("Settings", ", ".join(parts))
+    yield "Settings", ", ".join(parts)
     if question.engine_settings:
-        table.add_row("Engines", f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}")
+        yield "Engines", f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}"
     if not simulated.complete:
-        table.add_row("", Text("stopped early: figures are of what was simulated by then", "yellow"))
+        yield "", Text("stopped early: figures are of what was simulated by then", "yellow")
     if not simulated.precise:
-        table.add_row("", Text(f"not yet stable: the widest interval is {percent(summary.precision())}", "yellow"))
-    return table
+        yield "", Text(f"not yet stable: the widest interval is {percent(summary.precision())}", "yellow")
 
 
 def _doubt(simulated: Simulated) -> str | None:
@@ -190,21 +186,18 @@ def _measured(simulated: Simulated) -> str:
 
 def _points(simulated: Simulated) -> Table:
     assert simulated.sweep is not None
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    for name in ("requests/s", "served", "TTFT p95", "TPOT mean", "attained"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for point in simulated.sweep.points:
-        summary = point.summary
-        table.add_row(
+    rows = (
+        (
             digits(point.rate_rps, 4),
-            digits(summary.throughput_rps.value, 4),
-            _seconds_with_interval(summary.ttft_p95_s),
-            _seconds_with_interval(summary.mean_tpot_s),
-            percent(summary.attainment),
+            digits(point.summary.throughput_rps.value, 4),
+            _seconds_with_interval(point.summary.ttft_p95_s),
+            _seconds_with_interval(point.summary.mean_tpot_s),
+            percent(point.summary.attainment),
             _verdict(point),
         )
-    return table
+        for point in simulated.sweep.points
+    )
+    return table("requests/s", "served", "TTFT p95", "TPOT mean", "attained", "'", rows=rows, fixed=True)
 
 
 def _verdict(point: Point) -> Text:
@@ -243,17 +236,13 @@ _NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT
 
 
 def _comparison(simulated: Simulated) -> RenderableType:
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("")
-    for name in ("planned", "simulated", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    made = table("'", "planned", "simulated", "ratio", "'", fixed=True)
     for name, planned, found, ratio in _compared(simulated):
         rate = name == "throughput"
         judged = ""
         if rate and (agrees := _agreement(simulated)) is not None:
             judged = f"{'within' if agrees else 'not within'} {percent(AGREES)}"
-        table.add_row(
+        made.add_row(
             _NAMES[name],
             f"{digits(planned, 4)}/s" if rate else seconds(planned),
             f"{_with_interval(found, 4)}/s" if rate else _seconds_with_interval(found),
@@ -263,25 +252,20 @@ def _comparison(simulated: Simulated) -> RenderableType:
     note = "A plan's TPOT is that of the saturated fleet, its TTFT that at the planned utilisation."
     if simulated.question.engine_settings:
         note += " Planned is what the cost model says of these GPUs and layers with engines started so."
-    return Group(table, Text(note, style="dim"))
+    return Group(made, Text(note, style="dim"))
 
 
 def _latencies(simulated: Simulated) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("")
-    for name in ("mean", "p50", "p90", "p95", "p99"):
-        table.add_column(name, justify="right", no_wrap=True)
     summary = simulated.summary
-    rows: tuple[tuple[str, Distribution], ...] = (
-        ("TTFT", summary.ttft_s),
-        ("TPOT of a request", summary.tpot_s),
-        ("End to end", summary.end_to_end_s),
-        ("  per output token", summary.normalised_s),
-        ("Queueing", summary.queueing_s),
-    )
-    for name, of in rows:
-        table.add_row(name, *(_seconds(value) for value in (of.mean, of.p50, of.p90, of.p95, of.p99)))
-    return table
+    latencies: dict[str, Distribution] = {
+        "TTFT": summary.ttft_s,
+        "TPOT of a request": summary.tpot_s,
+        "End to end": summary.end_to_end_s,
+        "  per output token": summary.normalised_s,
+        "Queueing": summary.queueing_s,
+    }
+    rows = ((name, *map(_seconds, (of.mean, of.p50, of.p90, of.p95, of.p99))) for name, of in latencies.items())
+    return table("'", "mean", "p50", "p90", "p95", "p99", rows=rows, fixed=True)
 
 
 def _events(simulated: Simulated) -> Text:
@@ -298,13 +282,9 @@ def _events(simulated: Simulated) -> Text:
 
 
 def _devices(simulated: Simulated, plan: Plan) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("", overflow="fold")
-    for name in ("KV in use", "highest", "busy"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for use in grouped_use(plan, simulated.summary.devices):
-        table.add_row(use.device, percent(use.kv_mean), percent(use.kv_max), percent(use.busy_mean))
-    return table
+    uses = grouped_use(plan, simulated.summary.devices)
+    rows = ((use.device, percent(use.kv_mean), percent(use.kv_max), percent(use.busy_mean)) for use in uses)
+    return table("'", "KV in use", "highest", "busy", rows=rows, fixed=True)
 
 
 def _with_interval(estimate: Estimate, significant: int = 3) -> str:

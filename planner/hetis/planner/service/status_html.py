@@ -36,9 +36,9 @@ from hetis.planner.report.page.blocks import (
     Tile,
     Tiles,
     ZoneMap,
+    render_page,
 )
 from hetis.planner.report.page.fleet_map import IDLE, Duty, replica_duties
-from hetis.planner.report.page.render import render_page
 from hetis.planner.service.overview import (
     NUM_SAMPLES,
     SAMPLE_S,

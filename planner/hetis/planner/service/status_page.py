@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.report.page.render import live_script_policy
+from hetis.planner.report.page.blocks import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import join_address, split_address

@@ -1,4 +1,4 @@
-"""Several strategies or engines on one problem: plans side by side, each checked, each with the best known bound."""
+"""Plans side by side: several strategies or engines on one problem, each checked, each with the best known bound."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings, make_plan
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, inputs_from_documents, load_plan_and_problem
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
+from hetis.solver.replanning.change import PlanChange, plan_change
+from hetis.solver.workload import WorkloadMoments
 
 # Every plan of a strategy is also one of its container, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
@@ -170,9 +173,7 @@ def _containers(strategy: str) -> list[str]:
     return found
 
 
-def planned(
-    loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report
-) -> Compared:  # fmt: skip
+def planned(loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report) -> Compared:
     """Return the outcome of one strategy: its plan, or why there is none."""
     name = settings.strategy
     if settings.engine is not None and not STRATEGIES[name].has_engines:
@@ -216,9 +217,7 @@ def planned(
     return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())
 
 
-def _with_better_plan(
-    container: Compared, contained: Plan | None, problem: PlacementProblem, note: str
-) -> Compared:  # fmt: skip
+def _with_better_plan(container: Compared, contained: Plan | None, problem: PlacementProblem, note: str) -> Compared:
     """Return the container with a contained family's plan if its own search ended with a worse one; ``note`` says so.
 
     Bound and prices remain the container's. Every search has a time limit, so a heuristic may beat a truncated search.
@@ -277,12 +276,12 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
     return replace(result, bound=bound, gap=gap)
 
 
-def figures_of(plan: Plan, inputs: Inputs) -> Figures:
+def figures_of(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
     """Return the figures of a plan."""
     goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share)
-    usd = _usd_per_hour(plan, inputs)
+    usd = _usd_per_hour(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s = rate * moments.mean_output
     used = len(_devices(plan))
@@ -310,11 +309,11 @@ def _devices(plan: Plan) -> set[str]:
     return {name for replica in plan.replicas for name in replica.devices()}
 
 
-def _usd_per_hour(plan: Plan, inputs: Inputs) -> float | None:
+def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
     """Return the cost of the GPUs in use in USD per hour, or None if one of them has no price."""
     used, total = _devices(plan), 0.0
-    for group in inputs.cluster.node_groups:
-        prices = [inputs.cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
+    for group in cluster.node_groups:
+        prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
         for node in range(group.count):
             for index, price in enumerate(prices):
                 if f"{group.node_name(node)}/{index}" in used:
@@ -322,3 +321,62 @@ def _usd_per_hour(plan: Plan, inputs: Inputs) -> float | None:
                         return None
                     total += price
     return total
+
+
+# --- two plan files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDiff:
+    """Two plans and their differences. ``same_model``: weights can be kept. ``warnings`` limit the comparison."""
+
+    before: Plan
+    after: Plan
+    figures_before: Figures
+    figures_after: Figures
+    same_model: bool
+    warnings: tuple[str, ...]
+    change: PlanChange
+
+
+def diff_plans(before: str, after: str) -> PlanDiff:
+    """Read two plans and compare them; devices of the same name are taken to be the same GPU.
+
+    Raises:
+        DocumentError: a plan, or a document in it, is not usable.
+    """
+    old, new = load_plan_and_problem(before), load_plan_and_problem(after)
+    old_inputs, new_inputs = _inputs(old.plan, before), _inputs(new.plan, after)
+    same_model = old_inputs.model == new_inputs.model
+    return PlanDiff(
+        before=old.plan,
+        after=new.plan,
+        figures_before=figures_of(old.plan, old_inputs),
+        figures_after=figures_of(new.plan, new_inputs),
+        same_model=same_model,
+        warnings=(*old.warnings, *new.warnings, *_differences(old_inputs, new_inputs, old.plan, new.plan)),
+        change=plan_change(old.plan, new.plan, new_inputs.model, _moments(old.problem), same_model=same_model),
+    )
+
+
+def _inputs(plan: Plan, name: str) -> Inputs:
+    return inputs_from_documents(plan.inputs.get("documents"), name)
+
+
+def _moments(problem: PlacementProblem) -> WorkloadMoments:
+    return problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+
+
+def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:
+    """Return the reasons why the rates of the two plans are not comparable."""
+    found = []
+    if old.model != new.model:
+        found.append(f"the plans serve different models: {old.model.name} and {new.model.name}; nothing is kept")
+    if old.workload != new.workload:
+        found.append(f"the plans are for different traffic: {old.workload.name} and {new.workload.name}")
+    if before.objective != after.objective:
+        found.append("the plans have different objectives or limits")
+    changed = sorted(gpu for gpu in old.profiles.keys() & new.profiles.keys() if old.profiles[gpu] != new.profiles[gpu])
+    if changed:
+        found.append(f"the plans were made with different profiles of {', '.join(changed)}")
+    return found

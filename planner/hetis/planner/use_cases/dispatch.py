@@ -1,34 +1,383 @@
-"""Dispatch and re-dispatch of a saved state, with all results for a report."""
+"""Dispatch and re-dispatch of one stage: its state from files or a plan, new requests, and all results for a report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
-from hetis.formats.dispatch_state import NewRequests
-from hetis.formats.saved_state import SavedState
-from hetis.planner.use_cases.stage_sources import LoadedStage
-from hetis.planner.use_cases.stage_times import StageTimes, times_of
+import numpy as np
+
+from hetis.formats import catalogue
+from hetis.formats.dispatch_state import NewRequests, load_requests, load_state, requests_from_words
+from hetis.formats.documents import load_profile
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.saved_state import (
+    AttentionPiece,
+    InlineHeads,
+    Pieces,
+    SavedDevice,
+    SavedState,
+    blocks_in,
+    catalogue_model,
+)
+from hetis.planner.use_cases.grouping import abbreviate
+from hetis.planner.use_cases.sources import PlanAndProblem, attempt, load_plan_and_problem
+from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem
+from hetis.solver.cluster import Link
+from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, FloatArray, HeadShape, IntArray, Stage
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Role
+from hetis.solver.profile import Fit, FitScope, Op, Profile
 from hetis.solver.redispatch.problem import Move, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.triggers import Trigger
+
+# --- times of every device by cause, for reports and explanations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTime:
+    """Seconds per layer and decode step of a device, on the slowest affine piece; all 0 if it holds no heads.
+
+    ``heads_s`` is for query heads and their exchange with the primary, ``kv_s`` for reading KV, ``call_s`` for the
+    fixed cost of calls and exchanges.
+    """
+
+    heads: int
+    kv_bytes: float
+    call_s: float
+    heads_s: float
+    kv_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.call_s + self.heads_s + self.kv_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """The times of every device, and of the primary's network card, which is 0 while no worker holds heads."""
+
+    devices: tuple[DeviceTime, ...]
+    card_s: float
+
+    @property
+    def makespan_s(self) -> float:
+        return max([self.card_s, *(device.seconds for device in self.devices)])
+
+    @property
+    def bottleneck(self) -> int | None:
+        """The slowest device, or None if it is the network card or nothing runs."""
+        seconds = [device.seconds for device in self.devices]
+        slowest = max(range(len(seconds)), key=lambda i: seconds[i])
+        return slowest if seconds[slowest] >= self.card_s and seconds[slowest] > 0 else None
+
+
+def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StageTimes:
+    """Return the times under a load: query heads and KV bytes read per layer on each device, shape [D]."""
+    from hetis.solver.dispatch.tables import costs_of
+
+    costs = costs_of(stage)
+    parts = np.stack([costs.call_s, costs.head_s * heads[:, None], costs.byte_s * kv_bytes[:, None]])  # [3, D, K]
+    slowest = parts.sum(axis=0).argmax(axis=1)
+    devices = []
+    for i, k in enumerate(slowest):
+        call_s, heads_s, kv_s = (float(part) if heads[i] else 0.0 for part in parts[:, i, k])
+        devices.append(
+            DeviceTime(heads=int(heads[i]), kv_bytes=float(kv_bytes[i]), call_s=call_s, heads_s=heads_s, kv_s=kv_s)
+        )
+    on_workers = int(heads.sum()) - (int(heads[costs.primary]) if costs.primary >= 0 else 0)
+    card_s = costs.nic_s + costs.nic_head_s * on_workers if costs.primary >= 0 and on_workers else 0.0
+    return StageTimes(devices=tuple(devices), card_s=card_s)
+
+
+def times_of(snapshot: StateSnapshot, *, arrived: bool = False) -> StageTimes:
+    """Return the times of the running requests; with ``arrived``, moving head groups count at their targets."""
+    groups = arrived_groups(snapshot) if arrived else snapshot.groups
+    heads = snapshot.stage.heads
+    kv_bytes = (snapshot.context_tokens @ groups).astype(np.float64) * heads.kv_bytes_per_token
+    return stage_times(snapshot.stage, groups.sum(axis=0) * heads.queries_per_group, kv_bytes)
+
+
+def arrived_groups(snapshot: StateSnapshot) -> IntArray:
+    """Return the head groups of each request on each device after all moves in progress, shape [N, D]."""
+    groups = snapshot.groups + snapshot.incoming()
+    index = {name: j for j, name in enumerate(snapshot.ids)}
+    for move in snapshot.moves:
+        groups[index[move.request], move.source] -= move.groups
+    return groups
+
+
+def expected_blocks(snapshot: StateSnapshot) -> IntArray:
+    """Return the KV blocks per layer on each device once its requests have all their expected tokens, shape [D]."""
+    blocks: IntArray = snapshot.expected_blocks() @ (snapshot.groups + snapshot.incoming())
+    return blocks
+
+
+# --- inputs: a DispatchState file, the costs of the GPU types it names, and new requests
+
+
+GIVEN = "given"  # costs from the state file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedStage:
+    """A stage with known costs: its name in messages, and its state as in its file and for the solver.
+
+    ``origins`` are those of the costs of each device: `GIVEN`, `MODELLED`, or the file of a profile.
+    """
+
+    file: str
+    saved: SavedState
+    snapshot: StateSnapshot
+    origins: Mapping[str, str]
+
+
+def load_stage(path: str, *, profiles: Sequence[str] = ()) -> LoadedStage:
+    """Read a state; GPU types without a profile file get a modelled one.
+
+    Raises:
+        DocumentError: with the problems of all files together.
+        InvalidProblemError: a GPU type has no profile and none can be modelled.
+    """
+    problems: list[Problem] = []
+    saved = attempt(partial(load_state, path), problems)
+    given = [(file, attempt(partial(load_profile, file), problems)) for file in profiles]
+    measured = {profile.gpu: (file, profile) for file, profile in given if profile is not None}
+    if saved is not None:
+        used = {device.gpu for device in saved.devices if device.gpu is not None and device.attention is None}
+        problems += [
+            Problem(file=file, path="gpu", message=f"no device of {path} needs {gpu}{did_you_mean(gpu, used)}")
+            for gpu, (file, _) in measured.items()
+            if gpu not in used
+        ]
+    if problems or saved is None:
+        raise DocumentError(problems)
+    return with_costs(saved, path, measured)
+
+
+def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, Profile]]) -> LoadedStage:
+    """Add the costs of the GPU types in a state. ``measured``: file and profile by GPU type.
+
+    Raises:
+        InvalidProblemError: a GPU type has no profile and none can be modelled.
+    """
+    costs, origins = dict[str, Pieces](), dict[str, str]()
+    for device in saved.devices:
+        if device.attention is not None or device.gpu is None:
+            origins[device.name] = GIVEN
+            continue
+        origin, profile = measured.get(device.gpu) or default_profile(catalogue.find_gpu(device.gpu).gpu)
+        origins[device.name] = origin
+        costs[device.name] = _pieces_of(saved, device, profile)
+    return LoadedStage(file=file, saved=saved, snapshot=saved.snapshot(costs), origins=origins)
+
+
+def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int) -> Pieces:
+    """Return the pieces of decode attention, per query head, per KV byte and per call, on one of ``tp`` cards.
+
+    FLOPs grow with the KV that is read: ``group_flops`` are those of one head group per token of its context.
+    """
+    # If cards outnumber head groups, the cards that hold a group share its query heads.
+    flops_per_byte = group_flops / heads.kv_bytes_per_token / max(1, tp // heads.head_groups)
+    return tuple(
+        AttentionPiece(
+            head_s=piece.head_s, kv_byte_s=piece.byte_s + piece.flop_s * flops_per_byte, call_s=piece.fixed_s
+        )
+        for piece in fit.pieces
+    )
+
+
+def load_new_requests(stage: LoadedStage, *, file: str | None, words: Sequence[str]) -> NewRequests:
+    """Return the requests of a file, then those given as ``CONTEXT/OUTPUT``.
+
+    Raises:
+        DocumentError: with every problem, including requests that are running already.
+    """
+    problems: list[Problem] = []
+    running = set(stage.snapshot.ids)
+    listed = attempt(partial(load_requests, file), problems) if file is not None else None
+    first = () if listed is None else listed.requests
+    problems += [
+        Problem(file=str(file), path=f"requests[{j}].id", message=f"request {request.id!r} is running already")
+        for j, request in enumerate(first)
+        if request.id in running
+    ]
+    taken = running | {request.id for request in first}
+    spoken = attempt(lambda: requests_from_words(words, taken), problems)
+    if problems or spoken is None:
+        raise DocumentError(problems)
+    return NewRequests(requests=(*first, *spoken.requests))
+
+
+def _pieces_of(saved: SavedState, device: SavedDevice, profile: Profile) -> Pieces:
+    flops = saved.group_flops_per_token
+    if flops is None or saved.heads.kv_bytes_per_token <= 0:
+        raise InvalidProblemError(f"{device.name}: {device.gpu} cannot be modelled for heads of unknown size")
+    if saved.model is not None:
+        fit = profile.fit(Op.DECODE_ATTENTION, catalogue_model(saved.model), device.tp)
+    else:
+        fits = (fit for fit in profile.fits if fit.op is Op.DECODE_ATTENTION and fit.scope == FitScope())
+        fit = next(fits, None)
+    if fit is None:
+        raise InvalidProblemError(f"the profile of {profile.gpu} has no decode attention for these heads")
+    return attention_pieces(fit, saved.heads, group_flops=flops, tp=device.tp)
+
+
+# --- a stage of a placement plan as an empty state
+
+
+def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
+    """Return the first copy of a stage, with nothing running.
+
+    Attention costs, links and KV memory are those that the plan was made with. KV memory is the share of one
+    micro-batch: dispatch handles one, and a copy of the stage holds the KV of several. Replicas are counted from 0, as
+    plans number them, and stages from 1, as plans draw them.
+
+    Raises:
+        DocumentError: the plan is not usable, has no such replica or stage, or the replica decodes nothing.
+        InvalidProblemError: the plan contradicts its inputs.
+    """
+    found = load_plan_and_problem(path)
+    replicas = found.plan.replicas
+    if replica >= len(replicas):
+        raise single_problem(path, f"has no replica {replica}, its {len(replicas)} replicas are counted from 0")
+    if replicas[replica].role is Role.PREFILL:
+        raise single_problem(
+            path, f"replica {replica} is a prefill replica: it decodes nothing, so nothing is dispatched"
+        )
+    num_stages = len(replicas[replica].stages)
+    if not 1 <= stage <= num_stages:
+        raise single_problem(path, f"replica {replica} has no stage {stage}, its {num_stages} are counted from 1")
+    return with_costs(state_of_stage(found, replica, stage - 1), path, {})
+
+
+def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedState:
+    """Return the state of a stage as `load_stage_of_plan`, from a loaded plan; ``position`` is counted from 0.
+
+    Raises:
+        InvalidProblemError: the plan contradicts its inputs.
+    """
+    from hetis.solver.placement.explanation.replica_view import replica_views
+
+    plan, problem = found.plan, found.problem
+    one, model = plan.replicas[number], problem.model
+    view = replica_views(replace(plan, replicas=(one,)), problem)[0]
+    stage, shape = one.stages[position], view.shape.stages[position]
+    num_layers = view.layers(position)
+    micro_batches = -(-one.in_flight // stage.copies)
+    room = {
+        bar.role: max(0, bar.kv_bytes + bar.free_bytes) // micro_batches
+        for bar in view.memory()
+        if bar.stage == position
+    }
+    empty = _empty_stage(f"{model.name}, replica {number}, stage {position + 1}", model, num_layers)
+
+    def blocks(role: str, tp: int) -> int:
+        return blocks_in(tp * room[role], heads=empty.heads, num_layers=num_layers, tp=tp)
+
+    link = (0.0, 0.0)
+    if shape.pool is not None:
+        link = _exchange(problem.profiles[stage.gpu], model, stage.tp, shape.pool.link)
+    devices = [
+        SavedDevice(
+            name=abbreviate(stage.devices[: stage.tp]),
+            role="primary",
+            tp=stage.tp,
+            gpu=stage.gpu,
+            link_byte_s=link[0],
+            link_s=link[1],
+            total_blocks=blocks("primary", stage.tp),
+        )
+    ]
+    for pool in one.attention_workers:
+        if pool.stage == position and shape.pool is not None:
+            byte_s, seconds = _exchange(problem.profiles[pool.gpu], model, 1, shape.pool.link)
+            devices += [
+                SavedDevice(
+                    name=name,
+                    role="worker",
+                    gpu=pool.gpu,
+                    link_byte_s=byte_s,
+                    link_s=seconds,
+                    total_blocks=blocks("attention worker", 1),
+                )
+                for name in pool.devices[: len(pool.devices) // stage.copies]
+            ]
+    return _with_given_costs(replace(empty, devices=tuple(devices)), problem.profiles, model)
+
+
+def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
+    """Return a state without devices, with the model's name if the catalogue has the same model, else its sizes."""
+    nobody = (SavedDevice(name="none", role="worker", attention=(AttentionPiece(),), total_blocks=0),)
+    try:
+        if catalogue.find_model(model.name).model == model:
+            return SavedState(name=name[:200], model=model.name, num_layers=num_layers, devices=nobody)
+    except catalogue.UnknownNameError:
+        pass
+    inline = InlineHeads(
+        groups=model.head_groups,
+        queries_per_group=model.queries_per_group,
+        kv_bytes_per_token=model.kv_bytes_per_token_group(),
+        exchange_bytes_per_head=model.exchange_bytes_per_head(),
+    )
+    return SavedState(name=name[:200], inline=inline, num_layers=num_layers, devices=nobody)
+
+
+def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[float, float]:
+    """Return seconds per byte and per exchange over a link, as in the cost model of placement."""
+    fit = profile.fit(Op.TRANSFER, model, tp)
+    assert fit is not None, "Profile guarantees a fit for transfers"
+    byte_s = max(piece.byte_s + piece.wire / link.bytes_per_s for piece in fit.pieces)
+    return byte_s, max(piece.fixed_s for piece in fit.pieces) + 2.0 * link.latency_s
+
+
+def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model: ModelSpec) -> SavedState:
+    """Store the costs of GPU types that the catalogue would not reproduce."""
+    flops = model.decode_attention_flops(1.0, model.queries_per_group)
+
+    def device(one: SavedDevice) -> SavedDevice:
+        assert one.gpu is not None
+        profile = profiles[one.gpu]
+        fit = profile.fit(Op.DECODE_ATTENTION, model, one.tp)
+        if saved.model is not None and fit == _default_fit(profile.gpu, model, one.tp):
+            return one
+        assert fit is not None, "Profile guarantees a fit for decode attention"
+        pieces = attention_pieces(fit, saved.heads, group_flops=flops, tp=one.tp)
+        return replace(one, gpu=_known(one.gpu), attention=pieces)
+
+    return replace(saved, devices=tuple(map(device, saved.devices)))
+
+
+def _default_fit(gpu: str, model: ModelSpec, tp: int) -> Fit | None:
+    try:
+        return default_profile(catalogue.find_gpu(gpu).gpu)[1].fit(Op.DECODE_ATTENTION, model, tp)
+    except (catalogue.UnknownNameError, InvalidProblemError):
+        return None
+
+
+def _known(gpu: str) -> str | None:
+    """Return the name if the catalogue has it: a state file may name no other."""
+    try:
+        return catalogue.find_gpu(gpu).gpu.name
+    except catalogue.UnknownNameError:
+        return None
+
+
+# --- answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
-    """New requests placed on a stage.
+    """New requests, in order of admission, placed on a stage by a plan with its proof.
 
-    Attributes:
-        stage: the stage.
-        requests: in order of admission.
-        plan: their placement, with its proof.
-        before, after: times of every device without and with them.
-        reached: the state including the placed requests.
+    ``before`` and ``after`` are the times of every device without and with them; ``reached`` is the state with them.
     """
 
     stage: LoadedStage
@@ -46,15 +395,10 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redispatched:
-    """Moves of running requests' head groups.
+    """Moves of running requests' head groups by a plan, which also has refused ones and its proof.
 
-    Attributes:
-        stage: the stage with its running requests.
-        problem: with the settings it was solved under.
-        triggers: those that would fire in a running stage.
-        plan: moves, refused ones, proof.
-        before, after: times of every device; moving head groups count at their targets.
-        reached: the state after the moves.
+    ``triggers`` are those that would fire in a running stage; ``before`` and ``after`` the times of every device, where
+    moving head groups count at their targets; ``reached`` is the state after the moves.
     """
 
     stage: LoadedStage

@@ -12,8 +12,7 @@ from hetis.solver.errors import HetisError
 class UncheckedPlanError(HetisError):
     """The solver returned a plan that violates its own problem, so nothing is printed or saved.
 
-    Attributes:
-        violations: what the checker found, one sentence each.
+    ``violations`` are what the checker found, one sentence each.
     """
 
     def __init__(self, violations: tuple[str, ...]) -> None:

@@ -1,12 +1,14 @@
-"""Groups of equal replicas, of GPUs that do the same work, and of names: thousands of replicas have few shapes."""
+"""Groups of equal replicas, of GPUs by work or type, and of names: thousands of replicas have few shapes."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hetis.simulator.metrics import DeviceUse
+from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 
 _NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
@@ -14,12 +16,9 @@ _NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaGroup:
-    """Replicas that differ only in the names of their devices.
+    """Replicas that differ only in the names of their devices, the ``first`` of which stands for all.
 
-    Attributes:
-        first: the representative of all of them.
-        numbers: their positions in the plan, from 0.
-        rate: saturated rate of all of them together, requests/s.
+    ``numbers`` are their positions in the plan, from 0; ``rate`` is the saturated rate of all together, requests/s.
     """
 
     first: ReplicaPlan
@@ -46,6 +45,23 @@ def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
     sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
     return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel
+
+
+def gpu_counts(cluster: Cluster) -> Counter[str]:
+    """Return the number of GPUs of every type in a fleet."""
+    counts = Counter[str]()
+    for group in cluster.node_groups:
+        for slots in group.gpus:
+            counts[slots.gpu] += group.count * slots.count
+    return counts
+
+
+def used_counts(plan: Plan | None) -> Counter[str]:
+    """Return the number of GPUs in use of every type that a plan knows, if there is one."""
+    counts = Counter[str]()
+    for price in () if plan is None else plan.prices:
+        counts[price.gpu] += price.used
+    return counts
 
 
 def device_groups(plan: Plan) -> dict[str, str]:

@@ -14,13 +14,7 @@ from hetis.solver.layers.problem import LayersProblem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layered:
-    """The result of `hetis-plan layers`.
-
-    Attributes:
-        problem: as in the file.
-        plan: the placement, checked.
-        max_flow: the placement of maximum flow under the same model, checked; None if not requested.
-    """
+    """The result of `hetis-plan layers`: the placement, and if requested that of maximum flow, both checked."""
 
     problem: LayersProblem
     plan: LayersPlan
@@ -66,14 +60,7 @@ def place_layers(
     compare: bool = True,
     report: Report = silent,
 ) -> Layered:
-    """Solve and check.
-
-    Args:
-        problem: what to place.
-        budget: of the search; the comparison, which is cheaper by half, gets what is left.
-        seed: equal seeds give equal plans.
-        compare: also find the placement of maximum flow.
-        report: called with progress.
+    """Solve and check. ``compare``: also find the placement of maximum flow, in what is left of the budget.
 
     Raises:
         InfeasibleError: the nodes cannot hold all layers.

@@ -12,17 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision
-from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
+from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
+from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, LoadedInputs, engine_settings_data, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.tightening import tightening_of, verified_plan
-from hetis.planner.use_cases.verify import misses, verification_of
+from hetis.planner.use_cases.verify import misses, tightening_of, verification_of, verified_plan
 from hetis.planner.use_cases.versions import installed_versions
+from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import WithoutTp
@@ -33,8 +34,7 @@ from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Place
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.robustness.study import Robustness
-    from hetis.solver.placement.infeasible import Market
+    from hetis.solver.placement.infeasible import Market, Offer
     from hetis.solver.planning import ConstraintPrice
 
 DEFAULT_TTFT_S = 2.0
@@ -138,9 +138,7 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
         InvalidProblemError: the inputs contradict each other, the strategy has not all of these roles, or there is no
             demand that could survive a loss.
     """
-    goal = objective(
-        request.objective, ttft_s=request.ttft_s, tpot_s=request.tpot_s, demand_rps=request.demand_rps
-    )  # fmt: skip
+    goal = objective(request.objective, ttft_s=request.ttft_s, tpot_s=request.tpot_s, demand_rps=request.demand_rps)
     settings = request.settings
     problem = loaded.inputs.problem(goal, settings.strategy, settings.roles, settings.engine)
     if settings.survive:
@@ -188,7 +186,10 @@ def place(
         plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})
     if request.profile_error is None or not plan.replicas:
         return PlacedPlan(plan=plan, prices=prices)
-    found = _robustness(plan, problem, request.profile_error, settings, budget(), report)
+    found = study(
+        plan, problem, error=request.profile_error, seed=settings.seed, budget=budget(), threads=settings.threads,
+        report=report,
+    )  # fmt: skip
     return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
 
 
@@ -433,11 +434,16 @@ def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:
     ]
 
 
-def _robustness(
-    plan: Plan, problem: PlacementProblem, error: float, settings: Settings, budget: Budget, report: Report
-) -> Robustness:
-    from hetis.planner.use_cases.robustness.study import study
+def catalogue_market() -> Sequence[Offer]:
+    """Return what could be added to a fleet: the catalogue's GPU types with a price, and their default profiles."""
+    from hetis.solver.placement.infeasible import Offer
 
-    return study(
-        plan, problem, error=error, seed=settings.seed, budget=budget, threads=settings.threads, report=report
-    )  # fmt: skip
+    offers = []
+    for entry in catalogue.gpus():
+        if entry.gpu.usd_per_hour is not None:
+            try:
+                _, profile = default_profile(entry.gpu)
+            except InvalidProblemError:
+                continue
+            offers.append(Offer(gpu=entry.gpu, profile=profile))
+    return offers

@@ -19,9 +19,7 @@ from hetis.solver.problem import EngineRules
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
 
-def in_precision(
-    loaded: LoadedInputs, *, weights: str | None, kv: str | None, mtp: str | None = None
-) -> LoadedInputs:  # fmt: skip
+def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, mtp: str | None = None) -> LoadedInputs:
     """Return the inputs with the model's weights or KV in another precision, or with drafts; None: as in its file.
 
     Args:

@@ -12,7 +12,7 @@ from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors
+from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
@@ -139,9 +139,7 @@ def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str,
     return {**saved, "profiles": named, **({} if workload is None else {"workload": workload})}
 
 
-def replan(
-    posed: Posed, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report
-) -> Replanning:  # fmt: skip
+def replan(posed: Posed, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report) -> Replanning:
     """Solve, complete the plan with its inputs and notes, and check plan and change.
 
     Raises:

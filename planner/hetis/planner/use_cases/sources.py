@@ -58,16 +58,11 @@ class Inputs:
     ) -> PlacementProblem:
         """Return the problem that the inputs pose. Prompts are clipped to the model's context.
 
-        Args:
-            objective: what the plan optimises.
-            strategy: name of the family of plans.
-            roles: those that replicas may have; empty: all of the strategy's.
-            engine: whose rules replicas keep to; None: any engine's.
+        Without ``roles``, replicas may have all of the strategy's; without ``engine``, they keep to the rules of none.
 
         Raises:
             InvalidProblemError: the inputs contradict each other, or the strategy lacks one of these roles or supports
-            no
-                engine.
+                no engine.
         """
         return PlacementProblem(
             cluster=self.cluster,
@@ -143,11 +138,6 @@ class ReplicaLimits:
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = ReplicaLimits()) -> EngineRules | None:
     """Return the rules of the requested engine; None means any engine, the default of strategies that no engine runs.
-
-    Args:
-        name: of the engine, ``any``, or None for the default.
-        strategy: the one that searches them.
-        limits: of a replica.
 
     Raises:
         InvalidProblemError: there is no such engine, or limits are given for any engine.
@@ -235,10 +225,7 @@ def load_inputs(
         if mixes
         else (),
         inputs=Inputs(
-            cluster=fleet,
-            model=spec,
-            workload=traffic,
-            profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
+            cluster=fleet, model=spec, workload=traffic, profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()}
         ),
         origins={
             **{

@@ -131,9 +131,7 @@ def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
     groups = [[group.node_name(index) for index in range(group.count)] for group in problem.cluster.node_groups]
     for number in FEW_NODES:
         rate = demand / (number - 1)
-        able = [
-            (plan.result.value, node) for nodes in groups if (plan := plan_of(nodes[0], rate)) for node in nodes
-        ]  # fmt: skip
+        able = [(plan.result.value, node) for nodes in groups if (plan := plan_of(nodes[0], rate)) for node in nodes]
         chosen = sorted(able)[:number]
         if len(chosen) == number and (best is None or sum(value for value, _ in chosen) < best[0]):
             best = sum(value for value, _ in chosen), [node for _, node in chosen], rate

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem
-from hetis.profiler.defaults import default_profile
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, attempt
+from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
     Addition,
     Change,
@@ -24,12 +29,13 @@ from hetis.solver.advice import (
     NodeShape,
     Proven,
     difference,
+    node_names,
     usd_per_hour_of,
     with_added,
     without,
 )
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, GpuType, Link, NodeGroup
 from hetis.solver.plan import Objective, Status
 from hetis.solver.problem import Assumptions
 from hetis.solver.replanning.change import PlanChange, plan_change
@@ -89,8 +95,7 @@ class Offer:
     @property
     def usd_per_hour(self) -> float | None:
         """The price of one GPU per hour, or None if unknown."""
-        price = self.addition.usd_per_hour
-        return price if price is not None else self.addition.gpu.usd_per_hour
+        return _price(self.addition)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,20 +247,14 @@ def _solver(
 
 def _side(loaded: LoadedInputs, name: str, solve: Solve, objective: Objective) -> Side:
     outcome = solve(loaded, name)
-    return Side(
-        loaded=loaded,
-        outcome=outcome,
-        proven=_proven(outcome, objective),
-        usd_per_hour=usd_per_hour_of(loaded.inputs.cluster),
-    )
-
-
-def _proven(outcome: Compared, objective: Objective) -> Proven:
     nothing, anything = (0.0, math.inf) if objective.maximises else (math.inf, 0.0)
     if outcome.plan is not None:
-        return Proven(value=outcome.plan.result.value, bound=outcome.plan.result.bound)
-    proved = outcome.status == Status.INFEASIBLE.value
-    return Proven(value=nothing, bound=nothing if proved else anything)
+        proven = Proven(value=outcome.plan.result.value, bound=outcome.plan.result.bound)
+    else:
+        proved = outcome.status == Status.INFEASIBLE.value
+        proven = Proven(value=nothing, bound=nothing if proved else anything)
+    usd_per_hour = usd_per_hour_of(loaded.inputs.cluster)
+    return Side(loaded=loaded, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
 
 
 def _difference(before: Side, after: Side, objective: Objective) -> Difference:
@@ -304,3 +303,186 @@ def with_cluster(loaded: LoadedInputs, cluster: Cluster, origin: str | None = No
         inputs=replace(loaded.inputs, cluster=cluster, profiles=kept),
         origins=named if origin is None else {**named, "cluster": origin},
     )
+
+
+# --- GPUs and nodes named on a command line: ``4xL4``, ``L4=0.80,H100-SXM-80GB``, ``like node a100-0``
+
+
+MAX_ADDED = 100_000  # GPUs per option
+_ADDED = re.compile(r"(\d{1,9})\s*[x×]\s*(\S.*)")
+DEFAULT_GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The parsed options."""
+
+    change: FleetChange
+    market: tuple[Addition, ...]
+
+
+def read_wanted(
+    cluster: Cluster,
+    *,
+    add: Sequence[str],
+    remove: Sequence[str],
+    market: tuple[str | None, int] | None,
+    like: str | None,
+    gpus_per_node: int | None,
+    zone: str | None,
+    nic: Link | None,
+) -> Wanted:
+    """Parse all options for another fleet. ``market`` is its text and the number of GPUs, or None if not requested.
+
+    Raises:
+        DocumentError: with the problems of all options.
+    """
+    problems: list[Problem] = []
+    shape = attempt(lambda: node_shape(cluster, like=like, gpus_per_node=gpus_per_node, zone=zone, nic=nic), problems)
+    added = attempt(lambda: additions(add, cluster), problems)
+    removed = attempt(lambda: removals(remove, cluster), problems)
+    offers = attempt(lambda: market_of(market[0], cluster, market[1]), problems) if market is not None else ()
+    if problems or shape is None:
+        raise DocumentError(problems)
+    return Wanted(change=FleetChange(add=added or (), remove=removed or (), shape=shape), market=offers or ())
+
+
+def additions(texts: Sequence[str], cluster: Cluster) -> tuple[Addition, ...]:
+    """Return the GPUs of ``--add`` options.
+
+    Raises:
+        DocumentError: with every option that cannot be parsed.
+    """
+    return _every(texts, lambda text: _addition(text, cluster))
+
+
+def _every(texts: Sequence[str], read: Callable[[str], Addition]) -> tuple[Addition, ...]:
+    """Read all texts, and report the problems of all of them together."""
+    problems: list[Problem] = []
+    found = [attempt(partial(read, text), problems) for text in texts]
+    if problems:
+        raise DocumentError(problems)
+    return tuple(one for one in found if one is not None)
+
+
+def _addition(text: str, cluster: Cluster) -> Addition:
+    parts = _ADDED.fullmatch(text.strip())
+    if parts is None:
+        raise single_problem("--add", f"{text!r} is not a number of GPUs of a type, such as 4xL4")
+    count = int(parts[1])
+    if not 1 <= count <= MAX_ADDED:
+        raise single_problem("--add", f"{text!r} adds {count} GPUs, must be 1 to {MAX_ADDED:,}")
+    return Addition(gpu=_gpu(parts[2], cluster, "--add"), count=count)
+
+
+def _gpu(name: str, cluster: Cluster, option: str) -> GpuType:
+    """Return a type of the fleet or of the catalogue that can be planned with."""
+    if name in cluster.gpu_types:
+        return cluster.gpu_types[name]
+    try:
+        gpu = catalogue.find_gpu(name, also=tuple(cluster.gpu_types)).gpu
+    except catalogue.UnknownNameError as error:
+        raise single_problem(option, str(error)) from None
+    gpu = cluster.gpu_types.get(gpu.name, gpu)
+    if profile_origin(gpu) is None:
+        raise single_problem(option, f"{gpu.name} has no profile and none can be modelled")
+    return gpu
+
+
+def removals(names: Sequence[str], cluster: Cluster) -> tuple[str, ...]:
+    """Return the nodes and groups of ``--remove`` options.
+
+    Raises:
+        DocumentError: with every name that the cluster does not have.
+    """
+    known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
+    if unknown:
+        raise DocumentError(
+            Problem(file="--remove", message=f"cluster {cluster.name} has no node {name}{did_you_mean(name, known)}")
+            for name in unknown
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def node_shape(
+    cluster: Cluster, *, like: str | None, gpus_per_node: int | None, zone: str | None, nic: Link | None
+) -> NodeShape:
+    """Return the nodes in which GPUs are added: like one of the fleet's, or of 8 GPUs in the fleet's first zone.
+
+    The other options override these values.
+
+    Raises:
+        DocumentError: no such node or zone.
+    """
+    problems: list[Problem] = []
+    model = attempt(lambda: _node(cluster, like), problems) if like is not None else None
+    if zone is not None and zone not in cluster.zones():
+        message = f"cluster {cluster.name} has no zone {zone}{did_you_mean(zone, cluster.zones())}"
+        problems.append(Problem(file="--zone", message=message))
+    if problems:
+        raise DocumentError(problems)
+    shape = NodeShape(gpus_per_node=DEFAULT_GPUS_PER_NODE, zone=cluster.zones()[0])
+    if model is not None:
+        size = sum(slots.count for slots in model.gpus)
+        shape = NodeShape(gpus_per_node=size, zone=model.zone, nic=model.nic, intra_link=model.intra_link)
+    given: dict[str, Any] = {"gpus_per_node": gpus_per_node, "zone": zone, "nic": nic}
+    return replace(shape, **{name: value for name, value in given.items() if value is not None})
+
+
+def _node(cluster: Cluster, name: str) -> NodeGroup:
+    for group in cluster.node_groups:
+        if name == group.name or any(name == group.node_name(i) for i in range(group.count)):
+            return group
+    known = [group.name for group in cluster.node_groups] + list(node_names(cluster))
+    raise single_problem("--node-like", f"cluster {cluster.name} has no node {name}{did_you_mean(name, known)}")
+
+
+def market_of(text: str | None, cluster: Cluster, count: int) -> tuple[Addition, ...]:
+    """Return the types of a ``--market`` option with their prices, each once.
+
+    The default is all types of the catalogue that have a price and can be planned with, and those of the fleet.
+
+    Raises:
+        DocumentError: with every entry that cannot be parsed.
+    """
+    if text is None:
+        return tuple(Addition(gpu=gpu, count=count) for gpu in _priced(cluster))
+    entries = _entries(text)
+    if not entries:
+        raise single_problem("--market", f"{text!r} names no GPU type")
+    return tuple({offer.gpu.name: offer for offer in _every(entries, lambda one: _offer(one, cluster, count))}.values())
+
+
+def _priced(cluster: Cluster) -> Iterator[GpuType]:
+    own = dict(cluster.gpu_types)
+    for entry in catalogue.gpus():
+        gpu = own.pop(entry.gpu.name, entry.gpu)
+        if gpu.usd_per_hour is not None and profile_origin(gpu) is not None:
+            yield gpu
+    yield from (gpu for gpu in own.values() if gpu.usd_per_hour is not None)
+
+
+def _entries(text: str) -> list[str]:
+    """Return the entries between commas or line ends; if a file has that name, its entries without comments."""
+    path = Path(text)
+    try:
+        content = path.read_text(encoding="utf-8") if path.is_file() else text
+    except (OSError, UnicodeDecodeError) as error:
+        raise single_problem(text, f"cannot be read as text: {error}") from None
+    lines = (line.partition("#")[0] for line in content.splitlines())
+    return [entry.strip() for line in lines for entry in line.split(",") if entry.strip()]
+
+
+def _offer(entry: str, cluster: Cluster, count: int) -> Addition:
+    name, equals, price = (part.strip() for part in entry.partition("="))
+    gpu = _gpu(name, cluster, "--market")
+    if not equals:
+        return Addition(gpu=gpu, count=count)
+    try:
+        usd = float(price)
+    except ValueError:
+        raise single_problem("--market", f"{entry!r}: {price!r} is not a price in USD per hour") from None
+    if not 0 < usd < float("inf"):
+        raise single_problem("--market", f"{entry!r}: the price is {price}, must be above 0 and finite")
+    return Addition(gpu=gpu, count=count, usd_per_hour=usd)

@@ -1,14 +1,23 @@
-"""The blocks of a page for the template, with every number as text and every length as a share.
+"""The blocks of a page for the template, with every number as text and every length as a share; and the page of them.
 
 A block knows nothing of plans. Lengths are shares of the width in which they are drawn, colours are numbers of the
-palette in `page.css`, so the template only repeats what it is given.
+palette in `page.css`, so the template only repeats what it is given. A page is one file of HTML: template, style and
+script together, with nothing to fetch.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 
 COLORS = 8  # in the palette; further items reuse them
 PLAIN = COLORS  # the colour of what belongs to no item: idle, unusable
@@ -35,6 +44,11 @@ class Tiles:
 class Column:
     name: str
     numeric: bool = True
+
+
+def columns(*names: str) -> tuple[Column, ...]:
+    """Return columns by name; those of text begin with a quote."""
+    return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,3 +306,38 @@ class Page:
     sections: tuple[Section, ...]
     footer: str
     is_live: bool = False
+
+
+PACKAGE = "hetis.planner.report.page"
+
+
+def render_page(page: Page) -> str:
+    """Return the whole file.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    return _template().render(page=page, css=_text("page.css"), script=_script(page.is_live))
+
+
+def live_script_policy() -> str:
+    """Return the script source in a live page's content security policy: that script and no other."""
+    digest = sha256(_script(True).encode()).digest()
+    return f"'sha256-{b64encode(digest).decode()}'"
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(_text("page.html.j2"))
+
+
+def _script(is_live: bool) -> str:
+    return _text("page.js") + (_text("live.js") if is_live else "")
+
+
+@cache
+def _text(name: str) -> str:
+    return files(PACKAGE).joinpath(name).read_text(encoding="utf-8")

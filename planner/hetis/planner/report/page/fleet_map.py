@@ -110,9 +110,7 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty], *, joi
     cards = [card for group in groups for card in _cards(group, duties, joined=joined)]
     rest = len(cards) - MAX_NODES
     return ZoneMap(
-        name=name,
-        nodes=tuple(cards[:MAX_NODES]),
-        rest=f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else "",
+        name=name, nodes=tuple(cards[:MAX_NODES]), rest=f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else ""
     )
 
 

@@ -8,20 +8,30 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 
-from hetis.planner.report.comparison import goal_line
+from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
+from hetis.planner.report.comparison import change_lines, offer_row, side_rows, verdict_words
 from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
-from hetis.planner.report.page.blocks import Block, Column, Grid, Page, Scale, ScaleRow, Section, Sentences, Tile, Tiles
+from hetis.planner.report.page.blocks import (
+    Block,
+    Grid,
+    Page,
+    Scale,
+    ScaleRow,
+    Section,
+    Sentences,
+    Tile,
+    Tiles,
+    columns,
+    render_page,
+)
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.page.render import render_page
-from hetis.planner.report.plan_diff import change_counts
-from hetis.planner.report.replan import MAX_STEPS, change_cost_words, lowest_words, step_rows
+from hetis.planner.report.plan import goal_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
-from hetis.planner.report.what_if import change_lines, offer_row, side_rows, verdict_words
 from hetis.planner.use_cases.compare import Compared, figures_of
-from hetis.planner.use_cases.latency_curve import Curve
 from hetis.planner.use_cases.replan import Posed
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs, engine_of_plan
+from hetis.planner.use_cases.verify import Curve
 from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -52,7 +62,7 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
             sections.append(_market_section(one.market, anchor=f"market-{number}", heading=heading))
     first = shown[0]
     if len(shown) > 1:
-        rows = [(one.name, one.plan, _inputs(one.problem)) for one in shown]
+        rows = [(one.name, one.plan, one.problem) for one in shown]
         blocks = tuple(_side_by_side(rows, first.plan.objective))
         sections.insert(0, Section(anchor="beside", heading="Side by side", lead="", blocks=blocks))
     return _page(_title(first.problem), sections)
@@ -79,7 +89,7 @@ def what_if_page(found: WhatIf) -> str:
     inputs = found.before.loaded.inputs
     blocks: list[Block] = [
         Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
-        Grid(title="Before and after", columns=_columns("'", "before", "after"), rows=tuple(side_rows(found))),
+        Grid(title="Before and after", columns=columns("'", "before", "after"), rows=tuple(side_rows(found))),
         Sentences(title="Difference of the best plans", lines=(verdict_words(found.difference, found.objective),)),
     ]
     if found.plan_change is not None:
@@ -113,7 +123,7 @@ def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
         Grid(
             title="Steps, in this order",
             intro=change_cost_words(costs),
-            columns=_columns("", "'action", "'what", "load", "takes up to", "capacity"),
+            columns=columns("", "'action", "'what", "load", "takes up to", "capacity"),
             rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
             note=lowest_words(found, posed).strip(),
         )
@@ -149,9 +159,7 @@ def _section(shown: ShownPlan, number: int) -> Section:
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
             f"bands are 95% intervals. {_kept_until(shown.curve)}"
         )
-    return plan_section(
-        shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic
-    )  # fmt: skip
+    return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
 
 
 def _kept_until(curve: Curve) -> str:
@@ -176,7 +184,7 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
         Grid(
             title="The market, best purchase per dollar first",
             intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-            columns=_columns(
+            columns=columns(
                 "'GPU", "USD/h each", "marginal price", f"{found.objective.unit} then", "gain", "per GPU", "per USD/h",
                 "proven", "'",
             ),
@@ -204,7 +212,7 @@ def _purchase(found: BuyNext) -> Iterator[Block]:
     yield Sentences(title="In a sentence", lines=(text,))
 
 
-def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs]], objective: Objective) -> Iterator[Block]:
+def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], objective: Objective) -> Iterator[Block]:
     """Yield plans on one scale and in one table, the best in bold."""
     if not rows:
         return
@@ -229,7 +237,7 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs]], objective: Objective
     )  # fmt: skip
     yield Grid(
         title="In figures",
-        columns=_columns(
+        columns=columns(
             "'", "requests/s", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens", "TTFT p95", "TPOT mean",
             "KV tokens", "GPUs", "idle",
         ),
@@ -238,7 +246,7 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs]], objective: Objective
     )  # fmt: skip
 
 
-def _figures_row(plan: Plan, inputs: Inputs) -> tuple[str, ...]:
+def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem) -> tuple[str, ...]:
     figures, result = figures_of(plan, inputs), plan.result
     dollars, per_million = figures.usd_per_hour, figures.usd_per_million_output_tokens
     return (
@@ -261,16 +269,7 @@ def _best(plans: Sequence[Plan]) -> int:
     return max(range(len(plans)), key=lambda i: sign * plans[i].result.value)
 
 
-def _columns(*names: str) -> tuple[Column, ...]:
-    """Return columns by name; those of text begin with a quote."""
-    return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
-
-
-def _inputs(problem: PlacementProblem) -> Inputs:
-    return Inputs(cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles)
-
-
-def _problem_line(inputs: Inputs, objective: Objective) -> str:
+def _problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:
     gpus = plural(inputs.cluster.num_gpus(), "GPU")
     what = f"{inputs.model.name} on {inputs.cluster.name} ({gpus}) for {inputs.workload.name}"
     return f"{what}: {goal_line(objective).plain}"

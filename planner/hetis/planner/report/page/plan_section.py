@@ -14,7 +14,6 @@ from hetis.planner.report.page.blocks import (
     PLAIN,
     Block,
     Charts,
-    Column,
     Grid,
     Scale,
     ScaleRow,
@@ -28,6 +27,7 @@ from hetis.planner.report.page.blocks import (
     Tiles,
     Waterfall,
     Waterfalls,
+    columns,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.plan import (
@@ -44,9 +44,7 @@ from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.planner.use_cases.robustness.notes import predicted_of
-from hetis.planner.use_cases.robustness.perturbing import used_fits
-from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
 from hetis.planner.use_cases.verify import kept_rate, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
@@ -72,30 +70,20 @@ _WORTH = re.compile(
 def plan_section(
     name: str, plan: Plan, problem: PlacementProblem, *, anchor: str, panels: Sequence[Panel] = (), traffic: str = ""
 ) -> Section:
-    """Return everything known about a plan.
-
-    Args:
-        name: its name on the page.
-        panels: curves of a simulation; empty if not requested.
-        traffic: the traffic of the curves.
+    """Return everything known about a plan. ``panels`` are the curves of a simulation, of this ``traffic``.
 
     Raises:
         InvalidProblemError: the plan names devices, layers or settings that its problem does not have.
     """
     explanation = explain_plan(plan, problem)
-    inputs = Inputs(cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles)
-    figures = figures_of(plan, inputs) if plan.replicas else None
+    figures = figures_of(plan, problem) if plan.replicas else None
+    gpus = plural(problem.cluster.num_gpus(), "GPU")
     return Section(
         anchor=anchor,
         heading=name,
-        lead=_lead(plan, problem),
+        lead=f"{problem.model.name} on {problem.cluster.name} ({gpus}) for {problem.workload.name}",
         blocks=tuple(_blocks(plan, problem, explanation, figures, panels, traffic)),
     )
-
-
-def _lead(plan: Plan, problem: PlacementProblem) -> str:
-    gpus = plural(problem.cluster.num_gpus(), "GPU")
-    return f"{problem.model.name} on {problem.cluster.name} ({gpus}) for {problem.workload.name}"
 
 
 def _blocks(
@@ -272,33 +260,26 @@ def _numbered(group: ReplicaGroup) -> str:
     return name if len(group.numbers) == 1 else f"{name} and {len(group.numbers) - 1:,} equal"
 
 
-def _columns(*names: str) -> tuple[Column, ...]:
-    """Return columns by name; those of text begin with a quote."""
-    return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
-
-
 def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
     """Return the table of replicas; if ``lettered``, with their letters on the map."""
-    rows = []
-    for number, group in enumerate(groups[:MAX_SHAPES]):
+
+    def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
         one = group.first
-        rows.append(
-            (
-                (f"{shape_letter(number)}: " if lettered else "") + _numbered(group),
-                f"{digits(one.rate, 4)}",
-                "" if one.role is Role.DECODE else seconds(one.ttft_s),
-                "" if one.role is Role.PREFILL else seconds(one.tpot_s),
-                "" if one.role is Role.PREFILL else f"{one.micro_batch} × {one.in_flight}",
-                "" if one.role is Role.DECODE else f"{one.chunk_tokens}",
-                tokens(one.kv_tokens),
-                f"{len(one.devices()):,}",
-            )
+        return (
+            (f"{shape_letter(number)}: " if lettered else "") + _numbered(group),
+            f"{digits(one.rate, 4)}",
+            "" if one.role is Role.DECODE else seconds(one.ttft_s),
+            "" if one.role is Role.PREFILL else seconds(one.tpot_s),
+            "" if one.role is Role.PREFILL else f"{one.micro_batch} × {one.in_flight}",
+            "" if one.role is Role.DECODE else f"{one.chunk_tokens}",
+            tokens(one.kv_tokens),
+            f"{len(one.devices()):,}",
         )
+
     rest = groups[MAX_SHAPES:]
-    note = f"and {plural(len(rest), 'more shape')} of replicas" if rest else ""
     return Grid(
         title="Replicas",
-        columns=_columns(
+        columns=columns(
             "'replica",
             "requests/s saturated",
             "TTFT p95",
@@ -308,8 +289,8 @@ def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
             "KV tokens",
             "GPUs",
         ),
-        rows=tuple(rows),
-        note=note,
+        rows=tuple(row(number, group) for number, group in enumerate(groups[:MAX_SHAPES])),
+        note=f"and {plural(len(rest), 'more shape')} of replicas" if rest else "",
     )
 
 
@@ -339,7 +320,7 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
                 )
     return Grid(
         title="Stages",
-        columns=_columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
+        columns=columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
         rows=tuple(rows),
         folded=True,
     )
@@ -365,7 +346,7 @@ def _memory(explanation: Explanation) -> Waterfalls:
         if before is None or part.free_bytes < before.free_bytes:
             tightest[part.gpu] = part
     table = Grid(
-        title="All stages, in GiB", columns=_columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True
+        title="All stages, in GiB", columns=columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True
     )
     falls = []
     for gpu, part in tightest.items():
@@ -413,7 +394,7 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
         (label, *(seconds(of[name]) if of.get(name) else "–" for name in names), seconds(each))
         for label, of, each in numbers
     )
-    table = Grid(title="As numbers", columns=_columns("'stage", *names, "together"), rows=cells, folded=True)
+    table = Grid(title="As numbers", columns=columns("'stage", *names, "together"), rows=cells, folded=True)
     intro = "The time that one request costs every stage, per copy; the longest of a replica sets its rate."
     return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
 
@@ -445,7 +426,7 @@ def _prices(plan: Plan) -> Grid:
     where = ["'zone"] if zones else []
     return Grid(
         title="What the GPUs are worth",
-        columns=_columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
+        columns=columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
         rows=rows,
         note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
         "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
@@ -460,7 +441,7 @@ def _runners_up(plan: Plan) -> Grid:
     return Grid(
         title="Not chosen",
         intro="Replicas that came closest, each with its own saturated rate.",
-        columns=_columns("'a replica of", "requests/s", "'why not"),
+        columns=columns("'a replica of", "requests/s", "'why not"),
         rows=rows,
     )
 
@@ -523,7 +504,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     return Grid(
         title="Profiles and their errors",
         intro=intro + (f" {given}." if given else ""),
-        columns=_columns("'GPU", "'operator", "'source", "error", "'from"),
+        columns=columns("'GPU", "'operator", "'source", "error", "'from"),
         rows=tuple(rows),
         folded=True,
     )

@@ -12,21 +12,61 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.robustness.groups import Group, structure_of
-from hetis.planner.use_cases.robustness.perturbing import Profiles
-from hetis.planner.use_cases.robustness.traffic import Traffic
 from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Derived, derive
 from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Profile
 from hetis.solver.workload import WorkloadMoments
+
+Profiles = Mapping[str, Profile]  # by GPU type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Equal replicas: the inputs of their times with settings as planned, the zones of their stages in order.
+
+    ``claimed`` is the share of the derived rate that the plan claims; below 1 if links are uneven, as the worst one
+    counts. ``kv_zones`` are the zones to which prefill replicas may send KV.
+    """
+
+    count: int
+    shape: ReplicaShape
+    claimed: float
+    zones: tuple[str, ...]
+    kv_zones: tuple[str, ...]
+
+
+def structure_of(plan: Plan) -> Mapping[str, int]:
+    """Return the shapes of the replicas in words, with the number of each, without changeable batches and chunks."""
+    counts: dict[str, int] = {}
+    for replica in plan.replicas:
+        shape = describe(replica)
+        counts[shape] = counts.get(shape, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def describe(replica: ReplicaPlan) -> str:
+    """Return ``A100-PCIe-80GB TP4 52 layers + 2 L4 | RTX-3090 TP2 ×2 28 layers``, with the role in front."""
+    pools = {pool.stage: pool for pool in replica.attention_workers}
+    stages = []
+    for position, stage in enumerate(replica.stages):
+        text = f"{stage.gpu} {replica.parallel_sizes(stage)} {stage.num_layers} layers"
+        if (pool := pools.get(position)) is not None:
+            text += f" + {len(pool.devices)} {pool.gpu} ({pool.kv_head_groups} head groups)"
+        stages.append(text)
+    role = "" if replica.role is Role.UNIFIED else f"{replica.role}: "
+    return role + " | ".join(stages)
+
 
 WITHIN = 1 + 1e-6  # limits are compared up to rounding
 COARSE = 3  # every third size of micro-batch is a starting point of the search for the best one
@@ -241,10 +281,7 @@ class FixedPlan:
         derived = self._derive(problem, shape)
         t_s = derived.t_s / group.claimed
         return _Pace(
-            rate=1.0 / t_s,
-            ttft_s=derived.ttft_s(t_s),
-            tpot_s=t_s * derived.tpot_per_t,
-            micro_batch=shape.micro_batch,
+            rate=1.0 / t_s, ttft_s=derived.ttft_s(t_s), tpot_s=t_s * derived.tpot_per_t, micro_batch=shape.micro_batch
         )
 
     def _best(self, problem: PlacementProblem, group: Group) -> _Pace:
@@ -279,3 +316,79 @@ class FixedPlan:
             ttft_s=max((pace.ttft_s for _, pace in found), default=0.0),
             tpot_s=max((pace.tpot_s for _, pace in found), default=0.0),
         )
+
+
+# --- traffic at given rates of replicas
+
+
+class Traffic:
+    """The traffic of one problem, without its profiles."""
+
+    def __init__(self, problem: PlacementProblem, moments: WorkloadMoments) -> None:
+        self._problem, self._moments = problem, moments
+
+    def served(self, rates: Sequence[tuple[Group, float]]) -> tuple[float, float]:
+        """Return the saturated requests/s of the unified replicas, and of the others together, by groups' rates."""
+        unified, hops = 0.0, defaultdict[tuple[str, str], float](float)
+        prefill = defaultdict[tuple[str, tuple[str, ...]], float](float)
+        decode = defaultdict[str, float](float)
+        for group, rate in rates:
+            match group.shape.role:
+                case Role.PREFILL:
+                    prefill[group.zones[0], group.kv_zones] += group.count * rate
+                case Role.DECODE:
+                    decode[group.zones[0]] += group.count * rate
+                case _:
+                    unified += group.count * rate
+                    for pair in pairwise(group.zones):
+                        hops[pair] += group.count * rate
+        if not prefill:
+            return unified, 0.0
+        return unified, most_routed(prefill, decode, self._links({zone for zone, _ in prefill}, decode, hops))
+
+    def _links(
+        self, senders: Iterable[str], receivers: Iterable[str], hops: Mapping[tuple[str, str], float]
+    ) -> dict[tuple[str, str], float]:
+        """Return the requests/s whose KV the links between zones carry besides the hops of unified replicas."""
+        model, moments, network = self._problem.model, self._moments, self._problem.cluster.network
+        hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
+        kv_bytes = model.prompt_kv_bytes(moments.mean_prompt)
+        pairs = [(here, there) for here in senders for there in receivers if here != there]
+        return {
+            pair: max(0.0, network.zone_link(*pair).bytes_per_s - hops.get(pair, 0.0) * hop_bytes) / kv_bytes
+            for pair in pairs
+        }
+
+
+# --- traffic that fits between prefill and decode replicas
+
+
+def most_routed(
+    prefill: Mapping[tuple[str, tuple[str, ...]], float],
+    decode: Mapping[str, float],
+    links: Mapping[tuple[str, str], float],
+) -> float:
+    """Return the highest rate in requests/s, as a maximum flow.
+
+    KV may take other routes than planned.
+
+    Args:
+        prefill: rate of the prefill replicas by their zone and the zones they may send to.
+        decode: rate of the decode replicas by their zone.
+        links: requests/s whose KV a link carries, by its zones from and to; links within a zone are not looked up.
+    """
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    for (zone, allowed), rate in prefill.items():
+        sender = ("prefill", zone, *allowed)
+        graph.add_edge("source", sender, capacity=rate)
+        for there in filter(decode.__contains__, allowed):
+            link = ("link", zone, there)  # which senders of several kinds in a zone share
+            graph.add_edge(sender, link)
+            limit = math.inf if there == zone else links.get((zone, there), 0.0)
+            graph.add_edge(link, ("decode", there), capacity=limit)
+    for zone, rate in decode.items():
+        graph.add_edge(("decode", zone), "sink", capacity=rate)
+    return float(nx.maximum_flow_value(graph, "source", "sink"))

@@ -1,0 +1,278 @@
+"""Verbs about another fleet or another plan: ``what-if``, ``replan`` and ``diff``."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli import options, values
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.place import judge
+
+WHAT_IF_EXAMPLES = """Examples:\n
+  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
+  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xA100-PCIe-80GB --node-like a100\n
+  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --buy-next --count 4\n
+  hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w 1024/256 --buy-next --market L4=0.70,L40S -o json"""
+REPLAN_EXAMPLES = """Examples:\n
+  hetis-plan replan --from running.json --cluster fewer-nodes.yaml --out next.json\n
+  hetis-plan replan --from running.json --cluster more-nodes.yaml --max-moves 8\n
+  hetis-plan replan --from running.json --cluster fleet.yaml --workload 8000/300 --horizon 24h --restart 90s"""
+DIFF_EXAMPLES = """Examples:\n
+  hetis-plan diff running.json next.json\n
+  hetis-plan diff running.json next.json -o json | jq .change.counts"""
+
+_input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
+count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1, max=4096)
+
+
+@group
+class Fleet:
+    """Which GPUs join or leave, and in which nodes, or what could be bought."""
+
+    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.", shown=False)
+    remove: list[str] | None = _fleet(
+        "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable.", shown=False
+    )
+    node_like: str | None = _fleet(
+        "--node-like NODE: GPUs join in nodes like this one: as many GPUs, its zone, NIC and link inside.", shown=False
+    )
+    gpus_per_node: int | None = _fleet(
+        "--gpus-per-node N: GPUs of a node that joins; the last one has what is left.", min=1, shown="8"
+    )
+    zone: str | None = _fleet("--zone ZONE: Zone of the nodes that join.", shown="the fleet's first")
+    nic: float | None = _fleet(
+        "--nic BANDWIDTH: Network card of the nodes that join: 100Gbps.",
+        parser=values.bandwidth,
+        shown="the fleet's network",
+    )
+    buy_next: bool = _market("--buy-next: Add every GPU type of the market in turn: which gains most?", False)
+    market: str | None = _market(
+        "--market TYPE[=USD],...|FILE: "
+        "GPU types to try, with the price of one per hour where it is another; a file has one per line.",
+        shown="types with a known price",
+    )
+    count: int = count_option()
+
+    def refuse_half_a_question(self) -> None:
+        """Refuse options that contradict each other, or none."""
+        changes = bool(self.add or self.remove)
+        if self.buy_next and changes:
+            raise typer.BadParameter("--buy-next asks about the fleet as it is: leave out --add and --remove")
+        if self.market is not None and not self.buy_next:
+            raise typer.BadParameter("--market is for --buy-next")
+        if not self.buy_next and not changes:
+            raise typer.BadParameter("nothing to ask: --add, --remove or --buy-next")
+
+
+@group
+class Answer:
+    """What is done with the answer."""
+
+    html: Path | None = options.html_option()
+    dry_run: bool = options.dry_run_option()
+
+
+@verb()
+def what_if(
+    terminal: Terminal,
+    *,
+    inputs: options.Inputs,
+    fleet: Fleet,
+    goal: options.Goal,
+    family: options.Family,
+    replicas: options.Replicas,
+    search: options.Search,
+    answer: Answer,
+) -> ExitCode:
+    """Solve before and after a change of the fleet, and say what the two proofs imply of the difference.
+
+    With --buy-next every GPU type of the market is added in turn and solved for. Every solve has the whole time limit;
+    Ctrl-C once shows what there is, twice leaves at once.
+    """
+    from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.report import comparison as report
+    from hetis.planner.use_cases import what_if as asking
+    from hetis.solver.budget import Budget
+    from hetis.solver.cluster import Link
+
+    fleet.refuse_half_a_question()
+    refuse_page(answer.html)
+    loaded = inputs.load(replicas)
+    objective, settings = goal.of(loaded), search.settings(family, replicas)
+    cluster, nic = loaded.inputs.cluster, None
+    if fleet.nic is not None:
+        nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
+    wanted = asking.read_wanted(
+        cluster, add=fleet.add or (), remove=fleet.remove or (),
+        market=(fleet.market, fleet.count) if fleet.buy_next else None,
+        like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
+    )  # fmt: skip
+    if answer.dry_run:
+        asking.changed_inputs(loaded, wanted.change)
+        return say_what_would_be_solved(
+            terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
+            solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit,
+            engine=None if settings.engine is None else settings.engine.name,
+        )  # fmt: skip
+    cancelled = threading.Event()
+
+    def budget() -> Budget:
+        return Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+
+    searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
+    if fleet.buy_next:
+        market, shape = wanted.market, wanted.change.shape
+        bought = searching(
+            lambda news: asking.buy_next(loaded, objective, settings, market, shape, budget=budget, report=news)
+        )
+        if answer.html is not None:
+            from hetis.planner.report.page.pages import buy_next_page
+
+            save_page(terminal, buy_next_page(bought), answer.html)
+        terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
+        sides = [bought.before, *(offer.after for offer in bought.offers)]
+    else:
+        found = searching(
+            lambda news: asking.what_if(loaded, objective, settings, wanted.change, budget=budget, report=news)
+        )
+        if answer.html is not None:
+            from hetis.planner.report.page.pages import what_if_page
+
+            save_page(terminal, what_if_page(found), answer.html)
+        terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
+        sides = [found.before, found.after]
+    return ExitCode.INTERRUPTED if cancelled.is_set() else judge([side.outcome for side in sides])
+
+
+# --- replan
+
+
+@group
+class Replan:
+    """From which plan to which fleet, and what a change costs."""
+
+    running: str = _input("--from PLAN: The plan that runs: a plan file, or -.", ...)
+    cluster: str = options.cluster_option()
+    workload: str | None = _input(
+        "--workload -w NAME|FILE|P/O: The traffic as it is now.",
+        autocompletion=values.workload_names,
+        shown="the plan's",
+    )
+    prefix_hit_rate: Any = options.prefix_hit_rate_option()
+    model: str | None = _input(
+        "--model -m NAME|FILE: Refuse a plan of another model; its own is used in any case.",
+        autocompletion=values.model_names,
+        shown=False,
+    )
+    profile: list[str] | None = options.profile_option()
+    rate: float | None = options.rate_option()
+    max_moves: int | None = _change(
+        "--max-moves N: GPUs of the new plan that may do something else than before.", min=0, shown="any number"
+    )
+    horizon: float = _change(
+        "--horizon TIME: How long the new plan will last: what the change loses is spread over it.",
+        "1h",
+        parser=values.positive_duration,
+    )
+    restart: float = _change(
+        "--restart TIME: From stopping an engine to serving again, without reading weights.",
+        "30s",
+        parser=values.positive_duration,
+    )
+    load: float = _change("--load BANDWIDTH: At which every GPU reads its weights.", "2GB/s", parser=values.bandwidth)
+
+
+@group
+class NextPlan:
+    """What is done with the next plan."""
+
+    out: Path | None = options.out_option()
+    html: Path | None = options.html_option()
+    dry_run: bool = options.dry_run_option()
+
+
+@verb()
+def replan(terminal: Terminal, *, asked: Replan, search: options.Search, answer: NextPlan) -> ExitCode:
+    """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
+
+    Objective, limits, strategy, engine, roles and constraints are those of the running plan. The cluster is what is
+    there now: nodes that it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves
+    at once.
+    """
+    from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.report.changes import render_replan, replan_document
+    from hetis.planner.use_cases import replan as replanning
+    from hetis.solver.budget import Budget
+    from hetis.solver.replanning.change import ChangeCosts
+
+    refuse_unwritable(answer.out)
+    refuse_page(answer.html, beside=answer.out)
+    if asked.running == asked.cluster == "-":
+        raise typer.BadParameter("only one of --from and --cluster can come from standard input")
+    posed = replanning.load_replanning(
+        running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
+        profiles=asked.profile or (), rate_rps=asked.rate, settings=search.settings_of(),
+        prefix_hit_rate=asked.prefix_hit_rate,
+    )  # fmt: skip
+    for warning in posed.warnings:
+        terminal.warn(warning)
+    if answer.dry_run:
+        engine = posed.problem.family.engine
+        return say_what_would_be_solved(
+            terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
+            time_limit_s=search.time_limit, engine=None if engine is None else engine.name,
+        )  # fmt: skip
+    costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
+    budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)
+    found = search_interruptibly(
+        terminal,
+        lambda report: replanning.replan(posed, costs, asked.max_moves, budget=budget, report=report),
+        unit=posed.problem.objective.unit,
+        cancelled=budget.cancelled,
+        so_far="the best answer",
+    )
+
+    def page() -> str:
+        from hetis.planner.report.page.pages import replan_page
+
+        return replan_page(found, posed, costs)
+
+    saved = save_or_tell(terminal, found.plan, answer.out, html=answer.html, page=page)
+    if answer.out != STDOUT:
+        terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
+    if not saved:
+        return ExitCode.INTERNAL
+    return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK
+
+
+# --- diff
+
+
+@verb()
+def diff(
+    terminal: Terminal,
+    before: Annotated[str, typer.Argument(metavar="A", help="The plan of before: a plan file, or -.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The plan after it: a plan file, or -.")],
+) -> ExitCode:
+    """Compare two plans: replicas kept, changed, new and gone, weights to load, KV dropped, rate and cost.
+
+    Replicas are matched by the GPUs they hold and the layers on them. Devices of the same name are the same GPU.
+    """
+    from hetis.planner.report.changes import diff_document, render_diff
+    from hetis.planner.use_cases.compare import diff_plans
+
+    if before == after == "-":
+        raise typer.BadParameter("only one of the plans can come from standard input")
+    found = diff_plans(before, after)
+    terminal.emit(lambda: diff_document(found), lambda: render_diff(found))
+    return ExitCode.OK

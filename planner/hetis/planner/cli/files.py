@@ -1,0 +1,271 @@
+"""Verbs for files: ``init``, ``convert``, ``validate``, ``schema`` and ``catalog``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.planner.cli import values
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import group, option, verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+CLUSTER = """\
+# The fleet. `hetis-plan schema cluster` has every field, `hetis-plan catalog gpus` every GPU type.
+apiVersion: hetis/v1
+kind: Cluster
+name: my-fleet
+nodes:
+  # `count` equal nodes are called l4-0, l4-1, ...; a node may hold several GPU types.
+  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 2}]}
+  - {name: l4, count: 2, gpus: [{type: L4, count: 4}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+WORKLOAD = """\
+# The traffic: here mean lengths. A `histogram` or the path of a CSV `trace` tells more, and `hetis-plan catalog
+# workloads` lists traces that need no file at all.
+apiVersion: hetis/v1
+kind: Workload
+name: my-traffic
+mean_prompt_tokens: 2000
+mean_output_tokens: 300
+"""
+
+SAMPLES = {"cluster.yaml": CLUSTER, "workload.yaml": WORKLOAD}
+EXAMPLE_MODEL = "Llama-2-70B"
+
+
+@verb()
+def init(
+    terminal: Terminal,
+    directory: Annotated[Path, typer.Argument(help="Folder to write into; made if missing.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+) -> ExitCode:
+    """Write a sample cluster and workload file."""
+    from hetis.formats.errors import DocumentError, Problem, single_problem
+    from hetis.formats.files import write_atomically
+
+    targets = {directory / name: text for name, text in SAMPLES.items()}
+    there = [path for path in targets if path.exists()]
+    if there and not force:
+        raise DocumentError(Problem(file=str(path), message="exists already; --force overwrites it") for path in there)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise single_problem(str(directory), f"cannot be made: {error.strerror}") from None
+    for path, text in targets.items():
+        write_atomically(path, text)
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        return Text("\n".join(str(path) for path in targets))
+
+    terminal.emit(lambda: [str(path) for path in targets], table)
+    cluster, workload = targets
+    terminal.say(f"next: hetis-plan place --cluster {cluster} --model {EXAMPLE_MODEL} --workload {workload}")
+    return ExitCode.OK
+
+
+CONVERT_EXAMPLES = """Examples:
+
+hetis-plan convert profile_export.jsonl --out trace.csv
+
+hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz
+
+hetis-plan convert vllm-server.log --out trace.csv
+"""
+
+
+@group
+class Converted:
+    """Where the trace goes, and what its file does not say."""
+
+    out: str = option("--out FILE|-: A .csv or .jsonl file, or with .gz; -: CSV on stdout.", "-")
+    characters_per_token: float | None = option(
+        "--characters-per-token: For texts without numbers of tokens.", min=0.1, max=100.0, shown="4"
+    )
+    tokenizer: str | None = option("--tokenizer FILE|DIR: Counts tokens of texts: a tokenizer.json or its folder.")
+    rate: float | None = option("--rate RPS: Of requests without times, per second.", parser=values.rate)
+
+
+@verb(prints_data=False)
+def convert(
+    terminal: Terminal,
+    trace: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="A .csv, .jsonl, .json or .log file, .gz behind it if compressed; its form is seen by its columns.",
+        ),
+    ],
+    *,
+    asked: Converted,
+) -> ExitCode:
+    """Write a trace in hetis' form, of what engines, benchmarks, gateways and data sets have."""
+    from hetis.formats.files import write_atomically
+    from hetis.planner.use_cases.files import convert as converted
+    from hetis.planner.use_cases.files import trace_file
+
+    out = asked.out
+    if asked.tokenizer is not None and asked.characters_per_token is not None:
+        raise typer.BadParameter("--tokenizer counts tokens: it goes without --characters-per-token")
+    found = converted(
+        trace, characters_per_token=asked.characters_per_token, tokenizer=asked.tokenizer, rate_rps=asked.rate
+    )
+    content = trace_file(found.trace, "trace.csv" if out == "-" else out)
+    for line in found.warnings:
+        terminal.warn(line)
+    requests = found.trace
+    per_second = f"{requests.rate_rps:.4g} requests/s" if requests.rate_rps is not None else "all at once"
+    means = f"{requests.prompt_tokens.mean():.0f}/{requests.output_tokens.mean():.0f}"
+    terminal.say(
+        f"{trace}: {len(requests.arrival_s)} requests, {per_second}, {means} tokens on average (form: {requests.form})"
+    )
+    if out == "-":
+        terminal.write(content.decode("ascii"))
+    else:
+        write_atomically(out, content)
+    return ExitCode.OK
+
+
+@verb()
+def validate(
+    terminal: Terminal,
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Documents of any kind; - is standard input.")],
+) -> ExitCode:
+    """Check files and list every problem with its file, line, path and the nearest valid name."""
+    from hetis.planner.use_cases.files import validate_file
+    from hetis.planner.use_cases.json_values import json_value
+
+    results = [validate_file(file) for file in files]
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        from hetis.planner.report.figures import plural
+        from hetis.planner.report.tables import grid
+
+        rows = (
+            (
+                Text("bad", style="red") if result.problems else Text("ok", style="green"),
+                Text(result.file, overflow="fold"),
+                result.kind or "",
+                plural(len(result.problems), "problem") if result.problems else result.name,
+            )
+            for result in results
+        )
+        return grid(True, True, True, True, rows=rows)
+
+    for result in results:
+        for problem in result.problems:
+            terminal.line(str(problem))
+    terminal.emit(lambda: [{"ok": not result.problems, **json_value(result)} for result in results], table)
+    return ExitCode.INVALID if any(result.problems for result in results) else ExitCode.OK
+
+
+class Kind(StrEnum):
+    CLUSTER = "Cluster"
+    MODEL_SPEC = "ModelSpec"
+    WORKLOAD = "Workload"
+    PROFILE = "Profile"
+    PLAN = "Plan"
+    DISPATCH_STATE = "DispatchState"
+    DISPATCH_REQUESTS = "DispatchRequests"
+    SHARE_PROBLEM = "ShareProblem"
+    LAYERS_PROBLEM = "LayersProblem"
+    TENANTS = "Tenants"
+
+
+def _kind(text: str) -> Kind:
+    known = {kind.lower(): kind for kind in Kind}
+    return known.get(text.lower()) or Kind(values.one_of(text, list(Kind)))
+
+
+def _names(incomplete: str) -> list[str]:
+    return [kind.value for kind in Kind if kind.lower().startswith(incomplete.lower())]
+
+
+@verb(output=OutputFormat.JSON)
+def schema(
+    terminal: Terminal,
+    kind: Annotated[
+        Kind, typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(Kind)}.")
+    ],
+) -> ExitCode:
+    """Print the JSON Schema of a kind of file, for editors and other tools."""
+    from rich.json import JSON
+
+    from hetis.formats.documents import json_schema
+
+    document = json_schema(kind.value)
+    terminal.emit(lambda: document, lambda: JSON.from_data(document))
+    return ExitCode.OK
+
+
+class Catalogue(StrEnum):
+    GPUS = "gpus"
+    MODELS = "models"
+    WORKLOADS = "workloads"
+    STRATEGIES = "strategies"
+
+
+@verb()
+def catalog(
+    terminal: Terminal,
+    which: Annotated[Catalogue, typer.Argument(help="What to list.")],
+    containing: Annotated[str, typer.Argument(help="Only names that contain this text.", show_default=False)] = "",
+) -> ExitCode:
+    """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
+    from hetis.formats.errors import did_you_mean
+    from hetis.planner.report import catalogue as tables
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.profiler.defaults import profile_origin
+    from hetis.solver.problem import Family
+
+    every = _by_name(which)
+    chosen = {name: entry for name, entry in every.items() if containing.lower() in name.lower()}
+    if not chosen:  # an empty list alone would look like all there is
+        terminal.warn(f"no name of the {which.value} contains {containing!r}{did_you_mean(containing, every)}")
+    entries = list(chosen.values())
+    match which:
+        case Catalogue.GPUS:
+            profiles = {name: profile_origin(entry.gpu) for name, entry in chosen.items()}
+            terminal.emit(
+                lambda: [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()],
+                lambda: tables.gpu_table(entries, profiles),
+            )
+        case Catalogue.MODELS:
+            terminal.emit(lambda: json_value(entries), lambda: tables.model_table(entries))
+        case Catalogue.WORKLOADS:
+            terminal.emit(lambda: json_value(entries), lambda: tables.workload_table(entries))
+        case Catalogue.STRATEGIES:
+            families = {name: one.restrict(Family()).describe() for name, one in chosen.items()}
+            terminal.emit(
+                lambda: [{"name": one.name, "summary": one.summary, "family": families[one.name]} for one in entries],
+                lambda: tables.strategy_table([(one.name, one.summary) for one in entries]),
+            )
+    return ExitCode.OK
+
+
+def _by_name(which: Catalogue) -> dict[str, Any]:
+    from hetis.formats import catalogue
+    from hetis.solver.placement.families import STRATEGIES
+
+    match which:
+        case Catalogue.GPUS:
+            return {entry.gpu.name: entry for entry in catalogue.gpus()}
+        case Catalogue.MODELS:
+            return {entry.model.name: entry for entry in catalogue.models()}
+        case Catalogue.WORKLOADS:
+            return {entry.workload.name: entry for entry in catalogue.workloads()}
+        case Catalogue.STRATEGIES:
+            return dict(STRATEGIES)

@@ -1,0 +1,208 @@
+"""What verbs write: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.documents import Value, dump
+from hetis.formats.errors import DocumentError, single_problem
+from hetis.formats.files import write_atomically
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.solver.plan import Objective, Plan
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.sources import Inputs
+
+STDOUT = Path("-")  # stands for standard output
+
+
+def refuse_unwritable(path: Path | None) -> None:
+    """Refuse before a long search a file that could not be written after it; standard output and None pass.
+
+    Raises:
+        DocumentError: the folder is missing or may not be written, or the path is a folder.
+    """
+    if path is None or path == STDOUT:
+        return
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise single_problem(str(path), "cannot be written: is a folder")
+    if not folder.is_dir():
+        raise single_problem(str(path), f"cannot be written: no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise single_problem(str(path), f"cannot be written: permission denied in {folder}")
+
+
+def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
+    """Refuse before the work if a library is missing, and name the extra that installs it.
+
+    Raises:
+        BadParameter: the library is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise typer.BadParameter(f"{name} is not installed, which {wanted_by} needs: pip install 'hetis[{extra}]'")
+
+
+def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
+    """Refuse before the work a page that could not be saved; None: no page was requested.
+
+    Args:
+        path: of the page.
+        beside: where the verb saves something else; its table goes to standard output in any case.
+
+    Raises:
+        DocumentError: the page cannot be written there.
+        BadParameter: the library that makes pages is not installed, or something else is written there, too.
+    """
+    if path is None:
+        return
+    if path == STDOUT:
+        raise typer.BadParameter("--html needs a file: `hetis-plan report PLAN --out -` prints a page")
+    if path == beside:
+        raise typer.BadParameter(f"--html and --out cannot both be {path}")
+    refuse_unwritable_page(path)
+
+
+def refuse_unwritable_page(path: Path) -> None:
+    """Refuse the same for a verb that prints nothing else."""
+    refuse_unwritable(path)
+    refuse_missing_library("jinja2", extra="planner", wanted_by="a page")
+
+
+def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
+    """Refuse the same for plans that `save_plans` will write."""
+    for name in names:
+        refuse_unwritable(_plan_file(folder, name))
+
+
+def save(value: Value, path: Path) -> None:
+    """Write the whole document or nothing; YAML if the name's suffix is that of YAML.
+
+    Raises:
+        DocumentError: the file cannot be written.
+    """
+    form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
+    write_atomically(path, dump(value, form))
+
+
+def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
+    """Write plans by name, as ``NAME.json``.
+
+    Raises:
+        DocumentError: a file cannot be written.
+    """
+    for name, plan in plans.items():
+        path = _plan_file(folder, name)
+        save(plan, path)
+        terminal.say(f"saved {path}")
+
+
+def _plan_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def save_page(terminal: Terminal, page: str, path: Path) -> None:
+    """Write the page, on standard output for ``-``.
+
+    Raises:
+        DocumentError: the file cannot be written.
+    """
+    if path == STDOUT:
+        terminal.write(page)
+        return
+    write_atomically(path, page)
+    terminal.say(f"saved {path} ({len(page.encode()) / 1000:,.0f} kB)")
+
+
+def save_or_tell(
+    terminal: Terminal, plan: Plan, path: Path | None, *, html: Path | None = None, page: Callable[[], str] = str
+) -> bool:
+    """Save a plan and its page before printing, so that a stdout reader that goes away does not cost them.
+
+    A plan on standard output is the only thing that may be printed there. Without ``path`` the plan is not saved,
+    without ``html`` the page. Return False after a failure, which was reported.
+    """
+    saved = True
+    if path == STDOUT:
+        terminal.write(dump(plan, "json"))
+    elif path is not None:
+        try:
+            save(plan, path)
+            terminal.say(f"saved {path}")
+        except DocumentError as error:
+            saved = not_saved(terminal, "plan", error)
+    if html is not None:
+        try:
+            save_page(terminal, page(), html)
+        except DocumentError as error:
+            saved = not_saved(terminal, "page", error)
+    return saved
+
+
+def not_saved(terminal: Terminal, what: str, error: DocumentError) -> bool:
+    """Report that something was not saved, although the verb goes on, and return False."""
+    terminal.error(f"the {what} was not saved", [str(problem) for problem in error.problems])
+    return False
+
+
+def say_what_would_be_solved(
+    terminal: Terminal,
+    problems: Sequence[tuple[Inputs, Objective]],
+    *,
+    strategies: Sequence[str],
+    time_limit_s: float,
+    solves: int = 1,
+    engine: str | None = None,
+) -> ExitCode:
+    """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most."""
+    from rich.text import Text
+
+    from hetis.planner.report.figures import plural, seconds
+    from hetis.planner.report.plan import goal_line
+
+    def rows() -> list[Text]:
+        solved_by = f"{', '.join(strategies)}{f' for {engine}' if engine else ''}"
+        return [
+            *(
+                Text.assemble(
+                    ("ok", "green"),
+                    f"  {inputs.model.name} on {inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')}) "
+                    f"for {inputs.workload.name}: {goal_line(objective).plain}",
+                )
+                for inputs, objective in problems
+            ),
+            Text(
+                f"    would be solved by {solved_by}, {plural(solves, 'time')} {seconds(time_limit_s)} at most; "
+                "nothing was"
+            ),
+        ]
+
+    document = {
+        "kind": "DryRun",
+        "problems": [
+            {
+                "model": inputs.model.name,
+                "cluster": inputs.cluster.name,
+                "gpus": inputs.cluster.num_gpus(),
+                "workload": inputs.workload.name,
+                "objective": objective.kind.value,
+                "ttft_limit_s": objective.ttft_limit_s,
+                "tpot_limit_s": objective.tpot_limit_s,
+                "demand_rps": objective.demand_rps,
+            }
+            for inputs, objective in problems
+        ],
+        "strategies": list(strategies),
+        "engine": engine,
+        "solves": solves,
+        "time_limit_s": time_limit_s,
+    }
+    terminal.emit(lambda: document, lambda: Text("\n").join(rows()))
+    return ExitCode.OK

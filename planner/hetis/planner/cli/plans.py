@@ -1,0 +1,190 @@
+"""Verbs that read a plan: ``explain``, ``check`` and ``report``."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.planner.cli import options
+from hetis.planner.cli.changes import count_option
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import PlanArgument, group, option, verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hetis.planner.use_cases.sources import PlanAndProblem
+    from hetis.planner.use_cases.verify import Curve
+    from hetis.planner.use_cases.what_if import BuyNext
+
+REPORT_EXAMPLES = """Examples:\n
+  hetis-plan report plan.json\n
+  hetis-plan report plan.json --simulate --buy-next --out all.html\n
+  hetis-plan report today.json next.json --simulate --out next-quarter.html\n
+  hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --out - | hetis-plan report - --out -"""
+
+# Proved by the search; a plan file contains the result of the proof only.
+ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "notes", "inputs")
+
+
+@verb()
+def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
+    """Show where memory and time go, what limits every replica, what GPUs are worth, why some idle."""
+    from hetis.planner.report.explanation import render_explanation
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.solver.placement.explanation import explain_plan
+
+    (found,) = _load(terminal, [plan])
+    explanation = explain_plan(found.plan, found.problem)
+
+    def document() -> dict[str, object]:
+        return {
+            "apiVersion": "hetis/v1",
+            "kind": "Explanation",
+            "strategy": found.plan.strategy,
+            "result": json_value(found.plan.result),
+            "prices": json_value(found.plan.prices),
+            "runners_up": json_value(found.plan.runners_up),
+            "notes": list(found.plan.notes),
+            **json_value(explanation),
+        }
+
+    wide = terminal.output is OutputFormat.WIDE
+    terminal.emit(document, lambda: render_explanation(found.plan, explanation, wide=wide))
+    return ExitCode.OK
+
+
+@verb()
+def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
+    """Check a plan against the inputs saved in it: devices, layers, memory, links, rates, limits, value.
+
+    The bound is taken on trust, as are the prices: the search proved them, and they are not derived again. So is what
+    stands beside the plan: other setups, losses, simulation, notes.
+    """
+    from hetis.planner.report.figures import plural
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.solver.check import check_plan
+
+    (found,) = _load(terminal, [plan])
+    violations = check_plan(found.plan, found.problem)
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        if violations:
+            return Text("\n".join(f"broken: {violation}" for violation in violations), style="red")
+        replicas = plural(len(found.plan.replicas), "replica")
+        gpus = plural(sum(len(replica.devices()) for replica in found.plan.replicas), "GPU")
+        return Text.assemble(
+            (f"the plan holds: {replicas} on {gpus}, their numbers recomputed\n", "green"),
+            "taken on trust: the bound and the prices, which the search proved and no plan file proves again, and what "
+            "stands beside the plan: other setups, losses, simulation, notes",
+        )
+
+    def document() -> dict[str, object]:
+        return {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}
+
+    terminal.emit(document, table)
+    return ExitCode.INVALID if violations else ExitCode.OK
+
+
+def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
+    """Read plans, and warn of oddities, of each once."""
+    from hetis.planner.use_cases.sources import load_plan_and_problem
+
+    found = [load_plan_and_problem(path) for path in paths]
+    for warning in dict.fromkeys(warning for one in found for warning in one.warnings):
+        terminal.warn(warning)
+    return found
+
+
+# --- report
+
+
+@group
+class Report:
+    """What the page shows, and where it is saved."""
+
+    simulate: bool = option(
+        "--simulate: Simulate every plan at rates up to and beyond the planned one, and draw it.", False
+    )
+    buy_next: bool = option(
+        "--buy-next: Say what to buy next: solve again with --count GPUs of every type on the market.", False
+    )
+    count: int = count_option()
+    time_limit: float = options.time_limit_option("20s")
+    out: Path = option("--out FILE: The page; - for standard output.", Path("report.html"))
+
+
+@verb(prints_data=False)
+def report(
+    terminal: Terminal,
+    plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plan files, or - for standard input.")],
+    *,
+    asked: Report,
+) -> ExitCode:
+    """Make one page of HTML of plans, to send to those who decide: what they serve, at which cost, where, and why.
+
+    The page needs no network, is light or dark, and prints. Several plans are compared before each is shown. With
+    --buy-next every plan is solved again for each GPU type on the market, each time for --time-limit at most.
+    """
+    from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
+    from hetis.planner.report.page.pages import ShownPlan, plans_page
+
+    refuse_unwritable_page(asked.out)
+    found = _load(terminal, plans)
+    cancelled = threading.Event()
+    curves = [_curve(terminal, one, cancelled) if asked.simulate else None for one in found]
+    bought = [_market(terminal, one, cancelled, asked) if asked.buy_next else None for one in found]
+    page = plans_page(
+        [
+            ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
+            for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
+        ]
+    )
+    save_page(terminal, page, asked.out)
+    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+
+
+def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
+    from hetis.planner.cli.searching import simulate_interruptibly
+    from hetis.planner.use_cases.verify import latency_curve
+
+    return simulate_interruptibly(
+        terminal,
+        lambda news: latency_curve(found.plan, found.problem, cancelled=cancelled, report=news),
+        cancelled=cancelled,
+    )
+
+
+def _market(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: Report) -> BuyNext | None:
+    """Return what to buy next, or None after Ctrl-C."""
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape
+    from hetis.solver.budget import Budget
+
+    if cancelled.is_set():
+        return None
+    cluster, time_limit_s = found.problem.cluster, asked.time_limit
+    shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
+    return search_interruptibly(
+        terminal,
+        lambda news: buy_next_to_plan(
+            found, market_of(None, cluster, asked.count), shape, time_limit_s=time_limit_s, report=news,
+            budget=lambda: Budget(time_limit_s=time_limit_s, clock=time.monotonic, cancelled=cancelled),
+        ),
+        unit=found.plan.result.unit, cancelled=cancelled, so_far="the plans",
+    )  # fmt: skip
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Return the names of the plans on the page: their files' stems, or whole paths if two stems are equal."""
+    if len(paths) == 1:
+        return ["The plan"]
+    stems = [Path(path).stem if path != "-" else "standard input" for path in paths]
+    return stems if len(set(stems)) == len(stems) else paths

@@ -1,0 +1,332 @@
+"""Verbs that show what a planner has: ``get``, ``watch``, ``agents``, ``status`` and ``audit``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import group, option, panel
+from hetis.planner.cli.server_verb import (
+    IN_CLUSTER,
+    KINDS,
+    InCluster,
+    chosen_cluster,
+    collection,
+    full_name,
+    last,
+    server_verb,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hetis.planner.client import Client
+
+
+class GetFormat(StrEnum):
+    """`OutputFormat`, and one form for lists only."""
+
+    TABLE = "table"
+    WIDE = "wide"
+    JSON = "json"
+    YAML = "yaml"
+    NAME = "name"
+
+
+@group
+class Shown(InCluster):
+    """The cluster of resources, and their form."""
+
+    output_format: GetFormat = option("--output -o: Form of the data.", GetFormat.TABLE)
+
+
+@server_verb(prints_data=False)
+def get(
+    terminal: Terminal,
+    client: Client,
+    kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
+    name: Annotated[str | None, typer.Argument(help="One of them; all unless given.", show_default=False)] = None,
+    *,
+    shown: Shown,
+) -> ExitCode:
+    """Show resources: clusters, nodes, plans, replicas, re-dispatches, profiles.
+
+    A whole name says both kind and name: `get plans/night`, `get clusters/paper/nodes/a100-0`.
+    """
+    what, form = collection(kind), shown.output_format
+    wanted = kind if "/" in kind else name
+    parent = None
+    if what in IN_CLUSTER and not (wanted or "").startswith("clusters/"):
+        parent = chosen_cluster(client, shown.cluster)
+    if wanted:
+        found = [fetched(client, what, full_name(what, wanted, parent))]
+    else:
+        found = listed(client, what, parent or (full_name("clusters", shown.cluster) if shown.cluster else ""))
+    _show(replace(terminal, output=_PLAIN.get(form, OutputFormat.TABLE)), what, found, form, wanted)
+    return ExitCode.OK
+
+
+_PLAIN = {GetFormat.JSON: OutputFormat.JSON, GetFormat.YAML: OutputFormat.YAML}
+
+
+def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, wanted: str | None) -> None:
+    from rich.text import Text
+
+    from hetis.planner.cli.resource_views import list_data, resource_data, resource_table
+
+    if form is GetFormat.NAME:
+        if found:
+            terminal.emit(list, lambda: Text("\n".join(one.name for one in found)), width=WIDE)
+        return
+    terminal.emit(
+        lambda: resource_data(found[0]) if wanted else list_data(f"{KINDS[what]}List", found),
+        lambda: resource_table(what, found, wide=form is GetFormat.WIDE),
+        width=WIDE if form is GetFormat.WIDE else None,
+    )
+
+
+def fetched(client: Client, what: str, name: str) -> Any:
+    """Read one resource, whole."""
+    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
+
+    own: dict[str, Any] = {
+        "plans": (client.plans, plan_service_pb2),
+        "profiles": (client.profiles, profile_service_pb2),
+    }
+    service, requests = own.get(what, (client.clusters, cluster_service_pb2))
+    kind = KINDS[what]
+    answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name))
+    return getattr(answer, kind.lower())
+
+
+def listed(client: Client, what: str, cluster: str) -> list[Any]:
+    """Read all resources of a kind; those of one cluster if ``cluster`` is not empty."""
+    match what:
+        case "clusters":
+            return [one for one in client.list_clusters() if cluster in ("", one.name)]
+        case "plans":
+            return list(client.list_plans(cluster=cluster))
+        case "profiles":
+            return list(client.list_profiles())
+    return list(getattr(client, f"list_{what}")(cluster))
+
+
+# --- watch
+
+MAX_DIFFERENCES = 20  # shown one by one; a fleet that is not there yet has thousands
+AGAIN_S = 0.5  # between an interrupt that was lost and the next one
+
+
+@server_verb()
+def watch(
+    terminal: Terminal,
+    client: Client,
+    what: Annotated[
+        str, typer.Argument(metavar="PLAN|CLUSTER", help="A plan, `plans/night` or `night`, or `clusters/paper`.")
+    ],
+) -> ExitCode:
+    """Follow a plan until nothing changes by itself, or everything in a cluster until Ctrl-C.
+
+    A plan is followed on stderr and printed at its end. A cluster is printed line by line as things happen, with
+    `-o json` one JSON object per line. Both go on after a lost connection.
+    """
+
+    if what.startswith("clusters/"):
+        return _watch_cluster(terminal, client, what)
+    return _watch_plan(terminal, client, full_name("plans", what))
+
+
+def _watch_plan(terminal: Terminal, client: Client, name: str) -> ExitCode:
+    from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
+    from hetis.v1 import plan_pb2
+
+    plan = wait_for_plan(terminal, client, name)
+    terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan))
+    return outcome(terminal, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
+
+
+def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
+    import json
+
+    from rich.text import Text
+
+    from hetis.planner.cli.resource_views import line_of_event, resource_data
+
+    with interrupts_that_arrive():
+        for event in client.watch_cluster(name):
+            if terminal.output is OutputFormat.JSON:
+                print(json.dumps(resource_data(event)), flush=True)
+            elif terminal.output is OutputFormat.YAML:
+                print("---", flush=True)
+                terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
+            elif said := line_of_event(event):
+                terminal.emit(dict, lambda said=said: Text(said), width=WIDE)  # type: ignore[misc]
+    return ExitCode.OK  # a watch of a cluster ends with Ctrl-C or an error
+
+
+@contextmanager
+def interrupts_that_arrive() -> Iterator[None]:
+    """Raise KeyboardInterrupt again and again after Ctrl-C, until the context is left.
+
+    Python drops an exception that is raised in a finaliser or in a callback of a weak reference, as the import system
+    has them, so one Ctrl-C at the wrong moment would be lost and a watch would never end.
+    """
+
+    def handle(_number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        signal.default_int_handler(signal.SIGINT, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@server_verb()
+def agents(terminal: Terminal, client: Client, *, where: InCluster) -> ExitCode:
+    """Show nodes with their agents: state, when last heard, every GPU's KV, clock and health."""
+    from hetis.planner.cli.resource_views import list_data, node_table
+    from hetis.v1 import cluster_service_pb2
+
+    parent = chosen_cluster(client, where.cluster)
+    nodes = list(client.list_nodes(parent))
+    request = cluster_service_pb2.GetInventoryRequest(name=f"{parent}/inventory")
+    differences = client.clusters.GetInventory(request).inventory.differences
+    terminal.emit(lambda: list_data("NodeList", nodes), lambda: node_table(nodes))
+    for difference in differences[:MAX_DIFFERENCES]:
+        terminal.warn(f"{difference.device or difference.node or last(parent)}: {difference.message}")
+    if len(differences) > MAX_DIFFERENCES:
+        terminal.warn(f"... and {len(differences) - MAX_DIFFERENCES:,} more differences")
+    return ExitCode.OK
+
+
+@server_verb()
+def status(terminal: Terminal, client: Client) -> ExitCode:
+    """Show whether the planner serves, its clusters, plans at work and in force, proposals that wait.
+
+    Exits 6 when the planner is not reached or does not serve.
+    """
+    from hetis.planner.cli.resource_views import resource_data
+    from hetis.v1 import plan_pb2
+
+    serving = client.is_serving()
+    if not serving:
+        terminal.error("the planner does not serve: it starts or drains")
+        return ExitCode.UNREACHABLE
+    clusters = list(client.list_clusters())
+    working = list(client.list_plans(states=[plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING]))
+    active = {name: _plan(client, name) for cluster in clusters if (name := cluster.active_plan)}
+    proposals = [
+        plan
+        for plan in client.list_plans(states=[plan_pb2.PLAN_STATE_READY])
+        if plan.origin == plan_pb2.PLAN_ORIGIN_PROPOSAL
+        and plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE
+        and not plan.HasField("activate_time")
+    ]
+
+    def document() -> dict[str, Any]:
+        return {
+            "apiVersion": "hetis/v1",
+            "kind": "PlannerStatus",
+            "serving": serving,
+            "clusters": [resource_data(cluster) for cluster in clusters],
+            "active_plans": [resource_data(plan) for plan in active.values()],
+            "working_plans": [resource_data(plan) for plan in working],
+            "proposals": [resource_data(plan) for plan in proposals],
+        }
+
+    terminal.emit(document, lambda: _page(clusters, [*active.values(), *working, *proposals]))
+    for plan in proposals:
+        terminal.say(f"proposed: {plan.proposal_reason}; hetis-plan apply --activate {plan.name}")
+    return ExitCode.OK
+
+
+def _plan(client: Client, name: str) -> Any:
+    from hetis.v1 import plan_service_pb2, view_pb2
+
+    return client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=name, view=view_pb2.VIEW_BASIC)).plan
+
+
+def _page(clusters: list[Any], plans: list[Any]) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    from hetis.planner.cli.resource_views import resource_table
+
+    parts: list[RenderableType] = [
+        Text.assemble("The planner ", ("serves", "bold green"), "."),
+        Text(),
+        resource_table("clusters", clusters, wide=False),
+    ]
+    if plans:
+        parts += [Text(), resource_table("plans", plans, wide=False)]
+    return Group(*parts)
+
+
+# --- audit
+
+_filter = panel("Filters")
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a moment: write it like 2027-01-31T00:00:00Z") from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+@group
+class Filters:
+    """Which lines are shown."""
+
+    caller: str = _filter("--caller: Name of credentials.", "")
+    method: str = _filter("--method: Such as CreatePlan.", "")
+    resource: str = _filter("--resource: What was changed, or the plan that was chosen.", "")
+    outcome: str = _filter("--outcome: OK, REPEATED, or a reason such as ROLE.", "")
+    since: datetime | None = _filter("--since TIME", parser=_moment)
+    until: datetime | None = _filter("--until TIME", parser=_moment)
+
+
+@server_verb()
+def audit(terminal: Terminal, client: Client, *, filters: Filters) -> ExitCode:
+    """Show the planner's audit log, the oldest line first. Needs role admin.
+
+    Lines of refusals stand for all of their kind within a minute. `hetis-planner audit --check` on the planner's
+    machine says whether any line was changed.
+    """
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from hetis.planner.cli.resource_views import audit_data, audit_table
+    from hetis.v1 import audit_service_pb2
+
+    request = audit_service_pb2.ListAuditedChangesRequest(
+        page_size=500, caller=filters.caller, method=filters.method, resource=filters.resource, outcome=filters.outcome
+    )
+    for field, moment in ((request.since_time, filters.since), (request.until_time, filters.until)):
+        if moment is not None:
+            whole = Timestamp()
+            whole.FromDatetime(moment.astimezone(UTC))
+            field.CopyFrom(whole)
+    lines = list(client.list_audited_changes(request))
+    terminal.emit(
+        lambda: {"kind": "AuditLog", "lines": [audit_data(line) for line in lines]}, lambda: audit_table(lines)
+    )
+    return ExitCode.OK

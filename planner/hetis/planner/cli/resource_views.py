@@ -1,0 +1,471 @@
+"""Resources of the planner as data, tables and lines; and waiting for a plan, whose outcome becomes an exit code."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC
+from typing import Any, NamedTuple
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
+from hetis.planner.cli.server_verb import last, word
+from hetis.planner.client import CallError, Client
+from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.tables import facts, table
+from hetis.solver.budget import Progress
+from hetis.v1 import (
+    audit_service_pb2,
+    cluster_pb2,
+    cluster_service_pb2,
+    failure_pb2,
+    plan_pb2,
+    plan_service_pb2,
+    profile_pb2,
+    redispatch_pb2,
+    replica_pb2,
+    report_pb2,
+)
+
+# --- data
+
+
+def resource_data(message: Message) -> dict[str, Any]:
+    """Return a message as JSON values; as in protobuf, enums are names, times RFC 3339, and 64-bit numbers text."""
+    found: dict[str, Any] = _readable(MessageToDict(message, preserving_proto_field_name=True))
+    return found
+
+
+def list_data(kind: str, messages: Iterable[Message]) -> dict[str, Any]:
+    """Return several resources: ``items`` under a header with their kind."""
+    return {"apiVersion": "hetis/v1", "kind": kind, "items": [resource_data(message) for message in messages]}
+
+
+def _readable(value: Any) -> Any:
+    """Return the same with the contents of documents in plain text; protobuf writes bytes as base64."""
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    readers = {"content": _content, "text": _text}
+    return {key: readers.get(key, _readable)(item) for key, item in value.items()}
+
+
+def _text(value: Any) -> Any:
+    try:
+        return base64.b64decode(value, validate=True).decode("utf-8")
+    except (TypeError, ValueError):  # a UnicodeDecodeError is one
+        return value
+
+
+def _content(value: Any) -> Any:
+    try:
+        return json.loads(_text(value))
+    except (TypeError, ValueError):
+        return _text(value)
+
+
+# --- tables
+
+
+_GOOD = {"READY", "ACTIVE", "SERVING", "DONE"}
+_BAD = {"LOST", "FAILED", "ABORTED", "INFEASIBLE"}
+_BAR_WIDTH = 14
+
+
+class Column(NamedTuple):
+    """A column: its head, as `table` has it, its cell for a resource, and whether only the wide form has it."""
+
+    head: str
+    cell: Callable[[Any], RenderableType]
+    wide: bool = False
+
+
+def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> RenderableType:
+    """Return one row per resource of this kind."""
+    if not resources:
+        return Text(f"no {kind}", style="dim")
+    columns = [column for column in COLUMNS[kind] if wide or not column.wide]
+    rows = ((column.cell(resource) for column in columns) for resource in resources)
+    return table(*(column.head for column in columns), rows=rows)
+
+
+def state(text: str) -> Text:
+    """Return a state in its colour."""
+    return Text(text, style="green" if text in _GOOD else "red" if text in _BAD else "yellow" if text else "")
+
+
+def ago(moment: Timestamp | None, now_s: float | None = None) -> str:
+    """Return ``4 s ago``; empty for never."""
+    if moment is None or not (moment.seconds or moment.nanos):
+        return ""
+    passed_s = max((time.time() if now_s is None else now_s) - moment.seconds - moment.nanos / 1e9, 0.0)
+    for limit_s, unit_s, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if passed_s < limit_s:
+            return f"{passed_s / unit_s:.0f} {unit} ago"
+    return f"{passed_s / 86_400:.0f} days ago"
+
+
+def kv_ratio(devices: Sequence[report_pb2.DeviceReport]) -> float | None:
+    """Return the share of KV blocks that cannot be dropped on the fullest device, or None if no device reports any."""
+    return max((device.used_blocks / device.total_blocks for device in devices if device.total_blocks), default=None)
+
+
+def kv_bar(devices: Sequence[report_pb2.DeviceReport], width: int = _BAR_WIDTH) -> Text:
+    """Return the KV use of the fullest device as a bar."""
+    ratio = kv_ratio(devices)
+    if ratio is None:
+        return Text("")
+    style = "red" if ratio >= 0.9 else "yellow" if ratio >= 0.75 else "green"
+    return Text.assemble((bar(ratio, width), style), f" {ratio:4.0%}")
+
+
+def value_of(plan: plan_pb2.Plan) -> str:
+    """Return the value of the answer or of the best plan so far: ``1.61 requests/s``."""
+    if plan.HasField("result"):
+        return f"{digits(plan.result.value, 4)} {plan.result.unit}"
+    if plan.progress.HasField("incumbent"):
+        return f"{digits(plan.progress.incumbent, 4)} {plan.progress.unit}"
+    return ""
+
+
+def gap_of(plan: plan_pb2.Plan) -> str:
+    found = plan.result if plan.HasField("result") else plan.progress
+    return percent(found.gap) if found.HasField("gap") else ""
+
+
+def _mode(mode: int) -> str:
+    return word(cluster_pb2.ReactionMode, mode).lower() if mode else "default"
+
+
+def _trouble(devices: Sequence[report_pb2.DeviceReport]) -> Text:
+    ill = [str(device.index) for device in devices if device.unhealthy]
+    idle = report_pb2.THROTTLE_REASON_IDLE
+    slow = [str(device.index) for device in devices if set(device.throttle_reasons) - {idle} and not device.unhealthy]
+    parts = [(f"GPU {', '.join(ill)} unhealthy", "red")] if ill else []
+    if slow:
+        parts.append((f"{'; ' if ill else ''}GPU {', '.join(slow)} throttled", "yellow"))
+    return Text.assemble(*parts)
+
+
+def _trigger(trigger: redispatch_pb2.RedispatchTrigger) -> str:
+    kind = word(redispatch_pb2.TriggerKind, trigger.kind).lower().replace("_", " ")
+    return f"{kind} {trigger.device}".strip()
+
+
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "clusters": (
+        Column("'cluster", lambda c: last(c.name)),
+        Column("nodes", lambda c: f"{c.num_connected_nodes:,}/{c.num_nodes:,}"),
+        Column("GPUs", lambda c: f"{c.num_gpus:,}"),
+        Column("'active plan", lambda c: last(c.active_plan)),
+        Column("'earlier", lambda c: last(c.earlier_plan)),
+        Column("changed", lambda c: ago(c.update_time)),
+        Column("'etag", lambda c: c.etag, wide=True),
+        Column("'re-dispatch", lambda c: _mode(c.policy.redispatch), wide=True),
+        Column("'placement", lambda c: _mode(c.policy.placement), wide=True),
+    ),
+    "nodes": (
+        Column("'node", lambda n: last(n.name)),
+        Column("'state", lambda n: state(word(cluster_pb2.NodeState, n.state) + (" draining" if n.draining else ""))),
+        Column("GPUs", lambda n: str(len(n.devices))),
+        Column("'KV of the fullest", lambda n: kv_bar(n.devices)),
+        Column("'trouble", lambda n: _trouble(n.devices)),
+        Column("heard", lambda n: ago(n.heard_time)),
+        Column("'replicas", lambda n: ", ".join(last(name) for name in n.replicas), wide=True),
+        Column("'agent", lambda n: n.agent_version, wide=True),
+        Column("'types", lambda n: ", ".join(sorted({d.gpu_type for d in n.inventory.devices})), wide=True),
+    ),
+    "plans": (
+        Column("'plan", lambda p: last(p.name)),
+        Column("'cluster", lambda p: last(p.cluster)),
+        Column("'state", lambda p: state(word(plan_pb2.PlanState, p.state))),
+        Column("value", value_of),
+        Column("gap", gap_of),
+        Column("'activation", lambda p: state(word(plan_pb2.ActivationState, p.activation))),
+        Column("made", lambda p: ago(p.create_time)),
+        Column("GPUs", lambda p: f"{p.result.num_gpus:,}" if p.HasField("result") else "", wide=True),
+        Column("'origin", lambda p: word(plan_pb2.PlanOrigin, p.origin).lower(), wide=True),
+        Column("'why", lambda p: p.proposal_reason, wide=True),
+        Column("'etag", lambda p: p.etag, wide=True),
+    ),
+    "replicas": (
+        Column("'replica", lambda r: last(r.name)),
+        Column("'state", lambda r: state(word(replica_pb2.ReplicaState, r.state))),
+        Column("'role", lambda r: word(replica_pb2.ReplicaRole, r.role).lower() if r.role else "unified"),
+        Column("'plan", lambda r: last(r.plan)),
+        Column("generation", lambda r: str(r.generation)),
+        Column("running", lambda r: str(r.report.num_running)),
+        Column("waiting", lambda r: str(r.report.num_waiting)),
+        Column("'re-dispatch", lambda r: "under way" if r.redispatch else ""),
+        Column("'nodes", lambda r: ", ".join(r.nodes), wide=True),
+        Column("'primary", lambda r: r.primary_node, wide=True),
+        Column("'authority", lambda r: word(replica_pb2.HeadMapAuthority, r.authority).lower(), wide=True),
+        Column("'why", lambda r: r.failure.message, wide=True),
+    ),
+    "redispatches": (
+        Column("'re-dispatch", lambda r: last(r.name)[:8]),
+        Column("'replica", lambda r: last(r.replica)),
+        Column("'state", lambda r: state(word(redispatch_pb2.RedispatchState, r.state))),
+        Column("moves", lambda r: f"{r.num_moves:,}"),
+        Column("KV", lambda r: gigabytes(r.kv_bytes)),
+        Column("'slowest device", lambda r: f"{seconds(r.makespan_before_s)} → {seconds(r.makespan_after_s)}"),
+        Column("made", lambda r: ago(r.create_time)),
+        Column("'because", lambda r: ", ".join(_trigger(trigger) for trigger in r.triggers), wide=True),
+        Column("'why not", lambda r: r.failure.message, wide=True),
+        Column("'name", lambda r: r.name, wide=True),
+    ),
+    "profiles": (
+        Column("'profile", lambda p: last(p.name)),
+        Column("'GPU type", lambda p: p.gpu_type),
+        Column("usable", lambda p: gigabytes(p.usable_bytes)),
+        Column("'from", lambda p: ", ".join(word(profile_pb2.ProfileSource, s).lower() for s in p.sources)),
+        Column("error", lambda p: percent(p.held_out_mape) if p.HasField("held_out_mape") else ""),
+        Column("changed", lambda p: ago(p.update_time)),
+        Column("'etag", lambda p: p.etag, wide=True),
+    ),
+}
+
+
+def plan_summary(plan: plan_pb2.Plan, steps: Sequence[plan_service_pb2.TransitionStep] = ()) -> RenderableType:
+    """Return state, answer with its proof, activation, and the steps to it if there are any."""
+    made = facts(_summary(plan))
+    if not steps:
+        return made
+    rows = (
+        (
+            str(step.wave),
+            word(plan_service_pb2.TransitionKind, step.kind).lower(),
+            last(step.replica),
+            ", ".join(step.devices),
+            f"{step.load_bytes / 2**30:,.0f} GiB" if step.load_bytes else "",
+        )
+        for step in steps
+    )
+    return Group(made, table("wave", "'step", "'replica", "'GPUs", "loads", rows=rows))
+
+
+def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
+    yield "Plan", plan.name
+    yield "Cluster", plan.cluster
+    yield "State", state(word(plan_pb2.PlanState, plan.state))
+    if plan.HasField("result"):
+        found = plan.result
+        yield "Value", f"{digits(found.value, 4)} {found.unit}"
+        bound = f"{digits(found.bound, 4)} {found.unit}" if found.HasField("bound") else "none was proved"
+        yield "Bound", bound + (f"  gap {percent(found.gap)}" if found.HasField("gap") else "")
+        workers = f", {found.num_attention_workers:,} of them attention workers" if found.num_attention_workers else ""
+        yield "Uses", f"{plural(found.num_replicas, 'replica')} on {plural(found.num_gpus, 'GPU')}{workers}"
+        yield "Solved", f"{word(plan_pb2.SolveStatus, found.status).lower()} in {seconds(found.solve_s)}"
+    for note in plan.result.notes:
+        yield "Note", note
+    if plan.proposal_reason:
+        yield "Proposed", plan.proposal_reason
+    yield "Activation", state(word(plan_pb2.ActivationState, plan.activation))
+
+
+def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
+    """Return one row per GPU, with what its agent reports."""
+    if not nodes:
+        return Text("no nodes", style="dim")
+    made = table("'node", "'state", "heard", "GPU", "<KV in use", "busy", "GHz", "°C", "'remark", fixed=True)
+
+    def remark(device: report_pb2.DeviceReport) -> Text:
+        if device.unhealthy:
+            return Text(device.unhealthy, style="red")
+        slowed = [
+            word(report_pb2.ThrottleReason, reason).lower()
+            for reason in device.throttle_reasons
+            if reason != report_pb2.THROTTLE_REASON_IDLE
+        ]
+        return Text(f"throttled: {', '.join(slowed)}" if slowed else "", style="yellow")
+
+    for node in nodes:
+        name = word(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
+        first = (last(node.name), state(name), ago(node.heard_time))
+        for device in node.devices:
+            made.add_row(
+                *first,
+                str(device.index),
+                kv_bar([device], 8),
+                percent(device.busy_ratio) if device.busy_ratio else "",
+                f"{device.clock_hz / 1e9:.2f}" if device.clock_hz else "",
+                f"{device.temperature_c:.0f}" if device.HasField("temperature_c") else "",
+                remark(device),
+            )
+            first = ("", Text(""), "")
+        if not node.devices:
+            made.add_row(*first, "", Text(""), "", "", "", Text(""))
+    return made
+
+
+def _time(line: audit_service_pb2.AuditedChange) -> str:
+    return line.time.ToDatetime(UTC).isoformat(timespec="milliseconds")
+
+
+def audit_data(line: audit_service_pb2.AuditedChange) -> dict[str, Any]:
+    """Return a line of the audit log as plain data."""
+    rest = ("epoch", "caller", "role", "method", "resource", "request_id", "plan", "outcome", "times", "hash")
+    return {"number": line.number, "time": _time(line)} | {name: getattr(line, name) for name in rest}
+
+
+def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableType:
+    """Return lines of the audit log, refused ones red."""
+
+    if not lines:
+        return Text("no lines", style="dim")
+    made = table("", "<time (UTC)", "'caller", "<method", "'resource", "'plan", "<outcome", fixed=True)
+    for line in lines:
+        plan = line.plan if line.plan != line.resource else ""
+        outcome = line.outcome + (f" ({line.times} times)" if line.times > 1 else "")
+        texts = (line.caller, line.method, line.resource, plan)
+        style = "" if line.outcome in ("OK", "REPEATED") else "red"
+        moment = line.time.ToDatetime(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        made.add_row(str(line.number), moment, *map(Text, texts), Text(outcome, style=style))
+    return made
+
+
+def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
+    """Return what happened, in one line; empty if nothing did."""
+    if event.reset:
+        return "--- everything anew, the token was too old"
+    at = event.event_time.ToDatetime().strftime("%H:%M:%S")
+    match event.WhichOneof("event"):
+        case "cluster":
+            cluster = event.cluster
+            far = f"{cluster.num_connected_nodes:,} of {plural(cluster.num_nodes, 'node')} connected"
+            return f"{at} cluster {last(cluster.name)}: {far}, active {last(cluster.active_plan) or 'no plan'}"
+        case "node":
+            node = event.node
+            kv = kv_ratio(node.devices)
+            state = word(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
+            return f"{at} node {last(node.name)}: {state}" + (f", KV {percent(kv)}" if kv is not None else "")
+        case "removed_node":
+            return f"{at} node {last(event.removed_node)}: gone"
+        case "replica":
+            replica = event.replica
+            report = replica.report
+            load = f"{report.num_running} running, {report.num_waiting} waiting"
+            state = word(replica_pb2.ReplicaState, replica.state)
+            return f"{at} replica {last(replica.name)}: {state}, generation {replica.generation}, {load}"
+        case "redispatch":
+            moved = event.redispatch
+            state = word(redispatch_pb2.RedispatchState, moved.state)
+            gain = f"{seconds(moved.makespan_before_s)} → {seconds(moved.makespan_after_s)}"
+            return f"{at} re-dispatch of {last(moved.replica)}: {state}, {plural(moved.num_moves, 'move')}, {gain}"
+    return "--- now live" if event.caught_up else ""
+
+
+# --- waiting
+
+
+def wait_for_plan(terminal: Terminal, client: Client, name: str) -> plan_pb2.Plan:
+    """Wait for the plan until nothing about it can change by itself.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the plan goes on, and the user was told how to come back to it.
+        CallError: the planner has been gone for long; the same holds.
+    """
+    try:
+        with news_on_stderr(terminal) as news:
+            return client.wait(name, news=news)
+    except (KeyboardInterrupt, CallError) as error:
+        if isinstance(error, KeyboardInterrupt) or error.is_unreachable:
+            terminal.say(f"{name} goes on without you")
+            terminal.say(f"  come back: hetis-plan watch {name}")
+            terminal.say(f"  stop it:   hetis-plan cancel {name}")
+        raise
+
+
+@contextmanager
+def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], None]]:
+    """Yield a function to call with every state of a plan: one live line on a terminal, a few plain lines elsewhere."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0:
+        yield lambda plan: None
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with console.status("asking the planner", spinner="dots") as status:
+            yield lambda plan: status.update(line_of(plan))
+    else:
+        yield _PlainLines(terminal.say)
+
+
+class _PlainLines:
+    """News as one line when the state or the phase changes, and otherwise at most every `PLAIN_INTERVAL_S` seconds."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._last: tuple[int, int, str] | None = None
+        self._said_s = 0.0
+
+    def __call__(self, plan: plan_pb2.Plan) -> None:
+        now = (plan.state, plan.activation, plan.progress.phase)
+        if now == self._last and time.monotonic() < self._said_s + PLAIN_INTERVAL_S:
+            return
+        self._last, self._said_s = now, time.monotonic()
+        self._say(line_of(plan))
+
+
+def line_of(plan: plan_pb2.Plan) -> str:
+    """Return how far a plan is, in one line."""
+    if plan.state == plan_pb2.PLAN_STATE_QUEUED:
+        return f"{plan.name} waits for a solver process"
+    if plan.state == plan_pb2.PLAN_STATE_SOLVING:
+        return describe(_progress(plan.progress), plan.progress.unit)
+    if plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE and plan.HasField("activation_progress"):
+        far = plan.activation_progress
+        counts = {"serve": far.num_serving, "start": far.num_starting, "failed": far.num_failed} | {
+            "drain": far.num_draining
+        }
+        said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return f"{plan.name} {word(plan_pb2.ActivationState, plan.activation)}: {said or 'no replica yet'}"
+    return f"{plan.name} {word(plan_pb2.PlanState, plan.state)}"
+
+
+def _progress(said: plan_pb2.SolveProgress) -> Progress:
+    return Progress(
+        phase=said.phase or "starting",
+        elapsed_s=said.elapsed_s,
+        incumbent=said.incumbent if said.HasField("incumbent") else None,
+        bound=said.bound if said.HasField("bound") else None,
+        gap=said.gap if said.HasField("gap") else None,
+    )
+
+
+def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
+    """Return the exit code for a plan's outcome, and print the reason on stderr unless it is success.
+
+    ``activated``: whether it was also to come into force.
+    """
+    if plan.state == plan_pb2.PLAN_STATE_INFEASIBLE:
+        terminal.error(f"no plan exists ({plan.name})", [f"- {reason}" for reason in plan.infeasible_reasons])
+        return ExitCode.INFEASIBLE
+    if plan.state == plan_pb2.PLAN_STATE_FAILED:
+        terminal.error(f"{plan.name} failed: {plan.failure.message} ({_reason(plan.failure)})")
+        no_plan = plan.failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
+        return ExitCode.NO_PLAN if no_plan else ExitCode.INTERNAL
+    if plan.state == plan_pb2.PLAN_STATE_CANCELLED and not plan.HasField("result"):
+        terminal.error(f"{plan.name} was cancelled before any plan was found")
+        return ExitCode.NO_PLAN
+    if activated and plan.activation == plan_pb2.ACTIVATION_STATE_FAILED:
+        failure = plan.activation_progress.failure
+        terminal.error(
+            f"{plan.name} could not come up: {failure.message} ({_reason(failure)})",
+            ["what served before still serves", f"go back: hetis-plan rollback {plan.name}"],
+        )
+        return ExitCode.INTERNAL
+    return ExitCode.OK
+
+
+def _reason(failure: failure_pb2.Failure) -> str:
+    return failure_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")

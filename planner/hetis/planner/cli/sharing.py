@@ -1,0 +1,173 @@
+"""Verbs for tenants: ``share`` plans one fleet for several models, ``fair`` shares GPU types."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli import options
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import group, option, verb
+
+SHARE_EXAMPLES = """Examples:\n
+  hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml\n
+  hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml --rule sharing-incentive --out plans"""
+FAIR_EXAMPLES = """Examples:\n
+  hetis-plan fair examples/tenants.yaml\n
+  hetis-plan fair examples/tenants.yaml --rule non-cooperative --claims 50\n
+  hetis-plan fair examples/tenants.yaml --rounds 12 -o json"""
+
+
+class ShareRule(StrEnum):
+    """Rules by name; a test keeps this in step with `hetis.solver.tenants.problem.TenantRule`."""
+
+    EFFICIENCY = "efficiency"
+    EQUAL_THROUGHPUT = "equal-throughput"
+    MAX_MIN = "max-min"
+    SHARING_INCENTIVE = "sharing-incentive"
+
+
+@group
+class Share:
+    """The fleet, by which rule it is shared, and what is done with the plans."""
+
+    cluster: str = options.cluster_option()
+    profile: list[str] | None = options.profile_option()
+    rule: ShareRule = option("--rule: What everybody is owed.", ShareRule.MAX_MIN)
+    others: bool = option("--others/--no-others: Also share by the other rules, to compare.", True)
+    envy: bool = option("--envy/--no-envy: Also place every tenant on the GPUs of every other.", True)
+    strategy: str = options.strategy_option()
+    time_limit: float = options.time_limit_option("5min")
+    gap: float = options.gap_option("0.5%")
+    seed: int = options.seed_option()
+    threads: int = options.threads_option()
+    out: Path | None = option(
+        "--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result", shown=False
+    )
+    dry_run: bool = options.dry_run_option()
+
+
+@verb()
+def share(
+    terminal: Terminal,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A Tenants file, or - for standard input.")],
+    *,
+    asked: Share,
+) -> ExitCode:
+    """Share one fleet among tenants with different models, and plan every tenant's replicas.
+
+    A tenant's value is the rate its own replicas really reach, over what it would reach alone. Ctrl-C once shows and
+    saves the best shares so far; twice leaves at once.
+    """
+    from hetis.planner.cli.failures import report_failure
+    from hetis.planner.cli.outputs import refuse_unwritable_plans, save_plans, say_what_would_be_solved
+    from hetis.planner.cli.searching import search_interruptibly
+    from hetis.planner.report.sharing import render_tenants, tenants_document
+    from hetis.planner.use_cases.place import Settings
+    from hetis.planner.use_cases.sharing import load_tenancy, share_out_fleet
+    from hetis.solver.budget import Budget
+    from hetis.solver.errors import NoPlanFoundError
+    from hetis.solver.tenants.problem import TenantRule
+
+    out = asked.out
+    loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), strategy=asked.strategy)
+    if out is not None:
+        with contextlib.suppress(OSError):  # reported below
+            out.mkdir(exist_ok=True)
+        refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
+    if asked.dry_run:
+        given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
+        return say_what_would_be_solved(
+            terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[asked.strategy],
+            time_limit_s=asked.time_limit,
+        )  # fmt: skip
+    first = TenantRule(asked.rule.value)
+    rules = (first, *(other for other in TenantRule if other is not first and asked.others))
+    settings = Settings(
+        strategy=asked.strategy, time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
+        threads=asked.threads,
+    )  # fmt: skip
+    budget = Budget(time_limit_s=asked.time_limit, clock=time.monotonic)
+    try:
+        found = search_interruptibly(
+            terminal,
+            lambda report: share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report),
+            unit="of value",
+            cancelled=budget.cancelled,
+            so_far="the best shares",
+        )
+    except NoPlanFoundError as error:
+        return ExitCode.INTERRUPTED if budget.cancelled.is_set() else report_failure(error, terminal)
+    if out is not None:
+        shares = found.answers[0].shares
+        save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
+        for one in shares:
+            if one.plan is None:
+                terminal.say(f"{one.name} has no replica under this rule: no plan saved")
+    terminal.emit(lambda: tenants_document(found), lambda: render_tenants(found))
+    return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK
+
+
+# --- fair
+
+
+class FairRule(StrEnum):
+    """Rules by name; a test keeps this in step with `hetis.solver.shares.problem.Rule`."""
+
+    COOPERATIVE = "cooperative"
+    NON_COOPERATIVE = "non-cooperative"
+    GAVEL = "gavel"
+    GANDIVA_FAIR = "gandiva-fair"
+    EQUAL_SPLIT = "equal-split"
+
+
+@group
+class Fair:
+    """By which rule GPU types are shared, and what else is asked of it."""
+
+    rule: FairRule = option(
+        "--rule: How to share. The other rules are compared below the shares.", FairRule.COOPERATIVE
+    )
+    rounds: int = option("--rounds: Also list whole GPUs for so many rounds.", 0, min=0, max=10_000)
+    claims: int = option(
+        "--claims: Also try so many false claims of every job, up and down: who gains?", 0, min=0, max=10_000
+    )
+
+
+@verb()
+def fair(
+    terminal: Terminal,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A ShareProblem file, or - for standard input.")],
+    *,
+    asked: Fair,
+) -> ExitCode:
+    """Share GPUs of several types among tenants, and show what is fair about it.
+
+    Cooperative shares (OEF) have the most total value without envy; non-cooperative ones make it useless to claim
+    larger speed-ups than one has. Speed-ups stand in the file, or come from placements of a model on each GPU type.
+    """
+    from hetis.formats.documents import load_share_problem
+    from hetis.planner.cli.searching import work_interruptibly
+    from hetis.planner.report.sharing import fair_document, render_fair
+    from hetis.planner.use_cases.sharing import share_out
+    from hetis.solver.budget import Budget
+    from hetis.solver.shares.problem import Rule
+
+    inputs = load_share_problem(file)
+    first = Rule(asked.rule.value)
+    rules = (first, *(other for other in Rule if other is not first))
+    budget = Budget(clock=time.monotonic)
+    found = work_interruptibly(
+        terminal,
+        lambda: share_out(inputs, rules, budget=budget, tell=terminal.say, rounds=asked.rounds, claims=asked.claims),
+        cancelled=budget.cancelled,
+        stopping="after this step",
+    )
+    terminal.emit(lambda: fair_document(found), lambda: render_fair(found))
+    return ExitCode.OK

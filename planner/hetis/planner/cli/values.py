@@ -1,0 +1,269 @@
+"""Values of options as people write them (``500ms``, ``0.5%``, ``prefill,decode``), and the words that Tab completes.
+
+Catalogues and strategies are loaded when a value is read or completed, so that ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import typer
+
+from hetis.solver.plan import Role
+
+NO_LIMIT = float("inf")
+ALL = "all"
+MOST_SETTING = 10**9  # of `EngineSettings`, whose module loads numpy: too slow for --help
+MOST_BARE_S = {"TTFT": 60.0, "TPOT": 2.0}
+"""A number without a unit is in seconds; from this value on, milliseconds were probably meant."""
+
+T = TypeVar("T")
+
+# --- quantities
+
+
+def ttft_limit(text: str) -> float:
+    """Parse a limit of the time to first token in seconds; `NO_LIMIT` for ``none``."""
+    return _limit(text, "TTFT")
+
+
+def tpot_limit(text: str) -> float:
+    """Parse a limit of the time per output token in seconds; `NO_LIMIT` for ``none``."""
+    return _limit(text, "TPOT")
+
+
+def _limit(text: str, name: str) -> float:
+    if text.strip().lower() == "none":
+        return NO_LIMIT
+    seconds = positive_duration(text)
+    if seconds >= MOST_BARE_S[name] and not text.strip()[-1].isalpha():
+        raise typer.BadParameter(f"a {name} limit of {text} has no unit: {text}ms or {text}s?")
+    return seconds
+
+
+def positive_duration(text: str) -> float:
+    """Parse seconds: ``50ms``, ``2s``, ``2``."""
+    from hetis.formats.units import parse_duration
+
+    return _positive(_parsed(parse_duration, text), text)
+
+
+def device_at(text: str) -> tuple[str, float]:
+    """Parse a device and seconds: ``a100/0@30s``."""
+    from hetis.formats.units import parse_duration
+
+    device, at, time = text.rpartition("@")
+    if not at or not device:
+        raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s")
+    return device, _parsed(parse_duration, time)
+
+
+def ratio(text: str) -> float:
+    """Parse a ratio: ``0.5%`` or ``0.005``."""
+    from hetis.formats.units import parse_ratio
+
+    return _parsed(parse_ratio, text)
+
+
+def share(text: str) -> float:
+    """Parse a ratio above 0 and up to 1."""
+    value = ratio(text)
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text!r} is out of range, must be above 0 and at most 100%")
+    return value
+
+
+def error(text: str) -> float:
+    """Parse a relative error from 0 to below 1: at 1, work could take no time."""
+    return _below_one(text)
+
+
+def prefix_hit_rate(text: str) -> float | Literal["trace"]:
+    """Parse a share of prompt tokens below 1: ``0.4`` or ``40%``; or ``trace``."""
+    return "trace" if text.strip().lower() == "trace" else _below_one(text, ", or trace")
+
+
+def _below_one(text: str, otherwise: str = "") -> float:
+    value = ratio(text)
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%{otherwise}")
+    return value
+
+
+def size(text: str) -> int:
+    """Parse bytes: ``10GiB``."""
+    from hetis.formats.units import parse_bytes
+
+    return _parsed(parse_bytes, text)
+
+
+def bandwidth(text: str) -> float:
+    """Parse bytes per second above zero: ``100Gbps`` or ``2GB/s``."""
+    from hetis.formats.units import parse_bandwidth
+
+    return _positive(_parsed(parse_bandwidth, text), text)
+
+
+def rate(text: str) -> float:
+    """Parse requests per second, above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number of requests per second") from None
+    return _positive(value, text)
+
+
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _positive(value: float, text: str) -> float:
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{text!r} is out of range, must be above zero and finite")
+    return value
+
+
+# --- the family of plans
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names in the order given; a class of its own, because typer takes a tuple for several arguments."""
+
+    names: tuple[str, ...]
+
+
+def strategy(text: str) -> str:
+    """Parse the name of a strategy."""
+    return one_of(text, _strategies())
+
+
+def strategies(text: str) -> Names:
+    """Parse names of strategies separated by commas, each once; ``all`` for every one."""
+    names = [name.strip() for name in text.split(",")]
+    if names == [ALL]:
+        return Names(tuple(_strategies()))
+    if ALL in names:
+        raise typer.BadParameter(f"{text!r} has {ALL} beside others: give {ALL} alone, or names")
+    return Names(tuple(dict.fromkeys(map(strategy, names))))
+
+
+def engine(text: str) -> str:
+    """Parse the name of an engine, or ``any``."""
+    return one_of(text, _engines())
+
+
+def engines(text: str) -> Names:
+    """Parse names of engines separated by commas, each once; ``all`` for every one, with ``any``."""
+    names = _engines() if text == ALL else (engine(name.strip()) for name in text.split(","))
+    return Names(tuple(dict.fromkeys(names)))
+
+
+def roles(text: str) -> frozenset[Role]:
+    """Parse roles separated by commas; prefill and decode replicas need one another."""
+    known = [role.value for role in Role]
+    found = frozenset(Role(one_of(name.strip().lower(), known)) for name in text.split(","))
+    if (Role.PREFILL in found) != (Role.DECODE in found):
+        alone, missing = (Role.PREFILL, Role.DECODE) if Role.PREFILL in found else (Role.DECODE, Role.PREFILL)
+        raise typer.BadParameter(f"{text!r} has {alone} replicas without {missing} replicas, which they need")
+    return found
+
+
+def chunks(text: str) -> frozenset[int]:
+    """Parse sizes of prefill chunks separated by commas."""
+    from hetis.solver.problem import MOST_CHUNKS
+
+    sizes = [size.strip() for size in text.split(",")]
+    if len(sizes) > MOST_CHUNKS:
+        raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are tried")
+    for size in sizes:
+        if not (size.isascii() and size.isdigit() and len(size) < 20 and 1 <= int(size) <= MOST_SETTING):
+            raise typer.BadParameter(f"{size[:40]!r} is not a whole number of tokens, 1 to {MOST_SETTING}")
+    return frozenset(map(int, sizes))
+
+
+def weights(text: str) -> str:
+    """Parse the precision of weights, which GPU types may have their own of."""
+    from hetis.formats.dtypes import PRECISIONS, chosen_precision
+
+    return _checked(text, lambda text: chosen_precision(text, PRECISIONS))
+
+
+def kv(text: str) -> str:
+    """Parse the precision of KV, which GPU types may have their own of."""
+    from hetis.formats.dtypes import KV_PRECISIONS, chosen_precision
+
+    return _checked(text, lambda text: chosen_precision(text, KV_PRECISIONS))
+
+
+def mtp(text: str) -> str:
+    """Parse drafted tokens and their acceptance."""
+    from hetis.formats.model import drafts
+
+    return _checked(text, drafts)
+
+
+def _checked(text: str, read: Callable[[str], object]) -> str:
+    """Return a text that can be read."""
+    _parsed(read, text)
+    return text
+
+
+def one_of(text: str, known: Collection[str]) -> str:
+    """Return a name that is known, or refuse it with the nearest one."""
+    from hetis.formats.errors import did_you_mean
+
+    if text not in known:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
+    return text
+
+
+def _strategies() -> list[str]:
+    from hetis.solver.placement.families import STRATEGIES
+
+    return list(STRATEGIES)
+
+
+def _engines() -> list[str]:
+    from hetis.solver.placement.families import ANY_ENGINE, ENGINES
+
+    return [*ENGINES, ANY_ENGINE]
+
+
+# --- completion
+
+
+def strategy_names(incomplete: str) -> list[str]:
+    """Return the strategies that start with this."""
+    return _completing(incomplete, _strategies())
+
+
+def engine_names(incomplete: str) -> list[str]:
+    """Return the engines that start with this."""
+    return _completing(incomplete, _engines())
+
+
+def workload_names(incomplete: str) -> list[str]:
+    """Return the traces of the catalogue that start with this."""
+    from hetis.formats.catalogue import workloads
+
+    return _completing(incomplete, (entry.workload.name for entry in workloads()))
+
+
+def model_names(incomplete: str) -> list[str]:
+    """Return the models of the catalogue that start with this, with or without their organisation."""
+    from hetis.formats.catalogue import models
+
+    names = [entry.model.name for entry in models()]
+    short = [name.rpartition("/")[2] for name in names]
+    # Keep the case that was typed, or the shell would drop the word; the catalogue ignores case anyway.
+    return [incomplete + n[len(incomplete) :] for n in short + names if n.lower().startswith(incomplete.lower())]
+
+
+def _completing(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete.lower())]

@@ -1,0 +1,84 @@
+"""The files of an export: what a target makes of a plan, as YAML and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hetis.formats.errors import single_problem
+from hetis.formats.files import write_atomically
+
+if TYPE_CHECKING:
+    _Base = yaml.SafeDumper
+else:
+    _Base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_Base):
+    def ignore_aliases(self, data: Any) -> bool:
+        """Ignore aliases, so that a repeated value is written twice: people read manifests, too."""
+        return True
+
+
+def yaml_text(value: Mapping[str, Any]) -> str:
+    """Return one document."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120))
+
+
+def documents(values: Iterable[Mapping[str, Any]]) -> str:
+    """Return several documents as one stream."""
+    return str(yaml.dump_all(list(values), Dumper=_Dumper, sort_keys=False, width=120))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The files of a target.
+
+    Attributes:
+        files: text by path; a path that ends in ``.sh`` is a program.
+        shown: the essential files, for standard output.
+        endpoints: of each replica, by its position in the plan.
+        start: instructions in Markdown.
+        not_carried: features of the plan that the target lacks.
+        left_out: why it cannot have a replica, by its position in the plan.
+    """
+
+    files: Mapping[str, str]
+    shown: tuple[str, ...]
+    endpoints: Mapping[int, str]
+    start: str
+    not_carried: tuple[str, ...] = ()
+    left_out: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write every file atomically, and make scripts executable.
+
+    Raises:
+        DocumentError: one cannot be written.
+    """
+    for path, text in files.items():
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise single_problem(str(target.parent), f"cannot be made: {error.strerror}") from None
+        write_atomically(target, text)
+        if path.endswith(".sh"):
+            target.chmod(target.stat().st_mode | 0o111)
+
+
+def folder_refusals(folder: Path, *, force: bool) -> list[str]:
+    """Return why files cannot be written to the folder; empty if they can."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            return [f"{folder} is no folder"]
+        if not force and folder.is_dir() and any(folder.iterdir()):
+            return [f"{folder} is not empty: name another, or force it"]
+    except OSError as error:
+        return [f"{folder}: {error.strerror}"]
+    return []

@@ -1,0 +1,321 @@
+"""Targets that start processes on hosts: scripts for vLLM and SGLang, hetis-launch, compose, Slurm."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from hetis.engines.commands import Command
+from hetis.engines.layout import ProcessKind
+from hetis.engines.versions import Engine
+from hetis.formats.documents import dump
+from hetis.planner.export.files import Written, yaml_text
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
+from hetis.solver.plan import Role
+
+
+def _written(
+    launchable: Launchable,
+    files: Mapping[str, str],
+    shown: Iterable[str],
+    start: str,
+    not_carried: Iterable[str] = (),
+    left_out: Mapping[int, tuple[str, ...]] | None = None,
+) -> Written:
+    """Return files for hosts, on which the front ends of replicas listen."""
+    return Written(
+        files=files,
+        shown=tuple(shown),
+        endpoints={number: one.endpoint for number, one in launchable.replicas.items()},
+        start=start,
+        not_carried=(*_not_reached(launchable), *not_carried),
+        left_out=left_out or {},
+    )
+
+
+def _not_reached(launchable: Launchable) -> Iterator[str]:
+    """Yield the features that commands lack if nodes are only known by name."""
+    for one in launchable.replicas.values():
+        address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
+        if one.plan.role is Role.PREFILL and address is not None and not address.replace(".", "").isdigit():
+            yield f"{one.name}: NIXL listens on an address, and {one.front_node} has none: give --node-address"
+
+
+# --- scripts: a folder for each node with a script for each replica that has processes there
+
+
+_HEAD = """#!/usr/bin/env bash
+# {what}
+set -euo pipefail
+cd "$(dirname "${{BASH_SOURCE[0]}}")"
+"""
+_START = """pids=()
+stop() {
+  trap - EXIT INT TERM
+  kill "${pids[@]}" 2>/dev/null || true
+  wait || true
+}
+trap stop EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+mkdir -p logs
+"""
+
+
+def write_shell(launchable: Launchable) -> Written:
+    """Return scripts for vLLM or SGLang."""
+    files, shown = dict[str, str](), list[str]()
+    for node, here in launchable.by_node().items():
+        for _, one in here:
+            commands = [command for command in one.commands if command.process.node == node]
+            files |= {f"{node}/{path}": text for command in commands for path, text in command.files.items()}
+            files[f"{node}/{one.name}.sh"] = _shell_script(one, node, commands)
+            shown.append(f"{node}/{one.name}.sh")
+        files[f"{node}/start.sh"] = _everything(node, [one.name for _, one in here])
+    return _written(launchable, files, shown, _HOW_SCRIPTS.format(key=_KEY if launchable.has_workers else ""))
+
+
+def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) -> str:
+    """Return a script that starts a replica's processes on one node; if one ends, the others and the script do, too."""
+    whole = len({process.node for process in one.layout.processes}) == 1
+    what = f"{one.name} of hetis' plan ({one.plan.role.value}): {'all' if whole else 'its part'} on {node}."
+    lines = [_HEAD.format(what=what), _START]
+    for command in commands:
+        process = command.process
+        log = shlex.quote(f"logs/{one.name}-{process.name.replace('/', '-')}.log")
+        gpus = ",".join(map(str, process.gpus))
+        lines += [
+            f"# {process.kind.value} {process.name}: GPU {gpus} of {node}\n"
+            f"env {command.line} >{log} 2>&1 &\n"
+            "pids+=($!)\n"
+        ]
+    lines.append('wait -n "${pids[@]}"\n')
+    return "\n".join(lines)
+
+
+def _everything(node: str, names: list[str]) -> str:
+    """Return a script that starts all replicas of a node; if one ends, the others keep running."""
+    head = _HEAD.format(what=f"Everything of hetis' plan on {node}.")
+    started = "".join(f"./{name}.sh &\npids+=($!)\n" for name in names)
+    return f'{head}\n{_START}\n{started}\nwait "${{pids[@]}}"\n'
+
+
+_HOW_SCRIPTS = """\
+Copy the folder of each node there, and start `start.sh` in it, or `rN.sh` for a replica; logs are in `logs/`.
+A script ends with its processes, and they with it, so that systemd or another supervisor can keep it running.
+
+The front of a replica listens on its node's address; `VLLM_API_KEY` in the environment is what clients must say
+(SGLang: give `-- --api-key KEY`).{key}"""
+_KEY = """
+
+`worker.key` must be in every node's folder, mode 0600, the same everywhere: the key of vLLM and its attention
+workers."""
+
+
+# --- hetis-launch, which restarts processes, controls attention workers and stops them in order
+
+
+PLAN_FILE = "plan.json"
+
+
+def write_hetis_launch(launchable: Launchable) -> Written:
+    """Return the plan, and for every node a script with a hetis-launch for each replica that has processes there."""
+    files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
+    for node, here in launchable.by_node().items():
+        path = f"{node}.sh"
+        files[path] = _launch_script(launchable, node, here)
+        shown.append(path)
+    return _written(launchable, files, shown, _HOW_LAUNCH)
+
+
+def _launch_script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableReplica]]) -> str:
+    lines = ["#!/usr/bin/env bash", f"# Everything of hetis' plan on {node}.", "set -euo pipefail"]
+    lines += [
+        'cd "$(dirname "${BASH_SOURCE[0]}")"',
+        "pids=()",
+        """trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT""",
+    ]
+    for number, one in here:
+        lines += [f"{shlex.join(words(launchable, number, one, node))} &", "pids+=($!)"]
+    return "\n".join((*lines, 'wait "${pids[@]}"', ""))
+
+
+def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
+    """Return the command line that runs a replica's part of a node."""
+    addresses, settings = one.addresses, launchable.settings
+    told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
+    told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]
+    told += [str(one.layout.kv_tokens), *_if_set("--dtype", settings.dtype, "auto")]
+    told += [
+        *_if_set("--device", settings.device.value, "cuda"),
+        *_if_set("--vllm", shlex.join(shlex.split(settings.program)), ""),
+    ]
+    for name in dict.fromkeys(process.node for process in one.layout.processes):
+        if name in settings.hosts:
+            told += ["--node-address", f"{name}={settings.hosts[name]}"]
+    told += ["--worker-port", str(addresses.worker_port), "--master-port", str(addresses.master_port)]
+    told += ["--kv-port", str(addresses.kv_port), "--key-file", addresses.key_file, "--"]
+    told += ["--host", addresses.host(one.front_node), "--port", str(one.port)]
+    return [*told, *_if_set("--served-model-name", settings.served_name, ""), *settings.engine_options]
+
+
+def _if_set(name: str, value: str, unset: str) -> Iterable[str]:
+    return () if value == unset else (name, value)
+
+
+_HOW_LAUNCH = """\
+Copy the folder to every node, and start `NODE.sh` there. `hetis-launch` (`pip install 'hetis[launch]'`)
+starts again what ends. Where replicas have attention workers, `worker.key` is their key: a file of mode 0600, the same
+everywhere."""
+
+
+# --- compose: a file for each node, with a service per process on the host's network
+
+
+_CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
+
+
+def write_compose(launchable: Launchable) -> Written:
+    """Return a folder for each node with its compose.yaml and the plugin's files.
+
+    Raises:
+        NotExportableError: an image is missing.
+    """
+    image = launchable.settings.image or published_image(launchable.engine)
+    wrong = [] if image else ["--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it"]
+    if launchable.has_workers and not launchable.settings.worker_image:
+        wrong.append("--worker-image is missing: as docker/worker.Dockerfile makes it")
+    if wrong:
+        raise NotExportableError(tuple(wrong))
+    files, shown = dict[str, str](), list[str]()
+    for node, here in launchable.by_node().items():
+        services, secret = dict[str, Any](), False
+        for _, one in here:
+            for command in one.commands:
+                if command.process.node == node:
+                    services[service_of(one, command)] = _service(launchable, one, command, image)
+                    files |= {f"{node}/{path}": text for path, text in command.files.items()}
+                    secret = secret or bool(command.secrets)
+        whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
+        if secret:
+            whole["secrets"] = {"worker-key": {"file": "./worker.key"}}
+        files[f"{node}/compose.yaml"] = yaml_text(whole)
+        shown.append(f"{node}/compose.yaml")
+    return _written(launchable, files, shown, _HOW_COMPOSE)
+
+
+def service_of(one: LaunchableReplica, command: Command) -> str:
+    """Return the name of a process among services, which may contain no slash and no dot."""
+    return f"{one.name}-{command.process.name}".replace("/", "-").replace(".", "-").replace("+", "-")
+
+
+def _service(launchable: Launchable, one: LaunchableReplica, command: Command, image: str) -> dict[str, Any]:
+    process, settings = command.process, launchable.settings
+    is_worker = process.kind is ProcessKind.ATTENTION_WORKER
+    places = {one.addresses.config_file: _CONFIG, one.addresses.key_file: _KEY_FILE}
+    shown = [places.get(word, word) for word in command.shown]
+    environment = {name: places.get(text, text) for name, text in command.environment.items()} | _gpus(process.gpus)
+    volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
+    if one.serving.model.startswith("/") and not is_worker:
+        volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
+    service: dict[str, Any] = {
+        "image": settings.worker_image if is_worker else image,
+        # Images have entry points of their own; these words are the whole command.
+        "entrypoint": shown[:1],
+        "command": shown[1:],
+        "environment": environment,
+        "network_mode": "host",
+        "ipc": "host",
+        "restart": "unless-stopped",
+        "stop_grace_period": f"{command.stops_s:g}s",
+        "labels": {"hetis.devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)},
+        "deploy": {"resources": {"reservations": {"devices": [_reserved(process.gpus)]}}},
+    }
+    if volumes:
+        service["volumes"] = volumes
+    if command.secrets:
+        service["secrets"] = ["worker-key"]
+    if process.kind is ProcessKind.SERVER:
+        test = ["CMD", "python3", "-c", f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"]
+        service["healthcheck"] = {"test": test, "interval": "10s", "timeout": "5s", "start_period": "30m"}
+        if launchable.engine is not Engine.SGLANG:
+            environment["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
+    return service
+
+
+def _reserved(gpus: tuple[int, ...]) -> Mapping[str, Any]:
+    return {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(gpus)], "capabilities": ["gpu"]}
+
+
+def _gpus(gpus: tuple[int, ...]) -> dict[str, str]:
+    """Return the environment for the ranks' order among the GPUs that the container sees, which renumbers them."""
+    seen = sorted(gpus)
+    order = ",".join(str(seen.index(gpu)) for gpu in gpus)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": order}
+
+
+_HOW_COMPOSE = """\
+Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
+the plan by index (NVIDIA container toolkit). `VLLM_API_KEY` in the environment, or in `.env`, is what clients must say
+(SGLang: give `-- --api-key KEY`). Where replicas have attention workers, `worker.key` beside the file is their key."""
+
+
+# --- Slurm: a batch script per replica, which is a heterogeneous job on several nodes, and a step per process
+
+
+def write_slurm(launchable: Launchable) -> Written:
+    """Return a script for `sbatch` for each replica, and one that submits them all."""
+    files, left_out = dict[str, str](), dict[int, tuple[str, ...]]()
+    for number, one in launchable.replicas.items():
+        shared = sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1})
+        if shared:
+            left_out[number] = (f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs",)
+            continue
+        files |= {path: text for command in one.commands for path, text in command.files.items()}
+        files[f"{one.name}.sbatch"] = _batch_script(launchable, one)
+    launchable = launchable.without(left_out)
+    shown = tuple(f"{one.name}.sbatch" for one in launchable.replicas.values())
+    submitted = (f"sbatch {path}" for path in shown)
+    head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"', "mkdir -p logs")
+    files["submit.sh"] = "\n".join((*head, *submitted, ""))
+    chosen = launchable.mixed_nodes("which of them a step gets, Slurm says")
+    return _written(launchable, files, shown, _HOW_SLURM, chosen, left_out)
+
+
+def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
+    """Return a script with a component for each node, which has all GPUs of the replica there."""
+    nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
+    lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.settings.name}-{one.name}"]
+    lines.append("#SBATCH --output=logs/%x-%j.log")
+    for number, node in enumerate(nodes):
+        gpus = sum(len(process.gpus) for process in one.layout.processes if process.node == node)
+        lines += ["#SBATCH hetjob"] if number else []
+        lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --gpus-per-node={gpus}"]
+    lines += ["set -euo pipefail", _STOP]
+    for command in one.commands:
+        lines += _step(one, command, nodes)
+    return "\n".join((*lines, "wait -n", ""))
+
+
+def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterator[str]:
+    process = command.process
+    # Slurm hides the other GPUs, and numbers those of a step from 0.
+    environment = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
+    place = [f"--het-group={nodes.index(process.node)}"] if len(nodes) > 1 else []
+    log = f"logs/{one.name}-{process.name.replace('/', '-')}-%j.log"
+    step = ["srun", *place, "--nodes=1", "--ntasks=1", "--exact", f"--gpus={len(process.gpus)}", f"--output={log}"]
+    kind = "further stage" if process.kind is ProcessKind.SERVER_STAGE else process.kind.value
+    devices = ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)
+    yield f"# {kind} {process.name} on {devices}"
+    told = [f"{name}={shlex.quote(text)}" for name, text in environment.items()]
+    yield " ".join([*map(shlex.quote, step), "env", *told, shlex.join(command.shown), "&"])
+
+
+_STOP = """stop() { trap - EXIT; kill $(jobs -p) 2>/dev/null || true; wait || true; }
+trap stop EXIT"""
+_HOW_SLURM = """\
+Put this folder where every node sees it, and start `submit.sh`, or `sbatch rN.sbatch` for one replica. A
+replica is one job on the plan's nodes; when one of its processes ends, the job does. The front listens on its node's
+address; `VLLM_API_KEY` in the environment of `sbatch` is what clients must say. Where replicas have attention workers,
+`worker.key` in this folder is their key, mode 0600."""

@@ -1,0 +1,380 @@
+"""Serving stacks on Kubernetes: llm-d, KServe and Dynamo."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, annotations_of, on_node
+from hetis.engines.serving import Meeting, arguments_of
+from hetis.engines.versions import Engine
+from hetis.planner.export.files import Written, documents, yaml_text
+from hetis.planner.export.kubernetes import (
+    LEADER,
+    PodGroup,
+    check_cluster_options,
+    deployment_of,
+    groupable,
+    mixed_nodes,
+    replica_objects,
+    written_for_cluster,
+)
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
+from hetis.planner.export.routing import shares_of, weight
+from hetis.solver.plan import Role
+
+# --- llm-d
+
+
+_REPLICA_LABEL = "app.kubernetes.io/instance"
+_SIDECAR_PORT = 8200  # the engine's port behind the chart's routing proxy
+_ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
+
+
+def write_llm_d(launchable: Launchable) -> Written:
+    """Return values for `helm`, manifests for `kubectl`, and the router's configuration.
+
+    Raises:
+        NotExportableError: no replica can be made of such pods, or options are missing.
+    """
+    check_cluster_options(launchable)
+    launchable, left_out = groupable(launchable)
+    values, manifests = dict[str, str](), dict[str, str]()
+    for one in launchable.replicas.values():
+        if len(one.layout.servers) == 1 and not one.layout.workers:
+            values[f"values-{one.name}.yaml"] = yaml_text(values_of(launchable, one))
+            manifests[f"{one.name}.yaml"] = documents([_front(launchable, one)])
+        else:
+            labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
+            manifests[f"{one.name}.yaml"] = documents(replica_objects(launchable, one, labels))
+    written = written_for_cluster(launchable, manifests, "", not_carried=mixed_nodes(launchable), left_out=left_out)
+    files = {**values, **written.files}
+    files["router/llm-d.yaml"] = yaml_text(picker_config(launchable))
+    helm = "\n".join(
+        f"helm install {launchable.settings.name}-{path[7:-5]} llm-d-modelservice/llm-d-modelservice --values {path}"
+        for path in values
+    )
+    return Written(
+        files=files,
+        shown=(*values, *manifests),
+        endpoints=written.endpoints,
+        start=_HOW_LLM_D.format(helm=helm or "# none"),
+        not_carried=written.not_carried,
+        left_out=left_out,
+    )
+
+
+def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
+    """Return the values of chart llm-d-modelservice 0.4.12 for a replica of one pod."""
+    settings = launchable.settings
+    made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
+    is_decode_of_pair = one.plan.role is Role.DECODE
+    port = _SIDECAR_PORT if is_decode_of_pair else FRONT_PORT
+    arguments = list(made.arguments(0))
+    arguments[arguments.index("--port") + 1] = str(port)
+    [process] = one.layout.servers
+    pod = made.server_pod(0, arguments)
+    [container] = pod["containers"]
+    container["ports"] = [{"name": "http", "containerPort": port}]
+    container |= {"modelCommand": "custom", "command": arguments, "mountModelVolume": False}
+    # The chart has no field for a pod's security context, only for its containers'.
+    user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
+    container["securityContext"] = {**container["securityContext"], **user}
+    role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
+    model = one.serving.model
+    served = settings.served_name or model
+    return {
+        "fullnameOverride": f"{settings.name}-{one.name}",
+        "modelArtifacts": {
+            "name": served,
+            # The engine gets the location of its model: the chart has nothing to fetch.
+            "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
+            "labels": {**MODEL_LABELS, _REPLICA_LABEL: f"{settings.name}-{one.name}"},
+        },
+        "multinode": False,
+        "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
+        role: {
+            "create": True,
+            "replicas": 1,
+            "nodeSelector": on_node(process.node),
+            "podAnnotations": annotations_of(process),
+            # What the chart counts GPUs by.
+            "parallelism": {
+                "tensor": one.layout.tensor_parallel * len(one.layout.layers) * one.layout.data_parallel,
+                "workers": 1,
+            },
+            "containers": [container],
+            "volumes": pod["volumes"],
+            "terminationGracePeriodSeconds": pod["terminationGracePeriodSeconds"],
+        },
+        other: {"create": False, "replicas": 0},
+    }
+
+
+def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
+    """Return a Service for the pod that the chart makes; the chart itself leaves pods to an InferencePool."""
+    name = f"{launchable.settings.name}-{one.name}"
+    made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
+    spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": made.metadata(name), "spec": spec}
+
+
+def picker_config(launchable: Launchable) -> dict[str, Any]:
+    """Return the endpoint picker's configuration: endpoints are drawn with the plan's shares as weights."""
+    shares = shares_of(launchable)
+
+    def weights(*roles: Role) -> dict[str, float]:
+        return {
+            f"{launchable.settings.name}-{one.name}": round(shares[number], 6)
+            for number, one in launchable.replicas.items()
+            if one.plan.role in roles and shares[number] > 0
+        }
+
+    sides = {"decode": weights(Role.UNIFIED, Role.DECODE), "prefill": weights(Role.PREFILL)}
+    plugins: list[dict[str, Any]] = [
+        {
+            "type": "label-producer",
+            "name": "replicas",
+            "parameters": {"labels": [{"label": _REPLICA_LABEL, "attributeKey": "replica"}]},
+        },
+        {"type": "weighted-random-picker"},
+    ]
+    profiles = []
+    if sides["prefill"]:
+        plugins += [{"type": "prefill-filter"}, {"type": "decode-filter"}, {"type": "disagg-profile-handler"}]
+    for side, of_side in sides.items():
+        if not of_side:
+            continue
+        scorer = f"shares-{side}"
+        parameters = {"attributeKey": "replica", "producer": "replicas", "weights": of_side}
+        plugins.append({"type": "endpoint-attribute-weight-scorer", "name": scorer, "parameters": parameters})
+        chosen = [{"pluginRef": f"{side}-filter"}] if sides["prefill"] else []
+        chosen += [{"pluginRef": scorer}, {"pluginRef": "weighted-random-picker"}]
+        profiles.append({"name": side if sides["prefill"] else "default", "plugins": chosen})
+    return {
+        "apiVersion": "llm-d.ai/v1alpha1",
+        "kind": "EndpointPickerConfig",
+        "plugins": plugins,
+        "schedulingProfiles": profiles,
+    }
+
+
+_HOW_LLM_D = """\
+Replicas of one pod, by the chart (0.4.12):
+
+```
+{helm}
+```
+
+The others, where LeaderWorkerSet is installed, and a Service for each: `kubectl apply -k .`
+
+All pods have the label `llm-d.ai/inference-serving: "true"`, which an InferencePool selects. `router/llm-d.yaml` is the
+endpoint picker's configuration with the plan's shares (its weight scorer needs `--allow-experimental-plugins=true`)."""
+
+
+# --- KServe: an LLMInferenceService for each replica, or pair of prefill and decode, with its weight in the route
+
+
+_API = "serving.kserve.io/v1alpha2"
+_COMPONENT, _NAME = "app.kubernetes.io/component", "app.kubernetes.io/name"
+_WORKER, _PREFILL_WORKER = "llminferenceservice-workload-worker", "llminferenceservice-workload-worker-prefill"
+# A service on several nodes whose stages form a pipeline needs a preset that KServe does not ship.
+_PRESETS = {Role.UNIFIED: "worker", Role.DECODE: "decode-worker", Role.PREFILL: "prefill-worker"}
+
+
+def write_kserve(launchable: Launchable) -> Written:
+    """Return a file for each service.
+
+    Raises:
+        NotExportableError: no replica can be a service, or options are missing.
+    """
+    check_cluster_options(launchable)
+    launchable, left_out = groupable(launchable)
+    launchable, pairs, alone = paired(launchable, "KServe")
+    files, presets = dict[str, str](), dict[str, Any]()
+    for number, one in launchable.replicas.items():
+        if one.plan.role is Role.DECODE:
+            continue
+        files[f"{one.name}.yaml"] = documents(_objects(launchable, number, pairs))
+        for each in (one, launchable.replicas.get(pairs.get(number, -1))):
+            if each is not None and len(each.layout.servers) > 1:
+                name = f"kserve-config-llm-{_PRESETS[each.plan.role]}-pipeline-parallel"
+                presets[name] = _preset(launchable, name)
+    if presets:
+        files["presets.yaml"] = documents(presets.values())
+    written = written_for_cluster(
+        launchable, files, _HOW_KSERVE, not_carried=mixed_nodes(launchable), left_out={**left_out, **alone}
+    )
+    namespace = launchable.settings.namespace
+    inside = f".{namespace}.svc" if namespace else ""
+    fronts = {decode: prefill for prefill, decode in pairs.items()}
+    endpoints = dict[int, str]()
+    for number in launchable.replicas:
+        service = _service(launchable, launchable.replicas[fronts.get(number, number)])
+        endpoints[number] = f"{service}-kserve-workload-svc{inside}:8000"
+    return replace(written, endpoints=endpoints)
+
+
+def _service(launchable: Launchable, one: LaunchableReplica) -> str:
+    return f"{launchable.settings.name}-{one.name}"
+
+
+def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list[dict[str, Any]]:
+    """Return the service, its attention workers, and the plugin's file."""
+    one, settings = launchable.replicas[number], launchable.settings
+    name, model = _service(launchable, one), one.serving.model
+    served = settings.served_name or model
+    main = launchable.replicas[pairs[number]] if one.plan.role is Role.PREFILL else one
+    uri = f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}"
+    spec: dict[str, Any] = {
+        "model": {"name": served, "uri": uri},
+        # The engine gets the location of its model.
+        "storageInitializer": {"enabled": False},
+        "replicas": 1,
+        **_workload(launchable, main, name, _WORKER),
+        "router": {
+            "gateway": {},
+            "route": {"group": settings.name, "weight": weight(shares_of(launchable)[number])},
+            "scheduler": {},
+        },
+    }
+    if one.plan.role is Role.PREFILL:
+        spec["prefill"] = {"replicas": 1, **_workload(launchable, one, name, _PREFILL_WORKER)}
+    group = PodGroup(launchable, main, leader=LEADER, container="main")
+    workers = [made for process in main.layout.attention_workers for made in group.objects.worker(process)]
+    config = [group.objects.config()] if main.layout.workers else []
+    whole = {"apiVersion": _API, "kind": "LLMInferenceService", "metadata": group.objects.metadata(name), "spec": spec}
+    return [*config, *workers, whole]
+
+
+def _workload(launchable: Launchable, one: LaunchableReplica, name: str, component: str) -> dict[str, Any]:
+    """Return parallelism and pods of a replica; its GPUs are named where KServe passes the name on to all pods."""
+    workers = {_NAME: name, _COMPONENT: component}
+    group = PodGroup(launchable, one, leader=LEADER, container="main", worker_labels=workers)
+    leader = group.leader()
+    whole: dict[str, Any] = {
+        "parallelism": {"tensor": one.layout.tensor_parallel, "pipeline": len(one.layout.servers)},
+        "annotations": {"hetis/leader": leader["metadata"]["annotations"]["hetis/devices"]},
+        "template": leader["spec"],
+    }
+    if group.size > 1:
+        further = group.workers()
+        whole["worker"] = further["spec"]
+        whole["annotations"]["hetis/workers"] = further["metadata"]["annotations"]["hetis/devices"]
+    else:  # KServe takes a pipeline to span several nodes
+        del whole["parallelism"]["pipeline"]
+    if one.layout.data_parallel > 1:
+        copies = one.layout.data_parallel
+        whole["parallelism"] |= {"data": copies, "dataLocal": copies, "expert": True}
+    return whole
+
+
+def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
+    where = {"namespace": launchable.settings.namespace} if launchable.settings.namespace else {}
+    return {"apiVersion": _API, "kind": "LLMInferenceServiceConfig", "metadata": {"name": name, **where}, "spec": {}}
+
+
+_HOW_KSERVE = """\
+`kubectl apply -k .` in this folder, where LLMInferenceService is installed. A replica, or a pair of a
+prefill and a decode replica, is a service; all are one group of KServe's route, with the plan's shares as weights. For
+replicas on several nodes KServe wants presets that it does not ship: `presets.yaml` has them, empty."""
+
+
+# --- Dynamo: graph deployments with one front end and a component for each replica
+
+
+VERSION = "1.6.1"  # of Dynamo, whose images contain its front end and its workers
+_MOST_COMPONENTS = 25  # per graph, including its front end
+_PROGRAMS = {Engine.VLLM: ("python3", "-m", "dynamo.vllm"), Engine.SGLANG: ("python3", "-m", "dynamo.sglang")}
+_TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"}
+
+
+def write_dynamo(launchable: Launchable) -> Written:
+    """Return DynamoGraphDeployments: one with all replicas unless there are too many for a graph.
+
+    Raises:
+        NotExportableError: Dynamo does not support the engine, or no replica is a single pod.
+    """
+    if launchable.engine not in _PROGRAMS:
+        raise NotExportableError(("Dynamo's images lack our plugin: use --to lws or kubernetes, or --engine vllm",))
+    left_out = {
+        number: (f"it is on {len(one.layout.servers)} nodes: Dynamo makes the pods of a component from one template",)
+        for number, one in launchable.replicas.items()
+        if len(one.layout.servers) > 1
+    }
+    launchable = launchable.without(left_out)
+    components = [_component(launchable, one) for one in launchable.replicas.values()]
+    most = _MOST_COMPONENTS - 1
+    if launchable.has_roles and len(components) > most:
+        raise NotExportableError((f"a graph holds {most} replicas, and prefill and decode must be in one graph",))
+    graphs = [components[first : first + most] for first in range(0, len(components), most)]
+    files = {f"graph-{i}.yaml": documents([_graph(launchable, i, graph)]) for i, graph in enumerate(graphs)}
+    lost = [*mixed_nodes(launchable)]
+    if len(launchable.replicas) > 1:
+        lost.append("shares of replicas: Dynamo's front chooses by load, and takes no weights")
+    written = written_for_cluster(launchable, files, _HOW_DYNAMO, not_carried=lost, left_out=left_out)
+    fronts = {
+        number: f"{launchable.settings.name}-{place // most}-frontend:8000"
+        for place, number in enumerate(launchable.replicas)
+    }
+    return replace(written, endpoints=fronts)
+
+
+def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
+    settings = launchable.settings
+    front = {
+        "name": "Frontend",
+        "type": "frontend",
+        "replicas": 1,
+        "podTemplate": {
+            "spec": {
+                "containers": [
+                    {
+                        "name": "main",
+                        "image": image_of(launchable),
+                        "command": ["python3", "-m", "dynamo.frontend"],
+                        "args": ["--http-port", "8000"],
+                    }
+                ]
+            }
+        },
+    }
+    where = {"namespace": settings.namespace} if settings.namespace else {}
+    return {
+        "apiVersion": "nvidia.com/v1beta1",
+        "kind": "DynamoGraphDeployment",
+        "metadata": {"name": f"{settings.name}-{number}", **where},
+        "spec": {"backendFramework": launchable.engine.value, "components": [front, *components]},
+    }
+
+
+def image_of(launchable: Launchable) -> str:
+    return launchable.settings.image or f"nvcr.io/nvidia/ai-dynamo/{launchable.engine.value}-runtime:{VERSION}"
+
+
+def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
+    """Return a component: a Dynamo worker with the engine's options, registered with the front end."""
+    [process] = one.layout.servers
+    serving = replace(one.serving, program=_PROGRAMS[launchable.engine])
+    words = list(arguments_of(one.layout, serving, 0, Meeting(host="")))
+    if launchable.engine is Engine.VLLM and one.plan.role is not Role.UNIFIED:
+        words += ["--disaggregation-mode", one.plan.role.value]
+    deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
+    pod = ReplicaObjects(one.layout, one.serving, deployment).server_pod(0, words)
+    [container] = pod["containers"]
+    # Dynamo's operator sets ports, probes and permissions of pods; its images have their own user.
+    kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
+    kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
+    main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
+    template = {"nodeSelector": on_node(process.node), "containers": [main], "volumes": pod["volumes"]}
+    return {
+        "name": one.name,
+        "type": _TYPES[one.plan.role],
+        "replicas": 1,
+        "podTemplate": {"metadata": {"annotations": annotations_of(process)}, "spec": template},
+    }
+
+
+_HOW_DYNAMO = """\
+`kubectl apply -k .` in this folder, where Dynamo's operator is installed (API v1beta1; options are those of
+the workers of Dynamo 1.6.1). The replicas of a graph are behind one front, the Service `NAME-0-frontend`, port 8000."""

@@ -1,0 +1,286 @@
+"""From one plan to another: the fate of every replica, what it costs, and the steps of a re-planning in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hetis.formats.documents import to_data
+from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.plan import goal_line, problem_title
+from hetis.planner.report.tables import facts, section, table
+from hetis.planner.use_cases.compare import PlanDiff
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.replan import Posed
+from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
+from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
+from hetis.solver.replanning.solve import Replanning
+from hetis.solver.replanning.transition import Action, Step
+
+MAX_ROWS = 40  # changing replicas listed; -o json has all
+MAX_LOADS = 16  # loading GPUs listed
+
+_WORDS = {
+    Fate.KEPT: "kept as it is",
+    Fate.RESET: "other settings",
+    Fate.CHANGED: "changed",
+    Fate.NEW: "new",
+    Fate.GONE: "gone",
+}
+
+
+def render_diff(diff: PlanDiff) -> RenderableType:
+    """Return the table view, at most 80 columns wide if names allow it."""
+    return Group(*_sections(diff))
+
+
+def _sections(diff: PlanDiff) -> Iterator[RenderableType]:
+    yield _figures(diff)
+    for warning in diff.warnings:
+        yield Text(warning, style="yellow")
+    yield section("Replicas", Text(change_counts(diff.change)))
+    yield from changed_replicas(diff.change, diff.before, diff.after)
+    if diff.change.loads:
+        yield section("Weights to load", load_table(diff.change))
+    yield section("KV dropped", Text(dropped_words(diff.change)))
+
+
+def _figures(diff: PlanDiff) -> Table:
+    plans, figures = (diff.before, diff.after), (diff.figures_before, diff.figures_after)
+    results = [plan.result for plan in plans]
+    made = table("'", "before", "after")
+    made.add_row("objective", *(result.objective.value for result in results))
+    made.add_row("rate /s", *(digits(f.rate_rps, 4) for f in figures), style="bold")
+    made.add_row("value", *(f"{digits(result.value, 4)} {result.unit}" for result in results))
+    made.add_row("gap", *(percent(result.gap) for result in results))
+    made.add_row("used USD/h", *("-" if f.usd_per_hour is None else f"{f.usd_per_hour:,.2f}" for f in figures))
+    made.add_row("GPUs (idle)", *(f"{f.gpus_used:,} ({f.gpus_idle:,})" for f in figures))
+    made.add_row("TTFT ms", *(digits(1e3 * f.ttft_s) for f in figures))
+    made.add_row("TPOT ms", *(digits(1e3 * f.tpot_s) for f in figures))
+    return made
+
+
+def change_counts(change: PlanChange) -> str:
+    """Return ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs do something else``."""
+    counts = ", ".join(f"{change.count(fate):,} {_WORDS[fate]}" for fate in Fate if change.count(fate))
+    moved = plural(len(change.moved), "GPU")
+    load = f", {gigabytes(change.load_bytes)} of weights to load" if change.loads else ""
+    return f"{counts or 'none'}; {moved} to do something else than before{load}"
+
+
+def dropped_words(change: PlanChange) -> str:
+    """Return the KV of replicas that do not stay, assuming that they are full."""
+    if not change.dropped_requests:
+        return "none: every replica of before goes on"
+    return (
+        f"{gigabytes(change.dropped_kv_bytes)} of {plural(change.dropped_requests, 'request')} in flight "
+        "where replicas are full; these start again"
+    )
+
+
+def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
+    """Yield a row for every replica that does not simply continue."""
+    changed = [c for c in change.replicas if c.fate is not Fate.KEPT]
+    if not changed:
+        return
+    rows = (_row(one, before, after) for one in changed[:MAX_ROWS])
+    yield table("'before", "'after", "'", "'shape", "rate /s", "load", rows=rows)
+    if len(changed) > MAX_ROWS:
+        yield Text(f" … and {len(changed) - MAX_ROWS:,} more (-o json lists all)", style="dim")
+
+
+def _row(change: ReplicaChange, before: Plan, after: Plan) -> list[str]:
+    replica = after.replicas[change.after] if change.after is not None else before.replicas[change.before or 0]
+    rates = [
+        digits(plan.replicas[number].rate)
+        for plan, number in ((before, change.before), (after, change.after))
+        if number is not None
+    ]
+    return [
+        "-" if change.before is None else f"#{change.before}",
+        "-" if change.after is None else f"#{change.after}",
+        _WORDS[change.fate],
+        shape_of(replica),
+        " → ".join(rates),
+        "-" if not change.load_bytes else gigabytes(change.load_bytes),
+    ]
+
+
+def shape_of(replica: ReplicaPlan) -> str:
+    """Return ``prefill: A100 TP4 L40 | L4 TP1 ×4 L40 + 2 workers``."""
+    stages = []
+    for i, stage in enumerate(replica.stages):
+        workers = sum(len(pool.devices) for pool in replica.attention_workers if pool.stage == i)
+        pool = f" + {plural(workers, 'worker')}" if workers else ""
+        stages.append(f"{stage.gpu} {replica.parallel_sizes(stage)} L{stage.num_layers}{pool}")
+    role = "" if replica.role is Role.UNIFIED else f"{replica.role}: "
+    return role + " | ".join(stages)
+
+
+def load_table(change: PlanChange) -> Table:
+    """Return what GPUs load, the largest amounts first; equal amounts together."""
+    by_size: dict[int, list[str]] = {}
+    for device, size in change.loads.items():
+        by_size.setdefault(round(size), []).append(device)
+    made = table("each", "GPUs", "'devices")
+    sizes = sorted(by_size, reverse=True)
+    for size in sizes[:MAX_LOADS]:
+        names = by_size[size]
+        shown = ", ".join(names[:8]) + (f", … {len(names) - 8:,} more" if len(names) > 8 else "")
+        made.add_row(gigabytes(size), f"{len(names):,}", shown)
+    if len(sizes) > MAX_LOADS:
+        made.add_row("…", f"{sum(len(by_size[s]) for s in sizes[MAX_LOADS:]):,}", "(-o json lists all)")
+    return made
+
+
+def diff_document(diff: PlanDiff) -> dict[str, Any]:
+    """Return the difference as plain data."""
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "PlanDiff",
+        "before": {"result": json_value(diff.before.result), "figures": json_value(diff.figures_before)},
+        "after": {"result": json_value(diff.after.result), "figures": json_value(diff.figures_after)},
+        "same_model": diff.same_model,
+        "warnings": list(diff.warnings),
+        "change": change_document(diff.change),
+    }
+
+
+def change_document(change: PlanChange) -> dict[str, Any]:
+    """Return a change as plain data: counts, every replica, every GPU that loads."""
+    return {
+        "counts": {fate.value: change.count(fate) for fate in Fate},
+        "moved_gpus": list(change.moved),
+        "load_bytes": change.load_bytes,
+        "dropped_requests": change.dropped_requests,
+        "dropped_kv_tokens": change.dropped_kv_tokens,
+        "dropped_kv_bytes": change.dropped_kv_bytes,
+        "replicas": [json_value(replica) for replica in change.replicas],
+        "loads": json_value(change.loads),
+    }
+
+
+MAX_STEPS = 40  # steps listed; -o json has all
+
+
+def render_replan(found: Replanning, posed: Posed, costs: ChangeCosts) -> RenderableType:
+    """Return the table view, at most 80 columns wide if names allow it."""
+    return Group(*_replan_sections(found, posed, costs))
+
+
+def _replan_sections(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[RenderableType]:
+    yield problem_title(posed.loaded.inputs)
+    yield goal_line(posed.problem.objective)
+    yield facts(_facts(found, posed, costs))
+    yield section("Replicas", Text(change_counts(found.change)))
+    yield from changed_replicas(found.change, posed.running, found.plan)
+    if found.change.loads:
+        yield section("Weights to load", load_table(found.change))
+    yield section("KV dropped", Text(dropped_words(found.change)))
+    yield section("Steps", _steps(found, posed))
+    yield Text(lowest_words(found, posed))
+
+
+def _unit(posed: Posed) -> str:
+    kind = posed.problem.objective.kind
+    return "requests/s" if kind is ObjectiveKind.THROUGHPUT else "requests/s of goodput"
+
+
+def _facts(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[tuple[str, RenderableType]]:
+    result, unit, transition = found.plan.result, found.plan.result.unit, found.transition
+    lost = f", {plural(len(found.lost), 'replica')} lost GPUs" if found.lost else ""
+    yield "Now", f"{digits(transition.before, 4)} {_unit(posed)}{lost}"
+    yield "Then", Text.assemble((f"{digits(result.value, 4)} {unit}", "bold green"), "  the plan itself")
+    yield "Net", f"{digits(found.value, 4)} {unit}  change counted, over {seconds_or_hours(costs.horizon_s)}"
+    proof = "proven best" if found.gap <= 1e-6 else f"proven: none is over {percent(found.gap)} better"
+    yield "Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}"
+    if found.fresh_value is not None:
+        yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, had nothing run before"
+    yield "Costs", change_cost_words(costs)
+
+
+def seconds_or_hours(value_s: float) -> str:
+    """Return ``1 h``, ``90 min``, ``45 s``."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if value_s >= size and value_s % size == 0:
+            return f"{value_s / size:,.0f} {unit}"
+    return seconds(value_s)
+
+
+def change_cost_words(costs: ChangeCosts) -> str:
+    """Return the assumed costs of a change in words."""
+    return (
+        f"a start takes {seconds(costs.restart_s)} and the weights of its fullest GPU at "
+        f"{digits(costs.load_bytes_per_s / 1e9)} GB/s; requests in flight lose half their service"
+    )
+
+
+def _steps(found: Replanning, posed: Posed) -> RenderableType:
+    if not found.transition.steps:
+        return Text("none: everything goes on as it is")
+    rows = enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1)
+    made = table(
+        "", "'", "'what", "load", "takes up to", "capacity", rows=((str(number), *row) for number, row in rows)
+    )
+    if len(found.transition.steps) > MAX_STEPS:
+        made.add_row("…", "", f"{len(found.transition.steps) - MAX_STEPS:,} more (-o json lists all)", "", "", "")
+    return made
+
+
+def step_rows(found: Replanning, posed: Posed) -> Iterator[list[str]]:
+    """Return the cells of every step, in order."""
+    return (_step_row(step, found, posed) for step in found.transition.steps)
+
+
+def _step_row(step: Step, found: Replanning, posed: Posed) -> list[str]:
+    starting = step.action is Action.START
+    plan = found.plan if starting else posed.running
+    names = [f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas]
+    loads = sum(_load_of(found, i) for i in step.replicas) if starting else 0.0
+    flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
+    return [
+        step.action.value,
+        "\n".join(names),
+        gigabytes(loads) if loads else "-",
+        seconds(step.seconds) if step.seconds else "-",
+        flow,
+    ]
+
+
+def _load_of(found: Replanning, number: int) -> float:
+    return next(change.load_bytes for change in found.change.replicas if change.after == number)
+
+
+def lowest_words(found: Replanning, posed: Posed) -> str:
+    """Return the lowest capacity on the way, and whether another order would keep more; empty without steps."""
+    transition = found.transition
+    if not transition.steps:
+        return ""
+    lowest = f" Lowest on the way: {digits(transition.lowest, 4)} {_unit(posed)}"
+    if transition.best_lowest > transition.lowest * (1.0 + 1e-9):
+        proof = f"no order keeps more than {digits(transition.best_lowest, 4)}"
+    else:
+        proof = "no order keeps more"
+    return f"{lowest}; {proof}. All steps take {seconds(transition.seconds)} one after another."
+
+
+def replan_document(found: Replanning, posed: Posed, costs: ChangeCosts) -> dict[str, Any]:
+    """Return the answer as plain data, with the plan in full."""
+    unit = found.plan.result.unit
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "Replanning",
+        "result": {"value": found.value, "bound": found.bound, "gap": found.gap, "unit": unit},
+        "fresh_value": found.fresh_value,
+        "change_costs": json_value(costs),
+        "lost_replicas": list(found.lost),
+        "replicas": [json_value(continued) for continued in found.continued],
+        "change": change_document(found.change),
+        "transition": json_value(found.transition),
+        "plan": to_data(found.plan),
+    }

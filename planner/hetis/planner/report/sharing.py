@@ -1,0 +1,430 @@
+"""GPUs and fleets shared among tenants, as tables and as documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hetis.planner.report.figures import digits, percent
+from hetis.planner.report.tables import grid, section, table
+from hetis.planner.use_cases.grouping import gpu_counts, used_counts
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.sharing import SharedFleet, Sharing
+from hetis.solver.placement.tables import FloatArray
+from hetis.solver.shares.problem import Rule, Shares, tenant_values
+from hetis.solver.shares.properties import Properties
+from hetis.solver.tenants.problem import FleetShares, TenantRule
+
+EPSILON = 1e-6
+MAX_ENVY = 12  # claimants whose envy is shown as a matrix; -o json has all
+MAX_ROUNDS = 20
+
+_RULES = {
+    Rule.COOPERATIVE: "the most total value without envy (OEF, cooperative)",
+    Rule.NON_COOPERATIVE: "the most total value at equal value per part (OEF, non-cooperative)",
+    Rule.MAX_MIN: "the largest least gain over an equal split (Gavel's max-min)",
+    Rule.TRADING: "an equal split, then trades of fast for slow GPUs (Gandiva_fair)",
+    Rule.EQUAL: "the same part of every GPU type for everybody",
+}
+
+
+def claimant_names(found: Sharing) -> list[str]:
+    """Return ``tenant``, or ``tenant/job`` if a tenant has several jobs."""
+    return [
+        tenant.name if len(tenant.jobs) == 1 else f"{tenant.name}/{job.name}"
+        for tenant in found.problem.tenants
+        for job in tenant.jobs
+    ]
+
+
+def render_fair(found: Sharing) -> RenderableType:
+    """Return the table view, at most 80 columns wide if names and GPU types allow it."""
+    return Group(*_sections(found))
+
+
+def _sections(found: Sharing) -> Iterator[RenderableType]:
+    shares, properties = found.shares[0], found.properties[0]
+    yield Text.assemble(("shares  ", "bold"), _RULES[shares.rule])
+    yield Text.assemble(("value   ", "bold"), _value_line(found, shares))
+    for name in found.derived:
+        yield Text(f"        speed-ups of {name} come from placements of its model on each GPU type", style="dim")
+    yield Text()
+    yield _share_table(found, shares, properties)
+    yield section("what holds", _property_lines(found, shares, properties))
+    if 1 < len(found.problem.weights) <= MAX_ENVY:
+        yield section(
+            "envy: own value with the other's share, per part, over one's own",
+            _envy_table(claimant_names(found), properties.envy),
+        )
+    if found.claims:
+        yield section("false claims that pay best, of those tried", _claim_table(found))
+    yield section("other rules", _rule_table(found))
+    if found.rounds:
+        yield section("whole GPUs, round after round", _round_table(found))
+
+
+def _value_line(found: Sharing, shares: Shares) -> str:
+    equal = next(answer.value for answer in found.shares if answer.rule is Rule.EQUAL)
+    over = f", {shares.value / equal:.3f} times an equal split"
+    return f"{digits(shares.value, 4)} GPUs of everybody's slowest type{over}; {_proof(shares)}"
+
+
+def _proof(shares: Shares) -> str:
+    return f"gap {percent(shares.gap)}" if shares.gap != float("inf") else "a procedure, no bound"
+
+
+def _share_table(found: Sharing, shares: Shares, properties: Properties) -> Table:
+    problem = found.problem
+    made = table("'tenant", "parts", *(gpu.gpu for gpu in problem.gpus), "value", "over equal")
+    values = problem.values(shares.amounts)
+    for v, name in enumerate(claimant_names(found)):
+        over = properties.over_equal_split[v]
+        made.add_row(
+            name, digits(problem.weights[v]), *(_amount(x) for x in shares.amounts[v]), digits(values[v]),
+            Text(f"{over:.2f}x", style="red" if over < 1.0 - EPSILON else ""),
+        )  # fmt: skip
+    made.add_row(
+        Text("all", style="dim"), digits(problem.weights.sum()),
+        *(f"{_amount(x)}/{gpu.count}" for x, gpu in zip(shares.amounts.sum(axis=0), problem.gpus, strict=True)),
+        digits(values.sum()), "",
+    )  # fmt: skip
+    return made
+
+
+def _amount(gpus: float) -> str:
+    return "·" if gpus < 5e-4 else f"{gpus:.2f}"
+
+
+def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> Table:
+    names, worst = claimant_names(found), properties.envy.max(axis=1)
+    envious = [f"{name} ({worst[v]:.2f}x)" for v, name in enumerate(names) if worst[v] > 1.0 + EPSILON]
+    losers = [name for v, name in enumerate(names) if properties.over_equal_split[v] < 1.0 - EPSILON]
+    apart = [name for v, name in enumerate(names) if not properties.contiguous[v]]
+    inefficient = f"{percent(properties.could_gain)} of value could be added with nobody losing any"
+    rows = [
+        (not envious, "nobody envies anybody", f"envious: {_listed(envious)}"),
+        (
+            not losers,
+            "sharing pays: nobody has less than an equal split is worth",
+            f"worse off than with an equal split: {_listed(losers)}",
+        ),
+        (properties.is_efficient, "efficient: nobody can have more without another having less", inefficient),
+        (not apart, "everybody's GPU types are adjacent in speed", f"types are apart for {_listed(apart)}"),
+    ]
+    if shares.rule is Rule.NON_COOPERATIVE:
+        rows.append((True, "claiming larger speed-ups than one has never pays; claiming smaller ones can", ""))
+    return grid(
+        True,
+        True,
+        rows=(
+            (Text("yes" if holds else "no", style="green" if holds else "yellow"), so if holds else otherwise)
+            for holds, so, otherwise in rows
+        ),
+    )
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _envy_table(names: list[str], envy: Iterable[Iterable[float]]) -> Table:
+    """Return everybody's envy of everybody else, red where it is any."""
+    made = table("'", *names)
+    for v, row in enumerate(envy):
+        cells = (
+            Text("·" if v == i else f"{x:.2f}", style="red" if i != v and x > 1.0 + EPSILON else "")
+            for i, x in enumerate(row)
+        )
+        made.add_row(names[v], *cells)
+    return made
+
+
+def _claim_table(found: Sharing) -> Table:
+    claims = zip(claimant_names(found), found.claims, strict=True)
+    rows = ((name, percent(more.gain), percent(less.gain)) for name, (more, less) in claims)
+    return table("'tenant", "claiming more gains", "claiming less gains", rows=rows)
+
+
+def _rule_table(found: Sharing) -> Table:
+    equal = next(answer.value for answer in found.shares if answer.rule is Rule.EQUAL)
+    rows = (
+        (
+            answer.rule.value,
+            digits(answer.value, 4),
+            f"{answer.value / equal:.3f}x",
+            f"{properties.over_equal_split.min():.2f}x",
+            f"{properties.envy.max():.2f}x",
+            Text(_proof(answer), style="dim"),
+        )
+        for answer, properties in zip(found.shares, found.properties, strict=True)
+    )
+    return table("'rule", "value", "over equal", "least over equal", "envy", "'proof", rows=rows)
+
+
+def _round_table(found: Sharing) -> Table:
+    problem = found.problem
+    made = table("round", *(f"'{name}" for name in claimant_names(found)))
+    for i, one in enumerate(found.rounds[:MAX_ROUNDS]):
+        cells = []
+        for v in range(len(problem.weights)):
+            parts = [f"{n} {gpu.gpu}" for n, gpu in zip(one.granted[v], problem.gpus, strict=True) if n]
+            cells.append(" + ".join(parts) if parts else Text("waits" if v in one.waiting else "-", style="dim"))
+        made.add_row(str(i + 1), *cells)
+    if len(found.rounds) > MAX_ROUNDS:
+        made.add_row("...", f"{len(found.rounds) - MAX_ROUNDS} more in -o json")
+    return made
+
+
+def fair_document(found: Sharing) -> dict[str, Any]:
+    """Return everything as plain data."""
+    problem = found.problem
+    gpus = [gpu.gpu for gpu in problem.gpus]
+    document: dict[str, Any] = {
+        "gpus": {gpu.gpu: gpu.count for gpu in problem.gpus},
+        "claimants": [
+            {
+                "tenant": tenant.name,
+                "job": job.name,
+                "weight": float(problem.weights[v]),
+                "speedups": dict(zip(gpus, problem.speedups[v].tolist(), strict=True)),
+            }
+            for v, (tenant, job) in enumerate((tenant, job) for tenant in problem.tenants for job in tenant.jobs)
+        ],
+        "rules": [
+            _rule_document(found, answer, properties)
+            for answer, properties in zip(found.shares, found.properties, strict=True)
+        ],
+    }
+    if found.rounds:
+        document["rounds"] = [
+            {"granted": one.granted.tolist(), "owed": one.owed.tolist(), "waiting": list(one.waiting)}
+            for one in found.rounds
+        ]
+    if found.claims:
+        document["claims"] = [
+            {"inflated": json_value(more), "deflated": json_value(less)} for more, less in found.claims
+        ]
+    return document
+
+
+def _plain(numbers: FloatArray) -> Any:
+    """Return lists without negative zeros, which solvers return and JSON would keep."""
+    return (numbers + 0.0).tolist()
+
+
+def _rule_document(found: Sharing, answer: Shares, properties: Properties) -> dict[str, Any]:
+    bounded = answer.bound != float("inf")
+    return {
+        "rule": answer.rule.value,
+        "value": answer.value,
+        "bound": answer.bound if bounded else None,
+        "gap": answer.gap if bounded else None,
+        "shares": _plain(answer.amounts),
+        "values": _plain(found.problem.values(answer.amounts)),
+        "tenant_values": _plain(tenant_values(found.problem, answer.amounts)),
+        "envy": _plain(properties.envy),
+        "over_equal_split": _plain(properties.over_equal_split),
+        "unused_gpus": _plain(properties.unused),
+        "could_gain": properties.could_gain,
+        "envy_free": properties.is_envy_free,
+        "sharing_incentive": properties.has_sharing_incentive,
+        "efficient": properties.is_efficient,
+        "contiguous": properties.contiguous.tolist(),
+    }
+
+
+MAX_TENANTS = 8  # tenants whose envy is shown as a matrix; -o json has all
+
+_TENANT_RULES = {
+    TenantRule.EFFICIENCY: "the most total value, whoever has it",
+    TenantRule.EQUAL_THROUGHPUT: "the same share of its rate alone for everybody, per part",
+    TenantRule.MAX_MIN: "the least share of its rate alone as high as can be, then value",
+    TenantRule.SHARING_INCENTIVE: "nobody below its own part of the fleet, then value",
+}
+
+
+def render_tenants(found: SharedFleet) -> RenderableType:
+    """Return the table view, at most 80 columns wide if names and GPU types allow it."""
+    return Group(*_tenant_sections(found))
+
+
+def _tenant_sections(found: SharedFleet) -> Iterator[RenderableType]:
+    answer = found.answers[0]
+    yield Text.assemble(("rule    ", "bold"), f"{answer.rule}: {_TENANT_RULES[answer.rule]}")
+    yield Text.assemble(
+        ("value   ", "bold"), f"{digits(answer.value, 4)}, {_at_most(digits(answer.bound, 4), answer.gap)}"
+    )
+    if answer.level_bound is not None:
+        level = (
+            f"{answer.level:.1%} of its rate alone per part, {_at_most(f'{answer.level_bound:.1%}', answer.level_gap)}"
+        )
+        yield Text.assemble(("least   ", "bold"), level)
+    yield Text()
+    yield _tenant_table(answer)
+    yield section("GPUs", _gpu_table(answer))
+    yield section("what holds", Group(*(Text(f" {line}") for line in holds(found))))
+    if found.envy is not None and 1 < len(answer.shares) <= MAX_TENANTS:
+        yield section(
+            "envy: own rate with as many GPUs as the other, per part, over one's own",
+            _envy_table([share.name for share in answer.shares], envies(found)),
+        )
+    if len(found.answers) > 1:
+        yield section("rules compared", _tenant_rule_table(found))
+
+
+def _at_most(bound: str, gap: float) -> str:
+    return f"at most {bound} (gap {percent(gap)})" if math.isfinite(gap) else "no bound yet"
+
+
+def _tenant_table(answer: FleetShares) -> Table:
+    made = table("'tenant", "parts", "requests/s", "alone", "of alone", "its part", "over it", "value", "replicas")
+    for share in answer.shares:
+        over = share.over_part
+        made.add_row(
+            share.name, digits(share.weight), digits(share.rate, 4), digits(share.alone, 4), percent(share.normalised),
+            digits(share.part, 4),
+            Text(f"{over:.2f}x" if math.isfinite(over) else "-", style="red" if over < 1.0 - EPSILON else ""),
+            digits(share.value, 4), str(len(share.plan.replicas)) if share.plan is not None else "none",
+        )  # fmt: skip
+    return made
+
+
+def _gpu_table(answer: FleetShares) -> Table:
+    types = list(dict.fromkeys(row.gpu for s in answer.shares if s.plan is not None for row in s.plan.prices))
+    used = ((share.name, used_counts(share.plan)) for share in answer.shares)
+    return table("'tenant", *types, rows=((name, *(str(of[gpu]) for gpu in types)) for name, of in used))
+
+
+def envies(found: SharedFleet) -> list[list[float]]:
+    """Return the envy [tenant][other]: the rate with the other's GPUs per part, over the own rate; above 1 is envy."""
+    shares = found.answers[0].shares
+    return [
+        [_over(cell.rate / shares[j].weight, shares[i].rate / shares[i].weight) for j, cell in enumerate(row)]
+        for i, row in enumerate(found.envy or ())
+    ]
+
+
+def _over(a: float, b: float) -> float:
+    if b > 0.0:
+        return a / b
+    return math.inf if a > 0.0 else 1.0
+
+
+def holds(found: SharedFleet) -> list[str]:
+    """Return which properties the first answer has, with counter-examples for those it lacks."""
+    answer = found.answers[0]
+    lines = []
+    worse = [share for share in answer.shares if share.over_part < 1.0 - EPSILON]
+    if worse:
+        lines += [
+            f"no: {s.name} serves {digits(s.rate, 4)}, its own part of the fleet would serve {digits(s.part, 4)}"
+            for s in worse
+        ]
+    else:
+        lines.append("yes: nobody is worse off than on its own part of the fleet")
+    lines.append(_equality(answer))
+    if found.envy is not None:
+        lines += _envy_lines(found)
+    return lines
+
+
+def _equality(answer: FleetShares) -> str:
+    levels = [share.normalised / share.weight for share in answer.shares]
+    if max(levels) - min(levels) <= EPSILON * max(levels):
+        return "yes: everybody has the same share of its rate alone, per part"
+    most = answer.shares[levels.index(max(levels))].name
+    least = answer.shares[levels.index(min(levels))].name
+    return f"no: {most} has {max(levels):.1%} of its rate alone per part, {least} {min(levels):.1%}"
+
+
+def _envy_lines(found: SharedFleet) -> Iterator[str]:
+    shares, table, proven = found.answers[0].shares, envies(found), True
+    nobody = True
+    for i, row in enumerate(table):
+        for j, envy in enumerate(row):
+            if i == j:
+                continue
+            if envy > 1.0 + EPSILON:
+                nobody = False
+                times = f"{envy:.2f} times its rate" if math.isfinite(envy) else "more than nothing"
+                yield f"no: {shares[i].name} would serve {times} with as many GPUs as {shares[j].name}, per part"
+            assert found.envy is not None
+            ceiling = found.envy[i][j].bound / shares[j].weight
+            proven = proven and ceiling <= shares[i].rate / shares[i].weight * (1.0 + EPSILON)
+    if nobody:
+        yield "yes: nobody envies anybody" + ("" if proven else ", as far as was searched")
+
+
+def lost_to_fairness(found: SharedFleet, answer: FleetShares) -> float | None:
+    """Return the share of the most efficient rule's value that this rule loses, or None if that was not searched."""
+    best = next((one.value for one in found.answers if one.rule is TenantRule.EFFICIENCY), None)
+    return None if not best else max(0.0, 1.0 - answer.value / best)
+
+
+def _tenant_rule_table(found: SharedFleet) -> Table:
+    made = table("'rule", "value", "lost", "gap", "least of alone", "least over its part")
+    for answer in found.answers:
+        lost = lost_to_fairness(found, answer)
+        over = min(share.over_part for share in answer.shares)
+        made.add_row(
+            answer.rule.value, digits(answer.value, 4), "" if lost is None else percent(lost), _gap(answer.gap),
+            f"{answer.level:.1%}", f"{over:.2f}x" if math.isfinite(over) else "-",
+        )  # fmt: skip
+    return made
+
+
+def _gap(gap: float) -> str:
+    return percent(gap) if math.isfinite(gap) else "-"
+
+
+def tenants_document(found: SharedFleet) -> dict[str, Any]:
+    """Return everything as plain data except the plans themselves, which ``--out`` saves."""
+    document: dict[str, Any] = {
+        "cluster": found.tenancy.cluster.name,
+        "gpus": dict(gpu_counts(found.tenancy.cluster)),
+        "rules": [_tenant_rule_document(found, answer) for answer in found.answers],
+    }
+    if found.envy is not None:
+        document["envy"] = json_value(found.envy)
+    document["holds"] = holds(found)
+    return document
+
+
+def _tenant_rule_document(found: SharedFleet, answer: FleetShares) -> dict[str, Any]:
+    return {
+        "rule": answer.rule.value,
+        "status": answer.status.value,
+        "value": answer.value,
+        "bound": json_value(answer.bound),
+        "gap": json_value(answer.gap),
+        "level": answer.level,
+        "level_bound": json_value(answer.level_bound),
+        "level_gap": json_value(answer.level_gap),
+        "lost_to_fairness": lost_to_fairness(found, answer),
+        "solve_s": answer.solve_s,
+        "tenants": [
+            {
+                "name": share.name,
+                "weight": share.weight,
+                "worth": share.worth,
+                "rate": share.rate,
+                "placed": share.placed,
+                "alone": share.alone,
+                "alone_bound": share.alone_bound,
+                "part": share.part,
+                "part_bound": share.part_bound,
+                "normalised": share.normalised,
+                "value": share.value,
+                "gpus": dict(used_counts(share.plan)),
+                "replicas": len(share.plan.replicas) if share.plan is not None else 0,
+            }
+            for share in answer.shares
+        ],
+        "proof": json_value(answer.proof),
+        "level_proof": json_value(answer.level_proof),
+    }

@@ -1,0 +1,105 @@
+"""Parts of what is printed, at most 80 columns wide if names allow it: tables, facts, bullets, sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+
+def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: bool = False) -> Table:
+    """Return a table without lines.
+
+    Args:
+        *columns: their heads. A column of text has a quote before it (``'devices``), or ``<`` if its words are not
+            broken (``<GPU``); others have numbers, which stand to the right.
+        rows: their cells.
+        fixed: whether numbers are not broken, either.
+    """
+    made = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    for head in columns:
+        is_text, is_fixed = head.startswith(("'", "<")), head.startswith("<") or (fixed and not head.startswith("'"))
+        made.add_column(
+            head[1:] if is_text else head, justify="left" if is_text else "right", overflow="fold", no_wrap=is_fixed
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -> Table:
+    """Return rows of cells without heads; ``wraps``: of each column, whether it is broken into lines."""
+    made = Table.grid(padding=(0, gap))
+    for one in wraps:
+        made.add_column(overflow="fold", no_wrap=not one)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
+    """Return facts, one per line, after their names."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, value)
+    return made
+
+
+def bullets(lines: Iterable[RenderableType]) -> Table:
+    """Return one bullet per line, with hanging indents."""
+    made = Table.grid(padding=(0, 1))
+    for line in lines:
+        made.add_row("•", Text(line) if isinstance(line, str) else line)
+    return made
+
+
+def section(title: str, body: RenderableType) -> RenderableType:
+    """Return a body under its bold title."""
+    return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
+
+
+def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> RenderableType:
+    """Return a body with a line about the rows of ``count`` that are not shown, if there are any."""
+    rest = count - shown
+    if rest <= 0:
+        return body
+    return Group(body, Text(f"… and {rest:,} more {noun}{'' if rest == 1 else 's'} (-o json has all)", style="dim"))
+
+
+class Unbroken:
+    """Names side by side with a separator after each but the last, in lines that break after separators.
+
+    They break inside a name only where it does not fit.
+    """
+
+    def __init__(self, parts: Sequence[Text], separator: str) -> None:
+        last = len(parts) - 1
+        self._parts = [part + separator if number < last else part for number, part in enumerate(parts)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._lines(options.max_width)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        widths = [_width(part) for part in self._parts]
+        most = sum(part.cell_len for part in self._parts)
+        return Measurement(max(widths, default=0), most).with_maximum(options.max_width)
+
+    def _lines(self, width: int) -> Iterator[Text]:
+        line = Text(overflow="fold")
+        for part in self._parts:
+            if line and line.cell_len + _width(part) > width:
+                line.rstrip()
+                yield line
+                line = Text(overflow="fold")
+            line.append_text(part)
+        yield line
+
+
+def _width(part: Text) -> int:
+    return len(part.plain.rstrip())

@@ -1,0 +1,152 @@
+"""Files of any kind: their validation, and traces in common formats converted into ours."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetis.formats.dispatch_state import NewRequests
+from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.fields import read_data
+from hetis.formats.saved_state import SavedState
+from hetis.formats.tenants import FleetTenants, ShareInputs
+from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter
+from hetis.formats.traces import Trace, read_trace, spaced, trace_text
+from hetis.solver.cluster import Cluster
+from hetis.solver.layers.problem import LayersProblem
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan
+from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """The result for one file: its kind and name if it is valid, else its problems."""
+
+    file: str
+    kind: str | None = None
+    name: str = ""
+    problems: tuple[Problem, ...] = ()
+
+
+def validate_file(path: str) -> Validation:
+    """Read a file as the kind it states; traces and Hugging Face configs are recognised by their form."""
+    try:
+        value = _load_any(path)
+    except DocumentError as error:
+        return Validation(file=path, problems=error.problems)
+    return Validation(file=path, kind=kind_of(value), name=_name(value))
+
+
+def _load_any(path: str) -> Value:
+    if path.endswith((".csv", ".csv.gz")):
+        return load_workload(path)
+    if path.endswith("config.json"):
+        data, _ = read_data(path)
+        if isinstance(data, dict) and "kind" not in data and "model_type" in data:
+            return load_model(path)
+    return load(path)
+
+
+def _name(value: Value) -> str:
+    match value:
+        case Cluster() | ModelSpec() | Workload() | SavedState() | LayersProblem():
+            return value.name
+        case Profile():
+            return value.gpu
+        case Plan():
+            return f"{value.strategy}, {len(value.replicas)} replicas"
+        case NewRequests():
+            return f"{len(value.requests)} requests"
+        case ShareInputs() | FleetTenants():
+            return f"{len(value.tenants)} tenants"
+
+
+CHARACTERS_PER_TOKEN = 4.0
+"""English prose in the vocabularies of 2023 to 2026; code and other languages have fewer characters per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """A trace, and warnings about values that do not come from its file."""
+
+    trace: Trace
+    warnings: tuple[str, ...]
+
+
+def convert(
+    path: str, *, characters_per_token: float | None = None, tokenizer: str | None = None, rate_rps: float | None = None
+) -> Converted:
+    """Read a trace in any known form.
+
+    Texts without token counts are counted by ``tokenizer``, a ``tokenizer.json`` or its folder, or by their characters
+    (None: `CHARACTERS_PER_TOKEN`); requests without times arrive at ``rate_rps``.
+
+    Raises:
+        DocumentError: not usable, or a rate for requests that have times.
+    """
+    ratio = characters_per_token or CHARACTERS_PER_TOKEN
+    asked = _Asked(tokenizer_counter(tokenizer) if tokenizer else characters_counter(ratio))
+    trace = read_trace(path, count=asked)
+    warnings = []
+    if asked.any and not tokenizer:
+        warnings.append(
+            f"lengths are estimates: {ratio:g} characters are taken for a token; --tokenizer counts, and"
+            " --characters-per-token sets another ratio"
+        )
+    if rate_rps is not None:
+        if trace.has_times:
+            raise single_problem(path, f"says when its requests arrive ({trace.form}): --rate is for those that do not")
+        trace = spaced(trace, rate_rps)
+    elif not trace.has_times:
+        warnings.append("the file does not say when requests arrive: all arrive at once; --rate spaces them evenly")
+    return Converted(trace=trace, warnings=tuple(warnings))
+
+
+def trace_file(trace: Trace, name: str) -> bytes:
+    """Return the trace in the form that a file name implies: JSONL or CSV, compressed or not.
+
+    Raises:
+        DocumentError: the name has another ending.
+    """
+    if not name.endswith(CSV_ENDINGS + JSONL_ENDINGS):
+        raise single_problem(name, f"a trace's name ends in {', '.join(CSV_ENDINGS + JSONL_ENDINGS)}")
+    raw = "".join(trace_text(trace, as_jsonl=name.endswith(JSONL_ENDINGS))).encode("ascii")
+    return gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw
+
+
+class _Asked:
+    """Counts tokens, and remembers whether it was called."""
+
+    def __init__(self, count: CountTokens) -> None:
+        self._count = count
+        self.any = False
+
+    def __call__(self, text: str) -> int:
+        self.any = True
+        return self._count(text)
+
+
+def tokenizer_counter(path: str) -> CountTokens:
+    """Return a counter of a text's tokens by a Hugging Face tokenizer, without special tokens.
+
+    Raises:
+        DocumentError: it cannot be read, or the package that reads it is not installed.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise single_problem(path, "is no tokenizer: expected a tokenizer.json or its folder")
+    try:
+        tokenizers: Any = importlib.import_module("tokenizers")
+    except ImportError:
+        raise single_problem(path, "needs the package tokenizers: pip install tokenizers") from None
+    try:
+        made = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # a Rust library that raises Exception itself
+        raise single_problem(str(file), f"is no tokenizer: {str(error)[:200]}") from None
+    return lambda text: len(made.encode(text, add_special_tokens=False).ids)

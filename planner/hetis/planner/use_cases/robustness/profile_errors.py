@@ -1,0 +1,363 @@
+"""Profiles that are off: with changed coefficients, and what the errors that they state leave of a plan's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Profiles, Reach
+from hetis.profiler.ranges import range_factors, stated_error
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit, Op, Piece, Profile, Source
+from hetis.solver.workload import WorkloadMoments
+
+Factor = Callable[[str, Fit], float]  # the multiplier of a fit's times on a GPU type
+
+COEFFICIENTS = ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corner:
+    """A corner case: everything of one kind is off by the whole error in one direction."""
+
+    name: str
+    profiles: Profiles
+
+
+def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
+    """Return every TP size that a plan of the problem may price, including 1 for attention workers."""
+    return frozenset(
+        {
+            1,
+            *problem.family.tp_sizes,
+            *(s.tp * dp for r in plan.replicas for s in r.stages for dp in (1, r.attention_dp)),
+        }
+    )
+
+
+def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dict[str, Profile]:
+    """Return the profiles without fits for other models and TP sizes; the pricing of ``model`` does not change.
+
+    Attention workers compute in the precision of their primary, so fits for each precision are kept.
+
+    A fitted profile holds dozens of these, and every sample would perturb and search them all.
+    """
+    sizes, models = tuple(sizes), tuple(dict.fromkeys(map(model.on, profiles)))
+
+    def kept(profile: Profile) -> tuple[Fit, ...]:
+        every = (profile.fit(op, one, tp) for one in models for op in Op for tp in sizes)
+        found = [fit for fit in every if fit is not None]
+        ops = {fit.op for fit in found}
+        return tuple(fit for fit in profile.fits if fit.op not in ops or any(fit is one for one in found))
+
+    return {gpu: replace(profile, fits=kept(profile)) for gpu, profile in profiles.items()}
+
+
+def scaled(profiles: Profiles, factor: float, *, only: Op | None = None) -> dict[str, Profile]:
+    """Multiply all times, or those of one operator, by ``factor``."""
+    return scaled_by(profiles, lambda _gpu, fit: factor if only in (None, fit.op) else 1.0)
+
+
+def scaled_by(profiles: Profiles, factor: Factor) -> dict[str, Profile]:
+    """Multiply all times of every fit by its ``factor``."""
+    return {
+        gpu: replace(profile, fits=tuple(_scaled(fit, factor(gpu, fit)) for fit in profile.fits))
+        for gpu, profile in profiles.items()
+    }
+
+
+def perturbed(profiles: Profiles, error: float, rng: np.random.Generator) -> dict[str, Profile]:
+    """Multiply every coefficient of every fit by its own factor, uniform between ``1 - error`` and ``1 + error``.
+
+    Numbers are drawn in the order of GPU names and fits, even for coefficients that are zero, so that equal seeds give
+    equal errors to a GPU type.
+    """
+
+    def piece(old: Piece) -> Piece:
+        factors = rng.uniform(1.0 - error, 1.0 + error, len(COEFFICIENTS))
+        return Piece(**{name: getattr(old, name) * float(f) for name, f in zip(COEFFICIENTS, factors, strict=True)})
+
+    return {
+        gpu: replace(
+            profiles[gpu], fits=tuple(replace(fit, pieces=tuple(map(piece, fit.pieces))) for fit in profiles[gpu].fits)
+        )
+        for gpu in sorted(profiles)
+    }
+
+
+def corners(profiles: Profiles, error: float, *, gpus: Collection[str]) -> Iterator[Corner]:
+    """Yield cases in which everything, one operator, or one of ``gpus`` is slower or faster by ``error``."""
+    ops = [op for op in Op if any(fit.op is op for profile in profiles.values() for fit in profile.fits)]
+    for word, factor in (("slower", 1.0 + error), ("faster", 1.0 - error)):
+        yield Corner(name=f"everything {word}", profiles=scaled(profiles, factor))
+        for name in sorted(gpus) if len(gpus) > 1 else ():
+            yield Corner(name=f"{name} {word}", profiles={**profiles, **scaled({name: profiles[name]}, factor)})
+        for op in ops:
+            yield Corner(name=f"{op.value} {word}", profiles=scaled(profiles, factor, only=op))
+
+
+def _scaled(fit: Fit, factor: float) -> Fit:
+    if factor == 1.0:
+        return fit
+    return replace(
+        fit, pieces=tuple(Piece(**{name: factor * getattr(old, name) for name in COEFFICIENTS}) for old in fit.pieces)
+    )
+
+
+# --- the range of rate and latencies that follows from stated errors
+
+
+COMPUTE = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """A range from the lowest to the highest value."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """The plan's result if its profiles are off by their stated errors.
+
+    Attributes:
+        rate: requests/s as the objective counts them; for cost and gpus the goodput.
+        ttft_s, tpot_s: of the worst replica, micro-batches as planned.
+        errors: the assumed errors by GPU type and operator; 0.1 is 10%.
+        assumed: GPU types and operators (``L4 step``) that state no error and were given `UNKNOWN_ERROR`.
+    """
+
+    rate: Range
+    ttft_s: Range
+    tpot_s: Range
+    errors: Mapping[str, Mapping[str, float]]
+    assumed: tuple[str, ...]
+
+
+def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
+    """Return the range that stated errors leave, or None if a GPU type in use states none of layers and attention.
+
+    Times only grow with coefficients. So the plan is priced twice: with every fit too fast by what it states, and with
+    every fit too slow (`hetis.profiler.ranges.range_factors`). The plan's result lies between the two if no fit is off
+    by more; errors of operators are weighted by their share of the time, and never cancel. The error of a fit to
+    measurements is a mean: single points are further off, but a plan's times are sums over many of them. That of a fit
+    modelled for a GPU nobody measured holds for nine in ten times of measured GPUs that are left out in turn.
+    """
+    if not plan.replicas:
+        return None
+    fixed = FixedPlan(plan, problem)
+    used = {gpu: problem.profiles[gpu] for gpu in sorted(fixed.gpus)}
+    profiles = used_fits(used, problem.model, tp_sizes(plan, problem))
+    if not all(map(_states_errors, profiles.values())):
+        return None
+
+    def reach(end: int) -> Reach:
+        return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[end]))
+
+    errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
+    assumed = dict[str, None]()  # in order, without duplicates
+    for gpu, profile in profiles.items():
+        for fit in profile.fits:
+            errors[gpu][fit.op.value] = max(errors[gpu].get(fit.op.value, 0.0), stated_error(fit))
+            if fit.provenance.held_out_mape is None and fit.provenance.range_error is None:
+                assumed[f"{gpu} {fit.op}"] = None
+    fast, slow = reach(0), reach(1)
+    return Predicted(
+        rate=Range(low=slow.rate, high=fast.rate),
+        ttft_s=Range(low=fast.ttft_s, high=slow.ttft_s),
+        tpot_s=Range(low=fast.tpot_s, high=slow.tpot_s),
+        errors=errors,
+        assumed=tuple(assumed),
+    )
+
+
+def _states_errors(profile: Profile) -> bool:
+    return any(
+        fit.op in COMPUTE and (fit.provenance.held_out_mape, fit.provenance.range_error) != (None, None)
+        for fit in profile.fits
+    )
+
+
+# --- uses of a fit outside the measured sizes
+
+
+_WORDS = {
+    "tokens": "tokens",
+    "batch": "requests",
+    "past_tokens": "tokens of past",
+    "context_tokens": "tokens of context",
+    "kv_bytes": "MB of KV",
+    "num_bytes": "bytes",
+}
+_UNITS = {"kv_bytes": 1e6}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """A fit with the sizes at which a plan uses it."""
+
+    gpu: str
+    op: Op
+    tp: int
+    sizes: Mapping[str, float]
+
+
+def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
+    """Return a sentence per GPU type and operator about its furthest use, with the size and the measured range."""
+    furthest: dict[tuple[str, Op, str], tuple[float, str]] = {}
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    for group in group_replicas(plan.replicas):
+        own = problem.of_replica(group.first)
+        for use in _uses(group.first, moments, own):
+            fit = own.profiles[use.gpu].fit(use.op, own.model, use.tp)
+            if fit is None or fit.region is None:
+                continue
+            for name in fit.region.outside(**use.sizes):
+                unit = _UNITS.get(name, 1.0)
+                low, high, size = (value / unit for value in (*getattr(fit.region, name), use.sizes[name]))
+                off = size / max(high, 1.0 / unit) if size > high else low / max(size, 1e-9)
+                sentence = f"{use.op} of {use.gpu} at {_number(size)} {_WORDS[name]}, measured {_span(low, high)}"
+                key = (use.gpu, use.op, name)
+                if key not in furthest or off > furthest[key][0]:
+                    furthest[key] = (off, sentence)
+    by_op: dict[tuple[str, Op], tuple[float, str]] = {}
+    for (gpu, op, _), found in furthest.items():
+        by_op[gpu, op] = max(by_op.get((gpu, op), (0.0, "")), found)
+    return tuple(f"outside the region of its fit: {sentence}" for _, sentence in by_op.values())
+
+
+def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[Use]:
+    b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
+    decoding = b * model.step_tokens  # their tokens, drafts included
+    attended = model.attended_tokens(moments.resident_context)
+    kvb = model.kv_bytes_per_token_group()
+    # The average chunk: as in docs/cost-model.md, it attends to a tokens, to half of itself on average.
+    a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
+    past, context = max(0.0, a - C / 2), a + C / 2
+
+    def decode(pairs: float) -> dict[str, float]:
+        return {"batch": float(b), "context_tokens": attended, "kv_bytes": pairs * attended * kvb}
+
+    for position, stage in enumerate(replica.stages):
+        for tokens in sorted({decoding, decoding + C} - {0}):
+            yield Use(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
+            num_bytes = float(tokens * model.hidden * model.activation_bytes)
+            if stage.tp > 1:
+                sizes = {"num_bytes": num_bytes, "tokens": float(tokens)}
+                yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
+            if replica.expert_parallel:  # tokens of all copies are exchanged, half of the message at a time
+                ranks, all_tokens = stage.tp * stage.copies, stage.copies * tokens
+                sizes = {"num_bytes": stage.copies * num_bytes / 2, "tokens": all_tokens / 2}
+                yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=ranks, sizes=sizes)
+            if position > 0:
+                yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
+        if C:
+            kv_bytes = context * max(1.0, model.head_groups / stage.tp) * kvb
+            prefill = {"tokens": float(C), "past_tokens": past, "context_tokens": context, "kv_bytes": kv_bytes}
+            yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
+        if b and stage.kv_head_groups_kept:
+            sizes = decode(b * stage.kv_head_groups_kept)
+            yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=sizes)
+        if replica.role is Role.PREFILL:
+            sent = {"num_bytes": C * model.head_groups * kvb}
+            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=sent)
+        if replica.role is Role.DECODE and stage.kv_head_groups_kept:
+            kept = min(stage.tp, model.head_groups) * stage.kv_head_groups_kept
+            received = {"num_bytes": moments.mean_prompt * kept * kvb}
+            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=received)
+    for pool in replica.attention_workers:
+        stage = replica.stages[pool.stage]
+        cards = len(pool.devices) / stage.copies
+        yield Use(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=decode(b * pool.kv_head_groups * stage.tp / cards))
+
+
+def _span(low: float, high: float) -> str:
+    return f"{_number(low)} to {_number(high)}" if high else "without any"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
+# --- notes of a plan on its profiles
+
+
+PROFILE_ERRORS = "profile_errors"  # entry of `Plan.inputs`: `predicted`, and `robustness` if requested
+
+
+def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
+    """Return notes on profiles that are not measurements of this fleet, by the fits that the model uses."""
+    profiles = used_fits(problem.profiles, problem.model, problem.family.tp_sizes)
+    modelled = sorted(gpu for gpu, profile in profiles.items() if _is_modelled(profile))
+    fitted = sorted(gpu for gpu, profile in profiles.items() if gpu not in modelled and _is_fitted(profile))
+    notes = []
+    if modelled:
+        names = ", ".join(modelled)
+        parts = [f"; {', '.join(_fitted_ops(profiles[g]))} of {g} fitted" for g in modelled if _is_fitted(profiles[g])]
+        notes.append(
+            f"modelled, not measured: the profiles of {names}; real rates may differ (--profile FILE){''.join(parts)}"
+        )
+    if fitted:
+        ops = sorted({fit.op.value for gpu in fitted for fit in profiles[gpu].fits if _modelled(fit)})
+        but = f"; modelled: {', '.join(ops)}" if ops else ""
+        notes.append(f"fitted to measurements: the profiles of {', '.join(fitted)}{but}")
+    return tuple(notes)
+
+
+def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
+    """Return the plan with the range that its profiles' errors leave, and notes on fits used out of range."""
+    inputs = dict(plan.inputs)
+    if (found := predicted(plan, problem)) is not None:
+        inputs[PROFILE_ERRORS] = {"predicted": json_value(found)}
+    return replace(plan, inputs=inputs, notes=plan.notes + outside_regions(plan, problem))
+
+
+def predicted_of(plan: Plan) -> Predicted | None:
+    """Return what `with_profile_errors` wrote, or None if there is nothing readable."""
+    found = _mapping(_mapping(plan.inputs.get(PROFILE_ERRORS)).get("predicted"))
+    rate, ttft_s, tpot_s = (_range(found.get(name)) for name in ("rate", "ttft_s", "tpot_s"))
+    if rate is None or ttft_s is None or tpot_s is None:
+        return None
+    return Predicted(
+        rate=rate,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        errors=_mapping(found.get("errors")),
+        assumed=tuple(found.get("assumed", ())),
+    )
+
+
+def _range(value: Any) -> Range | None:
+    low, high = _mapping(value).get("low"), _mapping(value).get("high")
+    return Range(low=low, high=high) if isinstance(low, int | float) and isinstance(high, int | float) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_modelled(profile: Profile) -> bool:
+    """Return whether a computing operator is modelled."""
+    return any(fit.op in COMPUTE and _modelled(fit) for fit in profile.fits)
+
+
+def _is_fitted(profile: Profile) -> bool:
+    return bool(_fitted_ops(profile))
+
+
+def _fitted_ops(profile: Profile) -> list[str]:
+    return sorted({fit.op.value for fit in profile.fits if fit.provenance.source in (Source.FITTED, Source.IMPORTED)})
+
+
+def _modelled(fit: Fit) -> bool:
+    return fit.provenance.source is Source.MODELLED

@@ -1,0 +1,340 @@
+"""GPUs shared among tenants: a fleet with a plan for each model, and fair shares of GPU types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from hetis.formats import catalogue
+from hetis.formats.documents import load_model, load_workload
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.fields import read_data
+from hetis.formats.positions import Text
+from hetis.formats.tenants import FleetTenant, ShareInputs, parse_tenants
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
+from hetis.planner.use_cases.robustness.profile_errors import profile_notes
+from hetis.planner.use_cases.sources import LoadedInputs, attempt, load_inputs
+from hetis.profiler.defaults import default_profile
+from hetis.solver.budget import Budget, Progress, Report, one_of_several
+from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem, Shares
+from hetis.solver.shares.problem import Tenant as ShareTenant
+from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
+from hetis.solver.shares.solve import solve_shares
+from hetis.solver.tenants.problem import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
+from hetis.solver.tenants.solve import FleetSearch
+from hetis.solver.workload import Workload
+
+# --- a fleet: from files to a checked plan for each tenant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTenants:
+    """The tenants of a file on a cluster, and the inputs of each, in the file's order."""
+
+    tenancy: Tenancy
+    inputs: tuple[LoadedInputs, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedFleet:
+    """The fleet shared by the requested rule, and by others for comparison.
+
+    Attributes:
+        tenancy: the tenants with the families that were searched.
+        answers: for the requested rule, then for the others that finished in time.
+        envy: of the first answer, tenant by tenant; None if not requested or if no time was left.
+    """
+
+    tenancy: Tenancy
+    answers: tuple[FleetShares, ...]
+    envy: tuple[tuple[EnvyCell, ...], ...] | None
+
+
+def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strategy: str = "hetis") -> LoadedTenants:
+    """Read the tenants and everything they name.
+
+    Raises:
+        DocumentError: with the problems of all inputs together.
+        InvalidProblemError: the tenants cannot share this fleet.
+    """
+    if cluster == "-":
+        raise single_problem(cluster, "every tenant's problem is posed on the cluster: give a file, not standard input")
+    data, source = read_data(file)
+    given = parse_tenants(data, source).tenants
+    problems: list[Problem] = []
+    found: list[LoadedInputs] = []
+    for index, tenant in enumerate(given):
+        try:
+            found.append(_load(tenant, cluster, profiles))
+        except DocumentError as error:
+            problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
+    if problems:
+        raise DocumentError(list(dict.fromkeys(problems)))
+    tenancy = Tenancy(tenants=tuple(_tenant(tenant, one, strategy) for tenant, one in zip(given, found, strict=True)))
+    return LoadedTenants(tenancy=tenancy, inputs=tuple(found))
+
+
+def _load(tenant: FleetTenant, cluster: str, profiles: Sequence[str]) -> LoadedInputs:
+    return load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles)
+
+
+def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
+    """Return a problem with a name or path of a tenant at the line that contains it; other problems unchanged."""
+    for field, given in (("model", tenant.model), ("workload", tenant.workload)):
+        if problem.line is None and problem.file in (field, given):  # an unknown name, or a missing file
+            message = problem.message if problem.file == field else str(problem)
+            return source.problem(("tenants", index, field), f"tenant {tenant.name}: {message}")
+    return problem
+
+
+def _tenant(tenant: FleetTenant, loaded: LoadedInputs, strategy: str) -> Tenant:
+    goal = objective(ObjectiveKind(tenant.objective), ttft_s=tenant.ttft_s, tpot_s=tenant.tpot_s, demand_rps=None)
+    problem = loaded.inputs.problem(goal, strategy)
+    return Tenant(name=tenant.name, problem=problem, weight=tenant.weight, worth=tenant.worth)
+
+
+def share_out_fleet(
+    loaded: LoadedTenants, rules: Sequence[TenantRule], settings: Settings, *, with_envy: bool, budget: Budget,
+    report: Report,
+) -> SharedFleet:  # fmt: skip
+    """Share the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
+
+    Raises:
+        InfeasibleError: a tenant cannot be served on this fleet at all.
+        NoPlanFoundError: stopped before there were shares by the first rule.
+        UncheckedPlanError: an answer fails the independent checker.
+    """
+    number, count = 1, len(rules) + with_envy
+
+    def told(progress: Progress) -> None:
+        one_of_several(report, number, count)(progress)
+
+    search = FleetSearch(
+        loaded.tenancy, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target, seed=settings.seed,
+        threads=settings.threads, report=told,
+    )  # fmt: skip
+    first, *others = rules
+    answers = [_finished(search, loaded, first, settings, told)]
+    for rule in others:
+        if budget.is_spent():
+            break
+        number += 1
+        try:
+            answers.append(_finished(search, loaded, rule, settings, told))
+        except NoPlanFoundError:
+            break  # the time is up; the answers so far suffice
+    number = count
+    envy = search.envy(answers[0]) if with_envy and not budget.is_spent() else None
+    return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), envy=envy)
+
+
+def _finished(
+    search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: Settings, report: Report
+) -> FleetShares:
+    """Return the checked answer by a rule, with completed plans."""
+    from hetis.solver.tenants.check import check_fleet_shares
+
+    report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))
+    answer = search.share(rule)
+    shares = []
+    for share, tenant, inputs in zip(answer.shares, search.tenants, loaded.inputs, strict=True):
+        plan = share.plan
+        if plan is not None:
+            others = " and ".join(other.name for other in search.tenants if other.name != tenant.name)
+            shared = () if not others else (
+                f"tenant {tenant.name} shares the fleet with {others} by the rule {rule}; the bound is what it could "
+                "serve with the whole fleet to itself",
+            )  # fmt: skip
+            routed = (KV_IS_FOR_ENGINES,) if plan.kv_routes else ()
+            notes = tuple(chain(plan.notes, shared, routed, profile_notes(tenant.problem)))
+            plan = replace(plan, inputs=inputs_of_plan(inputs, settings, tenant.problem), notes=notes)
+        shares.append(replace(share, plan=plan))
+    answer = replace(answer, shares=tuple(shares))
+    wrong = check_fleet_shares(search.tenancy, answer)
+    if wrong:
+        raise UncheckedPlanError(wrong)
+    return answer
+
+
+# --- GPU types: shares from a ShareProblem file; missing speed-ups are derived from our own placements
+
+
+NETWORK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbps between nodes, for deriving speed-ups
+GAP = 0.005  # of the placements from which speed-ups are derived
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Shares under each requested rule, and their properties.
+
+    Attributes:
+        derived: jobs (``tenant/job``) whose speed-ups come from our placements.
+        rounds: whole GPUs under the first rule, round by round.
+        claims: the most profitable false claims under the first rule, per claimant: inflated, deflated.
+    """
+
+    problem: ShareProblem
+    shares: tuple[Shares, ...]
+    properties: tuple[Properties, ...]
+    derived: tuple[str, ...]
+    rounds: tuple[Round, ...]
+    claims: tuple[tuple[Claim, Claim], ...]
+
+
+def share_out(
+    inputs: ShareInputs, rules: tuple[Rule, ...], *, budget: Budget, tell: Callable[[str], None], rounds: int = 0,
+    claims: int = 0,
+) -> Sharing:  # fmt: skip
+    """Share the fleet under every rule and check the answers.
+
+    For the first rule, also return ``rounds`` rounds of whole GPUs, and the best of ``claims`` false claims per
+    claimant.
+
+    Raises:
+        DocumentError: a model, workload or GPU type from which speed-ups are derived is unknown.
+        InvalidProblemError: a model runs on none of the GPU types.
+    """
+    problem, derived = share_problem(inputs, budget=budget, tell=tell)
+    shares = tuple(solve_shares(problem, rule) for rule in rules)
+    _require_checked(problem, shares)
+    return Sharing(
+        problem=problem,
+        shares=shares,
+        properties=tuple(properties_of(problem, answer.amounts) for answer in shares),
+        derived=derived,
+        rounds=_rounds(problem, shares[0], rounds),
+        claims=_claims(problem, rules[0], claims, tell),
+    )
+
+
+def _rounds(problem: ShareProblem, shares: Shares, count: int) -> tuple[Round, ...]:
+    found, owed = list[Round](), np.zeros_like(shares.amounts)
+    for _ in range(count):
+        found.append(next_round(problem, shares.amounts, owed))
+        owed = found[-1].owed
+    return tuple(found)
+
+
+def _claims(
+    problem: ShareProblem, rule: Rule, tries: int, tell: Callable[[str], None]
+) -> tuple[tuple[Claim, Claim], ...]:
+    if tries == 0:
+        return ()
+    tell(f"trying {tries} false claims of every job, up and down")
+    return tuple(
+        (
+            best_claim(problem, rule, claimant, inflate=True, tries=tries),
+            best_claim(problem, rule, claimant, inflate=False, tries=tries),
+        )
+        for claimant in range(len(problem.weights))
+    )
+
+
+def share_problem(
+    inputs: ShareInputs, *, budget: Budget, tell: Callable[[str], None]
+) -> tuple[ShareProblem, tuple[str, ...]]:
+    """Return the problem of a file, and the names of the jobs whose speed-ups were derived."""
+    work = _models_and_workloads(inputs)
+    known: dict[tuple[str, str], Mapping[str, float]] = {}  # one derivation serves all jobs with the same work
+    derived = []
+    tenants = []
+    for tenant in inputs.tenants:
+        jobs = []
+        for job in tenant.jobs:
+            speedups = job.speedups
+            if job.model is not None and job.workload is not None:
+                name = f"{tenant.name}/{job.name}"
+                pair = (job.model, job.workload)
+                if pair not in known:
+                    tell(f"speed-ups of {name} from placements on each GPU type")
+                    known[pair] = _derived_speedups(inputs, *work[pair], budget=budget)
+                speedups = known[pair]
+                derived.append(name)
+            assert speedups is not None, "a file gives speed-ups, or a model and its workload"
+            jobs.append(Job(name=job.name, speedups=tuple(speedups[gpu] for gpu in inputs.gpus), min_gpus=job.min_gpus))
+        tenants.append(ShareTenant(name=tenant.name, weight=tenant.weight, jobs=tuple(jobs)))
+    gpus = tuple(GpuShare(gpu=gpu, count=count) for gpu, count in inputs.gpus.items())
+    return ShareProblem(gpus=gpus, tenants=tuple(tenants)), tuple(derived)
+
+
+def _models_and_workloads(inputs: ShareInputs) -> Mapping[tuple[str, str], tuple[ModelSpec, Workload]]:
+    """Return models and workloads for deriving speed-ups, by their names in the file; reports all errors at once."""
+    problems: list[Problem] = []
+    found = {}
+    asked = dict.fromkeys(
+        (job.model, job.workload)
+        for tenant in inputs.tenants
+        for job in tenant.jobs
+        if job.model is not None and job.workload is not None
+    )
+    for model, workload in asked:
+        spec = attempt(lambda name=model: load_model(name), problems)  # type: ignore[misc]
+        traffic = attempt(lambda name=workload: load_workload(name), problems)  # type: ignore[misc]
+        if spec is not None and traffic is not None:
+            found[model, workload] = (spec, traffic)
+    if asked:
+        for gpu in inputs.gpus:
+            try:
+                catalogue.find_gpu(gpu)
+            except catalogue.UnknownNameError as error:
+                problems.append(Problem(file="gpus", message=f"{error}; speed-ups can be derived for known types only"))
+    if problems:
+        raise DocumentError(problems)
+    return found
+
+
+def _derived_speedups(
+    inputs: ShareInputs, model: ModelSpec, workload: Workload, *, budget: Budget
+) -> Mapping[str, float]:
+    """Return the goodput per GPU of the best placement on all GPUs of each single type; 0 if the model does not fit."""
+    from hetis.solver.planning import solve_placement
+
+    rates = {}
+    for name, count in inputs.gpus.items():
+        try:
+            fleet = _one_type(name, count, inputs.gpus_per_node, model, workload)
+            plan = solve_placement(fleet, budget=budget, gap_target=GAP)
+            rates[name] = plan.result.value / count
+        except InfeasibleError:
+            rates[name] = 0.0
+    if not any(rates.values()):
+        raise InvalidProblemError(
+            f"{model.name} with {workload.name} can be served on none of {', '.join(rates)} alone"
+        )
+    return rates
+
+
+def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: Workload) -> PlacementProblem:
+    gpu = catalogue.find_gpu(name).gpu
+    size = min(count, per_node)
+    groups = [NodeGroup(name="full", count=count // size, gpus=(GpuSlots(gpu=gpu.name, count=size),))]
+    if count % size:
+        groups.append(NodeGroup(name="rest", count=1, gpus=(GpuSlots(gpu=gpu.name, count=count % size),)))
+    return PlacementProblem(
+        cluster=Cluster(
+            name=name, node_groups=tuple(groups), gpu_types={gpu.name: gpu}, network=Network(default=NETWORK)
+        ),
+        model=model,
+        workload=workload.clipped_to(model.max_position),
+        profiles={gpu.name: default_profile(gpu)[1]},
+        objective=Objective(kind=ObjectiveKind.GOODPUT),
+    )
+
+
+def _require_checked(problem: ShareProblem, shares: tuple[Shares, ...]) -> None:
+    """Raise `UncheckedPlanError` if the independent checker finds something wrong."""
+    from hetis.planner.use_cases.errors import UncheckedPlanError
+    from hetis.solver.shares.check import check_shares
+
+    found = tuple(f"{answer.rule}: {sentence}" for answer in shares for sentence in check_shares(problem, answer))
+    if found:
+        raise UncheckedPlanError(found)
