@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
-from hetis.profiler.importers.reading import Rows, read_sheet
+from hetis.profiler.importers.reading import read_sheet
 from hetis.solver.cost import EXPERT_IMBALANCE
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "profiles"
@@ -98,13 +98,13 @@ def row_of(name: str, ratios: list[float], *, rule: float) -> Row:
 def busiest_ratios(path: Path) -> dict[int, list[float]]:
     """Return, by ranks, the time of the busiest one with whole experts over that of one with its share of all."""
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts")
-    table, times = Rows(read_sheet(path)), dict[_Experts, float]()
-    for index in table:
-        shape = tuple(table.count(index, name) or 0 for name in names)
-        sliced, whole = table.count(index, "moe_tp_size") or 0, table.count(index, "moe_ep_size") or 0
-        seconds = table.seconds(index, "latency_ms", unit_s=1e-3)
+    table, times = read_sheet(path), dict[_Experts, float]()
+    for row in table:
+        shape = tuple(row.count(name) or 0 for name in names)
+        sliced, whole = row.count("moe_tp_size") or 0, row.count("moe_ep_size") or 0
+        seconds = row.seconds("latency_ms", unit_s=1e-3)
         if seconds is not None:
-            times[_Experts(shape, sliced, whole, table.text(index, "distribution"))] = seconds
+            times[_Experts(shape, sliced, whole, row.text("distribution"))] = seconds
     table.finish()
     found = defaultdict[int, list[float]](list)
     for one, seconds in times.items():
@@ -120,13 +120,13 @@ def busiest_ratios(path: Path) -> dict[int, list[float]]:
 
 def exchange_ratios(path: Path) -> dict[int, list[float]]:
     """Return, by ranks, the time of an all-gather and a reduce-scatter over two all-reduces of half the message."""
-    table, times = Rows(read_sheet(path)), dict[tuple[int, int, str], float]()
-    for index in table:
-        ranks, size = table.count(index, "num_gpus"), table.count(index, "message_elements")
-        seconds = table.seconds(index, "latency_ms", unit_s=1e-3)
-        if ranks is None or size is None or seconds is None or not table.text(index, "impl").startswith("nccl"):
+    table, times = read_sheet(path), dict[tuple[int, int, str], float]()
+    for row in table:
+        ranks, size = row.count("num_gpus"), row.count("message_elements")
+        seconds = row.seconds("latency_ms", unit_s=1e-3)
+        if ranks is None or size is None or seconds is None or not row.text("impl").startswith("nccl"):
             continue
-        times[ranks, size, table.text(index, "op_name")] = seconds
+        times[ranks, size, row.text("op_name")] = seconds
     table.finish()
     found = defaultdict[int, list[float]](list)
     for (ranks, size, name), gather_s in times.items():

@@ -30,10 +30,10 @@ from benchmarks.measuring.shipped_points import shipped_points
 from hetis.formats import catalogue
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted
+from hetis.profiler.defaults import shipped_profile
+from hetis.profiler.fitting import FloatArray
 from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_profile
-from hetis.profiler.work import FloatArray
 from hetis.solver.budget import Budget
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem

@@ -42,9 +42,9 @@ from benchmarks.measuring.serving_points import (
     read_rows,
 )
 from hetis.formats import catalogue
+from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import eager_layer_s, for_engine
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.kv_memory import rank_room_bytes
 from hetis.simulator.timing import StageTiming
 from hetis.solver.check.fleet import StageShape

@@ -25,8 +25,8 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_model
+from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Request
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status

@@ -40,10 +40,10 @@ EXTRAS = {
     ),
     *("torch", "plotly", "matplotlib", "pyarrow"),
 }
-# Rooms that the base install has and does not use. The profiler's: its command line, and what measures and draws. The
+# Rooms that the base install has and does not use. The profiler's: its command line, and what measures. The
 # formats': what the commands share, which only they import; typer and rich come with the extra of either command.
 ROOMS_OF_EXTRAS = {
-    *(("profiler", room) for room in ("cli", "measure", "pictures")),
+    *(("profiler", room) for room in ("cli", "measure")),
     ("formats", "command_line"),
 }
 

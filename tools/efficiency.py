@@ -26,24 +26,25 @@ import numpy as np
 from hetis.formats import catalogue
 from hetis.formats.files import write_atomically
 from hetis.formats.measurements import MeasuredOp, Measurements
-from hetis.profiler.efficiency import (
-    Architecture,
-    Efficiencies,
-    MemoryRule,
-    OpEfficiency,
-    RelativePiece,
-    borrowed,
-    scaled_from,
-    shipped,
-    to_json,
-)
 from hetis.profiler.fit import selected_points
 from hetis.profiler.fit.errors import SERVING, error_stats, within
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import Coefficients, mape, predict, rounded
 from hetis.profiler.importers import import_tables
-from hetis.profiler.roofline import NVFP4_BYTES, matrix_flops
+from hetis.profiler.roofline import (
+    NVFP4_BYTES,
+    Architecture,
+    Efficiencies,
+    MemoryRule,
+    OpEfficiency,
+    RelativePiece,
+    borrowed,
+    matrix_flops,
+    scaled_from,
+    shipped_efficiencies,
+    to_json,
+)
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import FitScope, Op
@@ -171,7 +172,7 @@ def _own_ops(
     """
     system, name, ops = _OF_ENGINES[architecture]
     if engine_tables is None:
-        return {op: shipped().architectures[architecture].ops[op] for op in ops}
+        return {op: shipped_efficiencies().architectures[architecture].ops[op] for op in ops}
     gpu, kinds = catalogue.find_gpu(name).gpu, ("gemm/{}/gemm", "attention/{}/context_attention")
     files = [f"{kind.format(_ENGINE)}_perf.parquet" for kind in (*kinds, "attention/{}/generation_attention")]
     tables_of = import_tables("aiconfigurator", [engine_tables / system / file for file in files])
@@ -241,7 +242,7 @@ def without(measured: Tables, gpu: GpuType, relative: str) -> Efficiencies:
     Operators that no other GPU of its architecture has are those of ``relative``, or of any other architecture if that
     has none either.
     """
-    ops, links = dict[str, OpEfficiency](), dict(shipped().links)
+    ops, links = dict[str, OpEfficiency](), dict(shipped_efficiencies().links)
     for name in measured.operators:
         found = measured.relatives(name, gpu.name)
         if not found:
@@ -256,7 +257,7 @@ def without(measured: Tables, gpu: GpuType, relative: str) -> Efficiencies:
         (links if name in links else ops)[name] = efficiency
     ops["decode_attention"] = _with_compute_piece(ops["decode_attention"], ops["prefill_attention"])
     architecture = Architecture(name=gpu.architecture, ops=ops, relative=relative)
-    return replace(shipped(), links=links, architectures={gpu.architecture: architecture})
+    return replace(shipped_efficiencies(), links=links, architectures={gpu.architecture: architecture})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

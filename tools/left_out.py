@@ -16,8 +16,7 @@ import numpy as np
 
 from hetis.profiler.fit.errors import error_stats
 from hetis.profiler.fit.points import Points
-from hetis.profiler.fitting import Coefficients, predict, rounded
-from hetis.profiler.work import FloatArray
+from hetis.profiler.fitting import Coefficients, FloatArray, predict, rounded
 
 COVERED = 0.9
 ANY_HOST = "other hosts"  # the relative of operators that depend on the host and not on the architecture

@@ -13,16 +13,14 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredOp
-from hetis.profiler.efficiency import Efficiencies, OpEfficiency, RelativePiece
 from hetis.profiler.fit import selected_points
 from hetis.profiler.fit.attention import LAUNCH_S, decode_points
 from hetis.profiler.fit.errors import SERVING, within
 from hetis.profiler.fit.points import CACHE_BYTES, FEATURES, Points, tables_of
+from hetis.profiler.fitting import FloatArray
 from hetis.profiler.importers import import_tables
-from hetis.profiler.importers.reading import Rows as SheetRows
 from hetis.profiler.importers.reading import read_sheet
-from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.work import FloatArray
+from hetis.profiler.roofline import Efficiencies, OpEfficiency, RelativePiece, modelled_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Profile
 from tools.profiles import ENGINE_TABLE, measurements_for
@@ -79,15 +77,15 @@ def _compare_points(what: str, profile: Profile, points: Points) -> Comparison:
 
 def _experts(what: str, gpu: GpuType, dense: Fit, folder: Path, *, few: bool) -> Comparison:
     """Compare a fused expert layer (without attention and projections); routing is assumed to be even."""
-    rows = SheetRows(read_sheet(folder / f"{_EXPERTS[gpu.name]}_moe.csv.gz"))
+    sheet = read_sheet(folder / f"{_EXPERTS[gpu.name]}_moe.csv.gz")
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     found = []
-    for index in rows:
-        counts = [rows.count(index, name) for name in names]
-        seconds = rows.seconds(index, "latency_ms", unit_s=1e-3)
-        if rows.text(index, "distribution") == "power_law_1.01" and None not in counts and seconds is not None:
+    for row in sheet:
+        counts = [row.count(name) for name in names]
+        seconds = row.seconds("latency_ms", unit_s=1e-3)
+        if row.text("distribution") == "power_law_1.01" and None not in counts and seconds is not None:
             found.append([*(float(count) for count in counts if count is not None), seconds])
-    rows.finish()
+    sheet.finish()
     tokens, hidden, inner, topk, experts, tp, ep, seconds_s = np.array(found).T
     keep = (ep == 1) & (tokens <= 8192) & ((tokens <= 64) == few)
     params = 3.0 * hidden * inner / tp

@@ -16,8 +16,8 @@ from hetis.profiler.fit.attention import prefill_points
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points, distinct
 from hetis.profiler.fit.report import SMALL_BATCH, mean_mape
+from hetis.profiler.fitting import FloatArray
 from hetis.profiler.ranges import error_of
-from hetis.profiler.work import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Source
 from tools.whole_engine import EngineTime, engine_times, mean_error

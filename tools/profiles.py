@@ -15,10 +15,10 @@ from pathlib import Path
 from hetis.formats import catalogue
 from hetis.formats.files import write_atomically
 from hetis.formats.measurements import Measurements
-from hetis.profiler import shipped
+from hetis.profiler import defaults
+from hetis.profiler.defaults import FOLDER, profile_text
 from hetis.profiler.fit import FittedProfile, fit_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.shipped import FOLDER, profile_text
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import Op
 from tools import tables
@@ -95,7 +95,7 @@ def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast |
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.profiles", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the published tables")
-    ours = Path(shipped.__file__).parent / FOLDER
+    ours = Path(defaults.__file__).parent / FOLDER
     parser.add_argument("--out", type=Path, default=ours, help="folder of the profiles")
     parser.add_argument(
         "--tables",

@@ -23,7 +23,7 @@ from benchmarks.measuring.published_settings import Run, Settings, settings_else
 from hetis.formats import catalogue, dtypes
 from hetis.formats.huggingface import model_from_config
 from hetis.formats.positions import parse_text
-from hetis.profiler.importers.gpu_names import catalogue_name
+from hetis.profiler.importers.reading import catalogue_name
 from hetis.solver.cost import rank_shape
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec

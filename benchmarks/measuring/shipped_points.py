@@ -8,9 +8,9 @@ from itertools import product
 import numpy as np
 
 from hetis.formats import catalogue
+from hetis.profiler.defaults import shipped_gpus, shipped_profile
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import predict
-from hetis.profiler.shipped import shipped_gpus, shipped_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Source
 from tools.efficiency import relative_to_peaks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.whole_engine import MODEL, Point, points_of, simulated, with_host
-from hetis.profiler.shipped import shipped_profile
+from hetis.profiler.defaults import shipped_profile
 from hetis.solver.profile import Profile
 from tools.whole_engine import EngineTime, predicted_s
 

@@ -8,9 +8,9 @@ import pytest
 
 from hetis.planner.use_cases.place import objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
+from hetis.profiler.defaults import profile_text
 from hetis.profiler.engines import ENGINES
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import profile_text
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.planning import solve_placement
 from hetis.solver.profile import Op

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetis.profiler.efficiency import shipped
 from hetis.profiler.fit.points import Points
 from hetis.profiler.fit.split import split
+from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.profile import FitScope, Op
 from tools import efficiency
 from tools.efficiency import _fit, _pairs
@@ -39,7 +39,7 @@ def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["Ada", "Ampere", "Hopper"])
 def test_measured_architectures_keep_the_bars(architecture: str) -> None:
     """10% in the serving range for attention, 8% for dense; all-reduces bend where libraries change their algorithm."""
-    ops = shipped().architectures[architecture].ops
+    ops = shipped_efficiencies().architectures[architecture].ops
     for name, bar in (
         ("dense", 0.08),
         ("decode_attention", 0.10),

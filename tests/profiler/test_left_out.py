@@ -14,11 +14,10 @@ from benchmarks.measuring.shipped_points import shipped_points
 from hetis.formats import catalogue
 from hetis.formats.positions import parse_text
 from hetis.formats.profile import parse_profile
-from hetis.profiler.efficiency import shipped
+from hetis.profiler.defaults import profile_text, shipped_profile
 from hetis.profiler.fit.points import Points
 from hetis.profiler.ranges import UNKNOWN_ERROR, range_factors, stated_error
-from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import profile_text, shipped_profile
+from hetis.profiler.roofline import modelled_profile, shipped_efficiencies
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Provenance, Source
 from tools.efficiency import measured_tables, without
 from tools.left_out import ANY_HOST, Operator, Pieces, Tables, Trial, covering_error
@@ -134,12 +133,12 @@ def test_a_range_is_a_factor_both_ways_and_a_mean_error_one_of_predictions() -> 
 
 
 def test_profiles_state_the_range_where_they_are_modelled_for_a_gpu_nobody_measured() -> None:
-    ranges = {op.range_error for arch in shipped().architectures.values() for op in arch.ops.values()}
+    ranges = {op.range_error for arch in shipped_efficiencies().architectures.values() for op in arch.ops.values()}
     assert len(ranges) == 1  # operators of the device share one
     for gpu in ("L4", "P100-PCIe-12GB"):
         stated = {f.op: f.provenance.range_error for f in modelled_profile(catalogue.find_gpu(gpu).gpu).fits}
         assert {stated[op] for op in (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)} == ranges
-        assert stated[Op.ALL_REDUCE] == shipped().links["all_reduce_pcie"].range_error
+        assert stated[Op.ALL_REDUCE] == shipped_efficiencies().links["all_reduce_pcie"].range_error
         assert stated[Op.STEP] is None
     own = modelled_profile(catalogue.find_gpu("A100-SXM-80GB").gpu)
     assert next(f for f in own.fits if f.op is Op.DENSE).provenance.range_error is None

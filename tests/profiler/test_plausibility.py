@@ -13,14 +13,12 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
-from hetis.profiler.cli.doubts import impossible
+from hetis.profiler.defaults import shipped_gpus, shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.fit import fit_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, unit_doubt
+from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, impossible, roofline_seconds, unit_doubt
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_gpus, shipped_profile
-from hetis.profiler.work import roofline_seconds
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, Op, Piece
 from tests.profiler.small_tables import SMALL_TABLES

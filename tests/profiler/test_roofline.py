@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.catalogue import gpus
-from hetis.profiler.efficiency import from_json, shipped, to_json
-from hetis.profiler.roofline import modelled_profile
+from hetis.profiler.roofline import from_json, modelled_profile, shipped_efficiencies, to_json
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, ModelSpec
@@ -99,7 +98,7 @@ def test_every_architecture_has_a_whole_profile(architecture: str, gpu: GpuType)
 
 
 def test_the_shipped_file_covers_the_catalogue() -> None:
-    assert tuple(shipped().architectures) == ARCHITECTURES
+    assert tuple(shipped_efficiencies().architectures) == ARCHITECTURES
     if not SHARED.exists():
         pytest.skip(f"{SHARED} is not here: the catalogue's architectures were not compared")
     with (SHARED / "gpus.csv").open(encoding="utf-8", newline="") as file:
@@ -114,7 +113,7 @@ def test_every_gpu_of_the_catalogue_gets_a_profile() -> None:
 
 
 def test_the_shipped_file_survives_a_round_trip() -> None:
-    assert from_json(to_json(shipped())) == shipped()
+    assert from_json(to_json(shipped_efficiencies())) == shipped_efficiencies()
 
 
 def test_an_unknown_architecture_is_refused() -> None:
@@ -195,7 +194,7 @@ def test_a_p100_is_as_far_behind_as_hetis_measured() -> None:
 
 
 def test_errors_of_unmeasured_gpus_are_those_of_gpus_never_seen() -> None:
-    ampere = shipped().architectures["Ampere"].ops["dense"]
+    ampere = shipped_efficiencies().architectures["Ampere"].ops["dense"]
     for gpu, error in ((A100, ampere.held_out_mape), (replace(A100, name="A30"), ampere.transfer_mape)):
         fit = modelled_profile(gpu).fit(Op.DENSE, LLAMA, 1)
         assert fit is not None

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hetis.formats import catalogue
+from hetis.profiler.defaults import shipped_gpus, shipped_profile
 from hetis.profiler.ranges import UNKNOWN_ERROR, error_of
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_gpus, shipped_profile
 from hetis.solver.profile import FitScope, Op, Source
 from tools import profiles
 from tools.whole_engine import predicted_s

@@ -1,17 +1,26 @@
-"""The profile of a GPU type that nobody measured here: the shipped one, or else a modelled one."""
+"""The profile of a GPU type that a user gives no file for: the fitted one that the package has, or else a modelled one.
+
+There is a fitted profile for every GPU with published measurements. ``make profiles`` (``python -m tools.profiles``)
+creates them; ``docs/profiles.md`` states their errors.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import replace
+from importlib import resources
 
 from hetis.formats import catalogue
+from hetis.formats.positions import parse_text
+from hetis.formats.profile import parse_profile, profile_to_data
 from hetis.profiler.engines import for_engine
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Profile
 
+FOLDER = "profiles"  # next to this module
 MODELLED = "modelled"
 FITTED = "fitted"  # shipped with hetis, fitted to published measurements
 HOST = "vllm"  # the engine whose times default profiles have
@@ -43,14 +52,34 @@ def profile_origin(gpu: GpuType) -> str | None:
 
 def _kernels_of(gpu: GpuType) -> tuple[str, Profile]:
     """Return the origin and the profile without an engine's times."""
-    if _is_of_catalogue(gpu) and (shipped := shipped_profile(gpu.name)) is not None:
+    try:
+        listed = replace(catalogue.find_gpu(gpu.name).gpu, usd_per_hour=gpu.usd_per_hour)
+    except catalogue.UnknownNameError:
+        listed = None
+    if listed == gpu and (shipped := shipped_profile(gpu.name)) is not None:
         return FITTED, shipped
     return MODELLED, modelled_profile(gpu)
 
 
-def _is_of_catalogue(gpu: GpuType) -> bool:
-    try:
-        listed = catalogue.find_gpu(gpu.name).gpu
-    except catalogue.UnknownNameError:
-        return False
-    return replace(listed, usd_per_hour=gpu.usd_per_hour) == gpu
+@functools.cache
+def shipped_profile(gpu: str) -> Profile | None:
+    """Return the fitted profile of a GPU by its catalogue name, or None if nobody measured it for us."""
+    if gpu not in shipped_gpus():
+        return None
+    name = f"{gpu}.json"
+    text = resources.files("hetis.profiler").joinpath(FOLDER, name).read_text(encoding="utf-8")
+    return parse_profile(*parse_text(text, name))
+
+
+@functools.cache
+def shipped_gpus() -> tuple[str, ...]:
+    """Return the catalogue names of the GPUs with a fitted profile, sorted."""
+    folder = resources.files("hetis.profiler").joinpath(FOLDER)
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
+
+
+def profile_text(profile: Profile) -> str:
+    """Return the text of a shipped file."""
+    return json.dumps(profile_to_data(profile), indent=1, ensure_ascii=False) + "\n"

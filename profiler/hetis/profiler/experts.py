@@ -21,7 +21,6 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.profiler import efficiency
 from hetis.profiler.engine_tables import (
     NEAREST,
     PUBLISHER,
@@ -34,7 +33,7 @@ from hetis.profiler.engine_tables import (
 from hetis.profiler.fit.layers import COLD_RATIO
 from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded
-from hetis.profiler.roofline import matrix_flops
+from hetis.profiler.roofline import matrix_flops, shipped_efficiencies
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Piece
 
@@ -96,7 +95,7 @@ def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool
 
 
 def _relative(architecture: str) -> str | None:
-    known = efficiency.shipped().architectures.get(architecture)
+    known = shipped_efficiencies().architectures.get(architecture)
     return None if known is None else known.relative
 
 

@@ -1,8 +1,9 @@
-"""Detects times in a wrong unit: a factor of a thousand, found by comparison with the GPU's peaks.
+"""The work of measured rows, and times and profiles that no GPU can reach.
 
-For every table, the median over the quarter of its rows with the most work counts, because launches are negligible
-there, and a few wrong rows do not move it. There the published tables reach 0.08 to 0.81 of the peaks, those served by
-a cache up to 12 times the peaks; a host whose GPUs communicate over a slow network reaches a hundredth of its link.
+Times in a wrong unit are off by a factor of a thousand, which a comparison with the GPU's peaks shows. For every table,
+the median over the quarter of its rows with the most work counts, because launches are negligible there, and a few
+wrong rows do not move it. There the published tables reach 0.08 to 0.81 of the peaks, those served by a cache up to 12
+times the peaks; a host whose GPUs communicate over a slow network reaches a hundredth of its link.
 """
 
 from __future__ import annotations
@@ -13,19 +14,93 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
+from hetis.formats.units import format_bytes
+from hetis.profiler.fitting import FloatArray
 from hetis.profiler.roofline import matrix_flops
-from hetis.profiler.work import FloatArray, roofline_seconds
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, Op, Profile
+from hetis.solver.profile import Fit, FitScope, Op, Profile
 
+KV_BYTES = 2.0  # per element of the KV cache and of activations in every table: bf16 or fp16
 MOST_PEAKS = 20.0  # of the peak; upper limit for a table's median, whatever cache it is read from
 LEAST_PEAKS = 0.02  # of the peaks of compute and memory
 LEAST_LINK = 2e-3  # of the nominal link between GPUs; hosts that copy through their memory reach a thirtieth
 STEP_SECONDS = (2e-5, 0.1)  # of the host, per iteration
 PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # of whole engines
+WANTED_ERROR = 0.10
 _LEAST_WORK_S = 2e-6  # at the peaks; below it the launch dominates the measurement
 _LINKS = (MeasuredOp.ALL_REDUCE, MeasuredOp.TRANSFER)
 _UNIT = "is the unit right?"
+_TOLERANCE = 1.15  # boost clocks and rounding go slightly above nominal peaks
+_CACHED = 4.0  # attention and small products may read from a cache faster than from memory
+# Work of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
+# requests, so that its time per query head shows next to its bytes.
+_LAYER = {"flops": 2 * 218e6 * 8192, "num_bytes": 2 * 218e6, "tokens": 8192}
+_MUCH: Mapping[Op, tuple[str, Mapping[str, float]]] = {
+    Op.DENSE: ("a layer on 8,192 tokens", _LAYER),
+    Op.EXPERTS: ("experts on 8,192 tokens", _LAYER),
+    Op.PREFILL_ATTENTION: (
+        "a prompt of 8,192 tokens",
+        {"flops": 4.0 * 32 * 128 * 8192 * 4096, "num_bytes": 4096.0 * 8192, "tokens": 8192, "heads": 32 * 8192},
+    ),
+    Op.DECODE_ATTENTION: (
+        "512 requests of 256 tokens",
+        {"flops": 4.0 * 32 * 128 * 512 * 256, "num_bytes": 4096.0 * 512 * 256, "tokens": 512, "heads": 32 * 512},
+    ),
+    Op.ALL_REDUCE: ("a message of 256 MiB", {"num_bytes": 2.0**28, "tokens": 2.0**15}),
+    Op.TRANSFER: ("a message of 256 MiB", {"num_bytes": 2.0**28}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The work of a table's rows in the features of the cost model (docs/cost-model.md), arrays of shape [rows].
+
+    Bytes are the minimum that must cross the memory bus.
+    """
+
+    flops: FloatArray
+    num_bytes: FloatArray
+
+
+def work_of(table: Table) -> Work | None:
+    """Return FLOPs and bytes of every row, or None for operators without either (steps, whole engines)."""
+    number = table.numbers
+    match table.op:
+        case MeasuredOp.GEMM:
+            m, n, k = number("m"), number("n"), number("k")
+            return Work(2.0 * m * n * k, number("weight_bits") / 8.0 * n * k + 2.0 * m * k + 2.0 * m * n)
+        case MeasuredOp.LAYER:
+            tokens, params = number("tokens"), number("params")
+            return Work(2.0 * tokens * params, params * number("weight_bits") / 8.0)
+        case MeasuredOp.PREFILL_ATTENTION:
+            pairs = number("tokens") * (number("past_tokens") + (number("tokens") + 1.0) / 2.0) * number("batch")
+            kv_tokens = number("batch") * (number("past_tokens") + number("tokens"))
+        case MeasuredOp.DECODE_ATTENTION:
+            pairs = kv_tokens = number("batch") * number("context_tokens")
+        case MeasuredOp.ALL_REDUCE | MeasuredOp.TRANSFER | MeasuredOp.KV_COPY:
+            return Work(np.zeros(len(table)), number("num_bytes"))
+        case _:
+            return None
+    return Work(
+        4.0 * pairs * number("query_heads") * number("head_dim"),
+        2.0 * KV_BYTES * kv_tokens * number("kv_heads") * number("head_dim"),
+    )
+
+
+def roofline_seconds(table: Table, gpu: GpuType) -> FloatArray | None:
+    """Return the minimum seconds that the nominal peaks of ``gpu`` allow each row, or None without such a bound."""
+    work = work_of(table)
+    if work is None:
+        return None
+    least: FloatArray
+    if table.op in _LINKS:
+        least = work.num_bytes / max(gpu.nvlink_bytes_per_s or 0.0, gpu.pcie_bytes_per_s)
+        return least
+    flops = np.full(len(table), gpu.fp16_flops)
+    if "weight_bits" in table.columns and gpu.fp8_flops is not None:
+        flops = np.where(table.numbers("weight_bits") <= 8, gpu.fp8_flops, flops)
+    least = np.maximum(work.flops / flops, work.num_bytes / gpu.mem_bytes_per_s)
+    return least
 
 
 def doubts_of_units(measurements: Sequence[Measurements], gpu: GpuType) -> Iterator[str]:
@@ -62,61 +137,79 @@ def unit_doubt(table: Table, gpu: GpuType) -> str:
 
 def implausible_fits(profile: Profile, gpu: GpuType) -> Iterator[tuple[Fit, str]]:
     """Yield fits whose time for much work is impossible on ``gpu`` by a factor like that of a wrong unit, and why."""
+    link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
     for fit in profile.fits:
         if fit.op in (Op.STEP, Op.SAMPLE):
             seconds = np.array([fit.seconds(tokens=64.0)])
             if seconds[0] > 0 and (doubt := _outside(seconds, STEP_SECONDS, f"a {fit.op} of 64 tokens")):
                 yield fit, doubt
             continue
-        work = _MUCH[fit.op]
-        flops = matrix_flops(gpu, fit.scope.weight_bytes)
-        link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
-        linked = fit.op in (Op.ALL_REDUCE, Op.TRANSFER)
-        least_s = work.num_bytes / link if linked else max(work.flops / flops, work.num_bytes / gpu.mem_bytes_per_s)
-        seconds_s = fit.seconds(
-            flops=work.flops, num_bytes=work.num_bytes, tokens=work.tokens, heads=work.heads, wire_s=least_s
-        )
-        peaks = least_s / seconds_s if seconds_s > 0 else float("inf")
-        if doubt := _beyond(peaks, LEAST_LINK if linked else LEAST_PEAKS, work.name, gpu):
+        name, work = _MUCH[fit.op]
+        if fit.op in (Op.ALL_REDUCE, Op.TRANSFER):
+            least, least_s = LEAST_LINK, work["num_bytes"] / link
+        else:
+            flops_s = work["flops"] / matrix_flops(gpu, fit.scope.weight_bytes)
+            least, least_s = LEAST_PEAKS, max(flops_s, work["num_bytes"] / gpu.mem_bytes_per_s)
+        seconds_s = fit.seconds(**work, wire_s=least_s)
+        if doubt := _beyond(least_s / seconds_s if seconds_s > 0 else float("inf"), least, name, gpu):
             yield fit, doubt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    name: str
-    flops: float = 0.0
-    num_bytes: float
-    tokens: float = 0.0
-    heads: float = 0.0
+def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
+    """Yield a sentence per number of a profile that no ``gpu`` can reach."""
+    if profile.usable_bytes > gpu.memory_bytes:
+        yield (
+            f"usable_bytes is {format_bytes(profile.usable_bytes)}, more than the {format_bytes(gpu.memory_bytes)} of "
+            f"a {gpu.name}"
+        )
+    if profile.reserve_bytes >= profile.usable_bytes:
+        yield f"reserve_bytes is {format_bytes(profile.reserve_bytes)}, which leaves nothing of usable_bytes"
+    for fit in profile.fits:
+        if fit.op not in (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION):
+            continue
+        # The rates for large work: those of the piece with the largest slope.
+        flop_s, byte_s = (max(getattr(piece, name) for piece in fit.pieces) for name in ("flop_s", "byte_s"))
+        flops = gpu.fp16_flops if fit.scope.weight_bytes != 1.0 else gpu.fp8_flops or gpu.fp16_flops
+        if flop_s > 0 and fit.op is not Op.DECODE_ATTENTION and 1 / flop_s > flops * _TOLERANCE:
+            yield f"{_name(fit)} reaches {1 / flop_s / 1e12:.4g} TFLOP/s, {gpu.name} at most {flops / 1e12:.4g}"
+        if byte_s > 0 and 1 / byte_s > gpu.mem_bytes_per_s * _CACHED:
+            most = f"{gpu.name} at most {gpu.mem_bytes_per_s / 1e9:.4g} from memory"
+            yield f"{_name(fit)} reads {1 / byte_s / 1e9:.4g} GB/s, {most}"
+    for fit, doubt in implausible_fits(profile, gpu):
+        yield f"{_name(fit)}: {doubt}"
 
 
-# Sizes of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
-# requests, so that its time per query head shows next to its bytes.
-_PARAMS = 218e6
-_MUCH: Mapping[Op, _Work] = {
-    Op.DENSE: _Work(
-        name="a layer on 8,192 tokens", flops=2 * _PARAMS * 8192, num_bytes=2 * _PARAMS, tokens=8192, heads=0
-    ),
-    Op.EXPERTS: _Work(
-        name="experts on 8,192 tokens", flops=2 * _PARAMS * 8192, num_bytes=2 * _PARAMS, tokens=8192, heads=0
-    ),
-    Op.PREFILL_ATTENTION: _Work(
-        name="a prompt of 8,192 tokens",
-        flops=4.0 * 32 * 128 * 8192 * 4096,
-        num_bytes=4096.0 * 8192,
-        tokens=8192,
-        heads=32 * 8192,
-    ),
-    Op.DECODE_ATTENTION: _Work(
-        name="512 requests of 256 tokens",
-        flops=4.0 * 32 * 128 * 512 * 256,
-        num_bytes=4096.0 * 512 * 256,
-        tokens=512,
-        heads=32 * 512,
-    ),
-    Op.ALL_REDUCE: _Work(name="a message of 256 MiB", num_bytes=2.0**28, tokens=2.0**15),
-    Op.TRANSFER: _Work(name="a message of 256 MiB", num_bytes=2.0**28),
-}
+def doubts_of(profile: Profile) -> Iterator[str]:
+    """Yield a sentence for everything that makes a plan with this profile less certain than it may look."""
+    for fit in profile.fits:
+        error = fit.provenance.held_out_mape
+        if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
+            yield f"{_name(fit)}: how wrong it is on points it never saw is not known"
+        elif error is not None and error > WANTED_ERROR:
+            yield f"{_name(fit)}: wrong by {error:.1%} on points it never saw, {WANTED_ERROR:.1%} is wanted"
+        if fit.op is not Op.STEP and all(
+            piece.flop_s == piece.byte_s == piece.token_s == piece.wire == 0 for piece in fit.pieces
+        ):
+            yield f"{_name(fit)}: takes the same time whatever the work"
+
+
+def scope_words(scope: FitScope) -> Iterator[str]:
+    """Yield the conditions of a fit's scope."""
+    if scope.model is not None:
+        yield scope.model.rpartition("/")[2]
+    if scope.tp is not None:
+        yield f"TP {scope.tp}"
+    if scope.head_dim is not None:
+        yield f"head {scope.head_dim}"
+    if scope.queries_per_group is not None:
+        yield f"{scope.queries_per_group} q/group"
+    if scope.weight_bytes is not None:
+        yield f"{scope.weight_bytes:g} B/weight"
+
+
+def _name(fit: Fit) -> str:
+    scope = ", ".join(scope_words(fit.scope))
+    return f"{fit.op.value} ({scope})" if scope else fit.op.value
 
 
 def _outside(seconds: FloatArray, limits: tuple[float, float], what: str) -> str:

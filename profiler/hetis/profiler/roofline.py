@@ -1,14 +1,92 @@
-"""Profiles for GPUs that nobody measured for us: a roofline of the GPU's peaks and its architecture's efficiencies."""
+"""Profiles for GPUs that nobody measured for us: a roofline of the GPU's peaks and its architecture's efficiencies.
+
+Efficiencies are coefficients relative to a GPU's peaks, with error and origin. ``tools/efficiency.py`` writes their
+file, which is package data (``efficiency.json``). Nothing here needs numpy, so reading it costs next to nothing.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from typing import Any
+
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.profiler.efficiency import Efficiencies, OpEfficiency, shipped
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.profile import Fit, FitScope, Op, Profile, Provenance, Source
+from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
 
+VERSION = "hetis-efficiency/v1"
 NVFP4_BYTES = BYTES_PER_PARAMETER["nvfp4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelativePiece:
+    """One affine piece in units of the device's peaks; 1.25 means that 80% of a peak is reached."""
+
+    fixed_s: float = 0.0
+    flop: float = 0.0  # times the time of the FLOPs at the peak matrix rate
+    byte: float = 0.0  # times the time of the bytes at the peak memory bandwidth
+    token_bytes: float = 0.0  # bytes per token, at the peak memory bandwidth
+    head_bytes: float = 0.0  # bytes per query head, at the peak memory bandwidth
+    wire: float = 0.0  # times the time on the nominal wire
+
+    def at(self, *, flops: float, bytes_per_s: float) -> Piece:
+        """Return the piece on a device with these peaks."""
+        return Piece(
+            fixed_s=self.fixed_s,
+            flop_s=self.flop / flops,
+            byte_s=self.byte / bytes_per_s,
+            token_s=self.token_bytes / bytes_per_s,
+            head_s=self.head_bytes / bytes_per_s,
+            wire=self.wire,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpEfficiency:
+    """One operator's coefficients, with what is known about their error (mean absolute percentage, 0.1 is 10%)."""
+
+    pieces: tuple[RelativePiece, ...]
+    origin: str  # tables, engines, kernels
+    measured_on: tuple[str, ...] = ()  # GPU names as in the catalogue
+    num_points: int = 0
+    fitted_mape: float | None = None
+    held_out_mape: float | None = None  # on shapes the fit never saw; for links: on hosts it never saw
+    transfer_mape: float | None = None  # on GPUs the fit never saw: each measured GPU by the fits of the others
+    range_error: float | None = None  # 0.5: nine in ten times of GPUs never seen lie within 1/1.5 and 1.5 times these
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The operators of one GPU architecture: its own, or those of a relative where it has none (`scaled_from`)."""
+
+    name: str
+    ops: Mapping[str, OpEfficiency]
+    relative: str | None = None  # None: measured
+    compute_factor: float = 1.0  # factor of the relative's share of the peak that FLOPs take
+    reason: str = ""  # why this relative, and what is assumed in addition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRule:
+    """The share of nominal memory that an engine may use, and what it reserves of that."""
+
+    usable_ratio: float
+    reserve_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiencies:
+    """The content of the file."""
+
+    memory: MemoryRule
+    links: Mapping[str, OpEfficiency]  # operators that depend on the link, not on the architecture
+    architectures: Mapping[str, Architecture]
 
 
 def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> Profile:
@@ -17,19 +95,31 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
     Raises:
         InvalidProblemError: no efficiencies are known for the architecture of ``gpu``.
     """
-    efficiencies = efficiencies or shipped()
+    efficiencies = efficiencies or shipped_efficiencies()
     arch = efficiencies.architectures.get(gpu.architecture)
     if arch is None:
         known = ", ".join(efficiencies.architectures)
         raise InvalidProblemError(f"{gpu.name}: no efficiencies for architecture {gpu.architecture!r}; known: {known}")
-    calibrated = f"efficiencies of {arch.name} calibrated on "
     suffix = "" if arch.relative is None else f"; scaled from {arch.relative}"
 
+    def fit(op: Op, efficiency: OpEfficiency, origin: str, flops: float, scope: FitScope | None = None) -> Fit:
+        # The error is that for unseen GPUs unless this one was measured.
+        was_measured = gpu.name in efficiency.measured_on
+        provenance = Provenance(
+            source=Source.MODELLED,
+            origin=f"roofline of {gpu.name}, {origin}",
+            held_out_mape=efficiency.held_out_mape if was_measured else efficiency.transfer_mape,
+            range_error=None if was_measured else efficiency.range_error,
+        )
+        pieces = tuple(piece.at(flops=flops, bytes_per_s=gpu.mem_bytes_per_s) for piece in efficiency.pieces)
+        return Fit(op=op, pieces=pieces, provenance=provenance, scope=scope or FitScope())
+
     def own(op: Op, name: str, flops: float = gpu.fp16_flops, scope: FitScope | None = None) -> Fit:
-        return _fit(op, arch.ops[name], gpu, flops=flops, scope=scope, before=calibrated, after=suffix)
+        origin = f"efficiencies of {arch.name} calibrated on {arch.ops[name].origin}{suffix}"
+        return fit(op, arch.ops[name], origin, flops, scope)
 
     def of_link(op: Op, name: str) -> Fit:
-        return _fit(op, efficiencies.links[name], gpu, flops=gpu.fp16_flops)
+        return fit(op, efficiencies.links[name], efficiencies.links[name].origin, gpu.fp16_flops)
 
     has_nvlink = gpu.nvlink_bytes_per_s is not None
     fits = [
@@ -42,9 +132,9 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
     ]
     if gpu.fp8_flops is not None:  # fp8 weights and activations on the fp8 matrix units
         fits.append(own(Op.DENSE, "dense_fp8", gpu.fp8_flops, FitScope(weight_bytes=1.0)))
-        if matrix_flops(gpu, NVFP4_BYTES) > gpu.fp8_flops:
+        if (flops := matrix_flops(gpu, NVFP4_BYTES)) > gpu.fp8_flops:
             name = "dense_nvfp4" if "dense_nvfp4" in arch.ops else "dense_fp8"
-            fits.append(own(Op.DENSE, name, matrix_flops(gpu, NVFP4_BYTES), FitScope(weight_bytes=NVFP4_BYTES)))
+            fits.append(own(Op.DENSE, name, flops, FitScope(weight_bytes=NVFP4_BYTES)))
     return Profile(
         gpu=gpu.name,
         usable_bytes=int(gpu.memory_bytes * efficiencies.memory.usable_ratio),
@@ -63,26 +153,88 @@ def matrix_flops(gpu: GpuType, weight_bytes: float | None) -> float:
     return gpu.fp8_flops * (2.0 if weight_bytes < 1.0 and gpu.architecture == "Blackwell" else 1.0)
 
 
-def _fit(
-    op: Op,
-    efficiency: OpEfficiency,
-    gpu: GpuType,
-    *,
-    flops: float,
-    scope: FitScope | None = None,
-    before: str = "",
-    after: str = "",
-) -> Fit:
-    """Return ``efficiency`` at the peaks of ``gpu``. Its error is that for unseen GPUs unless this one was measured."""
-    was_measured = gpu.name in efficiency.measured_on
-    return Fit(
-        op=op,
-        pieces=tuple(piece.at(flops=flops, bytes_per_s=gpu.mem_bytes_per_s) for piece in efficiency.pieces),
-        provenance=Provenance(
-            source=Source.MODELLED,
-            origin=f"roofline of {gpu.name}, {before}{efficiency.origin}{after}",
-            held_out_mape=efficiency.held_out_mape if was_measured else efficiency.transfer_mape,
-            range_error=None if was_measured else efficiency.range_error,
-        ),
-        scope=scope or FitScope(),
+@functools.cache
+def shipped_efficiencies() -> Efficiencies:
+    """Return the efficiencies that come with the package."""
+    return from_json(resources.files("hetis.profiler").joinpath("efficiency.json").read_text(encoding="utf-8"))
+
+
+def to_json(efficiencies: Efficiencies) -> str:
+    """Return the text of the file."""
+    document = {
+        "version": VERSION,
+        "made_by": "python -m tools.efficiency",
+        "memory": asdict(efficiencies.memory),
+        "links": {name: _op_to_dict(op) for name, op in efficiencies.links.items()},
+        "architectures": {name: _architecture_to_dict(arch) for name, arch in efficiencies.architectures.items()},
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Efficiencies:
+    """Read the text that `to_json` writes."""
+    document = json.loads(text)
+    if document["version"] != VERSION:
+        raise ValueError(f"efficiency file is {document['version']!r}, this hetis reads {VERSION!r}")
+    entries: Mapping[str, Mapping[str, Any]] = document["architectures"]
+    ops = {
+        name: {op: _op_from_dict(values) for op, values in entry.get("ops", {}).items()}
+        for name, entry in entries.items()
+    }
+    measured = {name: Architecture(name=name, ops=ops[name]) for name, entry in entries.items() if "ops" in entry}
+    return Efficiencies(
+        memory=MemoryRule(**document["memory"]),
+        links={name: _op_from_dict(op) for name, op in document["links"].items()},
+        architectures={
+            name: scaled_from(
+                measured[entry["relative"]],
+                name,
+                factor=entry.get("compute_factor", 1.0),
+                reason=entry["reason"],
+                own=ops[name],
+            )
+            if "relative" in entry
+            else measured[name]
+            for name, entry in entries.items()
+        },
     )
+
+
+def scaled_from(
+    relative: Architecture, name: str, *, factor: float, reason: str, own: Mapping[str, OpEfficiency] | None = None
+) -> Architecture:  # fmt: skip
+    """Return an architecture of which only ``own`` operators were measured.
+
+    The others have the relative's coefficients, with ``factor`` times its share for FLOPs.
+    """
+    ops = {op_name: borrowed(op, factor=factor) for op_name, op in relative.ops.items()} | dict(own or {})
+    return Architecture(name=name, ops=ops, relative=relative.name, compute_factor=factor, reason=reason)
+
+
+def borrowed(op: OpEfficiency, *, factor: float = 1.0) -> OpEfficiency:
+    """Return ``op`` for GPUs it was not measured on. Of its errors, only the one on unseen GPUs remains."""
+    pieces = tuple(replace(piece, flop=float(f"{piece.flop * factor:.3g}")) for piece in op.pieces)
+    return replace(op, pieces=pieces, measured_on=(), num_points=0, fitted_mape=None, held_out_mape=None)
+
+
+def _architecture_to_dict(arch: Architecture) -> dict[str, Any]:
+    if arch.relative is None:
+        return {"ops": {name: _op_to_dict(op) for name, op in arch.ops.items()}}
+    own = {name: _op_to_dict(op) for name, op in arch.ops.items() if op.measured_on}
+    entry = {"relative": arch.relative, "compute_factor": arch.compute_factor, "reason": arch.reason}
+    return entry | ({"ops": own} if own else {})
+
+
+def _op_to_dict(op: OpEfficiency) -> dict[str, Any]:
+    return _set_fields(op) | {"pieces": [_set_fields(piece) for piece in op.pieces]}
+
+
+def _set_fields(value: RelativePiece | OpEfficiency) -> dict[str, Any]:
+    """Return only the fields that are set, of pieces the coefficients that are not zero."""
+    found = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: one for name, one in found.items() if one not in (0, (), "", None)}
+
+
+def _op_from_dict(values: Mapping[str, Any]) -> OpEfficiency:
+    pieces = tuple(RelativePiece(**piece) for piece in values["pieces"])
+    return OpEfficiency(**{**values, "pieces": pieces, "measured_on": tuple(values.get("measured_on", ()))})

@@ -14,8 +14,8 @@ from hetis.formats.catalogue import find_gpu
 from hetis.formats.model import load_model
 from hetis.profiler.calibrate.observed import Observation, Work
 from hetis.profiler.calibrate.replica import Replica
+from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
-from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.timing import StageTiming
 from hetis.solver.check.fleet import StageShape
 from hetis.solver.cost import intra_link

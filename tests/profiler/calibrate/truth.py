@@ -10,7 +10,7 @@ from functools import cache
 from hetis.formats.model import load_model
 from hetis.profiler.calibrate.observed import Observation, Observed, Work
 from hetis.profiler.calibrate.replica import Replica
-from hetis.profiler.shipped import shipped_profile
+from hetis.profiler.defaults import shipped_profile
 from hetis.solver.cluster import Link
 
 MODEL, GPU = "Llama-3.1-8B", "H100-SXM-80GB"

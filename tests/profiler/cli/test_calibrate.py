@@ -10,8 +10,8 @@ import pytest
 
 from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
+from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import ENGINES
-from hetis.profiler.shipped import shipped_profile
 from hetis.solver.profile import Op
 from tests.planner.command_line import hetis_plan
 from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, line, prom, text_of

@@ -12,7 +12,7 @@ import pytest
 
 from hetis.formats.profile import load_profile
 from hetis.profiler.cli.exit_codes import ProfileExitCode
-from hetis.profiler.cli.import_tables import Format
+from hetis.profiler.cli.measurements import Format
 from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
 from tests.profiler.command_line import COMMAND, hetis_profile, invoke

@@ -12,7 +12,7 @@ import pytest
 
 from hetis.formats.catalogue import find_model
 from hetis.formats.errors import DocumentError
-from hetis.profiler.measure.grid import Extent
+from hetis.profiler.measure.points import Extent
 
 if find_spec("torch") is None:
     pytest.skip("torch is not installed", allow_module_level=True)
@@ -22,7 +22,7 @@ from hetis.profiler.measure import kernels as kernels_room
 from hetis.profiler.measure import provenance as provenance_room
 from hetis.profiler.measure import session
 from hetis.profiler.measure.device import CudaDevice, Operator, open_device
-from hetis.profiler.measure.nvidia import GpuAddress
+from hetis.profiler.measure.watch import GpuAddress
 from tests.profiler.measure.fake_cuda import FakeCuda, FakeTorch
 
 TINY = replace(

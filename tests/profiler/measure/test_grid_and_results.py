@@ -8,11 +8,9 @@ import pytest
 
 from hetis.formats.catalogue import find_model
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, load_measurements, save_measurements
-from hetis.profiler.measure.disturbance import disturbance_notes
-from hetis.profiler.measure.grid import extent_of, matrices, series_of
-from hetis.profiler.measure.nvidia import GpuNews
-from hetis.profiler.measure.points import Measured, TimedSample
+from hetis.profiler.measure.points import Measured, TimedSample, extent_of, matrices, series_of
 from hetis.profiler.measure.session import to_measurements
+from hetis.profiler.measure.watch import GpuNews, disturbance_notes
 from hetis.solver.errors import InvalidProblemError
 
 LLAMA = find_model("meta-llama/Llama-3.1-8B").model

@@ -9,14 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from hetis.formats.catalogue import gpus
-from hetis.profiler.measure.nvidia import (
-    GpuAddress,
-    GpuWatch,
-    architecture_of,
-    own_processes,
-    strangers,
-    throttle_reasons,
-)
+from hetis.profiler.measure.watch import GpuAddress, GpuWatch, architecture_of, strangers, throttle_reasons
 
 # As NVIDIA lists them: developer.nvidia.com/cuda-gpus.
 CAPABILITIES = {
@@ -161,7 +154,7 @@ def test_the_most_strangers_at_once_are_remembered() -> None:
     watch = GpuWatch(GpuAddress(uuid=gpu.uuid), clock=Clock(), nvml=FakeNvml(gpu))
     for others in ([7, 8], [8]):
         gpu.pids = [os.getpid(), *others]
-        watch.look_at_processes(own_processes())
+        watch.look_at_processes({os.getpid()})
     assert watch.news().other_processes == 2
 
 

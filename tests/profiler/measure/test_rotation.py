@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.profiler.measure.host import last_level_cache
-from hetis.profiler.measure.rotation import MAX_SETS, TIMES, Cache
+from hetis.profiler.measure.host import MAX_SETS, TIMES, Cache, last_level_cache
 
 
 def hits(cache_bytes: int, sets: int, num_bytes: int, rounds: int = 3) -> int:

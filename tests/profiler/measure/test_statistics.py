@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.profiler.measure.statistics import SamplingRule, jitter, sample, spread_of_median
+from hetis.profiler.measure.adaptive import SamplingRule, jitter, sample, spread_of_median
 
 
 class FakeDevice:

@@ -8,20 +8,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hetis.formats.command_line.verb import run_application, version_printer
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import internal_error, run_application, version_printer
+from hetis.profiler.cli import profiles
 from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
-from hetis.profiler.cli.check import check
-from hetis.profiler.cli.compare import compare
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.fit import FIT_EXAMPLES, fit
-from hetis.profiler.cli.import_tables import import_tables
-from hetis.profiler.cli.model import model
-from hetis.profiler.cli.plot import plot
-from hetis.profiler.cli.run import RUN_EXAMPLES
-from hetis.profiler.cli.run import run as run_verb
-from hetis.profiler.cli.show import show
+from hetis.profiler.cli.measurements import RUN_EXAMPLES, import_tables
+from hetis.profiler.cli.measurements import run as run_verb
 
 _EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ProfileExitCode)
+# Where a missing module can be obtained.
+_EXTRAS = dict.fromkeys(("pyarrow", "plotly", "matplotlib"), "'hetis[profiler]'")
+_EXTRAS["torch"] = "'hetis[profiler]', or torch as its site says for your GPU"
 
 app = typer.Typer(
     name="hetis-profile",
@@ -35,12 +34,10 @@ app = typer.Typer(
 app.command("run", rich_help_panel="Measurements", epilog=RUN_EXAMPLES)(run_verb)
 app.command("import", rich_help_panel="Measurements")(import_tables)
 app.command(rich_help_panel="Profiles", epilog=FIT_EXAMPLES)(fit)
-app.command(rich_help_panel="Profiles")(model)
+app.command(rich_help_panel="Profiles")(profiles.model)
 app.command(rich_help_panel="Profiles", epilog=CALIBRATE_EXAMPLES)(calibrate)
-app.command(rich_help_panel="Look at them")(show)
-app.command(rich_help_panel="Look at them")(compare)
-app.command(rich_help_panel="Look at them")(plot)
-app.command(rich_help_panel="Look at them")(check)
+for look in (profiles.show, profiles.compare, profiles.plot, profiles.check):
+    app.command(rich_help_panel="Look at them")(look)
 
 
 @app.callback()
@@ -66,6 +63,36 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report_failure(error: Exception) -> int:
-    from hetis.profiler.cli.failures import report_failure  # only after a failure
+    """Print an error on stderr, never a traceback, and return its exit code."""
+    code, message, details = _described(error)
+    Terminal().error(message, details)
+    return code
 
-    return report_failure(error)
+
+def _described(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
+    """Return exit code, headline, and the lines below it."""
+    from hetis.formats.catalogue import UnknownNameError
+    from hetis.formats.errors import DocumentError
+    from hetis.profiler.calibrate.scraping import UnreachableError
+    from hetis.solver.errors import HetisError, InvalidProblemError
+
+    match error:
+        case DocumentError():
+            count = len(error.problems)
+            headline = f"{count} problem{'' if count == 1 else 's'} in the input"
+            return ProfileExitCode.INVALID, headline, [str(problem) for problem in error.problems]
+        case InvalidProblemError() | UnknownNameError():
+            return ProfileExitCode.INVALID, str(error), []
+        case UnreachableError():
+            return ProfileExitCode.UNREACHABLE, str(error), []
+        case HetisError():
+            return ProfileExitCode.INTERNAL, str(error), []
+        case ModuleNotFoundError() if error.name in _EXTRAS:
+            return ProfileExitCode.INTERNAL, f"{error.name} is not installed: pip install {_EXTRAS[error.name]}", []
+        case OSError():
+            name = f"{error.filename}: " if error.filename else ""
+            return ProfileExitCode.INTERNAL, f"{name}{error.strerror or error}", []
+        case RuntimeError() if type(error).__module__ == "torch" and "OutOfMemory" in type(error).__name__:
+            headline = "the GPU is out of memory: is somebody else using it?"
+            return ProfileExitCode.INTERNAL, headline, [str(error).split(". ")[0]]
+    return ProfileExitCode.INTERNAL, *internal_error(error)

@@ -1,18 +1,30 @@
-"""``hetis-profile calibrate``: corrects a profile by what a running vLLM says of itself."""
+"""``hetis-profile calibrate``: corrects a profile by what a running vLLM says of itself, and reports its error."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
-from hetis.profiler.cli.options import ClusterOption
+from hetis.profiler.cli.fit import waiting
+from hetis.profiler.cli.shared import (
+    ClusterOption,
+    gpu_type,
+    require_outputs,
+    save_profile,
+    seconds_text,
+    table_of,
+)
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hetis.profiler.calibrate.correction import Calibration, Parameter
     from hetis.profiler.calibrate.observed import Observed
     from hetis.profiler.calibrate.replica import Replica
     from hetis.solver.model import ModelSpec
@@ -27,6 +39,11 @@ _USUAL_S = 60.0
 _SHORTEST_S, _LONGEST_S = 10.0, 24 * 3600.0
 _INTERVALS = 24
 _LEAST_INTERVAL_S = 1.0
+_WORDS = {
+    "kernels": "time of kernels, times",
+    "step": "host, each iteration",
+    "sequence": "host, each sequence",
+}
 
 
 def _seconds(text: str) -> float:
@@ -110,12 +127,9 @@ def calibrate(
     every few seconds, which seldom tells more than one parameter.
     """
     from hetis.profiler.calibrate.correction import calibrate as corrected
-    from hetis.profiler.cli.calibrate_report import report_document, report_table
-    from hetis.profiler.cli.files import require_outputs
-    from hetis.profiler.cli.profiles import save_profile
     from hetis.solver.errors import InvalidProblemError
 
-    require_outputs([out])
+    require_outputs(out)
     base = _profile(gpu, profile, cluster)
     spec = _model(model, weights, kv, base.gpu)
     if "://" in source:
@@ -131,9 +145,7 @@ def calibrate(
         terminal.warn(note)
     if found.profile is not None:
         save_profile(out, found.profile)
-    terminal.emit(
-        lambda: report_document(found, observed, replica, out), lambda: report_table(found, observed, replica)
-    )
+    terminal.emit(lambda: _document(found, observed, replica, out), lambda: _table(found, observed, replica))
     if found.profile is None:
         terminal.line(f"no correction makes the error on what it never saw smaller: {out} was not written")
         return ProfileExitCode.MISSED
@@ -145,7 +157,6 @@ def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
     """Return the profile to correct: that of a file, or the one of the GPU type in plans for vLLM."""
     from hetis.formats.errors import single_problem
     from hetis.formats.profile import load_profile
-    from hetis.profiler.cli.profiles import gpu_type
     from hetis.profiler.defaults import default_profile
 
     kind = gpu_type(gpu, cluster) if gpu else None
@@ -173,7 +184,6 @@ def _model(name: str, weights: str | None, kv: str | None, gpu: str) -> ModelSpe
 def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -> Replica:
     """Return the replica that the server is. Only several GPUs have a link, which the GPU's type says."""
     from hetis.profiler.calibrate.replica import Replica
-    from hetis.profiler.cli.profiles import gpu_type
     from hetis.solver.cluster import Link
     from hetis.solver.cost import intra_link
 
@@ -192,9 +202,59 @@ def _logged(path: str, context: float | None) -> Observed:
 def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float) -> Observed:
     from hetis.profiler.calibrate.intervals import observed_in_scrapes
     from hetis.profiler.calibrate.scraping import watch
-    from hetis.profiler.cli.fit import waiting
 
     every_s = max(_LEAST_INTERVAL_S, watch_s / _INTERVALS)
     with waiting(terminal, f"watching {url} for {watch_s:g} s"):
         scrapes = watch(url, for_s=watch_s, every_s=every_s)
     return observed_in_scrapes(url, scrapes, context_tokens=context)
+
+
+def _document(found: Calibration, observed: Observed, replica: Replica, out: Path) -> dict[str, Any]:
+    """Return all numbers; ``errors`` has kind ``all`` last, ``margin`` is half of a 95% interval or null."""
+    return {
+        "out": None if found.profile is None else str(out),
+        "gpu": replica.profile.gpu,
+        "model": replica.model.name,
+        "tp": replica.tp,
+        "engine": observed.origin,
+        "observed": observed.what,
+        "fitted": found.num_fitted,
+        "judged": found.judged[-1].count,
+        "left_out": dict(found.left_out),
+        "errors": [asdict(one) | {"kind": one.kind or "all"} for one in found.judged],
+        "parameters": [asdict(one) for one in found.parameters],
+        "notes": list(observed.notes),
+    }
+
+
+def _table(found: Calibration, observed: Observed, replica: Replica) -> RenderableType:
+    """Return the held-out errors before and after by kind, the parameters, and what was left out."""
+    from rich.console import Group
+    from rich.text import Text
+
+    title = f"{replica.profile.gpu}, {replica.model.name} at TP {replica.tp}, {observed.origin}"
+    numbers = (observed.what, "mean", "MAPE", "bias", "p90", "-> MAPE", "bias", "p90")
+    errors = table_of(("held out",), numbers, padding=(0, 2, 0, 0))
+    for one in found.judged:
+        cells = [text for e in (one.before, one.after) for text in (f"{e.mape:.1%}", f"{e.bias:+.1%}", f"{e.p90:.1%}")]
+        errors.add_row(one.kind or "all", f"{one.count:,}", seconds_text(one.mean_s), *cells)
+    parameters = table_of(("parameter",), ("before", "after", "95% interval"), padding=(0, 2, 0, 0))
+    for each in found.parameters:
+        parameters.add_row(_WORDS[each.name], _shown(each, each.before), _shown(each, each.after), _interval(each))
+    left_out = [
+        f"left out: {count:,}: {reason}" for reason, count in sorted(found.left_out.items(), key=lambda x: -x[1])
+    ]
+    said = [f"fitted to {found.num_fitted:,} {observed.what}, judged on {found.judged[-1].count:,} others", *left_out]
+    if any(each.margin is None for each in found.parameters):
+        said.append("not fitted: this load does not tell it apart, or it is worth nothing; as in the profile")
+    return Group(Text(title, style="bold"), errors, Text(), parameters, Text("\n".join(said)))
+
+
+def _shown(one: Parameter, value: float) -> str:
+    return f"{value:.3g}" if one.name == "kernels" else seconds_text(value)
+
+
+def _interval(one: Parameter) -> str:
+    if one.margin is None:
+        return "not fitted"
+    return f"±{one.margin:.2g}" if one.name == "kernels" else f"±{seconds_text(one.margin)}"

@@ -1,86 +1,256 @@
-"""Finds profiles and GPU types by the names that users give, and writes profile files."""
+"""The verbs that look at profiles: ``model``, ``show``, ``compare``, ``plot`` and ``check``."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from hetis.formats.errors import DocumentError, single_problem
-from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Profile
+import typer
 
-_STAND_IN = "Ampere"
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
+from hetis.profiler.cli.exit_codes import ProfileExitCode
+from hetis.profiler.cli.shared import (
+    ClusterOption,
+    GpuOrFileArgument,
+    ProfileOutOption,
+    gpu_type,
+    load_all,
+    percent_text,
+    profile_of,
+    require_outputs,
+    save_profile,
+    seconds_text,
+    table_of,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hetis.solver.profile import Fit, Piece, Profile
+
+_LEGEND = (
+    "Seconds are the largest piece of: F FLOPs, B bytes, T tokens, H query heads, W seconds of wire.\n"
+    "Error: mean on points the fit never saw. Region: what was measured. -v: origins."
+)
 
 
-def profile_of(name: str) -> Profile:
-    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue.
+@verb()
+def model(
+    terminal: Terminal,
+    gpu: Annotated[str, typer.Argument(metavar="GPU", help="A GPU type of the catalogue or of --cluster.")],
+    out: ProfileOutOption,
+    cluster: ClusterOption = None,
+) -> ProfileExitCode:
+    """Model a GPU without measurements from its nearest measured relative, by the ratios of their peaks.
 
-    Raises:
-        DocumentError: the name is neither a file nor a GPU type, or the file is not a profile.
-        InvalidProblemError: nothing is known about the GPU type.
+    The error of an operator is what leaving out one measured GPU at a time costs: docs/profiles-modelled.md.
     """
-    from hetis.formats.catalogue import UnknownNameError, find_gpu
-    from hetis.formats.profile import load_profile
-
-    if name == "-" or Path(name).is_file():
-        return load_profile(name)
-    try:
-        gpu = find_gpu(name).gpu
-    except UnknownNameError as error:
-        if Path(name).suffix or "/" in name:
-            return load_profile(name)  # explains why it cannot be read
-        raise single_problem(name, f"is neither a file nor a GPU type: {error}") from None
+    from hetis.formats.profile import profile_to_data
     from hetis.profiler.roofline import modelled_profile
-    from hetis.profiler.shipped import shipped_profile
 
-    return shipped_profile(gpu.name) or modelled_profile(gpu)
+    profile = modelled_profile(gpu_type(gpu, cluster))
+    save_profile(out, profile)
+    terminal.emit(
+        lambda: {"out": str(out)} | profile_to_data(profile), lambda: _table(profile, f"{profile.gpu} -> {out}")
+    )
+    return ProfileExitCode.OK
 
 
-def gpu_type(name: str, cluster: Path | None) -> GpuType:
-    """Return the GPU type ``name`` of a cluster file, or else of the catalogue.
+@verb()
+def show(terminal: Terminal, profile: GpuOrFileArgument) -> ProfileExitCode:
+    """Show a profile: its pieces, where they are from, their error and the region they were measured in."""
+    from hetis.formats.profile import profile_to_data
+    from hetis.profiler.plausibility import scope_words
 
-    Raises:
-        DocumentError: the file cannot be read, or neither has the type. The message says what to do.
+    found = profile_of(profile)
+    terminal.emit(lambda: profile_to_data(found), lambda: _table(found, found.gpu))
+    for fit in found.fits:
+        scope = ", ".join(scope_words(fit.scope)) or "any"
+        terminal.detail(f"{fit.op.value} ({scope}): {fit.provenance.origin}")
+    return ProfileExitCode.OK
+
+
+@verb()
+def compare(
+    terminal: Terminal,
+    a: GpuOrFileArgument,
+    b: GpuOrFileArgument,
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="NAME|FILE", help="The model whose layer is compared.")
+    ] = "meta-llama/Llama-3.1-8B",
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 1,
+) -> ProfileExitCode:
+    """Compare the times of two profiles over typical points of one layer; ratio: B's over A's."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from hetis.formats.model import load_model
+    from hetis.profiler.pictures import typical_times
+    from hetis.solver.errors import InvalidProblemError
+
+    spec, first, second = load_model(model), profile_of(a), profile_of(b)
+    if spec.q_heads % tp:
+        raise InvalidProblemError(f"--tp is {tp}, must divide the {spec.q_heads} query heads of {spec.name}")
+    both = zip(typical_times(first, spec, tp), typical_times(second, spec, tp), strict=True)
+    rows = [(op.value, point, a_s, b_s) for (op, point, a_s), (_, _, b_s) in both if a_s and b_s]  # 0: no fit for it
+
+    def document() -> dict[str, Any]:
+        points = [{"op": op, "point": point, "a_s": x, "b_s": y, "ratio": y / x} for op, point, x, y in rows]
+        return {"a": first.gpu, "b": second.gpu, "model": spec.name, "tp": tp, "points": points}
+
+    def table() -> RenderableType:
+        found = table_of(("op", "point"), ("A", "B", "B/A"))
+        for op, point, x, y in rows:
+            found.add_row(op, point, seconds_text(x), seconds_text(y), f"{y / x:.3g}")
+        title = f"one layer of {spec.name} at TP {tp}"
+        return Group(Text(title, style="bold"), Text(f"A: {a} ({first.gpu})\nB: {b} ({second.gpu})"), found)
+
+    terminal.emit(document, table)
+    return ProfileExitCode.OK
+
+
+@verb()
+def plot(
+    terminal: Terminal,
+    profile: GpuOrFileArgument,
+    raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to hold it against.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write: .png or .html.")],
+    cluster: ClusterOption = None,
+) -> ProfileExitCode:
+    """Draw measured against fitted times, and the residuals of each region.
+
+    HTML needs plotly, PNG matplotlib; neither needs a browser or a network.
     """
-    from hetis.formats.catalogue import UnknownNameError, find_gpu
-    from hetis.formats.cluster import load_cluster
+    from hetis.formats.errors import single_problem
+    from hetis.formats.files import write_atomically
+    from hetis.profiler.pictures import html, pairs_of, png
 
-    if cluster is not None:
-        types = load_cluster(cluster).gpu_types
-        if name in types:
-            return types[name]
+    if out.suffix not in (".png", ".html"):
+        raise single_problem(str(out), "the name of the picture must end in .png or .html")
+    require_outputs(out)
+    found = profile_of(profile)
+    pairs = pairs_of(found, load_all(raw, gpu=found.gpu), gpu_type(found.gpu, cluster))
+    if not pairs:
+        raise single_problem(str(raw[0]), f"holds nothing that the profile of {found.gpu} has a comparable fit for")
+    title = f"{found.gpu}: {Path(profile).name} against {', '.join(path.name for path in raw)}"
+    write_atomically(out, (html if out.suffix == ".html" else png)(pairs, title))
+
+    def table() -> RenderableType:
+        title = f"{found.gpu} -> {out}"
+        drawn = table_of(("what",), ("points", "MAPE", "bias"), title=title, title_justify="left")
+        for one in pairs:
+            drawn.add_row(one.title, f"{len(one.measured):,}", f"{one.mape:.1%}", f"{one.bias:+.1%}")
+        return drawn
+
+    document = [
+        {"title": one.title, "points": len(one.measured), "mape": round(one.mape, 4), "bias": round(one.bias, 4)}
+        for one in pairs
+    ]
+    terminal.emit(lambda: {"out": str(out), "pairs": document}, table)
+    return ProfileExitCode.OK
+
+
+@verb()
+def check(
+    terminal: Terminal,
+    profile: GpuOrFileArgument,
+    cluster: ClusterOption = None,
+) -> ProfileExitCode:
+    """Check a profile: its form, rates no GPU of that type can reach, memory it lacks, errors and regions.
+
+    What is impossible ends with exit code 2; what is merely doubtful is a warning.
+    """
+    from rich.text import Text
+
+    from hetis.profiler.plausibility import doubts_of, impossible
+    from hetis.solver.errors import HetisError
+
+    found = profile_of(profile)
+    doubts = list(doubts_of(found))
+    broken: list[str] = []
     try:
-        return find_gpu(name).gpu
-    except UnknownNameError as error:
+        broken = list(impossible(found, gpu_type(found.gpu, cluster)))
+    except HetisError:
         if cluster is not None:
-            raise single_problem(str(cluster), f"defines no GPU type {name}, nor does the catalogue") from None
-        raise DocumentError(
-            single_problem(
-                name,
-                f"{error}; give the cluster file that defines it with --cluster (`run --cluster-out` writes one)",
-            ).problems
-        ) from None
+            raise
+        doubts.append(f"{found.gpu} is not in the catalogue: rates and memory were not checked (--cluster FILE)")
+    for doubt in doubts:
+        terminal.warn(doubt)
+
+    def table() -> RenderableType:
+        if broken:
+            return Text("\n".join(f"broken: {sentence}" for sentence in broken), style="red")
+        return Text(f"the profile of {found.gpu} holds: {len(found.fits)} fits, {len(doubts)} doubts", style="green")
+
+    terminal.emit(lambda: {"ok": not broken, "broken": broken, "doubts": doubts}, table)
+    return ProfileExitCode.INVALID if broken else ProfileExitCode.OK
 
 
-def with_relative(gpu: GpuType) -> tuple[GpuType, bool]:
-    """Return ``gpu`` with an architecture of known efficiency, and whether that is a stand-in.
+def _table(profile: Profile, title: str) -> RenderableType:
+    """Return one row per fit, with its pieces below each other, in 80 columns."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
 
-    The processor of a host, or a type that a cluster file defines, may have none. Whatever was not measured is then
-    modelled by the ratios of its peaks to those of the most common GPU.
-    """
-    from hetis.profiler.efficiency import shipped
+    from hetis.profiler.plausibility import scope_words
 
-    if gpu.architecture in shipped().architectures:
-        return gpu, False
-    return replace(gpu, architecture=_STAND_IN), True
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("op", no_wrap=True)
+    table.add_column("scope", overflow="fold")
+    table.add_column("pieces", overflow="fold", min_width=22)
+    table.add_column("source", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("region", overflow="fold")
+    for fit in profile.fits:
+        table.add_row(
+            fit.op.value.replace("_attention", ""),
+            "\n".join(scope_words(fit.scope)) or "any",
+            "\n".join(map(_piece_words, fit.pieces)),
+            fit.provenance.source.value,
+            percent_text(fit.provenance.held_out_mape),
+            "\n".join(_region_words(fit)) or "-",
+        )
+    usable, reserved = (f"{num_bytes / 2**30:.4g} GiB" for num_bytes in (profile.usable_bytes, profile.reserve_bytes))
+    memory = Text(f"usable {usable}, of it {reserved} the engine's")
+    return Group(Text(title, style="bold"), memory, table, Text(_LEGEND, style="dim"))
 
 
-def save_profile(path: Path, profile: Profile) -> None:
-    """Write the whole file or nothing.
+def _piece_words(piece: Piece) -> str:
+    """Return ``12.6 us + B/3.1 TB/s + H x 1.5 ns``: coefficients as rates."""
+    terms = (
+        (piece.fixed_s, seconds_text),
+        (piece.flop_s, lambda value: f"F/{_rate(1 / value)}FLOP/s"),
+        (piece.byte_s, lambda value: f"B/{_rate(1 / value)}B/s"),
+        (piece.token_s, lambda value: f"T x {_tiny(value)}"),
+        (piece.head_s, lambda value: f"H x {_tiny(value)}"),
+        (piece.wire, lambda value: f"{value:.3g} W"),
+    )
+    return " + ".join(words(value) for value, words in terms if value) or "0"
 
-    Raises:
-        DocumentError: it cannot be written.
-    """
-    from hetis.formats.documents import dump, write_atomically
 
-    write_atomically(path, dump(profile, "yaml" if path.suffix in (".yaml", ".yml") else "json"))
+def _region_words(fit: Fit) -> Iterator[str]:
+    """Yield the ranges of a fit's region, such as ``batch 4-256``."""
+    for name, word in (("tokens", "T"), ("batch", "batch"), ("context_tokens", "ctx"), ("num_bytes", "B")):
+        limits = None if fit.region is None else getattr(fit.region, name)
+        if limits is not None:
+            yield f"{word} {_size(limits[0])}-{_size(limits[1])}"
+
+
+def _rate(value: float) -> str:
+    for factor, unit in ((1e-15, "P"), (1e-12, "T"), (1e-9, "G"), (1e-6, "M")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value:.3g} "
+
+
+def _tiny(value: float) -> str:
+    return f"{value * 1e9:.3g} ns" if value < 1e-6 else seconds_text(value)
+
+
+def _size(value: float) -> str:
+    for limit, unit in ((2**30, "Gi"), (2**20, "Mi"), (2**10, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:g}"

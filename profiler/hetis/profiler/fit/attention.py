@@ -21,8 +21,8 @@ from hetis.profiler.fit.points import (
     tables_of,
     unknown_cache,
 )
-from hetis.profiler.fitting import rounded
-from hetis.profiler.work import FloatArray, roofline_seconds, work_of
+from hetis.profiler.fitting import FloatArray, rounded
+from hetis.profiler.plausibility import roofline_seconds, work_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 

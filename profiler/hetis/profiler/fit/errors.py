@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.fitting import rounded
-from hetis.profiler.work import FloatArray
+from hetis.profiler.fitting import FloatArray, rounded
 from hetis.solver.profile import FitRegion, Op
 
 Mask = NDArray[np.bool_]

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.formats.measurements import MeasuredOp, Measurements
 from hetis.profiler.fit.points import MAX_BANDWIDTH, MAX_IMPOSSIBLE, FitPoints, Points, Unfitted, tables_of
-from hetis.profiler.work import FloatArray
+from hetis.profiler.fitting import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 

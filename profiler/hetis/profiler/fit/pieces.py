@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from hetis.profiler.fit.errors import SERVING, within
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fit.split import Mask, Turn, split, whole
-from hetis.profiler.fitting import Coefficients, fit_pieces, predict, rounded
-from hetis.profiler.work import FloatArray
+from hetis.profiler.fitting import Coefficients, FloatArray, fit_pieces, predict, rounded
 
 Rows = NDArray[np.intp]
 MAX_PIECES = 4

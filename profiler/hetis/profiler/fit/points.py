@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
-from hetis.profiler.work import FloatArray
+from hetis.profiler.fitting import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.measurements import Measurements
-from hetis.profiler.importers import aiconfigurator, llmservingsim, splitwise, vidur
-from hetis.profiler.importers.collecting import Collection
-from hetis.profiler.importers.reading import Sheet, read_sheet
+from hetis.profiler.importers import aiconfigurator, simulators
+from hetis.profiler.importers.reading import Collection, Sheet, read_sheet
 
 _IMPORTERS: Mapping[str, Callable[[Sheet, Collection], None]] = {
     "aiconfigurator": aiconfigurator.read,
-    "vidur": vidur.read,
-    "splitwise": splitwise.read,
-    "llmservingsim": llmservingsim.read,
+    "vidur": simulators.read_vidur,
+    "splitwise": simulators.read_splitwise,
+    "llmservingsim": simulators.read_llmservingsim,
 }
 FORMATS = tuple(_IMPORTERS)
 
@@ -34,7 +33,9 @@ def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
     collection, problems = Collection(), list[Problem]()
     for file in files:
         try:
-            _IMPORTERS[form](read_sheet(Path(file)), collection)
+            sheet = read_sheet(Path(file))
+            _IMPORTERS[form](sheet, collection)
+            sheet.finish()
         except DocumentError as error:
             problems += error.problems
     if problems:

@@ -1,24 +1,28 @@
-"""Decides what to measure next and when to stop. Pure: it knows points and samples, neither torch nor the clock."""
+"""Decides what to measure next, how often, and when to stop.
+
+Pure: it knows points and samples, not torch; timers and clocks are arguments.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries
-
-FloatArray = NDArray[np.float64]
-
+from hetis.profiler.fitting import FloatArray
+from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries, TimedSample
 
 _FEW = 12  # points that a fit needs (hetis.profiler.fit)
 _LINEAR_VARIANCE = 4.0  # of slopes in log-log: sizes enter times with powers between 0 and 2
 _LENGTHS = (1.0, 2.0, 4.0)  # of the smooth part, in factors of e
 _VARIANCES = (0.005, 0.02, 0.08, 0.3)  # of the smooth part: it bends by 7%, 14%, 28% or 55%
 _LEAST_NOISE = 0.01  # relative; no timer is better than this from call to call
+# Half the width, in ranks, of the 95% order-statistic interval of a median is 0.98 sqrt(n).
+_RANKS_95 = 0.98
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,7 @@ class StoppingRule:
     max_point_s: float = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class NextPoint:
     """The next point with the error expected there before it is measured (1 while too few points are known)."""
 
@@ -64,36 +68,36 @@ class SeriesState:
     def next(self) -> NextPoint | None:
         """Return the candidate with the largest uncertainty, or None if all are known well enough."""
         if self._is_stale:
-            self._next = self._choose()
+            chosen = self._choose()
+            self._next = None if chosen is None else NextPoint(self.series.name, *chosen)
             self._is_stale = False
         return self._next
 
-    def _choose(self) -> NextPoint | None:
+    def _choose(self) -> tuple[MeasuredPoint, float] | None:
         done = {found.point.key for found in self.measured}
         left = [point for point in self.series.candidates if point.key not in done]
         if not left or len(self.measured) >= self.rule.max_points:
             return None
         start = [point for point in first_points(self.series) if point.key not in done]
         if len(self.measured) < 2 and start:
-            return NextPoint(series=self.series.name, point=start[0], uncertainty=1.0)
+            return start[0], 1.0
         at = self.predict(left)
         affordable = at.seconds <= self.rule.max_point_s
-        index_of = {point.key: index for index, point in enumerate(left)}
+        values = [(left[index], float(at.uncertainty[index])) for index in np.flatnonzero(affordable)]
+        keys = {point.key for point, _ in values}
         for point in start:
-            if affordable[index_of[point.key]]:
-                return NextPoint(series=self.series.name, point=point, uncertainty=1.0)
+            if point.key in keys:
+                return point, 1.0
         begun = {self.series.groups.get(key) for key in done} - {None}
-        for index, point in enumerate(left):
-            if self.series.groups.get(point.key) in begun and affordable[index]:
-                return NextPoint(series=self.series.name, point=point, uncertainty=float(at.uncertainty[index]))
-        worst = int(np.argmax(np.where(affordable, at.uncertainty, -1.0)))
-        if not affordable[worst]:
+        for point, uncertainty in values:
+            if self.series.groups.get(point.key) in begun:
+                return point, uncertainty
+        if not values:
             return None
+        worst, uncertainty = max(values, key=lambda value: value[1])
         if len(self.measured) < self.rule.min_points:
-            return NextPoint(series=self.series.name, point=left[worst], uncertainty=1.0)
-        if at.uncertainty[worst] <= self.rule.uncertainty:
-            return None
-        return NextPoint(series=self.series.name, point=left[worst], uncertainty=float(at.uncertainty[worst]))
+            return worst, 1.0
+        return (worst, uncertainty) if uncertainty > self.rule.uncertainty else None
 
     def worst(self) -> float:
         """Return the largest relative error expected at any candidate, or 0 if all are known as well as required."""
@@ -109,15 +113,11 @@ class SeriesState:
     def predict(self, points: Sequence[MeasuredPoint]) -> SurrogatePrediction:
         """Return the prediction of the measured points for others."""
         return predict(
-            self._logs(found.point for found in self.measured),
+            self.series.logs(found.point for found in self.measured),
             np.array([found.sample.seconds for found in self.measured]),
             np.array([found.sample.spread for found in self.measured]),
-            self._logs(points),
+            self.series.logs(points),
         )
-
-    def _logs(self, points: Iterable[MeasuredPoint]) -> FloatArray:
-        # Add one to the size, because a past of no tokens is a point too.
-        return np.log1p([[float(point.columns[axis]) for axis in self.series.axes] for point in points])
 
 
 class Campaign:
@@ -158,27 +158,17 @@ class Campaign:
 
 def first_points(series: PointSeries) -> list[MeasuredPoint]:
     """Return the points to begin with: for every axis its least, middle and greatest size, with the other axes in the
-    middle, and the corners.
+    middle, and the corners. Not every combination is a candidate, so they are the nearest ones.
     """
-    values = {axis: sorted({point.columns[axis] for point in series.candidates}) for axis in series.axes}
-    middle = {axis: sizes[len(sizes) // 2] for axis, sizes in values.items()}
-    least = {axis: sizes[0] for axis, sizes in values.items()}
-    most = {axis: sizes[-1] for axis, sizes in values.items()}
-    wanted = [least, middle]
-    for axis in series.axes:
-        wanted += [middle | {axis: values[axis][0]}, middle | {axis: values[axis][-1]}]
-    wanted.append(most)
-    found: dict[object, MeasuredPoint] = {}
-    for target in wanted:  # not every combination is a candidate, so take the nearest
-        goal = np.log1p([float(target[axis]) for axis in series.axes])
-        nearest = min(
-            series.candidates,
-            key=lambda point: float(
-                np.abs(np.log1p([float(point.columns[axis]) for axis in series.axes]) - goal).sum()
-            ),
-        )
-        found.setdefault(nearest.key, nearest)
-    return list(found.values())
+    candidates = series.logs(series.candidates)
+    sizes = [np.unique(column) for column in candidates.T]
+    middle = [values[len(values) // 2] for values in sizes]
+    wanted = [[values[0] for values in sizes], middle]
+    for axis, values in enumerate(sizes):
+        wanted += [[*middle[:axis], value, *middle[axis + 1 :]] for value in (values[0], values[-1])]
+    wanted.append([values[-1] for values in sizes])
+    nearest = [int(np.abs(candidates - np.array(target)).sum(axis=1).argmin()) for target in wanted]
+    return [series.candidates[index] for index in dict.fromkeys(nearest)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,13 +199,9 @@ def predict(
     level = float(np.log(seconds).mean())
     y = np.log(seconds) - level
     noise = np.diag(np.maximum(spreads / 2, _LEAST_NOISE) ** 2)
-    best, best_evidence = (_LENGTHS[0], _VARIANCES[-1]), -math.inf
-    for length in _LENGTHS:
-        for variance in _VARIANCES:
-            evidence = _log_evidence(_kernel(x, x, length, variance) + noise, y)
-            if evidence > best_evidence:
-                best, best_evidence = (length, variance), evidence
-    length, variance = best
+    length, variance = max(
+        product(_LENGTHS, _VARIANCES), key=lambda settings: _log_evidence(_kernel(x, x, *settings) + noise, y)
+    )
     lower = np.linalg.cholesky(_kernel(x, x, length, variance) + noise)
     cross = _kernel(x, z, length, variance)
     whitened = np.linalg.solve(lower, cross)
@@ -239,3 +225,63 @@ def _log_evidence(covariance: FloatArray, y: FloatArray) -> float:
     lower = np.linalg.cholesky(covariance)
     whitened = np.linalg.solve(lower, y)
     return -0.5 * float(whitened @ whitened) - float(np.log(np.diag(lower)).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRule:
+    """Rule for when a point has been repeated enough.
+
+    Attributes:
+        spread: stop when the median is known this well, relative.
+        limit_s: stop after this long including warm-up, whether or not it is known well.
+        batch_s: calls are timed in batches at least this long, so that the timer's own error is negligible.
+        warm_up_s: calls before the first batch that counts.
+    """
+
+    spread: float = 0.02
+    limit_s: float = 1.0
+    batch_s: float = 2e-3
+    warm_up_s: float = 0.05
+    min_batches: int = 5
+    max_batches: int = 100
+    max_calls: int = 200  # per batch
+
+
+def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:
+    """Time one point until the rule is satisfied.
+
+    Args:
+        time_calls: runs the operator n times in succession and returns the total seconds.
+        clock: monotonic seconds; used for the limits, never for the result.
+        rule: when to stop.
+    """
+    start_s = clock()
+    warm_s = time_calls(1)
+    while clock() - start_s < min(rule.warm_up_s, rule.limit_s / 4):
+        warm_s = min(warm_s, time_calls(1))
+    calls = max(1, min(rule.max_calls, math.ceil(rule.batch_s / max(warm_s, 1e-9))))
+    batches: list[float] = []
+    while len(batches) < rule.max_batches:
+        batches.append(time_calls(calls) / calls)
+        if len(batches) >= rule.min_batches and spread_of_median(batches) <= rule.spread:
+            break
+        if clock() - start_s >= rule.limit_s and len(batches) >= 3:
+            break
+    return TimedSample(seconds=median(batches), spread=spread_of_median(batches), jitter=jitter(batches))
+
+
+def spread_of_median(samples: Sequence[float]) -> float:
+    """Return the half-width of the 95% order-statistic interval of the median, relative to it, or 1 below 3 samples."""
+    ordered, size = sorted(samples), len(samples)
+    if size < 3:
+        return 1.0
+    half = _RANKS_95 * math.sqrt(size)
+    low = max(0, math.floor(size / 2 - half))
+    high = min(size - 1, math.ceil(size / 2 + half) - 1)
+    return (ordered[high] - ordered[low]) / 2 / median(ordered)
+
+
+def jitter(samples: Sequence[float]) -> float:
+    """Return how far the ninth decile lies above the median, relative to it."""
+    ordered = sorted(samples)
+    return ordered[math.ceil(0.9 * len(ordered)) - 1] / median(ordered) - 1.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from hetis.profiler.measure import host
-from hetis.profiler.measure.nvidia import GpuAddress, architecture_of
-from hetis.profiler.measure.rotation import TIMES, Cache
+from hetis.profiler.measure.host import TIMES, Cache
+from hetis.profiler.measure.watch import GpuAddress, architecture_of
 from hetis.solver.errors import InvalidProblemError
 
 Call = Callable[[], object]

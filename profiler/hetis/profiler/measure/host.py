@@ -1,4 +1,9 @@
-"""This host: its processor's name, its load, its cache sizes. Complete on Linux; elsewhere less is known."""
+"""This host: its processor's name, its load, its cache sizes. Complete on Linux; elsewhere less is known.
+
+Operands rotate, so that each call finds its own where serving does: in memory, not in a cache. Between two uses of the
+same bytes, at least `TIMES` the last-level cache of other bytes are read. That has the effect of a flush between calls,
+without its time in the loop. The cache size is read from the device, never underestimated.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,32 @@ import os
 import platform
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from hetis.profiler.measure.rotation import Cache
-
+TIMES = 2  # replacement is not strictly by age, and caches hash addresses: once would leave some lines behind
+MAX_SETS = 16384  # of operands; each is a node of a CUDA graph
 _CACHE_FILES = ("level", "size", "shared_cpu_list")
 _ASSUMED_CACHE = 256 * 2**20  # as large as servers' are; more only costs memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """A device's last-level cache, and the origin of its size: ``as the driver says``, ``assumed``."""
+
+    num_bytes: int
+    origin: str
+
+    def sets(self, num_bytes: int) -> int:
+        """Return how many sets of operands of ``num_bytes`` each to rotate through."""
+        if num_bytes >= TIMES * self.num_bytes:
+            return 1  # one pass over them already empties the cache
+        return min(MAX_SETS, 1 + -(-TIMES * self.num_bytes // num_bytes))
+
+    def is_evicted(self, sets: int, num_bytes: int) -> bool:
+        """Return whether one of ``sets`` has left the cache by its next turn."""
+        others = num_bytes * (sets - 1) if sets > 1 else num_bytes
+        return others >= TIMES * self.num_bytes
 
 
 def cpu_name() -> str:
@@ -67,7 +92,24 @@ def _cores() -> Collection[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
-def cpu_times() -> tuple[float, float]:
+class HostWatch:
+    """Processor time that other processes took since it was created."""
+
+    def __init__(self) -> None:
+        self._busy, self._total = _cpu_times()
+        self._own = _own_cpu_s()
+
+    def share(self) -> float:
+        """Return their share of all cores, or 0 if it is unknown. A little is always the system's own."""
+        busy, total = _cpu_times()
+        elapsed = total - self._total
+        if elapsed <= 0:
+            return 0.0
+        own = _own_cpu_s() - self._own
+        return max(0.0, (busy - self._busy - own) / elapsed)
+
+
+def _cpu_times() -> tuple[float, float]:
     """Return (seconds that cores were busy or stolen, total seconds) since boot over all cores; (0, 0) if unknown."""
     try:
         first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
@@ -78,7 +120,7 @@ def cpu_times() -> tuple[float, float]:
     return sum(ticks) - idle, sum(ticks)
 
 
-def own_cpu_s() -> float:
+def _own_cpu_s() -> float:
     """Return the processor time of this process and its children so far."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional
 
 from hetis.profiler.measure.device import Call, Device, Operator, TimeCalls
-from hetis.profiler.measure.grid import KV_BLOCK_BYTES, matrices
-from hetis.profiler.measure.points import MeasuredPoint
+from hetis.profiler.measure.points import KV_BLOCK_BYTES, MeasuredPoint, matrices
 from hetis.solver.model import ModelSpec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Collection
@@ -15,26 +16,9 @@ from hetis.formats.measurements import MeasuredBy
 from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
 from hetis.profiler.measure.device import CudaDevice, Device
-from hetis.profiler.measure.nvidia import GpuNews, GpuWatch, own_processes
+from hetis.profiler.measure.host import TIMES, HostWatch
 from hetis.profiler.measure.request import RunRequest
-from hetis.profiler.measure.rotation import TIMES
-
-
-class HostWatch:
-    """Processor time that other processes took since it was created."""
-
-    def __init__(self) -> None:
-        self._busy, self._total = host.cpu_times()
-        self._own = host.own_cpu_s()
-
-    def share(self) -> float:
-        """Return their share of all cores, or 0 if it is unknown. A little is always the system's own."""
-        busy, total = host.cpu_times()
-        elapsed = total - self._total
-        if elapsed <= 0:
-            return 0.0
-        own = host.own_cpu_s() - self._own
-        return max(0.0, (busy - self._busy - own) / elapsed)
+from hetis.profiler.measure.watch import GpuNews, GpuWatch
 
 
 class DeviceWatch:
@@ -58,7 +42,7 @@ class DeviceWatch:
     def look_at_processes(self, own: Collection[int]) -> None:
         """Check which other processes have the GPU open. ``own`` are our processes besides this one."""
         if self._gpu is not None:
-            self._gpu.look_at_processes(own_processes() | set(own))
+            self._gpu.look_at_processes({os.getpid(), *own})
 
     def others_share(self) -> float:
         """Return the share of the host's cores that other processes took since `begin`."""

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
-from hetis.profiler.measure.adaptive import Campaign, StoppingRule
-from hetis.profiler.measure.disturbance import disturbance_notes
-from hetis.profiler.measure.grid import extent_of, series_of
+from hetis.profiler.measure.adaptive import Campaign, SamplingRule, StoppingRule, sample
 from hetis.profiler.measure.journal import Journal, read_journal
-from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
+from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample, extent_of, series_of
 from hetis.profiler.measure.request import RunRequest
-from hetis.profiler.measure.statistics import SamplingRule, sample
+from hetis.profiler.measure.watch import disturbance_notes
 from hetis.solver.errors import HetisError
 
 if TYPE_CHECKING:

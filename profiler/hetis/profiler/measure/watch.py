@@ -1,4 +1,4 @@
-"""NVML's view of a GPU while it is measured: throttled clocks and other processes. Silent without NVML.
+"""Signs that a device was not used exclusively: NVML's view of a GPU while it is measured, and notes about all signs.
 
 CUDA may number GPUs differently than NVML (``CUDA_DEVICE_ORDER``, fastest first by default) and sees only visible
 ones, so a GPU is found by its UUID or its bus address, never by its number.
@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from hetis.profiler.measure.points import Measured
 
 # Clock-event reasons that make kernels slower than the GPU can be: bits of nvmlDeviceGetCurrentClocksEventReasons.
 _REASONS = {
@@ -36,6 +38,12 @@ _ARCHITECTURES = {
 }
 _UNKNOWN = (13, 0)
 _LOOK_INTERVAL_S = 0.02  # a sample takes the host from a few microseconds to a millisecond
+BUSY_SHARE = 0.1  # of the cores, used by others
+_DRIFT = 0.1
+_JITTER = 0.25
+_JITTERY_SHARE = 0.2  # of the points
+_UNSURE_SPREAD = 0.1
+_THROTTLED_SHARE = 0.01  # of the samples, or of the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +83,14 @@ class GpuNews:
 class GpuWatch:
     """Samples one GPU from time to time."""
 
-    def __init__(self, address: GpuAddress, *, clock: Callable[[], float], nvml: Any = None) -> None:
-        """Initialise. ``nvml`` is a module with the functions of ``pynvml``, or None for that one if installed."""
+    def __init__(self, address: GpuAddress | None, *, clock: Callable[[], float], nvml: Any = None) -> None:
+        """Initialise.
+
+        Args:
+            address: None: there is no GPU, so nothing is ever seen.
+            clock: monotonic seconds.
+            nvml: a module with the functions of ``pynvml``, or None for that one if installed.
+        """
         self._clock = clock
         self._nvml, self._device = _opened(address, nvml)
         self._began_s = clock()
@@ -105,10 +119,11 @@ class GpuWatch:
             self._reasons.update(throttle_reasons(int(bits)))
 
     def look_at_processes(self, own: Collection[int]) -> None:
-        """Count the processes with a compute context that are not among ``own``."""
+        """Count the processes with a compute context that are not this one or among ``own``, its helpers."""
         running = self._ask("nvmlDeviceGetComputeRunningProcesses")
         if running is not None:
-            self._others = max(self._others, strangers([int(process.pid) for process in running], own))
+            pids = [int(process.pid) for process in running]
+            self._others = max(self._others, strangers(pids, {os.getpid(), *own}))
 
     def news(self) -> GpuNews:
         """Return all observations since `begin`."""
@@ -177,13 +192,10 @@ def strangers(running: Sequence[int], own: Collection[int]) -> int:
     return len(running) - known if known else max(0, len(running) - len(own))
 
 
-def own_processes() -> set[int]:
-    """Return the id of this process."""
-    return {os.getpid()}
-
-
-def _opened(address: GpuAddress, nvml: Any) -> tuple[Any, Any]:
+def _opened(address: GpuAddress | None, nvml: Any) -> tuple[Any, Any]:
     """Return (NVML, handle of the GPU), with None for what is unavailable: no module, driver, GPU or permission."""
+    if address is None:
+        return None, None
     try:
         nvml = nvml if nvml is not None else importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -197,3 +209,62 @@ def _opened(address: GpuAddress, nvml: Any) -> tuple[Any, Any]:
         except Exception:  # a MIG slice is known by another name, and its bus is the whole GPU's
             continue
     return nvml, None
+
+
+def disturbance_notes(
+    measured: Sequence[Measured],
+    *,
+    reference_s: tuple[float, float] | None,
+    others_share: float,
+    gpu: GpuNews | None,
+) -> list[str]:
+    """Return a sentence per sign.
+
+    Args:
+        measured: every point.
+        reference_s: seconds of the same point before and after everything else. None: interrupted in between.
+        others_share: share of the host's cores that other processes took meanwhile; 0 to 1.
+        gpu: what was seen of the GPU. None: on a processor.
+    """
+    notes = _gpu_notes(gpu) if gpu is not None else []
+    if others_share > BUSY_SHARE:
+        notes.append(f"other processes took {others_share:.0%} of the host's cores while measuring")
+    if reference_s is not None:
+        before, after = reference_s
+        if abs(after / before - 1.0) > _DRIFT:
+            notes.append(
+                f"the same point took {before * 1e3:.3g} ms at the start and {after * 1e3:.3g} ms at the end "
+                f"({after / before - 1.0:+.0%}): clocks or neighbours changed"
+            )
+    jittery = sum(found.sample.jitter > _JITTER for found in measured)
+    if measured and jittery > _JITTERY_SHARE * len(measured):
+        notes.append(
+            f"{jittery} of {len(measured)} points jitter by more than {_JITTER:.0%} from call to call, as on a shared "
+            "device"
+        )
+    unsure = sum(found.sample.spread > _UNSURE_SPREAD for found in measured)
+    if unsure:
+        notes.append(f"{unsure} of {len(measured)} medians are known no better than {_UNSURE_SPREAD:.0%}")
+    return notes
+
+
+def _gpu_notes(gpu: GpuNews) -> list[str]:
+    if not gpu.watched:
+        return ["NVML is not to be had: only jitter and drift would show a throttled or shared GPU"]
+    notes = []
+    seen = [
+        f"{name} in {count} of {gpu.looks} looks"
+        for name, count in gpu.reasons.items()
+        if count > _THROTTLED_SHARE * gpu.looks
+    ]
+    seen += [
+        f"held down by {name} for {held_s:.3g} of {gpu.elapsed_s:.3g} s"
+        for name, held_s in gpu.held_s.items()
+        if held_s > _THROTTLED_SHARE * gpu.elapsed_s
+    ]
+    if seen:
+        notes.append(f"the GPU was throttled while measuring ({', '.join(seen)}): its times are too long")
+    if gpu.other_processes:
+        count = "1 other process" if gpu.other_processes == 1 else f"{gpu.other_processes} other processes"
+        notes.append(f"{count} had the GPU open while measuring: it may have been shared")
+    return notes

@@ -1,0 +1,265 @@
+"""The verbs that write measurement files: ``run`` measures this host, ``import`` reads other tools' tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
+from hetis.profiler.cli.exit_codes import ProfileExitCode
+from hetis.profiler.cli.shared import RawOutOption, require_outputs, seconds_text, table_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hetis.formats.measurements import Measurements
+    from hetis.profiler.measure.session import RunProgress, RunResult
+
+RUN_EXAMPLES = (
+    "Example: hetis-profile run --device cuda:0 --model Llama-3.1-8B --out raw.json · then: hetis-profile fit raw.json "
+    "--out profile.json"
+)
+_QUICK_S, _FULL_S = 35.0, 1800.0
+_CPU_MODEL, _CUDA_MODEL = "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B"
+_LINE_INTERVAL_S = 5.0  # from one line of progress to the next, where there is no bar
+
+
+@verb()
+def run(
+    terminal: Terminal,
+    out: RawOutOption,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What to measure.")] = "cpu",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|FILE",
+            show_default=f"{_CPU_MODEL}; CUDA: {_CUDA_MODEL}",
+            help="Whose shapes to measure: a catalogue name, a ModelSpec file or a config.json.",
+        ),
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer points, each less often.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            min=1.0,
+            metavar="SECONDS",
+            show_default="1800; --quick: 35",
+            help="Choose no new points after this long.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type in the result."),
+    ] = "",
+    cluster_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster-out",
+            metavar="FILE",
+            show_default=False,
+            help="Also write a cluster of this one device, with its measured peaks, to plan on.",
+        ),
+    ] = None,
+) -> ProfileExitCode:
+    """Measure this host with torch: where the fit is least certain first, until it is certain enough.
+
+    What was measured is kept in RAW.journal until the run is complete: Ctrl-C loses one point at most.
+    """
+    from hetis.formats.errors import single_problem
+    from hetis.formats.measurements import save_measurements
+    from hetis.formats.model import load_model
+    from hetis.profiler.measure.journal import journal_of, points_in
+    from hetis.profiler.measure.request import RunRequest
+    from hetis.profiler.measure.session import measure
+
+    require_outputs(out, cluster_out)
+    journal = journal_of(out)
+    request = RunRequest(
+        device=device,
+        gpu=gpu,
+        model=load_model(model or (_CPU_MODEL if device == "cpu" else _CUDA_MODEL)),
+        quick=quick,
+        limit_s=time_limit or (_QUICK_S if quick else _FULL_S),
+        journal=journal,
+        resume=resume,
+    )
+    if journal.exists() and not resume and points_in(journal) != 0:
+        raise single_problem(str(journal), "is left of an interrupted run: go on with --resume, or delete it")
+    try:
+        with _progress(terminal) as report:
+            result = measure(request, report)
+    except KeyboardInterrupt:
+        kept = (points_in(journal) if journal.exists() else None) or 0
+        if kept:
+            terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+        else:
+            journal.unlink(missing_ok=True)
+            terminal.line("interrupted before the first point: nothing is kept")
+        return ProfileExitCode.INTERRUPTED
+    save_measurements(out, result.measurements)
+    journal.unlink(missing_ok=True)
+    for note in result.measurements.notes:
+        (terminal.warn if note in result.disturbances else terminal.detail)(note)
+    if cluster_out is not None:
+        _write_cluster(cluster_out, result)
+    if result.num_known:
+        terminal.say(f"{result.num_known} points were known from the interrupted run")
+    terminal.emit(lambda: _run_document(result, out), lambda: _run_table(result, out))
+    return ProfileExitCode.OK
+
+
+@contextmanager
+def _progress(terminal: Terminal) -> Iterator[Callable[[RunProgress], None]]:
+    """Yield the function to pass to `measure`: it shows a bar on a terminal, otherwise a line every few seconds."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0:
+        yield lambda _: None
+    elif console.is_terminal and not console.is_dumb_terminal:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        # Ten wide: with the longest description and the time left that makes 80 columns.
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[left]}"))
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("starting torch", total=None, left="")
+
+            def update(news: RunProgress) -> None:
+                # An adaptive run ends when it knows enough: the bar follows whichever limit is nearer.
+                what, left = _progress_words(news)
+                progress.update(task, description=what, completed=news.done, total=news.total, left=left)
+
+            yield update
+    else:
+        next_s = time.monotonic()
+
+        def say(news: RunProgress) -> None:
+            nonlocal next_s
+            if time.monotonic() >= next_s:
+                next_s = time.monotonic() + _LINE_INTERVAL_S
+                terminal.say(", ".join(_progress_words(news)))
+
+        yield say
+
+
+def _progress_words(news: RunProgress) -> tuple[str, str]:
+    """Return ``37 points, next GEMM (known to 12%)`` and ``at most 3:07 left``."""
+    known = "new" if news.uncertainty >= 1 else f"known to {news.uncertainty:.0%}"
+    left = f"at most {int(news.left_s) // 60}:{int(news.left_s) % 60:02d} left"
+    return f"{news.done} points, next {news.what} ({known})", left
+
+
+def _write_cluster(path: Path, result: RunResult) -> None:
+    import yaml
+
+    from hetis.formats.files import write_atomically
+    from hetis.profiler.measure.host_cluster import host_cluster
+
+    write_atomically(path, yaml.safe_dump(host_cluster(result), sort_keys=False))
+
+
+def _run_document(result: RunResult, out: Path) -> dict[str, Any]:
+    return {
+        "gpu": result.measurements.gpu,
+        "out": str(out),
+        "uncertainty": round(result.uncertainty, 4),
+        "tables": _tables_document(result.measurements),
+        "notes": list(result.measurements.notes),
+    }
+
+
+def _tables_document(value: Measurements) -> list[dict[str, Any]]:
+    return [{"op": table.op.value, "kernel": table.kernel, "points": len(table)} for table in value.tables]
+
+
+def _run_table(result: RunResult, out: Path) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    table = table_of(("op", "kernel", "cache"), ("points", "shortest", "longest", "spread"))
+    for one in result.measurements.tables:
+        shortest, longest = (seconds_text(s) for s in (one.seconds.min(), one.seconds.max()))
+        spread = float(sorted(one.numbers("spread"))[len(one) // 2])
+        cache = "cold" if one.cold else "warm"
+        table.add_row(one.op.value, one.kernel, cache, str(len(one)), shortest, longest, f"{spread:.1%}")
+    if result.uncertainty >= 1:
+        left = "time was up before every operator had enough points: --time-limit allows more"
+    elif result.uncertainty > 0:
+        left = f"an error of {result.uncertainty:.0%} is still expected somewhere: time was up, or times vary as much"
+    else:
+        left = "every operator is known as well as was asked for"
+    return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(left))
+
+
+class Format(StrEnum):
+    """The tool that wrote the tables; a test keeps this in step with `hetis.profiler.importers.FORMATS`."""
+
+    AICONFIGURATOR = "aiconfigurator"
+    VIDUR = "vidur"
+    SPLITWISE = "splitwise"
+    LLMSERVINGSIM = "llmservingsim"
+
+
+@verb()
+def import_tables(
+    terminal: Terminal,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Tables: .csv, .csv.gz or .parquet.")],
+    form: Annotated[Format, typer.Option("--format", help="Whose tables they are.")],
+    out: RawOutOption,
+) -> ProfileExitCode:
+    """Import tables of other tools as measurements.
+
+    Tables of several GPUs, engines or hosts become a file each: raw.json, raw-2.json, ...
+    """
+    from hetis.formats.measurements import save_measurements
+    from hetis.profiler.importers import import_tables as read
+
+    require_outputs(out)
+    found = dict(zip(_paths(out), read(form.value, files), strict=False))
+    for path, measurements in found.items():
+        save_measurements(path, measurements)
+    terminal.emit(lambda: _import_document(found), lambda: _import_table(found))
+    return ProfileExitCode.OK
+
+
+def _paths(out: Path) -> list[Path]:
+    """Return ``raw.json.gz``, ``raw-2.json.gz``, ...: more than a table can have GPUs."""
+    suffix = "".join(out.suffixes[-2:]) if out.suffix == ".gz" else out.suffix
+    stem = out.name.removesuffix(suffix)
+    return [out, *(out.with_name(f"{stem}-{number}{suffix}") for number in range(2, 1000))]
+
+
+def _import_document(found: Mapping[Path, Measurements]) -> list[dict[str, Any]]:
+    return [
+        {
+            "out": str(path),
+            "gpu": value.gpu,
+            "origin": str(value.provenance),
+            "tables": _tables_document(value),
+            "notes": list(value.notes),
+        }
+        for path, value in found.items()
+    ]
+
+
+def _import_table(found: Mapping[Path, Measurements]) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for path, value in found.items():
+        table = table_of(("op", "kernel"), ("points",))
+        for one in value.tables:
+            table.add_row(one.op.value, one.kernel, f"{len(one):,}")
+        notes = Text("".join(f"note: {note}\n" for note in value.notes), end="")
+        parts += [Text(f"{value.gpu} -> {path}", style="bold"), Text(str(value.provenance)), table, notes]
+    return Group(*parts)

@@ -1,0 +1,231 @@
+"""Tables that simulators publish: vidur's, LLMServingSim's and Splitwise's (microsoft/vidur, casys-kaist/LLMServingSim,
+Mutinifni/splitwise-sim; MIT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from hetis.formats import catalogue
+from hetis.formats.measurements import MeasuredBy, MeasuredOp
+from hetis.profiler.importers.reading import Collection, Row, Sheet
+from hetis.solver.model import ModelSpec
+
+_VIDUR = MeasuredBy(tool="microsoft/vidur", engine="Sarathi-Serve", source="data/profiles", licence="MIT")
+_SERVING_SIM = MeasuredBy(tool="casys-kaist/LLMServingSim", engine="vLLM", source="data/profiles", licence="MIT")
+_SPLITWISE = MeasuredBy(
+    tool="Mutinifni/splitwise-sim", engine="vLLM", engine_version="2023", source="data/profiles", licence="MIT"
+)
+
+_ATTENTION_COLUMNS = (
+    "gpu", "n_embd", "n_q_head", "n_kv_head", "tp", "batch_size", "prefill_chunk_size", "kv_cache_size", "is_prefill",
+    "attn_prefill_ms", "attn_decode_ms",
+)  # fmt: skip
+_PROJECTIONS = ("attn_pre_proj_ms", "attn_post_proj_ms", "mlp_up_proj_ms", "mlp_down_proj_ms")
+_ELEMENTWISE = ("input_layernorm_ms", "post_attention_layernorm_ms", "attn_rope_ms", "mlp_act_ms", "add_ms")
+_SIZES = ("n_expanded_embd", "num_tokens")
+_VIDUR_FORMS = {
+    "layer operators": (
+        *("gpu", "model", "use_gated_mlp", *_PROJECTIONS, *_ELEMENTWISE),
+        *("n_head", "n_kv_head", "n_embd", "tp", *_SIZES),
+    ),
+    "attention": _ATTENTION_COLUMNS,
+    "collectives": ("topology", "collective", "num_workers", "devices_per_node", "bytes", "median_ms"),
+    "host overheads": ("gpu", "batch_size", "sampler_e2e_ms"),
+}
+# The boards behind the hosts' names: DGX have SXM modules; pairwise NVLink bridges connect PCIe boards.
+_TOPOLOGIES = {
+    "a100_dgx": "A100-SXM-80GB",
+    "h100_dgx": "H100-SXM-80GB",
+    "a40": "A40",
+    "a40_pairwise_nvlink": "A40",
+    "a100_pairwise_nvlink": "A100-PCIe-80GB",
+    "h100_pairwise_nvlink": "H100-PCIe-80GB",
+}
+_SERVING_SIM_FORMS = {
+    "layers": ("gpu", "model", "layer", "tokens", "tp", "latency_ns"),
+    "attention": _ATTENTION_COLUMNS,
+}
+_SERVING_SIM_ELEMENTWISE = ("input_layernorm", "post_layernorm", "rope", "act_fn")
+_COUNTS = {
+    "tp": "tensor_parallel",
+    "batch": "batch_size",
+    "prompt_tokens": "prompt_size",
+    "output_tokens": "token_size",
+}
+_SPLITWISE_FORMS = {"end-to-end times": ("model", "hardware", *_COUNTS.values(), "prompt_time_ms", "token_time_ms")}
+
+
+def read_vidur(sheet: Sheet, into: Collection) -> None:
+    """Add vidur's attention, layer operators, collectives or host overheads, which are in milliseconds."""
+    form = sheet.require(_VIDUR_FORMS)
+    for row in sheet:
+        if form == "collectives":
+            _collective(row, into)
+        elif form == "layer operators":
+            _layer(row, into)
+        elif form == "host overheads":
+            _step(row, into)
+        elif gpu := row.gpu("gpu"):
+            _attention(row, gpu, _VIDUR, "flash_attention", into)
+
+
+def read_llmservingsim(sheet: Sheet, into: Collection) -> None:
+    """Add attention, in ms, or the operators of a layer, in ns.
+
+    Embeddings, LM head, the attention among the layers, and experts are left out.
+    """
+    form = sheet.require(_SERVING_SIM_FORMS)
+    for row in sheet:
+        if gpu := row.gpu("gpu"):
+            if form == "attention":
+                _attention(row, gpu, _SERVING_SIM, "vllm_attention", into)
+            else:
+                _catalogued_layer(row, gpu, into)
+
+
+def read_splitwise(sheet: Sheet, into: Collection) -> None:
+    """Add two rows for each of Splitwise's end-to-end table: prompt and token times of a whole engine."""
+    sheet.require(_SPLITWISE_FORMS)
+    for row in sheet:
+        gpu, name = row.gpu("hardware"), row.text("model")
+        try:
+            model = catalogue.find_model(name).model.name
+        except catalogue.UnknownNameError as error:
+            row.refuse("model", str(error))
+            continue
+        if gpu is None:
+            continue
+        by = replace(_SPLITWISE, host="power-capped" if row.text("hardware").endswith("-pcap") else "")
+        counts = {name: row.count(column) for name, column in _COUNTS.items()}
+        for phase in ("prompt", "token"):
+            time = f"{phase}_time_ms"
+            seconds = row.seconds(time, unit_s=1e-3)
+            into.add(
+                gpu, by, MeasuredOp.E2E, "engine", row, time, **counts, model=model, phase=phase, seconds=seconds
+            )  # fmt: skip
+
+
+def _attention(row: Row, gpu: str, by: MeasuredBy, kernel: str, into: Collection) -> None:
+    """Add one row as Sarathi-Serve's profiler writes it: prefill of a chunk, or decode, on one rank."""
+    heads, batch = _heads(row, "n_q_head"), row.count("batch_size")
+    is_prefill = row.flag("is_prefill")
+    if heads is None or batch is None or is_prefill is None:
+        return
+    hidden, q_heads, kv_heads, tp = heads
+    if is_prefill:
+        time, op = "attn_prefill_ms", MeasuredOp.PREFILL_ATTENTION
+        sizes = {"tokens": row.count("prefill_chunk_size"), "past_tokens": row.count("kv_cache_size", least=0)}
+    else:
+        time, op = "attn_decode_ms", MeasuredOp.DECODE_ATTENTION
+        sizes = {"context_tokens": row.count("kv_cache_size")}
+    shape = {"query_heads": q_heads // tp, "kv_heads": max(1, kv_heads // tp), "head_dim": hidden // q_heads}
+    seconds = row.seconds(time, unit_s=1e-3)
+    into.add(gpu, by, op, kernel, row, time, batch=batch, **sizes, **shape, seconds=seconds)
+
+
+def _heads(row: Row, q_heads_column: str) -> tuple[int, int, int, int] | None:
+    """Return (hidden size, query heads, KV heads, TP degree) of a row, or None after noting the problem.
+
+    Every head must have a whole number of dimensions, every rank a whole number of query heads.
+    """
+    hidden, q_heads, kv_heads, tp = (row.count(name) for name in ("n_embd", q_heads_column, "n_kv_head", "tp"))
+    if hidden is None or q_heads is None or kv_heads is None or tp is None:
+        return None
+    if hidden % q_heads:
+        row.refuse(q_heads_column, f"is {q_heads}, must divide the {hidden} of n_embd")
+    elif q_heads % tp:
+        row.refuse("tp", f"is {tp}, must divide the {q_heads} heads of {q_heads_column}")
+    elif q_heads % kv_heads:
+        row.refuse("n_kv_head", f"is {kv_heads}, must divide the {q_heads} heads of {q_heads_column}")
+    else:
+        return hidden, q_heads, kv_heads, tp
+    return None
+
+
+def _layer(row: Row, into: Collection) -> None:
+    gpu = row.gpu("gpu")
+    heads, inner, tokens = _heads(row, "n_head"), *(row.count(name) for name in _SIZES)
+    gated = row.flag("use_gated_mlp")
+    if gpu is None or heads is None or inner is None or tokens is None or gated is None:
+        return
+    hidden, q_heads, kv_heads, tp = heads
+    gates, head_dim = 2 if gated else 1, hidden // q_heads
+    params = {
+        "attn_pre_proj_ms": hidden * (q_heads + 2 * kv_heads) * head_dim // tp,
+        "attn_post_proj_ms": hidden * hidden // tp,
+        "mlp_up_proj_ms": gates * hidden * inner // tp,
+        "mlp_down_proj_ms": hidden * inner // tp,
+    }
+    for column in (*_PROJECTIONS, *_ELEMENTWISE):
+        if column in _ELEMENTWISE and not (row.text(column).strip() and row.number(column)):
+            continue  # no such operator in this model, below the table's microsecond, or already refused
+        into.add(
+            gpu, _VIDUR, MeasuredOp.LAYER, "torch", row, column,
+            model=row.text("model"), op=column.removesuffix("_ms"), tp=tp, tokens=tokens, hidden=hidden,
+            params=params.get(column, 0), weight_bits=16, seconds=row.seconds(column, unit_s=1e-3),
+        )  # fmt: skip
+
+
+def _collective(row: Row, into: Collection) -> None:
+    topology = row.text("topology")
+    gpu = _TOPOLOGIES.get(topology)
+    if gpu is None:
+        row.refuse("topology", f"is {topology!r}, expected one of {', '.join(_TOPOLOGIES)}")
+        return
+    by = replace(_VIDUR, engine="NCCL", host=topology)
+    workers, per_node = row.count("num_workers", least=2), row.count("devices_per_node")
+    sized = {"num_bytes": row.count("bytes"), "seconds": row.seconds("median_ms", unit_s=1e-3)}
+    if row.text("collective") == "send_recv":
+        path = "peer" if workers == per_node else "network"
+        into.add(gpu, by, MeasuredOp.TRANSFER, "send_recv", row, "median_ms", **sized, path=path)
+    elif workers == per_node:
+        into.add(gpu, by, MeasuredOp.ALL_REDUCE, "NCCL", row, "median_ms", **sized, num_gpus=workers, impl="NCCL")
+    else:
+        into.note(gpu, by, "all-reduces across nodes are left out: the cost model has none")
+
+
+def _step(row: Row, into: Collection) -> None:
+    gpu, batch, time = row.gpu("gpu"), row.count("batch_size"), "sampler_e2e_ms"
+    if gpu is not None:
+        seconds = row.seconds(time, unit_s=1e-3)
+        into.add(gpu, _VIDUR, MeasuredOp.STEP, "sampler_e2e", row, time, batch=batch, tokens=batch, seconds=seconds)
+
+
+def _catalogued_layer(row: Row, gpu: str, into: Collection) -> None:
+    """Add an operator of LLMServingSim's, whose sizes the catalogue has."""
+    model, op, tp = _model(row.text("model")), row.text("layer"), row.count("tp")
+    if model is None:
+        row.refuse("model", f"is {row.text('model')!r}, no model of the catalogue")
+        return
+    seconds, tokens = row.seconds("latency_ns", unit_s=1e-9), row.count("tokens")
+    params = _params(model, op)
+    if tp is None:
+        return
+    if params is None or model.moe is not None or model.linear is not None or model.gated_attention:
+        note = "experts, embeddings, LM head and the attention among the layers are left out"
+        into.note(gpu, _SERVING_SIM, note)
+        return
+    into.add(
+        gpu, _SERVING_SIM, MeasuredOp.LAYER, "torch", row, "latency_ns",
+        model=model.name, op=op, tp=tp, tokens=tokens, hidden=model.hidden, params=params // tp, weight_bits=16,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def _params(model: ModelSpec, op: str) -> int | None:
+    if op in _SERVING_SIM_ELEMENTWISE:
+        return 0
+    heads = {"q_proj": model.q_heads, "k_proj": model.kv_heads, "v_proj": model.kv_heads, "o_proj": model.q_heads}
+    if op in heads:
+        return heads[op] * model.head_dim * model.hidden
+    return model.intermediate * model.hidden if op in ("gate_proj", "up_proj", "down_proj") else None
+
+
+@cache
+def _model(name: str) -> ModelSpec | None:
+    try:
+        return catalogue.find_model(name).model
+    except catalogue.UnknownNameError:
+        return None

@@ -1,0 +1,282 @@
+"""Profiles compared with measurements, in pictures (PNG, HTML), and with each other over typical points of a layer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.formats.measurements import Measurements
+from hetis.profiler.fit import selected_points
+from hetis.profiler.fit.points import FEATURES, Points
+from hetis.profiler.fitting import FloatArray, predict
+from hetis.solver.cluster import GpuType
+from hetis.solver.model import ModelSpec
+from hetis.solver.profile import Fit, FitScope, Op, Profile
+
+# The rows and columns of a picture of residuals; "" for none.
+_AXES = {
+    Op.DENSE: ("", "tokens"),
+    Op.PREFILL_ATTENTION: ("batch", "context_tokens"),
+    Op.DECODE_ATTENTION: ("batch", "context_tokens"),
+    Op.ALL_REDUCE: ("", "num_bytes"),
+    Op.TRANSFER: ("", "num_bytes"),
+    Op.STEP: ("", "batch"),
+}
+_NEAR = 1.25  # an axis is divided by powers of two: a value this close to one counts as it
+_LIMIT = 50.0  # percent at the ends of the colour scale
+_HEIGHT = 330  # per row of pictures in HTML, in pixels
+_LINK_BYTES_PER_S = 25e9  # for typical messages: a wire factor is multiplied with this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pairs:
+    """One operator: measured and fitted seconds, shape [rows], and each row's region.
+
+    Attributes:
+        title: the operator and its shapes.
+        regions: (row label, column label) of each row; the first is empty if one axis is enough.
+        axes: meaning of the two labels.
+    """
+
+    title: str
+    measured: FloatArray
+    fitted: FloatArray
+    regions: tuple[tuple[str, str], ...]
+    axes: tuple[str, str]
+
+    @property
+    def residual(self) -> FloatArray:
+        """Fitted over measured time minus one: above 0 the fit is too slow."""
+        value: FloatArray = self.fitted / self.measured - 1.0
+        return value
+
+    @property
+    def mape(self) -> float:
+        return float(np.abs(self.residual).mean())
+
+    @property
+    def bias(self) -> float:
+        return float(self.residual.mean())
+
+    def by_region(self) -> tuple[list[str], list[str], FloatArray, NDArray[np.intp]]:
+        """Return row and column labels, mean signed residual of each cell (NaN: nothing measured), and number of
+        points.
+        """
+        rows, columns = (sorted({pair[i] for pair in self.regions}, key=_size) for i in (0, 1))
+        total, count = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)), dtype=np.intp)
+        for (row, column), value in zip(self.regions, self.residual, strict=True):
+            cell = rows.index(row), columns.index(column)
+            total[cell] += value
+            count[cell] += 1
+        mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+        return rows, columns, mean, count
+
+
+def pairs_of(profile: Profile, measurements: Sequence[Measurements], gpu: GpuType) -> list[Pairs]:
+    """Return every measured operator with the points that a fit would select, each point by its own fit.
+
+    Shapes that differ in TP size or queries per group share a picture. A fit of all of them is omitted if there are
+    fits of each, because it sees the same points.
+    """
+    families: dict[tuple[Op, int | None, float | None], list[tuple[Fit, Points]]] = {}
+    for points in selected_points(measurements, gpu).points:
+        of_op = [fit for fit in profile.fits if fit.op is points.op]
+        of_scope = (fit for scope in (points.scope, FitScope()) for fit in of_op if fit.scope == scope)
+        if fit := next(of_scope, None):
+            key = points.op, points.scope.head_dim, points.scope.weight_bytes
+            families.setdefault(key, []).append((fit, points))
+    found = []
+    for (op, head_dim, weight_bytes), members in families.items():
+        single = [pair for pair in members if pair[1].scope.queries_per_group or pair[1].scope.tp] or members
+        conditions = [f"head {head_dim}"] if head_dim else []
+        conditions += [f"{weight_bytes:g} bytes/weight"] if weight_bytes else []
+        conditions += [f"{len(single)} fits"] if len(single) > 1 else []
+        name = op.value.replace("_", " ")
+        found.append(
+            Pairs(
+                title=f"{name} ({', '.join(conditions)})" if conditions else name,
+                measured=np.concatenate([points.seconds for _, points in single]),
+                fitted=np.concatenate([_fitted(fit, points) for fit, points in single]),
+                regions=tuple(region for _, points in single for region in _regions(points)),
+                axes=_AXES[op],
+            )
+        )
+    return found
+
+
+def _fitted(fit: Fit, points: Points) -> FloatArray:
+    pieces = [tuple(getattr(piece, name) for name in FEATURES[points.op]) for piece in fit.pieces]
+    return predict(pieces, points.features)
+
+
+def _regions(points: Points) -> Iterator[tuple[str, str]]:
+    labels = (
+        [_bucket(size) for size in points.sizes[axis]] if axis in points.sizes else [""] * len(points)
+        for axis in _AXES[points.op]
+    )
+    return zip(*labels, strict=True)
+
+
+def _bucket(value: float) -> str:
+    """Return the power of two at or below, as ``4k``. Sizes that miss the next one by little belong to it."""
+    if value < 1:
+        return "0"
+    power = 2 ** int(np.floor(np.log2(value * _NEAR)))
+    for limit, unit in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
+        if power >= limit:
+            return f"{power // limit}{unit}"
+    return str(power)
+
+
+def _size(label: str) -> float:
+    """Return a key that sorts buckets by size."""
+    factor = {"k": 2**10, "M": 2**20, "G": 2**30}.get(label[-1:], 1)
+    digits = label.rstrip("kMG")
+    return float(digits) * factor if digits else 0.0
+
+
+def html(pairs: Sequence[Pairs], title: str) -> str:
+    """Draw, per operator, measured against fitted times, and the mean residual of each region.
+
+    The result is one HTML file that needs no network. Needs plotly.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    titles = [
+        text
+        for one in pairs
+        for text in (f"{one.title}: MAPE {one.mape:.1%} of all points", "fitted / measured - 1, %")
+    ]
+    rows = len(pairs)
+    figure = make_subplots(rows=rows, cols=2, subplot_titles=titles, vertical_spacing=0.35 / max(rows, 2))
+    for row, one in enumerate(pairs, start=1):
+        ends = [float(min(one.measured.min(), one.fitted.min())), float(max(one.measured.max(), one.fitted.max()))]
+        texts = [" x ".join(label for label in region if label) for region in one.regions]
+        figure.add_trace(
+            go.Scatter(
+                x=one.measured,
+                y=one.fitted,
+                mode="markers",
+                marker={"size": 5, "opacity": 0.6, "color": "#2a6fbb"},
+                text=texts,
+                hovertemplate="%{text}<br>measured %{x:.4g} s<br>fitted %{y:.4g} s<extra></extra>",
+            ),
+            row=row,
+            col=1,
+        )
+        diagonal = go.Scatter(x=ends, y=ends, mode="lines", line={"color": "#888", "dash": "dot"}, hoverinfo="skip")
+        figure.add_trace(diagonal, row=row, col=1)
+        logarithmic = {"type": "log", "exponentformat": "power", "dtick": 1, "row": row, "col": 1}
+        figure.update_xaxes(title_text="measured, s", **logarithmic)
+        figure.update_yaxes(title_text="fitted, s", **logarithmic)
+        labels, columns, mean, count = one.by_region()
+        percent = 100 * mean
+        figure.add_trace(
+            go.Heatmap(
+                z=percent,
+                x=columns,
+                y=[label or " " for label in labels],
+                text=np.where(np.isnan(percent), "", np.char.mod("%+.0f", np.nan_to_num(percent))),
+                texttemplate="%{text}",
+                customdata=count,
+                hovertemplate="%{y} x %{x}: %{z:+.1f}% over %{customdata} points<extra></extra>",
+                colorscale="RdBu_r",
+                zmid=0,
+                zmin=-_LIMIT,
+                zmax=_LIMIT,
+                showscale=row == 1,
+            ),
+            row=row,
+            col=2,
+        )
+        figure.update_xaxes(type="category", title_text=one.axes[1].replace("_", " "), row=row, col=2)
+        figure.update_yaxes(type="category", title_text=one.axes[0].replace("_", " "), row=row, col=2)
+    figure.update_layout(title=title, height=_HEIGHT * rows + 120, showlegend=False, template="plotly_white")
+    text: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return text
+
+
+def png(pairs: Sequence[Pairs], title: str) -> bytes:
+    """Draw the same as a PNG. Needs matplotlib, which draws without a browser (plotly's exporter would need Chrome)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(12, 3.6 * len(pairs) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    grid = figure.subplots(len(pairs), 2, squeeze=False, width_ratios=(1, 1.5))
+    for (left, right), one in zip(grid, pairs, strict=True):
+        ends = (min(one.measured.min(), one.fitted.min()), max(one.measured.max(), one.fitted.max()))
+        left.scatter(one.measured, one.fitted, s=10, alpha=0.5, color="#2a6fbb", linewidths=0)
+        left.plot(ends, ends, ":", color="#888888", linewidth=1)
+        left.set(xscale="log", yscale="log", xlabel="measured, s", ylabel="fitted, s")
+        for axis in (left.xaxis, left.yaxis):
+            axis.set_minor_formatter(NullFormatter())  # labels between the powers of ten overlap
+        left.set_title(f"{one.title}: MAPE {one.mape:.1%} of all points", fontsize=10)
+        rows, columns, mean, _ = one.by_region()
+        image = right.imshow(
+            100 * mean, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT, aspect="auto", origin="lower", interpolation="nearest"
+        )
+        right.set_xticks(range(len(columns)), columns)
+        right.set_yticks(range(len(rows)), rows)
+        right.set(xlabel=one.axes[1].replace("_", " "), ylabel=one.axes[0].replace("_", " "))
+        right.set_title("fitted / measured - 1, %, mean of each region", fontsize=10)
+        for y, x in zip(*np.nonzero(~np.isnan(mean)), strict=True):
+            color = "white" if abs(mean[y, x]) > 0.7 * _LIMIT / 100 else "black"
+            right.text(x, y, f"{round(100 * mean[y, x]):+d}", ha="center", va="center", fontsize=7, color=color)
+        figure.colorbar(image, ax=right, pad=0.01)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple[Op, str, float]]:
+    """Yield (operator, point, seconds) at the same points in the same order; 0 s if the profile has no fit for it.
+
+    The features are those of docs/cost-model.md.
+    """
+    heads, groups = model.q_heads / tp, max(1.0, model.head_groups / tp)
+    kv_bytes = model.kv_bytes_per_token_group()
+
+    def at(op: Op, point: str, **features: float) -> tuple[Op, str, float]:
+        fit = profile.fit(op, model, tp)
+        return op, point, 0.0 if fit is None else fit.seconds(**features)
+
+    for tokens in (1, 16, 64, 256, 1024, 4096):
+        activations = 8.0 * model.hidden * model.activation_bytes * tokens
+        yield at(
+            Op.DENSE,
+            f"{tokens} tokens",
+            flops=2.0 * tokens * model.active_layer_params() / tp,
+            num_bytes=model.touched_layer_params(tokens) * model.weight_bytes / tp + activations,
+            tokens=tokens,
+        )
+    for tokens, past in ((512, 0), (2048, 0), (2048, 8192)):
+        attended = model.attended_tokens(past + tokens / 2)
+        yield at(
+            Op.PREFILL_ATTENTION,
+            f"{tokens} tokens after {past}",
+            flops=model.attention_flops(tokens * attended, heads),
+            num_bytes=(past + tokens) * groups * kv_bytes,
+            tokens=tokens,
+        )
+    for batch, context in ((1, 1024), (8, 1024), (32, 1024), (32, 4096), (128, 2048)):
+        attended = model.attended_tokens(context)
+        yield at(
+            Op.DECODE_ATTENTION,
+            f"batch {batch}, context {context}",
+            flops=model.decode_attention_flops(attended, 1.0) * batch * heads,
+            num_bytes=batch * groups * attended * kv_bytes,
+            heads=batch * heads,
+        )
+    for op in (Op.ALL_REDUCE, Op.TRANSFER):
+        for num_bytes, words in ((2.0**14, "16 KiB"), (2.0**20, "1 MiB"), (2.0**26, "64 MiB")):
+            wire_s = num_bytes / _LINK_BYTES_PER_S
+            yield at(op, f"{words} at 25 GB/s", num_bytes=num_bytes, wire_s=wire_s)
+    yield at(Op.STEP, "64 tokens", tokens=64.0)
