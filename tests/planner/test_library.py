@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import hetis
-from hetis.planner.cli.export import Export as ExportOptions
+from hetis.planner.cli.export import ExportOptions
 from hetis.planner.export.replicas import Settings
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here

@@ -122,12 +122,12 @@ def _applied(updated: Any, *, read: Callable[[], Any], create: Callable[[], Any]
 class Problem:
     """The options of ``apply`` that make a problem."""
 
-    inputs: options.OptionalInputs
-    goal: options.Goal
+    inputs: options.OptionalInputOptions
+    goal: options.GoalOptions
     survive: options.Survived | None
-    family: options.Family
-    replicas: options.Replicas
-    search: options.Search
+    family: options.FamilyOptions
+    replicas: options.ReplicaOptions
+    search: options.SearchOptions
 
     @property
     def is_given(self) -> bool:
@@ -261,7 +261,7 @@ class Applying:
 
     terminal: Terminal
     client: Client
-    asked: options.Application
+    asked: options.ApplyOptions
     _done: list[Applied] = field(default_factory=list)
 
     def run(self, *, files: Sequence[str], problem: Problem) -> ExitCode:

@@ -34,8 +34,8 @@ count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1
 
 
 @group
-class Fleet:
-    """Which GPUs join or leave, and in which nodes, or what could be bought."""
+class FleetOptions:
+    """The GPUs that join or leave with their nodes, or what could be bought."""
 
     add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.", shown=False)
     remove: list[str] | None = _fleet(
@@ -73,8 +73,8 @@ class Fleet:
 
 
 @group
-class Answer:
-    """What is done with the answer."""
+class AnswerOptions:
+    """Outputs of a what-if question."""
 
     html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
@@ -84,13 +84,13 @@ class Answer:
 def what_if(
     terminal: Terminal,
     *,
-    inputs: options.Inputs,
-    fleet: Fleet,
-    goal: options.Goal,
-    family: options.Family,
-    replicas: options.Replicas,
-    search: options.Search,
-    answer: Answer,
+    inputs: options.InputOptions,
+    fleet: FleetOptions,
+    goal: options.GoalOptions,
+    family: options.FamilyOptions,
+    replicas: options.ReplicaOptions,
+    search: options.SearchOptions,
+    answer: AnswerOptions,
 ) -> ExitCode:
     """Solve before and after a change of the fleet, and say what the two proofs imply of the difference.
 
@@ -157,7 +157,7 @@ def what_if(
 
 
 @group
-class Replan:
+class ReplanOptions:
     """From which plan to which fleet, and what a change costs."""
 
     running: str = _input("--from PLAN: The plan that runs: a plan file, or -.", ...)
@@ -192,8 +192,8 @@ class Replan:
 
 
 @group
-class NextPlan:
-    """What is done with the next plan."""
+class NextPlanOptions:
+    """Outputs of a re-planning: the next plan, and its page."""
 
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
@@ -201,7 +201,9 @@ class NextPlan:
 
 
 @verb()
-def replan(terminal: Terminal, *, asked: Replan, search: options.Search, answer: NextPlan) -> ExitCode:
+def replan(
+    terminal: Terminal, *, asked: ReplanOptions, search: options.SearchOptions, answer: NextPlanOptions
+) -> ExitCode:
     """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
 
     Objective, limits, strategy, engine, roles and constraints are those of the running plan. The cluster is what is

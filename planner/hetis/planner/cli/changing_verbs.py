@@ -27,8 +27,8 @@ APPLY_EXAMPLES = """Examples:
 
 
 @group
-class Survive:
-    """What a plan survives."""
+class SurviveOptions:
+    """The losses that a plan survives."""
 
     survive: options.Survived | None = options.survive_option()
 
@@ -44,13 +44,13 @@ def apply(
         ),
     ] = None,
     *,
-    inputs: options.OptionalInputs,
-    goal: options.Goal,
-    survive: Survive,
-    family: options.Family,
-    replicas: options.Replicas,
-    search: options.Search,
-    asked: options.Application,
+    inputs: options.OptionalInputOptions,
+    goal: options.GoalOptions,
+    survive: SurviveOptions,
+    family: options.FamilyOptions,
+    replicas: options.ReplicaOptions,
+    search: options.SearchOptions,
+    asked: options.ApplyOptions,
 ) -> ExitCode:
     """Create or update clusters and profiles, solve on the planner, import plans, put plans in force.
 
@@ -66,7 +66,7 @@ def apply(
 
 
 @group
-class GoingBack(InCluster):
+class RollbackOptions(InCluster):
     """In which cluster, and how."""
 
     dry_run: bool = options.check_only_option()
@@ -81,7 +81,7 @@ def rollback(
         str | None, typer.Argument(show_default="that of the cluster", help="The plan in force, to go back from.")
     ] = None,
     *,
-    how: GoingBack,
+    how: RollbackOptions,
 ) -> ExitCode:
     """Put the earlier plan in force again and wait until it is.
 

@@ -13,7 +13,7 @@ from hetis.formats.discovery import Source
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
-from hetis.planner.cli.server_verb import Planner, chosen_cluster, cluster_name_option, last
+from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, last
 
 if TYPE_CHECKING:
     from hetis.formats.discovery.fleet import Discovered
@@ -47,8 +47,8 @@ def cluster_verbs() -> None:
 
 
 @group
-class Discovery:
-    """What is read, and how it is written."""
+class DiscoveryOptions:
+    """The sources of a discovery, and the form of the cluster file."""
 
     source: Source = option(
         "--from: "
@@ -90,8 +90,8 @@ def discover(
         ),
     ] = None,
     *,
-    asked: Discovery,
-    planner: Planner,
+    asked: DiscoveryOptions,
+    planner: PlannerOptions,
 ) -> ExitCode:
     """Make a cluster file of what kubectl, nvidia-smi, Slurm, Ray, this host's driver or a planner's agents say.
 

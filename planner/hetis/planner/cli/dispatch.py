@@ -35,8 +35,8 @@ _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 
 
 @group
-class Saved:
-    """What is said of the answer, and where the state after it is saved."""
+class StateOptions:
+    """The form of the answer, and where the state after it is saved."""
 
     explain: bool = _result("--explain: Say why, in words.", False)
     out: Path | None = _result(
@@ -45,7 +45,7 @@ class Saved:
 
 
 @group
-class NewRequests:
+class RequestOptions:
     """The stage, the requests that are new, and how closely is searched."""
 
     state: str | None = _input("--state FILE: A DispatchState file; - is stdin.", shown=False)
@@ -86,7 +86,7 @@ class NewRequests:
 
 
 @verb()
-def dispatch(terminal: Terminal, *, asked: NewRequests, answer: Saved) -> ExitCode:
+def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions) -> ExitCode:
     """Place the head groups of new requests on the devices of one stage, and prove how good that is.
 
     The stage comes from a DispatchState file, or empty from a placement plan.
@@ -141,7 +141,7 @@ def announce_compilation(terminal: Terminal) -> None:
 
 
 @group
-class Running:
+class SearchOptions:
     """The running stage, and when a move pays."""
 
     state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
@@ -167,14 +167,14 @@ class Running:
 
 
 @group
-class Moved(Saved):
-    """What is done with the moves."""
+class MoveOptions(StateOptions):
+    """Options of the moves that were found."""
 
     strict: bool = _result("--strict: Exit 5 when KV blocks stay short or on draining devices.", False)
 
 
 @verb()
-def redispatch(terminal: Terminal, *, asked: Running, answer: Moved) -> ExitCode:
+def redispatch(terminal: Terminal, *, asked: SearchOptions, answer: MoveOptions) -> ExitCode:
     """Find the moves of running head groups that pay, in an order that memory allows.
 
     Moves are found whether or not a trigger has fired; the report says which ones would make a running stage look.

@@ -34,8 +34,8 @@ _cluster = panel("In a cluster")
 
 
 @group
-class Export:
-    """What is to run the plan, and how."""
+class ExportOptions:
+    """The target that is to run the plan, and its settings."""
 
     to: Target = option("--to: What is to run the plan.", ...)
     out: str = option("--out DIR|-: A folder that is new or empty; -: what says it all, on stdout.", "-")
@@ -79,7 +79,7 @@ def export(
         list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.", show_default=False)
     ] = None,
     *,
-    asked: Export,
+    asked: ExportOptions,
 ) -> ExitCode:
     """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
     from hetis.formats.documents import load_plan
@@ -149,8 +149,8 @@ class RouterFormat(StrEnum):
 
 
 @group
-class Upstreams:
-    """Which list is written, where, and how often."""
+class UpstreamOptions:
+    """The list of upstreams: its kind, its place and how often it is written."""
 
     to: RouterFormat = option("--to: The router that reads the list.", RouterFormat.NGINX)
     cluster: str | None = cluster_name_option()
@@ -161,7 +161,7 @@ class Upstreams:
 
 
 @server_verb(prints_data=False)
-def upstreams(terminal: Terminal, client: Client, *, asked: Upstreams) -> ExitCode:
+def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> ExitCode:
     """Write where requests go: replicas that serve, with weights by the plan's rates.
 
     Agents that start engines themselves say where these listen. Replicas that only prefill or decode are left out: a

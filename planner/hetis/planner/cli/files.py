@@ -86,8 +86,8 @@ hetis-plan convert vllm-server.log --out trace.csv
 
 
 @group
-class Converted:
-    """Where the trace goes, and what its file does not say."""
+class ConvertOptions:
+    """The place of the converted trace, and facts that its source does not state."""
 
     out: str = option("--out FILE|-: A .csv or .jsonl file, or with .gz; -: CSV on stdout.", "-")
     characters_per_token: float | None = option(
@@ -108,7 +108,7 @@ def convert(
         ),
     ],
     *,
-    asked: Converted,
+    asked: ConvertOptions,
 ) -> ExitCode:
     """Write a trace in hetis' form, of what engines, benchmarks, gateways and data sets have."""
     from hetis.formats.files import write_atomically

@@ -169,7 +169,7 @@ check_only_option = partial(option, "--dry-run: Check everything and show it, ch
 
 
 @group
-class OptionalInputs:
+class OptionalInputOptions:
     """The problem of ``apply``, which may do something else than solve one."""
 
     cluster: str | None = _to_solve(
@@ -202,8 +202,8 @@ class OptionalInputs:
 
 
 @group
-class Application:
-    """Which plan ``apply`` is about, and what becomes of it."""
+class ApplyOptions:
+    """The plan of ``apply``, and what is done with it."""
 
     plan: str | None = _plan("--plan FILE: Import a Plan file instead.", shown=False)
     name: str = _plan("--name ID: Of the plan.", "", shown="chosen there")
@@ -214,7 +214,7 @@ class Application:
 
 
 @group
-class Inputs(OptionalInputs):
+class InputOptions(OptionalInputOptions):
     """The problem to solve."""
 
     cluster: str = cluster_option()
@@ -231,7 +231,7 @@ class Inputs(OptionalInputs):
     )
     profile: list[str] | None = profile_option()
 
-    def load(self, replicas: Replicas, constraints: Constraints | None = None) -> LoadedInputs:
+    def load(self, replicas: ReplicaOptions, constraints: ConstraintOptions | None = None) -> LoadedInputs:
         """Read the files and names.
 
         Raises:
@@ -254,8 +254,8 @@ class Inputs(OptionalInputs):
 
 
 @group
-class Goal:
-    """What a plan is good for, and within which limits."""
+class GoalOptions:
+    """The objective of a plan and its limits."""
 
     objective: ObjectiveKind = _goal(
         f"--objective GOAL: What the plan is good for: {', '.join(ObjectiveKind)}.", ObjectiveKind.GOODPUT
@@ -285,7 +285,7 @@ class Goal:
 
 
 @group
-class Constraints:
+class ConstraintOptions:
     """Constraints that plans keep."""
 
     pin: list[str] | None = _goal(
@@ -303,7 +303,7 @@ class Constraints:
 
 
 @group
-class Family:
+class FamilyOptions:
     """The family of plans to search."""
 
     strategy: str = strategy_option()
@@ -321,7 +321,7 @@ class Family:
 
 
 @group
-class Replicas:
+class ReplicaOptions:
     """Limits of every replica, and settings that its engine is started with."""
 
     max_stages: int | None = _search(
@@ -375,15 +375,15 @@ class Replicas:
 
 
 @group
-class Search:
-    """How long and how closely is searched."""
+class SearchOptions:
+    """The time limit, gap, seed and threads of a search."""
 
     time_limit: float = time_limit_option("60s")
     gap: float = gap_option("0.1%")
     seed: int = seed_option()
     threads: int = threads_option()
 
-    def settings(self, family: Family, replicas: Replicas, **more: Any) -> Settings:
+    def settings(self, family: FamilyOptions, replicas: ReplicaOptions, **more: Any) -> Settings:
         """Return the settings of a search in a family of plans.
 
         Raises:

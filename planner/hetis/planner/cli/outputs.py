@@ -1,4 +1,4 @@
-"""What verbs write: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``."""
+"""Outputs of verbs: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``."""
 
 from __future__ import annotations
 

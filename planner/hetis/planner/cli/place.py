@@ -29,8 +29,8 @@ _goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
 
 
 @group
-class Preferences:
-    """What else a plan should be."""
+class PreferenceOptions:
+    """Further preferences for a plan."""
 
     price_pins: bool = _goal(
         "--price-pins: Solve again without each pin and forbidden thing: what the objective would gain.", False
@@ -45,8 +45,8 @@ class Preferences:
 
 
 @group
-class Results:
-    """What is done with a plan."""
+class ResultOptions:
+    """Options of a finished plan: studies, checks and outputs."""
 
     profile_error: float | None = _search(
         "--profile-error ERROR: Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
@@ -73,14 +73,14 @@ class Results:
 def place(
     terminal: Terminal,
     *,
-    inputs: options.Inputs,
-    goal: options.Goal,
-    constraints: options.Constraints,
-    family: options.Family,
-    replicas: options.Replicas,
-    preferences: Preferences,
-    search: options.Search,
-    results: Results,
+    inputs: options.InputOptions,
+    goal: options.GoalOptions,
+    constraints: options.ConstraintOptions,
+    family: options.FamilyOptions,
+    replicas: options.ReplicaOptions,
+    preferences: PreferenceOptions,
+    search: options.SearchOptions,
+    results: ResultOptions,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, and prove how good that is.
 
@@ -130,7 +130,11 @@ def place(
 
 
 def finish(
-    terminal: Terminal, request: PlacementRequest, loaded: LoadedInputs, problem: PlacementProblem, results: Results
+    terminal: Terminal,
+    request: PlacementRequest,
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    results: ResultOptions,
 ) -> ExitCode:
     """Solve with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
     from hetis.planner.cli.failures import report_failure, say_failure
@@ -217,8 +221,8 @@ def _infeasible_document(
 
 
 @group
-class Compare:
-    """What is compared."""
+class CompareOptions:
+    """The strategies that are compared."""
 
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
@@ -233,8 +237,8 @@ class Compare:
 
 
 @group
-class Comparison:
-    """What is done with the plans."""
+class ComparisonOutputOptions:
+    """Outputs of a comparison."""
 
     out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.", shown=False)
     html: Path | None = options.html_option()
@@ -245,13 +249,13 @@ class Comparison:
 def compare(
     terminal: Terminal,
     *,
-    inputs: options.Inputs,
-    goal: options.Goal,
-    constraints: options.Constraints,
-    asked: Compare,
-    replicas: options.Replicas,
-    search: options.Search,
-    results: Comparison,
+    inputs: options.InputOptions,
+    goal: options.GoalOptions,
+    constraints: options.ConstraintOptions,
+    asked: CompareOptions,
+    replicas: options.ReplicaOptions,
+    search: options.SearchOptions,
+    results: ComparisonOutputOptions,
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked alike.
 
@@ -338,8 +342,8 @@ def judge(compared: Sequence[Compared]) -> ExitCode:
 
 
 @group
-class Layers:
-    """How a placement of layers is searched."""
+class LayersOptions:
+    """The settings of a search for a placement of layers."""
 
     time_limit: float = option(
         "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
@@ -353,7 +357,7 @@ def layers(
     terminal: Terminal,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A LayersProblem file, or - for standard input.")],
     *,
-    search: Layers,
+    search: LayersOptions,
 ) -> ExitCode:
     """Decide which contiguous layers each one-node stage holds, and prove how good that is.
 

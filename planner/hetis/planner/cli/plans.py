@@ -107,8 +107,8 @@ def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
 
 
 @group
-class Report:
-    """What the page shows, and where it is saved."""
+class ReportOptions:
+    """The sections of the page, and where it is saved."""
 
     simulate: bool = option(
         "--simulate: Simulate every plan at rates up to and beyond the planned one, and draw it.", False
@@ -126,7 +126,7 @@ def report(
     terminal: Terminal,
     plans: Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plan files, or - for standard input.")],
     *,
-    asked: Report,
+    asked: ReportOptions,
 ) -> ExitCode:
     """Make one page of HTML of plans, to send to those who decide: what they serve, at which cost, where, and why.
 
@@ -162,7 +162,9 @@ def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event
     )
 
 
-def _market(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: Report) -> BuyNext | None:
+def _market(
+    terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: ReportOptions
+) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape

@@ -45,7 +45,7 @@ class GetFormat(StrEnum):
 
 
 @group
-class Shown(InCluster):
+class ShownOptions(InCluster):
     """The cluster of resources, and their form."""
 
     output_format: GetFormat = option("--output -o: Form of the data.", GetFormat.TABLE)
@@ -58,7 +58,7 @@ def get(
     kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
     name: Annotated[str | None, typer.Argument(help="One of them; all unless given.", show_default=False)] = None,
     *,
-    shown: Shown,
+    shown: ShownOptions,
 ) -> ExitCode:
     """Show resources: clusters, nodes, plans, replicas, re-dispatches, profiles.
 
@@ -294,8 +294,8 @@ def _moment(text: str) -> datetime:
 
 
 @group
-class Filters:
-    """Which lines are shown."""
+class FilterOptions:
+    """Filters of the lines that are shown."""
 
     caller: str = _filter("--caller: Name of credentials.", "")
     method: str = _filter("--method: Such as CreatePlan.", "")
@@ -306,7 +306,7 @@ class Filters:
 
 
 @server_verb()
-def audit(terminal: Terminal, client: Client, *, filters: Filters) -> ExitCode:
+def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> ExitCode:
     """Show the planner's audit log, the oldest line first. Needs role admin.
 
     Lines of refusals stand for all of their kind within a minute. `hetis-planner audit --check` on the planner's

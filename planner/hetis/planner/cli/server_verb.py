@@ -1,4 +1,4 @@
-"""What verbs that talk to a planner share: its address, credentials, and names of resources."""
+"""Parts that verbs talking to a planner share: its address, credentials, and names of resources."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class InCluster:
 
 
 @group
-class Planner:
-    """Where a planner is, and who calls it."""
+class PlannerOptions:
+    """The address of a planner, and the credentials of the caller."""
 
     server: str = _planner(
         "--server HOST:PORT: The planner; several with commas.", DEFAULT_SERVER, envvar="HETIS_SERVER"
@@ -82,11 +82,11 @@ def server_verb(
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., None]:
         @functools.wraps(function)
-        def with_client(terminal: Terminal, *args: Any, planner: Planner, **given: Any) -> ExitCode:
+        def with_client(terminal: Terminal, *args: Any, planner: PlannerOptions, **given: Any) -> ExitCode:
             return planner.use(terminal, lambda client: function(terminal, client, *args, **given))
 
         terminal, _client, *own = inspect.signature(function).parameters.values()
-        planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=Planner)
+        planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=PlannerOptions)
         with_client.__signature__ = inspect.Signature([terminal, *own, planner])  # type: ignore[attr-defined]
         return verb(prints_data=prints_data, output=output)(with_client)
 

@@ -34,7 +34,7 @@ class ShareRule(StrEnum):
 
 
 @group
-class Share:
+class ShareOptions:
     """The fleet, by which rule it is shared, and what is done with the plans."""
 
     cluster: str = options.cluster_option()
@@ -58,7 +58,7 @@ def share(
     terminal: Terminal,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A Tenants file, or - for standard input.")],
     *,
-    asked: Share,
+    asked: ShareOptions,
 ) -> ExitCode:
     """Share one fleet among tenants with different models, and plan every tenant's replicas.
 
@@ -128,7 +128,7 @@ class FairRule(StrEnum):
 
 
 @group
-class Fair:
+class FairOptions:
     """By which rule GPU types are shared, and what else is asked of it."""
 
     rule: FairRule = option(
@@ -145,7 +145,7 @@ def fair(
     terminal: Terminal,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A ShareProblem file, or - for standard input.")],
     *,
-    asked: Fair,
+    asked: FairOptions,
 ) -> ExitCode:
     """Share GPUs of several types among tenants, and show what is fair about it.
 

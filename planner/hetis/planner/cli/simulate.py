@@ -50,8 +50,8 @@ class Router(StrEnum):
 
 
 @group
-class Asked:
-    """What is simulated."""
+class SimulateOptions:
+    """The traffic, limits and faults of a simulation."""
 
     trace: str | None = _traffic(
         "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
@@ -173,7 +173,7 @@ class Asked:
 
 
 @verb()
-def simulate(terminal: Terminal, plan: PlanArgument, *, asked: Asked) -> ExitCode:
+def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) -> ExitCode:
     """Run a plan under traffic in virtual time, and hold what happens against what it promised.
 
     Ctrl-C once gives the figures of what was simulated by then; twice leaves at once.
@@ -237,7 +237,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: Asked) -> ExitCod
     return _finish(terminal, found, question, asked)
 
 
-def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Asked) -> Trace | Workload:
+def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: SimulateOptions) -> Trace | Workload:
     """Return the requests of a trace, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
     from hetis.planner.use_cases.simulate import load_lengths, planned_lengths
@@ -253,7 +253,7 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Asked)
     return lengths
 
 
-def _limits(objective: Objective, asked: Asked) -> Limits:
+def _limits(objective: Objective, asked: SimulateOptions) -> Limits:
     from hetis.simulator.metrics import Limits
 
     def limit(given: float | None, planned: float | None) -> float | None:
@@ -264,7 +264,7 @@ def _limits(objective: Objective, asked: Asked) -> Limits:
     return Limits(ttft_s=limit(asked.ttft, objective.ttft_limit_s), tpot_s=limit(asked.tpot, objective.tpot_limit_s))
 
 
-def _faults(asked: Asked, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
+def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
     from hetis.planner.use_cases.simulate import faults_of
     from hetis.simulator.records import load_faults
     from hetis.simulator.values import Fault
@@ -279,7 +279,7 @@ def _faults(asked: Asked, plan: Plan, problem: PlacementProblem) -> tuple[Fault,
     return tuple(sorted(named + listed, key=lambda fault: fault.at_s))
 
 
-def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: Asked) -> ExitCode:
+def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
     from hetis.planner.cli.searching import simulate_interruptibly
     from hetis.planner.report.simulation import render_simulation, simulation_document
@@ -305,7 +305,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
     return ExitCode.OK if simulated.complete else ExitCode.INTERRUPTED
 
 
-def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: Asked) -> bool:
+def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
     """Save before printing, so that a stdout reader that goes away does not cost the files."""
     from hetis.formats.errors import DocumentError
     from hetis.formats.files import write_atomically
