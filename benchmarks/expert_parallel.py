@@ -1,4 +1,4 @@
-"""What copies that share their experts wait for: the rank with the most to do, and the exchange of tokens.
+"""Waits of copies that share their experts: for the rank with the most to do, and for the exchange of tokens.
 
     python -m benchmarks.expert_parallel [--quick] [--json] [--only TEXT] [--data FOLDER]
 

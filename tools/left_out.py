@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def factors(self) -> FloatArray:
-        """How far each modelled time is off in either direction: 0.5 is half as much again, or two thirds."""
+        """The error of each modelled time in either direction: 0.5 is half as much again, or two thirds."""
         return np.maximum(self.ratios, 1.0 / self.ratios) - 1.0
 
     def covered(self, error: float) -> float:
@@ -69,7 +69,7 @@ class Trial:
 
 @dataclass(slots=True, kw_only=True)
 class Tables:
-    """What was measured, and the trials it makes. Fits are kept, since trials share them."""
+    """Measurements, and the trials that they make. Fits are kept, since trials share them."""
 
     operators: Mapping[str, Operator]
     architectures: Mapping[str, str]  # by GPU

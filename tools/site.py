@@ -1,4 +1,4 @@
-"""What the site is built with: a page for every table of ``docs/data``, links to files that are not pages, and
+"""Additions to the site: a page for every table of ``docs/data``, links to files that are not pages, and
 formulas.
 
 Formulas become MathML while the site is built, so that browsers draw them without scripts, fonts or a network. Pages

@@ -28,7 +28,7 @@ _BALANCE_ITERATIONS = 60  # attention_dp_config.timeout_iters
 
 
 class Graphs(Enum):
-    """Which iterations run in CUDA graphs; Python starts every kernel of the others."""
+    """Iterations that run in CUDA graphs; Python starts every kernel of the others."""
 
     NONE = "none"
     DECODE = "those without prompts"
@@ -37,7 +37,7 @@ class Graphs(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What an engine was started with.
+    """Settings with which an engine was started.
 
     Attributes:
         chunk_tokens: max_num_batched_tokens, chunked_prefill_size or max_num_tokens.

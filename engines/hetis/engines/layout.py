@@ -119,7 +119,7 @@ class Layout:
 
     @property
     def meets(self) -> bool:
-        """Whether its ranks meet at an address: processes on several nodes, and copies that share their experts."""
+        """True if its ranks meet at an address: processes on several nodes, and copies that share their experts."""
         return len(self.servers) > 1 or self.data_parallel > 1
 
     def caller(self, worker: Process) -> Process:

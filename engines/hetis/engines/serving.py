@@ -62,7 +62,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:
-    """Where an engine's processes on several nodes connect, and the port that serves KV of a prefill replica."""
+    """The address where processes on several nodes connect, and the port that serves KV of a prefill replica."""
 
     host: str
     port: int = MASTER_PORT

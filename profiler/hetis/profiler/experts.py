@@ -1,4 +1,4 @@
-"""What fused experts reach under each engine: derived from the engines' published tables, in units of a GPU's peaks.
+"""Rates of fused experts under each engine: derived from the engines' published tables, in units of a GPU's peaks.
 
 ``python -m hetis.profiler.experts --tables DIR --out FILE`` reads ``SYSTEM/moe/ENGINE/VERSION/moe_perf.parquet`` of
 aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``experts.json``. A

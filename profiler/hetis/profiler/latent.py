@@ -1,4 +1,4 @@
-"""What multi-head latent attention reaches under each engine: derived from the engines' published tables.
+"""Rates of multi-head latent attention under each engine: derived from the engines' published tables.
 
 ``python -m hetis.profiler.latent --tables DIR --out FILE`` reads ``mla_*_module_perf.parquet`` in ``SYSTEM/mla/ENGINE``
 of aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``latent.json``.

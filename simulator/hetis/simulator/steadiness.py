@@ -1,4 +1,4 @@
-"""Whether and from when a run is steady (everything before is warm-up, which is not measured), and 95% confidence
+"""The steady part of a run (everything before is warm-up, which is not measured), and 95% confidence
 intervals.
 """
 

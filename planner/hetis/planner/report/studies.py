@@ -1,4 +1,4 @@
-"""What stands beside a plan: a study of its robustness; and why there is no plan, as data."""
+"""Studies beside a plan: of its robustness; and the reasons why there is no plan, as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine computed and how long that took, whatever said so."""
+"""Observed work of an engine and its duration, from any source."""
 
 from __future__ import annotations
 

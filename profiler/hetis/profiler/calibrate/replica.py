@@ -1,4 +1,4 @@
-"""What a profile says of an iteration of one replica: one stage on one tensor-parallel group."""
+"""Iteration times of one replica by a profile: one stage on one tensor-parallel group."""
 
 from __future__ import annotations
 

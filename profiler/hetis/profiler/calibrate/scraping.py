@@ -31,7 +31,7 @@ class UnreachableError(HetisError):
 
 @dataclass(slots=True)
 class EngineState:
-    """What an engine of the server says of itself: values by name without ``vllm:``, and its cache's settings."""
+    """Metrics of one engine of the server: values by name without ``vllm:``, and its cache's settings."""
 
     values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     cache: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What several verbs share: options, files, profiles and GPU types by the names that users give, tables for people."""
+"""Parts that several verbs share: options, files, profiles and GPU types by name, tables for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be measured: points of an operator, and the candidates that serving a model on a device would need."""
+"""Measurable points of an operator, and the candidates that serving a model on a device would need."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ FEW = 3  # requests up to which packing is exact
 
 
 class Packing(NamedTuple):
-    """What is to be packed: requests in order of admission, each in whole head groups."""
+    """The requests to be packed, in order of admission, each in whole head groups."""
 
     free_blocks: IntArray  # [D] KV blocks; negative numbers count as 0
     unit: IntArray  # [D] head groups that a device takes at once
