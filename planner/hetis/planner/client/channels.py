@@ -37,8 +37,7 @@ def search_for(connection: Connection) -> LeaderSearch:
     Tokens are sent unencrypted only to this machine, whoever names the leader.
     """
     return LeaderSearch(
-        connection.addresses,
-        lambda address: not connection.is_plain or (connection.is_local and is_loopback(address)),
+        connection.addresses, lambda address: not connection.is_plain or (connection.is_local and is_loopback(address))
     )
 
 

@@ -42,9 +42,8 @@ class Client:
     """A connection to a planner, opened by the first call.
 
     Attributes:
-        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`;
-            streams called directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and
-            `read_plan_document` do not.
+        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
+            directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
     """
 
     def __init__(
@@ -197,9 +196,8 @@ class AsyncClient:
     """A connection to a planner, opened by the first call. Used like `Client`, with ``await`` and ``async for``.
 
     Attributes:
-        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`;
-            streams called directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and
-            `read_plan_document` do not.
+        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
+            directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
     """
 
     def __init__(

@@ -67,13 +67,12 @@ class Connection:
     The connection is only plain if that is requested, or if the address is local and no TLS setting is given.
 
     Attributes:
-        address: ``host:port``, or several separated by commas, among which the leader is found. A name with
-            several records is several addresses.
+        address: ``host:port``, or several separated by commas, among which the leader is found. A name with several
+            records is several addresses.
         ca: file of the certificates that must have signed the planner's. None: those of the system.
         cert, key: files of the client's own certificate and key, for mTLS; both or neither.
         token, token_file: a bearer token, or its file, which is read again for every call, so that it can be renewed;
-        at
-            most one of them.
+            at most one of them.
         plaintext: no TLS. None: as described above.
     """
 

@@ -65,8 +65,7 @@ class AsyncDispatchStream:
 
         Raises:
             CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
-            in which
-                case the stream continues, and a step that was still waiting is not sent.
+                in which case the stream continues, and a step that was still waiting is not sent.
         """
         message = _message(self._replica, self._state_id, finished, grown, new)
         step = _Step(message, asyncio.get_running_loop().create_future())
@@ -173,8 +172,7 @@ class DispatchStream:
 
         Raises:
             CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
-            in which
-                case the stream continues.
+                in which case the stream continues.
         """
         message = _message(self._replica, self._state_id, finished, grown, new)
         end_s = time.monotonic() + timeout

@@ -53,8 +53,7 @@ _NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {
 def read_document(document: document_pb2.Document, kind: type[V]) -> V:
     """Return the value of a request's document, which must be of ``kind``. Slow for large ones: not for an event loop.
 
-    Raises:
-        DocumentError: with every problem of the document.
+    Raises DocumentError with every problem of the document.
     """
     label = document.source_name or "document"
     if len(document.source_name) > MAX_SOURCE_NAME:
@@ -88,10 +87,8 @@ def canonical_document(source: document_pb2.Document, kind: type[V]) -> tuple[do
 def document_of(value: documents.Value, *, source_name: str = "", text: bytes = b"") -> document_pb2.Document:
     """Return the document of a value: canonical JSON, self-contained, so that its digest is that of its content.
 
-    ``text`` is the source that it was read from, which is stored next to it with its comments.
-
-    Raises:
-        DocumentError: it is too large: YAML aliases may stand for much more than they take.
+    ``text`` is the source that it was read from, which is stored next to it with its comments. Raises DocumentError if
+    it is too large: YAML aliases may stand for much more than they take.
     """
     document = document_from_data(
         documents.to_data(value, self_contained=True), documents.kind_of(value), source_name=source_name
@@ -110,10 +107,7 @@ def document_from_data(data: Mapping[str, Any], kind: str, *, source_name: str =
     """Return the document of plain data that is known to be valid."""
     content = canonical_json(data)
     return document_pb2.Document(
-        kind=_NUMBERS[kind],
-        content=content,
-        source_name=source_name,
-        digest=content_digest(content),
+        kind=_NUMBERS[kind], content=content, source_name=source_name, digest=content_digest(content)
     )
 
 

@@ -25,23 +25,14 @@ _AS_PROFILED: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageTerms:
-    """The data about one copy of one stage that dispatch and re-dispatch need; ``stage`` is part of a problem.
+    """The data about one copy of one stage that dispatch and re-dispatch need; ``stage`` is part of a problem."""
 
-    Attributes:
-        stage: devices and the costs of attention on them.
-        num_layers: a head group occupies, and moves in, all of them.
-        link_byte_s: seconds per byte of KV moved into or out of each device, shape [D].
-        high_water: share of each device's KV blocks above which head groups should leave.
-        gpus: of each device, as ``node/index``.
-        index: position of each device by name.
-    """
-
-    stage: Stage
-    num_layers: int
-    link_byte_s: FloatArray
-    high_water: tuple[float, ...]
-    gpus: tuple[tuple[str, ...], ...]
-    index: Mapping[str, int]
+    stage: Stage  # devices and the costs of attention on them
+    num_layers: int  # a head group occupies, and moves in, all of them
+    link_byte_s: FloatArray  # seconds per byte of KV moved into or out of each device, shape [D]
+    high_water: tuple[float, ...]  # share of each device's KV blocks above which head groups should leave
+    gpus: tuple[tuple[str, ...], ...]  # of each device, as ``node/index``
+    index: Mapping[str, int]  # position of each device by name
 
     def statuses(
         self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
@@ -102,10 +93,8 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
     """Return one model per copy of each stage, in order. ``replica`` is its index in the plan.
 
     A prefill replica has none: it decodes nothing, so nothing is dispatched. KV blocks are those of the whole device:
-    all micro-batches in flight share them. Slow: not for an event loop.
-
-    Raises:
-        InvalidProblemError: the plan contradicts its inputs.
+    all micro-batches in flight share them. Slow: not for an event loop. Raises InvalidProblemError if the plan
+    contradicts its inputs.
     """
     one = found.plan.replicas[replica]
     if one.role is Role.PREFILL:
@@ -267,11 +256,7 @@ def snapshot_from_proto(
         stage=terms.stage,
         devices=tuple(
             DeviceSnapshot(
-                name=name,
-                total_blocks=total,
-                status=status,
-                high_water=high_water or own,
-                changed=name in changed,
+                name=name, total_blocks=total, status=status, high_water=high_water or own, changed=name in changed
             )
             for name, total, status, own in zip(names, totals, statuses, terms.high_water, strict=True)
         ),

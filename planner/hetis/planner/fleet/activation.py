@@ -43,20 +43,14 @@ UP_STATES = frozenset({State.REPLICA_STATE_SERVING, State.REPLICA_STATE_DEGRADED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaOnNode:
-    """A node's report about its part of a replica.
-
-    Attributes:
-        is_draining: whether the node is to be emptied.
-        held: generation that it holds.
-        failure: why it failed or refused; None if it did not.
-        is_idle: whether nothing runs or waits on it; None if unknown, or if it is not the primary's node.
-    """
+    """A node's report about its part of a replica."""
 
     presence: NodeState.ValueType
-    is_draining: bool = False
-    held: int = 0
+    is_draining: bool = False  # whether the node is to be emptied
+    held: int = 0  # generation that it holds
     state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
-    failure: failure_pb2.Failure | None = None
+    failure: failure_pb2.Failure | None = None  # why it failed or refused; None if it did not
+    # Whether nothing runs or waits on it; None if unknown, or if it is not the primary's node
     is_idle: bool | None = None
 
     @property
@@ -69,43 +63,26 @@ class ReplicaOnNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """A replica's state in its life cycle.
-
-    Attributes:
-        goal: of its last assignment; None if none was made.
-        conditions: status of devices by name, in its last assignment.
-        failure: why it is degraded or failed.
-    """
+    """A replica's state in its life cycle."""
 
     state: State.ValueType
-    goal: Goal.ValueType | None = None
-    conditions: tuple[tuple[str, DeviceStatus.ValueType], ...] = ()
-    failure: failure_pb2.Failure | None = None
+    goal: Goal.ValueType | None = None  # of its last assignment; None if none was made
+    conditions: tuple[tuple[str, DeviceStatus.ValueType], ...] = ()  # status of devices by name, in its last assignment
+    failure: failure_pb2.Failure | None = None  # why it is degraded or failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """The inputs of the rule besides the replica's own state.
+    """The inputs of the rule besides the replica's own state."""
 
-    Attributes:
-        is_wanted: whether the active plan contains it.
-        may_drain: whether everything is up that the active plan starts on GPUs not held by departing replicas.
-        is_blocked: whether another replica is still on one of its devices.
-        is_late: whether it has been starting, or draining, for longer than allowed.
-        generation: of its last assignment.
-        parts: by node id.
-        devices: all its devices, `node/index`.
-        dense_nodes: nodes that it cannot serve without.
-    """
-
-    is_wanted: bool
-    may_drain: bool
-    is_blocked: bool
-    is_late: bool
-    generation: int
-    parts: Mapping[str, ReplicaOnNode]
-    devices: tuple[str, ...]
-    dense_nodes: frozenset[str]
+    is_wanted: bool  # whether the active plan contains it
+    may_drain: bool  # whether everything is up that the active plan starts on GPUs not held by departing replicas
+    is_blocked: bool  # whether another replica is still on one of its devices
+    is_late: bool  # whether it has been starting, or draining, for longer than allowed
+    generation: int  # of its last assignment
+    parts: Mapping[str, ReplicaOnNode]  # by node id
+    devices: tuple[str, ...]  # all its devices, `node/index`
+    dense_nodes: frozenset[str]  # nodes that it cannot serve without
 
 
 def next_standing(now: Standing, around: Surroundings) -> Standing:

@@ -36,10 +36,8 @@ def parts_of(
     """Return the parts by node id, the authority's first.
 
     A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
-    reserves, copies and frees there, so the primary's node has the part.
-
-    Raises:
-        ServiceError: INVALID_FIELD if a move names a device that is not in the stage's copy.
+    reserves, copies and frees there, so the primary's node has the part. Raises INVALID_FIELD if a move names a device
+    that is not in the stage's copy.
     """
     gpus = gpus_of_copy(shape, change.stage, change.copy)
     found: dict[str, set[Part.ValueType]] = {primary_node: {Part.CHANGE_PART_AUTHORITY}}
@@ -84,11 +82,7 @@ _RANK = {
 _FLIPPED = frozenset({Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED})
 # States in which the agent has heard from its engine; it reports other states before that.
 _HEARD = frozenset(
-    {
-        report_pb2.ASSIGNMENT_STATE_LOADED,
-        report_pb2.ASSIGNMENT_STATE_SERVING,
-        report_pb2.ASSIGNMENT_STATE_DRAINING,
-    }
+    {report_pb2.ASSIGNMENT_STATE_LOADED, report_pb2.ASSIGNMENT_STATE_SERVING, report_pb2.ASSIGNMENT_STATE_DRAINING}
 )
 _ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: that report was lost, and the node has forgotten
 
@@ -111,14 +105,7 @@ class ChangeCoordinator:
         num_contradictions: reports of authorities that contradicted their first one, which never happens.
     """
 
-    def __init__(
-        self,
-        body: redispatch_pb2.Redispatch,
-        parts: Parts,
-        *,
-        now_s: float,
-        again_s: float,
-    ) -> None:
+    def __init__(self, body: redispatch_pb2.Redispatch, parts: Parts, *, now_s: float, again_s: float) -> None:
         """Begin a new change.
 
         Args:

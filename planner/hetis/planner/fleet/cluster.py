@@ -146,11 +146,7 @@ class ClusterFleet:
         return self.links[node]
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> Opened:
-        """Open a stream.
-
-        Raises:
-            ServiceError: it is refused.
-        """
+        """Open a stream. Raises ServiceError if it is refused."""
         link = self.link(node)
         self._admit(node, link, request.hello.boot_id, now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
@@ -177,8 +173,7 @@ class ClusterFleet:
     def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
         """Refuse another agent while one is connected: otherwise its node's credentials would suffice to end it.
 
-        Raises:
-            ServiceError: NODE_IN_USE.
+        Raises NODE_IN_USE.
         """
         heard_s = self.leases.heard_s(node)
         is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
@@ -200,8 +195,7 @@ class ClusterFleet:
     ) -> list[HeadMapsRead | Fenced]:
         """Handle a message of a stream; return events that concern others than this cluster.
 
-        Raises:
-            ServiceError: the stream must end.
+        Raises ServiceError if the stream must end.
         """
         link = self.links[node]
         if link.session != session:
@@ -279,8 +273,7 @@ class ClusterFleet:
     def ask_head_maps(self, replica: str) -> tuple[str, str]:
         """Request a replica's head maps; return the node asked and the request's id.
 
-        Raises:
-            ServiceError: NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE if nobody can answer.
+        Raises NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE if nobody can answer.
         """
         found = self.replicas.get(replica)
         if found is None:

@@ -76,8 +76,7 @@ class ClusterChanges:
     def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
         """Begin a re-dispatch, which is in effect once it is stored. ADVISED ones are only stored.
 
-        Raises:
-            ServiceError: NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE or INVALID_FIELD.
+        Raises NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE or INVALID_FIELD.
         """
         replica = self._cluster.replicas.get(body.replica)
         if replica is None:

@@ -88,19 +88,12 @@ def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ClusterView:
-    """The inputs of the rule that concern all replicas together.
+    """The inputs of the rule that concern all replicas together."""
 
-    Attributes:
-        wanted: the replicas of the active plan.
-        occupied: names of the replicas on each device.
-        may_drain: whether everything serves that the plan starts on GPUs not held by departing replicas.
-        is_unsettled: whether any replica starts, drains, stops, or is not wanted.
-    """
-
-    wanted: frozenset[str]
-    occupied: dict[str, list[str]]
-    may_drain: bool
-    is_unsettled: bool
+    wanted: frozenset[str]  # the replicas of the active plan
+    occupied: dict[str, list[str]]  # names of the replicas on each device
+    may_drain: bool  # whether everything serves that the plan starts on GPUs not held by departing replicas
+    is_unsettled: bool  # whether any replica starts, drains, stops, or is not wanted
 
     @classmethod
     def of(cls, cluster: ClusterFleet) -> _ClusterView:

@@ -45,14 +45,10 @@ class WantedRemoval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Directive:
-    """The last message that a node should have received about a change; it supersedes the earlier ones.
-
-    Attributes:
-        generation: that the change leads to.
-    """
+    """The last message that a node should have received about a change; it supersedes the earlier ones."""
 
     change_id: str
-    generation: int
+    generation: int  # that the change leads to
     step: (
         agent_service_pb2.PrepareChange
         | agent_service_pb2.CommitChange
@@ -76,18 +72,12 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaAnswer:
-    """A node's answer to a delta.
-
-    Attributes:
-        kind: the field of the delta that was set.
-        change_id: empty for an assignment or removal.
-        failure: why it was refused; None if it was accepted.
-    """
+    """A node's answer to a delta."""
 
     replica: str
-    kind: str
-    change_id: str
-    failure: failure_pb2.Failure | None
+    kind: str  # the field of the delta that was set
+    change_id: str  # empty for an assignment or removal
+    failure: failure_pb2.Failure | None  # why it was refused; None if it was accepted
 
 
 class ReplicaSlot:

@@ -94,11 +94,7 @@ Request = agent_service_pb2.ConnectNodeRequest
 
 
 class LiveFleet:
-    """The live nodes and replicas of all clusters.
-
-    Attributes:
-        observers: notified of events, in the loop.
-    """
+    """The live nodes and replicas of all clusters. ``observers``: notified of events, in the loop."""
 
     def __init__(
         self,
@@ -167,11 +163,7 @@ class LiveFleet:
     async def connect(
         self, identity: CallerIdentity, requests: AsyncIterator[Request]
     ) -> AsyncGenerator[Response, None]:
-        """Serve one stream until either side ends it.
-
-        Raises:
-            ServiceError: as in ``AgentService.ConnectNode``.
-        """
+        """Serve one stream until either side ends it. Raises ServiceError as in ``AgentService.ConnectNode``."""
         first = await _first_of(requests)
         name = self._admit(identity, first)
         cluster, node = self._clusters[cluster_of(name)], last_part(name)
@@ -287,8 +279,7 @@ class LiveFleet:
     async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
         """Ask the primary's agent for a replica's head maps.
 
-        Raises:
-            ServiceError: there is no such replica, nobody to ask, no answer in time, or no consistent one.
+        Raises ServiceError if there is no such replica, nobody to ask, no answer in time, or no consistent one.
         """
         cluster = self._clusters.get(cluster_of(replica))
         if cluster is None:
@@ -322,8 +313,7 @@ class LiveFleet:
     def disconnect(self, name: str) -> None:
         """End the stream of a node; the next agent with its credentials is let in.
 
-        Raises:
-            ServiceError: NOT_FOUND if no agent is connected as this node.
+        Raises NOT_FOUND if no agent is connected as this node.
         """
         cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
         if cluster is None or stream is None:
@@ -453,11 +443,7 @@ class LiveFleet:
 
     def _live_node(self, cluster: ClusterFleet, node: str) -> LiveNode:
         return views.live_node(
-            cluster,
-            node,
-            node_name(cluster.name, node),
-            unix_s=self._clock.time(),
-            now_s=self._clock.monotonic(),
+            cluster, node, node_name(cluster.name, node), unix_s=self._clock.time(), now_s=self._clock.monotonic()
         )
 
     # Time.

@@ -17,16 +17,11 @@ from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, head_map_pb2, i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadMaps:
-    """The owners of all head groups of a replica: one map per copy of each stage.
-
-    Attributes:
-        generation: of the replica's state at its authority.
-        step: decode step at which all maps were read.
-    """
+    """The owners of all head groups of a replica: one map per copy of each stage."""
 
     replica: str
-    generation: int
-    step: int
+    generation: int  # of the replica's state at its authority
+    step: int  # decode step at which all maps were read
     maps: tuple[head_map_pb2.HeadMap, ...]
 
 
@@ -43,8 +38,7 @@ class HeadMapPieces:
     def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
         """Add a piece; return the maps once all pieces are there, else None.
 
-        Raises:
-            ServiceError: the agent has no map, or its pieces do not fit together.
+        Raises ServiceError if the agent has no map, or its pieces do not fit together.
         """
         if piece.HasField("failure"):
             raise _failed(piece.failure)
@@ -97,15 +91,10 @@ def _failed(failure: failure_pb2.Failure) -> ServiceError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
-    """A newer report came.
+    """A newer report came."""
 
-    Attributes:
-        replicas: reports of the replicas in it.
-        changed: replicas of which more than numbers changed.
-    """
-
-    replicas: tuple[report_pb2.ReplicaReport, ...]
-    changed: tuple[str, ...]
+    replicas: tuple[report_pb2.ReplicaReport, ...]  # reports of the replicas in it
+    changed: tuple[str, ...]  # replicas of which more than numbers changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,22 +155,16 @@ Capability = agent_service_pb2.AgentCapability
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A stream that began.
+    """A stream that began."""
 
-    Attributes:
-        session: its identity; input from another session is void.
-        changes: changes it has in some phase. The agent has forgotten any other.
-    """
-
-    session: str
-    changes: tuple[change_pb2.ChangeStatus, ...]
+    session: str  # its identity; input from another session is void
+    changes: tuple[change_pb2.ChangeStatus, ...]  # changes it has in some phase. The agent has forgotten any other.
 
 
 def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     """Return the Hello in a stream's first message.
 
-    Raises:
-        ServiceError: PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
+    Raises PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
     """
     if request.WhichOneof("message") != "hello":
         raise ServiceError(
@@ -337,8 +320,7 @@ class NodeLink:
     def open(self, request: Request) -> Opened:
         """Open a stream with its first message; an earlier stream of the node is void from now on.
 
-        Raises:
-            ServiceError: as `check_hello`; the earlier stream continues.
+        Raises ServiceError as `check_hello`; the earlier stream continues.
         """
         hello = check_hello(request, epoch=self._epoch)
         self._session, self._boot_id = self._new_id(), hello.boot_id
@@ -375,11 +357,7 @@ class NodeLink:
         return True
 
     def receive(self, request: Request, *, now_s: float) -> list[LinkEvent]:
-        """Handle a message of the stream.
-
-        Raises:
-            ServiceError: PROTOCOL_VIOLATION or STALE_EPOCH; the stream must end.
-        """
+        """Handle a message of the stream. Raises PROTOCOL_VIOLATION or STALE_EPOCH; the stream must end."""
         if request.WhichOneof("message") == "hello":
             raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello came in the middle of a stream")
         if request.epoch > self._epoch:

@@ -52,11 +52,7 @@ class Placements(Protocol):
     async def plan(self, name: str) -> plan_pb2.Plan | None: ...
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Make a new plan for the available nodes and return its name.
-
-        Raises:
-            ServiceError: it cannot be made now.
-        """
+        """Make a new plan for the available nodes and return its name. Raises ServiceError if it cannot be made now."""
         ...
 
     async def withdraw(self, plan: str) -> None:
@@ -73,29 +69,22 @@ class _Cluster:
     """The state of a cluster.
 
     Attributes:
-        nodes: its capacity, as of the last look.
-        since_s: when it became so.
-        changed_s: when it may have changed since that look; None if it has not.
         plan, planned: the active plan, and the capacity that it was made for.
         proposal, proposed: the open proposal, and its capacity; empty if none.
-        is_settled: whether there is nothing to do until something changes.
     """
 
-    nodes: frozenset[str]
-    since_s: float
-    changed_s: float | None = None
+    nodes: frozenset[str]  # its capacity, as of the last look
+    since_s: float  # when it became so
+    changed_s: float | None = None  # when it may have changed since that look; None if it has not
     plan: str = ""
     planned: frozenset[str] = frozenset()
     proposal: str = ""
     proposed: frozenset[str] = frozenset()
-    is_settled: bool = False
+    is_settled: bool = False  # whether there is nothing to do until something changes
 
 
 class PlacementProposals(FleetObserver):
-    """At most one open proposal per cluster.
-
-    Start `run` once; `step` does what is due now.
-    """
+    """At most one open proposal per cluster. Start `run` once; `step` does what is due now."""
 
     def __init__(self, fleet: Capacity, placements: Placements, *, clock: Clock) -> None:
         self._fleet, self._placements, self._clock = fleet, placements, clock

@@ -80,15 +80,9 @@ _ROUNDS = 100  # consecutive rounds before others have their turn
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Reconciler:
-    """Brings the store and the nodes of one cluster to the wanted state whenever something changed.
+    """Brings the store and the nodes of one cluster to the wanted state whenever something changed."""
 
-    Attributes:
-        cluster: its ``record`` is None before the first read, and when it is gone.
-        lock: held by whoever reads or decides.
-        task: the running or scheduled reconciliation, or None.
-    """
-
-    cluster: ClusterFleet
+    cluster: ClusterFleet  # its ``record`` is None before the first read, and when it is gone
     store: Store
     hubs: Publishing
     contents: PlanContents
@@ -97,8 +91,8 @@ class Reconciler:
     observers: Sequence[FleetObserver]
     send: Callable[[ClusterFleet], None]
     lose_leadership: Callable[[ServiceError], None]
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    task: asyncio.Task[None] | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by whoever reads or decides
+    task: asyncio.Task[None] | None = None  # the running or scheduled reconciliation, or None
     _took_s: float = 0.0
 
     async def read(self) -> bool:

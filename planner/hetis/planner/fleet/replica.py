@@ -45,14 +45,10 @@ _GOAL_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """The parts of a plan's document about a replica besides its shape.
+    """The parts of a plan's document about a replica besides its shape."""
 
-    Attributes:
-        model: a ModelSpec document.
-        stages: for the dispatcher of the primary, one per copy of each stage; none for a prefill replica.
-    """
-
-    model: document_pb2.Document
+    model: document_pb2.Document  # a ModelSpec document
+    # For the dispatcher of the primary, one per copy of each stage; none for a prefill replica
     stages: tuple[stage_pb2.StageModel, ...]
 
     @classmethod

@@ -16,36 +16,25 @@ class FleetSettings:
     """Settings; times are in seconds.
 
     Attributes:
-        heartbeat_s: agents send something at least this often.
-        lease_s: a node that was silent for this long is LOST; for a node known before the planner started, silence
-        counts
-            from its start.
-        suspect_s: a node that was silent for this long is SUSPECT; a broken stream makes it so at once.
         kv_change_ratio, kv_thresholds, min_report_s: as in the API's ``Settings``.
-        answer_s: a delta without an answer is sent again, under the same nonce, after this long.
-        retry_s: an assignment refused for lack of an engine is tried again after this long.
-        start_s: a replica that does not serve this long after its GPUs were free has failed.
-        drain_s: a draining replica is stopped after this long, whatever still runs.
-        publish_s: the least time between two updates for watchers and observers of states.
-        tick_s: how often leases and deadlines are checked.
-        reconnect_s: agents reconnect within this time after a Goodbye.
-        piece_bytes: most bytes of the head maps of one replica, all pieces together.
     """
 
-    heartbeat_s: float = 5.0
+    heartbeat_s: float = 5.0  # agents send something at least this often
+    # A node that was silent for this long is LOST; for a node known before the planner started, silence counts from its
+    # start
     lease_s: float = 20.0
-    suspect_s: float = 8.0
+    suspect_s: float = 8.0  # a node that was silent for this long is SUSPECT; a broken stream makes it so at once
     kv_change_ratio: float = 0.02
     kv_thresholds: tuple[float, ...] = (0.8, 0.9, 0.95)
     min_report_s: float = 1.0
-    answer_s: float = 10.0
-    retry_s: float = 5.0
-    start_s: float = 900.0
-    drain_s: float = 1800.0
-    publish_s: float = 0.25
-    tick_s: float = 0.25
-    reconnect_s: float = 5.0
-    piece_bytes: int = 256 * 2**20
+    answer_s: float = 10.0  # a delta without an answer is sent again, under the same nonce, after this long
+    retry_s: float = 5.0  # an assignment refused for lack of an engine is tried again after this long
+    start_s: float = 900.0  # a replica that does not serve this long after its GPUs were free has failed
+    drain_s: float = 1800.0  # a draining replica is stopped after this long, whatever still runs
+    publish_s: float = 0.25  # the least time between two updates for watchers and observers of states
+    tick_s: float = 0.25  # how often leases and deadlines are checked
+    reconnect_s: float = 5.0  # agents reconnect within this time after a Goodbye
+    piece_bytes: int = 256 * 2**20  # most bytes of the head maps of one replica, all pieces together
 
     def __post_init__(self) -> None:
         if not self.heartbeat_s < self.suspect_s < self.lease_s:
@@ -66,23 +55,15 @@ class FleetSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchPolicy:
-    """The re-dispatch part of a `ClusterPolicy`.
+    """The re-dispatch part of a `ClusterPolicy`."""
 
-    Attributes:
-        mode: OFF, ADVISORY or AUTOMATIC.
-        deviation_ratio: share that the slowest device may be above the ideal.
-        high_water: share of a device's KV blocks above which head groups leave; None: the stage's own.
-        interval_s: least time between two re-dispatches of a replica.
-        prepare_timeout_s: how long the preparation of one may take.
-        kv_bytes: most KV that one may move.
-    """
-
-    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_AUTOMATIC
-    deviation_ratio: float = THETA
+    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_AUTOMATIC  # OFF, ADVISORY or AUTOMATIC
+    deviation_ratio: float = THETA  # share that the slowest device may be above the ideal
+    # Share of a device's KV blocks above which head groups leave; None: the stage's own
     high_water: float | None = None
-    interval_s: float = 5.0
-    prepare_timeout_s: float = 30.0
-    kv_bytes: float = math.inf
+    interval_s: float = 5.0  # least time between two re-dispatches of a replica
+    prepare_timeout_s: float = 30.0  # how long the preparation of one may take
+    kv_bytes: float = math.inf  # most KV that one may move
 
     @property
     def is_off(self) -> bool:
@@ -125,27 +106,15 @@ def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -
 
 @dataclass(slots=True, kw_only=True)
 class FleetCounters:
-    """Counters, which only grow.
+    """Counters, which only grow."""
 
-    Attributes:
-        messages: from agents, by the field that was set.
-        reports_dropped: reports that a newer one had overtaken.
-        deltas: sent, by the field that was set.
-        nacks: by reason.
-        streams: opened; `takeovers` of them ended another stream of their node.
-        refusals: streams of another run of an agent while one was connected.
-        redispatches: ended ones, by state.
-        replicas_ignored: replicas of other nodes or of nobody, which a node mentioned after too many of the kind.
-        contradictions: reports of an authority that contradict its first: a bug, here or there.
-    """
-
-    messages: Counter[str] = field(default_factory=Counter)
-    reports_dropped: int = 0
-    deltas: Counter[str] = field(default_factory=Counter)
-    nacks: Counter[str] = field(default_factory=Counter)
-    streams: int = 0
+    messages: Counter[str] = field(default_factory=Counter)  # from agents, by the field that was set
+    reports_dropped: int = 0  # reports that a newer one had overtaken
+    deltas: Counter[str] = field(default_factory=Counter)  # sent, by the field that was set
+    nacks: Counter[str] = field(default_factory=Counter)  # by reason
+    streams: int = 0  # opened; `takeovers` of them ended another stream of their node
     takeovers: int = 0
-    refusals: int = 0
-    redispatches: Counter[str] = field(default_factory=Counter)
-    replicas_ignored: int = 0
-    contradictions: int = 0
+    refusals: int = 0  # streams of another run of an agent while one was connected
+    redispatches: Counter[str] = field(default_factory=Counter)  # ended ones, by state
+    replicas_ignored: int = 0  # replicas of other nodes or of nobody, which a node mentioned after too many of the kind
+    contradictions: int = 0  # reports of an authority that contradict its first: a bug, here or there

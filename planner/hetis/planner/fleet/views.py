@@ -31,22 +31,14 @@ from hetis.v1 import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveNode:
-    """A node as reported on its stream. Times are Unix seconds; None: never.
+    """A node as reported on its stream. Times are Unix seconds; None: never."""
 
-    Attributes:
-        name: `clusters/{cluster}/nodes/{node}`.
-        is_draining: whether it is to be emptied.
-        devices: last report of each GPU.
-        inventory: what its agent found; None: not known.
-        agent_version: empty if no agent was connected since the planner started.
-    """
-
-    name: str
+    name: str  # `clusters/{cluster}/nodes/{node}`
     state: cluster_pb2.NodeState.ValueType
-    is_draining: bool
-    devices: tuple[report_pb2.DeviceReport, ...]
-    inventory: inventory_pb2.NodeInventory | None
-    agent_version: str
+    is_draining: bool  # whether it is to be emptied
+    devices: tuple[report_pb2.DeviceReport, ...]  # last report of each GPU
+    inventory: inventory_pb2.NodeInventory | None  # what its agent found; None: not known
+    agent_version: str  # empty if no agent was connected since the planner started
     capabilities: frozenset[agent_service_pb2.AgentCapability.ValueType]
     connect_time_s: float | None
     heard_time_s: float | None
@@ -54,38 +46,23 @@ class LiveNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveReplica:
-    """A replica as reported by its nodes.
+    """A replica as reported by its nodes."""
 
-    Attributes:
-        name: `clusters/{cluster}/replicas/{replica}`.
-        cluster: `clusters/{cluster}`.
-        plan: the plan that it belongs to.
-        generation: of its state at its primary, or of its last assignment if the primary has not reported yet.
-        authority: who decides its head map.
-        shape: its shape in the plan.
-        model: a ModelSpec document; None: not looked up yet.
-        stages: for its dispatcher; empty: not looked up yet, or a prefill replica.
-        conditions: by GPU, `node/index`; those not listed are OK.
-        report: the last of its primary; None: none yet.
-        report_time_s: when that came, Unix seconds; None: never.
-        redispatch: name of the one under way; empty: none.
-    """
-
-    name: str
-    cluster: str
-    plan: str
+    name: str  # `clusters/{cluster}/replicas/{replica}`
+    cluster: str  # `clusters/{cluster}`
+    plan: str  # the plan that it belongs to
     plan_index: int
     state: replica_pb2.ReplicaState.ValueType
-    generation: int
-    authority: replica_pb2.HeadMapAuthority.ValueType
+    generation: int  # of its state at its primary, or of its last assignment if the primary has not reported yet
+    authority: replica_pb2.HeadMapAuthority.ValueType  # who decides its head map
     primary_node: str
-    shape: replica_pb2.ReplicaPlan
-    model: document_pb2.Document | None
-    stages: Sequence[stage_pb2.StageModel]
-    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
-    report: report_pb2.ReplicaReport | None
-    report_time_s: float | None
-    redispatch: str
+    shape: replica_pb2.ReplicaPlan  # its shape in the plan
+    model: document_pb2.Document | None  # a ModelSpec document; None: not looked up yet
+    stages: Sequence[stage_pb2.StageModel]  # for its dispatcher; empty: not looked up yet, or a prefill replica
+    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
+    report: report_pb2.ReplicaReport | None  # the last of its primary; None: none yet
+    report_time_s: float | None  # when that came, Unix seconds; None: never
+    redispatch: str  # name of the one under way; empty: none
 
 
 class RunningReplicas(Protocol):
@@ -122,11 +99,7 @@ class CallerIdentity(Protocol):
     """The identity of a stream's caller."""
 
     def require_node(self, node: str) -> None:
-        """Check that the caller may speak for this node.
-
-        Raises:
-            ServiceError: WRONG_NODE.
-        """
+        """Check that the caller may speak for this node. Raises WRONG_NODE."""
 
 
 class FleetObserver:

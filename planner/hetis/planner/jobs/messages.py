@@ -29,15 +29,11 @@ PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
 
 @dataclass(frozen=True, slots=True)
 class FoundPlan:
-    """A plan that passed the independent checker, possibly after an interruption, as its status says.
+    """A plan that passed the independent checker, possibly after an interruption, as its status says."""
 
-    Attributes:
-        document: the plan in canonical JSON; it was read back and compared.
-        result: the plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the
-            document, which would block it for some twenty seconds for a plan of a million GPUs.
-    """
-
-    document: bytes
+    document: bytes  # the plan in canonical JSON; it was read back and compared
+    # The plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the document,
+    # which would block it for some twenty seconds for a plan of a million GPUs
     result: bytes
 
 
@@ -148,17 +144,12 @@ class PosedProblem:
     def inputs_for_engine(self) -> LoadedInputs:
         """Return the inputs restricted to the GPUs on which the engine runs the model in its precision.
 
-        Raises:
-            InvalidProblemError: there are no such GPUs.
+        Raises InvalidProblemError if there are no such GPUs.
         """
         return for_engine(self.loaded, self.settings.engine)
 
     def problem(self) -> PlacementProblem:
-        """Return the placement problem.
-
-        Raises:
-            InvalidProblemError: the inputs contradict each other.
-        """
+        """Return the placement problem. Raises InvalidProblemError if the inputs contradict each other."""
         settings, inputs = self.settings, self.inputs_for_engine().inputs
         return inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
 
@@ -178,16 +169,14 @@ class PosedProblem:
 def posed_from_json(text: bytes) -> PosedProblem:
     """Return the problem that `PosedProblem.to_json` wrote.
 
-    Raises:
-        DocumentError: it contains a document in a form that this version does not know.
+    Raises DocumentError if it contains a document in a form that this version does not know.
     """
     data: dict[str, Any] = json.loads(text)
     objective: dict[str, Any] = data["objective"]
     settings: dict[str, Any] = data["settings"]
     return PosedProblem(
         loaded=LoadedInputs(
-            inputs=inputs_from_documents(data["documents"], "the posed problem"),
-            origins=data["origins"],
+            inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
         ).at(engine_settings_from_data(data.get(ENGINE_SETTINGS, {}))),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
         settings=Settings(

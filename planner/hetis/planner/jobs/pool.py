@@ -151,25 +151,17 @@ StartProcess = Callable[[], Awaitable[SolverProcess]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """The share of the machine that searches may use.
+    """The share of the machine that searches may use."""
 
-    Attributes:
-        num_processes: concurrent searches.
-        queue_size: searches that wait, in addition to those that run.
-        running_per_caller: concurrent searches of one caller, so that others need not wait for all of them; None: any.
-        queued_per_caller: waiting searches of one caller; None: any.
-        searches_per_process: how many searches a process does before it is replaced, so that no leak grows for ever.
-        grace_s: how long a search may take to answer after its time limit or after it was cancelled.
-        preparation_s: how long a process may load and compile before a search's time limit starts to run.
-    """
-
-    num_processes: int = 1
-    queue_size: int = 16
+    num_processes: int = 1  # concurrent searches
+    queue_size: int = 16  # searches that wait, in addition to those that run
+    # Concurrent searches of one caller, so that others need not wait for all of them; None: any
     running_per_caller: int | None = None
-    queued_per_caller: int | None = None
+    queued_per_caller: int | None = None  # waiting searches of one caller; None: any
+    # How many searches a process does before it is replaced, so that no leak grows for ever
     searches_per_process: int = 50
-    grace_s: float = 60.0
-    preparation_s: float = 600.0
+    grace_s: float = 60.0  # how long a search may take to answer after its time limit or after it was cancelled
+    preparation_s: float = 600.0  # how long a process may load and compile before a search's time limit starts to run
 
 
 class Slot:
@@ -396,8 +388,7 @@ class SolverPool:
     def reserve(self, caller: str, *, even_if_full: bool = False) -> Search:
         """Reserve a place for one search, to be begun or abandoned.
 
-        Raises:
-            ServiceError: QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time at which a place may be free.
+        Raises QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time at which a place may be free.
         """
         settings = self._settings
         if not even_if_full:

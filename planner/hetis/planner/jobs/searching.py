@@ -113,11 +113,7 @@ class SearchClock:
 
 
 def solve(
-    posed: PosedProblem,
-    *,
-    cancelled: threading.Event,
-    report: Report,
-    clock: Callable[[], float] = time.monotonic,
+    posed: PosedProblem, *, cancelled: threading.Event, report: Report, clock: Callable[[], float] = time.monotonic
 ) -> Answer:
     """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check what is found."""
     budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=clock, cancelled=cancelled)

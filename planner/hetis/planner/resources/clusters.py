@@ -30,18 +30,14 @@ ClusterDeleted = Callable[[str, Sequence[str]], None]
 
 @dataclass(slots=True, eq=False)
 class Clusters:
-    """The resource ``clusters/{cluster}``.
-
-    Attributes:
-        deleted: callbacks for deleted clusters.
-    """
+    """The resource ``clusters/{cluster}``."""
 
     _store: Store
     _hubs: Hubs
     _fleet: FleetNow
     _fleets: DeclaredFleets
     _clock: Callable[[], float] = time.time
-    deleted: list[ClusterDeleted] = field(default_factory=list)
+    deleted: list[ClusterDeleted] = field(default_factory=list)  # callbacks for deleted clusters
 
     async def create(self, request: pb.CreateClusterRequest) -> pb.CreateClusterResponse:
         checks = Checks()
@@ -189,12 +185,7 @@ def _paths(checks: Checks, request: pb.UpdateClusterRequest) -> frozenset[str]:
 
 
 def _with_changes(
-    record: ClusterRecord,
-    wanted: cluster_pb2.Cluster,
-    paths: frozenset[str],
-    parsed: Parsed | None,
-    *,
-    now_s: float,
+    record: ClusterRecord, wanted: cluster_pb2.Cluster, paths: frozenset[str], parsed: Parsed | None, *, now_s: float
 ) -> ClusterRecord:
     """Return the changed record, or the same object if nothing changes."""
     policy = deepcopy(wanted.policy if "policy" in paths else record.body.policy)

@@ -37,20 +37,13 @@ _HERE = CONNECTED | {State.NODE_STATE_SUSPECT}  # an undeclared node is forgotte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeViews:
-    """The nodes of one cluster at one moment.
-
-    Attributes:
-        declared: the content of its document.
-        records: by node id; of all nodes, or of the requested ones.
-        replicas: names of replicas by node id.
-        live: by node id; of all nodes, or of the requested ones.
-    """
+    """The nodes of one cluster at one moment."""
 
     cluster: ClusterRecord
-    declared: Declared
-    records: Mapping[str, NodeRecord]
-    replicas: Mapping[str, Sequence[str]]
-    live: Mapping[str, LiveNode]
+    declared: Declared  # the content of its document
+    records: Mapping[str, NodeRecord]  # by node id; of all nodes, or of the requested ones
+    replicas: Mapping[str, Sequence[str]]  # names of replicas by node id
+    live: Mapping[str, LiveNode]  # by node id; of all nodes, or of the requested ones
 
     def exists(self, node: str) -> bool:
         """Return whether the node is declared or connected."""
@@ -113,10 +106,7 @@ class NodeReader:
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
         """Read the nodes of ``clusters/{cluster}``, with the state of these node ids or, if None, of all.
 
-        Reading all is noticeably slow for a large fleet.
-
-        Raises:
-            ServiceError: NOT_FOUND if there is no such cluster.
+        Reading all is noticeably slow for a large fleet. Raises NOT_FOUND if there is no such cluster.
         """
         record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
         return NodeViews(

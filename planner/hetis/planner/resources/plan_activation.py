@@ -113,11 +113,7 @@ class PlanActivation:
         return await change_once(self._store, request, pb2.RollbackPlanResponse, refuse)
 
     async def _target(self, name: str) -> Target:
-        """Return the plan with everything slow computed.
-
-        Raises:
-            ServiceError: NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH.
-        """
+        """Return the plan with everything slow computed. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""
         answered = await self._documents.answered(name)
         cluster = await self._store.read(lambda reader: reader.clusters.require(answered.record.cluster))
         declared = await self._fleets.of(cluster)
@@ -218,11 +214,7 @@ class PlanActivation:
 
 
 def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
-    """Check that the cluster's active plan is not still being activated.
-
-    Raises:
-        ServiceError: ACTIVATION_IN_PROGRESS.
-    """
+    """Check that the cluster's active plan is not still being activated. Raises ACTIVATION_IN_PROGRESS."""
     active = reader.plans.get(cluster.active_plan) if cluster.active_plan else None
     if active is not None and active.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
         raise ServiceError(
@@ -256,17 +248,11 @@ _PREDICTIONS = ("rate_rps", "ttft_s", "tpot_s")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
-    """The correspondence between a plan's replicas and running ones.
+    """The correspondence between a plan's replicas and running ones."""
 
-    Attributes:
-        names: the replica's name by its index in the plan, kept and new ones.
-        kept: those of them that are running already and stay unchanged.
-        leaving: running replicas that the plan does not contain, in order.
-    """
-
-    names: tuple[str, ...]
-    kept: frozenset[str]
-    leaving: tuple[str, ...]
+    names: tuple[str, ...]  # the replica's name by its index in the plan, kept and new ones
+    kept: frozenset[str]  # those of them that are running already and stay unchanged
+    leaving: tuple[str, ...]  # running replicas that the plan does not contain, in order
 
 
 def match_replicas(
@@ -346,34 +332,22 @@ def _unused_name(cluster: str, plan: str, index: int, used: set[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A plan to be activated, with everything slow computed before the transaction.
+    """A plan to be activated, with everything slow computed before the transaction."""
 
-    Attributes:
-        record: of the plan as read before; the transaction reads it again.
-        cluster_digest: of the cluster's document that was found to have its GPUs.
-        load_bytes: returns the bytes of weights that the GPUs of a replica load.
-    """
-
-    record: PlanRecord
+    record: PlanRecord  # of the plan as read before; the transaction reads it again
     shapes: tuple[replica_pb2.ReplicaPlan, ...]
     model_digest: str
-    cluster_digest: str
-    load_bytes: Callable[[replica_pb2.ReplicaPlan], int]
+    cluster_digest: str  # of the cluster's document that was found to have its GPUs
+    load_bytes: Callable[[replica_pb2.ReplicaPlan], int]  # returns the bytes of weights that the GPUs of a replica load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedPlans:
-    """The changes of a transaction.
+    """The changes of a transaction."""
 
-    Attributes:
-        cluster: its new record; None if the plan was active already, so that nothing was done.
-        plans: the changed ones, the newly active one first.
-        steps: from what ran to the plan.
-    """
-
-    cluster: ClusterRecord | None
-    plans: tuple[PlanRecord, ...]
-    steps: tuple[pb2.TransitionStep, ...]
+    cluster: ClusterRecord | None  # its new record; None if the plan was active already, so that nothing was done
+    plans: tuple[PlanRecord, ...]  # the changed ones, the newly active one first
+    steps: tuple[pb2.TransitionStep, ...]  # from what ran to the plan
 
 
 def transition_to(

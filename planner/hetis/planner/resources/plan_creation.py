@@ -282,8 +282,7 @@ class PlanCreation:
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
         """Make a plan for the planner itself, because of ``reason``, and return its name.
 
-        Raises:
-            ServiceError: as `create`.
+        Raises ServiceError as `create`.
         """
         checks = Checks()
         read = await read_spec(checks, spec, self._limits)

@@ -84,11 +84,7 @@ class PlanDocuments:
         self._read: OrderedDict[str, tuple[bytes, PlanAndProblem]] = OrderedDict()  # by digest
 
     async def answered(self, name: str) -> AnsweredPlan:
-        """Return a plan that has an answer.
-
-        Raises:
-            ServiceError: NOT_FOUND; PLAN_STATE if it has no answer.
-        """
+        """Return a plan that has an answer. Raises NOT_FOUND; PLAN_STATE if it has no answer."""
         record = await self._store.read(lambda reader: reader.plans.require(name))
         require_answer(record)
         return await self.of(record)
@@ -107,11 +103,7 @@ class PlanDocuments:
 
 
 def require_answer(record: PlanRecord) -> None:
-    """Check that the plan has an answer.
-
-    Raises:
-        ServiceError: PLAN_STATE.
-    """
+    """Check that the plan has an answer. Raises PLAN_STATE."""
     if not record.body.HasField("result"):
         raise plan_state(record, "has no answer" + (" yet" if record.state in SEARCHING else ""))
 
@@ -155,11 +147,7 @@ class ImportedPlan:
 
 
 def read_plan(document: document_pb2.Document) -> Plan:
-    """Return the plan in a document.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
+    """Return the plan in a document. Raises DocumentError with every problem of the document."""
     plan = documents.read_document(document, Plan)
     if not plan.replicas:
         name = document.source_name or "document"
@@ -191,8 +179,7 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
 def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -> None:
     """Check that the cluster called ``name`` has the replicas' GPUs. Slow for large fleets: not for an event loop.
 
-    Raises:
-        ServiceError: INVENTORY_MISMATCH, with every missing GPU.
+    Raises INVENTORY_MISMATCH, with every missing GPU.
     """
     there = {device.name: device.gpu for device in cluster.devices()}
     missing = [

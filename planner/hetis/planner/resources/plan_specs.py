@@ -86,8 +86,7 @@ def choose_profiles(
 ) -> dict[str, ProfileRecord]:
     """Return the profile of every GPU type that has one: the named one, else the newest of those stored.
 
-    Raises:
-        ServiceError: INVALID_FIELD.
+    Raises INVALID_FIELD.
     """
     checks, chosen = Checks(), dict[str, ProfileRecord]()
     for position, record in enumerate(named):
@@ -114,8 +113,7 @@ def pose(
 ) -> PosedProblem:
     """Return the problem of a fleet without the nodes ``left_out``. Slow for large fleets: not for an event loop.
 
-    Raises:
-        InvalidProblemError: the inputs contradict each other.
+    Raises InvalidProblemError if the inputs contradict each other.
     """
     cluster = without_nodes(declared, left_out)
     if not cluster.node_groups:
@@ -137,11 +135,7 @@ def pose(
             profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
             engine_settings=read.engine_settings,
         ),
-        origins={
-            **read.origins(),
-            "cluster": origin,
-            "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()},
-        },
+        origins={**read.origins(), "cluster": origin, "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()}},
     )
     spec = read.spec
     posed = PosedProblem(

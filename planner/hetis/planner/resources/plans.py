@@ -90,8 +90,7 @@ class Plans:
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
         """Yield the plan's states until it can no longer change without a call.
 
-        Raises:
-            ServiceError: NOT_FOUND, also if it is deleted meanwhile; DRAINING if the planner shuts down.
+        Raises NOT_FOUND, also if it is deleted meanwhile; DRAINING if the planner shuts down.
         """
         check(request, name=names.PLAN)
         hub = self._hubs.plans
@@ -195,11 +194,7 @@ _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 
 def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse:
-    """Return the differences. Slow for large plans: not for an event loop.
-
-    Raises:
-        ServiceError: MESSAGE_TOO_LARGE.
-    """
+    """Return the differences. Slow for large plans: not for an event loop. Raises MESSAGE_TOO_LARGE."""
     response = pb2.DiffPlansResponse(
         replicas=_differences(one, other),
         freed_devices=sorted(_devices(one.plan) - _devices(other.plan)),

@@ -80,8 +80,7 @@ class Checks:
     def raise_if_wrong(self) -> None:
         """Raise the recorded errors, if any.
 
-        Raises:
-            ServiceError: INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD.
+        Raises INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD.
         """
         if len(self._documents) == 1 and not self._violations:
             raise self._documents[0]
@@ -91,22 +90,14 @@ class Checks:
 
 
 def check(request: Message, *, optional: Collection[str] = (), **forms: NameForm) -> None:
-    """Check a request as `Checks.request` does, and raise what is wrong.
-
-    Raises:
-        ServiceError: INVALID_FIELD.
-    """
+    """Check a request as `Checks.request` does, and raise what is wrong. Raises INVALID_FIELD."""
     checks = Checks()
     checks.request(request, optional=optional, **forms)
     checks.raise_if_wrong()
 
 
 def require_free(table: TableView[Any], name: str) -> None:
-    """Check that there is no such resource.
-
-    Raises:
-        ServiceError: ALREADY_EXISTS.
-    """
+    """Check that there is no such resource. Raises ALREADY_EXISTS."""
     if table.get(name) is not None:
         raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, f"{name} exists already", metadata={"name": name})
 
@@ -114,8 +105,7 @@ def require_free(table: TableView[Any], name: str) -> None:
 def require_etag(record: Record | None, etag: str, name: str = "") -> None:
     """Check that a record is as the caller read it; an empty etag is right. ``name``: where there may be no record.
 
-    Raises:
-        ServiceError: ETAG_MISMATCH.
+    Raises ETAG_MISMATCH.
     """
     if etag and etag != etag_of(record):
         raise etag_mismatch(name or (record.name if record else ""), given=etag, present=etag_of(record))
@@ -143,17 +133,11 @@ Place = str | tuple[float, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageRequest:
-    """A request for a page.
+    """A request for a page."""
 
-    Attributes:
-        size: most resources on it.
-        after: position of the last resource of the previous page; None for the first page.
-        list_digest: of the list and its filter, to which the next token is bound.
-    """
-
-    size: int
-    after: Place | None
-    list_digest: str
+    size: int  # most resources on it
+    after: Place | None  # position of the last resource of the previous page; None for the first page
+    list_digest: str  # of the list and its filter, to which the next token is bound
 
     @property
     def num_read(self) -> int:
@@ -162,11 +146,7 @@ class PageRequest:
 
     @property
     def after_number(self) -> int:
-        """`after` in a list by number, from 1.
-
-        Raises:
-            ServiceError: INVALID_PAGE_TOKEN.
-        """
+        """`after` in a list by number, from 1. Raises INVALID_PAGE_TOKEN."""
         if self.after is None:
             return 0
         if isinstance(self.after, str) and self.after.isascii() and self.after.isdigit() and len(self.after) <= 18:

@@ -30,11 +30,7 @@ class FleetNow(Protocol):
     def replica_view(self, name: str) -> LiveReplica | None: ...
 
     def disconnect(self, name: str) -> None:
-        """End the stream of a node's agent.
-
-        Raises:
-            ServiceError: NOT_FOUND if none is connected.
-        """
+        """End the stream of a node's agent. Raises NOT_FOUND if none is connected."""
 
     async def cluster_changed(self, cluster: str) -> None:
         """Note that the cluster's records were changed in the store."""
@@ -61,11 +57,7 @@ class ClusterHub(Hub[tuple[str, str], Message]):
 
 
 class Hubs:
-    """The hubs of one leadership term.
-
-    Attributes:
-        plans: by plan name; values in the view BASIC.
-    """
+    """The hubs of one leadership term. ``plans``: by plan name; values in the view BASIC."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch

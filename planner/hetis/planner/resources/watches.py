@@ -101,17 +101,11 @@ _KEPT = 10_000  # nodes per cluster, about a kilobyte each; others are looked up
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeToken:
-    """The point up to which a watcher has seen a cluster.
+    """The point up to which a watcher has seen a cluster."""
 
-    Attributes:
-        made: when the cluster was created, which distinguishes it from an earlier one of the same name.
-        round: which of the cluster's hubs it watched.
-        sequence: of that hub; 0 if it has not seen the whole present state and must start over.
-    """
-
-    made: float
-    round: int
-    sequence: int
+    made: float  # when the cluster was created, which distinguishes it from an earlier one of the same name
+    round: int  # which of the cluster's hubs it watched
+    sequence: int  # of that hub; 0 if it has not seen the whole present state and must start over
 
     def to_text(self) -> str:
         return f"{self.made.hex()}:{self.round}:{self.sequence}"

@@ -34,17 +34,12 @@ _INCLUDES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """A caller.
+    """A caller."""
 
-    Attributes:
-        name: for logs; the name of a token or of a certificate.
-        roles: those granted, with all that they imply.
-        scope: for agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any of its nodes) of the
-            credentials; None for any node, which only a planner without credentials grants.
-    """
-
-    name: str
-    roles: frozenset[CallerRole]
+    name: str  # for logs; the name of a token or of a certificate
+    roles: frozenset[CallerRole]  # those granted, with all that they imply
+    # For agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any of its nodes) of the
+    # credentials; None for any node, which only a planner without credentials grants
     scope: str | None = None
 
     @property
@@ -70,8 +65,7 @@ class Identity:
     def require_node(self, node: str) -> None:
         """Check that the caller may act as the agent of a node.
 
-        Raises:
-            ServiceError: WRONG_NODE if the credentials are for another node.
+        Raises WRONG_NODE if the credentials are for another node.
         """
         if not self.speaks_for(node):
             raise ServiceError(
@@ -171,11 +165,7 @@ def needs_leader(method: str, *, reads_too: bool) -> bool:
 
 
 def require_role(identity: Identity, method: str) -> None:
-    """Check that the caller has a role that the method needs.
-
-    Raises:
-        ServiceError: ROLE if the caller has none.
-    """
+    """Check that the caller has a role that the method needs. Raises ROLE if the caller has none."""
     needed = NEEDED.get(method, ())
     if not identity.roles.isdisjoint(needed):
         return

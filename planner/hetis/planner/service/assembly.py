@@ -77,13 +77,7 @@ class Term:
         )
         declared = DeclaredFleets()
         self._fleet = fleet = LiveFleet(
-            store,
-            hubs,
-            epoch=epoch,
-            settings=fleet_settings,
-            clock=clock,
-            counters=counters,
-            declared=declared,
+            store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters, declared=declared
         )
         self._states = states = DispatchStates(fleet)
         self._loop = RedispatchLoop(fleet, states, clock=clock)
@@ -138,8 +132,7 @@ class Term:
     async def begin(self) -> None:
         """Resume what the previous planner had under way, and make decisions from now on.
 
-        Raises:
-            ServiceError: NOT_LEADER or STORE_UNAVAILABLE; then call `close`.
+        Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`.
         """
         parts = self._parts
         parts.callback(self._hubs.close)

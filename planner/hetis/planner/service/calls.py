@@ -270,11 +270,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 def decoded(decode: Decode, raw: bytes) -> Message:
-    """Return the decoded message.
-
-    Raises:
-        ServiceError: INVALID_FIELD if the bytes are no such message.
-    """
+    """Return the decoded message. Raises INVALID_FIELD if the bytes are no such message."""
     try:
         return decode(raw)
     except DecodeError as error:
@@ -316,11 +312,7 @@ def longest_s(method: str) -> float:
 
 
 def require_deadline(method: str, remaining_s: float | None) -> None:
-    """Check a unary call's deadline.
-
-    Raises:
-        ServiceError: DEADLINE_REQUIRED or DEADLINE_TOO_LONG.
-    """
+    """Check a unary call's deadline. Raises DEADLINE_REQUIRED or DEADLINE_TOO_LONG."""
     most_s = longest_s(method)
     if remaining_s is None:
         raise ServiceError(

@@ -26,10 +26,8 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 class Reloaded(Generic[T]):
     """The value of some files, loaded again when they change.
 
-    If new files are bad, that is logged and the old value kept.
-
-    Raises:
-        DocumentError: when made, if the files are bad from the start.
+    If new files are bad, that is logged and the old value kept. Raises DocumentError when made, if the files are bad
+    from the start.
     """
 
     def __init__(self, what: str, paths: Sequence[str], load: Callable[[], T]) -> None:
@@ -95,8 +93,7 @@ _NO_PASSWORD = ""
 class Certificates:
     """Server credentials that follow their files. Open connections keep the certificate they began with.
 
-    Raises:
-        DocumentError: the files cannot be used, with every problem.
+    Raises DocumentError if the files cannot be used, with every problem.
     """
 
     def __init__(self, tls: TlsPart) -> None:

@@ -85,8 +85,7 @@ class Tokens:
     def load(cls, path: str) -> Tokens:
         """Return the tokens of a file.
 
-        Raises:
-            DocumentError: with every problem of the file, including write permission for everybody.
+        Raises DocumentError with every problem of the file, including write permission for everybody.
         """
         text = read_text(path)
         if Path(path).stat().st_mode & 0o002:
@@ -102,11 +101,7 @@ class Tokens:
         return len(self._grants)
 
     def identify(self, token: str, *, now_s: float) -> Identity:
-        """Return the identity that a token grants.
-
-        Raises:
-            ServiceError: CREDENTIALS if it is malformed, unknown or expired.
-        """
+        """Return the identity that a token grants. Raises CREDENTIALS if it is malformed, unknown or expired."""
         if not _TOKEN.fullmatch(token):
             raise refused("the bearer token is malformed: it is not one that `hetis-planner token create` printed")
         # Looked up by its hash, so that timing reveals nothing about how much of a guess was right.
@@ -131,8 +126,7 @@ def digest(token: str) -> str:
 def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, expires: datetime) -> str:
     """Make a token, append its hash to the file, which is created (mode 0600) if missing, and return the token.
 
-    Raises:
-        DocumentError: the file is not a token file or cannot be written, the name is taken, or a value is wrong.
+    Raises DocumentError if the file is not a token file or cannot be written, the name is taken, or a value is wrong.
     """
     token = _START + secrets.token_urlsafe(32)
     entry: dict[str, Any] = {"name": name, "role": role.value}
@@ -227,11 +221,7 @@ class Credentials:
         return self._trust_domain is not None
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
-        """Return the caller's identity.
-
-        Raises:
-            ServiceError: CREDENTIALS.
-        """
+        """Return the caller's identity. Raises CREDENTIALS."""
         given = [value for key, value in metadata if key == "authorization"]
         if len(given) > 1:
             raise refused("the call has more than one authorization")
@@ -252,10 +242,8 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
 
     ``spiffe://DOMAIN/clusters/C/nodes/N`` is the agent of a node, ``spiffe://DOMAIN/ROLE/NAME`` somebody with a role.
 
-    TLS checks the dates of a certificate only in the handshake, but connections last longer.
-
-    Raises:
-        ServiceError: CREDENTIALS if there is no such URI, or more than one, or if the certificate has expired since.
+    TLS checks the dates of a certificate only in the handshake, but connections last longer. Raises CREDENTIALS if
+    there is no such URI, or more than one, or if the certificate has expired since.
     """
     if any(_end_of_certificate(pem) <= now_s for pem in connection.get("x509_pem_cert", ())):
         raise refused("the client certificate has expired: connect again with a new one")

@@ -38,8 +38,7 @@ class StreamLimits:
     def opened(self, method: str, *, caller: str, peer: str) -> Iterator[None]:
         """Count a stream as open within the context. ``peer`` is in gRPC's form, with its port.
 
-        Raises:
-            ServiceError: TOO_MANY_STREAMS.
+        Raises TOO_MANY_STREAMS.
         """
         limits = _limits(method, caller, peer)
         for key, most in limits.items():
@@ -100,8 +99,7 @@ class WriteRates:
     def take(self, method: str, caller: str) -> None:
         """Take a token from the caller's bucket if the method is a write.
 
-        Raises:
-            ServiceError: QUOTA_EXCEEDED, with the time when the caller may continue.
+        Raises QUOTA_EXCEEDED, with the time when the caller may continue.
         """
         if method not in WRITES:
             return

@@ -140,10 +140,7 @@ class ServiceMetrics:
             self._certificate_expiry.labels(file).set(end_s)
 
     async def watch_loop(
-        self,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         """Measure the delay of the event loop until cancelled."""
         while True:

@@ -29,17 +29,11 @@ KvInUse = Iterable[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvRecord:
-    """The history of one device.
+    """The history of one device."""
 
-    Attributes:
-        device: as ``node/index``.
-        times_s: Unix seconds of the samples, ascending.
-        shares: of its KV blocks in use, one per sample; NaN if it reported nothing.
-    """
-
-    device: str
-    times_s: Sequence[float]
-    shares: Shares
+    device: str  # as ``node/index``
+    times_s: Sequence[float]  # Unix seconds of the samples, ascending
+    shares: Shares  # of its KV blocks in use, one per sample; NaN if it reported nothing
 
     @property
     def now(self) -> float:
@@ -170,54 +164,32 @@ class ClusterOverview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """The planner's state.
+    """The planner's state. ``queued, searching``: searches that wait for a solver process, and that have one."""
 
-    Attributes:
-        epoch: the planner's leadership term.
-        leader_since_s: when it began, Unix seconds.
-        num_plans: plans by state, such as ``SOLVING``.
-        queued, searching: searches that wait for a solver process, and that have one.
-        solver_processes: the most there may be.
-        searches_of: searches by caller and state, ``running`` or ``queued``.
-        counted_s_ago: how old the counts of clusters and plans are, as the store may not answer.
-        leads: whether this planner does.
-        leader: who does, for people; empty if unknown.
-        lease_age_s: since the last renewal; 0 if there is no lease.
-        store_answered_s_ago: since the store's last successful transaction.
-    """
-
-    epoch: int
-    leader_since_s: float
+    epoch: int  # the planner's leadership term
+    leader_since_s: float  # when it began, Unix seconds
     clusters: tuple[ClusterOverview, ...] = ()
-    num_plans: Mapping[str, int]
+    num_plans: Mapping[str, int]  # plans by state, such as ``SOLVING``
     queued: int
     searching: int
-    solver_processes: int
+    solver_processes: int  # the most there may be
+    # Searches by caller and state, ``running`` or ``queued``
     searches_of: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    counted_s_ago: float = 0.0
-    leads: bool = True
-    leader: str = ""
-    lease_age_s: float = 0.0
-    store_answered_s_ago: float = 0.0
+    counted_s_ago: float = 0.0  # how old the counts of clusters and plans are, as the store may not answer
+    leads: bool = True  # whether this planner does
+    leader: str = ""  # who does, for people; empty if unknown
+    lease_age_s: float = 0.0  # since the last renewal; 0 if there is no lease
+    store_answered_s_ago: float = 0.0  # since the store's last successful transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterNow:
-    """A cluster as the planner has it in memory, without a query to the store.
-
-    Attributes:
-        nodes: by resource name.
-        replicas: all that were not stopped, by name.
-        redispatches: of this leadership term, the latest change first.
-        kv: recent history of the devices' KV.
-        high_water: share of a device's KV above which head groups leave; None: the stage's own.
-        now_s: the time of this snapshot, Unix seconds.
-    """
+    """A cluster as the planner has it in memory, without a query to the store."""
 
     name: str
-    nodes: Mapping[str, LiveNode]
-    replicas: Sequence[LiveReplica]
-    redispatches: Sequence[redispatch_pb2.Redispatch]
-    kv: KvHistory
-    high_water: float | None
-    now_s: float
+    nodes: Mapping[str, LiveNode]  # by resource name
+    replicas: Sequence[LiveReplica]  # all that were not stopped, by name
+    redispatches: Sequence[redispatch_pb2.Redispatch]  # of this leadership term, the latest change first
+    kv: KvHistory  # recent history of the devices' KV
+    high_water: float | None  # share of a device's KV above which head groups leave; None: the stage's own
+    now_s: float  # the time of this snapshot, Unix seconds

@@ -37,8 +37,6 @@ class Overviews:
 
     Attributes:
         epoch, leader_since_s: of the term; Unix seconds.
-        most_searches: solver processes.
-        clock: monotonic seconds.
     """
 
     store: Store
@@ -51,8 +49,8 @@ class Overviews:
     running: RunningResources
     epoch: int
     leader_since_s: float
-    most_searches: int
-    clock: Callable[[], float] = time.monotonic
+    most_searches: int  # solver processes
+    clock: Callable[[], float] = time.monotonic  # monotonic seconds
     _kept: _Kept = ((), {})
     _kept_s: float = field(init=False)
     _counting: asyncio.Future[_Kept] | None = None

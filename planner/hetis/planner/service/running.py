@@ -47,8 +47,7 @@ OpenPlanner = Callable[[PlannerConfig], "Awaitable[Succession]"]
 class Access:
     """The certificates and tokens of a configuration, reloaded when they change.
 
-    Raises:
-        DocumentError: a file of them cannot be used, with every problem.
+    Raises DocumentError if a file of them cannot be used, with every problem.
     """
 
     def __init__(self, config: PlannerConfig) -> None:

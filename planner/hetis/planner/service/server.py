@@ -137,8 +137,7 @@ class PlannerServer:
     def listen(self, address: str) -> str:
         """Bind an address before the start, and return it with the port that was chosen for 0.
 
-        Raises:
-            AddressError: in use, not of this machine, or not allowed.
+        Raises AddressError if it is in use, not of this machine, or not allowed.
         """
         if not is_socket_path(address):
             _must_be_free(address)  # gRPC itself would log it at length
@@ -190,11 +189,7 @@ class PlannerServer:
 
 
 def _must_be_free(address: str) -> None:
-    """Check that an address can be listened on.
-
-    Raises:
-        AddressError: in use, not of this machine, or not allowed.
-    """
+    """Check that an address can be listened on. Raises AddressError if it is in use, not of this machine, or not allowed."""
     host, port = split_address(address)
     try:
         errors = [_error_of(*found) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]

@@ -109,9 +109,7 @@ def plan_methods(creation: PlanCreation, plans: Plans, activation: PlanActivatio
 def agent_methods(fleet: LiveFleet) -> Methods:
     """Return the stream of an agent for the node in its credentials; the fleet does the rest."""
 
-    async def connect(
-        requests: AsyncIterator[agent.ConnectNodeRequest],
-    ) -> AsyncIterator[agent.ConnectNodeResponse]:
+    async def connect(requests: AsyncIterator[agent.ConnectNodeRequest]) -> AsyncIterator[agent.ConnectNodeResponse]:
         async with aclosing(fleet.connect(caller(), requests)) as responses:
             async for response in responses:
                 yield response
@@ -130,8 +128,7 @@ def dispatch_methods(
     def require_primary(replica: str, role: CallerRole) -> None:
         """Check that an agent without ``role`` belongs to the node of the replica's primary.
 
-        Raises:
-            ServiceError: WRONG_NODE. Only callers that may know the cluster learn that a replica does not exist.
+        Raises WRONG_NODE. Only callers that may know the cluster learn that a replica does not exist.
         """
         if role not in caller().roles:
             view = replicas.replica_view(replica)

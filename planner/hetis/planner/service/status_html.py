@@ -216,11 +216,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
         (f"R{number}: {_lower(_word(replica_pb2.ReplicaState, replica.state))}", colors[replica.name])
         for number, replica in enumerate(cluster.replicas[:COLORS])
     ]
-    zone = ZoneMap(
-        name="",
-        nodes=tuple(cards),
-        rest=f"and {plural(rest, 'more node')}" if rest > 0 else "",
-    )
+    zone = ZoneMap(name="", nodes=tuple(cards), rest=f"and {plural(rest, 'more node')}" if rest > 0 else "")
     note = "Solid: holds layers. Dashed: an attention worker. Dotted: in no replica."
     return FleetMap(title="The fleet now", zones=(zone,), legend=tuple(legend), note=note)
 

@@ -40,14 +40,13 @@ class PageLimits:
 
     Attributes:
         of_all, of_a_peer: open connections, in total and per host; one in excess is closed at once.
-        request_s: how long a connection may stay without a complete request, from its start or the last answer.
-        answer_s: how long the writing of an answer may take, as its reader may be stuck.
     """
 
     of_all: int = 256
     of_a_peer: int = 64
+    # How long a connection may stay without a complete request, from its start or the last answer
     request_s: float = 10.0
-    answer_s: float = 60.0
+    answer_s: float = 60.0  # how long the writing of an answer may take, as its reader may be stuck
 
 
 def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
@@ -275,11 +274,7 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
             for cluster in overview.clusters
         ],
         "plans": dict(overview.num_plans),
-        "solver": {
-            "processes": overview.solver_processes,
-            "searching": overview.searching,
-            "queued": overview.queued,
-        },
+        "solver": {"processes": overview.solver_processes, "searching": overview.searching, "queued": overview.queued},
     }
 
 
@@ -299,8 +294,7 @@ class StatusPage:
     def listen(self, address: str) -> str:
         """Bind an address, and return it with the port that was chosen for 0.
 
-        Raises:
-            AddressError: in use, or not of this machine.
+        Raises AddressError if it is in use, or not of this machine.
         """
         host, port = split_address(address)
         try:

@@ -80,11 +80,7 @@ def code_of(status: Status) -> grpc.StatusCode:
 
 
 async def abort(context: Any, status: Status) -> Never:
-    """End a call with a status and its details.
-
-    Raises:
-        grpc.aio.AbortError: always.
-    """
+    """End a call with a status and its details. Raises grpc.aio.AbortError always."""
     found = rpc_status.to_status(status)
     if any(b"leader_address" in detail.value for detail in status.details):
         # Otherwise gRPC itself would retry here three times before the caller learns where the leader is.

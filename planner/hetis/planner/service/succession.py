@@ -93,11 +93,7 @@ class Succession:
         return self._leading is not None and self._store.lease.is_held
 
     async def start(self) -> None:
-        """Lead, or begin to stand by.
-
-        Raises:
-            ServiceError: NOT_LEADER if it is not to stand by; STORE_UNAVAILABLE.
-        """
+        """Lead, or begin to stand by. Raises NOT_LEADER if it is not to stand by; STORE_UNAVAILABLE."""
         try:
             await self._begin(await self._store.lead(self._holder, self._addresses))
         except ServiceError as error:
@@ -111,8 +107,7 @@ class Succession:
     def require_leader(self, method: str) -> None:
         """Check that this planner may answer a method now.
 
-        Raises:
-            ServiceError: NOT_LEADER, with the leader's address; STORE_UNAVAILABLE if the lease is about to expire.
+        Raises NOT_LEADER, with the leader's address; STORE_UNAVAILABLE if the lease is about to expire.
         """
         if self.leads and not self._store.lease.may_decide:
             if needs_leader(method, reads_too=False):

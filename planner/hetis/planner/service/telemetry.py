@@ -179,8 +179,7 @@ class Span:
 def open_traces(endpoint: str | None, version: str) -> Traces | None:
     """Return traces that are sent to an OTLP endpoint; none without one.
 
-    Raises:
-        MissingExtraError: OpenTelemetry is not installed.
+    Raises MissingExtraError if OpenTelemetry is not installed.
     """
     if endpoint is None:
         return None

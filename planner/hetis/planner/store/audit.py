@@ -28,22 +28,16 @@ class AuditedChange:
 
     Attributes:
         caller, role: the name of credentials, and the role they were given for.
-        method: such as ``CreateCluster``.
-        resource: its name; empty where there was none.
-        request_id: as the caller gave it.
-        plan: the plan that was chosen or made.
-        outcome: `OK`; `REPEATED` for a request that had been done before; else the reason of the error.
-        times: for refusals, how many equal ones were counted since the last line of that kind.
     """
 
     caller: str
     role: str
-    method: str
-    resource: str = ""
-    request_id: str = ""
-    plan: str = ""
-    outcome: str = OK
-    times: int = 1
+    method: str  # such as ``CreateCluster``
+    resource: str = ""  # its name; empty where there was none
+    request_id: str = ""  # as the caller gave it
+    plan: str = ""  # the plan that was chosen or made
+    outcome: str = OK  # `OK`; `REPEATED` for a request that had been done before; else the reason of the error
+    times: int = 1  # for refusals, how many equal ones were counted since the last line of that kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +65,13 @@ class AuditFilter:
 
     Attributes:
         caller, method, outcome: as they stand in a line.
-        resource: what was changed, or the plan that was chosen.
         since_s, until_s: Unix time, both included.
     """
 
     caller: str | None = None
     method: str | None = None
     outcome: str | None = None
-    resource: str | None = None
+    resource: str | None = None  # what was changed, or the plan that was chosen
     since_s: float | None = None
     until_s: float | None = None
 
@@ -130,11 +123,7 @@ class AuditLog:
         unsigned = AuditLine(number=number, time_s=time_s, epoch=epoch, change=change, hash="")
         self._connection.execute(
             sa.insert(records.audit).values(
-                number=number,
-                time_s=time_s,
-                epoch=epoch,
-                **asdict(change),
-                hash=unsigned.expected_hash(before),
+                number=number, time_s=time_s, epoch=epoch, **asdict(change), hash=unsigned.expected_hash(before)
             )
         )
 

@@ -81,8 +81,7 @@ def back_up(url: str, file: Path) -> int:
 def read_store(url: str, work: Callable[[Reader], T]) -> T:
     """Return the result of ``work`` on one consistent state of a store, which may be in use.
 
-    Raises:
-        StoreError: the store cannot be read or is of another version.
+    Raises StoreError if the store cannot be read or is of another version.
     """
     engine, label = _engine(url)
     file = opening.file_of(opening.parse_url(url))
@@ -151,8 +150,7 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
 def migrate_to(url: str, revision: str) -> str:
     """Migrate a store that no planner uses up or down to ``revision``, and return its revision before.
 
-    Raises:
-        StoreError: there is no such version, or the store cannot be used or is in use.
+    Raises StoreError if there is no such version, or the store cannot be used or is in use.
     """
     with unused(url) as (connection, label):
         opening.needs_migration(connection, label)  # refuses unknown versions
@@ -165,8 +163,7 @@ def migrate_to(url: str, revision: str) -> str:
 def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
     """Open a write transaction on a store that no planner leads with; yield it and the store's name for messages.
 
-    Raises:
-        StoreError: a planner leads with the store, or it cannot be used.
+    Raises StoreError if a planner leads with the store, or it cannot be used.
     """
     engine, label = _engine(url)
     file = opening.file_of(opening.parse_url(url))

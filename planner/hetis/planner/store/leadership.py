@@ -36,10 +36,7 @@ class FileLock:
     def take(self) -> bool:
         """Take the lock and return True, or return False if another process holds it.
 
-        Taking it twice has no further effect.
-
-        Raises:
-            StoreError: the lock file cannot be made.
+        Taking it twice has no further effect. Raises StoreError if the lock file cannot be made.
         """
         if self.is_held:
             return True
@@ -129,15 +126,10 @@ _ROW = records.leadership.c.id == 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """The holder of the leadership.
+    """The holder of the leadership."""
 
-    Attributes:
-        name: shown to people, without blanks.
-        addresses: where callers reach it; empty if not known.
-    """
-
-    name: str
-    addresses: tuple[str, ...] = ()
+    name: str  # shown to people, without blanks
+    addresses: tuple[str, ...] = ()  # where callers reach it; empty if not known
 
     @classmethod
     def from_text(cls, text: str) -> Holder:

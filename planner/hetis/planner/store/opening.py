@@ -40,8 +40,7 @@ _LEAST_LIMIT_S = 5.0  # shorter leases occur only in tests, whose servers are no
 def parse_url(text: str) -> sa.URL:
     """Parse the URL of a store: ``sqlite:///FILE`` (four slashes for an absolute path) or ``postgresql://...``.
 
-    Raises:
-        StoreError: it is neither; the message never shows a password.
+    Raises StoreError if it is neither; the message never shows a password.
     """
     try:
         url = sa.make_url(text)
@@ -90,8 +89,7 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
     Args:
         url: as `parse_url` makes it.
         lease_s: what a server's timeouts are derived from: a planner that is cut off in the middle of a transaction
-        must
-            not keep another from taking over once the lease has expired.
+            must not keep another from taking over once the lease has expired.
         asks_first: whether a connection to a server is tested before each use. That costs another round trip, which a
             caller that retries soon does not need.
     """
@@ -113,12 +111,7 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
         }
         # HSTORE: each new connection would ask the server whether it knows that type.
         return sa.create_engine(
-            url,
-            pool_size=1,
-            max_overflow=0,
-            pool_pre_ping=asks_first,
-            connect_args=settings,
-            use_native_hstore=False,
+            url, pool_size=1, max_overflow=0, pool_pre_ping=asks_first, connect_args=settings, use_native_hstore=False
         )
     engine = sa.create_engine(url, connect_args={"timeout": FILE_WAIT_S})
     event.listen(engine, "connect", _set_up_file)
@@ -270,8 +263,7 @@ _FOLDER = Path(__file__).parent / "migrations"
 def needs_migration(connection: sa.Connection, store: str) -> bool:
     """Return whether the tables are older than this planner; ``store`` is the store's name in messages.
 
-    Raises:
-        StoreError: they are newer, or not those of a planner at all.
+    Raises StoreError if they are newer, or not those of a planner at all.
     """
     revisions = MigrationContext.configure(connection).get_current_heads()
     script = _script()
@@ -302,8 +294,7 @@ def lock_out_others(connection: sa.Connection) -> None:
 def migrate(connection: sa.Connection, *, to: str | None = None) -> None:
     """Run every missing migration, or migrate up or down to the version ``to``; the caller commits.
 
-    Raises:
-        StoreError: there is no such version.
+    Raises StoreError if there is no such version.
     """
     script = _script()
     known = revisions()

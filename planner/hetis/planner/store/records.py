@@ -10,18 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    Double,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-)
+from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, Table, Text
 from sqlalchemy.types import TypeEngine
 
 from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
@@ -143,11 +132,7 @@ leadership = Table(
 clusters = _table("clusters", active_plan=Text, earlier_plan=Text, create_time_s=Double, update_time_s=Double)
 nodes = _table("nodes", Index("nodes_of_cluster", "cluster", "name"), cluster=NAME, draining=Boolean)
 profiles = _table(
-    "profiles",
-    Index("profiles_of_type", "gpu_type", "name"),
-    gpu_type=Text,
-    create_time_s=Double,
-    update_time_s=Double,
+    "profiles", Index("profiles_of_type", "gpu_type", "name"), gpu_type=Text, create_time_s=Double, update_time_s=Double
 )
 plans = _table(
     "plans",

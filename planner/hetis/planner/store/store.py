@@ -224,10 +224,8 @@ class Store:
     async def read(self, work: Callable[[Reader], T]) -> T:
         """Run ``work`` on one consistent state in the store's thread and return its result.
 
-        A read does not queue behind a server that answers nobody: it fails, and another planner may answer.
-
-        Raises:
-            ServiceError: STORE_UNAVAILABLE, or what ``work`` raises.
+        A read does not queue behind a server that answers nobody: it fails, and another planner may answer. Raises
+        STORE_UNAVAILABLE, or what ``work`` raises.
         """
         reading: asyncio.Future[T] = asyncio.ensure_future(self._run(self._timed, self._read, work))
         reading.add_done_callback(_forget)  # it may continue after nobody waits for it any more
@@ -242,10 +240,7 @@ class Store:
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` in the store's thread and return its result once its changes are durable.
 
-        If it raises, no change is made.
-
-        Raises:
-            ServiceError: NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
+        If it raises, no change is made. Raises NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
         """
         ended = self._ended
         try:
@@ -260,11 +255,7 @@ class Store:
             raise
 
     def require_term(self) -> None:
-        """Raise unless this planner leads and its lease is held.
-
-        Raises:
-            ServiceError: NOT_LEADER, with the leader if it is known.
-        """
+        """Raise NOT_LEADER, with the leader if it is known, unless this planner leads and its lease is held."""
         if self._epoch is None or not self.lease.is_held:
             raise self.not_leader()
 

@@ -104,11 +104,7 @@ class RecordTable(TableView[R]):
     """Reads and changes of one kind of record."""
 
     def insert(self, record: R) -> R:
-        """Insert the record and return it with a version that no record of its name has had.
-
-        Raises:
-            ServiceError: ALREADY_EXISTS.
-        """
+        """Insert the record and return it with a version that no record of its name has had. Raises ALREADY_EXISTS."""
         # Looked up first: a failed statement would end the whole transaction of PostgreSQL. There is no other writer.
         taken = sa.select(self._table.c.name).where(self._table.c.name == record.name)
         if self._connection.execute(taken).one_or_none() is not None:
@@ -122,8 +118,7 @@ class RecordTable(TableView[R]):
     def update(self, record: R) -> R:
         """Update the record and return it with the next version. It must have the version read in this transaction.
 
-        Raises:
-            ServiceError: NOT_FOUND; ETAG_MISMATCH when the record has changed since it was read.
+        Raises NOT_FOUND; ETAG_MISMATCH when the record has changed since it was read.
         """
         newer = dataclasses.replace(record, version=record.version + 1)  # type: ignore[type-var]
         same = sa.and_(self._table.c.name == record.name, self._table.c.version == record.version)

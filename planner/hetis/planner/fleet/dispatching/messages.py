@@ -17,11 +17,7 @@ from hetis.v1 import failure_pb2, head_map_pb2, report_pb2
 MOST_TOKENS = 2**24  # per context, and per expected output
 MOST_NAME_BYTES = 128  # of a request's name
 MOST_VIOLATIONS = 100  # reported per call; a nonsense batch needs no complete list
-_STATUSES = (
-    report_pb2.DEVICE_STATUS_OK,
-    report_pb2.DEVICE_STATUS_DRAINING,
-    report_pb2.DEVICE_STATUS_LOST,
-)
+_STATUSES = (report_pb2.DEVICE_STATUS_OK, report_pb2.DEVICE_STATUS_DRAINING, report_pb2.DEVICE_STATUS_LOST)
 
 Place = tuple[int, int]  # stage and copy
 
@@ -146,8 +142,7 @@ def _in_move(
         wrong = [g for g in move.head_groups if g >= len(of_request) or of_request[g] != index.get(move.source)]
         if wrong or len(set(move.head_groups)) < len(move.head_groups):
             yield _violation(
-                f"{path}.move.head_groups",
-                f"{wrong or list(move.head_groups)}: not {move.source}'s, or twice",
+                f"{path}.move.head_groups", f"{wrong or list(move.head_groups)}: not {move.source}'s, or twice"
             )
 
 
@@ -197,11 +192,7 @@ MOST_REQUESTS = 1024  # per call
 
 
 def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> None:
-    """Check the size and the fields of a batch.
-
-    Raises:
-        ServiceError: INVALID_FIELD.
-    """
+    """Check the size and the fields of a batch. Raises INVALID_FIELD."""
     if not 1 <= num <= MOST_REQUESTS:
         raise invalid_field("requests", f"are {num}, must be 1 to {MOST_REQUESTS}")
     if found := list(islice(violations, MOST_VIOLATIONS)):
@@ -209,11 +200,7 @@ def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> N
 
 
 def check_step(request: pb2.DispatchRequestsRequest) -> None:
-    """Check all parts of a message of `DispatchRequests`.
-
-    Raises:
-        ServiceError: INVALID_FIELD.
-    """
+    """Check all parts of a message of `DispatchRequests`. Raises INVALID_FIELD."""
     parts: dict[str, Sequence[object]] = {
         "finished": request.finished,
         "grown": request.grown,

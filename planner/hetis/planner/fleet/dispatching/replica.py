@@ -33,17 +33,11 @@ class Home:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchAdmission:
-    """The result for a batch; requests are given by their position in it.
+    """The result for a batch; requests are given by their position in it."""
 
-    Attributes:
-        homes: of each placed request, one per stage.
-        refused: of each request that has to wait.
-        qualities: one per copy of a stage that gets requests.
-    """
-
-    homes: dict[int, tuple[Home, ...]]
-    refused: dict[int, pb2.Unplaced]
-    qualities: tuple[pb2.StageQuality, ...]
+    homes: dict[int, tuple[Home, ...]]  # of each placed request, one per stage
+    refused: dict[int, pb2.Unplaced]  # of each request that has to wait
+    qualities: tuple[pb2.StageQuality, ...]  # one per copy of a stage that gets requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +159,11 @@ class RequestGrowth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmittedRequests:
-    """The result for those requests of one call that did not run before.
+    """The result for those requests of one call that did not run before."""
 
-    Attributes:
-        homes: of each placed request, one per stage.
-        refused: of each request that has to wait, in order.
-        qualities: of the copies that got requests of the call.
-    """
-
-    homes: dict[str, tuple[Home, ...]]
-    refused: dict[str, pb2.Unplaced]
-    qualities: tuple[pb2.StageQuality, ...]
+    homes: dict[str, tuple[Home, ...]]  # of each placed request, one per stage
+    refused: dict[str, pb2.Unplaced]  # of each request that has to wait, in order
+    qualities: tuple[pb2.StageQuality, ...]  # of the copies that got requests of the call
 
 
 @dataclass(slots=True, eq=False)
@@ -242,8 +230,7 @@ class ReplicaDispatch:
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
         """Return the requests that are not running, or whose running namesake is in ``finished``.
 
-        Raises:
-            ServiceError: REQUEST_RUNNING if one runs with other numbers.
+        Raises REQUEST_RUNNING if one runs with other numbers.
         """
         fresh = list[Newcomer]()
         for one in newcomers:

@@ -45,8 +45,7 @@ class StageCopy:
     def __init__(self, stage: int, copy: int, terms: StageTerms, head_map: head_map_pb2.HeadMap) -> None:
         """Start with the content of a head map.
 
-        Raises:
-            InvalidProblemError: the map contradicts itself or the stage.
+        Raises InvalidProblemError if the map contradicts itself or the stage.
         """
         self.stage, self.copy, self.terms = stage, copy, terms
         self.state = DispatchState.of(snapshot_from_proto(head_map, terms))
@@ -84,10 +83,7 @@ class StageCopy:
 
     def admit(self, newcomer: Newcomer, groups: IntArray) -> None:
         self.state.admit_one(
-            newcomer.id,
-            context_tokens=newcomer.context_tokens,
-            remaining_tokens=newcomer.growth_tokens,
-            groups=groups,
+            newcomer.id, context_tokens=newcomer.context_tokens, remaining_tokens=newcomer.growth_tokens, groups=groups
         )
         self.owners[newcomer.id] = owners_of(self.terms.stage, groups)
 
@@ -129,10 +125,7 @@ class StageCopy:
         for move in change.moves:
             if move.request in self.state:
                 prepared = self.state.prepare_move(
-                    move.request,
-                    groups=len(move.head_groups),
-                    source=index[move.source],
-                    target=index[move.target],
+                    move.request, groups=len(move.head_groups), source=index[move.source], target=index[move.target]
                 )
                 if prepared is not None:
                     moving.numbers[move.number] = prepared.number

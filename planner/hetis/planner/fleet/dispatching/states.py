@@ -96,12 +96,7 @@ class DispatchStates:
         return answer
 
     async def _admitted(
-        self,
-        name: str,
-        state: ReplicaDispatch,
-        requests: Iterable[pb2.NewRequest],
-        *,
-        keep: bool = True,
+        self, name: str, state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], *, keep: bool = True
     ) -> AdmittedRequests:
         admitted = await state.admit(_newcomers(requests), keep=keep)
         if self._states.get(name) is not state:

@@ -182,11 +182,7 @@ class RedispatchLoop(FleetObserver):
             stage = watched.stages[place]
             seen, finished = stage.changed, watched.num_finished
             look = StageLook(
-                head_map=by_place[place],
-                terms=stage.terms,
-                conditions=view.conditions,
-                changed=seen,
-                policy=policy,
+                head_map=by_place[place], terms=stage.terms, conditions=view.conditions, changed=seen, policy=policy
             )
             moves = None
             try:

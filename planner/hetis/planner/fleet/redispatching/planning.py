@@ -22,35 +22,22 @@ MOST_MOVES = 4096  # per change
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageLook:
-    """One copy of one stage where something seems wrong.
-
-    Attributes:
-        terms: the stage at the measured speeds.
-        conditions: status of GPUs known to the planner.
-        changed: devices that joined, came back, were lost or changed their speed since the last look.
-    """
+    """One copy of one stage where something seems wrong."""
 
     head_map: head_map_pb2.HeadMap
-    terms: StageTerms
-    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
-    changed: frozenset[str]
+    terms: StageTerms  # the stage at the measured speeds
+    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]  # status of GPUs known to the planner
+    changed: frozenset[str]  # devices that joined, came back, were lost or changed their speed since the last look
     policy: RedispatchPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoundMoves:
-    """Moves that fit at once, and their effect.
+    """Moves that fit at once, and their effect. ``makespan_before_s, makespan_after_s``: of ``moves`` alone."""
 
-    Attributes:
-        moves: in the API's form.
-        fired: every trigger of the look.
-        plan: all that the solver would move, now and when others have made room.
-        makespan_before_s, makespan_after_s: of ``moves`` alone.
-    """
-
-    moves: list[head_map_pb2.Move]
-    fired: tuple[Trigger, ...]
-    plan: RedispatchPlan
+    moves: list[head_map_pb2.Move]  # in the API's form
+    fired: tuple[Trigger, ...]  # every trigger of the look
+    plan: RedispatchPlan  # all that the solver would move, now and when others have made room
     makespan_before_s: float
     makespan_after_s: float
 
@@ -69,8 +56,7 @@ class StagePlanner:
     def look(self, look: StageLook) -> FoundMoves | None:
         """Return moves worth making, or None if there are none, or if nothing has changed since there were none.
 
-        Raises:
-            InvalidProblemError: the head map contradicts itself or the stage.
+        Raises InvalidProblemError if the head map contradicts itself or the stage.
         """
         snapshot = snapshot_from_proto(
             look.head_map,

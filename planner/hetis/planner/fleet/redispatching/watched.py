@@ -25,19 +25,12 @@ _SHARES = np.linspace(0.0, 1.0, 9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSums:
-    """A stage in a report; devices in the order of the stage, unreported ones idle and ok.
+    """A stage in a report; devices in the order of the stage, unreported ones idle and ok."""
 
-    Attributes:
-        heads: running query heads.
-        kv_bytes: read by a layer in one step.
-        used_ratio: share of KV blocks in use.
-        status: whether it takes head groups; the worse of what the report and the planner know.
-    """
-
-    heads: tuple[int, ...]
-    kv_bytes: tuple[float, ...]
-    used_ratio: tuple[float, ...]
-    status: tuple[int, ...]
+    heads: tuple[int, ...]  # running query heads
+    kv_bytes: tuple[float, ...]  # read by a layer in one step
+    used_ratio: tuple[float, ...]  # share of KV blocks in use
+    status: tuple[int, ...]  # whether it takes head groups; the worse of what the report and the planner know
 
 
 def sums_of(
