@@ -40,8 +40,7 @@ class World:
         """A new stream, which ends an older one."""
         self.to_agent[node].clear()
         hello = self.agents[node].hello()
-        opened = self.planner.cluster.open(node, hello, now_s=self.now_s, time_s=self.now_s)
-        self.sessions[node] = opened.session
+        self.sessions[node] = self.planner.cluster.open(node, hello, now_s=self.now_s, time_s=self.now_s)
         self.settle()
 
     def disconnect(self, node: str) -> None:

@@ -13,11 +13,10 @@ import pytest
 from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
-from hetis.planner.fleet.fleet import LiveFleet as RealFleet
 from hetis.planner.fleet.link import HeadMaps
-from hetis.planner.fleet.proposals import Capacity, PlacementProposals
+from hetis.planner.fleet.proposals import PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
-from hetis.planner.fleet.views import FleetObserver, Redispatching
+from hetis.planner.fleet.views import FleetObserver
 from hetis.solver.redispatch.triggers import makespan_s
 from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, replica_pb2, report_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
@@ -342,11 +341,6 @@ async def test_the_loop_runs_by_itself() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-def seen_by_the_loop(fleet: RealFleet) -> tuple[Redispatching, Capacity]:
-    """Let mypy prove that the fleet has what loop and proposals need."""
-    return fleet, fleet
 
 
 def told_by_the_fleet(loop: RedispatchLoop, proposals: PlacementProposals) -> tuple[FleetObserver, FleetObserver]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError, invalid_field
-from hetis.planner.fleet.deltas import Directive
+from hetis.planner.fleet.deltas import Directive, Step
 from hetis.solver.cluster import node_of
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
 
@@ -150,18 +150,13 @@ class ChangeCoordinator:
         authority = found._status.get(found.authority)
         if state == State.REDISPATCH_STATE_RELEASING:
             found._outcome = Outcome.CHANGE_OUTCOME_FLIPPED
-        elif (
-            state == State.REDISPATCH_STATE_ABORTING
-            and authority is not None
-            and authority.phase == Phase.CHANGE_PHASE_ABORTED
-        ):
+        elif state == State.REDISPATCH_STATE_ABORTING and authority and authority.phase == Phase.CHANGE_PHASE_ABORTED:
             found._outcome = Outcome.CHANGE_OUTCOME_ABORTED
             found._is_presumed = authority.failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
         found._durable_outcome, found._saved = found._outcome, found._revision
         if state == State.REDISPATCH_STATE_PREPARING:
-            found.call_off(
-                _failure(Reason.ERROR_REASON_CHANGE_CANCELLED, "the planner restarted before all were ready")
-            )
+            why = "the planner restarted before all were ready"
+            found.call_off(_failure(Reason.ERROR_REASON_CHANGE_CANCELLED, why))
         return found
 
     # Outputs.
@@ -209,7 +204,11 @@ class ChangeCoordinator:
         knows_end = self._durable_outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
         match self._durable:
             case State.REDISPATCH_STATE_PREPARING if self.body.state != State.REDISPATCH_STATE_ABORTING:
-                return {node: self._prepare(node) for node in self._parts}
+                change = self.body.change
+                return {
+                    node: self._directive(agent_service_pb2.PrepareChange(change=change, parts=parts))
+                    for node, parts in self._parts.items()
+                }
             case State.REDISPATCH_STATE_COMMITTING:
                 commit = agent_service_pb2.CommitChange(change_id=self.change_id)
                 return {self.authority: self._directive(commit)}
@@ -369,7 +368,11 @@ class ChangeCoordinator:
             self.body.failure.CopyFrom(failure)
         if (said := self._status.get(self.authority)) is None or said.phase != Phase.CHANGE_PHASE_ABORTED:
             self._is_presumed = True
-            self._take(self.authority, self._aborted_status(failure))
+            aborted = Phase.CHANGE_PHASE_ABORTED
+            status = change_pb2.ChangeStatus(
+                change_id=self.change_id, replica=self.body.replica, phase=aborted, failure=failure
+            )
+            self._take(self.authority, status)
 
     def _enter(self, state: State.ValueType) -> None:
         self.body.state = state
@@ -389,11 +392,6 @@ class ChangeCoordinator:
         self._is_presumed = False
         self._finished.clear()
 
-    def _aborted_status(self, failure: failure_pb2.Failure | None) -> change_pb2.ChangeStatus:
-        return change_pb2.ChangeStatus(
-            change_id=self.change_id, replica=self.body.replica, phase=Phase.CHANGE_PHASE_ABORTED, failure=failure
-        )
-
     def _advance(self) -> None:
         state = self.body.state
         if state == State.REDISPATCH_STATE_PREPARING and all(map(self._is_ready, self._parts)):
@@ -407,9 +405,6 @@ class ChangeCoordinator:
             flipped = self._outcome == Outcome.CHANGE_OUTCOME_FLIPPED
             self._enter(State.REDISPATCH_STATE_DONE if flipped else State.REDISPATCH_STATE_ABORTED)
 
-    def _prepare(self, node: str) -> Directive:
-        return self._directive(agent_service_pb2.PrepareChange(change=self.body.change, parts=self._parts[node]))
-
     def _resolved(self) -> dict[str, Directive]:
         said = self._status.get(self.authority)
         resolved = agent_service_pb2.ChangeResolved(
@@ -420,15 +415,7 @@ class ChangeCoordinator:
         told = [*others, self.authority] if are_done else others
         return {node: self._directive(resolved) for node in told if node not in self._finished}
 
-    def _directive(
-        self,
-        step: (
-            agent_service_pb2.PrepareChange
-            | agent_service_pb2.CommitChange
-            | agent_service_pb2.AbortChange
-            | agent_service_pb2.ChangeResolved
-        ),
-    ) -> Directive:
+    def _directive(self, step: Step) -> Directive:
         return Directive(change_id=self.change_id, generation=self.body.change.generation, step=step)
 
 
@@ -492,15 +479,12 @@ class LateChanges:
             outcome, moves = Outcome.CHANGE_OUTCOME_FLIPPED, status.moves
         elif outcome is None and status.phase == Phase.CHANGE_PHASE_ABORTED:
             outcome = Outcome.CHANGE_OUTCOME_ABORTED
-        step: agent_service_pb2.ChangeResolved | agent_service_pb2.AbortChange
+        step: Step
         if outcome is not None:
             step = agent_service_pb2.ChangeResolved(change_id=status.change_id, outcome=outcome, moves=moves)
         else:
-            failure = ServiceError(
-                Reason.ERROR_REASON_CHANGE_UNKNOWN,
-                f"the planner has no record of change {status.change_id}",
-                metadata={"change_id": status.change_id},
-            )
-            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure.to_proto())
+            message = f"the planner has no record of change {status.change_id}"
+            failure = _failure(Reason.ERROR_REASON_CHANGE_UNKNOWN, message, change_id=status.change_id)
+            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure)
         # An abort of an unknown change leads to no generation, but a delta has to name one.
         return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

@@ -14,25 +14,14 @@ from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState, ReplicaOnNode
 from hetis.planner.fleet.cluster_changes import ClusterChanges
-from hetis.planner.fleet.deltas import ROOM, WantedAssignment, WantedRemoval
+from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import (
-    Answered,
-    Behind,
-    Fenced,
-    HeadMapsRead,
-    InventoryReceived,
-    NodeLink,
-    Opened,
-    Progressed,
-    Reported,
-    Response,
-)
+from hetis.planner.fleet.link import Behind, Fenced, HeadMapsRead, NodeLink, Reported, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import KeptCluster, NodeWrite
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
-from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, plan_pb2, report_pb2
 
 
 class ClusterFleet:
@@ -97,7 +86,7 @@ class ClusterFleet:
         earlier = {last_part(record.name) for record in kept.nodes if record.body.agent_version} if is_first else set()
         self.note_presence(self.leases.declare(declared, now_s=now_s, known=earlier))
         for record in kept.nodes:
-            self._take_node(record)
+            self.take_node(record)
         found = {record.name: record for record in kept.replicas}
         for name in [name for name in self.replicas if name not in found]:
             self.drop_replica(name)
@@ -124,8 +113,14 @@ class ClusterFleet:
         if replica.assigned_generation and not replica.is_stopping and not replica.has_failed:
             self.assign(replica, is_new=False)
 
-    def note_drained(self, record: NodeRecord) -> None:
-        self._take_node(record)
+    def take_node(self, record: NodeRecord) -> None:
+        node = last_part(record.name)
+        before = self.node_records.get(node)
+        self.node_records[node] = record
+        self.shown.add(("node", record.name))
+        if (before is not None and before.draining) != record.draining:
+            self.capacity_changed = True
+            self.dirty |= self._replicas_on.get(node, set())
 
     # Input from nodes.
 
@@ -145,12 +140,12 @@ class ClusterFleet:
                     link.inventory = record.body.inventory
         return self.links[node]
 
-    def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> Opened:
-        """Open a stream. Raises ServiceError if it is refused."""
+    def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
+        """Open a stream and return its session. Raises ServiceError if it is refused."""
         link = self.link(node)
         self._admit(node, link, request.hello.boot_id, now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
-        opened = link.open(request)
+        link.open(request)
         self.counters.streams += 1
         self.counters.takeovers += was_connected
         self.connect_time_s[node] = time_s
@@ -160,7 +155,7 @@ class ClusterFleet:
         told = (link.agent_version, link.engine_address)
         if record is None or (record.body.agent_version, record.body.engine_address) != told:
             self._write_node(node, None)
-        self.changes.reconnected(node, opened.changes)
+        self.changes.reconnected(node, request.hello.changes)
         for name in list(link.slots):
             self._check_held(node, name)
         if link.engine_address != address:
@@ -168,7 +163,7 @@ class ClusterFleet:
         self._count_ignored(link)
         self._talking.add(node)
         self.dirty |= self._replicas_on.get(node, set())
-        return opened
+        return link.session
 
     def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
         """Refuse another agent while one is connected: otherwise its node's credentials would suffice to end it.
@@ -215,14 +210,14 @@ class ClusterFleet:
             match event:
                 case Reported():
                     self._note_report(node, event, time_s)
-                case InventoryReceived():
+                case inventory_pb2.NodeInventory():
                     self._write_node(node, event)
-                case Answered():
+                case DeltaAnswer():
                     self._note_answer(node, event, now_s)
                 case Behind():
                     self._must_reassign(event.replica)
-                case Progressed():
-                    self.changes.hear(node, event.status)
+                case change_pb2.ChangeStatus():
+                    self.changes.hear(node, event)
                 case _:
                     returned.append(event)
         self._count_ignored(link)
@@ -351,15 +346,13 @@ class ClusterFleet:
     # Internals.
 
     def _part(self, replica: Replica, node: str) -> ReplicaOnNode:
-        state = self.leases.state(node)
+        state, is_draining = self.leases.state(node), self.is_draining(node)
         link = self.links.get(node)
         slot = None if link is None else link.slots.get(replica.name)
         if slot is None:
-            return ReplicaOnNode(presence=state, is_draining=self.is_draining(node))
+            return ReplicaOnNode(presence=state, is_draining=is_draining)
         if not slot.is_believed:  # as good as lost, for this replica
-            return ReplicaOnNode(
-                presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure
-            )
+            return ReplicaOnNode(presence=NodeState.NODE_STATE_LOST, is_draining=is_draining, failure=slot.failure)
         report = slot.report
         draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
         is_idle = None
@@ -367,21 +360,12 @@ class ClusterFleet:
             is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
         return ReplicaOnNode(
             presence=state,
-            is_draining=self.is_draining(node),
+            is_draining=is_draining,
             held=slot.held,
             state=slot.state,
             failure=slot.failure,
             is_idle=is_idle,
         )
-
-    def _take_node(self, record: NodeRecord) -> None:
-        node = last_part(record.name)
-        before = self.node_records.get(node)
-        self.node_records[node] = record
-        self.shown.add(("node", record.name))
-        if (before.draining if before else False) != record.draining:
-            self.capacity_changed = True
-            self.dirty |= self._replicas_on.get(node, set())
 
     def _add_replica(self, replica: Replica) -> None:
         self.replicas[replica.name] = replica
@@ -411,8 +395,7 @@ class ClusterFleet:
                     self.dirty.add(report.replica)
         self.dirty.update(event.changed)
 
-    def _note_answer(self, node: str, event: Answered, now_s: float) -> None:
-        answer = event.answer
+    def _note_answer(self, node: str, answer: DeltaAnswer, now_s: float) -> None:
         self.dirty.add(answer.replica)
         if answer.failure is not None:
             self.counters.nacks[name_of(Reason, answer.failure.reason)] += 1
@@ -469,12 +452,12 @@ class ClusterFleet:
             ):
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it complete
 
-    def _write_node(self, node: str, found: InventoryReceived | None) -> None:
+    def _write_node(self, node: str, found: inventory_pb2.NodeInventory | None) -> None:
         link = self.links[node]
         before = self.node_writes.get(node)
         self.node_writes[node] = NodeWrite(
             name=link.node,
-            inventory=found.inventory if found is not None else before.inventory if before is not None else None,
+            inventory=found if found is not None else before.inventory if before is not None else None,
             agent_version=link.agent_version,
             engine_address=link.engine_address,
             connect_time_s=self.connect_time_s[node],

@@ -12,7 +12,7 @@ from hetis.planner.fleet.activation import UP_STATES, Goal, Standing, State, Sur
 from hetis.planner.fleet.changes import Outcome, Saving
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Authority, Replica
-from hetis.planner.fleet.writes import Kept, PlanWrite, RedispatchWrite, ReplicaWrite, Writes
+from hetis.planner.fleet.writes import Kept, PlanWrite, ReplicaWrite, Writes
 from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2
 
 Activation = plan_pb2.ActivationState
@@ -57,16 +57,16 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
 def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
     """Take over what the store now has, and tell the nodes."""
     for record in kept.nodes.values():
-        cluster.note_drained(record)
+        cluster.take_node(record)
     for write in writes.replicas:
         _take_replica(cluster, write, kept)
-    for redispatch in writes.redispatches:
-        change = cluster.changes.under_way.get(last_part(redispatch.name))
-        cluster.shown.add(("redispatch", redispatch.name))
+    for saving in writes.redispatches:
+        change = cluster.changes.under_way.get(last_part(saving.body.name))
+        cluster.shown.add(("redispatch", saving.body.name))
         if change is None:
-            cluster.changes.ended.append(redispatch.saving.body)  # ADVISED
+            cluster.changes.ended.append(saving.body)  # ADVISED
             continue
-        change.saved(redispatch.saving)
+        change.saved(saving)
         if change.has_ended:
             cluster.changes.end(change)
         else:
@@ -81,9 +81,8 @@ def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
     cluster.decide_all = True
     for node in writes.nodes:
         cluster.node_writes.setdefault(last_part(node.name), node)
-    cluster.changes.advised += [
-        one.saving.body for one in writes.redispatches if last_part(one.name) not in cluster.changes.under_way
-    ]
+    bodies = [saving.body for saving in writes.redispatches]
+    cluster.changes.advised += [one for one in bodies if last_part(one.name) not in cluster.changes.under_way]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +139,14 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
     if replica.is_stopping:
         if any(part.held and not part.is_lost for part in parts.values()) or replica.change_id:
             return None
-        return _write(replica, now, is_gone=True)
+        return ReplicaWrite(
+            name=replica.name,
+            standing=now,
+            generation=replica.generation,
+            assigned_generation=replica.assigned_generation,
+            authority=replica.record.body.authority,
+            is_gone=True,
+        )
     is_blocked = bool(view.occupied) and _waits_for_others(replica, view.occupied)
     if now.goal is None and not is_blocked:
         is_blocked = cluster.is_clearing(replica)
@@ -182,11 +188,11 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         generation = max(generation, *held) + 1
     if not is_new and after == now and generation == replica.generation:
         return None
-    return _write(
-        replica,
-        after,
+    return ReplicaWrite(
+        name=replica.name,
+        standing=after,
         generation=generation,
-        assigned=generation if is_new else replica.assigned_generation,
+        assigned_generation=generation if is_new else replica.assigned_generation,
         authority=_authority(cluster, replica) if is_new else replica.record.body.authority,
     )
 
@@ -200,25 +206,6 @@ def _is_late(cluster: ClusterFleet, replica: Replica, *, is_blocked: bool, now_s
         replica.since_s = now_s
     most_s = cluster.settings.drain_s if replica.is_draining else cluster.settings.start_s
     return now_s - replica.since_s >= most_s
-
-
-def _write(
-    replica: Replica,
-    standing: Standing,
-    *,
-    generation: int | None = None,
-    assigned: int | None = None,
-    authority: Authority.ValueType | None = None,
-    is_gone: bool = False,
-) -> ReplicaWrite:
-    return ReplicaWrite(
-        name=replica.name,
-        standing=standing,
-        generation=replica.generation if generation is None else generation,
-        assigned_generation=replica.assigned_generation if assigned is None else assigned,
-        authority=replica.record.body.authority if authority is None else authority,
-        is_gone=is_gone,
-    )
 
 
 def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
@@ -296,16 +283,12 @@ def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2
     return progress
 
 
-def _decide_changes(cluster: ClusterFleet) -> list[RedispatchWrite]:
-    writes = [
-        RedispatchWrite(name=change.body.name, replica=change.body.replica, saving=change.to_save())
-        for change in cluster.changes.under_way.values()
-        if change.is_unsaved
+def _decide_changes(cluster: ClusterFleet) -> list[Saving]:
+    none = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+    return [
+        *(change.to_save() for change in cluster.changes.under_way.values() if change.is_unsaved),
+        *(Saving(revision=0, body=body, outcome=none) for body in cluster.changes.advised),
     ]
-    for body in cluster.changes.advised:
-        saving = Saving(revision=0, body=body, outcome=Outcome.CHANGE_OUTCOME_UNSPECIFIED)
-        writes.append(RedispatchWrite(name=body.name, replica=body.replica, saving=saving))
-    return writes
 
 
 def _unreadable(replica: Replica) -> failure_pb2.Failure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hetis.planner.failures import ServiceError
 from hetis.v1 import agent_service_pb2, failure_pb2, replica_pb2, report_pb2
@@ -43,18 +44,21 @@ class WantedRemoval:
     reason: str
 
 
+Step = (
+    agent_service_pb2.PrepareChange
+    | agent_service_pb2.CommitChange
+    | agent_service_pb2.AbortChange
+    | agent_service_pb2.ChangeResolved
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Directive:
     """The last message that a node should have received about a change; it supersedes the earlier ones."""
 
     change_id: str
     generation: int  # that the change leads to
-    step: (
-        agent_service_pb2.PrepareChange
-        | agent_service_pb2.CommitChange
-        | agent_service_pb2.AbortChange
-        | agent_service_pb2.ChangeResolved
-    )
+    step: Step
 
     @property
     def kind(self) -> str:
@@ -104,21 +108,13 @@ class ReplicaSlot:
         self.failure: failure_pb2.Failure | None = None
         self.report: report_pb2.ReplicaReport | None = None
         self.closed: set[str] = set()
-        self._wanted: WantedAssignment | WantedRemoval | None = None
+        self.wanted: WantedAssignment | WantedRemoval | None = None
         self._directives: dict[str, Directive] = {}
         self._told: dict[str, str] = {}  # kind of the last answered directive, by change
         self._refused: int | None = None  # generation of the assignment that was refused for good
         self._retry_s = 0.0  # the earliest time of the next try
         self._in_flight: Delta | None = None
         self._sent_s = 0.0
-
-    @property
-    def wanted(self) -> WantedAssignment | WantedRemoval | None:
-        return self._wanted
-
-    @property
-    def has_directives(self) -> bool:
-        return bool(self._directives)
 
     @property
     def num_directives(self) -> int:
@@ -138,8 +134,8 @@ class ReplicaSlot:
         return "" if self._in_flight is None else self._in_flight.nonce
 
     def want(self, wanted: WantedAssignment | WantedRemoval) -> None:
-        if self._wanted != wanted:
-            self._wanted, self._refused, self._retry_s = wanted, None, 0.0
+        if self.wanted != wanted:
+            self.wanted, self._refused, self._retry_s = wanted, None, 0.0
 
     def tell(self, directive: Directive) -> None:
         """Make ``directive`` the last message that the node should have received about its change."""
@@ -262,7 +258,8 @@ class ReplicaSlot:
     def _answer(self, delta: Delta, failure: failure_pb2.Failure | None) -> DeltaAnswer:
         kind = delta.WhichOneof("change")
         assert kind is not None
-        change_id = _change_id(delta)
+        part: Any = getattr(delta, kind)
+        change_id: str = getattr(part.change if kind == "prepare" else part, "change_id", "")
         if change_id in self._directives:
             self._told[change_id] = kind
         return DeltaAnswer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
@@ -280,7 +277,7 @@ class ReplicaSlot:
         return self._delta_of(due[0]) if due else None
 
     def _assignment(self) -> Delta | None:
-        wanted = self._wanted
+        wanted = self.wanted
         if isinstance(wanted, WantedRemoval):
             if self.held == 0:
                 return None
@@ -297,13 +294,3 @@ class ReplicaSlot:
         delta = Delta(generation=directive.generation, base_generation=base)
         getattr(delta, directive.kind).CopyFrom(directive.step)
         return delta
-
-
-def _change_id(delta: Delta) -> str:
-    kind = delta.WhichOneof("change")
-    if kind == "prepare":
-        return delta.prepare.change.change_id
-    if kind in ("commit", "abort", "resolved"):
-        found: str = getattr(delta, kind).change_id
-        return found
-    return ""

@@ -141,11 +141,8 @@ class LiveFleet:
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
             self._send(cluster)
-        tasks = [
-            task
-            for task in (self._ticks, *(reconciler.task for reconciler in self._reconcilers.values()))
-            if task is not None
-        ]
+        begun = (self._ticks, *(reconciler.task for reconciler in self._reconcilers.values()))
+        tasks = [task for task in begun if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -167,11 +164,11 @@ class LiveFleet:
         first = await _first_of(requests)
         name = self._admit(identity, first)
         cluster, node = self._clusters[cluster_of(name)], last_part(name)
-        opened = cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time())
-        stream = Stream(opened.session)
+        stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
         if (before := self._streams.get(name)) is not None:
-            before.end(_taken_over(name))
-            self._fail_readings(name, _taken_over(name))
+            gone = _taken_over(f"another stream of {name} began", name)
+            before.end(gone)
+            self._fail_readings(name, gone)
         self._streams[name] = stream
         self._after(cluster)
         reading = asyncio.create_task(self._read(cluster, node, stream, requests), name=f"stream of {name}")
@@ -291,9 +288,8 @@ class LiveFleet:
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            raise ServiceError(
-                Reason.ERROR_REASON_ENGINE_UNREACHABLE, f"no head map of {replica} came within {timeout_s:g} s"
-            ) from None
+            message = f"no head map of {replica} came within {timeout_s:g} s"
+            raise ServiceError(Reason.ERROR_REASON_ENGINE_UNREACHABLE, message) from None
         finally:
             self._readings.pop(request_id, None)
             cluster.link(node).drop_head_maps(request_id)
@@ -317,18 +313,11 @@ class LiveFleet:
         """
         cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
         if cluster is None or stream is None:
-            raise ServiceError(
-                Reason.ERROR_REASON_NOT_FOUND, f"no agent is connected as {name}", metadata={"name": name}
-            )
+            message = f"no agent is connected as {name}"
+            raise ServiceError(Reason.ERROR_REASON_NOT_FOUND, message, metadata={"name": name})
         _log.warning("an admin ended the stream of an agent", extra={"node": name})
         self._close(cluster, last_part(name), name, stream)
-        stream.end(
-            ServiceError(
-                Reason.ERROR_REASON_NODE_TAKEN_OVER,
-                f"an admin ended the stream of {name}",
-                metadata={"node": last_part(name)},
-            )
-        )
+        stream.end(_taken_over(f"an admin ended the stream of {name}", name))
 
     # Streams.
 
@@ -374,9 +363,8 @@ class LiveFleet:
     def _close(self, cluster: ClusterFleet, node: str, name: str, stream: Stream) -> None:
         if self._streams.get(name) is stream:
             del self._streams[name]
-            gone = ServiceError(
-                Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"the stream of {name} ended", metadata={"device": node}
-            )
+            message = f"the stream of {name} ended"
+            gone = ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": node})
             self._fail_readings(name, gone)
         cluster.close(node, stream.session)
         if self._ending is None:
@@ -442,9 +430,7 @@ class LiveFleet:
             stream.end(error)
 
     def _live_node(self, cluster: ClusterFleet, node: str) -> LiveNode:
-        return views.live_node(
-            cluster, node, node_name(cluster.name, node), unix_s=self._clock.time(), now_s=self._clock.monotonic()
-        )
+        return views.live_node(cluster, node, unix_s=self._clock.time(), now_s=self._clock.monotonic())
 
     # Time.
 
@@ -493,7 +479,5 @@ def _check_size(request: Request) -> None:
         )
 
 
-def _taken_over(name: str) -> ServiceError:
-    return ServiceError(
-        Reason.ERROR_REASON_NODE_TAKEN_OVER, f"another stream of {name} began", metadata={"node": last_part(name)}
-    )
+def _taken_over(message: str, node: str) -> ServiceError:
+    return ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": last_part(node)})

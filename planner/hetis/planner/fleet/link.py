@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
@@ -98,32 +98,11 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InventoryReceived:
-    """The node's inventory came."""
-
-    inventory: inventory_pb2.NodeInventory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """A delta was acknowledged or refused."""
-
-    answer: DeltaAnswer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
     """The node holds a later generation than it was to be given: a new one must be chosen, above ``held``."""
 
     replica: str
     held: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progressed:
-    """The node reported the phase of a change."""
-
-    status: change_pb2.ChangeStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +120,10 @@ class Fenced:
     newest_epoch: int
 
 
-LinkEvent = Reported | InventoryReceived | Answered | Behind | Progressed | HeadMapsRead | Fenced
+# An inventory or the status of a change is its own message, an answer to a delta its `DeltaAnswer`.
+LinkEvent = (
+    Reported | inventory_pb2.NodeInventory | DeltaAnswer | Behind | change_pb2.ChangeStatus | HeadMapsRead | Fenced
+)
 
 
 PROTOCOL_VERSION = 1
@@ -151,14 +133,6 @@ _MOST_REMOVALS = 16  # in flight per node
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 Capability = agent_service_pb2.AgentCapability
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """A stream that began."""
-
-    session: str  # its identity; input from another session is void
-    changes: tuple[change_pb2.ChangeStatus, ...]  # changes it has in some phase. The agent has forgotten any other.
 
 
 def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
@@ -197,12 +171,7 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     return hello
 
 
-class _Generational(Protocol):
-    @property
-    def generation(self) -> int: ...
-
-
-def _check_generations(said: Iterable[_Generational]) -> None:
+def _check_generations(said: Iterable[Any]) -> None:
     if any(one.generation > MOST_GENERATION for one in said):
         raise ServiceError(
             Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"a generation is above {MOST_GENERATION}, which none can be"
@@ -218,6 +187,9 @@ class NodeLink:
         inventory: what its agent found; None: not known.
         agent_version: empty: no agent was connected.
         engine_address: where its engine listens for others; empty: it does not.
+        session: of the current stream, whose messages alone count; empty: there is none.
+        boot_id: of the last connected agent; empty: there was none.
+        slots: by replica; changed through `slot` and `heard_slot`.
         num_ignored: reports about replicas that are not its own, after `_MOST_FOREIGN` others.
     """
 
@@ -242,9 +214,9 @@ class NodeLink:
         self._epoch = epoch
         self._settings = settings
         self._new_id = new_id
-        self._session = ""
-        self._boot_id = ""
-        self._slots: dict[str, ReplicaSlot] = {}
+        self.session = ""
+        self.boot_id = ""
+        self.slots: dict[str, ReplicaSlot] = {}
         self._foreign: set[str] = set()  # slots of replicas that are not its own, or were not
         self._active: set[str] = set()  # replicas for which something may have to be sent now
         self._due: list[tuple[float, str]] = []  # when time alone may require that
@@ -259,19 +231,9 @@ class NodeLink:
     # State.
 
     @property
-    def session(self) -> str:
-        """The session of the current stream, empty if there is none."""
-        return self._session
-
-    @property
-    def boot_id(self) -> str:
-        """The boot id of the last connected agent, empty if there was none."""
-        return self._boot_id
-
-    @property
     def moves_heads(self) -> bool:
         """Return whether its agent can move heads, or has not announced its capabilities yet."""
-        return not self._boot_id or Capability.AGENT_CAPABILITY_MOVE in self.capabilities
+        return not self.boot_id or Capability.AGENT_CAPABILITY_MOVE in self.capabilities
 
     @property
     def has_more(self) -> bool:
@@ -279,24 +241,20 @@ class NodeLink:
         return bool(self._active or self._outbox or self._due or self._put_off)
 
     @property
-    def slots(self) -> Mapping[str, ReplicaSlot]:
-        return self._slots
-
-    @property
     def is_clearing(self) -> bool:
         """Return whether the node holds something that it was told to remove."""
-        return any(slot.held and isinstance(slot.wanted, WantedRemoval) for slot in self._slots.values())
+        return any(slot.held and isinstance(slot.wanted, WantedRemoval) for slot in self.slots.values())
 
     def slot(self, replica: str) -> ReplicaSlot:
         """Return the slot of a replica that is about to change, and mark it for `messages`."""
         self._active.add(replica)
-        if replica not in self._slots:
-            self._slots[replica] = ReplicaSlot(replica, lambda: self._bound(replica))
-        return self._slots[replica]
+        if replica not in self.slots:
+            self.slots[replica] = ReplicaSlot(replica, lambda: self._bound(replica))
+        return self.slots[replica]
 
     def heard_slot(self, replica: str) -> ReplicaSlot | None:
         """Return the slot of a replica that the node mentions, or None after too many that are not its own."""
-        if replica not in self._slots and self._most_held(replica) is None:
+        if replica not in self.slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
                 self.num_ignored += 1
                 return None
@@ -305,7 +263,7 @@ class NodeLink:
 
     def forget(self, replica: str) -> None:
         """Forget a replica that is gone everywhere."""
-        self._slots.pop(replica, None)
+        self.slots.pop(replica, None)
         self._due_s.pop(replica, None)
         self._put_off.pop(replica, None)
         for known in (self._active, self._foreign, self._removals):
@@ -317,43 +275,42 @@ class NodeLink:
 
     # The stream.
 
-    def open(self, request: Request) -> Opened:
+    def open(self, request: Request) -> None:
         """Open a stream with its first message; an earlier stream of the node is void from now on.
 
         Raises ServiceError as `check_hello`; the earlier stream continues.
         """
         hello = check_hello(request, epoch=self._epoch)
-        self._session, self._boot_id = self._new_id(), hello.boot_id
+        self.session, self.boot_id = self._new_id(), hello.boot_id
         self.agent_version, self.engine_address = hello.agent_version, hello.engine_address
         self.capabilities = frozenset(hello.capabilities)
         self._report_sequence = self._inventory_sequence = 0
-        self._fail_head_maps()
+        self._head_maps.clear()
         self._removals.clear()
         self._put_off.clear()
         held = {one.replica: one for one in hello.replicas}
-        for replica in [one for one in self._slots if one not in held and self._most_held(one) is None]:
+        for replica in [one for one in self.slots if one not in held and self._most_held(one) is None]:
             self.forget(replica)
         self._foreign = {one for one in self._foreign if self._most_held(one) is None}
-        for replica in dict.fromkeys((*self._slots, *held)):
+        for replica in dict.fromkeys((*self.slots, *held)):
             one = held.get(replica, agent_service_pb2.HeldReplica())
             if (slot := self.heard_slot(replica)) is not None:
                 slot.restart(one.generation, one.assignment_state)
         known = self.inventory is not None and self.inventory.digest == hello.inventory_digest
         welcome = agent_service_pb2.Welcome(
             protocol_version=PROTOCOL_VERSION,
-            session_id=self._session,
+            session_id=self.session,
             settings=self._settings.to_proto(),
             send_inventory=not known,
         )
         self._outbox = [Response(epoch=self._epoch, welcome=welcome)]
-        return Opened(session=self._session, changes=tuple(hello.changes))
 
     def close(self, session: str) -> bool:
         """Close a stream; return False if it was void already."""
-        if session != self._session:
+        if session != self.session:
             return False
-        self._session, self._outbox = "", []
-        self._fail_head_maps()
+        self.session, self._outbox = "", []
+        self._head_maps.clear()
         return True
 
     def receive(self, request: Request, *, now_s: float) -> list[LinkEvent]:
@@ -380,7 +337,7 @@ class NodeLink:
                 return self._take_nack(request.nack, now_s)
             case "change_status":
                 self._learn_generation(request.change_status)
-                return [Progressed(status=request.change_status)]
+                return [request.change_status]
             case "head_map":
                 return self._take_piece(request.head_map)
             case _:  # a heartbeat, or a message of a newer agent
@@ -388,14 +345,14 @@ class NodeLink:
 
     def messages(self, now_s: float) -> list[Response]:
         """Return the messages to send now, each only once."""
-        if not self._session:
+        if not self.session:
             return []
         found, self._outbox = self._outbox, []
         self._wake(now_s)
         # A slot without a delta in flight has nothing to send until it is changed, except for delayed retries.
         active, self._active = self._active, set()
         for replica in sorted(active):
-            slot = self._slots[replica]
+            slot = self.slots[replica]
             if self._must_wait(slot):
                 self._put_off[replica] = None
                 continue
@@ -418,7 +375,7 @@ class NodeLink:
             self._active.add(replica)
 
     def _must_wait(self, slot: ReplicaSlot) -> bool:
-        if slot.in_flight or slot.has_directives or not isinstance(slot.wanted, WantedRemoval) or not slot.held:
+        if slot.in_flight or slot.num_directives or not isinstance(slot.wanted, WantedRemoval) or not slot.held:
             return False
         return len(self._removals) >= _MOST_REMOVALS
 
@@ -434,7 +391,8 @@ class NodeLink:
         """Request head maps with the next `messages`; return the id of the request."""
         request_id = self._new_id()
         self._head_maps[request_id] = HeadMapPieces(replica, most_bytes=self._settings.piece_bytes)
-        self._ask(agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica))
+        asked = agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica)
+        self._outbox.append(Response(epoch=self._epoch, state_request=asked))
         return request_id
 
     def drop_head_maps(self, request_id: str) -> None:
@@ -446,9 +404,6 @@ class NodeLink:
         goodbye = agent_service_pb2.Goodbye(reason=reason, reconnect_within=duration(self._settings.reconnect_s))
         self._outbox.append(Response(epoch=self._epoch, goodbye=goodbye))
 
-    def _ask(self, request: agent_service_pb2.StateRequest) -> None:
-        self._outbox.append(Response(epoch=self._epoch, state_request=request))
-
     # Messages from the agent.
 
     def _take_report(self, sequence: int, report: agent_service_pb2.NodeReport) -> list[LinkEvent]:
@@ -458,7 +413,7 @@ class NodeLink:
         self.devices = tuple(report.devices)
         changed, taken = [], []
         for one in report.replicas:
-            slot = self._slots.get(one.replica) or self.heard_slot(one.replica)
+            slot = self.slots.get(one.replica) or self.heard_slot(one.replica)
             if slot is None:
                 continue
             if slot.learn(one):
@@ -475,23 +430,23 @@ class NodeLink:
         if self.inventory == inventory:
             return []
         self.inventory = inventory
-        return [InventoryReceived(inventory=inventory)]
+        return [inventory]
 
     def _take_ack(self, ack: agent_service_pb2.DeltaAck) -> list[LinkEvent]:
-        if ack.replica not in self._slots:
+        if ack.replica not in self.slots:
             return []
         answer = self.slot(ack.replica).acknowledge(ack)
         self._note_answered(ack.replica)
-        return [] if answer is None else [Answered(answer=answer)]
+        return [] if answer is None else [answer]
 
     def _take_nack(self, nack: agent_service_pb2.DeltaNack, now_s: float) -> list[LinkEvent]:
-        if nack.replica not in self._slots:
+        if nack.replica not in self.slots:
             return []
         answer = self.slot(nack.replica).refuse(nack, now_s=now_s, retry_s=self._settings.retry_s)
         self._note_answered(nack.replica)
         if answer is None:
             return []
-        events: list[LinkEvent] = [Answered(answer=answer)]
+        events: list[LinkEvent] = [answer]
         if nack.failure.reason == Reason.ERROR_REASON_STALE_EPOCH:
             newest = nack.failure.metadata.get("newest_epoch", "")
             events.append(Fenced(newest_epoch=int(newest) if newest.isdecimal() else 0))
@@ -500,11 +455,11 @@ class NodeLink:
         return events
 
     def _note_answered(self, replica: str) -> None:
-        if not self._slots[replica].in_flight:
+        if not self.slots[replica].in_flight:
             self._removals.discard(replica)
 
     def _learn_generation(self, status: change_pb2.ChangeStatus) -> None:
-        slot = self._slots.get(status.replica)
+        slot = self.slots.get(status.replica)
         if slot is not None and slot.held:
             slot.hold(max(slot.held, status.generation))
 
@@ -512,15 +467,12 @@ class NodeLink:
         pieces = self._head_maps.get(piece.request_id)
         if pieces is None:
             return []
+        result: HeadMaps | ServiceError | None
         try:
-            found = pieces.add(piece)
+            result = pieces.add(piece)
         except ServiceError as error:
-            del self._head_maps[piece.request_id]
-            return [HeadMapsRead(request_id=piece.request_id, result=error)]
-        if found is None:
+            result = error
+        if result is None:
             return []
         del self._head_maps[piece.request_id]
-        return [HeadMapsRead(request_id=piece.request_id, result=found)]
-
-    def _fail_head_maps(self) -> None:
-        self._head_maps.clear()
+        return [HeadMapsRead(request_id=piece.request_id, result=result)]

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.planner.convert.names import last_part
 from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
-from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode
+from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
@@ -33,13 +34,6 @@ MOST_NAMED = 5  # nodes named in a reason
 _SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
 _GONE = (cluster_pb2.NODE_STATE_LOST, cluster_pb2.NODE_STATE_UNDECLARED)
 _log = logging.getLogger("hetis.planner.proposals")
-
-
-class Capacity(Protocol):
-    """The methods of the fleet that proposals use."""
-
-    def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]: ...
-    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy: ...
 
 
 class Placements(Protocol):
@@ -86,7 +80,7 @@ class _Cluster:
 class PlacementProposals(FleetObserver):
     """At most one open proposal per cluster. Start `run` once; `step` does what is due now."""
 
-    def __init__(self, fleet: Capacity, placements: Placements, *, clock: Clock) -> None:
+    def __init__(self, fleet: LiveFleet, placements: Placements, *, clock: Clock) -> None:
         self._fleet, self._placements, self._clock = fleet, placements, clock
         self._clusters: dict[str, _Cluster] = {}
         self._wake = asyncio.Event()

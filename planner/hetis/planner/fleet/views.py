@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hetis.planner.convert.clusters import BASIC, basic_redispatch, cluster_message
-from hetis.planner.convert.names import optional_timestamp, timestamp
+from hetis.planner.convert.names import node_name, optional_timestamp, timestamp
 from hetis.planner.convert.plans import without_contents
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.store import PlanRecord, etag_of
 from hetis.planner.watching import Hub
@@ -66,23 +65,7 @@ class LiveReplica:
 
 
 class RunningReplicas(Protocol):
-    """Source of running replicas."""
-
     def replica_view(self, name: str) -> LiveReplica | None: ...
-
-
-class Redispatching(RunningReplicas, Protocol):
-    """The methods of the fleet that the re-dispatch loop uses."""
-
-    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """Return what the planner may do in the cluster; an empty policy has the defaults."""
-        ...
-
-    async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps: ...
-
-    async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Store it, and drive it through two phases unless it is ADVISED."""
-        ...
 
 
 class Publishing(Protocol):
@@ -218,13 +201,13 @@ def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
     )
 
 
-def live_node(cluster: ClusterFleet, node: str, name: str, *, unix_s: float, now_s: float) -> LiveNode:
+def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) -> LiveNode:
     """Return a node's view. ``unix_s`` and ``now_s`` are the same moment by both clocks."""
     link = cluster.links.get(node)
     heard_s = cluster.leases.heard_s(node)
     connect_time_s = cluster.connect_time_s.get(node)
     return LiveNode(
-        name=name,
+        name=node_name(cluster.name, node),
         state=cluster.leases.state(node),
         is_draining=cluster.is_draining(node),
         devices=() if link is None else link.devices,

@@ -86,15 +86,6 @@ class PlanWrite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RedispatchWrite:
-    """A re-dispatch to write, perhaps a new one."""
-
-    name: str
-    replica: str
-    saving: Saving
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Writes:
     """Everything that one look at a cluster decided."""
 
@@ -102,7 +93,7 @@ class Writes:
     replicas: Sequence[ReplicaWrite] = ()
     nodes: Sequence[NodeWrite] = ()
     plan: PlanWrite | None = None
-    redispatches: Sequence[RedispatchWrite] = ()
+    redispatches: Sequence[Saving] = ()
 
     def __bool__(self) -> bool:
         return bool(self.replicas or self.nodes or self.plan or self.redispatches)
@@ -127,8 +118,8 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
         _apply_replica(tx, one, kept)
     for node in writes.nodes:
         _apply_node(tx, writes.cluster, node, kept)
-    for redispatch in writes.redispatches:
-        _apply_redispatch(tx, writes.cluster, redispatch, now_s)
+    for saving in writes.redispatches:
+        _apply_redispatch(tx, writes.cluster, saving.body, now_s)
     if writes.plan is not None:
         _apply_plan(tx, writes.cluster, writes.plan, kept)
     return kept
@@ -158,9 +149,7 @@ def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
 
 def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> None:
     record = tx.nodes.get(write.name)
-    body = cluster_pb2.Node(name=write.name)
-    if record is not None:
-        body.CopyFrom(record.body)
+    body = deepcopy(record.body) if record is not None else cluster_pb2.Node(name=write.name)
     if write.inventory is not None:
         body.inventory.CopyFrom(write.inventory)
     body.agent_version, body.engine_address = write.agent_version, write.engine_address
@@ -171,23 +160,21 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
         kept.nodes[write.name] = tx.nodes.update(replace(record, body=body))
 
 
-def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, now_s: float) -> None:
-    body = write.saving.body
+def _apply_redispatch(tx: Transaction, cluster: str, body: redispatch_pb2.Redispatch, now_s: float) -> None:
     if body.state in FINAL and not body.HasField("end_time"):
         body.end_time.CopyFrom(timestamp(now_s))
-    record = tx.redispatches.get(write.name)
-    if record is None:
-        made = RedispatchRecord(
-            name=write.name,
-            cluster=cluster,
-            replica=write.replica,
-            body=body,
-            state=body.state,
-            create_time_s=seconds_of(body.create_time),
-        )
-        tx.redispatches.insert(made)
-    else:
+    if (record := tx.redispatches.get(body.name)) is not None:
         tx.redispatches.update(replace(record, body=body, state=body.state))
+        return
+    made = RedispatchRecord(
+        name=body.name,
+        cluster=cluster,
+        replica=body.replica,
+        body=body,
+        state=body.state,
+        create_time_s=seconds_of(body.create_time),
+    )
+    tx.redispatches.insert(made)
 
 
 def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> None:

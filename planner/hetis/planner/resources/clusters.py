@@ -15,8 +15,9 @@ from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
 from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical_document
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.resources.requests import Checks, change_once, check, read_page_request, require_etag, require_free
-from hetis.planner.resources.shared import FleetNow, Hubs, publish_cluster, publish_nodes
+from hetis.planner.resources.shared import Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
@@ -34,7 +35,7 @@ class Clusters:
 
     _store: Store
     _hubs: Hubs
-    _fleet: FleetNow
+    _fleet: LiveFleet
     _fleets: DeclaredFleets
     _clock: Callable[[], float] = time.time
     deleted: list[ClusterDeleted] = field(default_factory=list)  # callbacks for deleted clusters

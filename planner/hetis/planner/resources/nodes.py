@@ -17,9 +17,10 @@ from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
 from hetis.planner.failures import not_found
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.views import LiveNode
 from hetis.planner.resources.requests import change_once, check, read_page_request, require_etag
-from hetis.planner.resources.shared import FleetNow, Hubs, publish_nodes
+from hetis.planner.resources.shared import Hubs, publish_nodes
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup
@@ -99,7 +100,7 @@ class NodeReader:
     """Reads `NodeViews`."""
 
     _store: Store
-    _fleet: FleetNow
+    _fleet: LiveFleet
     _fleets: DeclaredFleets
     _places: ReplicaPlaces = field(default_factory=lambda: ReplicaPlaces())
 
@@ -337,7 +338,7 @@ class Nodes:
 
     _store: Store
     _hubs: Hubs
-    _fleet: FleetNow
+    _fleet: LiveFleet
     _reader: NodeReader
     _clock: Callable[[], float] = time.time
 

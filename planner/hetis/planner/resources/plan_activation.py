@@ -14,6 +14,7 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plan_documents import (
@@ -26,7 +27,7 @@ from hetis.planner.resources.plan_documents import (
 )
 from hetis.planner.resources.plans import Plans, load_bytes_of
 from hetis.planner.resources.requests import change_once, check, require_etag
-from hetis.planner.resources.shared import FleetNow, Hubs, publish_cluster
+from hetis.planner.resources.shared import Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, replica_pb2, view_pb2
@@ -43,7 +44,7 @@ class PlanActivation:
 
     _store: Store
     _hubs: Hubs
-    _fleet: FleetNow
+    _fleet: LiveFleet
     _fleets: DeclaredFleets
     _documents: PlanDocuments
     _clock: Callable[[], float] = time.time

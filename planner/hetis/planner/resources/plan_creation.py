@@ -17,6 +17,7 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.jobs.messages import (
     CalledOff,
     Crashed,
@@ -42,7 +43,7 @@ from hetis.planner.resources.plan_specs import (
     read_spec,
 )
 from hetis.planner.resources.requests import Checks, change_once, require_free, to_the_end
-from hetis.planner.resources.shared import FleetNow, Hubs
+from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.budget import Progress
@@ -247,7 +248,7 @@ class PlanCreation:
 
     _store: Store
     _hubs: Hubs
-    _fleet: FleetNow
+    _fleet: LiveFleet
     _fleets: DeclaredFleets
     _pool: SolverPool
     _searches: PlanSearches

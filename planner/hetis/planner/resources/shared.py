@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Collection
 
 from google.protobuf.message import Message
 
 from hetis.planner.convert.clusters import BASIC, cluster_message
 from hetis.planner.convert.names import node_name
-from hetis.planner.fleet.views import LiveNode, LiveReplica
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.store import ClusterRecord
 from hetis.planner.store.tables import KEPT_REDISPATCHES
 from hetis.planner.watching import Hub
 from hetis.v1 import cluster_pb2, plan_pb2
-
-
-class FleetNow(Protocol):
-    """The live state of the fleet; all names are resource names."""
-
-    def node_view(self, name: str) -> LiveNode | None: ...
-
-    def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]: ...
-
-    def num_connected(self, cluster: str) -> int:
-        """Return the number of nodes whose agents are connected; takes no time, however large the cluster is."""
-
-    def replica_view(self, name: str) -> LiveReplica | None: ...
-
-    def disconnect(self, name: str) -> None:
-        """End the stream of a node's agent. Raises NOT_FOUND if none is connected."""
-
-    async def cluster_changed(self, cluster: str) -> None:
-        """Note that the cluster's records were changed in the store."""
 
 
 class ClusterHub(Hub[tuple[str, str], Message]):
@@ -98,7 +78,7 @@ class Hubs:
 _MOST_ONE_BY_ONE = 1000  # nodes; above it, watchers get the whole present state again
 
 
-def publish_cluster(hubs: Hubs, fleet: FleetNow, record: ClusterRecord, *, now_s: float) -> None:
+def publish_cluster(hubs: Hubs, fleet: LiveFleet, record: ClusterRecord, *, now_s: float) -> None:
     """Publish that the document, policy or plans of a cluster have changed."""
     message = cluster_message(record, view=BASIC, num_connected=fleet.num_connected(record.name))
     hubs.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)

@@ -28,16 +28,17 @@ from hetis.planner.convert.clusters import (
 )
 from hetis.planner.convert.names import last_part, timestamp
 from hetis.planner.failures import Reason, ServiceError, not_found
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.requests import check, read_page_request
-from hetis.planner.resources.shared import ClusterHub, FleetNow, Hubs
+from hetis.planner.resources.shared import ClusterHub, Hubs
 from hetis.planner.store import ClusterRecord, Reader, RedispatchRecord, ReplicaRecord, Store
 from hetis.planner.watching import Event
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
 
-def replica_now(fleet: FleetNow, record: ReplicaRecord, view: view_pb2.View.ValueType) -> replica_pb2.Replica:
+def replica_now(fleet: LiveFleet, record: ReplicaRecord, view: view_pb2.View.ValueType) -> replica_pb2.Replica:
     """Return a replica in its live state, or in its stored one if the fleet does not know it."""
     message, live = deepcopy(record.body), fleet.replica_view(record.name)
     message.name, message.plan = record.name, record.plan
@@ -56,7 +57,7 @@ class RunningResources:
     """The resources ``clusters/{cluster}/replicas/{replica}`` and ``clusters/{cluster}/redispatches/{redispatch}``."""
 
     _store: Store
-    _fleet: FleetNow
+    _fleet: LiveFleet
 
     async def get_replica(self, request: pb.GetReplicaRequest) -> pb.GetReplicaResponse:
         check(request, name=names.REPLICA)
@@ -129,7 +130,7 @@ class ClusterWatches:
 
     _store: Store
     _hubs: Hubs
-    _fleet: FleetNow
+    _fleet: LiveFleet
     _reader: NodeReader
     _clock: Callable[[], float] = time.time
     _shown: ShownNodes = field(init=False)

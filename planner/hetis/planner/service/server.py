@@ -189,7 +189,7 @@ class PlannerServer:
 
 
 def _must_be_free(address: str) -> None:
-    """Check that an address can be listened on. Raises AddressError if it is in use, not of this machine, or not allowed."""
+    """Raise AddressError if an address is in use, not of this machine, or not allowed."""
     host, port = split_address(address)
     try:
         errors = [_error_of(*found) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]

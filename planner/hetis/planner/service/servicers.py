@@ -11,7 +11,6 @@ from typing import Any
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.views import RunningReplicas
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
 from hetis.planner.resources.plan_activation import PlanActivation
@@ -118,7 +117,7 @@ def agent_methods(fleet: LiveFleet) -> Methods:
 
 
 def dispatch_methods(
-    states: DispatchStates, replicas: RunningReplicas, *, require_lease: Callable[[], None] = lambda: None
+    states: DispatchStates, replicas: LiveFleet, *, require_lease: Callable[[], None] = lambda: None
 ) -> Methods:
     """Return the methods that an agent may call for replicas whose primary is on its node.
 

@@ -21,11 +21,12 @@ from hetis.planner.convert.names import cluster_of, duration, timestamp
 from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
 from hetis.planner.fleet.settings import RedispatchPolicy, redispatch_policy
-from hetis.planner.fleet.views import Clock, FleetObserver, LiveReplica, Redispatching
+from hetis.planner.fleet.views import Clock, FleetObserver, LiveReplica
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
 from hetis.solver.redispatch.solve import compile_redispatch
@@ -46,7 +47,7 @@ class RedispatchLoop(FleetObserver):
 
     def __init__(
         self,
-        fleet: Redispatching,
+        fleet: LiveFleet,
         dispatch: DispatchStates,
         *,
         clock: Clock,
