@@ -32,10 +32,7 @@ _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, gr
 
 
 def search_for(connection: Connection) -> LeaderSearch:
-    """Return the search for a connection's leader.
-
-    Tokens are sent unencrypted only to this machine, whoever names the leader.
-    """
+    """Return the search for a connection's leader. Tokens go unencrypted only to this machine, whoever names it."""
     return LeaderSearch(
         connection.addresses, lambda address: not connection.is_plain or (connection.is_local and is_loopback(address))
     )

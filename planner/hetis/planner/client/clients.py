@@ -17,22 +17,16 @@ from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel
 from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
 from hetis.planner.client.dispatching import AsyncDispatchStream, DispatchStream
 from hetis.planner.client.errors import Patience, call_error
-from hetis.v1 import (
-    audit_service_pb2,
-    audit_service_pb2_grpc,
-    cluster_pb2,
-    cluster_service_pb2,
-    cluster_service_pb2_grpc,
-    dispatch_service_pb2_grpc,
-    plan_pb2,
-    plan_service_pb2,
-    plan_service_pb2_grpc,
-    profile_pb2,
-    profile_service_pb2,
-    profile_service_pb2_grpc,
-    redispatch_pb2,
-    replica_pb2,
-)
+from hetis.v1 import audit_service_pb2 as audit_rpc
+from hetis.v1 import audit_service_pb2_grpc as audit_grpc
+from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import cluster_service_pb2 as cluster_rpc
+from hetis.v1 import cluster_service_pb2_grpc as cluster_grpc
+from hetis.v1 import dispatch_service_pb2_grpc as dispatch_grpc
+from hetis.v1 import plan_service_pb2 as plan_rpc
+from hetis.v1 import plan_service_pb2_grpc as plan_grpc
+from hetis.v1 import profile_service_pb2 as profile_rpc
+from hetis.v1 import profile_service_pb2_grpc as profile_grpc
 
 R = TypeVar("R")
 Q = TypeVar("Q")
@@ -66,11 +60,11 @@ class Client:
         self._channel = LeaderChannel(connection, sleep)
         channel = cast(grpc.Channel, self._channel)  # as far as stubs use one
         self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
-        self.clusters = cluster_service_pb2_grpc.ClusterServiceStub(channel)
-        self.plans = plan_service_pb2_grpc.PlanServiceStub(channel)
-        self.profiles = profile_service_pb2_grpc.ProfileServiceStub(channel)
-        self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
-        self.dispatch = dispatch_service_pb2_grpc.DispatchServiceStub(channel)
+        self.clusters = cluster_grpc.ClusterServiceStub(channel)
+        self.plans = plan_grpc.PlanServiceStub(channel)
+        self.profiles = profile_grpc.ProfileServiceStub(channel)
+        self.audit = audit_grpc.AuditServiceStub(channel)
+        self.dispatch = dispatch_grpc.DispatchServiceStub(channel)
 
     def __enter__(self) -> Self:
         return self
@@ -97,57 +91,54 @@ class Client:
     # --- lists, page by page
 
     def list_clusters(self, *, page_size: int = 0) -> Iterator[cluster_pb2.Cluster]:
-        return _pages(self.clusters.ListClusters, cluster_service_pb2.ListClustersRequest(page_size=page_size))
+        return _pages(self.clusters.ListClusters, cluster_rpc.ListClustersRequest(page_size=page_size))
 
     def list_nodes(
         self, cluster: str, *, states: list[cluster_pb2.NodeState.ValueType] | None = None, page_size: int = 0
     ) -> Iterator[cluster_pb2.Node]:
-        request = cluster_service_pb2.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
+        request = cluster_rpc.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
         return _pages(self.clusters.ListNodes, request)
 
     def list_replicas(self, cluster: str, *, plan: str = "", page_size: int = 0) -> Iterator[replica_pb2.Replica]:
-        request = cluster_service_pb2.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
+        request = cluster_rpc.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
         return _pages(self.clusters.ListReplicas, request)
 
     def list_redispatches(
         self, cluster: str, *, replica: str = "", page_size: int = 0
     ) -> Iterator[redispatch_pb2.Redispatch]:
-        request = cluster_service_pb2.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
+        request = cluster_rpc.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
         return _pages(self.clusters.ListRedispatches, request)
 
     def list_plans(
         self, *, cluster: str = "", states: list[plan_pb2.PlanState.ValueType] | None = None, page_size: int = 0
     ) -> Iterator[plan_pb2.Plan]:
-        request = plan_service_pb2.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
+        request = plan_rpc.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
         return _pages(self.plans.ListPlans, request)
 
     def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> Iterator[profile_pb2.Profile]:
-        request = profile_service_pb2.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
+        request = profile_rpc.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
         return _pages(self.profiles.ListProfiles, request)
 
-    def list_audited_changes(
-        self, filters: audit_service_pb2.ListAuditedChangesRequest
-    ) -> Iterator[audit_service_pb2.AuditedChange]:
+    def list_audited_changes(self, filters: audit_rpc.ListAuditedChangesRequest) -> Iterator[audit_rpc.AuditedChange]:
         """Yield the matching lines of the audit log, oldest first."""
-        request = deepcopy(filters)
-        return _pages(self.audit.ListAuditedChanges, request)
+        return _pages(self.audit.ListAuditedChanges, deepcopy(filters))
 
     # --- watches, which continue after a lost connection
 
     def watch_plan(
         self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
-    ) -> Iterator[plan_service_pb2.WatchPlanResponse]:
+    ) -> Iterator[plan_rpc.WatchPlanResponse]:
         """Yield the plan now and after each change, until it can no longer change without a call.
 
         Raises:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
-        request = plan_service_pb2.WatchPlanRequest(name=name, after_sequence=after_sequence)
+        request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
         return _resumed(self.plans.WatchPlan, request, _next_of_plan, patience, self._sleep)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
-    ) -> Iterator[cluster_service_pb2.WatchClusterResponse]:
+    ) -> Iterator[cluster_rpc.WatchClusterResponse]:
         """Yield the cluster's present state, then every change, until the caller stops.
 
         An event with ``reset`` invalidates everything known before.
@@ -155,7 +146,7 @@ class Client:
         Raises:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
-        request = cluster_service_pb2.WatchClusterRequest(name=name, resume_token=resume_token)
+        request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
         return _resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, self._sleep, is_endless=True)
 
     def wait(
@@ -187,18 +178,13 @@ class Client:
 
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
-        request = plan_service_pb2.ReadPlanDocumentRequest(name=name)
+        request = plan_rpc.ReadPlanDocumentRequest(name=name)
         pieces = _resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience, self._sleep)
         return b"".join(piece.content for piece in pieces)
 
 
 class AsyncClient:
-    """A connection to a planner, opened by the first call. Used like `Client`, with ``await`` and ``async for``.
-
-    Attributes:
-        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
-            directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
-    """
+    """A connection to a planner, opened by the first call. Used like `Client`, with ``await`` and ``async for``."""
 
     def __init__(
         self,
@@ -207,34 +193,18 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         **settings: Any,
     ) -> None:
-        """Prepare a connection.
-
-        Args:
-            connection: to a planner; an address alone becomes a `Connection` with ``settings``.
-            sleep: how watches wait before they retry.
-            **settings: of the `Connection`, if an address is given.
-
-        Raises:
-            ValueError: the settings contradict each other.
-            OSError: a certificate or key cannot be read.
-        """
+        """Prepare a connection, as `Client` does."""
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
         self._sleep = sleep
         channel: Any = AsyncLeaderChannel(connection, sleep)
         self._channel = channel
         self._health: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
-        self.clusters: cluster_service_pb2_grpc.ClusterServiceAsyncStub = cluster_service_pb2_grpc.ClusterServiceStub(
-            channel
-        )
-        self.plans: plan_service_pb2_grpc.PlanServiceAsyncStub = plan_service_pb2_grpc.PlanServiceStub(channel)
-        self.profiles: profile_service_pb2_grpc.ProfileServiceAsyncStub = profile_service_pb2_grpc.ProfileServiceStub(
-            channel
-        )
-        self.audit: audit_service_pb2_grpc.AuditServiceAsyncStub = audit_service_pb2_grpc.AuditServiceStub(channel)
-        self.dispatch: dispatch_service_pb2_grpc.DispatchServiceAsyncStub = (
-            dispatch_service_pb2_grpc.DispatchServiceStub(channel)
-        )
+        self.clusters: cluster_grpc.ClusterServiceAsyncStub = cluster_grpc.ClusterServiceStub(channel)
+        self.plans: plan_grpc.PlanServiceAsyncStub = plan_grpc.PlanServiceStub(channel)
+        self.profiles: profile_grpc.ProfileServiceAsyncStub = profile_grpc.ProfileServiceStub(channel)
+        self.audit: audit_grpc.AuditServiceAsyncStub = audit_grpc.AuditServiceStub(channel)
+        self.dispatch: dispatch_grpc.DispatchServiceAsyncStub = dispatch_grpc.DispatchServiceStub(channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -251,75 +221,60 @@ class AsyncClient:
     # --- the planner itself
 
     async def is_serving(self) -> bool:
-        """Return whether the planner takes calls; False while it starts or drains.
-
-        Raises:
-            CallError: it cannot be reached.
-        """
+        """Return whether the planner takes calls, as `Client.is_serving` does."""
         return says_serving(await self._health(b""))
 
     # --- lists, page by page
 
     def list_clusters(self, *, page_size: int = 0) -> AsyncIterator[cluster_pb2.Cluster]:
-        return _async_pages(self.clusters.ListClusters, cluster_service_pb2.ListClustersRequest(page_size=page_size))
+        return _async_pages(self.clusters.ListClusters, cluster_rpc.ListClustersRequest(page_size=page_size))
 
     def list_nodes(
         self, cluster: str, *, states: list[cluster_pb2.NodeState.ValueType] | None = None, page_size: int = 0
     ) -> AsyncIterator[cluster_pb2.Node]:
-        request = cluster_service_pb2.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
+        request = cluster_rpc.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
         return _async_pages(self.clusters.ListNodes, request)
 
     def list_replicas(self, cluster: str, *, plan: str = "", page_size: int = 0) -> AsyncIterator[replica_pb2.Replica]:
-        request = cluster_service_pb2.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
+        request = cluster_rpc.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
         return _async_pages(self.clusters.ListReplicas, request)
 
     def list_redispatches(
         self, cluster: str, *, replica: str = "", page_size: int = 0
     ) -> AsyncIterator[redispatch_pb2.Redispatch]:
-        request = cluster_service_pb2.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
+        request = cluster_rpc.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
         return _async_pages(self.clusters.ListRedispatches, request)
 
     def list_plans(
         self, *, cluster: str = "", states: list[plan_pb2.PlanState.ValueType] | None = None, page_size: int = 0
     ) -> AsyncIterator[plan_pb2.Plan]:
-        request = plan_service_pb2.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
+        request = plan_rpc.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
         return _async_pages(self.plans.ListPlans, request)
 
     def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> AsyncIterator[profile_pb2.Profile]:
-        request = profile_service_pb2.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
+        request = profile_rpc.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
         return _async_pages(self.profiles.ListProfiles, request)
 
     def list_audited_changes(
-        self, filters: audit_service_pb2.ListAuditedChangesRequest
-    ) -> AsyncIterator[audit_service_pb2.AuditedChange]:
+        self, filters: audit_rpc.ListAuditedChangesRequest
+    ) -> AsyncIterator[audit_rpc.AuditedChange]:
         """Yield the matching lines of the audit log, oldest first."""
-        request = deepcopy(filters)
-        return _async_pages(self.audit.ListAuditedChanges, request)
+        return _async_pages(self.audit.ListAuditedChanges, deepcopy(filters))
 
     # --- watches, which continue after a lost connection
 
     def watch_plan(
         self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
-    ) -> AsyncIterator[plan_service_pb2.WatchPlanResponse]:
-        """Yield the plan now and after each change, until it can no longer change without a call.
-
-        Raises:
-            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
-        """
-        request = plan_service_pb2.WatchPlanRequest(name=name, after_sequence=after_sequence)
+    ) -> AsyncIterator[plan_rpc.WatchPlanResponse]:
+        """Yield the plan now and after each change, as `Client.watch_plan` does."""
+        request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
         return _async_resumed(self.plans.WatchPlan, request, _next_of_plan, patience, self._sleep)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
-    ) -> AsyncIterator[cluster_service_pb2.WatchClusterResponse]:
-        """Yield the cluster's present state, then every change, until the caller stops.
-
-        An event with ``reset`` invalidates everything known before.
-
-        Raises:
-            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
-        """
-        request = cluster_service_pb2.WatchClusterRequest(name=name, resume_token=resume_token)
+    ) -> AsyncIterator[cluster_rpc.WatchClusterResponse]:
+        """Yield the cluster's present state, then every change, as `Client.watch_cluster` does."""
+        request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
         return _async_resumed(
             self.clusters.WatchCluster, request, _next_of_cluster, patience, self._sleep, is_endless=True
         )
@@ -331,12 +286,7 @@ class AsyncClient:
         news: Callable[[plan_pb2.Plan], object] = lambda plan: None,
         patience: Patience | None = None,
     ) -> plan_pb2.Plan:
-        """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
-
-        Args:
-            news: called with every state of it on the way, including the last.
-            patience: how long to wait for a planner that does not answer.
-        """
+        """Wait until the plan can no longer change without a call, as `Client.wait` does."""
         last = plan_pb2.Plan(name=plan)
         async for response in self.watch_plan(plan, patience=patience):
             last = response.plan
@@ -344,17 +294,13 @@ class AsyncClient:
         return last
 
     def dispatch_stream(self, replica: str, state_id: str) -> AsyncDispatchStream:
-        """Return a stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; `close` ends it.
-
-        It goes to the last known leader. After a NOT_LEADER, declare what runs, which finds the leader, and open a new
-        stream.
-        """
+        """Return a stream for an engine of ``replica``, as `Client.dispatch_stream` does."""
         call: Any = self.dispatch.DispatchRequests
         return AsyncDispatchStream(call(), replica, state_id)
 
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
-        request = plan_service_pb2.ReadPlanDocumentRequest(name=name)
+        request = plan_rpc.ReadPlanDocumentRequest(name=name)
         pieces = _async_resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience, self._sleep)
         return b"".join([piece.content async for piece in pieces])
 
@@ -437,20 +383,17 @@ async def _async_resumed(
         await sleep(wait_s)
 
 
-def _next_of_plan(
-    request: plan_service_pb2.WatchPlanRequest, last: plan_service_pb2.WatchPlanResponse
-) -> plan_service_pb2.WatchPlanRequest:
-    return plan_service_pb2.WatchPlanRequest(name=request.name, after_sequence=last.sequence)
+def _next_of_plan(request: plan_rpc.WatchPlanRequest, last: plan_rpc.WatchPlanResponse) -> plan_rpc.WatchPlanRequest:
+    return plan_rpc.WatchPlanRequest(name=request.name, after_sequence=last.sequence)
 
 
 def _next_of_cluster(
-    request: cluster_service_pb2.WatchClusterRequest, last: cluster_service_pb2.WatchClusterResponse
-) -> cluster_service_pb2.WatchClusterRequest:
-    return cluster_service_pb2.WatchClusterRequest(name=request.name, resume_token=last.resume_token)
+    request: cluster_rpc.WatchClusterRequest, last: cluster_rpc.WatchClusterResponse
+) -> cluster_rpc.WatchClusterRequest:
+    return cluster_rpc.WatchClusterRequest(name=request.name, resume_token=last.resume_token)
 
 
 def _next_of_document(
-    request: plan_service_pb2.ReadPlanDocumentRequest, last: plan_service_pb2.ReadPlanDocumentResponse
-) -> plan_service_pb2.ReadPlanDocumentRequest:
-    offset = request.offset + len(last.content)
-    return plan_service_pb2.ReadPlanDocumentRequest(name=request.name, offset=offset)
+    request: plan_rpc.ReadPlanDocumentRequest, last: plan_rpc.ReadPlanDocumentResponse
+) -> plan_rpc.ReadPlanDocumentRequest:
+    return plan_rpc.ReadPlanDocumentRequest(name=request.name, offset=request.offset + len(last.content))

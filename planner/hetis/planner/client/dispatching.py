@@ -20,15 +20,16 @@ import grpc
 from hetis.planner.client.connection import DISPATCH_DEADLINE_S
 from hetis.planner.client.errors import CallError, FieldViolation, call_error
 from hetis.planner.failures import code_of_reason
-from hetis.v1 import dispatch_service_pb2, failure_pb2
+from hetis.v1 import dispatch_service_pb2 as pb
+from hetis.v1 import failure_pb2
 
 MOST_TOGETHER = 256  # requests of one kind in a message that combines several steps; the planner takes 1,024
 
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    message: dispatch_service_pb2.DispatchRequestsRequest
-    answer: asyncio.Future[dispatch_service_pb2.DispatchRequestsResponse]
+    message: pb.DispatchRequestsRequest
+    answer: asyncio.Future[pb.DispatchRequestsResponse]
 
 
 class AsyncDispatchStream:
@@ -57,17 +58,19 @@ class AsyncDispatchStream:
         self,
         *,
         finished: Sequence[str] = (),
-        grown: Sequence[dispatch_service_pb2.Growth] = (),
-        new: Sequence[dispatch_service_pb2.NewRequest] = (),
+        grown: Sequence[pb.Growth] = (),
+        new: Sequence[pb.NewRequest] = (),
         timeout: float = DISPATCH_DEADLINE_S,
-    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+    ) -> pb.DispatchRequestsResponse:
         """Finish, grow and admit requests, in this order.
 
         Raises:
             CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
                 in which case the stream continues, and a step that was still waiting is not sent.
         """
-        message = _message(self._replica, self._state_id, finished, grown, new)
+        message = pb.DispatchRequestsRequest(
+            parent=self._replica, state_id=self._state_id, finished=finished, grown=grown, new_requests=new
+        )
         step = _Step(message, asyncio.get_running_loop().create_future())
         self._waiting.append(step)
         if self._sending is None:
@@ -127,14 +130,12 @@ class AsyncDispatchStream:
             names |= its_names
         return steps
 
-    async def _exchange(
-        self, message: dispatch_service_pb2.DispatchRequestsRequest
-    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+    async def _exchange(self, message: pb.DispatchRequestsRequest) -> pb.DispatchRequestsResponse:
         self._sequence += 1
         message.sequence = self._sequence
         await self._call.write(message)
         answer = await self._call.read()
-        if not isinstance(answer, dispatch_service_pb2.DispatchRequestsResponse):  # the end of the stream
+        if not isinstance(answer, pb.DispatchRequestsResponse):  # the end of the stream
             raise _has_ended()
         return answer
 
@@ -146,8 +147,8 @@ class DispatchStream:
         """``open_stream``: takes an iterator of requests and returns one of answers, as ``grpc`` does."""
         self._replica, self._state_id = replica, state_id
         self._lock = threading.Lock()
-        self._messages = queue.SimpleQueue[dispatch_service_pb2.DispatchRequestsRequest | None]()
-        self._answers = queue.SimpleQueue[dispatch_service_pb2.DispatchRequestsResponse | CallError]()
+        self._messages = queue.SimpleQueue[pb.DispatchRequestsRequest | None]()
+        self._answers = queue.SimpleQueue[pb.DispatchRequestsResponse | CallError]()
         self._sequence = 0
         self._call = open_stream(self._requests())
         threading.Thread(target=self._read, name="hetis dispatch stream", daemon=True).start()
@@ -164,17 +165,19 @@ class DispatchStream:
         self,
         *,
         finished: Sequence[str] = (),
-        grown: Sequence[dispatch_service_pb2.Growth] = (),
-        new: Sequence[dispatch_service_pb2.NewRequest] = (),
+        grown: Sequence[pb.Growth] = (),
+        new: Sequence[pb.NewRequest] = (),
         timeout: float = DISPATCH_DEADLINE_S,
-    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+    ) -> pb.DispatchRequestsResponse:
         """Finish, grow and admit requests, in this order.
 
         Raises:
             CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
                 in which case the stream continues.
         """
-        message = _message(self._replica, self._state_id, finished, grown, new)
+        message = pb.DispatchRequestsRequest(
+            parent=self._replica, state_id=self._state_id, finished=finished, grown=grown, new_requests=new
+        )
         end_s = time.monotonic() + timeout
         with self._lock:
             self._sequence = message.sequence = self._sequence + 1
@@ -198,7 +201,7 @@ class DispatchStream:
         self._messages.put(None)
         self._call.cancel()
 
-    def _requests(self) -> Iterator[dispatch_service_pb2.DispatchRequestsRequest]:
+    def _requests(self) -> Iterator[pb.DispatchRequestsRequest]:
         while (message := self._messages.get()) is not None:
             yield message
 
@@ -211,36 +214,20 @@ class DispatchStream:
             self._answers.put(call_error(error))
 
 
-def _message(
-    replica: str,
-    state_id: str,
-    finished: Sequence[str],
-    grown: Sequence[dispatch_service_pb2.Growth],
-    new: Sequence[dispatch_service_pb2.NewRequest],
-) -> dispatch_service_pb2.DispatchRequestsRequest:
-    return dispatch_service_pb2.DispatchRequestsRequest(
-        parent=replica, state_id=state_id, finished=finished, grown=grown, new_requests=new
-    )
-
-
-def _joined(
-    messages: Sequence[dispatch_service_pb2.DispatchRequestsRequest],
-) -> dispatch_service_pb2.DispatchRequestsRequest:
+def _joined(messages: Sequence[pb.DispatchRequestsRequest]) -> pb.DispatchRequestsRequest:
     if len(messages) == 1:
         return messages[0]
-    whole = dispatch_service_pb2.DispatchRequestsRequest()
+    whole = pb.DispatchRequestsRequest()
     for message in messages:
         whole.MergeFrom(message)
     return whole
 
 
-def _part_of(
-    answer: dispatch_service_pb2.DispatchRequestsResponse, message: dispatch_service_pb2.DispatchRequestsRequest
-) -> dispatch_service_pb2.DispatchRequestsResponse:
+def _part_of(answer: pb.DispatchRequestsResponse, message: pb.DispatchRequestsRequest) -> pb.DispatchRequestsResponse:
     """Return the part of a combined answer that concerns one message; the quality is that of all."""
     new, grown = {one.id for one in message.new_requests}, {one.id for one in message.grown}
     placements = [one for one in answer.placements if one.request in new]
-    return dispatch_service_pb2.DispatchRequestsResponse(
+    return pb.DispatchRequestsResponse(
         sequence=answer.sequence,
         stalled=[one for one in answer.stalled if one in grown],
         placements=placements,
@@ -249,7 +236,7 @@ def _part_of(
     )
 
 
-def _settle(step: _Step, answer: dispatch_service_pb2.DispatchRequestsResponse) -> None:
+def _settle(step: _Step, answer: pb.DispatchRequestsResponse) -> None:
     if step.answer.done():
         return  # its caller is gone
     if answer.HasField("failure"):

@@ -73,10 +73,12 @@ class CallError(HetisError):
 
 def call_error(error: grpc.RpcError) -> CallError:
     """Return the error with its details; unreadable details are left out."""
-    code, message, trailers = _code(error), _message(error), _trailers(error)
+    found = error.code() if hasattr(error, "code") else None
+    code = found if isinstance(found, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+    message = str((error.details() if hasattr(error, "details") else None) or error)
     reason, metadata, retry_after_s = "", dict[str, str](), None
     violations: list[FieldViolation] = []
-    for detail in _details(trailers):
+    for detail in _details(error):
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo.FromString(detail.value)
             if info.domain == DOMAIN:
@@ -95,26 +97,13 @@ def call_error(error: grpc.RpcError) -> CallError:
     )
 
 
-def _details(trailers: Mapping[str, bytes]) -> list[Any]:
+def _details(error: grpc.RpcError) -> list[Any]:
+    trailers: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    binary = {key: value for key, value in trailers or () if isinstance(value, bytes)}
     try:
-        return list(status_pb2.Status.FromString(trailers[_DETAILS_KEY]).details)
+        return list(status_pb2.Status.FromString(binary[_DETAILS_KEY]).details)
     except (KeyError, DecodeError):
         return []
-
-
-def _code(error: grpc.RpcError) -> grpc.StatusCode:
-    found = error.code() if hasattr(error, "code") else None
-    return found if isinstance(found, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
-
-
-def _message(error: grpc.RpcError) -> str:
-    text = error.details() if hasattr(error, "details") else None
-    return str(text or error)
-
-
-def _trailers(error: grpc.RpcError) -> dict[str, bytes]:
-    trailers: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
-    return {key: value for key, value in trailers or () if isinstance(value, bytes)}
 
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
