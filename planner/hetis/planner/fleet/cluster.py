@@ -174,11 +174,8 @@ class ClusterFleet:
         is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
         if not is_gone and boot_id != link.boot_id:
             self.counters.refusals += 1
-            raise ServiceError(
-                Reason.ERROR_REASON_NODE_IN_USE,
-                f"another agent is connected as node {node}, and was heard lately",
-                metadata={"node": node},
-            )
+            message = f"another agent is connected as node {node}, and was heard lately"
+            raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node})
 
     def close(self, node: str, session: str) -> None:
         """Note that a stream ended."""
@@ -194,11 +191,8 @@ class ClusterFleet:
         """
         link = self.links[node]
         if link.session != session:
-            raise ServiceError(
-                Reason.ERROR_REASON_NODE_TAKEN_OVER,
-                f"another stream of node {node} began",
-                metadata={"node": link.node},
-            )
+            message = f"another stream of node {node} began"
+            raise ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": link.node})
         self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
@@ -275,11 +269,8 @@ class ClusterFleet:
             raise not_found(replica)
         link = self.link(found.primary_node)
         if not link.session:
-            raise ServiceError(
-                Reason.ERROR_REASON_DEVICE_UNAVAILABLE,
-                f"node {found.primary_node} is not connected",
-                metadata={"device": found.primary_node},
-            )
+            message = f"node {found.primary_node} is not connected"
+            raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": found.primary_node})
         if agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP not in link.capabilities:
             raise ServiceError(
                 Reason.ERROR_REASON_ENGINE_CANNOT, f"the agent of node {found.primary_node} cannot tell the head map"

@@ -85,11 +85,8 @@ class ClusterChanges:
             self.advised.append(body)
             return
         if replica.change_id:
-            raise ServiceError(
-                Reason.ERROR_REASON_CHANGE_IN_FLIGHT,
-                f"change {replica.change_id} of {replica.name} is under way",
-                metadata={"change_id": replica.change_id},
-            )
+            message = f"change {replica.change_id} of {replica.name} is under way"
+            raise ServiceError(Reason.ERROR_REASON_CHANGE_IN_FLIGHT, message, metadata={"change_id": replica.change_id})
         primary = self._cluster.link(replica.primary_node).slot(replica.name)
         if body.change.base_generation != primary.held or not primary.held:
             raise ServiceError(

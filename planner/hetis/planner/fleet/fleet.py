@@ -472,11 +472,8 @@ async def _first_of(requests: AsyncIterator[Request]) -> Request:
 
 def _check_size(request: Request) -> None:
     if (size := request.ByteSize()) > _MOST_REQUEST_BYTES:
-        raise ServiceError(
-            Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
-            f"a message of an agent has {size} bytes, {_MOST_REQUEST_BYTES} are the most",
-            metadata={"max_bytes": _MOST_REQUEST_BYTES},
-        )
+        message = f"a message of an agent has {size} bytes, {_MOST_REQUEST_BYTES} are the most"
+        raise ServiceError(Reason.ERROR_REASON_MESSAGE_TOO_LARGE, message, metadata={"max_bytes": _MOST_REQUEST_BYTES})
 
 
 def _taken_over(message: str, node: str) -> ServiceError:

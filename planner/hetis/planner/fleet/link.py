@@ -48,11 +48,8 @@ class HeadMapPieces:
             return None
         self._num_bytes += piece.ByteSize()
         if self._num_bytes > self._most_bytes:
-            raise ServiceError(
-                Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
-                f"the head maps of {self._replica} are larger than {self._most_bytes} bytes",
-                metadata={"max_bytes": self._most_bytes},
-            )
+            message = f"the head maps of {self._replica} are larger than {self._most_bytes} bytes"
+            raise ServiceError(Reason.ERROR_REASON_MESSAGE_TOO_LARGE, message, metadata={"max_bytes": self._most_bytes})
         self._pieces[piece.index] = piece
         if piece.is_last:
             self._last = piece.index
@@ -141,10 +138,8 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     Raises PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
     """
     if request.WhichOneof("message") != "hello":
-        raise ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VIOLATION,
-            f"the first message of a stream is a hello, this is {request.WhichOneof('message') or 'none'}",
-        )
+        message = f"the first message of a stream is a hello, this is {request.WhichOneof('message') or 'none'}"
+        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
     hello = request.hello
     if not hello.min_protocol_version <= PROTOCOL_VERSION <= hello.protocol_version:
         raise ServiceError(
@@ -159,11 +154,8 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
         )
     newest = max((hello.newest_epoch, *(held.epoch for held in hello.replicas)))
     if newest > epoch:
-        raise ServiceError(
-            Reason.ERROR_REASON_STALE_EPOCH,
-            f"the agent has obeyed epoch {newest}, this planner's is {epoch}",
-            metadata={"epoch": epoch, "newest_epoch": newest},
-        )
+        message = f"the agent has obeyed epoch {newest}, this planner's is {epoch}"
+        raise ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
     _check_generations([*hello.replicas, *hello.changes])
     for field in ("agent_version", "boot_id", "inventory_digest"):
         if not getattr(hello, field):

@@ -81,11 +81,8 @@ class PlanActivation:
             if cluster.active_plan != plan.name:
                 raise plan_state(plan, "is not in force")
             if not cluster.earlier_plan:
-                raise ServiceError(
-                    Reason.ERROR_REASON_NO_EARLIER_PLAN,
-                    f"no plan was in force in {cluster.name} before {plan.name}, or it was deleted",
-                    metadata={"cluster": cluster.name},
-                )
+                message = f"no plan was in force in {cluster.name} before {plan.name}, or it was deleted"
+                raise ServiceError(Reason.ERROR_REASON_NO_EARLIER_PLAN, message, metadata={"cluster": cluster.name})
             return reader.plans.require(cluster.earlier_plan)
 
         def respond(change: ChangedPlans) -> pb2.RollbackPlanResponse:

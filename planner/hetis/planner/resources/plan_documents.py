@@ -114,11 +114,8 @@ def plan_state(record: PlanRecord, what: str) -> ServiceError:
     ``what`` follows its name and state in the message.
     """
     state = plan_pb2.PlanState.Name(record.state).removeprefix("PLAN_STATE_")
-    return ServiceError(
-        Reason.ERROR_REASON_PLAN_STATE,
-        f"{record.name} is {state} and {what}",
-        metadata={"name": record.name, "state": state},
-    )
+    message = f"{record.name} is {state} and {what}"
+    return ServiceError(Reason.ERROR_REASON_PLAN_STATE, message, metadata={"name": record.name, "state": state})
 
 
 def _document(reader: Reader, name: str) -> bytes:
@@ -168,11 +165,8 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
         shown = [str(violation) for violation in violations[:MOST_VIOLATIONS]]
         if len(violations) > MOST_VIOLATIONS:
             shown.append(f"and {len(violations) - MOST_VIOLATIONS} more")
-        raise ServiceError(
-            Reason.ERROR_REASON_PLAN_CHECK_FAILED,
-            f"the plan breaks its own problem in {len(violations)} ways: {'; '.join(shown)}",
-            metadata={"violations": len(violations)},
-        )
+        message = f"the plan breaks its own problem in {len(violations)} ways: {'; '.join(shown)}"
+        raise ServiceError(Reason.ERROR_REASON_PLAN_CHECK_FAILED, message, metadata={"violations": len(violations)})
     return ImportedPlan(plan=plan, document=document_bytes(plan))
 
 

@@ -246,21 +246,15 @@ class _SpecReader:
         if spec.survive:
             self.choice("survive", spec.survive, PLACES)
         needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
-        self.require(
-            not spec.survive or spec.objective.kind in needs,
-            "survive",
-            "is set, and the objective has no demand that could be kept: it must be COST or GPUS",
-        )
+        message = "is set, and the objective has no demand that could be kept: it must be COST or GPUS"
+        self.require(not spec.survive or spec.objective.kind in needs, "survive", message)
         gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
         self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
         time_limit_s = min(defaults.time_limit_s, limits.time_s)
         if spec.HasField("time_limit"):
             time_limit_s = names.seconds_of(spec.time_limit)
-            self.require(
-                LEAST_TIME_S <= time_limit_s <= limits.time_s,
-                "time_limit",
-                f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s",
-            )
+            message = f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s"
+            self.require(LEAST_TIME_S <= time_limit_s <= limits.time_s, "time_limit", message)
         return Settings(
             strategy=strategy,
             roles=roles,

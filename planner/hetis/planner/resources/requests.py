@@ -215,10 +215,8 @@ def _is_text(name: str) -> bool:
 
 
 def _invalid(token: str) -> ServiceError:
-    return ServiceError(
-        Reason.ERROR_REASON_INVALID_PAGE_TOKEN,
-        f"page_token {token[:80]!r} is not from this list with this filter; begin again without it",
-    )
+    message = f"page_token {token[:80]!r} is not from this list with this filter; begin again without it"
+    return ServiceError(Reason.ERROR_REASON_INVALID_PAGE_TOKEN, message)
 
 
 A = TypeVar("A", bound=Message)

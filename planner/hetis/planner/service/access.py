@@ -68,11 +68,8 @@ class Identity:
         Raises WRONG_NODE if the credentials are for another node.
         """
         if not self.speaks_for(node):
-            raise ServiceError(
-                Reason.ERROR_REASON_WRONG_NODE,
-                f"the credentials {self.name} are of {self.scope or 'no node'}, not of {node}",
-                metadata={"node": node},
-            )
+            message = f"the credentials {self.name} are of {self.scope or 'no node'}, not of {node}"
+            raise ServiceError(Reason.ERROR_REASON_WRONG_NODE, message, metadata={"node": node})
 
 
 ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
@@ -171,8 +168,5 @@ def require_role(identity: Identity, method: str) -> None:
         return
     has = identity.role or "no role"
     wants = " or ".join(needed) or "a role that does not exist"
-    raise ServiceError(
-        Reason.ERROR_REASON_ROLE,
-        f"{method} needs role {wants}; {identity.name} has {has}",
-        metadata={"role": has, "needed": wants},
-    )
+    message = f"{method} needs role {wants}; {identity.name} has {has}"
+    raise ServiceError(Reason.ERROR_REASON_ROLE, message, metadata={"role": has, "needed": wants})

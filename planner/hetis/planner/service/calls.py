@@ -101,10 +101,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
                 require_role(identity, method)
                 if not identity.covers(began_as):
-                    raise ServiceError(
-                        Reason.ERROR_REASON_DRAINING,
-                        f"the credentials {identity.name} allow less than when this stream began: connect again",
-                    )
+                    message = f"the credentials {identity.name} allow less than when this stream began: connect again"
+                    raise ServiceError(Reason.ERROR_REASON_DRAINING, message)
             except ServiceError as error:
                 if not stream.done():
                     self._ended[stream] = error
@@ -315,14 +313,8 @@ def require_deadline(method: str, remaining_s: float | None) -> None:
     """Check a unary call's deadline. Raises DEADLINE_REQUIRED or DEADLINE_TOO_LONG."""
     most_s = longest_s(method)
     if remaining_s is None:
-        raise ServiceError(
-            Reason.ERROR_REASON_DEADLINE_REQUIRED,
-            f"{method} has no deadline: set one, of at most {most_s:g} s",
-            metadata={"max_s": f"{most_s:g}"},
-        )
+        message = f"{method} has no deadline: set one, of at most {most_s:g} s"
+        raise ServiceError(Reason.ERROR_REASON_DEADLINE_REQUIRED, message, metadata={"max_s": f"{most_s:g}"})
     if remaining_s > most_s + _CLOCKS_S:
-        raise ServiceError(
-            Reason.ERROR_REASON_DEADLINE_TOO_LONG,
-            f"{method} has a deadline in {remaining_s:.0f} s: it may be {most_s:g} s away at most",
-            metadata={"max_s": f"{most_s:g}"},
-        )
+        message = f"{method} has a deadline in {remaining_s:.0f} s: it may be {most_s:g} s away at most"
+        raise ServiceError(Reason.ERROR_REASON_DEADLINE_TOO_LONG, message, metadata={"max_s": f"{most_s:g}"})

@@ -43,11 +43,8 @@ class StreamLimits:
         limits = _limits(method, caller, peer)
         for key, most in limits.items():
             if self._open[key] >= most:
-                raise ServiceError(
-                    Reason.ERROR_REASON_TOO_MANY_STREAMS,
-                    f"{key} has {most} streams open already, and may have no more: end one first",
-                    metadata={"max_streams": most},
-                )
+                message = f"{key} has {most} streams open already, and may have no more: end one first"
+                raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": most})
         self._open.update(limits.keys())
         try:
             yield
@@ -203,10 +200,8 @@ class ConnectionWatch:
         self._known = known
         self.closed += closed.total()
         for host, num in closed.items():
-            _log.warning(
-                "too many connections of one host, the newest were closed",
-                extra={"host": host, "closed": num, "limit": self._limits.of_a_host},
-            )
+            message = "too many connections of one host, the newest were closed"
+            _log.warning(message, extra={"host": host, "closed": num, "limit": self._limits.of_a_host})
         return num_of.total()
 
 

@@ -47,11 +47,8 @@ def draining() -> ServiceError:
 
 def incident(incident_id: str) -> ServiceError:
     """Return the error that callers get for a bug: only where to find its log entry."""
-    return ServiceError(
-        Reason.ERROR_REASON_INTERNAL,
-        f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry",
-        metadata={"incident": incident_id},
-    )
+    message = f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry"
+    return ServiceError(Reason.ERROR_REASON_INTERNAL, message, metadata={"incident": incident_id})
 
 
 def as_service_error(error: Exception) -> ServiceError | None:

@@ -230,11 +230,8 @@ class Store:
         reading: asyncio.Future[T] = asyncio.ensure_future(self._run(self._timed, self._read, work))
         reading.add_done_callback(_forget)  # it may continue after nobody waits for it any more
         if self._lease_s and not await self._ends_in_time(reading):
-            raise ServiceError(
-                Reason.ERROR_REASON_STORE_UNAVAILABLE,
-                f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s",
-                metadata={"changed": "no"},
-            )
+            message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
+            raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
         return await reading
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
@@ -322,11 +319,8 @@ class Store:
         if working.done() and (error := working.exception()) is not None:
             raise error
         lost = self.not_leader()
-        raise ServiceError(
-            lost.reason,
-            f"{lost}; the lease ended while the change was made, and whether it was is not known",
-            metadata={**lost.metadata, "changed": "unknown"},
-        )
+        message = f"{lost}; the lease ended while the change was made, and whether it was is not known"
+        raise ServiceError(lost.reason, message, metadata={**lost.metadata, "changed": "unknown"})
 
     def _end_term(self) -> None:
         self._epoch = None
@@ -399,11 +393,8 @@ class Store:
             working.cancel()  # drops work not yet begun: it would ask for a lease that nobody uses any more
         if not done:
             self._lease_breaker.break_connection()
-            raise ServiceError(
-                Reason.ERROR_REASON_STORE_UNAVAILABLE,
-                f"the planner's store {self._label} did not answer for {limit_s:.1f} s",
-                metadata={"changed": "unknown"},
-            )
+            message = f"the planner's store {self._label} did not answer for {limit_s:.1f} s"
+            raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "unknown"})
         return working.result()
 
     async def _watch_over(self) -> None:

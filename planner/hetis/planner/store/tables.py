@@ -255,11 +255,8 @@ class RequestTable:
         if row is None:
             return None
         if (row.method, row.fingerprint) != (method, fingerprint):
-            raise ServiceError(
-                Reason.ERROR_REASON_REQUEST_ID_REUSED,
-                f"request_id {request_id} was used for another request; take a new one",
-                metadata={"request_id": request_id},
-            )
+            message = f"request_id {request_id} was used for another request; take a new one"
+            raise ServiceError(Reason.ERROR_REASON_REQUEST_ID_REUSED, message, metadata={"request_id": request_id})
         return bytes(row.response)
 
     def remember(self, method: str, request_id: str, fingerprint: str, response: bytes) -> None:

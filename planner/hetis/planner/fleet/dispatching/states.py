@@ -201,11 +201,8 @@ class DispatchStates:
         if replica is None:
             raise not_found(name)
         if replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
-            raise ServiceError(
-                Reason.ERROR_REASON_ENGINE_IS_AUTHORITY,
-                f"the engine of {name} dispatches by itself",
-                metadata={"replica": name},
-            )
+            message = f"the engine of {name} dispatches by itself"
+            raise ServiceError(Reason.ERROR_REASON_ENGINE_IS_AUTHORITY, message, metadata={"replica": name})
         return replica
 
     def _replica_of_state(self, name: str, field: str) -> LiveReplica:
