@@ -1,4 +1,4 @@
-"""Clusters, nodes, replicas and re-dispatches as callers see them: stored records combined with live state."""
+"""Clusters, plans, replicas and re-dispatches as callers see them: stored records combined with live state."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from hetis.planner.convert.names import timestamp
-from hetis.planner.store import ClusterRecord, RedispatchRecord, etag_of
-from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2
+from hetis.planner.convert.plans import without_contents
+from hetis.planner.store import ClusterRecord, PlanRecord, RedispatchRecord, etag_of
+from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, view_pb2
 
 M = TypeVar("M", bound=Message)
 BASIC = view_pb2.VIEW_BASIC
@@ -52,3 +53,22 @@ def without(message: M, *fields: str) -> M:
     for field in fields:
         short.ClearField(field)
     return short
+
+
+def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
+    """Return all but replicas and prices, which only the plan's document has.
+
+    ``progress`` is newer than the record's.
+    """
+    plan = deepcopy(record.body)
+    plan.name, plan.cluster = record.name, record.cluster
+    plan.state, plan.activation = record.state, record.activation
+    plan.etag = etag_of(record)
+    plan.create_time.CopyFrom(timestamp(record.create_time_s))
+    if progress is not None:
+        plan.progress.CopyFrom(progress)
+    return plan
+
+
+def basic_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
+    return without_contents(full_view(record, progress))

@@ -8,12 +8,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hetis.planner.convert.clusters import BASIC, basic_redispatch, cluster_message
+from hetis.planner.convert.clusters import BASIC, basic_redispatch, basic_view, cluster_message
 from hetis.planner.convert.names import node_name, optional_timestamp, timestamp
-from hetis.planner.convert.plans import without_contents
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Replica
-from hetis.planner.store import PlanRecord, etag_of
+from hetis.planner.store import PlanRecord
 from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
@@ -149,11 +148,7 @@ def publish_end(
 
 def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
     """Return the active plan in the view BASIC, with its current progress."""
-    plan = without_contents(record.body)
-    plan.name, plan.cluster = record.name, record.cluster
-    plan.state, plan.activation = record.state, record.activation
-    plan.etag = etag_of(record)
-    plan.create_time.CopyFrom(timestamp(record.create_time_s))
+    plan = basic_view(record)
     plan.activation_progress.CopyFrom(cluster.progress)
     return plan
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.fleet.activation import Standing
 from hetis.planner.fleet.changes import FINAL, Saving
+from hetis.planner.fleet.replica import conditions_of
 from hetis.planner.store import (
     ClusterRecord,
     NodeRecord,
@@ -136,9 +137,7 @@ def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
     body.state, body.generation = write.standing.state, write.generation
     body.assigned_generation, body.authority = write.assigned_generation, write.authority
     del body.conditions[:]
-    body.conditions.extend(
-        replica_pb2.DeviceCondition(device=device, status=status) for device, status in write.standing.conditions
-    )
+    body.conditions.extend(conditions_of(write.standing))
     body.ClearField("failure")
     if write.standing.failure is not None:
         body.failure.CopyFrom(write.standing.failure)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from hetis.formats.documents import digest
 from hetis.planner.convert import names
-from hetis.planner.convert.clusters import without
+from hetis.planner.convert.clusters import basic_view, without
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
@@ -17,14 +17,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import (
-    IN_FORCE,
-    SEARCHING,
-    PlanDocuments,
-    basic_view,
-    plan_state,
-    require_gpus,
-)
+from hetis.planner.resources.plan_documents import IN_FORCE, SEARCHING, PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import Plans, load_bytes_of
 from hetis.planner.resources.requests import change_once, check, require_etag
 from hetis.planner.resources.shared import Hubs, publish_cluster
@@ -62,13 +55,11 @@ class PlanActivation:
                 _require_idle(reader, cluster)
             return plan
 
-        def respond(change: ChangedPlans) -> pb2.ActivatePlanResponse:
-            return _fitting(pb2.ActivatePlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
-
         if request.validate_only:
-            return respond(await self._store.read(lambda reader: self._planned(reader, decide(reader), target)))
+            planned = await self._store.read(lambda reader: self._planned(reader, decide(reader), target))
+            return _answer(pb2.ActivatePlanResponse, planned)
         return await self._change(
-            request, pb2.ActivatePlanResponse, lambda tx: self._put_in_force(tx, decide(tx), target), respond
+            request, pb2.ActivatePlanResponse, lambda tx: self._put_in_force(tx, decide(tx), target)
         )
 
     async def rollback(self, request: pb2.RollbackPlanRequest) -> pb2.RollbackPlanResponse:
@@ -85,9 +76,6 @@ class PlanActivation:
                 raise ServiceError(Reason.ERROR_REASON_NO_EARLIER_PLAN, message, metadata={"cluster": cluster.name})
             return reader.plans.require(cluster.earlier_plan)
 
-        def respond(change: ChangedPlans) -> pb2.RollbackPlanResponse:
-            return _fitting(pb2.RollbackPlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
-
         try:
             target = await self._target((await self._store.read(earlier)).name)
         except ServiceError as error:
@@ -95,12 +83,13 @@ class PlanActivation:
                 raise
             return await self._answered_before(request, error)
         if request.validate_only:
-            return respond(await self._store.read(lambda reader: self._planned(reader, earlier(reader), target)))
+            planned = await self._store.read(lambda reader: self._planned(reader, earlier(reader), target))
+            return _answer(pb2.RollbackPlanResponse, planned)
 
         def go_back(tx: Transaction) -> ChangedPlans:
             return self._put_in_force(tx, earlier(tx), target, is_rollback=True)
 
-        return await self._change(request, pb2.RollbackPlanResponse, go_back, respond)
+        return await self._change(request, pb2.RollbackPlanResponse, go_back)
 
     async def _answered_before(self, request: pb2.RollbackPlanRequest, error: ServiceError) -> pb2.RollbackPlanResponse:
         """Answer a repeated request, which finds another plan active."""
@@ -134,7 +123,6 @@ class PlanActivation:
         request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
         response: type[R],
         put_in_force: Callable[[Transaction], ChangedPlans],
-        respond: Callable[[ChangedPlans], R],
     ) -> R:
         """Make the change in one durable transaction, then tell watchers and fleet."""
         done: ChangedPlans | None = None
@@ -142,7 +130,7 @@ class PlanActivation:
         def work(tx: Transaction) -> R:
             nonlocal done
             done = put_in_force(tx)
-            return respond(done)
+            return _answer(response, done)
 
         async def tell() -> None:
             if done is not None and done.cluster is not None:
@@ -222,16 +210,17 @@ def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
         )
 
 
-def _fitting(response: R) -> R:
-    """Leave out the devices of the last steps if the message would be too large."""
-    too_many_bytes = response.ByteSize() - _MOST_BYTES
-    for step in reversed(response.steps):
+def _answer(response: type[R], change: ChangedPlans) -> R:
+    """Return the answer, without the devices of the last steps if it would be too large."""
+    answer = response(plan=basic_view(change.plans[0]), steps=change.steps)
+    too_many_bytes = answer.ByteSize() - _MOST_BYTES
+    for step in reversed(answer.steps):
         if too_many_bytes <= 0:
             break
         too_many_bytes -= step.ByteSize()
         del step.devices[:]
         too_many_bytes += step.ByteSize()
-    return response
+    return answer
 
 
 _GONE = frozenset({replica_pb2.REPLICA_STATE_STOPPED, replica_pb2.REPLICA_STATE_FAILED})

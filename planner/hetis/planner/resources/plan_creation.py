@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from hetis.formats.errors import DocumentError
 from hetis.planner.callers import PLANNER, present_caller
 from hetis.planner.convert import names
-from hetis.planner.convert.clusters import without
+from hetis.planner.convert.clusters import basic_view, without
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
@@ -31,7 +31,7 @@ from hetis.planner.jobs.messages import (
     posed_from_json,
 )
 from hetis.planner.jobs.pool import Begun, Search, SolverPool
-from hetis.planner.resources.plan_documents import SEARCHING, ImportedPlan, basic_view, checked, read_plan, require_gpus
+from hetis.planner.resources.plan_documents import SEARCHING, ImportedPlan, checked, read_plan, require_gpus
 from hetis.planner.resources.plan_specs import (
     SPEC,
     ReadSpec,
@@ -338,7 +338,8 @@ class PlanCreation:
 
         if request.validate_only:
             await self._store.read(check)
-            return pb2.CreatePlanResponse(plan=_without_state(record))
+            undecided = without(basic_view(record), "state", "activation", "etag", "create_time")
+            return pb2.CreatePlanResponse(plan=undecided)
         place = self._place(answer)
 
         def insert(tx: Transaction) -> pb2.CreatePlanResponse:
@@ -410,8 +411,3 @@ class PlanCreation:
             activation=plan_pb2.ACTIVATION_STATE_INACTIVE,
             create_time_s=self._clock(),
         )
-
-
-def _without_state(record: PlanRecord) -> plan_pb2.Plan:
-    """Return the plan that would be made, without the fields that are only decided when it is made."""
-    return without(basic_view(record), "state", "activation", "etag", "create_time")

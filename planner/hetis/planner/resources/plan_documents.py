@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.convert import documents
-from hetis.planner.convert.names import timestamp
-from hetis.planner.convert.plans import without_contents
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.searching import document_bytes
-from hetis.planner.store import PlanRecord, Reader, Store, etag_of
+from hetis.planner.store import PlanRecord, Reader, Store
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.check import check_plan
@@ -26,25 +23,6 @@ from hetis.v1 import document_pb2, failure_pb2, plan_pb2
 
 SEARCHING = frozenset({plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING})
 IN_FORCE = frozenset({plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_STATE_ACTIVE})
-
-
-def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
-    """Return all but replicas and prices, which only the plan's document has.
-
-    ``progress`` is newer than the record's.
-    """
-    plan = deepcopy(record.body)
-    plan.name, plan.cluster = record.name, record.cluster
-    plan.state, plan.activation = record.state, record.activation
-    plan.etag = etag_of(record)
-    plan.create_time.CopyFrom(timestamp(record.create_time_s))
-    if progress is not None:
-        plan.progress.CopyFrom(progress)
-    return plan
-
-
-def basic_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
-    return without_contents(full_view(record, progress))
 
 
 def is_settled(plan: plan_pb2.Plan) -> bool:

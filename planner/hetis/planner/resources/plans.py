@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hetis.planner.convert import names
+from hetis.planner.convert.clusters import basic_view, full_view
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import complete, explanation_to_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
@@ -16,8 +17,6 @@ from hetis.planner.resources.plan_documents import (
     IN_FORCE,
     SEARCHING,
     PlanDocuments,
-    basic_view,
-    full_view,
     is_settled,
     plan_state,
     require_answer,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
@@ -187,19 +187,10 @@ class ClusterWatches:
         yield Response(resume_token=token, event_time=now, reset=reset, cluster=cluster)
         for node in views.ids():
             yield Response(resume_token=token, event_time=now, node=views.node(node, BASIC))
-        for response in self._what_runs(replicas, redispatches):
-            response.resume_token = token
-            response.event_time.CopyFrom(now)
-            yield response
-
-    def _what_runs(
-        self, replicas: Sequence[ReplicaRecord], redispatches: Sequence[RedispatchRecord]
-    ) -> Sequence[Response]:
-        """Return responses for replicas, then for re-dispatches, oldest first."""
-        return [
-            *(Response(replica=replica_now(self._fleet, record, BASIC)) for record in replicas),
-            *(Response(redispatch=redispatch_message(record, view=BASIC)) for record in reversed(redispatches)),
-        ]
+        for replica in (replica_now(self._fleet, record, BASIC) for record in replicas):
+            yield Response(resume_token=token, event_time=now, replica=replica)
+        for redispatch in (redispatch_message(record, view=BASIC) for record in reversed(redispatches)):  # oldest first
+            yield Response(resume_token=token, event_time=now, redispatch=redispatch)
 
     def _caught_up(self, at: ResumeToken) -> Response:
         return Response(resume_token=at.to_text(), event_time=timestamp(self._clock()), caught_up=True)

@@ -21,15 +21,10 @@ class CallerRole(StrEnum):
     @property
     def includes(self) -> frozenset[CallerRole]:
         """The role itself and the roles that it implies."""
-        return _INCLUDES[self]
-
-
-_INCLUDES = {
-    CallerRole.VIEWER: frozenset({CallerRole.VIEWER}),
-    CallerRole.ORCHESTRATOR: frozenset({CallerRole.VIEWER, CallerRole.ORCHESTRATOR}),
-    CallerRole.ADMIN: frozenset({CallerRole.VIEWER, CallerRole.ORCHESTRATOR, CallerRole.ADMIN}),
-    CallerRole.AGENT: frozenset({CallerRole.AGENT}),
-}
+        if self is CallerRole.AGENT:
+            return frozenset({self})
+        ranked = (CallerRole.VIEWER, CallerRole.ORCHESTRATOR, CallerRole.ADMIN)
+        return frozenset(ranked[: ranked.index(self) + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.service.access import NEEDED, STANDBY_READS, CallerRole, is_open
+from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, CallerRole, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100
@@ -25,7 +25,6 @@ MOST_OF_ALL_HOSTS = 1_000
 MOST_OF_ENGINES = 1_000
 """Dispatch streams of one caller: engines use their agents' credentials, which nodes may share."""
 _DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
-_CONNECT = "/hetis.v1.AgentService/ConnectNode"  # one per node, whose agents may share credentials
 
 
 class StreamLimits:
@@ -60,7 +59,8 @@ def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
         return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "everybody together": MOST_OF_ALL_HOSTS}
     if method == _DISPATCH:
         return {f"caller {caller}, for dispatch,": MOST_OF_ENGINES}
-    return {} if method == _CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
+    # One per node, whose agents may share credentials.
+    return {} if method == CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
 
 
 WRITES = frozenset(

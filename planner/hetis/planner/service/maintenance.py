@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hetis.formats.errors import single_problem
 from hetis.planner.service.exit_codes import ServiceExitCode
@@ -18,9 +17,6 @@ from hetis.planner.store import Reader
 from hetis.planner.store.audit import AuditFilter, AuditLine
 from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
 from hetis.planner.store.opening import revisions
-
-if TYPE_CHECKING:
-    pass
 
 
 def store_url(path: str | None, flags: Sequence[Given]) -> str:

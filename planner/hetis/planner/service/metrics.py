@@ -64,7 +64,6 @@ class ServiceMetrics:
             "hetis_planner_connections_closed", "Connections closed because their host had too many."
         )
         self._failed_loops = gauge("hetis_planner_failed_loops", "Parts that have failed for good and need a restart.")
-        self._num_failed_loops: Callable[[], int] = lambda: 0
         self._closed_connections: Callable[[], int] = lambda: 0
         self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
@@ -111,7 +110,6 @@ class ServiceMetrics:
         """Return all metrics in Prometheus' text format."""
         self._lag.set(self._worst_lag_s)
         self._worst_lag_s = 0.0
-        self._failed_loops.set(self._num_failed_loops())
         closed = self._closed_connections()
         self._connections_closed.inc(closed - self._told_closed)
         self._told_closed = closed
@@ -119,7 +117,7 @@ class ServiceMetrics:
 
     def count_failed_loops(self, failed: Callable[[], int]) -> None:
         """``failed`` returns how many loops have failed since the start."""
-        self._num_failed_loops = failed
+        self._failed_loops.set_function(failed)
 
     def count_closed_connections(self, closed: Callable[[], int]) -> None:
         """``closed`` returns how many connections were closed since the start because their host had too many."""

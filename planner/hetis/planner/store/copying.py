@@ -47,33 +47,22 @@ def back_up(url: str, file: Path) -> int:
     """
     if file.exists():
         raise StoreError(f"{file} is there already; a backup replaces nothing")
-
-    source, label = _engine(url)
-    stored = opening.file_of(opening.parse_url(url))
-    if stored is not None and not stored.is_file():
-        raise StoreError(f"{label}: no such store")
     made = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with _reading(source) as connection:
-            if opening.needs_migration(connection, label):
-                raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
-            with _errors_of(str(file)):
-                opening.keep_private(made)
-                target = opening.make_engine(opening.parse_url(f"sqlite:///{made}"), lease_s=_LEASE_S)
-                with target.begin() as written:
-                    opening.migrate(written)
-                    num = _copy(connection, written)
-                target.dispose()
-                _sync(made)
-                os.link(made, file)  # fails if another process was faster
-                _sync(file.absolute().parent)
+        with _stored(url) as connection, _errors_of(str(file)):
+            opening.keep_private(made)
+            target = opening.make_engine(opening.parse_url(f"sqlite:///{made}"), lease_s=_LEASE_S)
+            with target.begin() as written:
+                opening.migrate(written)
+                num = _copy(connection, written)
+            target.dispose()
+            _sync(made)
+            os.link(made, file)  # fails if another process was faster
+            _sync(file.absolute().parent)
         return num
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error.strerror}") from None
-    except sa.exc.DBAPIError as error:
-        raise opening.cannot_open(error, label) from None
     finally:
-        source.dispose()
         for left in file.parent.glob(f"{made.name}*"):
             left.unlink(missing_ok=True)
 
@@ -83,6 +72,13 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
 
     Raises StoreError if the store cannot be read or is of another version.
     """
+    with _stored(url) as connection:
+        return work(Reader(connection))
+
+
+@contextlib.contextmanager
+def _stored(url: str) -> Iterator[sa.Connection]:
+    """Read one consistent state of a store of this version, which may be in use."""
     engine, label = _engine(url)
     file = opening.file_of(opening.parse_url(url))
     if file is not None and not file.is_file():
@@ -91,7 +87,7 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
         with _reading(engine) as connection:
             if opening.needs_migration(connection, label):
                 raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
-            return work(Reader(connection))
+            yield connection
     finally:
         engine.dispose()
 
