@@ -97,13 +97,7 @@ class Saving:
 
 
 class ChangeCoordinator:
-    """The coordinator of one re-dispatch.
-
-    Attributes:
-        body: the re-dispatch as it is now; `is_unsaved` says whether the store is behind.
-        authority: id of the node whose engine decides.
-        num_contradictions: reports of authorities that contradicted their first one, which never happens.
-    """
+    """The coordinator of one re-dispatch."""
 
     def __init__(self, body: redispatch_pb2.Redispatch, parts: Parts, *, now_s: float, again_s: float) -> None:
         """Begin a new change.
@@ -114,9 +108,10 @@ class ChangeCoordinator:
             now_s: monotonic.
             again_s: after how long a directive that was acknowledged but had no effect is sent again.
         """
-        self.body = body
+        self.body = body  # the re-dispatch as it is now; `is_unsaved` says whether the store is behind
+        # Id of the node whose engine decides
         self.authority = next(node for node, its in parts.items() if Part.CHANGE_PART_AUTHORITY in its)
-        self.num_contradictions = 0
+        self.num_contradictions = 0  # reports of authorities that contradicted their first one, which never happens
         self._parts = parts
         self._again_s = again_s
         self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)

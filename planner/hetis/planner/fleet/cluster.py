@@ -28,18 +28,7 @@ class ClusterFleet:
     """The state of one running cluster.
 
     Attributes:
-        name: `clusters/{cluster}`.
-        record: None if nothing was read yet, or the cluster is gone.
-        plan: the active plan, or None.
         links, leases: by node id.
-        replicas: by name.
-        changes: its re-dispatches.
-        unprepared: replicas whose plans have to be looked up.
-        dirty: replicas that the rule should look at.
-        shown: ("node" or "replica" or "redispatch", name) and ("plan", name) whose views changed.
-        reported: reports since they were last taken, the newest of each node and replica.
-        capacity_changed: since it was last read.
-        progress: of the active plan, as of the last decision.
     """
 
     def __init__(
@@ -51,21 +40,23 @@ class ClusterFleet:
         counters: FleetCounters,
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
     ) -> None:
-        self.name = name
-        self.record: ClusterRecord | None = None
-        self.plan: PlanRecord | None = None
+        self.name = name  # `clusters/{cluster}`
+        self.record: ClusterRecord | None = None  # None if nothing was read yet, or the cluster is gone
+        self.plan: PlanRecord | None = None  # the active plan, or None
         self.links: dict[str, NodeLink] = {}
         self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: dict[str, Replica] = {}  # by name
         self.node_records: dict[str, NodeRecord] = {}
         self.node_writes: dict[str, NodeWrite] = {}
-        self.unprepared: dict[str, None] = {}
-        self.dirty: set[str] = set()
+        self.unprepared: dict[str, None] = {}  # replicas whose plans have to be looked up
+        self.dirty: set[str] = set()  # replicas that the rule should look at
         self.decide_all = True
+        # ("node" or "replica" or "redispatch", name) and ("plan", name) whose views changed
         self.shown: set[tuple[str, str]] = set()
+        # Reports since they were last taken, the newest of each node and replica
         self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
-        self.capacity_changed = False
-        self.progress = plan_pb2.ActivationProgress()
+        self.capacity_changed = False  # since it was last read
+        self.progress = plan_pb2.ActivationProgress()  # of the active plan, as of the last decision
         self.connect_time_s: dict[str, float] = {}
         self.settings = settings
         self.counters = counters
@@ -74,7 +65,7 @@ class ClusterFleet:
         self._replicas_on: dict[str, set[str]] = {}
         self._talking: set[str] = set()  # nodes with messages to send
         self._waiting: set[str] = set()  # nodes with messages to send later
-        self.changes = ClusterChanges(self)
+        self.changes = ClusterChanges(self)  # its re-dispatches
 
     # The stored state.
 

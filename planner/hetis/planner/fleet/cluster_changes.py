@@ -48,20 +48,13 @@ class Ended:
 
 
 class ClusterChanges:
-    """The re-dispatches of a cluster.
-
-    Attributes:
-        under_way: by change id.
-        advised: re-dispatches that are only stored.
-        late: changes that nodes mention and that are not under way.
-        ended: re-dispatches that ended since they were last taken.
-    """
+    """The re-dispatches of a cluster."""
 
     def __init__(self, cluster: Around) -> None:
-        self.under_way: dict[str, ChangeCoordinator] = {}
-        self.advised: list[redispatch_pb2.Redispatch] = []
-        self.late = LateChanges()
-        self.ended: list[redispatch_pb2.Redispatch] = []
+        self.under_way: dict[str, ChangeCoordinator] = {}  # by change id
+        self.advised: list[redispatch_pb2.Redispatch] = []  # re-dispatches that are only stored
+        self.late = LateChanges()  # changes that nodes mention and that are not under way
+        self.ended: list[redispatch_pb2.Redispatch] = []  # re-dispatches that ended since they were last taken
         self._cluster = cluster
         self._endings: OrderedDict[str, Ended] = OrderedDict()
 

@@ -88,25 +88,21 @@ class ReplicaSlot:
     """The state of one replica on one node.
 
     ``most_held`` returns the highest generation that the node can have reached.
-
-    Attributes:
-        held: generation that the node holds, as last reported; 0: nothing.
-        state: the node's progress with its assignment, as last reported.
-        failure: what the node reported as wrong, or why it refused the assignment for good; None: nothing.
-        is_believed: whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.
-        report: its last report of the replica; None if none came yet.
-        closed: ended changes whose outcome the node has acknowledged on this stream. Later reports of them get no
-            answer, because the node would only acknowledge it again.
     """
 
     def __init__(self, replica: str, most_held: Callable[[], int] = lambda: MOST_GENERATION) -> None:
         self.replica = replica
-        self.held = 0
+        self.held = 0  # generation that the node holds, as last reported; 0: nothing
+        # Whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.
         self.is_believed = True
         self._most_held = most_held
+        # The node's progress with its assignment, as last reported
         self.state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
+        # What the node reported as wrong, or why it refused the assignment for good; None: nothing
         self.failure: failure_pb2.Failure | None = None
-        self.report: report_pb2.ReplicaReport | None = None
+        self.report: report_pb2.ReplicaReport | None = None  # its last report of the replica; None if none came yet
+        # Ended changes whose outcome the node has acknowledged on this stream. Later reports of them get no answer,
+        # because the node would only acknowledge it again.
         self.closed: set[str] = set()
         self.wanted: WantedAssignment | WantedRemoval | None = None
         self._directives: dict[str, Directive] = {}

@@ -30,15 +30,11 @@ MOST_BYTES = 64 * 2**20
 
 
 class Stream:
-    """Messages for one agent, in order. Belongs to one event loop.
-
-    Attributes:
-        closed: set by whoever writes the messages, when all are written or the agent is gone.
-    """
+    """Messages for one agent, in order. Belongs to one event loop."""
 
     def __init__(self, session: str) -> None:
         self.session = session
-        self.closed = asyncio.Event()
+        self.closed = asyncio.Event()  # set by whoever writes the messages, when all are written or the agent is gone
         self._queue: deque[Response] = deque()
         self._num_bytes = 0
         self._has_news = asyncio.Event()

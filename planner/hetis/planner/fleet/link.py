@@ -171,19 +171,7 @@ def _check_generations(said: Iterable[Any]) -> None:
 
 
 class NodeLink:
-    """The state of one node and the messages due to it. It outlives its streams.
-
-    Attributes:
-        node: `clusters/{cluster}/nodes/{node}`.
-        devices: last report of each of its GPUs; empty: none yet.
-        inventory: what its agent found; None: not known.
-        agent_version: empty: no agent was connected.
-        engine_address: where its engine listens for others; empty: it does not.
-        session: of the current stream, whose messages alone count; empty: there is none.
-        boot_id: of the last connected agent; empty: there was none.
-        slots: by replica; changed through `slot` and `heard_slot`.
-        num_ignored: reports about replicas that are not its own, after `_MOST_FOREIGN` others.
-    """
+    """The state of one node and the messages due to it. It outlives its streams."""
 
     def __init__(
         self,
@@ -195,20 +183,20 @@ class NodeLink:
         most_held: Callable[[str], int | None] = lambda _: None,
     ) -> None:
         """``most_held`` returns the highest generation that the node can hold of a replica, None if not its own."""
-        self.node = node
-        self.devices: tuple[report_pb2.DeviceReport, ...] = ()
-        self.inventory: inventory_pb2.NodeInventory | None = None
-        self.agent_version = ""
-        self.engine_address = ""
+        self.node = node  # `clusters/{cluster}/nodes/{node}`
+        self.devices: tuple[report_pb2.DeviceReport, ...] = ()  # last report of each of its GPUs; empty: none yet
+        self.inventory: inventory_pb2.NodeInventory | None = None  # what its agent found; None: not known
+        self.agent_version = ""  # empty: no agent was connected
+        self.engine_address = ""  # where its engine listens for others; empty: it does not
         self.capabilities: frozenset[Capability.ValueType] = frozenset()
-        self.num_ignored = 0
+        self.num_ignored = 0  # reports about replicas that are not its own, after `_MOST_FOREIGN` others
         self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
         self._new_id = new_id
-        self.session = ""
-        self.boot_id = ""
-        self.slots: dict[str, ReplicaSlot] = {}
+        self.session = ""  # of the current stream, whose messages alone count; empty: there is none
+        self.boot_id = ""  # of the last connected agent; empty: there was none
+        self.slots: dict[str, ReplicaSlot] = {}  # by replica; changed through `slot` and `heard_slot`
         self._foreign: set[str] = set()  # slots of replicas that are not its own, or were not
         self._active: set[str] = set()  # replicas for which something may have to be sent now
         self._due: list[tuple[float, str]] = []  # when time alone may require that

@@ -61,37 +61,29 @@ class Replica:
     """The state of one replica.
 
     Attributes:
-        record: as stored.
-        basic_body: its body in the view BASIC.
-        standing: the input of the activation rule.
-        contents: None until looked up; no assignment can be made before.
-        nodes: ids of its nodes, the primary's first.
-        dense_nodes: those of them that it cannot serve without.
-        devices: all its GPUs.
         report, report_time_s: the last of its primary, and its Unix time.
-        peers: addresses of its engines by node id, as last sent; None if no assignment of this planner was.
-        since_s: since when it has been starting or draining; None if it is not, or if it waits for its GPUs.
-        cannot_start: its plan cannot be read.
-        must_reassign: all nodes need a new assignment, as one holds something later or has another address.
-        change_id: of the re-dispatch under way; empty if none.
     """
 
     def __init__(self, record: ReplicaRecord) -> None:
         shape = record.body.shape
-        self.record = record
-        self.basic_body = basic_replica(record.body)
-        self.standing = standing_of(record)
-        self.contents: Contents | None = None
-        self.nodes = tuple(nodes_of(shape))
+        self.record = record  # as stored
+        self.basic_body = basic_replica(record.body)  # its body in the view BASIC
+        self.standing = standing_of(record)  # the input of the activation rule
+        self.contents: Contents | None = None  # None until looked up; no assignment can be made before
+        self.nodes = tuple(nodes_of(shape))  # ids of its nodes, the primary's first
+        # Those of them that it cannot serve without
         self.dense_nodes = frozenset(map(node_of, dense_devices_of(shape)))
-        self.devices = tuple(devices_of(shape))
+        self.devices = tuple(devices_of(shape))  # all its GPUs
         self.report: report_pb2.ReplicaReport | None = None
         self.report_time_s: float | None = None
+        # Addresses of its engines by node id, as last sent; None if no assignment of this planner was
         self.peers: dict[str, str] | None = None
+        # Since when it has been starting or draining; None if it is not, or if it waits for its GPUs
         self.since_s: float | None = None
-        self.cannot_start = False
+        self.cannot_start = False  # its plan cannot be read
+        # All nodes need a new assignment, as one holds something later or has another address
         self.must_reassign = False
-        self.change_id = ""
+        self.change_id = ""  # of the re-dispatch under way; empty if none
 
     @property
     def name(self) -> str:

@@ -154,14 +154,11 @@ class ConnectionWatch:
     descriptors of this process, though: a thread inspects them periodically and shuts down those in excess of a host's
     limit, the newest first. gRPC then closes them as when a peer goes away. Without `/proc` (on systems other than
     Linux) only the total limit applies.
-
-    Attributes:
-        closed: excess connections closed since the start.
     """
 
     def __init__(self, limits: ConnectionLimits, ports: frozenset[int]) -> None:
         """``ports``: the ports that gRPC listens on."""
-        self.closed = 0
+        self.closed = 0  # excess connections closed since the start
         self._limits, self._ports = limits, ports
         self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
 

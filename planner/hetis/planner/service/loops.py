@@ -15,15 +15,11 @@ class Loops:
 
     Args:
         whole: tasks of which these are a part that is stopped separately; it gets their failures, too.
-
-    Attributes:
-        failures: names of the failed tasks.
-        failed: set with the first failure.
     """
 
     def __init__(self, whole: Loops | None = None) -> None:
-        self.failures: list[str] = [] if whole is None else whole.failures
-        self.failed: asyncio.Event = asyncio.Event() if whole is None else whole.failed
+        self.failures: list[str] = [] if whole is None else whole.failures  # names of the failed tasks
+        self.failed: asyncio.Event = asyncio.Event() if whole is None else whole.failed  # set with the first failure
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:

@@ -26,21 +26,16 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 
 
 class StoreHealth:
-    """Counters of transactions, written by the store's thread and read by any other.
-
-    Attributes:
-        errors: transactions that failed.
-        seconds: duration of all transactions together.
-        buckets: transactions by duration, at most that of the bucket in `BUCKETS_S`; the last counts the longer ones.
-    """
+    """Counters of transactions, written by the store's thread and read by any other."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._answered_s = clock()
         self._began_s: float | None = None
         self._has_failed = self._is_failing = False
-        self.errors = 0
-        self.seconds = 0.0
+        self.errors = 0  # transactions that failed
+        self.seconds = 0.0  # duration of all transactions together
+        # Transactions by duration, at most that of the bucket in `BUCKETS_S`; the last counts the longer ones
         self.buckets = [0] * (len(BUCKETS_S) + 1)
 
     @property
@@ -96,11 +91,6 @@ class Store:
 
     Leadership on a server has a thread and a connection of its own. Whatever happens to either connection, the term
     ends when the lease expires by this machine's clock (`Lease`): from then on nothing is written or acknowledged.
-
-    Attributes:
-        health: when and how quickly the store answered.
-        lease: of the present term.
-        leader: the last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
     """
 
     def __init__(
@@ -132,8 +122,9 @@ class Store:
         self._renewal: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()  # set when the present term is over
-        self.health = StoreHealth(machine)
-        self.lease = Lease(self._lease_s, machine)
+        self.health = StoreHealth(machine)  # when and how quickly the store answered
+        self.lease = Lease(self._lease_s, machine)  # of the present term
+        # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
         self.leader: Holder | None = None
 
     @classmethod

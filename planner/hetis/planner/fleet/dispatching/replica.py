@@ -175,12 +175,7 @@ class _Coming:
 
 
 class ReplicaDispatch:
-    """The dispatch state of one replica. Every request is on one copy of every stage or on none, after every method.
-
-    Attributes:
-        running: in order of admission.
-        version: grows with every change.
-    """
+    """The dispatch state of one replica. Every request is on one copy of every stage or on none, after every method."""
 
     def __init__(
         self,
@@ -192,8 +187,8 @@ class ReplicaDispatch:
         """Build the state from ``stages`` that hold the ``running`` requests, as read by `declaring`."""
         self.state_id, self.generation = state_id, generation
         self.stages = tuple(tuple(copies) for copies in stages)
-        self.running = dict(running)
-        self.version = 0
+        self.running = dict(running)  # in order of admission
+        self.version = 0  # grows with every change
         self._planning = asyncio.Lock()  # a stage plans only one batch at once
         self._coming = list[_Coming]()
         self._later = set[asyncio.Task[None]]()

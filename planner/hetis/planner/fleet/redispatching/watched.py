@@ -241,22 +241,18 @@ class WatchedReplica:
     """The stages of a replica, and when it may be looked at again.
 
     Attributes:
-        stages: by stage and copy.
         num_finished, num_running: of the last report.
-        not_before_s: the earliest time of the next look.
         is_wanted: whether an alarm is worth a look.
         is_looking: whether a look is in progress.
-        under_way: the re-dispatch sent last, until it has ended; empty if none.
-        num_aborted: consecutive re-dispatches that were aborted.
     """
 
     def __init__(self, models: Sequence[stage_pb2.StageModel]) -> None:
-        self.stages = {(model.stage, model.copy): WatchedStage(model) for model in models}
+        self.stages = {(model.stage, model.copy): WatchedStage(model) for model in models}  # by stage and copy
         self.num_finished = self.num_running = 0
-        self.not_before_s = 0.0
+        self.not_before_s = 0.0  # the earliest time of the next look
         self.is_wanted = self.is_looking = False
-        self.under_way = ""
-        self.num_aborted = 0
+        self.under_way = ""  # the re-dispatch sent last, until it has ended; empty if none
+        self.num_aborted = 0  # consecutive re-dispatches that were aborted
         self._models = models
         self._conditions: dict[str, report_pb2.DeviceStatus.ValueType] | None = None
 
