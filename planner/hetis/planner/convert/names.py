@@ -69,11 +69,6 @@ def timestamp(time_s: float) -> Timestamp:
     return Timestamp(seconds=whole, nanos=min(round((time_s - whole) * 1e6), 999_999) * 1000)
 
 
-def optional_timestamp(time_s: float | None) -> Timestamp | None:
-    """Return the timestamp, or None if there is no time, so that the field is left unset."""
-    return None if time_s is None else timestamp(time_s)
-
-
 def duration(seconds: float) -> Duration:
     """Return seconds as a message, exact to the nanosecond."""
     nanos = round(seconds * 1e9)

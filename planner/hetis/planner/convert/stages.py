@@ -22,6 +22,8 @@ HIGH_WATER = 0.9  # StageDevice.high_water if it is 0
 _HEADS = [field.name for field in fields(HeadShape)]  # the message's, too
 _AS_PROFILED: Mapping[str, float] = MappingProxyType({})
 
+Conditions = Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageTerms:
@@ -34,9 +36,7 @@ class StageTerms:
     gpus: tuple[tuple[str, ...], ...]  # of each device, as ``node/index``
     index: Mapping[str, int]  # position of each device by name
 
-    def statuses(
-        self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
-    ) -> tuple[report_pb2.DeviceStatus.ValueType, ...]:
+    def statuses(self, conditions: Conditions) -> tuple[report_pb2.DeviceStatus.ValueType, ...]:
         """Return the worst known status of any GPU of each device; ``conditions`` are by GPU, missing ones are OK."""
         ok = report_pb2.DEVICE_STATUS_OK
         return tuple(max((conditions.get(gpu, ok) for gpu in gpus), default=ok) for gpus in self.gpus)
@@ -201,7 +201,7 @@ def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mappin
 
 _TO_STATUS = {status: report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{status.name}") for status in DeviceStatus}
 _FROM_STATUS = {number: status for status, number in _TO_STATUS.items()}
-_NOTHING: Mapping[str, report_pb2.DeviceStatus.ValueType] = MappingProxyType({})
+_NOTHING: Conditions = MappingProxyType({})
 
 
 def status_from_proto(status: report_pb2.DeviceStatus.ValueType) -> DeviceStatus:
@@ -217,7 +217,7 @@ def snapshot_from_proto(
     message: head_map_pb2.HeadMap,
     terms: StageTerms,
     *,
-    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType] = _NOTHING,
+    conditions: Conditions = _NOTHING,
     high_water: float | None = None,
     changed: Collection[str] = (),
 ) -> StateSnapshot:

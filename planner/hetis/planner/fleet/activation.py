@@ -8,7 +8,7 @@ when the device is back. A node whose engine hetis does not steer (UNMANAGED) co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from hetis.planner.failures import Reason, ServiceError
@@ -90,7 +90,10 @@ def next_standing(now: Standing, around: Surroundings) -> Standing:
     if now.state == State.REPLICA_STATE_STOPPED:
         return now
     if now.state == State.REPLICA_STATE_DRAINING:
-        return _served_again(now) if around.is_wanted else _draining(now, around)
+        if not around.is_wanted:
+            return _draining(now, around)
+        # The active plan contains it again before it has stopped.
+        return replace(now, state=State.REPLICA_STATE_SERVING, goal=Goal.ASSIGNMENT_GOAL_SERVE)
     if not around.is_wanted:
         if now.state not in UP_STATES:
             return replace(now, state=State.REPLICA_STATE_STOPPED)
@@ -160,11 +163,6 @@ def _draining(now: Standing, around: Surroundings) -> Standing:
     return now
 
 
-def _served_again(now: Standing) -> Standing:
-    """Return to SERVING, because the active plan contains the replica again before it has stopped."""
-    return replace(now, state=State.REPLICA_STATE_SERVING, goal=Goal.ASSIGNMENT_GOAL_SERVE)
-
-
 def _failed(now: Standing, failure: failure_pb2.Failure) -> Standing:
     if now.state == State.REPLICA_STATE_FAILED:
         return now  # the first failure is the one to report
@@ -184,16 +182,12 @@ def _aim(goal: Goal.ValueType | None) -> frozenset[AssignmentState.ValueType]:
     return SERVING if goal == Goal.ASSIGNMENT_GOAL_SERVE else LOADED
 
 
-def _conditions(around: Surroundings, gone: Iterable[str]) -> tuple[tuple[str, DeviceStatus.ValueType], ...]:
-    gone = set(gone)
-    found = []
-    for device in around.devices:
-        node = node_of(device)
-        if node in gone:
-            found.append((device, DeviceStatus.DEVICE_STATUS_LOST))
-        elif around.parts[node].is_draining:
-            found.append((device, DeviceStatus.DEVICE_STATUS_DRAINING))
-    return tuple(found)
+def _conditions(around: Surroundings, gone: Collection[str]) -> tuple[tuple[str, DeviceStatus.ValueType], ...]:
+    return tuple(
+        (device, DeviceStatus.DEVICE_STATUS_LOST if node in gone else DeviceStatus.DEVICE_STATUS_DRAINING)
+        for device, node in zip(around.devices, map(node_of, around.devices), strict=True)
+        if node in gone or around.parts[node].is_draining
+    )
 
 
 def _unavailable(message: str, node: str) -> failure_pb2.Failure:

@@ -81,9 +81,7 @@ _RANK = {
 }
 _FLIPPED = frozenset({Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED})
 # States in which the agent has heard from its engine; it reports other states before that.
-_HEARD = frozenset(
-    {report_pb2.ASSIGNMENT_STATE_LOADED, report_pb2.ASSIGNMENT_STATE_SERVING, report_pb2.ASSIGNMENT_STATE_DRAINING}
-)
+_HEARD = (report_pb2.ASSIGNMENT_STATE_LOADED, report_pb2.ASSIGNMENT_STATE_SERVING, report_pb2.ASSIGNMENT_STATE_DRAINING)
 _ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: that report was lost, and the node has forgotten
 
 
@@ -364,9 +362,8 @@ class ChangeCoordinator:
         if (said := self._status.get(self.authority)) is None or said.phase != Phase.CHANGE_PHASE_ABORTED:
             self._is_presumed = True
             aborted = Phase.CHANGE_PHASE_ABORTED
-            status = change_pb2.ChangeStatus(
-                change_id=self.change_id, replica=self.body.replica, phase=aborted, failure=failure
-            )
+            change_id, replica = self.change_id, self.body.replica
+            status = change_pb2.ChangeStatus(change_id=change_id, replica=replica, phase=aborted, failure=failure)
             self._take(self.authority, status)
 
     def _enter(self, state: State.ValueType) -> None:

@@ -263,9 +263,8 @@ class ClusterFleet:
             message = f"node {found.primary_node} is not connected"
             raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": found.primary_node})
         if agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP not in link.capabilities:
-            raise ServiceError(
-                Reason.ERROR_REASON_ENGINE_CANNOT, f"the agent of node {found.primary_node} cannot tell the head map"
-            )
+            message = f"the agent of node {found.primary_node} cannot tell the head map"
+            raise ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)
         self._talking.add(found.primary_node)
         return found.primary_node, link.ask_head_maps(replica)
 

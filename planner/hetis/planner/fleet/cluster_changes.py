@@ -96,9 +96,8 @@ class ClusterChanges:
         )
         lost = sorted(node for node in parts if self._cluster.leases.state(node) != NodeState.NODE_STATE_READY)
         if lost:
-            raise ServiceError(
-                Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"node {lost[0]} is not ready", metadata={"device": lost[0]}
-            )
+            message = f"node {lost[0]} is not ready"
+            raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": lost[0]})
         body.change.generation = max(replica.generation, primary.held) + 1
         change = ChangeCoordinator(body, parts, now_s=now_s, again_s=self._cluster.settings.answer_s)
         if primary.report is not None:

@@ -165,9 +165,8 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
 
 def _check_generations(said: Iterable[Any]) -> None:
     if any(one.generation > MOST_GENERATION for one in said):
-        raise ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"a generation is above {MOST_GENERATION}, which none can be"
-        )
+        message = f"a generation is above {MOST_GENERATION}, which none can be"
+        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
 
 
 class NodeLink:

@@ -117,17 +117,15 @@ class PlacementProposals(FleetObserver):
             self._take_change(name, known)
             if known.is_settled:
                 continue
+            patience_s = proposal_policy(self._fleet.policy_of(name)).patience_s
             try:
                 wait_s = await self._look(name, known)
-            except ServiceError as error:
+            except (ServiceError, InvalidProblemError) as error:  # such as: the GPUs that are left do not run the model
                 _log.warning("no proposal for %s: %s", name, error)
-                wait_s = error.retry_after_s or proposal_policy(self._fleet.policy_of(name)).patience_s
-            except InvalidProblemError as error:  # the GPUs that are left do not run the model
-                _log.warning("no proposal for %s: %s", name, error)
-                wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
+                wait_s = (error.retry_after_s if isinstance(error, ServiceError) else None) or patience_s
             except Exception:
                 _log.exception("the look at %s failed", name)  # the loop serves all clusters
-                wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
+                wait_s = patience_s
             if known.changed_s is not None:
                 wait_s = 0.0  # it has changed meanwhile
             known.is_settled = wait_s is None

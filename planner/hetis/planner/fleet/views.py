@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hetis.planner.convert.clusters import BASIC, basic_redispatch, basic_view, cluster_message
-from hetis.planner.convert.names import node_name, optional_timestamp, timestamp
+from hetis.planner.convert.names import node_name, timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.store import PlanRecord
@@ -157,14 +157,17 @@ def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica
     """Return a replica in the view BASIC."""
     message = deepcopy(replica.basic_body)
     message.plan = replica.record.plan
-    message.state, message.generation = replica.state, generation_of(cluster, replica)
-    if (change := cluster.changes.of(replica)) is not None:
-        message.redispatch = change.body.name
-    if replica.report is not None:
-        message.report.CopyFrom(replica.report)
-    if (time := optional_timestamp(replica.report_time_s)) is not None:
-        message.report_time.CopyFrom(time)
+    show_live(message, live_replica(cluster, replica))
     return message
+
+
+def show_live(message: replica_pb2.Replica, live: LiveReplica) -> None:
+    """Write what is live about a replica into its message."""
+    message.state, message.generation, message.redispatch = live.state, live.generation, live.redispatch
+    if live.report is not None:
+        message.report.CopyFrom(live.report)
+    if live.report_time_s is not None:
+        message.report_time.CopyFrom(timestamp(live.report_time_s))
 
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:

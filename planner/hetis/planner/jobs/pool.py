@@ -285,9 +285,8 @@ class Slot:
 
     def _wait_for_preparation(self) -> None:
         self._is_searching = False
-        self._set_timer(
-            self._settings.preparation_s, f"was not ready to search after {self._settings.preparation_s:g} s"
-        )
+        most_s = self._settings.preparation_s
+        self._set_timer(most_s, f"was not ready to search after {most_s:g} s")
 
     def _set_timer(self, seconds: float | None, why: str) -> None:
         """Kill the process in ``seconds``; None cancels the timer."""
@@ -344,10 +343,8 @@ class SolverPool:
 
     def start(self) -> None:
         """Start the processes, so that they are warm when the first search comes."""
-        self._tasks = [
-            asyncio.create_task(self._work(slot), name=f"solver slot {number}")
-            for number, slot in enumerate(self._slots)
-        ]
+        named = [(f"solver slot {number}", slot) for number, slot in enumerate(self._slots)]
+        self._tasks = [asyncio.create_task(self._work(slot), name=name) for name, slot in named]
 
     async def until_failed(self) -> None:
         """Wait until the pool is stopped; raise the error that ended a slot, which takes no more searches."""

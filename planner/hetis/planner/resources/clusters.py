@@ -222,9 +222,8 @@ def _must_be_deletable(tx: Reader, name: str, etag: str) -> None:
 
 
 def _in_use(name: str, user: str, why: str) -> ServiceError:
-    return ServiceError(
-        Reason.ERROR_REASON_RESOURCE_IN_USE, f"{name} is in use: {user} {why}", metadata={"name": name, "user": user}
-    )
+    message, metadata = f"{name} is in use: {user} {why}", {"name": name, "user": user}
+    return ServiceError(Reason.ERROR_REASON_RESOURCE_IN_USE, message, metadata=metadata)
 
 
 _LONGEST_S = 315_576_000_000  # in a valid Duration

@@ -110,19 +110,13 @@ class NodeReader:
         Reading all is noticeably slow for a large fleet. Raises NOT_FOUND if there is no such cluster.
         """
         record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
-        return NodeViews(
-            cluster=record,
-            declared=await self._fleets.of(record),
-            records=kept,
-            replicas=replicas,
-            live=self._live(cluster, nodes),
-        )
-
-    def _live(self, cluster: str, nodes: Collection[str] | None) -> dict[str, LiveNode]:
+        declared = await self._fleets.of(record)
         if nodes is None:
-            return {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
-        found = {node: self._fleet.node_view(node_name(cluster, node)) for node in nodes}
-        return {node: live for node, live in found.items() if live is not None}
+            live = {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
+        else:
+            found = ((node, self._fleet.node_view(node_name(cluster, node))) for node in nodes)
+            live = {node: view for node, view in found if view is not None}
+        return NodeViews(cluster=record, declared=declared, records=kept, replicas=replicas, live=live)
 
 
 def _read(
@@ -218,9 +212,8 @@ def differences(declared: Cluster, found: Mapping[str, FoundNode]) -> Iterator[c
     known = set[str]()
     for group, node in _nodes(declared):
         if node not in found:
-            yield _difference(
-                Kind.INVENTORY_DIFFERENCE_KIND_NODE_MISSING, node, "is declared, but no agent of it is connected"
-            )
+            message = "is declared, but no agent of it is connected"
+            yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_NODE_MISSING, node, message)
             continue
         known.add(node)
         yield from _device_differences(node, _gpus_of(group), found[node], declared.gpu_types)

@@ -169,11 +169,8 @@ class PlanActivation:
         plans = [tx.plans.update(coming(plan, matching, self._clock()))]
         if before is not None:
             plans.append(tx.plans.update(past(before)))
-        cluster = tx.clusters.update(
-            replace(
-                cluster, active_plan=plan.name, earlier_plan="" if is_rollback else earlier_after(cluster, plan, before)
-            )
-        )
+        earlier = "" if is_rollback else earlier_after(cluster, plan, before)
+        cluster = tx.clusters.update(replace(cluster, active_plan=plan.name, earlier_plan=earlier))
         return ChangedPlans(cluster=cluster, plans=tuple(plans), steps=tuple(steps))
 
     def _keep_replicas(

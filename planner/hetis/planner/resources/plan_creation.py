@@ -167,9 +167,8 @@ class PlanSearches:
                 tx.plan_documents.put(plan, outcome.document)
                 record.body.result.CopyFrom(result)
                 interrupted = result.status == plan_pb2.SOLVE_STATUS_INTERRUPTED
-                return replace(
-                    record, state=plan_pb2.PLAN_STATE_CANCELLED if interrupted else plan_pb2.PLAN_STATE_READY
-                )
+                state = plan_pb2.PLAN_STATE_CANCELLED if interrupted else plan_pb2.PLAN_STATE_READY
+                return replace(record, state=state)
             if isinstance(outcome, CalledOff) or (isinstance(outcome, NothingFound) and is_called_off):
                 return replace(record, state=plan_pb2.PLAN_STATE_CANCELLED)
             if isinstance(outcome, Infeasible):

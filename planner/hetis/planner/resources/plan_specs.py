@@ -76,9 +76,8 @@ def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
     checks.require(len(labels) <= MOST_LABELS, field, f"has {len(labels)} entries, at most {MOST_LABELS} are allowed")
     for key, value in sorted(labels.items())[:MOST_LABELS]:
         right = 1 <= len(key) <= 63 and len(value) <= 255 and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)
-        checks.require(
-            bool(right), f'{field}["{key[:63]}"]', "must be of a-z 0-9 - _ . /, the key 1 to 63 and the value 0 to 255"
-        )
+        message = "must be of a-z 0-9 - _ . /, the key 1 to 63 and the value 0 to 255"
+        checks.require(bool(right), f'{field}["{key[:63]}"]', message)
 
 
 def choose_profiles(

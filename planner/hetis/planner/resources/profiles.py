@@ -107,9 +107,8 @@ async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) ->
     """Return the body to store for a profile that a caller sent; raises what ``checks`` has found so far."""
     parsed = None
     if checks.require(profile.HasField("document"), "profile.document", "is required"):
-        parsed = await checks.document(
-            "profile.document", profile.document, partial(documents.canonical_document, kind=Profile)
-        )
+        read = partial(documents.canonical_document, kind=Profile)
+        parsed = await checks.document("profile.document", profile.document, read)
     checks.raise_if_wrong()
     assert parsed is not None
     document, value = parsed

@@ -29,6 +29,7 @@ from hetis.planner.convert.clusters import (
 from hetis.planner.convert.names import last_part, timestamp
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.views import show_live
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.requests import check, read_page_request
 from hetis.planner.resources.shared import ClusterHub, Hubs
@@ -44,11 +45,7 @@ def replica_now(fleet: LiveFleet, record: ReplicaRecord, view: view_pb2.View.Val
     message.name, message.plan = record.name, record.plan
     message.state, message.generation = record.state, record.generation
     if live is not None:
-        message.state, message.generation, message.redispatch = live.state, live.generation, live.redispatch
-        if live.report is not None:
-            message.report.CopyFrom(live.report)
-        if live.report_time_s is not None:
-            message.report_time.CopyFrom(timestamp(live.report_time_s))
+        show_live(message, live)
     return basic_replica(message) if view == BASIC else message
 
 
@@ -160,7 +157,9 @@ class ClusterWatches:
     ) -> AsyncIterator[Response]:
         """Yield changes until ``hub`` closes. ``here`` is the watcher's position, without a sequence yet."""
         begin = hub.sequence
-        resumes = token is not None and _can_resume(token, hub, here)
+        # Unless all changes since the token are known, the present state is sent again.
+        is_here = token is not None and (token.made, token.round) == (here.made, here.round) and token.sequence > 0
+        resumes = token is not None and is_here and not hub.is_too_old(token.sequence)
         if not resumes:
             async for response in self._present_state(name, here, reset=not is_new):
                 yield response
@@ -229,12 +228,6 @@ class ClusterWatches:
             case redispatch_pb2.Redispatch() as redispatch:
                 return Response(redispatch=basic_redispatch(redispatch))
         return None
-
-
-def _can_resume(token: ResumeToken, hub: ClusterHub, here: ResumeToken) -> bool:
-    """Return whether all changes since the token are known; if not, the present state is sent again."""
-    is_here = (token.made, token.round) == (here.made, here.round)
-    return is_here and token.sequence > 0 and not hub.is_too_old(token.sequence)
 
 
 class ShownNodes:

@@ -124,12 +124,12 @@ class Calls(grpc.aio.ServerInterceptor):
             )
         if not handler.request_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._unary_stream(method, handler.unary_stream, handler.request_deserializer),
+                self._stream(method, handler.unary_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream_stream(method, handler.stream_stream),
+                self._stream(method, handler.stream_stream),
                 request_deserializer=lambda raw: decoded(handler.request_deserializer, raw),
                 response_serializer=handler.response_serializer,
             )
@@ -156,21 +156,16 @@ class Calls(grpc.aio.ServerInterceptor):
         if self._num_unary == 0:
             self._unary_done.set()
 
-    def _unary_stream(self, method: str, behaviour: Any, decode: Decode) -> Any:
-        async def answer(raw: bytes, context: Context) -> None:
+    def _stream(self, method: str, behaviour: Any, decode: Decode | None = None) -> Any:
+        """Return what answers with a stream; without ``decode`` its requests are a stream, too."""
+
+        async def answer(given: Any, context: Context) -> None:
             async def body(record: CallRecord) -> None:
-                request = decoded(decode, raw)
-                record.request_name = name_of(request)
+                request = given
+                if decode is not None:
+                    request = decoded(decode, given)
+                    record.request_name = name_of(request)
                 await self._streamed(method, behaviour(request, context), context)
-
-            await self._watched(method, context, body, is_stream=True)
-
-        return answer
-
-    def _stream_stream(self, method: str, behaviour: Any) -> Any:
-        async def answer(requests: Any, context: Context) -> None:
-            async def body(record: CallRecord) -> None:
-                await self._streamed(method, behaviour(requests, context), context)
 
             await self._watched(method, context, body, is_stream=True)
 

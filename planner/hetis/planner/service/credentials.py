@@ -163,12 +163,13 @@ def _grants(text: str, path: str) -> dict[str, Grant]:
     document = validated(
         PlannerTokens, data, source, to_value=lambda value: value, check=lambda found: _clashes(found.get("tokens"))
     )
-    return {entry.sha256: _grant(entry) for entry in document.tokens}
-
-
-def _grant(entry: TokenPart) -> Grant:
-    identity = Identity(name=entry.name, roles=CallerRole(entry.role).includes, scope=entry.scope)
-    return Grant(identity=identity, expires_s=datetime.fromisoformat(entry.expires).timestamp())
+    return {
+        entry.sha256: Grant(
+            identity=Identity(name=entry.name, roles=CallerRole(entry.role).includes, scope=entry.scope),
+            expires_s=datetime.fromisoformat(entry.expires).timestamp(),
+        )
+        for entry in document.tokens
+    }
 
 
 def _clashes(tokens: object) -> Iterator[tuple[Sequence[str | int], str]]:

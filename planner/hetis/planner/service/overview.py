@@ -282,9 +282,8 @@ class Overviews:
             async with asyncio.timeout(DETAILS_S):
                 return await self._details(name)
         except TimeoutError:
-            raise ServiceError(
-                Reason.ERROR_REASON_STORE_UNAVAILABLE, f"the store did not answer within {DETAILS_S:g} s"
-            ) from None
+            message = f"the store did not answer within {DETAILS_S:g} s"
+            raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message) from None
 
     async def _details(self, name: str) -> Mapping[str, Any] | None:
         try:
@@ -330,11 +329,8 @@ class Overviews:
         undeclared = states[cluster_pb2.NODE_STATE_UNDECLARED]
         never_seen = num_declared - (sum(states.values()) - undeclared)
         states[cluster_pb2.NODE_STATE_EXPECTED] += max(0, never_seen)
-        return {
-            cluster_pb2.NodeState.Name(state).removeprefix("NODE_STATE_"): count
-            for state, count in sorted(states.items())
-            if count
-        }
+        name = cluster_pb2.NodeState.Name
+        return {name(state).removeprefix("NODE_STATE_"): count for state, count in sorted(states.items()) if count}
 
 
 _Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: name, active plan, nodes; plans by state
@@ -343,9 +339,8 @@ _Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: 
 def _read(tx: Reader) -> _Kept:
     clusters = tuple((record.name, record.active_plan, record.body.num_nodes) for record in tx.clusters.all())
     plans = Counter(record.state for record in tx.plans.all())
-    return clusters, {
-        plan_pb2.PlanState.Name(state).removeprefix("PLAN_STATE_"): count for state, count in sorted(plans.items())
-    }
+    name = plan_pb2.PlanState.Name
+    return clusters, {name(state).removeprefix("PLAN_STATE_"): count for state, count in sorted(plans.items())}
 
 
 def _json(message: Message) -> dict[str, Any]:

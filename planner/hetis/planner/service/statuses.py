@@ -104,9 +104,8 @@ def _details(error: ServiceError, message: str) -> Iterable[Message]:
         yield error_details_pb2.RetryInfo(retry_delay=delay)
     if error.reason in _ABOUT_A_RESOURCE:
         name = metadata.get("name", "")
-        yield error_details_pb2.ResourceInfo(
-            resource_type=_resource_type(name), resource_name=name, owner=metadata.get("user", "")
-        )
+        kind, owner = _resource_type(name), metadata.get("user", "")
+        yield error_details_pb2.ResourceInfo(resource_type=kind, resource_name=name, owner=owner)
 
 
 def _bad_request(error: ServiceError) -> Message:

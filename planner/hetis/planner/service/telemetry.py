@@ -198,6 +198,7 @@ def open_traces(endpoint: str | None, version: str) -> Traces | None:
     return Traces(provider)
 
 
+Metadata = Iterable[tuple[str, str | bytes]]
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")
 _QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls per second: debug level if OK
@@ -269,9 +270,7 @@ class Telemetry:
         self.metrics = metrics
         self._traces = traces
 
-    def begin(
-        self, method: str, peer: str, metadata: Iterable[tuple[str, str | bytes]], *, is_stream: bool
-    ) -> CallRecord:
+    def begin(self, method: str, peer: str, metadata: Metadata, *, is_stream: bool) -> CallRecord:
         self.metrics.call_began(method)
         carrier: Mapping[str, str] = {
             key: value for key, value in metadata if key in ("traceparent", "tracestate") and isinstance(value, str)

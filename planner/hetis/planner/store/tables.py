@@ -108,9 +108,8 @@ class RecordTable(TableView[R]):
         # Looked up first: a failed statement would end the whole transaction of PostgreSQL. There is no other writer.
         taken = sa.select(self._table.c.name).where(self._table.c.name == record.name)
         if self._connection.execute(taken).one_or_none() is not None:
-            raise ServiceError(
-                Reason.ERROR_REASON_ALREADY_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
-            )
+            message = f"{record.name} exists already"
+            raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, message, metadata={"name": record.name})
         first = dataclasses.replace(record, version=record.version + self._gone_version())  # type: ignore[type-var]
         self._connection.execute(sa.insert(self._table).values(self._to_row(first)))
         return first
@@ -173,11 +172,9 @@ class RedispatchTable(RecordTable[RedispatchRecord]):
         )
         limit_s = self._connection.execute(oldest_kept).scalar_one_or_none()
         if limit_s is not None:
-            self._connection.execute(
-                sa.delete(self._table).where(
-                    self._table.c.cluster == record.cluster, self._table.c.create_time_s < limit_s
-                )
-            )
+            table = self._table
+            old = sa.and_(table.c.cluster == record.cluster, table.c.create_time_s < limit_s)
+            self._connection.execute(sa.delete(table).where(old))
         return first
 
 

@@ -20,6 +20,7 @@ MOST_VIOLATIONS = 100  # reported per call; a nonsense batch needs no complete l
 _STATUSES = (report_pb2.DEVICE_STATUS_OK, report_pb2.DEVICE_STATUS_DRAINING, report_pb2.DEVICE_STATUS_LOST)
 
 Place = tuple[int, int]  # stage and copy
+Violations = Iterator[failure_pb2.FieldViolation]
 
 
 def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id: str) -> ReplicaDispatch:
@@ -31,9 +32,7 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
     Raises:
         ServiceError: INVALID_FIELD, with every wrong field.
     """
-    found = list(islice(_violations(state, terms), MOST_VIOLATIONS))
-    if found:
-        raise invalid_fields(found)
+    _require_none(_violations(state, terms))
     copies, maps, problems = dict[Place, StageCopy](), dict[Place, head_map_pb2.HeadMap](), []
     for m, head_map in enumerate(state.head_maps):
         place = head_map.stage, head_map.copy
@@ -69,7 +68,7 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
     return replica
 
 
-def _violations(state: pb2.DispatchState, terms: dict[Place, StageTerms]) -> Iterator[failure_pb2.FieldViolation]:
+def _violations(state: pb2.DispatchState, terms: dict[Place, StageTerms]) -> Violations:
     path = "dispatch_state.head_maps"
     seen = dict[Place, int]()
     for m, head_map in enumerate(state.head_maps):
@@ -86,7 +85,7 @@ def _violations(state: pb2.DispatchState, terms: dict[Place, StageTerms]) -> Ite
     yield from _across_stages(path, state.head_maps, 1 + max((stage for stage, _ in terms), default=-1))
 
 
-def _in_map(path: str, head_map: head_map_pb2.HeadMap, terms: StageTerms) -> Iterator[failure_pb2.FieldViolation]:
+def _in_map(path: str, head_map: head_map_pb2.HeadMap, terms: StageTerms) -> Violations:
     names = set[str]()
     for d, device in enumerate(head_map.devices):
         where = f"{path}.devices[{d}]"
@@ -114,9 +113,7 @@ def _in_map(path: str, head_map: head_map_pb2.HeadMap, terms: StageTerms) -> Ite
         yield from _in_move(f"{path}.moves[{n}]", one, owners, index)
 
 
-def _in_owners(
-    path: str, owners: Sequence[int], terms: StageTerms, num_devices: int
-) -> Iterator[failure_pb2.FieldViolation]:
+def _in_owners(path: str, owners: Sequence[int], terms: StageTerms, num_devices: int) -> Violations:
     num = terms.stage.heads.head_groups
     if len(owners) != num:
         yield _violation(path, f"has {len(owners)} entries, must have one for each of {num} head groups")
@@ -126,7 +123,7 @@ def _in_owners(
 
 def _in_move(
     path: str, one: head_map_pb2.MoveInFlight, owners: Mapping[str, Sequence[int]], index: Mapping[str, int]
-) -> Iterator[failure_pb2.FieldViolation]:
+) -> Violations:
     move = one.move
     if not one.change_id:
         yield _violation(f"{path}.change_id", "required")
@@ -146,9 +143,7 @@ def _in_move(
             )
 
 
-def _across_stages(
-    path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_stages: int
-) -> Iterator[failure_pb2.FieldViolation]:
+def _across_stages(path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_stages: int) -> Violations:
     """Check that each request is on one copy of every stage, with the same numbers."""
     first: dict[str, tuple[str, head_map_pb2.RunningRequest]] = {}
     stages: dict[str, set[int]] = {}
@@ -168,7 +163,7 @@ def _across_stages(
             yield _violation(f"{first[name][0]}.id", f"{name} is not on stage {missing[0]}")
 
 
-def name_violations(path: str, name: str, seen: set[str]) -> Iterator[failure_pb2.FieldViolation]:
+def name_violations(path: str, name: str, seen: set[str]) -> Violations:
     """Yield what is wrong with a request's name, and add it to ``seen``, the names before it."""
     num_bytes = len(name.encode())
     if not 1 <= num_bytes <= MOST_NAME_BYTES:
@@ -178,7 +173,7 @@ def name_violations(path: str, name: str, seen: set[str]) -> Iterator[failure_pb
     seen.add(name)
 
 
-def token_violations(path: str, tokens: int, *, least: int = 0) -> Iterator[failure_pb2.FieldViolation]:
+def token_violations(path: str, tokens: int, *, least: int = 0) -> Violations:
     """Yield what is wrong with a number of tokens."""
     if not least <= tokens <= MOST_TOKENS:
         yield _violation(path, f"is {tokens}, must be {least} to {MOST_TOKENS}")
@@ -191,12 +186,11 @@ def _violation(field: str, description: str) -> failure_pb2.FieldViolation:
 MOST_REQUESTS = 1024  # per call
 
 
-def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> None:
+def check_batch(num: int, violations: Violations) -> None:
     """Check the size and the fields of a batch. Raises INVALID_FIELD."""
     if not 1 <= num <= MOST_REQUESTS:
         raise invalid_field("requests", f"are {num}, must be 1 to {MOST_REQUESTS}")
-    if found := list(islice(violations, MOST_VIOLATIONS)):
-        raise invalid_fields(found)
+    _require_none(violations)
 
 
 def check_step(request: pb2.DispatchRequestsRequest) -> None:
@@ -213,30 +207,34 @@ def check_step(request: pb2.DispatchRequestsRequest) -> None:
         growth_violations("grown", request.grown),
         newcomer_violations("new_requests", request.new_requests),
     )
+    _require_none(violations)
+
+
+def _require_none(violations: Violations) -> None:
     if found := list(islice(violations, MOST_VIOLATIONS)):
         raise invalid_fields(found)
 
 
-def names_violations(path: str, names: Iterable[str]) -> Iterator[failure_pb2.FieldViolation]:
+def names_violations(path: str, names: Iterable[str]) -> Violations:
     seen = set[str]()
     for n, one in enumerate(names):
         yield from name_violations(f"{path}[{n}]", one, seen)
 
 
-def newcomer_violations(path: str, requests: Iterable[pb2.NewRequest]) -> Iterator[failure_pb2.FieldViolation]:
+def newcomer_violations(path: str, requests: Iterable[pb2.NewRequest]) -> Violations:
+    return _numbers_violations(path, requests, "growth_tokens")
+
+
+def growth_violations(path: str, requests: Iterable[pb2.Growth]) -> Violations:
+    return _numbers_violations(path, requests, "remaining_tokens")
+
+
+def _numbers_violations(path: str, requests: Iterable[pb2.NewRequest | pb2.Growth], tokens: str) -> Violations:
     seen = set[str]()
     for n, one in enumerate(requests):
         yield from name_violations(f"{path}[{n}].id", one.id, seen)
         yield from token_violations(f"{path}[{n}].context_tokens", one.context_tokens, least=1)
-        yield from token_violations(f"{path}[{n}].growth_tokens", one.growth_tokens)
-
-
-def growth_violations(path: str, requests: Iterable[pb2.Growth]) -> Iterator[failure_pb2.FieldViolation]:
-    seen = set[str]()
-    for n, one in enumerate(requests):
-        yield from name_violations(f"{path}[{n}].id", one.id, seen)
-        yield from token_violations(f"{path}[{n}].context_tokens", one.context_tokens, least=1)
-        yield from token_violations(f"{path}[{n}].remaining_tokens", one.remaining_tokens)
+        yield from token_violations(f"{path}[{n}].{tokens}", getattr(one, tokens))
 
 
 def placement_to_proto(request: str, running: RunningRequest | None, homes: Sequence[Home] | None) -> pb2.Placement:

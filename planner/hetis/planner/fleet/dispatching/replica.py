@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetis.planner.convert.stages import Conditions
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Path, Resource, Unplaced
-from hetis.v1 import change_pb2, head_map_pb2, report_pb2
+from hetis.v1 import change_pb2, head_map_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
 
 # After this many rounds all refusals are final. That may refuse too many if stages run short of memory in turns: those
@@ -304,9 +305,8 @@ class ReplicaDispatch:
         for j, homes in admission.homes.items():
             for home in homes:
                 home.copy.admit(newcomers[j], home.groups)
-            self.running[newcomers[j].id] = RunningRequest(
-                admitted=newcomers[j], copies=tuple(home.copy for home in homes)
-            )
+            copies = tuple(home.copy for home in homes)
+            self.running[newcomers[j].id] = RunningRequest(admitted=newcomers[j], copies=copies)
 
     def finish(self, requests: Iterable[str]) -> None:
         """Finish requests; those not running are ignored."""
@@ -379,7 +379,7 @@ class ReplicaDispatch:
 
     # --- devices and moves
 
-    def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> None:
+    def set_conditions(self, conditions: Conditions) -> None:
         """Update the status of GPUs. Requests that lost KV are forgotten: the engine prefills and admits them again."""
         self.version += 1
         gone = set[str]()

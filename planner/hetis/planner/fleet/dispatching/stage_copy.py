@@ -194,7 +194,5 @@ class StageCopy:
         state = self.state
         if requests is not None:
             return [(one, state.context_tokens(one), state.remaining_tokens(one)) for one in requests if one in state]
-        all_of_it = state.snapshot()
-        return list(
-            zip(all_of_it.ids, all_of_it.context_tokens.tolist(), all_of_it.remaining_tokens.tolist(), strict=True)
-        )
+        every = state.snapshot()
+        return list(zip(every.ids, every.context_tokens.tolist(), every.remaining_tokens.tolist(), strict=True))

@@ -130,10 +130,8 @@ class DispatchStates:
         answer.state_id, answer.generation = state.state_id, state.generation
         names = list(islice(state.running, first, first + size))
         answer.head_maps.extend(state.head_maps(names))
-        is_last = first + size >= len(state.running)
-        return pb2.GetDispatchStateResponse(
-            dispatch_state=answer, next_page_token="" if is_last else _token(state, first + size)
-        )
+        token = _token(state, first + size) if first + size < len(state.running) else ""
+        return pb2.GetDispatchStateResponse(dispatch_state=answer, next_page_token=token)
 
     async def update(self, request: pb2.UpdateDispatchStateRequest) -> pb2.UpdateDispatchStateResponse:
         """Answer `UpdateDispatchState`."""

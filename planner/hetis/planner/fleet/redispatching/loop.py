@@ -231,9 +231,8 @@ class RedispatchLoop(FleetObserver):
     async def _solve_in_thread(self, planner: StagePlanner, look: StageLook) -> FoundMoves | None:
         loop = asyncio.get_running_loop()
         try:
-            return await asyncio.wait_for(
-                loop.run_in_executor(self._threads, partial(planner.look, look)), SOLVE_BUDGET_S
-            )
+            looking = loop.run_in_executor(self._threads, partial(planner.look, look))
+            return await asyncio.wait_for(looking, SOLVE_BUDGET_S)
         except TimeoutError:
             _log.warning("a re-dispatch was given up after %s s", SOLVE_BUDGET_S)
             return None
@@ -262,7 +261,8 @@ class RedispatchLoop(FleetObserver):
     ) -> redispatch_pb2.Redispatch:
         change_id = self._make_id()
         created = timestamp(self._clock.time())
-        plan = found.plan
+        plan, begins = found.plan, redispatch_pb2.REDISPATCH_STATE_PREPARING
+        state = redispatch_pb2.REDISPATCH_STATE_ADVISED if policy.is_advisory else begins
         return redispatch_pb2.Redispatch(
             name=f"{cluster_of(view.name)}/redispatches/{change_id}",
             replica=view.name,
@@ -286,9 +286,7 @@ class RedispatchLoop(FleetObserver):
             stay_s=plan.stay_s,
             short_blocks_before=plan.short_before,
             short_blocks_after=plan.short_after,
-            state=redispatch_pb2.REDISPATCH_STATE_ADVISED
-            if policy.is_advisory
-            else redispatch_pb2.REDISPATCH_STATE_PREPARING,
+            state=state,
             create_time=created,
             end_time=created if policy.is_advisory else None,
         )

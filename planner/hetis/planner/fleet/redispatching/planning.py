@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from hetis.planner.convert.stages import StageTerms, moves_to_proto, snapshot_from_proto
+from hetis.planner.convert.stages import Conditions, StageTerms, moves_to_proto, snapshot_from_proto
 from hetis.planner.fleet.settings import RedispatchPolicy
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
@@ -15,7 +14,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.redispatch.problem import Move, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.solve import Redispatcher
 from hetis.solver.redispatch.triggers import Trigger, Watch, makespan_s, triggers
-from hetis.v1 import head_map_pb2, report_pb2
+from hetis.v1 import head_map_pb2
 
 MOST_MOVES = 4096  # per change
 
@@ -26,7 +25,7 @@ class StageLook:
 
     head_map: head_map_pb2.HeadMap
     terms: StageTerms  # the stage at the measured speeds
-    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]  # status of GPUs known to the planner
+    conditions: Conditions  # status of GPUs known to the planner
     changed: frozenset[str]  # devices that joined, came back, were lost or changed their speed since the last look
     policy: RedispatchPolicy
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
-from hetis.planner.convert.stages import StageTerms, stage_from_proto
+from hetis.planner.convert.stages import Conditions, StageTerms, stage_from_proto
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.settings import RedispatchPolicy
 from hetis.planner.fleet.views import LiveReplica
@@ -170,12 +170,11 @@ class WatchedStage:
         self._predicted = self._test = SumTest(self.terms)
         self._known: tuple[report_pb2.DeviceStatus.ValueType, ...] = (_OK,) * len(self.terms.gpus)
 
-    def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> bool:
+    def set_conditions(self, conditions: Conditions) -> bool:
         """Take the planner's status of GPUs; return whether it changed."""
         known = self.terms.statuses(conditions)
-        news = {
-            name for name, now, then in zip(self.terms.stage.devices, known, self._known, strict=True) if now != then
-        }
+        devices = self.terms.stage.devices
+        news = {name for name, now, then in zip(devices, known, self._known, strict=True) if now != then}
         for name in news:
             self._slowness.forget(name)
         self._known = known
@@ -218,12 +217,10 @@ class WatchedStage:
             return found
         deviation = self._test.deviation(sums, policy.deviation_ratio)
         if deviation > policy.deviation_ratio:
-            found.append(
-                Trigger(kind=TriggerKind.DEVIATION, device=None, value=deviation, limit=policy.deviation_ratio)
-            )
-        for i, (name, used, status) in enumerate(
-            zip(self.terms.stage.devices, sums.used_ratio, sums.status, strict=True)
-        ):
+            limit = policy.deviation_ratio
+            found.append(Trigger(kind=TriggerKind.DEVIATION, device=None, value=deviation, limit=limit))
+        devices = self.terms.stage.devices
+        for i, (name, used, status) in enumerate(zip(devices, sums.used_ratio, sums.status, strict=True)):
             mark = policy.high_water or self.terms.high_water[i]
             if status == _DRAINING:
                 if sums.heads[i]:
