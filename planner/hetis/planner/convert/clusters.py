@@ -56,10 +56,7 @@ def without(message: M, *fields: str) -> M:
 
 
 def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
-    """Return all but replicas and prices, which only the plan's document has.
-
-    ``progress`` is newer than the record's.
-    """
+    """Return all but replicas and prices, which only the plan's document has; ``progress``: newer than the record's."""
     plan = deepcopy(record.body)
     plan.name, plan.cluster = record.name, record.cluster
     plan.state, plan.activation = record.state, record.activation

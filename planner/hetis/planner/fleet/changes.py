@@ -51,10 +51,7 @@ def parts_of(
 
 
 def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
-    """Return the GPUs of every device of one copy of a stage, the primary first.
-
-    A device is named after its first GPU.
-    """
+    """Return the GPUs of every device of one copy of a stage, by its first GPU's name, the primary first."""
     if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
         raise invalid_field("change.stage", f"the replica has no stage {stage} with copy {copy}")
     one = shape.stages[stage]

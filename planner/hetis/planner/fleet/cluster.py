@@ -19,7 +19,7 @@ from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import Behind, Fenced, HeadMapsRead, NodeLink, Reported, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.writes import KeptCluster, NodeWrite
+from hetis.planner.fleet.writes import KeptCluster, NodeWrite, Writes
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
 from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, plan_pb2, report_pb2
 
@@ -157,10 +157,7 @@ class ClusterFleet:
         return link.session
 
     def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
-        """Refuse another agent while one is connected: otherwise its node's credentials would suffice to end it.
-
-        Raises NODE_IN_USE.
-        """
+        """Raise NODE_IN_USE while another agent is connected: its node's credentials must not suffice to end it."""
         heard_s = self.leases.heard_s(node)
         is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
         if not is_gone and boot_id != link.boot_id:
@@ -176,10 +173,7 @@ class ClusterFleet:
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
     ) -> list[HeadMapsRead | Fenced]:
-        """Handle a message of a stream; return events that concern others than this cluster.
-
-        Raises ServiceError if the stream must end.
-        """
+        """Handle a message, return events that concern others too. Raises ServiceError if the stream must end."""
         link = self.links[node]
         if link.session != session:
             message = f"another stream of node {node} began"
@@ -251,10 +245,7 @@ class ClusterFleet:
         return found
 
     def ask_head_maps(self, replica: str) -> tuple[str, str]:
-        """Request a replica's head maps; return the node asked and the request's id.
-
-        Raises NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE if nobody can answer.
-        """
+        """Return node and request id. Raises NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE if none can answer."""
         found = self.replicas.get(replica)
         if found is None:
             raise not_found(replica)
@@ -310,6 +301,44 @@ class ClusterFleet:
         self.shown.add(("replica", name))
         self.dirty.discard(name)
         self.decide_all = True
+
+    def take_plan(self, record: PlanRecord) -> None:
+        self.plan = record
+        self.shown.add(("plan", record.name))
+
+    def note_progress(self, progress: plan_pb2.ActivationProgress) -> None:
+        if self.plan is not None and progress != self.progress:
+            self.progress = progress
+            self.shown.add(("plan", self.plan.name))
+
+    def decided(self) -> None:
+        """Note that what changed so far is decided and about to be written."""
+        self.dirty.clear()
+        self.decide_all = False
+        self.node_writes.clear()
+        self.changes.advised = []
+
+    def take_back(self, writes: Writes) -> None:
+        """Undo what a failed write left, so that the next round decides it all again."""
+        self.decide_all = True
+        for node in writes.nodes:
+            self.node_writes.setdefault(last_part(node.name), node)
+        bodies = [saving.body for saving in writes.redispatches]
+        self.changes.advised += [one for one in bodies if last_part(one.name) not in self.changes.under_way]
+
+    # News, each told once.
+
+    def take_shown(self) -> set[tuple[str, str]]:
+        shown, self.shown = self.shown, set()
+        return shown
+
+    def take_reported(self) -> dict[tuple[str, str], report_pb2.ReplicaReport]:
+        reported, self.reported = self.reported, {}
+        return reported
+
+    def take_capacity_changed(self) -> bool:
+        changed, self.capacity_changed = self.capacity_changed, False
+        return changed
 
     # Inputs of the activation rule.
 

@@ -47,10 +47,7 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
         plan=plan,
         redispatches=_decide_changes(cluster),
     )
-    cluster.dirty.clear()
-    cluster.decide_all = False
-    cluster.node_writes.clear()
-    cluster.changes.advised = []
+    cluster.decided()
     return writes
 
 
@@ -72,17 +69,7 @@ def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
         else:
             cluster.changes.tell(change)
     if kept.plan is not None:
-        cluster.plan = kept.plan
-        cluster.shown.add(("plan", kept.plan.name))
-
-
-def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
-    """Undo what a failed write left, so that the next round decides it all again."""
-    cluster.decide_all = True
-    for node in writes.nodes:
-        cluster.node_writes.setdefault(last_part(node.name), node)
-    bodies = [saving.body for saving in writes.redispatches]
-    cluster.changes.advised += [one for one in bodies if last_part(one.name) not in cluster.changes.under_way]
+        cluster.take_plan(kept.plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +231,7 @@ def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[Rep
         if write.is_gone:
             del states[write.name]
     progress = progress_of(states, view.wanted)
-    if progress != cluster.progress:
-        cluster.progress = progress
-        cluster.shown.add(("plan", plan.name))
+    cluster.note_progress(progress)
     activation = plan.activation
     if activation == Activation.ACTIVATION_STATE_ACTIVATING:
         if progress.num_failed:
@@ -260,10 +245,7 @@ def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[Rep
 
 
 def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2.ActivationProgress:
-    """Return how far the replicas of a plan are.
-
-    ``states``: of all replicas of the cluster; ``wanted``: the plan's replicas.
-    """
+    """Return how far a plan's replicas, ``wanted``, are; ``states`` are of all replicas of the cluster."""
     of_plan = [states[name] for name in wanted if name in states]
     failed = [one for one in of_plan if one.state == State.REPLICA_STATE_FAILED]
     num_serving = sum(one.state in UP_STATES for one in of_plan)

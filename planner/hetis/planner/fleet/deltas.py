@@ -194,10 +194,7 @@ class ReplicaSlot:
         return self._answer(delta, None)
 
     def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> DeltaAnswer | None:
-        """Take a nack; return None if it answers something else.
-
-        An assignment is tried again ``retry_s`` from now if that may help.
-        """
+        """Take a nack; return None if it answers something else. Try again ``retry_s`` from now if that may help."""
         delta = self._answered(nack.nonce)
         if delta is None:
             return None
@@ -210,10 +207,7 @@ class ReplicaSlot:
         return self._answer(delta, nack.failure)
 
     def learn(self, report: report_pb2.ReplicaReport) -> bool:
-        """Take a newer report and return whether more than numbers changed.
-
-        Reports from before an assignment are void.
-        """
+        """Take a report, unless from before an assignment; return whether more than numbers changed."""
         if report.generation < self.held:
             return False
         before = (self.held, self.state, self.failure, self.report is None)

@@ -303,10 +303,7 @@ class LiveFleet:
         await self._reconcilers[cluster.name].reconcile()
 
     def disconnect(self, name: str) -> None:
-        """End the stream of a node; the next agent with its credentials is let in.
-
-        Raises NOT_FOUND if no agent is connected as this node.
-        """
+        """End a node's stream and let the next agent in. Raises NOT_FOUND if no agent is connected as this node."""
         cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
         if cluster is None or stream is None:
             message = f"no agent is connected as {name}"
@@ -386,12 +383,10 @@ class LiveFleet:
     def _after(self, cluster: ClusterFleet) -> None:
         """Send pending messages at once, notify observers, and start a reconciliation if the cluster changed."""
         self._send(cluster)
-        reported, cluster.reported = cluster.reported, {}
-        for (replica, _), report in reported.items():
+        for (replica, _), report in cluster.take_reported().items():
             for observer in self.observers:
                 observer.replica_reported(replica, report)
-        if cluster.capacity_changed:
-            cluster.capacity_changed = False
+        if cluster.take_capacity_changed():
             for observer in self.observers:
                 observer.capacity_changed(cluster.name)
         reconciler = self._reconcilers.get(cluster.name)

@@ -149,7 +149,7 @@ class Reconciler:
         try:
             kept = await self.store.write(partial(apply, writes=writes, now_s=kept_s))
         except BaseException:  # whatever ended it: no decision may be lost
-            deciding.not_applied(cluster, writes)
+            cluster.take_back(writes)
             raise
         deciding.applied(cluster, writes, kept)
         self.send(cluster)

@@ -114,7 +114,7 @@ class Clock:
 
 def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
     """Publish everything that has changed since the last time. ``now_s``: Unix time."""
-    shown, cluster.shown = cluster.shown, set()
+    shown = cluster.take_shown()
     if not shown:
         return
     hub = hubs.cluster(cluster.name)

@@ -110,10 +110,7 @@ class Kept:
 
 
 def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
-    """Write everything at ``now_s``, Unix time.
-
-    Others change the same records, so only the fleet's own fields are touched.
-    """
+    """Write everything at ``now_s``, Unix time: the fleet's own fields, as others change the same records."""
     kept = Kept()
     for one in writes.replicas:
         _apply_replica(tx, one, kept)

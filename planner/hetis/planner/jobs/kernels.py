@@ -36,10 +36,7 @@ def are_cached() -> bool:
 
 
 def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
-    """Ensure that a fleet of ``num_gpus`` is searched without compiling anything.
-
-    ``for_engine``: plans for an engine, whose search compiles in seconds whatever the fleet.
-    """
+    """Compile what the search of ``num_gpus`` needs; ``for_engine``: of plans for an engine, whatever the fleet."""
     if for_engine:
         if not is_cached(best_splits):
             report(Progress(phase=COMPILING, elapsed_s=0.0))

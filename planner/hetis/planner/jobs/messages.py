@@ -142,10 +142,7 @@ class PosedProblem:
     settings: Settings
 
     def inputs_for_engine(self) -> LoadedInputs:
-        """Return the inputs restricted to the GPUs on which the engine runs the model in its precision.
-
-        Raises InvalidProblemError if there are no such GPUs.
-        """
+        """Return the inputs on GPUs that run the model in its precision; raises InvalidProblemError without any."""
         return for_engine(self.loaded, self.settings.engine)
 
     def problem(self) -> PlacementProblem:

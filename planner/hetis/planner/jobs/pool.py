@@ -383,10 +383,7 @@ class SolverPool:
         return found
 
     def reserve(self, caller: str, *, even_if_full: bool = False) -> Search:
-        """Reserve a place for one search, to be begun or abandoned.
-
-        Raises QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time at which a place may be free.
-        """
+        """Reserve a place. Raises QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time when one may be free."""
         settings = self._settings
         if not even_if_full:
             self._require_quota(caller)

@@ -280,10 +280,7 @@ class PlanCreation:
         return await self._make(request, answer)
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Make a plan for the planner itself, because of ``reason``, and return its name.
-
-        Raises ServiceError as `create`.
-        """
+        """Make a plan for the planner itself because of ``reason``; return its name. Raises as `create`."""
         checks = Checks()
         read = await read_spec(checks, spec, self._limits)
         checks.raise_if_wrong()
@@ -372,10 +369,7 @@ class PlanCreation:
         return await to_the_end(change())
 
     def _place(self, answer: SearchableProblem | ImportedPlan) -> Search | ServiceError | None:
-        """Reserve a place in the queue, or return why there is none.
-
-        A repeated request is answered even if the queue is full.
-        """
+        """Reserve a place, or return why there is none: a repeated request is answered even if the queue is full."""
         if isinstance(answer, ImportedPlan):
             return None
         try:

@@ -87,10 +87,7 @@ def require_answer(record: PlanRecord) -> None:
 
 
 def plan_state(record: PlanRecord, what: str) -> ServiceError:
-    """Return the error for a call that the plan's state does not allow.
-
-    ``what`` follows its name and state in the message.
-    """
+    """Return the error for a call in the wrong state; ``what`` follows name and state in the message."""
     state = plan_pb2.PlanState.Name(record.state).removeprefix("PLAN_STATE_")
     message = f"{record.name} is {state} and {what}"
     return ServiceError(Reason.ERROR_REASON_PLAN_STATE, message, metadata={"name": record.name, "state": state})

@@ -83,10 +83,7 @@ def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
 def choose_profiles(
     named: Sequence[ProfileRecord], stored: Sequence[ProfileRecord], gpus: Sequence[str]
 ) -> dict[str, ProfileRecord]:
-    """Return the profile of every GPU type that has one: the named one, else the newest of those stored.
-
-    Raises INVALID_FIELD.
-    """
+    """Return each GPU type's profile: the named one, else the newest stored. Raises INVALID_FIELD."""
     checks, chosen = Checks(), dict[str, ProfileRecord]()
     for position, record in enumerate(named):
         path = f"{SPEC}.profiles[{position}]"
@@ -336,10 +333,7 @@ def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
 
 
 def _rest(group: NodeGroup, nodes: Collection[str]) -> Iterator[NodeGroup]:
-    """Yield what is left of a group.
-
-    Groups count from 0 without gaps, so nodes after the first gap become their own groups.
-    """
+    """Yield what is left of a group, which counts from 0 without gaps: nodes after the first gap stand alone."""
     names = [group.node_name(index) for index in range(group.count)]
     gaps = [index for index, name in enumerate(names) if name in nodes]
     if not gaps:

@@ -218,10 +218,7 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
 
 
 def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
-    """Yield the differences of the first plan's replicas in order, then the added ones.
-
-    No replica is kept if the model changes.
-    """
+    """Yield differences of the first plan's replicas, then the added ones; a new model keeps no replica."""
     first, second = one.plan.replicas, other.plan.replicas
     is_same_model = one.problem.model == other.problem.model
     by_devices = {_dense(replica): index for index, replica in enumerate(second)} if is_same_model else {}

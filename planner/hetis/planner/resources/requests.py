@@ -45,10 +45,7 @@ class Checks:
         return is_right
 
     def request(self, request: Any, *, optional: Collection[str] = (), **forms: NameForm) -> None:
-        """Check the fields that hold resource names, and ``request_id`` and ``page_size`` if the request has them.
-
-        ``optional`` names may be empty.
-        """
+        """Check names (``optional`` ones may be empty), and ``request_id`` and ``page_size`` if there are any."""
         for field, form in forms.items():
             if getattr(request, field) or field not in optional:
                 self.name(field, getattr(request, field), form)
@@ -78,10 +75,7 @@ class Checks:
             return None
 
     def raise_if_wrong(self) -> None:
-        """Raise the recorded errors, if any.
-
-        Raises INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD.
-        """
+        """Raise recorded errors, if any: INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD."""
         if len(self._documents) == 1 and not self._violations:
             raise self._documents[0]
         found = [*self._violations, *(each for error in self._documents for each in error.violations)]
@@ -103,10 +97,7 @@ def require_free(table: TableView[Any], name: str) -> None:
 
 
 def require_etag(record: Record | None, etag: str, name: str = "") -> None:
-    """Check that a record is as the caller read it; an empty etag is right. ``name``: where there may be no record.
-
-    Raises ETAG_MISMATCH.
-    """
+    """Raise ETAG_MISMATCH unless ``etag`` is empty or the record's; ``name``: for where there may be no record."""
     if etag and etag != etag_of(record):
         raise etag_mismatch(name or (record.name if record else ""), given=etag, present=etag_of(record))
 

@@ -46,10 +46,7 @@ class Hubs:
         self._rounds: dict[str, int] = {}
 
     def cluster(self, name: str) -> ClusterHub:
-        """Return the hub of ``clusters/{cluster}``.
-
-        Call it each time: a cluster that is deleted and made again has a new one.
-        """
+        """Return a cluster's hub. Call it each time: a cluster that is deleted and made again has a new one."""
         if name not in self._clusters:
             self._clusters[name] = ClusterHub(self.epoch)
         return self._clusters[name]

@@ -58,10 +58,7 @@ class Identity:
         return other.scope is not None and other.scope.startswith(f"{self.scope}/nodes/")
 
     def require_node(self, node: str) -> None:
-        """Check that the caller may act as the agent of a node.
-
-        Raises WRONG_NODE if the credentials are for another node.
-        """
+        """Raise WRONG_NODE unless the caller may act as the agent of a node."""
         if not self.speaks_for(node):
             message = f"the credentials {self.name} are of {self.scope or 'no node'}, not of {node}"
             raise ServiceError(Reason.ERROR_REASON_WRONG_NODE, message, metadata={"node": node})

@@ -129,10 +129,7 @@ class Term:
         await self._states.warm_up()
 
     async def begin(self) -> None:
-        """Resume what the previous planner had under way, and make decisions from now on.
-
-        Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`.
-        """
+        """Resume and decide from now on. Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`."""
         parts = self._parts
         parts.callback(self._hubs.close)
         parts.push_async_callback(self._pool.stop)

@@ -189,10 +189,7 @@ _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x17, 0x18, 0xA0
 
 
 def _end_of(der: bytes) -> float:
-    """Return `notAfter` of a certificate (RFC 5280).
-
-    The validity is the fifth field of TBSCertificate if there is a version, else the fourth.
-    """
+    """Return `notAfter` (RFC 5280): the validity is field 5 of TBSCertificate if there is a version, else 4."""
     fields = _contents(_contents(_contents(der)[0][1])[0][1])
     validity = fields[4 if fields[0][0] == _VERSION else 3][1]
     tag, text = _contents(validity)[1]

@@ -33,10 +33,7 @@ _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partitio
 
 
 class RoleOption(StrEnum):
-    """The values of `hetis.planner.service.access.CallerRole`; a test compares them.
-
-    Importing that module would make --help slow.
-    """
+    """The values of `access.CallerRole`, whose import would make --help slow; a test compares them."""
 
     VIEWER = "viewer"
     ORCHESTRATOR = "orchestrator"

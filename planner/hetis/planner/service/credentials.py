@@ -83,10 +83,7 @@ class Tokens:
 
     @classmethod
     def load(cls, path: str) -> Tokens:
-        """Return the tokens of a file.
-
-        Raises DocumentError with every problem of the file, including write permission for everybody.
-        """
+        """Return a file's tokens. Raises DocumentError with every problem, such as write permission for everybody."""
         text = read_text(path)
         if Path(path).stat().st_mode & 0o002:
             raise single_problem(path, "can be written by everybody, who could give themselves roles: chmod 600")

@@ -35,10 +35,7 @@ class StreamLimits:
 
     @contextmanager
     def opened(self, method: str, *, caller: str, peer: str) -> Iterator[None]:
-        """Count a stream as open within the context. ``peer`` is in gRPC's form, with its port.
-
-        Raises TOO_MANY_STREAMS.
-        """
+        """Count a stream as open, or raise TOO_MANY_STREAMS. ``peer`` is in gRPC's form, with its port."""
         limits = _limits(method, caller, peer)
         for key, most in limits.items():
             if self._open[key] >= most:
@@ -94,10 +91,7 @@ class WriteRates:
         self._buckets: dict[str, _Bucket] = {}
 
     def take(self, method: str, caller: str) -> None:
-        """Take a token from the caller's bucket if the method is a write.
-
-        Raises QUOTA_EXCEEDED, with the time when the caller may continue.
-        """
+        """Take a token if the method is a write. Raises QUOTA_EXCEEDED, with the time when the caller may continue."""
         if method not in WRITES:
             return
         now_s = self._clock()

@@ -45,10 +45,7 @@ OpenPlanner = Callable[[PlannerConfig], "Awaitable[Succession]"]
 
 
 class Access:
-    """The certificates and tokens of a configuration, reloaded when they change.
-
-    Raises DocumentError if a file of them cannot be used, with every problem.
-    """
+    """Certificates and tokens, reloaded when they change. Raises DocumentError with every problem of the files."""
 
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config

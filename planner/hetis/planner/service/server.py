@@ -135,10 +135,7 @@ class PlannerServer:
         self._servicings += servicings
 
     def listen(self, address: str) -> str:
-        """Bind an address before the start, and return it with the port that was chosen for 0.
-
-        Raises AddressError if it is in use, not of this machine, or not allowed.
-        """
+        """Bind an address and return it with the port chosen for 0. Raises AddressError if it cannot be used."""
         if not is_socket_path(address):
             _must_be_free(address)  # gRPC itself would log it at length
         try:

@@ -125,10 +125,7 @@ def dispatch_methods(
     """
 
     def require_primary(replica: str, role: CallerRole) -> None:
-        """Check that an agent without ``role`` belongs to the node of the replica's primary.
-
-        Raises WRONG_NODE. Only callers that may know the cluster learn that a replica does not exist.
-        """
+        """Raise WRONG_NODE unless the caller has ``role`` or is of the primary's node; tell strangers nothing else."""
         if role not in caller().roles:
             view = replicas.replica_view(replica)
             cluster, _, _ = replica.partition("/replicas/")

@@ -21,10 +21,7 @@ from hetis.formats.positions import Path, Text, parse_text
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Return the host to listen on, without the brackets of IPv6, and the port; 0 asks for a free one.
-
-    Raises ValueError if not ``host:port`` with a port up to 65535.
-    """
+    """Return host, without the brackets of IPv6, and port up to 65535; 0: a free one. Raises ValueError."""
     try:
         host, port = endpoints.split_address(address, least_port=0)
     except ValueError:

@@ -292,10 +292,7 @@ class StatusPage:
         self._serving: asyncio.Task[None] | None = None
 
     def listen(self, address: str) -> str:
-        """Bind an address, and return it with the port that was chosen for 0.
-
-        Raises AddressError if it is in use, or not of this machine.
-        """
+        """Bind an address and return it with the port chosen for 0. Raises AddressError if it cannot be used."""
         host, port = split_address(address)
         try:
             family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -105,10 +105,7 @@ class Succession:
         self._loops.start("the guard of the store's connections", self._store.until_failed())
 
     def require_leader(self, method: str) -> None:
-        """Check that this planner may answer a method now.
-
-        Raises NOT_LEADER, with the leader's address; STORE_UNAVAILABLE if the lease is about to expire.
-        """
+        """Raise NOT_LEADER, with the leader's address, or STORE_UNAVAILABLE shortly before the lease expires."""
         if self.leads and not self._store.lease.may_decide:
             if needs_leader(method, reads_too=False):
                 raise self._store.undecided()

@@ -177,10 +177,7 @@ class Span:
 
 
 def open_traces(endpoint: str | None, version: str) -> Traces | None:
-    """Return traces that are sent to an OTLP endpoint; none without one.
-
-    Raises MissingExtraError if OpenTelemetry is not installed.
-    """
+    """Return traces to an OTLP endpoint, if any. Raises MissingExtraError if OpenTelemetry is missing."""
     if endpoint is None:
         return None
     try:

@@ -42,10 +42,7 @@ class AuditedChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditLine:
-    """An audited change as it stands in the log.
-
-    ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` the term's.
-    """
+    """An audited change in the log: ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` the term's."""
 
     number: int
     time_s: float

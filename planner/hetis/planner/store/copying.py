@@ -68,10 +68,7 @@ def back_up(url: str, file: Path) -> int:
 
 
 def read_store(url: str, work: Callable[[Reader], T]) -> T:
-    """Return the result of ``work`` on one consistent state of a store, which may be in use.
-
-    Raises StoreError if the store cannot be read or is of another version.
-    """
+    """Return the result of ``work`` on one consistent state of a store in use. Raises StoreError."""
     with _stored(url) as connection:
         return work(Reader(connection))
 

@@ -34,10 +34,7 @@ class FileLock:
         return self._descriptor is not None
 
     def take(self) -> bool:
-        """Take the lock and return True, or return False if another process holds it.
-
-        Taking it twice has no further effect. Raises StoreError if the lock file cannot be made.
-        """
+        """Return whether this process has the lock now. Raises StoreError if the lock file cannot be made."""
         if self.is_held:
             return True
         try:
@@ -114,10 +111,7 @@ class Lease:
 
     @property
     def may_decide(self) -> bool:
-        """Return whether new work may begin, which is False in the last third of the lease.
-
-        Work begun so late might not be finished within the term.
-        """
+        """Return whether new work may begin and end in the term: not in the last third of the lease."""
         return self.left_s > self.lease_s * (1 - DECIDING_SHARE)
 
 

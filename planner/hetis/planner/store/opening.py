@@ -292,10 +292,7 @@ def lock_out_others(connection: sa.Connection) -> None:
 
 
 def migrate(connection: sa.Connection, *, to: str | None = None) -> None:
-    """Run every missing migration, or migrate up or down to the version ``to``; the caller commits.
-
-    Raises StoreError if there is no such version.
-    """
+    """Migrate up or down to the version ``to``, or the newest; the caller commits. Raises StoreError if unknown."""
     script = _script()
     known = revisions()
     if to is not None and to not in known:

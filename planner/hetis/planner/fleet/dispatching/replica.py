@@ -224,10 +224,7 @@ class ReplicaDispatch:
         return _part_of(admission, fresh, range(len(fresh)))
 
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
-        """Return the requests that are not running, or whose running namesake is in ``finished``.
-
-        Raises REQUEST_RUNNING if one runs with other numbers.
-        """
+        """Return requests not running or ``finished``. Raises REQUEST_RUNNING if one runs with other numbers."""
         fresh = list[Newcomer]()
         for one in newcomers:
             running = self.running.get(one.id)

@@ -43,10 +43,7 @@ class StageCopy:
     """The solver's state, which counts head groups, together with the owner of each head group."""
 
     def __init__(self, stage: int, copy: int, terms: StageTerms, head_map: head_map_pb2.HeadMap) -> None:
-        """Start with the content of a head map.
-
-        Raises InvalidProblemError if the map contradicts itself or the stage.
-        """
+        """Start with a head map. Raises InvalidProblemError if it contradicts itself or the stage."""
         self.stage, self.copy, self.terms = stage, copy, terms
         self.state = DispatchState.of(snapshot_from_proto(head_map, terms))
         place = [terms.index[device.name] for device in head_map.devices]
