@@ -74,11 +74,8 @@ def live_replica(state: replica_pb2.ReplicaState.ValueType, generation: int, **g
     """Return a replica as the fleet sees it; ``given`` fields are not as usual."""
     usual: dict[str, Any] = {
         "name": "",
-        "cluster": "",
         "plan": "",
-        "plan_index": 0,
         "primary_node": "",
-        "model": None,
         "stages": (),
         "authority": replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,
         "shape": replica_pb2.ReplicaPlan(),

@@ -326,6 +326,10 @@ class ClusterFleet:
         bodies = [saving.body for saving in writes.redispatches]
         self.changes.advised += [one for one in bodies if last_part(one.name) not in self.changes.under_way]
 
+    def end(self) -> None:
+        """Note that the cluster is gone."""
+        self.record = None
+
     # News, each told once.
 
     def take_shown(self) -> set[tuple[str, str]]:

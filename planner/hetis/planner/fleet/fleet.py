@@ -408,7 +408,7 @@ class LiveFleet:
         """Forget a cluster that is gone."""
         self._reconcilers.pop(cluster.name, None)
         self._clusters.pop(cluster.name, None)
-        cluster.record = None
+        cluster.end()
         for node in cluster.links:
             stream = self._streams.get(node_name(cluster.name, node))
             if stream is not None:

@@ -17,7 +17,6 @@ from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
     cluster_pb2,
-    document_pb2,
     inventory_pb2,
     plan_pb2,
     redispatch_pb2,
@@ -47,15 +46,12 @@ class LiveReplica:
     """A replica as reported by its nodes."""
 
     name: str  # `clusters/{cluster}/replicas/{replica}`
-    cluster: str  # `clusters/{cluster}`
     plan: str  # the plan that it belongs to
-    plan_index: int
     state: replica_pb2.ReplicaState.ValueType
     generation: int  # of its state at its primary, or of its last assignment if the primary has not reported yet
     authority: replica_pb2.HeadMapAuthority.ValueType  # who decides its head map
     primary_node: str
     shape: replica_pb2.ReplicaPlan  # its shape in the plan
-    model: document_pb2.Document | None  # a ModelSpec document; None: not looked up yet
     stages: Sequence[stage_pb2.StageModel]  # for its dispatcher; empty: not looked up yet, or a prefill replica
     conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
     report: report_pb2.ReplicaReport | None  # the last of its primary; None: none yet
@@ -182,15 +178,12 @@ def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
     contents = replica.contents
     return LiveReplica(
         name=replica.name,
-        cluster=cluster.name,
         plan=replica.record.plan,
-        plan_index=replica.record.body.plan_index,
         state=replica.state,
         generation=generation_of(cluster, replica),
         authority=replica.record.body.authority,
         primary_node=replica.primary_node,
         shape=replica.record.body.shape,
-        model=None if contents is None else contents.model,
         stages=() if contents is None else contents.stages,
         conditions=dict(replica.standing.conditions),
         report=replica.report,

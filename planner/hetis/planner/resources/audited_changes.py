@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.resources.requests import Checks, read_page_request
 from hetis.planner.store import AuditFilter, AuditLine, Store
@@ -37,18 +39,7 @@ class AuditedChanges:
 
 
 def _message(line: AuditLine) -> service_pb2.AuditedChange:
-    change = line.change
+    time = timestamp(line.time_s)
     return service_pb2.AuditedChange(
-        number=line.number,
-        time=timestamp(line.time_s),
-        epoch=line.epoch,
-        caller=change.caller,
-        role=change.role,
-        method=change.method,
-        resource=change.resource,
-        request_id=change.request_id,
-        plan=change.plan,
-        outcome=change.outcome,
-        times=change.times,
-        hash=line.hash,
+        number=line.number, time=time, epoch=line.epoch, hash=line.hash, **asdict(line.change)
     )
