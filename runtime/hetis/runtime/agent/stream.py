@@ -23,10 +23,7 @@ MOST_QUEUED = 10_000  # messages the planner has not taken: beyond this the stre
 WELCOME_S = 30.0
 STOOD_S = 10.0  # a stream that lasted this long after its Welcome was no failure: the next wait is short
 # Reasons that every planner would give. All others concern one planner, or the way to it.
-_OF_THIS_AGENT = (
-    ErrorReason.ERROR_REASON_NODE_TAKEN_OVER,
-    ErrorReason.ERROR_REASON_NODE_IN_USE,
-)
+_OF_THIS_AGENT = (ErrorReason.ERROR_REASON_NODE_TAKEN_OVER, ErrorReason.ERROR_REASON_NODE_IN_USE)
 _log = logging.getLogger(__name__)
 
 

@@ -136,8 +136,7 @@ class PlacedReplica(Replica):
         "hetis-launch"
     )
     key_file: Annotated[
-        Path | None,
-        typer.Option(help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key."),
+        Path | None, typer.Option(help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key.")
     ] = None
     all_here: Annotated[
         bool, typer.Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")

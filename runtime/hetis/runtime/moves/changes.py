@@ -286,9 +286,7 @@ class EngineChanges:
         if taken.is_authority:
             if self._authority is None:
                 raise refusal(
-                    ErrorReason.ERROR_REASON_NOT_FOUND,
-                    f"the primary of {self.replica} is not here",
-                    name=self.replica,
+                    ErrorReason.ERROR_REASON_NOT_FOUND, f"the primary of {self.replica} is not here", name=self.replica
                 )
             self._authority.reserve(taken, self.generation)
         moves = [m for m in change.moves if m.number not in taken.left_out and self._touches(m, taken)]

@@ -428,9 +428,7 @@ class HeadAllocator:
         if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
             self._dispatcher = Dispatcher(self.state.stage)
         wanted = Requests(
-            ids=("new",),
-            context_tokens=np.array([tokens], np.int64),
-            growth_tokens=np.array([growth], np.int64),
+            ids=("new",), context_tokens=np.array([tokens], np.int64), growth_tokens=np.array([growth], np.int64)
         )
         plan = self._dispatcher.dispatch(self._load(), wanted)
         return None if plan.unplaced else _named(plan.groups[0].tolist())

@@ -67,10 +67,7 @@ class HetisPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._gauges = {
             name: self._gauge_cls(
-                name=name,
-                documentation=one.text,
-                labelnames=[*labelnames, *one.labels],
-                multiprocess_mode="mostrecent",
+                name=name, documentation=one.text, labelnames=[*labelnames, *one.labels], multiprocess_mode="mostrecent"
             )
             for name, one in GAUGES.items()
         }

@@ -11,15 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.runtime.moves.changes import (
-    EngineChange,
-    InFlightMove,
-    MoveAuthority,
-    gone,
-    no_room,
-    not_owner,
-    unavailable,
-)
+from hetis.runtime.moves.changes import EngineChange, InFlightMove, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica, planned_s
 from hetis.runtime.moves.refusals import failure_of, refusal
 from hetis.runtime.vllm.calibration import Coefficients, device_seconds

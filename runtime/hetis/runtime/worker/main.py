@@ -49,10 +49,7 @@ _OPTIONS: Mapping[str, tuple[str, str, str | None]] = {
     "--log-level": ("LEVEL", ", ".join(LEVELS), "info"),
     "--kv-memory": ("SIZE", "for KV, such as 512MiB", None),
     "--device": ("DEVICE", "cpu, cuda or cuda:N", "cpu"),
-    "--key-file": (
-        *("FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}"),
-        "",
-    ),
+    "--key-file": (*("FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}"), ""),
     "--port-file": ("FILE", "to write HOST:PORT to, once engines may come", ""),
 }
 VARIABLES: Mapping[str, str] = {

@@ -8,15 +8,7 @@ from dataclasses import dataclass
 
 from hetis.runtime.agent.simulated.replica import Control, PrimaryRun
 from hetis.runtime.agent.simulated.stage import AdmissionRule, ProportionalAdmission, StageRun
-from hetis.runtime.moves.changes import (
-    EngineChange,
-    InFlightMove,
-    MoveAuthority,
-    gone,
-    no_room,
-    not_owner,
-    unavailable,
-)
+from hetis.runtime.moves.changes import EngineChange, InFlightMove, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
 from hetis.runtime.moves.refusals import failure_of, refusal
 from hetis.v1.change_pb2 import Change
