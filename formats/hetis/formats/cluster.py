@@ -163,10 +163,8 @@ class ClusterDocument(Document):
 
 
 def parse_cluster(data: Any, source: Text) -> Cluster:
-    """Return the cluster in a document's plain data. GPU aliases become catalogue names.
-
-    Raises:
-        DocumentError: with every problem of the document.
+    """Return the cluster in a document's plain data. GPU aliases become catalogue names. Raises DocumentError with
+    every problem of the document.
     """
     context = {"gpu_types": mapping(mapping(data).get("gpu_types"))}
     return validated(ClusterDocument, data, source, to_value=_to_cluster, check=_check, context=context)

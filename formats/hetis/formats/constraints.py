@@ -46,10 +46,8 @@ _RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")
 def read_constraints(
     pins: Sequence[str], forbids: Sequence[str], cluster: Cluster, tp_sizes: tuple[int, ...] = Family().tp_sizes
 ) -> Constraints:
-    """Return the constraints given to ``--pin`` and ``--forbid``, forbidden things first, each constraint once.
-
-    Raises:
-        DocumentError: with every problem of all of them: their syntax, and names that the cluster does not have.
+    """Return the constraints given to ``--pin`` and ``--forbid``, forbidden things first, each constraint once. Raises
+    DocumentError with every problem of all of them: their syntax, and names that the cluster does not have.
     """
     found, problems = dict[Constraint, None](), list[Problem]()
     for option, texts, parse in ((FORBID, forbids, parse_forbid), (PIN, pins, parse_pin)):
@@ -68,10 +66,8 @@ def read_constraints(
 
 
 def constraints_from_texts(texts: Iterable[str], cluster: Cluster) -> Constraints:
-    """Return the constraints that a plan file says it satisfies, each written like its option.
-
-    Raises:
-        DocumentError: as `read_constraints`.
+    """Return the constraints that a plan file says it satisfies, each written like its option. Raises DocumentError as
+    `read_constraints`.
     """
     by_option: dict[str, list[str]] = {PIN: [], FORBID: []}
     problems = []
@@ -95,11 +91,7 @@ def _with_node_of(cluster: Cluster, constraint: Constraint) -> Constraint:
 
 
 def parse_forbid(text: str) -> tuple[Constraint, ...]:
-    """Return the constraint of one ``--forbid``.
-
-    Raises:
-        ValueError: it is malformed; the message says what is expected.
-    """
+    """Return the constraint of one ``--forbid``. Raises ValueError, which says what is expected, if it is malformed."""
     if text == "workers":
         return (WithoutWorkers(),)
     if text == "shared-experts":
@@ -116,11 +108,7 @@ def parse_forbid(text: str) -> tuple[Constraint, ...]:
 
 
 def parse_pin(text: str) -> tuple[Constraint, ...]:
-    """Return the constraints of one ``--pin``.
-
-    Raises:
-        ValueError: it is malformed; the message says what is expected.
-    """
+    """Return the constraints of one ``--pin``. Raises ValueError, which says what is expected, if it is malformed."""
     key, value, extras = _parts(text, ("as", "use"))
     if key == "replicas":
         if extras:

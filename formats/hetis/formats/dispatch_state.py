@@ -502,9 +502,7 @@ DISPATCH_REQUESTS = kind_of(
 
 def load_requests(path: str | os.PathLike[str]) -> NewRequests:
     """Return the requests in a YAML or JSON file (``-``: standard input), a DispatchRequests document or only its list.
-
-    Raises:
-        DocumentError: with every problem of the file.
+    Raises DocumentError with every problem of the file.
     """
     data, source = read_data(path)
     if isinstance(data, list):
@@ -514,9 +512,7 @@ def load_requests(path: str | os.PathLike[str]) -> NewRequests:
 
 def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> NewRequests:
     """Return requests written as ``CONTEXT/OUTPUT``, named ``new-0``, ``new-1``, ... avoiding the names in ``taken``.
-
-    Raises:
-        DocumentError: with every word that is not a pair of this form.
+    Raises DocumentError with every word that is not a pair of this form.
     """
     found, problems = list[NewRequest](), list[Problem]()
     names = (name for n in range(2**31) if (name := f"new-{n}") not in taken)

@@ -71,24 +71,20 @@ KINDS = tuple(_KINDS)
 
 
 def load(path: str | os.PathLike[str]) -> Value:
-    """Return the value of a document of any kind (``-``: standard input). The document states its kind.
-
-    Raises:
-        DocumentError: with every problem of the file.
+    """Return the value of a document of any kind (``-``: standard input). The document states its kind. Raises
+    DocumentError with every problem of the file.
     """
     data, source = read_data(path)
     return _parse(data, source)
 
 
 def from_data(data: Any, *, name: str = "document") -> Value:
-    """Return the value of a document given as plain data, such as ``Plan.inputs["documents"]["cluster"]``.
+    """Return the value of a document given as plain data, such as ``Plan.inputs["documents"]["cluster"]``. Raises
+    DocumentError with every problem of the document.
 
     Args:
         data: dicts, lists, strings and numbers, as in JSON.
         name: the document's name in messages.
-
-    Raises:
-        DocumentError: with every problem of the document.
     """
     return _parse(data, Text(file=name, text=None))
 
@@ -111,20 +107,14 @@ def kind_of(value: Value) -> str:
 
 
 def dump(value: Value, form: Literal["yaml", "json"] = "yaml") -> str:
-    """Return the document of a value as YAML or JSON text. Reading it again gives an equal value.
-
-    Raises:
-        ValueError: a plan's ``inputs`` hold what JSON cannot represent (NaN, infinity, objects).
+    """Return the document of a value as YAML or JSON text. Reading it again gives an equal value. Raises ValueError if
+    a plan's ``inputs`` hold what JSON cannot represent (NaN, infinity, objects).
     """
     return dump_data(to_data(value), form)
 
 
 def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -> str:
-    """Return plain data as YAML or JSON text.
-
-    Raises:
-        ValueError: there are values that JSON cannot represent.
-    """
+    """Return plain data as YAML or JSON text. Raises ValueError if there are values that JSON cannot represent."""
     try:
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
@@ -141,10 +131,8 @@ def digest(value: Value) -> str:
 
 @functools.cache
 def json_schema(kind: str) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a kind of document.
-
-    Raises:
-        DocumentError: the kind is unknown; it suggests the nearest one.
+    """Return the JSON Schema (draft 2020-12) of a kind of document. Raises DocumentError if the kind is unknown; it
+    suggests the nearest one.
     """
     if kind not in _KINDS:
         message = f"unknown kind {shown(kind)}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"

@@ -43,10 +43,7 @@ _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "f
 
 def split_dtype(dtype: str) -> tuple[str, str]:
     """Return the formats of activations and weights: (``bfloat16``, ``fp8``) for ``bfloat16+fp8``, otherwise twice the
-    same.
-
-    Raises:
-        ValueError: the format is unknown.
+    same. Raises ValueError if the format is unknown.
     """
     base, _, quantised = dtype.lower().replace("torch.", "").partition("+")
     formats = [_ALIASES.get(part, part) for part in (base, quantised or base)]
@@ -94,9 +91,7 @@ class Chosen:
 
 def chosen_precision(text: str, known: Collection[str]) -> Chosen:
     """Return the choice in ``fp8`` or ``fp8,V100-SXM2-32GB=bf16``: a precision, in any case, and those of GPU types.
-
-    Raises:
-        ValueError: a precision is unknown, or given twice.
+    Raises ValueError if a precision is unknown, or given twice.
     """
     if len(text) > LONGEST_CHOICE:
         raise ValueError(f"has {len(text)} characters, may have {LONGEST_CHOICE}")
@@ -121,15 +116,13 @@ def chosen_precision(text: str, known: Collection[str]) -> Chosen:
 def with_precision(
     model: ModelSpec, *, weights: str | Chosen | None = None, kv: str | Chosen | None = None
 ) -> ModelSpec:  # fmt: skip
-    """Return the same model with its layers' weights or its KV in another precision. None changes nothing.
+    """Return the same model with its layers' weights or its KV in another precision. None changes nothing. Raises
+    ValueError if a text is no choice.
 
     Args:
         model: its embeddings and LM head stay the same.
         weights: a choice of names in `PRECISIONS`, or its text (`chosen_precision`).
         kv: a choice of names in `KV_PRECISIONS`, or its text.
-
-    Raises:
-        ValueError: a text is no choice.
     """
     of_weights, of_kv = _chosen(weights, PRECISIONS), _chosen(kv, KV_PRECISIONS)
     found = _in(model, of_weights.everywhere, of_kv.everywhere)

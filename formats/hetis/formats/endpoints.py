@@ -20,22 +20,16 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One place where the service runs.
+    """One place where the service runs."""
 
-    Attributes:
-        address: ``host:port`` or ``unix:/path`` to connect to.
-        name: expected in its certificate if the address is one of the records of a name. Empty: the address' own host.
-    """
-
-    address: str
+    address: str  # ``host:port`` or ``unix:/path`` to connect to
+    # Expected in its certificate if the address is one of the records of a name. Empty: the address' own host.
     name: str = ""
 
 
 def split_endpoints(text: str) -> tuple[str, ...]:
-    """Return the addresses of a comma-separated list.
-
-    Raises:
-        ValueError: the list is empty, or an address is neither ``host:port`` nor ``unix:/path``.
+    """Return the addresses of a comma-separated list. Raises ValueError if the list is empty, or an address is neither
+    ``host:port`` nor ``unix:/path``.
     """
     addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for address in addresses or ("",):
@@ -45,10 +39,8 @@ def split_endpoints(text: str) -> tuple[str, ...]:
 
 
 def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
-    """Return the host, without the brackets of IPv6, and the port.
-
-    Raises:
-        ValueError: the text is not ``host:port``, or the port is below ``least_port`` or above 65535.
+    """Return the host, without the brackets of IPv6, and the port. Raises ValueError if the text is not ``host:port``,
+    or the port is below ``least_port`` or above 65535.
     """
     host, _, port = address.rpartition(":")
     if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
@@ -207,10 +199,8 @@ Opened = Callable[..., Any]  # `urllib.request.urlopen`, or an opener's `open`
 def metrics_body(url: str, *, timeout_s: float, max_bytes: int, opened: Opened) -> bytes | None:
     """Return the body of a ``/metrics`` answer, or None if it is larger than ``max_bytes``.
 
-    The time limit applies to the whole body, not to each read.
-
-    Raises:
-        OSError, ValueError, http.client.HTTPException: there is no answer, or none in time. Say which with `reason_of`.
+    The time limit applies to the whole body, not to each read. Raises OSError, ValueError or http.client.HTTPException
+    if there is no answer, or none in time. Say which with `reason_of`.
     """
     import urllib.request  # not above: workers only want addresses
 

@@ -23,18 +23,12 @@ _LEAST_BEGINNING = 3  # letters: too many names begin with fewer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One problem of a document.
+    """One problem of a document."""
 
-    Attributes:
-        file: the file as the caller named it, or a description of the text (``stdin``, ``model``).
-        message: names the value and the limit, and suggests the nearest valid name.
-        path: place in the document, such as ``nodes[1].gpus[0].type``; empty for the document as a whole.
-        line, column: from 1. None: there is no text (a missing file, an unknown catalogue name).
-    """
-
-    file: str
-    message: str
-    path: str = ""
+    file: str  # the file as the caller named it, or a description of the text (``stdin``, ``model``)
+    message: str  # names the value and the limit, and suggests the nearest valid name
+    path: str = ""  # place in the document, such as ``nodes[1].gpus[0].type``; empty for the document as a whole
+    # line, column: from 1. None: there is no text (a missing file, an unknown catalogue name).
     line: int | None = None
     column: int | None = None
 
@@ -44,17 +38,12 @@ class Problem:
 
 
 class DocumentError(HetisError):
-    """A document cannot be used.
-
-    Attributes:
-        problems: the first 100 problems found, in the order of the file.
-        has_more: whether there are more, which were not counted.
-    """
+    """A document cannot be used."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         found = tuple(islice(problems, MAX_SHOWN + 1))
-        self.problems = found[:MAX_SHOWN]
-        self.has_more = len(found) > MAX_SHOWN
+        self.problems = found[:MAX_SHOWN]  # the first 100 problems found, in the order of the file
+        self.has_more = len(found) > MAX_SHOWN  # whether there are more, which were not counted
         lines = [str(problem) for problem in self.problems]
         if self.has_more:
             lines.append(f"... and more problems; only the first {MAX_SHOWN} are looked for")

@@ -295,18 +295,13 @@ def present(data: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind(Generic[ValueT]):
-    """A kind of document.
+    """A kind of document."""
 
-    Attributes:
-        document: its form, whose class is named after the kind.
-        value: what it stands for.
-        parse: returns the value of plain data, or raises `DocumentError` with every problem.
-        to_data: returns a value's document as plain data; reading it again gives an equal value.
-    """
-
-    document: type[Document]
-    value: type[ValueT]
+    document: type[Document]  # its form, whose class is named after the kind
+    value: type[ValueT]  # what it stands for
+    # Returns the value of plain data, or raises `DocumentError` with every problem
     parse: Callable[[Any, Text], ValueT]
+    # Returns a value's document as plain data; reading it again gives an equal value
     to_data: Callable[[ValueT], dict[str, Any]]
 
     @property
@@ -314,10 +309,8 @@ class Kind(Generic[ValueT]):
         return kind_of_document(self.document)
 
     def load(self, path: str | os.PathLike[str]) -> ValueT:
-        """Return the value of a YAML or JSON file (``-``: standard input).
-
-        Raises:
-            DocumentError: with every problem of the file.
+        """Return the value of a YAML or JSON file (``-``: standard input). Raises DocumentError with every problem of
+        the file.
         """
         return self.parse(*read_data(path))
 
@@ -351,10 +344,8 @@ def kind_of_document(document: type[BaseModel]) -> str:
 
 
 def read_data(path: str | os.PathLike[str]) -> tuple[Any, Text]:
-    """Return the plain data of a YAML or JSON file (``-``: standard input).
-
-    Raises:
-        DocumentError: the file is not readable or not YAML.
+    """Return the plain data of a YAML or JSON file (``-``: standard input). Raises DocumentError if the file is not
+    readable or not YAML.
     """
     return parse_text(read_text(path), file_label(path))
 
@@ -375,10 +366,8 @@ def validated(
     check: Check | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> ValueT:
-    """Return the value of ``data``, which must be a document of the given class.
-
-    Raises:
-        DocumentError: with every problem of the document, up to 100.
+    """Return the value of ``data``, which must be a document of the given class. Raises DocumentError with every
+    problem of the document, up to 100.
     """
     refuse_other_than_mapping(data, source)
     kind = kind_of_document(document)

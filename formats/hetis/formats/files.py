@@ -25,10 +25,8 @@ def file_label(path: str | os.PathLike[str]) -> str:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Return the text of a file, or of standard input for ``-``.
-
-    Raises:
-        DocumentError: the file is missing, unreadable, a folder, larger than 64 MiB, or not UTF-8 text.
+    """Return the text of a file, or of standard input for ``-``. Raises DocumentError if the file is missing,
+    unreadable, a folder, larger than 64 MiB, or not UTF-8 text.
     """
     label = file_label(path)
     try:
@@ -82,10 +80,8 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     ``path``.
 
     Text is written as UTF-8. A reader sees the old content or the new, never a part; an existing file keeps its
-    permissions. Anything that is not a regular file (a pipe, ``/dev/stdout``) is written to directly.
-
-    Raises:
-        DocumentError: the folder does not exist or cannot be written.
+    permissions. Anything that is not a regular file (a pipe, ``/dev/stdout``) is written to directly. Raises
+    DocumentError if the folder does not exist or cannot be written.
     """
     target = Path(os.path.realpath(path))  # follow a symbolic link, so that the link is kept
     temporary: str | None = None

@@ -71,10 +71,8 @@ class _Length:
 
 
 def load_gguf(path: str | os.PathLike[str]) -> ModelSpec:
-    """Return the model of a GGUF file, or of the first part of a split one.
-
-    Raises:
-        DocumentError: it is not GGUF, its architecture is not supported, or fields are missing or impossible.
+    """Return the model of a GGUF file, or of the first part of a split one. Raises DocumentError if it is not GGUF, its
+    architecture is not supported, or fields are missing or impossible.
     """
     label = os.fspath(path)
     try:

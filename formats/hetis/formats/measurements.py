@@ -91,18 +91,12 @@ _CHOICES = {"path": TRANSFER_PATHS, "phase": ("prompt", "token")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredBy:
-    """The measuring tool and its environment. Fields are empty if the source does not say.
+    """The measuring tool and its environment. Fields are empty if the source does not say."""
 
-    Attributes:
-        tool: what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``.
-        engine: whose kernels: ``vLLM``, ``torch``.
-        source: files or an address from which the figures were read.
-    """
-
-    tool: str
-    engine: str = ""
+    tool: str  # what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``
+    engine: str = ""  # whose kernels: ``vLLM``, ``torch``
     engine_version: str = ""
-    source: str = ""
+    source: str = ""  # files or an address from which the figures were read
     licence: str = ""
     host: str = ""
     date: str = ""
@@ -117,10 +111,6 @@ class MeasuredBy:
 class Table:
     """Rows of one operator by one kernel. ``columns`` are as in `MeasuredOp`, all of one length.
 
-    Attributes:
-        cold: whether the last-level cache was flushed between samples, as reading the other layers does in serving.
-            Without it a fit omits the rows that a cache may have served.
-
     Raises:
         InvalidProblemError: a column is missing, unknown, of another length, or holds a value out of its range. The
             message names column and row (from 1).
@@ -129,6 +119,8 @@ class Table:
     op: MeasuredOp
     kernel: str
     columns: Mapping[str, Column]
+    # Whether the last-level cache was flushed between samples, as reading the other layers does in serving. Without it
+    # a fit omits the rows that a cache may have served.
     cold: bool = False
 
     def __post_init__(self) -> None:
@@ -170,11 +162,8 @@ class Measurements:
 
 
 def load_measurements(path: str | os.PathLike[str]) -> Measurements:
-    """Return the measurements in a file.
-
-    Raises:
-        DocumentError: the file is unreadable, truncated, not JSON, or not measurements; with every problem (for each
-            column the first wrong row and the number of others).
+    """Return the measurements in a file. Raises DocumentError if the file is unreadable, truncated, not JSON, or not
+    measurements; with every problem (for each column the first wrong row and the number of others).
     """
     label = file_label(path)
     try:
@@ -188,21 +177,15 @@ def load_measurements(path: str | os.PathLike[str]) -> Measurements:
 
 
 def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None:
-    """Write the whole file or nothing. Equal measurements give equal bytes.
-
-    Raises:
-        DocumentError: the folder does not exist or cannot be written.
+    """Write the whole file or nothing. Equal measurements give equal bytes. Raises DocumentError if the folder does not
+    exist or cannot be written.
     """
     text = json.dumps(measurements_to_data(value), ensure_ascii=False, separators=(",", ":")) + "\n"
     write_atomically(path, gzip.compress(text.encode(), mtime=0) if os.fspath(path).endswith(".gz") else text)
 
 
 def parse_measurements(data: Any, file: str) -> Measurements:
-    """Return the measurements in a document's plain data.
-
-    Raises:
-        DocumentError: with every problem of the document.
-    """
+    """Return the measurements in a document's plain data. Raises DocumentError with every problem of the document."""
     if not isinstance(data, dict):
         raise single_problem(file, f"holds {shown(data)}, expected a mapping with apiVersion, kind, gpu, ...")
     if data.get("kind") != KIND:

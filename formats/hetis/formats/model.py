@@ -163,15 +163,13 @@ _SHAPES = ("mla", "moe", "linear", "indexer", "draft")
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
-    """Return the model that ``ref`` names.
+    """Return the model that ``ref`` names. Raises DocumentError if the name is unknown, or the file has problems (all
+    of them).
 
     Args:
         ref: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
             Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence
             over a path of the same spelling; write ``./NAME`` for the path.
-
-    Raises:
-        DocumentError: the name is unknown, or the file has problems (all of them).
     """
     text = os.fspath(ref)
     try:
@@ -197,10 +195,8 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
 
 
 def drafts(text: str) -> DraftShape:
-    """Return the drafts of a text: ``1:0.85`` is one token per iteration, accepted in 85% of all cases.
-
-    Raises:
-        ValueError: the text says something else.
+    """Return the drafts of a text: ``1:0.85`` is one token per iteration, accepted in 85% of all cases. Raises
+    ValueError if the text says something else.
     """
     number, _, rate = text.partition(":")
     try:

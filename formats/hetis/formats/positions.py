@@ -55,16 +55,11 @@ def _go_on() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Limits on the cost of reading a document.
+    """Limits on the cost of reading a document."""
 
-    Attributes:
-        max_values: values in it; nothing beyond is built.
-        max_yaml_values: the same for YAML, which takes ten times as long to read; aliases expanded.
-        look_up: called periodically while it is read; may raise an exception, which ends the reading.
-    """
-
-    max_values: int = MAX_NODES
-    max_yaml_values: int = MAX_NODES
+    max_values: int = MAX_NODES  # values in it; nothing beyond is built
+    max_yaml_values: int = MAX_NODES  # the same for YAML, which takes ten times as long to read; aliases expanded
+    # Called periodically while it is read; may raise an exception, which ends the reading
     look_up: Callable[[], None] = _go_on
 
 
@@ -146,10 +141,8 @@ def parse_text(text: str, file: str, bounds: Bounds = UNHURRIED) -> tuple[Any, T
     """Return the plain data (dict, list, str, int, float, bool, None) of YAML or JSON, and the text with its positions.
 
     Duplicate keys do not stop the reading; they are left in ``Text.problems``. Numbers may be infinite or NaN in YAML.
-
-    Raises:
-        DocumentError: it is not YAML, holds several documents, is nested too deep, or is too large once its aliases
-            are expanded.
+    Raises DocumentError if it is not YAML, holds several documents, is nested too deep, or is too large once its
+    aliases are expanded.
     """
     source = Text(file=file, text=text, bounds=bounds)
     not_json: json.JSONDecodeError | None = None

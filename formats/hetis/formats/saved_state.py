@@ -34,10 +34,8 @@ class InlineHeads:
 
 
 def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None, block_tokens: int) -> HeadShape:
-    """Return the heads that a file describes.
-
-    Raises:
-        InvalidProblemError: neither or both descriptions are given, or a number is out of range.
+    """Return the heads that a file describes. Raises InvalidProblemError if neither or both descriptions are given, or
+    a number is out of range.
     """
     if (model is None) == (inline is None):
         raise InvalidProblemError("a stage has the heads of a model, or heads of its own")
@@ -97,29 +95,19 @@ Pieces = tuple[AttentionPiece, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedDevice:
-    """A device of the stage.
+    """A device of the stage."""
 
-    Attributes:
-        name: unique in the stage.
-        role: the primary (a tensor parallel group of ``tp`` GPUs) or an attention worker.
-        tp: GPUs of the primary; 1 for a worker.
-        gpu: type of its GPUs, whose modelled or measured costs are used if ``attention`` is None.
-        attention: cost of decode attention on one GPU.
-        link_byte_s, link_s: seconds per byte exchanged and per exchange; for the primary, of its network card.
-        move_byte_s: seconds per byte of KV moved in or out. None: ``link_byte_s``.
-        total_blocks: KV blocks per layer; for the primary, on all its GPUs together.
-        status, high_water, changed: as in `hetis.solver.dispatch.snapshot.DeviceSnapshot`.
-    """
-
-    name: str
-    role: Literal["primary", "worker"]
-    tp: int = 1
-    gpu: str | None = None
-    attention: Pieces | None = None
+    name: str  # unique in the stage
+    role: Literal["primary", "worker"]  # the primary (a tensor parallel group of ``tp`` GPUs) or an attention worker
+    tp: int = 1  # GPUs of the primary; 1 for a worker
+    gpu: str | None = None  # type of its GPUs, whose modelled or measured costs are used if ``attention`` is None
+    attention: Pieces | None = None  # cost of decode attention on one GPU
+    # link_byte_s, link_s: seconds per byte exchanged and per exchange; for the primary, of its network card
     link_byte_s: float = 0.0
     link_s: float = 0.0
-    move_byte_s: float | None = None
-    total_blocks: int
+    move_byte_s: float | None = None  # seconds per byte of KV moved in or out. None: ``link_byte_s``.
+    total_blocks: int  # KV blocks per layer; for the primary, on all its GPUs together
+    # status, high_water, changed: as in `hetis.solver.dispatch.snapshot.DeviceSnapshot`
     status: DeviceStatus = DeviceStatus.OK
     high_water: float = 0.9
     changed: bool = False
@@ -164,13 +152,11 @@ class SavedState:
         return None
 
     def snapshot(self, costs: Mapping[str, Pieces] | None = None) -> StateSnapshot:
-        """Return the snapshot that the solver works on.
+        """Return the snapshot that the solver works on. Raises InvalidProblemError if a device has no costs, or the
+        state contradicts itself.
 
         Args:
             costs: pieces by device name, for devices without ``attention`` of their own.
-
-        Raises:
-            InvalidProblemError: a device has no costs, or the state contradicts itself.
         """
         index = {device.name: i for i, device in enumerate(self.devices)}
         groups = np.zeros((len(self.requests), len(self.devices)), np.int64)

@@ -25,28 +25,18 @@ COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 
 @dataclass(frozen=True, slots=True)
 class TraceForm:
-    """A form of trace.
+    """A form of trace."""
 
-    Attributes:
-        name: for people.
-        fields: names of arrival, prompt and output; ``a.b`` is field b of the object in field a.
-        seconds: converts an arrival from its text to seconds.
-        is_absolute: arrivals are points in time, and are counted from the first one.
-        failed_without_output: rows without output are failed requests, and are left out.
-        has_times: whether it contains arrival times.
-        leaves_out: whether a row, judging by all its fields, is a request that failed or was a warm-up.
-        source: where the form is described.
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    seconds: Callable[[str], float]
+    name: str  # for people
+    fields: tuple[str, ...]  # names of arrival, prompt and output; ``a.b`` is field b of the object in field a
+    seconds: Callable[[str], float]  # converts an arrival from its text to seconds
     _: KW_ONLY
-    is_absolute: bool = False
-    failed_without_output: bool = False
-    has_times: bool = True
+    is_absolute: bool = False  # arrivals are points in time, and are counted from the first one
+    failed_without_output: bool = False  # rows without output are failed requests, and are left out
+    has_times: bool = True  # whether it contains arrival times
+    # Whether a row, judging by all its fields, is a request that failed or was a warm-up
     leaves_out: Callable[[Mapping[str, object]], bool] | None = None
-    source: str
+    source: str  # where the form is described
 
     def matches(self, known: Collection[str]) -> bool:
         """Return whether a header, or the fields of an object, are in this form."""
@@ -54,10 +44,8 @@ class TraceForm:
 
 
 def _timestamp(text: str) -> float:
-    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says otherwise.
-
-    Raises:
-        ValueError: the text is not a time in this form.
+    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says otherwise. Raises
+    ValueError if the text is not a time in this form.
     """
     moment, dot, fraction = text.partition(".")
     digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
@@ -180,15 +168,13 @@ _ANSWERS = {"gpt", "assistant", "chatgpt", "bing", "bard", "model"}
 
 
 def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator[Row]:
-    """Yield the rows of a file that holds one JSON value.
+    """Yield the rows of a file that holds one JSON value. Raises DocumentError if the file is not JSON, or not in a
+    known form.
 
     Args:
         label: the file, for messages.
         file: its text.
         count: counts the tokens of a text in conversations, which have no counts. None: conversations are refused.
-
-    Raises:
-        DocumentError: the file is not JSON, or not in a known form.
     """
     begin = file.read(_CHUNK)
     if begin.lstrip()[:1] == "{":
@@ -315,14 +301,12 @@ MAX_LINE = 2_000_000  # characters; a response may be logged with its text
 
 
 def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
-    """Yield place, form and the three values of every row.
+    """Yield place, form and the three values of every row. Raises DocumentError if the file is unreadable, or its
+    columns or syntax are invalid.
 
     Args:
         label: the file.
         count: counts the tokens of a text, for files of texts. None: those are refused.
-
-    Raises:
-        DocumentError: the file is unreadable, or its columns or syntax are invalid.
     """
     try:
         with readable(label), opened(label) as file:
@@ -371,11 +355,7 @@ def _json_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
 
 
 def json_object(label: str, number: int, line: str) -> dict[str, Any]:
-    """Return the object on a line of JSONL.
-
-    Raises:
-        DocumentError: it is not one.
-    """
+    """Return the object on a line of JSONL. Raises DocumentError if it is not one."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:

@@ -86,7 +86,9 @@ def read_trace(
     count: CountTokens | None = None,
     prefix_hit_rate: PrefixHitRate = 0.0,
 ) -> Trace:
-    """Return the requests of a trace. Rows may be in any order, and further columns or fields are ignored.
+    """Return the requests of a trace. Rows may be in any order, and further columns or fields are ignored. Raises
+    DocumentError if the file is unreadable, lacks the columns, has no requests, has rows that are not requests (the
+    first 20), or no hash ids to count hits by.
 
     Args:
         path: a file in any form of `trace_forms`: ``.csv``, ``.jsonl``, ``.json`` or ``.log``, followed by ``.gz`` if
@@ -94,10 +96,6 @@ def read_trace(
         name: of the trace; default: the file's name without its suffixes.
         count: counts the tokens of a text, for conversations. None: those are refused.
         prefix_hit_rate: share of every prompt that is in the prefix cache, below 1; or counted, see `PrefixHitRate`.
-
-    Raises:
-        DocumentError: the file is unreadable, lacks the columns, has no requests, has rows that are not requests (the
-            first 20), or no hash ids to count hits by.
     """
     label = os.fspath(path)
     problems: list[Problem] = []
@@ -169,9 +167,7 @@ def load_trace(
     path: str | os.PathLike[str], *, name: str | None = None, prefix_hit_rate: PrefixHitRate = 0.0
 ) -> Workload:
     """Return the workload of a trace (`read_trace`): its joint length histogram (`length_bins`) and mean arrival rate.
-
-    Raises:
-        DocumentError: as `read_trace`.
+    Raises DocumentError as `read_trace`.
     """
     trace = read_trace(path, name=name, prefix_hit_rate=prefix_hit_rate)
     bins = length_bins(trace.prompt_tokens, trace.output_tokens, max_bins=MAX_BINS)
@@ -265,14 +261,12 @@ FIELD = "hash_ids"
 
 def hit_tokens(label: str, prompt_tokens: IntArray, order: IntArray) -> IntArray:
     """Return how many tokens of each prompt an earlier request has left in an unlimited cache, at most all but one.
+    Raises DocumentError if a request does not name the blocks of its prompt.
 
     Args:
         label: a JSONL trace that was read already.
         prompt_tokens: of its requests, in the order of the file, [requests].
         order: of arrival: numbers of requests, [requests].
-
-    Raises:
-        DocumentError: a request does not name the blocks of its prompt.
     """
     blocks = _blocks(label, prompt_tokens)
     hits = np.zeros(len(prompt_tokens), np.int64)

@@ -49,30 +49,20 @@ _LEAP_YEAR = 2024  # lines have a month and a day but no year
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedIteration:
-    """One line. A request is in its context phase until it has its first token, however many chunks that takes.
-
-    Attributes:
-        index: counted by the engine from its start.
-        elapsed_s: for which the engine waited for the result; what it does before and after is not in it.
-        kv_ratio: share of the KV cache in use after the iteration; None: the version does not say.
-        clock_s: of the line, in seconds of some year; None: it has no time.
-        is_dummy: one of an idle data-parallel rank, which only keeps the others company.
-        has_encoder: also encoded images or sound.
-        after_compiling: a kernel was compiled since the line before.
-    """
+    """One line. A request is in its context phase until it has its first token, however many chunks that takes."""
 
     engine: int
-    index: int
+    index: int  # counted by the engine from its start
     context_requests: int
     context_tokens: int
     generation_requests: int
     generation_tokens: int
-    elapsed_s: float
-    kv_ratio: float | None = None
-    clock_s: float | None = None
-    is_dummy: bool = False
-    has_encoder: bool = False
-    after_compiling: bool = False
+    elapsed_s: float  # for which the engine waited for the result; what it does before and after is not in it
+    kv_ratio: float | None = None  # share of the KV cache in use after the iteration; None: the version does not say
+    clock_s: float | None = None  # of the line, in seconds of some year; None: it has no time
+    is_dummy: bool = False  # one of an idle data-parallel rank, which only keeps the others company
+    has_encoder: bool = False  # also encoded images or sound
+    after_compiling: bool = False  # a kernel was compiled since the line before
 
 
 @dataclass(slots=True)
@@ -90,10 +80,8 @@ class IterationLog:
 
 
 def load_iteration_log(path: str) -> IterationLog:
-    """Return what the log in a file says, packed if its name ends in ``.gz``; ``-`` is standard input.
-
-    Raises:
-        DocumentError: it cannot be read, or has no line of an iteration.
+    """Return what the log in a file says, packed if its name ends in ``.gz``; ``-`` is standard input. Raises
+    DocumentError if it cannot be read, or has no line of an iteration.
     """
     label = file_label(path)
     with readable(label):
@@ -109,11 +97,7 @@ def _lines(file: Any) -> Iterator[str]:
 
 
 def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
-    """Return what the lines of a log say.
-
-    Raises:
-        DocumentError: none of them is of an iteration.
-    """
+    """Return what the lines of a log say. Raises DocumentError if none of them is of an iteration."""
     log, compiling = IterationLog(), False
     for whole_line in lines:
         line = _COLOUR.sub("", whole_line[:MAX_LINE])
@@ -211,9 +195,7 @@ class _Open:
 
 def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield line and values (arrival, prompt, output) of every request with a response, in the order of the responses.
-
-    Raises:
-        DocumentError: the file is not a vLLM log, or has no token ids.
+    Raises DocumentError if the file is not a vLLM log, or has no token ids.
     """
     waiting: dict[str, _Open] = {}
     last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False

@@ -80,16 +80,14 @@ class WorkloadDocument(Document):
 
 
 def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate | None = None) -> Workload:
-    """Return the workload that ``ref`` names.
+    """Return the workload that ``ref`` names. Raises DocumentError if the name is unknown, the file has problems (all
+    of them), or hits cannot be counted in it.
 
     Args:
         ref: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
             (``.csv``, ``.jsonl``, optionally followed by ``.gz``; see `load_trace`); or a Workload file (``-``:
             standard input).
         prefix_hit_rate: replaces the source's own; None: that of the Workload file, or 0.
-
-    Raises:
-        DocumentError: the name is unknown, the file has problems (all of them), or hits cannot be counted in it.
     """
     text = os.fspath(ref)
     if _MEANS.fullmatch(text) and not os.path.exists(text):
@@ -111,10 +109,8 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
 
 
 def with_prefix_hits(workload: Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
-    """Return a workload with another hit rate; None: with its own.
-
-    Raises:
-        DocumentError: hits are to be counted, and it is no trace any more.
+    """Return a workload with another hit rate; None: with its own. Raises DocumentError if hits are to be counted, and
+    it is no trace any more.
     """
     if prefix_hit_rate == "trace":
         raise no_hash_ids(f"workload {workload.name}")
@@ -123,9 +119,7 @@ def with_prefix_hits(workload: Workload, prefix_hit_rate: PrefixHitRate | None) 
 
 def named_workload(name: str) -> Workload:
     """Return the workload of a catalogue name or of plain means: `load_workload` for names that must not open files.
-
-    Raises:
-        DocumentError: the name is unknown.
+    Raises DocumentError if the name is unknown.
     """
     if _MEANS.fullmatch(name):
         return _means(name)
@@ -136,10 +130,8 @@ def named_workload(name: str) -> Workload:
 
 
 def parse_workload(data: Any, source: Text) -> Workload:
-    """Return the workload in a document's plain data. A trace's path is relative to ``source.file``.
-
-    Raises:
-        DocumentError: with every problem of the document.
+    """Return the workload in a document's plain data. A trace's path is relative to ``source.file``. Raises
+    DocumentError with every problem of the document.
     """
     folder = Path(source.file).parent
     to_value, check = partial(_to_workload, folder=folder), partial(_check_workload, folder=folder)

@@ -106,13 +106,11 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     """Return the GPU type that ``name`` means.
 
     Case, separators and the order of parts do not matter, and parts may be omitted if the name stays unambiguous.
+    Raises UnknownNameError if no such GPU (with the nearest name), or several (with all of them).
 
     Args:
         name: such as ``A100-SXM-80GB``, ``a100_80gb_sxm``, ``3090`` or ``NVIDIA L4``.
         also: more names to suggest from (types that a cluster file defines).
-
-    Raises:
-        UnknownNameError: no such GPU (with the nearest name), or several (with all of them).
     """
     by_name = _gpus_by_name()
     try:
@@ -123,10 +121,7 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
 
 def find_model(name: str) -> ModelEntry:
     """Return the model that ``name`` means. Case does not matter; organisation and suffixes such as ``-hf`` are
-    optional.
-
-    Raises:
-        UnknownNameError: no such model (with the nearest name), or several (with all of them).
+    optional. Raises UnknownNameError, with the nearest name, if there is none, or with all if there are several.
     """
     by_name = {entry.model.name: entry for entry in models()}
     return by_name[resolve_model(name, by_name)]
@@ -134,9 +129,7 @@ def find_model(name: str) -> ModelEntry:
 
 def find_workload(name: str) -> WorkloadEntry:
     """Return the workload called ``name``. Case and ``-`` for ``_`` do not matter; the suffix ``_lengths`` is optional.
-
-    Raises:
-        UnknownNameError: no such workload, with the nearest name.
+    Raises UnknownNameError, with the nearest name, if there is none.
     """
     return _workload(resolve_workload(name, workload_names()))
 

@@ -38,17 +38,11 @@ class OutputFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terminal:
-    """The two streams of a verb and what the user asked of them.
+    """The two streams of a verb and what the user asked of them."""
 
-    Attributes:
-        output: form of the data on stdout.
-        verbosity: -1 errors only, 0 normal, 1 with details.
-        color: False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal have the same effect.
-    """
-
-    output: OutputFormat = OutputFormat.TABLE
-    verbosity: int = 0
-    color: bool = True
+    output: OutputFormat = OutputFormat.TABLE  # form of the data on stdout
+    verbosity: int = 0  # -1 errors only, 0 normal, 1 with details
+    color: bool = True  # False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal have the same effect
 
     @property
     def prints_tables(self) -> bool:

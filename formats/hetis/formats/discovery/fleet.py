@@ -45,10 +45,8 @@ def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
     """Return the name in the catalogue, or `LEAVE_OUT` if the user said so.
 
-    Boards that share a name are distinguished by memory, then by the hints.
-
-    Raises:
-        UnclearBoardError: the product matches no type, or more than one.
+    Boards that share a name are distinguished by memory, then by the hints. Raises UnclearBoardError if the product
+    matches no type, or more than one.
     """
     product = _SHARED.sub("", gpus.product)
     for spelled in (gpus.product, product):
@@ -107,30 +105,22 @@ _AMPERE_WITH_HBM = ("A100", "A800", "A30")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discovered:
-    """A fleet as its tools describe it.
+    """A fleet as its tools describe it."""
 
-    Attributes:
-        cluster: the hardware that a plan may use.
-        left_out: a sentence for everything that it may not use.
-        assumed: what no tool reported, so the file states it.
-    """
-
-    cluster: Cluster
-    left_out: tuple[str, ...]
-    assumed: tuple[str, ...]
+    cluster: Cluster  # the hardware that a plan may use
+    left_out: tuple[str, ...]  # a sentence for everything that it may not use
+    assumed: tuple[str, ...]  # what no tool reported, so the file states it
 
 
 def discovered(inventory: Inventory, *, name: str, link: Link | None = None, said: Mapping[str, str]) -> Discovered:
-    """Return the cluster of an inventory.
+    """Return the cluster of an inventory. Raises DocumentError if a product name matches no type or several, two nodes
+    share a name, or nothing is usable.
 
     Args:
         inventory: what the tools reported.
         name: of the cluster.
         link: between any two nodes of a zone. None: `DEFAULT_LINK`, which the file then states.
         said: types of products that the user named; see `said_types`.
-
-    Raises:
-        DocumentError: a product name matches no type or several, two nodes share a name, or nothing is usable.
     """
     groups, left_out, notes = list[NodeGroup](), list[str](), list[str]()
     problems: dict[str, Problem] = {}

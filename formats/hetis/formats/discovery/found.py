@@ -17,69 +17,46 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundGpus:
-    """Equal GPUs of one node that a plan may use.
+    """Equal GPUs of one node that a plan may use."""
 
-    Attributes:
-        product: the tool's name for them.
-        count: number of GPUs.
-        memory_bytes: of each. None: the tool does not say.
-        hints: other words about the node that may distinguish boards of one name, such as Slurm's features.
-    """
-
-    product: str
-    count: int
-    memory_bytes: int | None = None
+    product: str  # the tool's name for them
+    count: int  # number of GPUs
+    memory_bytes: int | None = None  # of each. None: the tool does not say.
+    # Other words about the node that may distinguish boards of one name, such as Slurm's features
     hints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundNode:
-    """A node and its free GPUs.
+    """A node and its free GPUs."""
 
-    Attributes:
-        name, zone: as the tool has them.
-        gpus: usable GPUs, in the order of their indices.
-        left_out: a sentence for each group of unusable GPUs.
-        nvlinks: NVLinks between every pair of GPUs; 0 if there are none; None if unknown.
-        bridged: whether only some pairs have NVLinks.
-        indices: the driver's index of each usable GPU, in the order of ``gpus``; empty if the tool does not say.
-        where: the place in its file, for problems.
-    """
-
+    # name, zone: as the tool has them
     name: str
     zone: str = "default"
-    gpus: tuple[FoundGpus, ...] = ()
-    left_out: tuple[str, ...] = ()
-    nvlinks: int | None = None
-    bridged: bool = False
+    gpus: tuple[FoundGpus, ...] = ()  # usable GPUs, in the order of their indices
+    left_out: tuple[str, ...] = ()  # a sentence for each group of unusable GPUs
+    nvlinks: int | None = None  # NVLinks between every pair of GPUs; 0 if there are none; None if unknown
+    bridged: bool = False  # whether only some pairs have NVLinks
+    # The driver's index of each usable GPU, in the order of ``gpus``; empty if the tool does not say
     indices: tuple[int, ...] = ()
-    where: Problem
+    where: Problem  # the place in its file, for problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """Everything that the files report.
+    """Everything that the files report."""
 
-    Attributes:
-        nodes: nodes with GPUs.
-        num_without_gpus: number of nodes without GPUs, which are only counted.
-        notes: what the tool cannot report, for the reader of the cluster file.
-        file: the first of its files, for problems with all of them together.
-    """
-
-    nodes: tuple[FoundNode, ...]
-    num_without_gpus: int = 0
-    notes: tuple[str, ...] = ()
-    file: str = "cluster"
+    nodes: tuple[FoundNode, ...]  # nodes with GPUs
+    num_without_gpus: int = 0  # number of nodes without GPUs, which are only counted
+    notes: tuple[str, ...] = ()  # what the tool cannot report, for the reader of the cluster file
+    file: str = "cluster"  # the first of its files, for problems with all of them together
 
 
 def inventory(
     nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: Iterable[str] = (), *, file: str = "cluster"
 ) -> Inventory:
     """Return all nodes that a tool reported; those without GPUs are only counted. ``file`` names the tool's report.
-
-    Raises:
-        DocumentError: there are problems.
+    Raises DocumentError if there are problems.
     """
     if problems:
         raise DocumentError(problems)

@@ -116,10 +116,8 @@ class _Device:
 
 
 def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = False) -> Inventory:
-    """Return what the objects of all files say about nodes. With ``with_busy``, GPUs in use count as free.
-
-    Raises:
-        DocumentError: there are no nodes, or counts are not numbers.
+    """Return what the objects of all files say about nodes. With ``with_busy``, GPUs in use count as free. Raises
+    DocumentError if there are no nodes, or counts are not numbers.
     """
     by_kind = _by_kind(files)
     nodes, slices = by_kind.get("Node", []), by_kind.get("ResourceSlice", [])

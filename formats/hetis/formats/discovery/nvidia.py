@@ -27,24 +27,16 @@ _IDLE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverGpu:
-    """One GPU of a host.
+    """One GPU of a host."""
 
-    Attributes:
-        product: the driver's name for it. Empty: the driver cannot read it.
-        memory_bytes, used_bytes: None if unknown.
-        processes: names of those that compute on it.
-        num_parts: number of its MIG parts. None: it is whole.
-        recovery: what the driver asks for before the GPU can be used. Empty: nothing.
-        is_prohibited: no process may compute on it.
-    """
-
-    product: str
+    product: str  # the driver's name for it. Empty: the driver cannot read it.
+    # memory_bytes, used_bytes: None if unknown
     memory_bytes: int | None = None
     used_bytes: int | None = None
-    processes: tuple[str, ...] = ()
-    num_parts: int | None = None
-    recovery: str = ""
-    is_prohibited: bool = False
+    processes: tuple[str, ...] = ()  # names of those that compute on it
+    num_parts: int | None = None  # number of its MIG parts. None: it is whole.
+    recovery: str = ""  # what the driver asks for before the GPU can be used. Empty: nothing.
+    is_prohibited: bool = False  # no process may compute on it
 
     def reason(self, *, with_busy: bool) -> str:
         """Return why a plan may not use the GPU, or an empty string if it may."""
@@ -137,10 +129,8 @@ def is_topology(text: str) -> bool:
 
 
 def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False) -> Inventory:
-    """Return the hosts in files, given as label and text. With ``with_busy``, GPUs in use count as free.
-
-    Raises:
-        DocumentError: a text is not the output of ``nvidia-smi``, or a topology has no host.
+    """Return the hosts in files, given as label and text. With ``with_busy``, GPUs in use count as free. Raises
+    DocumentError if a text is not the output of ``nvidia-smi``, or a topology has no host.
     """
     hosts = {label: content for label, content in files if not is_topology(content)}
     if not hosts:
@@ -246,10 +236,8 @@ def _nvlinks(text: str) -> list[int]:
 
 
 def parse_xml(text: str, file: str) -> tuple[Element, int]:
-    """Return the root element of a document and its line.
-
-    Raises:
-        DocumentError: it is not XML, declares entities, is nested too deep, or is too large.
+    """Return the root element of a document and its line. Raises DocumentError if it is not XML, declares entities, is
+    nested too deep, or is too large.
     """
     parser, builder = expat.ParserCreate(), TreeBuilder()
     parser.buffer_text = True
@@ -300,10 +288,8 @@ _ACTIONS = {1: "Reset", 2: "Reboot", 3: "Drain P2P", 4: "Drain and Reset"}  # as
 
 
 def read_nvml(*, with_busy: bool = False) -> Inventory:
-    """Return this host. With ``with_busy``, GPUs in use count as free.
-
-    Raises:
-        DocumentError: the library or the driver is missing, or refuses to answer.
+    """Return this host. With ``with_busy``, GPUs in use count as free. Raises DocumentError if the library or the
+    driver is missing, or refuses to answer.
     """
     try:
         import pynvml
@@ -345,11 +331,7 @@ class _Nvml:
         self._nvml = library
 
     def handles(self) -> list[Any]:
-        """Return a handle for every GPU.
-
-        Raises:
-            NVMLError: the library cannot count them.
-        """
+        """Return a handle for every GPU. Raises NVMLError if the library cannot count them."""
         nvml = self._nvml
         return [
             self._known(lambda index: nvml.nvmlDeviceGetHandleByIndex(index), None, index)

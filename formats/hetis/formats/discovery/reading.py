@@ -45,16 +45,14 @@ _KNOWN = (
 
 
 def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_busy: bool = False) -> Inventory:
-    """Return the nodes that files of one tool describe (``-``: standard input).
+    """Return the nodes that files of one tool describe (``-``: standard input). Raises DocumentError with all problems:
+    files are unreadable, from an unknown tool, or from several tools; or the source reads no files (`Source.NVML`,
+    `Source.AGENTS`).
 
     Args:
         paths: several for kubectl and nvidia-smi; one for the others.
         source: the tool that wrote them.
         with_busy: GPUs that are in use count as free.
-
-    Raises:
-        DocumentError: with all problems: files are unreadable, from an unknown tool, or from several tools; or the
-            source reads no files (`Source.NVML`, `Source.AGENTS`).
     """
     if len(paths) > MAX_FILES or len(set(paths)) != len(paths):
         twice = next((path for path in paths if paths.count(path) > 1), None) if len(paths) <= MAX_FILES else None
@@ -110,11 +108,7 @@ class _File:
         return self._parsed
 
     def _recognised(self) -> Source:
-        """Return the tool that wrote the text, judging by its content.
-
-        Raises:
-            DocumentError: the tool is unknown.
-        """
+        """Return the tool that wrote the text, judging by its content. Raises DocumentError if the tool is unknown."""
         begin = self._text.lstrip()[:200]
         if begin.startswith("<") or nvidia.is_topology(self._text):
             return Source.NVIDIA_SMI
@@ -144,10 +138,8 @@ def is_node_table(text: str) -> bool:
 
 
 def read_node_table(text: str, file: str) -> Inventory:
-    """Return the nodes of a table. Rows of one node are its GPUs, in that order.
-
-    Raises:
-        DocumentError: a column is missing, or with every row that is not a node.
+    """Return the nodes of a table. Rows of one node are its GPUs, in that order. Raises DocumentError if a column is
+    missing, or with every row that is not a node.
     """
     header = _header(text)
     missing = [column for column in COLUMNS if column not in header]
@@ -214,10 +206,8 @@ def is_ray(data: Any) -> bool:
 
 
 def read_ray(data: Any, source: Text) -> Inventory:
-    """Return what the list says about nodes.
-
-    Raises:
-        DocumentError: it is not a list of nodes, has no resources (``--detail`` has them), or has wrong counts.
+    """Return what the list says about nodes. Raises DocumentError if it is not a list of nodes, has no resources
+    (``--detail`` has them), or has wrong counts.
     """
     if not is_ray(data):
         raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
@@ -268,10 +258,8 @@ _MIG = re.compile(r"\d+g\.\d+gb|(?:^|_)\dg(?:_|$)", re.IGNORECASE)
 
 
 def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory:
-    """Return what the output says about nodes. With ``with_busy``, GPUs of running jobs count as free.
-
-    Raises:
-        DocumentError: it has no list of nodes, or has wrong counts.
+    """Return what the output says about nodes. With ``with_busy``, GPUs of running jobs count as free. Raises
+    DocumentError if it has no list of nodes, or has wrong counts.
     """
     nodes = mapping(data).get("nodes")
     if not isinstance(nodes, list):

@@ -132,11 +132,7 @@ class AgentDaemon:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self, stream: PlannerStream) -> None:
-        """Run until cancelled.
-
-        Raises:
-            StateError: the state cannot be written. Nothing unwritten was acknowledged.
-        """
+        """Run until cancelled. Raises StateError if the state cannot be written. Nothing unwritten was acknowledged."""
         self._stream = stream
         self._metrics.inventory_found(self._core.inventory)
         loops = [self._watch_engine(), self._watch_devices(), self._keep_time(), self._connect(stream)]
@@ -294,10 +290,8 @@ class Parts:
 
 
 async def run_agent(parts: Parts) -> None:
-    """Run an agent until it is cancelled.
-
-    Raises:
-        DevicesUnavailableError, StateError, OSError: the agent cannot start or cannot continue.
+    """Run an agent until it is cancelled. Raises DevicesUnavailableError, StateError or OSError if the agent cannot
+    start or cannot continue.
     """
     async with contextlib.AsyncExitStack() as stack:
         state = StateDirectory(parts.state_dir)

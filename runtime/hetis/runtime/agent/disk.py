@@ -70,10 +70,8 @@ class StateDirectory:
         return found
 
     def write(self, name: str, body: bytes | None) -> None:
-        """Make ``body`` the content of the part, durably; None removes the part.
-
-        Raises:
-            StateError: it could not be written. The part is unchanged.
+        """Make ``body`` the content of the part, durably; None removes the part. Raises StateError if it could not be
+        written. The part is unchanged.
         """
         file = self._file(name)
         try:

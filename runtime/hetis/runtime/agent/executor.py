@@ -89,10 +89,8 @@ class SocketExecutor:
 
 
 def check_socket(socket: Path) -> None:
-    """Refuse a socket that anybody but this user could have created or could listen on.
-
-    Raises:
-        RefusedError: ENGINE_UNREACHABLE; the path is missing, no socket, owned by another user, or open to others.
+    """Refuse a socket that anybody but this user could have created or could listen on. Raises RefusedError:
+    ENGINE_UNREACHABLE; the path is missing, no socket, owned by another user, or open to others.
     """
     try:
         found = socket.lstat()

@@ -85,10 +85,8 @@ class EngineChoice:
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
         """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``launch:/path``,
-        ``simulated`` or ``none``.
-
-        Raises:
-            AgentOptionError: the text is none of these, or the file of the settings has problems; all of them.
+        ``simulated`` or ``none``. Raises AgentOptionError if the text is none of these, or the file of the settings has
+        problems; all of them.
         """
         head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
         expected = (
@@ -133,11 +131,7 @@ def checked_node(text: str) -> str:
 
 
 def checked_address(option: str, text: str) -> tuple[str, int]:
-    """Return the host and port to listen on.
-
-    Raises:
-        AgentOptionError: the text is not ``host:port``.
-    """
+    """Return the host and port to listen on. Raises AgentOptionError if the text is not ``host:port``."""
     try:
         return split_address(text, least_port=0)
     except ValueError:
@@ -145,10 +139,8 @@ def checked_address(option: str, text: str) -> tuple[str, int]:
 
 
 def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
-    """Check the source of devices. ``engine`` is the engine next to them, or None if it is unknown.
-
-    Raises:
-        AgentOptionError: there is no such source, or a simulated engine has no simulated devices.
+    """Check the source of devices. ``engine`` is the engine next to them, or None if it is unknown. Raises
+    AgentOptionError if there is no such source, or a simulated engine has no simulated devices.
     """
     from hetis.runtime.agent.devices import SOURCES, DevicesUnavailableError, SimulatedDevices
 
@@ -227,10 +219,8 @@ class PlannerAddress:
         return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
-        """Return a new channel that uses the current contents of the files.
-
-        Raises:
-            OSError: a file can no longer be read.
+        """Return a new channel that uses the current contents of the files. Raises OSError if a file can no longer be
+        read.
         """
         if self.is_plain:
             return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)

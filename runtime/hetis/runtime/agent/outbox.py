@@ -74,16 +74,12 @@ Action = Send | EngineCall | Cancel | Persist | EndStream
 
 
 class Outbox:
-    """Collects actions.
-
-    Attributes:
-        is_connected: the planner's Welcome has arrived on the open stream, so the planner hears what is sent.
-        stream_epoch: epoch of that Welcome.
-    """
+    """Collects actions."""
 
     def __init__(self) -> None:
+        # The planner's Welcome has arrived on the open stream, so the planner hears what is sent
         self.is_connected = False
-        self.stream_epoch = 0
+        self.stream_epoch = 0  # epoch of that Welcome
         self._sequence = 0
         self._next_call = 1
         self._actions: list[Action] = []

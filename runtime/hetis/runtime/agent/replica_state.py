@@ -158,10 +158,8 @@ class ReplicaState:
 
     @classmethod
     def from_bytes(cls, body: bytes, *, clock: str) -> ReplicaState:
-        """Read what `to_bytes` wrote. Deadlines on another clock count as passed.
-
-        Raises:
-            DamagedStateError: the bytes cannot be read.
+        """Read what `to_bytes` wrote. Deadlines on another clock count as passed. Raises DamagedStateError if the bytes
+        cannot be read.
         """
         try:
             data = json.loads(body)
@@ -186,11 +184,7 @@ def epoch_to_bytes(epoch: int) -> bytes:
 
 
 def epoch_from_bytes(body: bytes) -> int:
-    """Return the newest epoch that was obeyed.
-
-    Raises:
-        DamagedStateError: the bytes cannot be read.
-    """
+    """Return the newest epoch that was obeyed. Raises DamagedStateError if the bytes cannot be read."""
     try:
         return int(json.loads(body)["newest_epoch"])
     except (ValueError, KeyError, TypeError) as error:

@@ -359,11 +359,7 @@ def _model(plan: Plan, model: str) -> ModelSpec:
 
 
 def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
-    """Parse ``NODE=HOST`` texts into a mapping.
-
-    Raises:
-        OptionError: a text is malformed, or a node occurs twice.
-    """
+    """Parse ``NODE=HOST`` texts into a mapping. Raises OptionError if a text is malformed, or a node occurs twice."""
     hosts: dict[str, str] = {}
     wrong = []
     for text in texts:

@@ -202,13 +202,11 @@ def _ending(code: int) -> str:
 
 
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:
-    """Write the files that the commands need here, and return the secrets among them, by path.
+    """Write the files that the commands need here, and return the secrets among them, by path. Raises OptionError if
+    keys are missing or files cannot be written. It names all of them.
 
     Args:
         may_draw_key: generate a missing key, because no other machine needs to know it.
-
-    Raises:
-        OptionError: keys are missing or files cannot be written. It names all of them.
     """
     wrong, found = [], {}
     for name in dict.fromkeys(name for command in commands for name in command.secrets):
@@ -246,13 +244,11 @@ def run_here(commands: Sequence[Command]) -> int:
 
 
 def start(command: Command, log: Path | None = None) -> Started:
-    """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it.
+    """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it. Raises OSError if
+    there is no such program, or the file cannot be written.
 
     Args:
         log: the file that its output is appended to; None for our own output.
-
-    Raises:
-        OSError: there is no such program, or the file cannot be written.
     """
     environment = os.environ | dict(command.environment)
     words = words_of(command)

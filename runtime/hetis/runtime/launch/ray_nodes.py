@@ -17,10 +17,8 @@ def nodes_of(processes: Sequence[Process], addresses: Addresses, nodes: Sequence
     """Return the Ray node, one of ``nodes``, for each node of the plan.
 
     It is the one with the label ``hetis-node``, the address that ``addresses`` gives, or the host name of the plan's
-    node, in this order. With ``addresses.all_here`` the first node serves for all.
-
-    Raises:
-        LayoutError: a node of the plan is not in the cluster.
+    node, in this order. With ``addresses.all_here`` the first node serves for all. Raises LayoutError if a node of the
+    plan is not in the cluster.
     """
     alive = [node for node in nodes if node.get("Alive")]
     wanted = list(dict.fromkeys(process.node for process in processes))

@@ -170,10 +170,8 @@ class MoveAuthority(ABC):
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
         """Check every move against the head map, which has ``generation``, and reserve blocks for the moves that fit.
-        The others are entered into ``taken.left_out``.
-
-        Raises:
-            RefusedError: the change cannot be accepted, or no move is left. No blocks are held then.
+        The others are entered into ``taken.left_out``. Raises RefusedError if the change cannot be accepted, or no move
+        is left. No blocks are held then.
         """
         change = taken.change
         if change.base_generation != generation:

@@ -26,10 +26,8 @@ DEFAULT_REPORT_S = 1.0
 
 
 def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
-    """Listen on a new Unix socket that only this user may use. One left by an earlier run is replaced.
-
-    Raises:
-        OSError: it cannot be created.
+    """Listen on a new Unix socket that only this user may use. One left by an earlier run is replaced. Raises OSError
+    if it cannot be created.
     """
     if socket.is_socket():
         socket.unlink(missing_ok=True)
@@ -43,11 +41,7 @@ def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:
-    """Listen on an address without TLS, and return the port.
-
-    Raises:
-        OSError: the address is taken, or not ours.
-    """
+    """Listen on an address without TLS, and return the port. Raises OSError if the address is taken, or not ours."""
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:

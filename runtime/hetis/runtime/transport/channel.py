@@ -168,10 +168,8 @@ def _agreed(channel: Channel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: floa
 
 
 def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
-    """Return the worker's end, and the engine's first frame that does not concern the channel itself.
-
-    Raises:
-        ChannelError: the other end sent nothing valid in time; the connection is closed.
+    """Return the worker's end, and the engine's first frame that does not concern the channel itself. Raises
+    ChannelError if the other end sent nothing valid in time; the connection is closed.
     """
     try:
         host, port = connection.getpeername()[:2]

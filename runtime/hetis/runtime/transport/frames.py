@@ -155,10 +155,8 @@ def header_of(frame: Frame) -> bytes:
 
 
 def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, Bytes]:
-    """Return a frame, and the array to read its body into.
-
-    Raises:
-        FrameError: the frame is not ours, of another version, of unknown kind or dtype, or too long.
+    """Return a frame, and the array to read its body into. Raises FrameError if the frame is not ours, of another
+    version, of unknown kind or dtype, or too long.
     """
     if len(header) != HEADER_BYTES:
         raise FrameError(f"a header has {HEADER_BYTES} bytes, {len(header)} came")

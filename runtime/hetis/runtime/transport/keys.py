@@ -24,10 +24,8 @@ class InvalidKeyError(HetisError):
 
 
 def key_of(secret: str) -> bytes:
-    """Return the bytes sent for a secret. Surrounding white space does not count.
-
-    Raises:
-        InvalidKeyError: it is too short.
+    """Return the bytes sent for a secret. Surrounding white space does not count. Raises InvalidKeyError if it is too
+    short.
     """
     letters = secret.strip()
     if len(letters) < LEAST_LETTERS:
@@ -36,10 +34,8 @@ def key_of(secret: str) -> bytes:
 
 
 def read_key(path: Path | None, environment: Mapping[str, str]) -> bytes | None:
-    """Return the key in a file or, without a file, in HETIS_WORKER_KEY; None if neither is given.
-
-    Raises:
-        InvalidKeyError: the file is missing, is not a file, or others may read it; or the key is too short.
+    """Return the key in a file or, without a file, in HETIS_WORKER_KEY; None if neither is given. Raises
+    InvalidKeyError if the file is missing, is not a file, or others may read it; or the key is too short.
     """
     if path is not None:
         source, secret = str(path), _read(path)

@@ -71,12 +71,7 @@ class _Prepared:
 
 
 class HeadAllocator:
-    """Owns the placement of head groups on one engine's devices: 0 is the ranks themselves, the workers follow.
-
-    Attributes:
-        state: the solver's state of all running requests.
-        stats: the decisions.
-    """
+    """Owns the placement of head groups on one engine's devices: 0 is the ranks themselves, the workers follow."""
 
     def __init__(
         self,
@@ -90,10 +85,11 @@ class HeadAllocator:
         """Initialise. ``free_here`` returns the free blocks of vLLM's pool; ``output_tokens`` are expected of a request
         that may generate more.
         """
+        # The solver's state of all running requests
         self.state = DispatchState(costs, [_ENDLESS] + [0] * (costs.num_devices - 1))
         for device in range(1, costs.num_devices):
             self.state.lose_device(device)
-        self.stats = AllocatorStats()
+        self.stats = AllocatorStats()  # the decisions
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
         self._dispatcher: Dispatcher | None = None  # made anew whenever costs change

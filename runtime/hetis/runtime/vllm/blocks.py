@@ -70,20 +70,16 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
 
 
 class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
-    """Block tables of every head group of every request.
-
-    Attributes:
-        relieve: also set by the connector; called with the number of blocks that the pool lacks for a running request.
-        events: events not yet sent to the ranks.
-    """
+    """Block tables of every head group of every request."""
 
     homes: HeadAllocator  # set by the connector before the first request
+    # Also set by the connector; called with the number of blocks that the pool lacks for a running request
     relieve: Callable[[int], None] | None = None
 
     def __init__(self, kv_cache_spec: HeadGroupSpec, **arguments: Any) -> None:
         super().__init__(kv_cache_spec, **arguments)
         self.head_groups = kv_cache_spec.head_groups
-        self.events: list[Event] = []
+        self.events: list[Event] = []  # events not yet sent to the ranks
         self._tables: dict[str, list[list[KVCacheBlock]]] = {}
         self._covered: dict[str, int] = {}  # blocks that every local group has
         self._away: set[str] = set()  # requests with KV that is or was elsewhere

@@ -153,16 +153,13 @@ def calibrate(
 ) -> Calibration | None:
     """Return the calibration of a worker, or None if it has too few pages to be measured.
 
-    It must be idle, and is again afterwards.
+    It must be idle, and is again afterwards. Raises DeviceLostError if the device failed.
 
     Args:
         groups: KV heads of the model.
         exchange_bytes_per_head: between the primary and the worker, per query head.
         clock: returns seconds.
         pause: sleeps for a number of seconds.
-
-    Raises:
-        DeviceLostError: the device failed.
     """
     measuring = _Measuring(device, clock, pause)
     wanted = [(count, context) for count in (1, groups, 4 * groups) for context in CONTEXTS]

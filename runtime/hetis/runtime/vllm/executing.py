@@ -34,11 +34,7 @@ class ExecutorThread:
     """Serves one engine until it is closed."""
 
     def __init__(self, socket: Path, engine: SteeredEngine[Any], boundary: Boundary) -> None:
-        """Start listening before returning.
-
-        Raises:
-            OSError: the socket cannot be created.
-        """
+        """Start listening before returning. Raises OSError if the socket cannot be created."""
         self._socket, self._host = socket, _Host(engine, boundary)
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
@@ -121,10 +117,8 @@ class _Host:
 
 
 def surround(side: SchedulerSide) -> SteeredVllm | None:
-    """Attach both to a side that is connected to its block manager. Returns what an agent steers, or None.
-
-    Raises:
-        SettingsError: the executor's socket cannot be created.
+    """Attach both to a side that is connected to its block manager. Returns what an agent steers, or None. Raises
+    SettingsError if the executor's socket cannot be created.
     """
     path = side.settings.executor
     if path is None:

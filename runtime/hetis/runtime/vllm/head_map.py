@@ -97,25 +97,18 @@ def slots_of(part: VirtualBatch, tables: Table, block_tokens: int) -> IntArray:
 
 
 class HeadMap:
-    """Rows of requests, found by their anchors. Kept up to date by the events of `StepPlan`.
-
-    Attributes:
-        devices: device of each head group, shape [rows, G].
-        tables: blocks of each local head group, shape [rows, G, width].
-        numbers: of the requests, as workers know them, shape [rows].
-        tokens: stored for each request, shape [rows].
-        must_restart: requests that lost KV: void until they are recomputed from their first token, shape [rows].
-        row_of: row of each anchor, -1 if there is none, shape [blocks].
-    """
+    """Rows of requests, found by their anchors. Kept up to date by the events of `StepPlan`."""
 
     def __init__(self, head_groups: int, num_blocks: int, *, rows: int = 16, width: int = 16) -> None:
-        self.devices = np.zeros((rows, head_groups), np.int64)
+        self.devices = np.zeros((rows, head_groups), np.int64)  # device of each head group, shape [rows, G]
+        # Blocks of each local head group, shape [rows, G, width]
         self.tables: Table = np.zeros((rows, head_groups, width), np.int32)
-        self.numbers = np.zeros(rows, np.int64)
-        self.tokens = np.zeros(rows, np.int64)
+        self.numbers = np.zeros(rows, np.int64)  # of the requests, as workers know them, shape [rows]
+        self.tokens = np.zeros(rows, np.int64)  # stored for each request, shape [rows]
+        # Requests that lost KV: void until they are recomputed from their first token, shape [rows]
         self.must_restart = np.zeros(rows, np.bool_)
         self.anchors = np.full(rows, -1, np.int64)
-        self.row_of = np.full(num_blocks, -1, np.int64)
+        self.row_of = np.full(num_blocks, -1, np.int64)  # row of each anchor, -1 if there is none, shape [blocks]
         self._free = list(range(rows - 1, -1, -1))
 
     def admit(self, event: Admitted) -> None:

@@ -13,10 +13,8 @@ VERSIONS = ("0.30", "0.31", "0.32")  # tested; the extension points used are you
 
 
 def register() -> None:
-    """Register backend, KV spec and connector if `VARIABLE` names a settings file; otherwise do nothing.
-
-    Raises:
-        SettingsError: the version of vLLM is not among `VERSIONS`, or the file is not valid.
+    """Register backend, KV spec and connector if `VARIABLE` names a settings file; otherwise do nothing. Raises
+    SettingsError if the version of vLLM is not among `VERSIONS`, or the file is not valid.
     """
     if not os.environ.get(VARIABLE):
         return

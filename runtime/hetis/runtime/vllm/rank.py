@@ -140,13 +140,7 @@ class _Batch:
 
 
 class Rank:
-    """The state of one rank.
-
-    Attributes:
-        heads: where every head group lives.
-        workers: the attention workers of this rank.
-        migrator: copies of head groups in flight.
-    """
+    """The state of one rank."""
 
     def __init__(
         self,
@@ -167,8 +161,9 @@ class Rank:
         ``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
         ``calibrations`` holds each device's latest, filled by the function that joins workers.
         """
-        self.heads = HeadMap(head_groups, num_blocks)
-        self.workers = workers
+        self.heads = HeadMap(head_groups, num_blocks)  # where every head group lives
+        self.workers = workers  # the attention workers of this rank
+        # Copies of head groups in flight
         self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
         self._shape, self._layers, self._clock = shape, layers, clock
         self._head_groups, self._block_tokens = head_groups, block_tokens

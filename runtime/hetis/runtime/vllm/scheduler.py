@@ -35,17 +35,13 @@ MovedBy = Literal["planner", "engine", "relief"]
 
 
 class Boundary:
-    """Hands the scheduler's state from thread to thread.
-
-    Attributes:
-        lock: held by the thread at work on the state. vLLM's thread holds it between two steps, others for one short
-            piece of work, and only while nothing runs.
-        num_steps: boundaries that vLLM's thread has reached.
-    """
+    """Hands the scheduler's state from thread to thread."""
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        # Held by the thread at work on the state. vLLM's thread holds it between two steps, others for one short piece
+        # of work, and only while nothing runs.
         self.lock = threading.Lock()
-        self.num_steps = 0
+        self.num_steps = 0  # boundaries that vLLM's thread has reached
         self._clock = clock
         self._is_busy = False
         self._works: deque[Callable[[], None]] = deque()
@@ -141,29 +137,18 @@ class Exchanged:
 
 
 class SchedulerSide:
-    """The connector's part in the scheduler's process.
-
-    Attributes:
-        settings: of the plugin's file.
-        shape: of the engine.
-        allocator: where head groups live.
-        costs: of the devices.
-        boundary: controls which thread may touch all this.
-        requests: the state of vLLM's requests that the allocator does not need.
-        num_steps: planned so far.
-        exchanged: by device.
-        moves: number of moves that began, were committed, and were aborted, by origin.
-    """
+    """The connector's part in the scheduler's process."""
 
     def __init__(self, settings: PluginSettings) -> None:
-        self.settings = settings
-        self.boundary = Boundary()
-        self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}
+        self.settings = settings  # of the plugin's file
+        self.boundary = Boundary()  # controls which thread may touch all this
+        self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}  # by device
+        # Number of moves that began, were committed, and were aborted, by origin
         self.moves: Counter[tuple[MovedBy, str]] = Counter()
-        self.shape: EngineShape
-        self.allocator: HeadAllocator
-        self.costs: EngineCosts
-        self.num_steps = 0
+        self.shape: EngineShape  # of the engine
+        self.allocator: HeadAllocator  # where head groups live
+        self.costs: EngineCosts  # of the devices
+        self.num_steps = 0  # planned so far
         self._manager: HeadGroupManager
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._moved_by: dict[int, MovedBy] = {}
@@ -171,7 +156,7 @@ class SchedulerSide:
         self._take_counts: Callable[[bool], dict[str, Any] | None]
         self._steered: SteeredEngine[Any] | None = None
         self._close: Callable[[], None] = lambda: None
-        self.requests = Requests()
+        self.requests = Requests()  # the state of vLLM's requests that the allocator does not need
         self._placed: dict[str, VllmRequest] = {}
 
     # --- life

@@ -37,17 +37,12 @@ class _Document(BaseModel):
 
 
 class WorkerSettings(_Document):
-    """One attention worker: a device for the scheduler, with one process (or GPU) for each rank.
+    """One attention worker: a device for the scheduler, with one process (or GPU) for each rank."""
 
-    Attributes:
-        name: of the device. If a planner steers, it is the planner's name for its GPU, ``node/index``.
-        addresses: ``host:port`` of its process for each rank of vLLM, rank 0 first.
-        key_file: file with the key that the processes were started with.
-    """
-
+    # Of the device. If a planner steers, it is the planner's name for its GPU, ``node/index``.
     name: str = Field(min_length=1, max_length=63)
-    addresses: tuple[str, ...] = Field(min_length=1)
-    key_file: Path
+    addresses: tuple[str, ...] = Field(min_length=1)  # ``host:port`` of its process for each rank of vLLM, rank 0 first
+    key_file: Path  # file with the key that the processes were started with
 
     @field_validator("name")
     @classmethod
@@ -68,57 +63,41 @@ class WorkerSettings(_Document):
 
 
 class DispatchSettings(_Document):
-    """Policy for where the head groups of new requests go.
+    """Policy for where the head groups of new requests go."""
 
-    Attributes:
-        policy: ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay on the rank while it has room;
-            ``remote``: as many as fit go to workers, in turn (for experiments).
-        expected_output_tokens: assumed for a request unless its ``max_tokens`` is smaller.
-    """
-
+    # ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay on the rank while it has room; ``remote``: as
+    # many as fit go to workers, in turn (for experiments)
     policy: Literal["solver", "local", "remote"] = "solver"
+    # Assumed for a request unless its ``max_tokens`` is smaller
     expected_output_tokens: int = Field(default=256, ge=1, le=2**20)
 
 
 class EngineRedispatchSettings(_Document):
-    """Policy for when head groups of running requests move.
+    """Policy for when head groups of running requests move."""
 
-    Attributes:
-        enabled: whether they move while no planner has assigned a replica.
-        theta: share above the ideal time of a step from which a look pays.
-        every_steps: steps between two looks.
-        copy_bytes_per_step: maximum KV that a rank copies in one step besides its computation.
-    """
-
-    enabled: bool = True
-    theta: float = Field(default=0.5, ge=0.0, le=100.0)
-    every_steps: int = Field(default=16, ge=1)
+    enabled: bool = True  # whether they move while no planner has assigned a replica
+    theta: float = Field(default=0.5, ge=0.0, le=100.0)  # share above the ideal time of a step from which a look pays
+    every_steps: int = Field(default=16, ge=1)  # steps between two looks
+    # Maximum KV that a rank copies in one step besides its computation
     copy_bytes_per_step: int = Field(default=8 << 20, ge=1 << 10)
 
 
 class PluginSettings(_Document):
-    """The whole file.
-
-    Attributes:
-        transport: how ranks reach workers: shared memory on one host, else TCP (``auto``), or one of the two.
-        timeout_s: a worker that does not answer for this long is lost.
-        page_tokens: tokens per page on workers.
-        base_backend: vLLM's attention backend for groups on the ranks. None: the platform's first choice.
-        executor: Unix socket on which the node's agent reaches the engine. None: nobody steers it.
-        calibrate: measure the ranks, and every worker when it joins, and follow measured steps from then on.
-    """
+    """The whole file."""
 
     api_version: Literal["hetis/v1"]
     kind: Literal["VllmWorkers"]
     workers: tuple[WorkerSettings, ...] = ()
+    # How ranks reach workers: shared memory on one host, else TCP (``auto``), or one of the two
     transport: Literal["auto", "shm", "tcp"] = "auto"
-    timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0)
-    page_tokens: int = Field(default=16, ge=1, le=1024)
+    timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0)  # a worker that does not answer for this long is lost
+    page_tokens: int = Field(default=16, ge=1, le=1024)  # tokens per page on workers
+    # vLLM's attention backend for groups on the ranks. None: the platform's first choice.
     base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
     dispatch: DispatchSettings = DispatchSettings()
     redispatch: EngineRedispatchSettings = EngineRedispatchSettings()
-    executor: Path | None = None
-    calibrate: bool = True
+    executor: Path | None = None  # Unix socket on which the node's agent reaches the engine. None: nobody steers it.
+    calibrate: bool = True  # measure the ranks, and every worker when it joins, and follow measured steps from then on
 
     @model_validator(mode="after")
     def _check_workers(self) -> PluginSettings:
@@ -132,10 +111,8 @@ class PluginSettings(_Document):
 
 
 def read_settings() -> PluginSettings | None:
-    """Return the settings in the file that `VARIABLE` names, or None if it names none.
-
-    Raises:
-        SettingsError: the file is not readable, or not valid.
+    """Return the settings in the file that `VARIABLE` names, or None if it names none. Raises SettingsError if the file
+    is not readable, or not valid.
     """
     path = os.environ.get(VARIABLE)
     return None if not path else load_settings(Path(path))

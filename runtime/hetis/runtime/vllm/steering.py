@@ -366,10 +366,8 @@ class SteeredVllm(SteeredEngine[_Taken]):
 
 
 def bind(assignment: Assignment, side: SchedulerSide) -> Binding:
-    """Return the stage of an assignment as the engine has it.
-
-    Raises:
-        RefusedError: ENGINE_CANNOT, with all reasons: an engine only runs what it was started for.
+    """Return the stage of an assignment as the engine has it. Raises RefusedError: ENGINE_CANNOT, with all reasons: an
+    engine only runs what it was started for.
     """
     numbers = {worker.name: number for number, worker in enumerate(side.settings.workers, 1)}
     reasons = list(_differences(assignment, side.shape, numbers))

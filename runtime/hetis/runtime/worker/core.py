@@ -52,10 +52,8 @@ class WorkerCore:
         self._failed: Exception | None = None  # by a frame without an answer
 
     def handle(self, frame: Frame) -> Frame | None:
-        """Do what one frame asks, and return the answer if its kind has one.
-
-        Raises:
-            FrameError: the frame is not valid here. The connection must be closed, and its KV is void.
+        """Do what one frame asks, and return the answer if its kind has one. Raises FrameError if the frame is not
+        valid here. The connection must be closed, and its KV is void.
         """
         if frame.kind is FrameKind.HELLO:
             return self._hello(frame)

@@ -67,8 +67,6 @@ class RemoteDevice:
 
     Attributes:
         num_pages: number of pages that the worker has memory for.
-        is_lost: the channel failed. Every call then raises `DeviceLostError`, except `abort` and `drop`, which have
-            nothing left to do.
     """
 
     def __init__(
@@ -81,6 +79,8 @@ class RemoteDevice:
             StaleEpochError: it obeys a later engine.
         """
         self.name, self.shape = name, shape
+        # The channel failed. Every call then raises `DeviceLostError`, except `abort` and `drop`, which have nothing
+        # left to do.
         self.is_lost = False
         self._channel, self._timeout_s = channel, timeout_s
         self._epoch, self._session = epoch, secrets.randbits(63)  # drawn at random to be unique
@@ -150,10 +150,8 @@ class RemoteDevice:
     # --- life
 
     def ping(self) -> tuple[int, int]:
-        """Return, between two steps, the worker's free pages and the number of its virtual sequences.
-
-        Raises:
-            DeviceLostError: it does not answer.
+        """Return, between two steps, the worker's free pages and the number of its virtual sequences. Raises
+        DeviceLostError if it does not answer.
         """
         return self._read(self._answer(self._ask(self._frame(FrameKind.PING))), read_pong)
 

@@ -30,14 +30,12 @@ class Devices(Protocol):
 
 
 def open_devices(source: str, *, host_name: str = "") -> Devices:
-    """Open the devices that ``source`` names.
+    """Open the devices that ``source`` names. Raises DevicesUnavailableError if the source is malformed, unknown, or
+    unusable here. The message says what to do.
 
     Args:
         source: one of `SOURCES`. ``auto`` is NVML if it works and none otherwise.
         host_name: for the inventory. Empty: the system's own.
-
-    Raises:
-        DevicesUnavailableError: the source is malformed, unknown, or unusable here. The message says what to do.
     """
     kind, _, rest = source.partition(":")
     match kind:

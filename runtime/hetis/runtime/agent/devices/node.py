@@ -75,11 +75,8 @@ class SimulatedDevices:
 
     @classmethod
     def parse(cls, text: str, *, host_name: str = "") -> SimulatedDevices:
-        """Return the devices that a string such as ``A100-SXM-80GB:4,L4:2`` describes.
-
-        Raises:
-            DevicesUnavailableError: the string is malformed, names an unknown type, or asks for more than
-                `MAX_DEVICES`.
+        """Return the devices that a string such as ``A100-SXM-80GB:4,L4:2`` describes. Raises DevicesUnavailableError
+        if the string is malformed, names an unknown type, or asks for more than `MAX_DEVICES`.
         """
         types: list[GpuType] = []
         for part in text.split(","):

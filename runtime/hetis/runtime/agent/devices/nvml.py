@@ -74,10 +74,8 @@ class NvmlDevices:
 
     @classmethod
     def open(cls, *, host_name: str = "") -> NvmlDevices:
-        """Start the library and enumerate the devices.
-
-        Raises:
-            DevicesUnavailableError: there is no library or no driver, or neither may be used.
+        """Start the library and enumerate the devices. Raises DevicesUnavailableError if there is no library or no
+        driver, or neither may be used.
         """
         try:
             import pynvml

@@ -126,9 +126,7 @@ class LaunchExecutor:
         self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
     ) -> EngineResponse:
         """Apply an assignment, or withdraw a replica; see ``executor_service.proto``. No heads move in these engines.
-
-        Raises:
-            RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons. Nothing changed.
+        Raises RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons. Nothing changed.
         """
         match request:
             case ApplyAssignmentRequest():

@@ -85,55 +85,44 @@ Variable = Annotated[str, _valid(_VARIABLE.fullmatch, "name of an environment va
 
 
 class EngineSettings(DocumentPart):
-    """The settings of engines on a node.
-
-    Attributes:
-        engine: that serves them.
-        program: that starts the engine, as words or as a shell has it. Empty: as its makers have it.
-        model: folder of the model, or a name that the engine knows; ``{name}`` is the model's name in the plan and
-            ``{weights}`` the precision of the replica's weights.
-        served_name: what clients call it.
-        device: ``cpu`` to try a plan without GPUs.
-        dtype: type of the model and its KV.
-        options: further ones of the engine, as they stand.
-        environment: further variables of the engine.
-        addresses: of nodes, where the others and clients reach them. A node that is not here is reached where its agent
-            says, or else by its own name.
-        port: of the front of a replica whose first GPU is 0; that of a replica on GPU i is i higher.
-        master_port, kv_port: likewise, where stages on several nodes meet (20 higher for each i), and where a prefill
-            replica is asked for KV.
-        worker_port: of a replica's first attention worker on a node; others have the next ones.
-        key_file: of vLLM and its attention workers. None: drawn, where all of a replica is on one node.
-        folder: for logs and files of the engine. None: `engines` in the agent's state directory.
-        kv_tokens: KV room in tokens in place of the plan's, for smaller machines.
-        ready_timeout: an engine that does not answer so long after its start is killed, and started again.
-        silence_timeout: an engine that has answered, and does not any more for so long, likewise.
-        router_delay: after being told to drain, a replica says that it takes nothing new only so much later: routers
-            go on sending requests until they have heard.
-        drain_timeout: how long requests that run may take until the engine is stopped.
-    """
+    """The settings of engines on a node."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["EngineSettings"]
-    engine: Literal["vllm", "vllm-hetis", "sglang"]
+    engine: Literal["vllm", "vllm-hetis", "sglang"]  # that serves them
+    # That starts the engine, as words or as a shell has it. Empty: as its makers have it.
     program: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
+    # Folder of the model, or a name that the engine knows; ``{name}`` is the model's name in the plan and ``{weights}``
+    # the precision of the replica's weights
     model: Checkpoint
-    served_name: Named = "{name}"
-    device: Literal["cuda", "cpu"] = "cuda"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    served_name: Named = "{name}"  # what clients call it
+    device: Literal["cuda", "cpu"] = "cuda"  # ``cpu`` to try a plan without GPUs
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the model and its KV
+    # Further ones of the engine, as they stand
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
-    environment: dict[Variable, str] = Field(default_factory=dict)
+    environment: dict[Variable, str] = Field(default_factory=dict)  # further variables of the engine
+    # Of nodes, where the others and clients reach them. A node that is not here is reached where its agent says, or
+    # else by its own name.
     addresses: dict[str, Host] = Field(default_factory=dict)
-    port: Port = 8000
+    port: Port = 8000  # of the front of a replica whose first GPU is 0; that of a replica on GPU i is i higher
+    # master_port, kv_port: likewise, where stages on several nodes meet (20 higher for each i), and where a prefill
+    # replica is asked for KV
     master_port: Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * MASTER_STEP)] = MASTER_PORT
     kv_port: Port = KV_PORT
-    worker_port: Port = WORKER_PORT
+    worker_port: Port = WORKER_PORT  # of a replica's first attention worker on a node; others have the next ones
+    # Of vLLM and its attention workers. None: drawn, where all of a replica is on one node.
     key_file: str | None = None
-    folder: str | None = None
+    folder: str | None = None  # for logs and files of the engine. None: `engines` in the agent's state directory.
+    # KV room in tokens in place of the plan's, for smaller machines
     kv_tokens: Annotated[int, Field(ge=1)] | None = None
+    # An engine that does not answer so long after its start is killed, and started again
     ready_timeout: Annotated[Duration, Field(ge=1, le=86_400)] = 900.0
+    # An engine that has answered, and does not any more for so long, likewise
     silence_timeout: Annotated[Duration, Field(ge=1, le=3600)] = 60.0
+    # After being told to drain, a replica says that it takes nothing new only so much later: routers go on sending
+    # requests until they have heard
     router_delay: Annotated[Duration, Field(ge=0, le=3600)] = 5.0
+    # How long requests that run may take until the engine is stopped
     drain_timeout: Annotated[Duration, Field(ge=0, le=3600)] = 120.0
 
     @property
@@ -147,11 +136,7 @@ class EngineSettings(DocumentPart):
 
 
 def load_settings(path: Path) -> EngineSettings:
-    """Read the settings in a file.
-
-    Raises:
-        DocumentError: with every problem, where it stands.
-    """
+    """Read the settings in a file. Raises DocumentError with every problem, where it stands."""
     data, source = read_data(path)
     return validated(EngineSettings, data, source, to_value=lambda settings: settings, check=_contradictions)
 
@@ -185,14 +170,12 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     """Return the part of a replica on a node.
 
     Ports follow from the replica's first GPU: no two replicas of a node have one in common, so that all nodes know the
-    ports without asking each other, also those of a replica that starts while another one stops.
+    ports without asking each other, also those of a replica that starts while another one stops. Raises RefusedError:
+    ENGINE_CANNOT; the engine cannot run the replica so, with all the reasons.
 
     Args:
         node: id of this node, as devices have it before the slash.
         folder: for files of all replicas.
-
-    Raises:
-        RefusedError: ENGINE_CANNOT; the engine cannot run the replica so, with all the reasons.
     """
     try:
         planned = json.loads(assignment.model.content)

@@ -78,10 +78,8 @@ class EngineReading:
 
 
 def read_metrics(text: str) -> list[EngineReading]:
-    """Return one reading per model that either engine serves; its data-parallel ranks are combined.
-
-    Raises:
-        UnreadableMetricsError: the text is malformed somewhere, so nothing in it can be trusted.
+    """Return one reading per model that either engine serves; its data-parallel ranks are combined. Raises
+    UnreadableMetricsError if the text is malformed somewhere, so nothing in it can be trusted.
     """
     samples = list(_finite_samples(text))
     ours, theirs = ([one for one in samples if one.name.startswith(prefix)] for prefix in (VLLM, SGLANG))

@@ -64,11 +64,7 @@ class SimulatedServer:
         self._warming: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start serving and decoding.
-
-        Raises:
-            OSError: the socket or the address cannot be bound.
-        """
+        """Start serving and decoding. Raises OSError if the socket or the address cannot be bound."""
         self._look_at_control()
         self.engine.when_primary = self.warm_up
         servicer = ExecutorServicer(self)
