@@ -81,7 +81,6 @@ class AgentCore:
         """Return the first message of a new stream. Everything that belonged to an earlier stream is forgotten."""
         self._is_welcome = False
         self._asked_maps.clear()
-        replicas = self._replicas.values()
         hello = Hello(
             node=self.identity.node,
             protocol_version=PROTOCOL_VERSION,
@@ -97,10 +96,10 @@ class AgentCore:
                     epoch=replica.held.epoch,
                     assignment_state=self._report_of(replica).assignment_state,
                 )
-                for replica in replicas
+                for replica in self._replicas.values()
                 if replica.held.assignment is not None
             ],
-            changes=[status for replica in replicas for status in replica.statuses()],
+            changes=[status for replica in self._replicas.values() for status in replica.statuses()],
             capabilities=sorted(self.identity.capabilities),
             engine_address=self.identity.engine_address,
         )
@@ -189,11 +188,10 @@ class AgentCore:
             if replica.waits_for(number):
                 if isinstance(answer, Failure) and answer.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
                     newest = answer.metadata.get("newest_epoch", "")
-                    is_older = newest.isdigit() and int(newest) > self._fence.newest
-                    if is_older:
+                    if newest.isdigit() and int(newest) > self._fence.newest:
                         self._overtaken(int(newest))
-                    if is_older and replica.is_applying():
-                        replica.forget_assignment()
+                        if replica.is_applying():
+                            replica.forget_assignment()
                 replica.answered(answer, now_s)
                 break
         self._report(now_s)
@@ -232,8 +230,6 @@ class AgentCore:
     def held(self) -> list[ReplicaState]:
         """Return the state held for each replica, for metrics and tests."""
         return [replica.held for replica in self._replicas.values()]
-
-    # --- inside
 
     def _read(self, saved: Mapping[str, bytes]) -> list[ReplicaState]:
         held = []
@@ -312,14 +308,10 @@ class AgentCore:
             replica.tell_unresolved()
 
     def _delta(self, delta: Delta, *, epoch: int, now_s: float) -> None:
-        replica = self._replicas.get(delta.replica)
-        if replica is None:
-            replica = self._replica_agent(ReplicaState(replica=delta.replica))
-            replica.handle(delta, epoch=epoch, now_s=now_s)
-            if delta.replica and (replica.held.generation or replica.held.changes):  # otherwise the delta was refused
-                self._replicas[delta.replica] = replica
-            return
+        replica = self._replicas.get(delta.replica) or self._replica_agent(ReplicaState(replica=delta.replica))
         replica.handle(delta, epoch=epoch, now_s=now_s)
+        if delta.replica and (replica.held.generation or replica.held.changes):  # otherwise the delta was refused
+            self._replicas[delta.replica] = replica
 
     def _state_request(self, request: StateRequest, now_s: float) -> None:
         match request.WhichOneof("subject"):
@@ -334,13 +326,13 @@ class AgentCore:
         """Ask the engine for the head maps of a replica, or tell the planner why that is impossible."""
         replica = self._replicas.get(name)
         if replica is None or replica.held.assignment is None:
-            missing = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{name} is not held here", name=name)
-            self._send_head_maps(request_id, name, missing)
+            why = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{name} is not held here", name=name)
         elif AgentCapability.AGENT_CAPABILITY_HEAD_MAP not in self.identity.capabilities:
-            cannot = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
-            self._send_head_maps(request_id, name, cannot)
+            why = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
         else:
             self._asked_maps[self._outbox.call(ReadHeadMapsRequest(replica=name), timeout_s=CALL_S)] = request_id, name
+            return
+        self._send_head_maps(request_id, name, why)
 
     def _send_head_maps(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:
         """Forward head maps in pieces, or why there are none."""
@@ -364,23 +356,19 @@ class AgentCore:
             self._outbox.send(ConnectNodeRequest(head_map=piece))
 
     def _report(self, now_s: float, *, asked: bool = False) -> None:
-        if self._is_welcome:
-            message = self._reporter.due(self._node_report(), now_s, asked=asked)
-            if message is not None:
-                self._outbox.send(message)
-                self._restart_is_untold &= not message.HasField("report")
-
-    def _node_report(self) -> NodeReport:
-        """Return the report on all devices and all replicas held here, with the KV figures from the engine."""
+        """Send the report on all devices and replicas held here, if it is due."""
+        if not self._is_welcome:
+            return
         held = [self._report_of(replica) for replica in self._replicas.values() if replica.held.assignment is not None]
         for report in held:
             report.engine_id = self._engine.engine_id[:MOST_ENGINE_ID] if self._engine else ""
-        return NodeReport(devices=self.devices(), replicas=held)
+        message = self._reporter.due(NodeReport(devices=self.devices(), replicas=held), now_s, asked=asked)
+        if message is not None:
+            self._outbox.send(message)
+            self._restart_is_untold &= not message.HasField("report")
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
-        """Return the report on a replica from what the engine says. The first report after an engine restart says that
-        it is loading even if it has finished already, because its KV is gone.
-        """
+        """Return the engine's report on a replica; after a restart first that it is loading, because its KV is gone."""
         if self._restart_is_untold:
             return replica.report_anew()
         said = self._engine.replicas if self._engine else ()

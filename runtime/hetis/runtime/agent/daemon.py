@@ -1,6 +1,4 @@
-"""The running agent: built from its options, it connects core, disk, engine, devices and stream, and carries out the
-core's actions.
-"""
+"""The running agent: it connects core, disk, engine, devices and stream, and carries out the core's actions."""
 
 from __future__ import annotations
 
@@ -118,17 +116,11 @@ class AgentDaemon:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._core = core
-        self._state = state
-        self._executor = executor
-        self._reports = reports
-        self._devices = devices
-        self._metrics = metrics
-        self._clock = clock
+        self._core, self._state, self._executor, self._reports = core, state, executor, reports
+        self._devices, self._metrics, self._clock = devices, metrics, clock
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._stream: PlannerStream | None = None
-        self._woken = asyncio.Event()
-        self._engine_spoke = asyncio.Event()
+        self._woken, self._engine_spoke = asyncio.Event(), asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self, stream: PlannerStream) -> None:
@@ -151,8 +143,7 @@ class AgentDaemon:
     # --- the stream
 
     def hello(self) -> ConnectNodeRequest:
-        message = self._core.hello()
-        self._metrics.sent(message)
+        self._metrics.sent(message := self._core.hello())
         return message
 
     def heard(self, message: ConnectNodeResponse) -> None:
@@ -223,9 +214,7 @@ class AgentDaemon:
     # --- loops
 
     async def _connect(self, stream: PlannerStream) -> None:
-        """Wait for the engine's first report, because the engine may know of a newer planner than the disk does; then
-        connect.
-        """
+        """Connect once the engine, which may know of a newer planner than the disk does, has reported."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_REPORT_S):
                 await self._engine_spoke.wait()
@@ -248,8 +237,7 @@ class AgentDaemon:
     async def _watch_devices(self) -> None:
         looked_s = self._clock()
         while True:
-            samples = await asyncio.to_thread(self._devices.sample)
-            self._do(self._core.on_devices(samples, self._clock()))
+            self._do(self._core.on_devices(await asyncio.to_thread(self._devices.sample), self._clock()))
             self._metrics.devices_sampled(self._core.devices())
             if self._clock() - looked_s >= INVENTORY_S:
                 looked_s = self._clock()
@@ -267,8 +255,7 @@ class AgentDaemon:
                 async with asyncio.timeout(wait_s):
                     await self._woken.wait()
                     continue
-            actions = self._core.tick(self._clock())
-            if actions:
+            if actions := self._core.tick(self._clock()):
                 self._do(actions)
 
 
@@ -306,15 +293,14 @@ async def run_agent(parts: Parts) -> None:
             _log.info("metrics on http://%s:%d/metrics", host, metrics.serve(port, host=host))
             stack.callback(metrics.close)
         executor, engine_address = await _engine(parts, len(inventory.devices), stack)
-        capabilities = _STEERED if executor is not None else frozenset()
-        if parts.choice.kind is EngineKind.LAUNCH:
-            capabilities = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
+        assigns = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
+        steers = _STEERED if executor is not None else frozenset()
         core = AgentCore(
             AgentIdentity(
                 node=parts.node,
                 agent_version=parts.agent_version,
                 boot_id=str(uuid.uuid4()),
-                capabilities=capabilities,
+                capabilities=assigns if parts.choice.kind is EngineKind.LAUNCH else steers,
                 engine_address=engine_address,
                 # The monotonic clock survives a restart of the agent but not a reboot.
                 clock=machine_boot_id() or f"unknown-{time.time_ns()}",

@@ -96,12 +96,12 @@ def check_socket(socket: Path) -> None:
         found = socket.lstat()
     except OSError as error:
         raise RefusedError(unreachable(f"engine socket {socket}: {error.strerror}")) from error
+    why = ""
     if not stat.S_ISSOCK(found.st_mode):
-        raise RefusedError(unreachable(f"engine socket {socket}: it is no socket"))
-    if found.st_uid != os.geteuid():
-        raise RefusedError(
-            unreachable(f"engine socket {socket}: it belongs to user {found.st_uid}, this is {os.geteuid()}")
-        )
-    if found.st_mode & 0o022:
-        mode = stat.S_IMODE(found.st_mode)
-        raise RefusedError(unreachable(f"engine socket {socket}: its mode is {mode:o}, others may write to it"))
+        why = "it is no socket"
+    elif found.st_uid != os.geteuid():
+        why = f"it belongs to user {found.st_uid}, this is {os.geteuid()}"
+    elif found.st_mode & 0o022:
+        why = f"its mode is {stat.S_IMODE(found.st_mode):o}, others may write to it"
+    if why:
+        raise RefusedError(unreachable(f"engine socket {socket}: {why}"))

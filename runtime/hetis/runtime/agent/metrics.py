@@ -31,8 +31,7 @@ class AgentMetrics:
         self.registry = CollectorRegistry()
         self._types: dict[int, str] = {}
         self._serving: tuple[object, ...] | None = None
-        build = self._gauge("build", "1; its label says which software this is.", "version")
-        build.labels(version).set(1)
+        self._gauge("build", "1; its label says which software this is.", "version").labels(version).set(1)
         self._connected = self._gauge("connected", "Whether the stream to the planner stands, 1 or 0.")
         self._epoch = self._gauge("epoch", "Highest epoch of a planner that was obeyed.")
         self._connects = self._counter("connects", "Streams that were opened, by how that ended.", "outcome")
@@ -105,14 +104,13 @@ class AgentMetrics:
 
     def devices_sampled(self, reports: Iterable[report_pb2.DeviceReport]) -> None:
         for report in reports:
-            slowed = set(report.throttle_reasons) - {report_pb2.THROTTLE_REASON_IDLE}
             values = {
                 "kv_blocks": report.total_blocks,
                 "kv_blocks_used": report.used_blocks,
                 "memory_used_bytes": report.memory_used_bytes,
                 "busy_ratio": report.busy_ratio,
                 "clock_hertz": report.clock_hz,
-                "throttled": bool(slowed),
+                "throttled": bool(set(report.throttle_reasons) - {report_pb2.THROTTLE_REASON_IDLE}),
                 "healthy": not report.unhealthy,
             }
             for name, value in values.items():
@@ -126,9 +124,7 @@ class AgentMetrics:
 
 
 def _answering(app: Any) -> Any:
-    """Answer in the plainest format if the client accepts a format whose version is not a number: the library fails on
-    it.
-    """
+    """Answer in the plainest format if the client accepts one whose version is no number: the library fails on it."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         try:

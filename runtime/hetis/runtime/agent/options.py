@@ -123,10 +123,8 @@ def _metrics_url(text: str) -> str:
 
 
 def checked_node(text: str) -> str:
-    if not text:
-        raise AgentOptionError("--node is missing: clusters/CLUSTER/nodes/NODE")
     if not _NODE.fullmatch(text):
-        raise AgentOptionError(f"--node is {text!r}, must be clusters/CLUSTER/nodes/NODE")
+        raise AgentOptionError(f"--node is {f'{text!r}, must be' if text else 'missing:'} clusters/CLUSTER/nodes/NODE")
     return text
 
 
@@ -167,8 +165,7 @@ def loopback_server(server: str) -> bool:
 
 def default_state_dir(home: str | None, node: str) -> Path:
     """Return a directory that differs for each node, so that several agents of a demonstration do not collide."""
-    root = Path(home) if home else Path.home() / ".local" / "state"
-    return root / "hetis" / "agent" / node.rpartition("/")[2]
+    return Path(home or Path.home() / ".local" / "state") / "hetis" / "agent" / node.rpartition("/")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,12 +199,10 @@ class PlannerAddress:
             yield "--tls-cert and --tls-key come together"
         if self.is_plain and (self.ca is not None or self.cert is not None):
             yield "--insecure and certificates exclude each other"
-        files = {"ca": self.ca, "cert": self.cert, "key": self.key}
-        named = {f"--tls-{name}": path for name, path in files.items()} | {"--token-file": self.token_file}
-        unreadable = {name: path for name, path in named.items() if path is not None and not os.access(path, os.R_OK)}
+        files = {"--tls-ca": self.ca, "--tls-cert": self.cert, "--tls-key": self.key, "--token-file": self.token_file}
+        unreadable = {name: path for name, path in files.items() if path is not None and not os.access(path, os.R_OK)}
         yield from (f"{name}: {path} cannot be read" for name, path in unreadable.items())
-        may_be_token = "--token-file" not in unreadable
-        if self.is_plain and may_be_token and elsewhere and self._token():
+        if self.is_plain and "--token-file" not in unreadable and elsewhere and self._token():
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
@@ -271,7 +266,7 @@ class ReconnectBackoff:
         return self._random.uniform(0, limit_s)
 
     def within_s(self, seconds: float) -> float:
-        """Return a random delay within a limit that the planner chose, in seconds."""
+        """Return a random delay of at most so many seconds, as the planner asks for."""
         return self._random.uniform(0, seconds)
 
 

@@ -13,7 +13,15 @@ from copy import deepcopy
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse, Outbox
-from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, Fence, ReplicaState, refusal_of, wrong_fields
+from hetis.runtime.agent.replica_state import (
+    FLIPPED,
+    ChangeState,
+    DesiredPhase,
+    Fence,
+    ReplicaState,
+    refusal_of,
+    wrong_fields,
+)
 from hetis.runtime.moves.changes import ENDED
 from hetis.runtime.moves.refusals import failure_of
 from hetis.v1 import executor_service_pb2 as messages
@@ -53,15 +61,10 @@ class ReplicaAgent:
         fence: Fence,
         outbox: Outbox,
     ) -> None:
-        self.held = held
-        self._can = capabilities
-        self._clock = clock
-        self._fence = fence
-        self._outbox = outbox
+        self.held, self._can, self._clock, self._fence, self._outbox = held, capabilities, clock, fence, outbox
         self._call: tuple[int, EngineRequest, ChangeState | None] | None = None
-        self._retry_s = float("-inf")
+        self._retry_s = self._told_progress_s = float("-inf")
         self._wait_s = LEAST_WAIT_S
-        self._told_progress_s = float("-inf")
 
     # --- the planner
 
@@ -70,18 +73,18 @@ class ReplicaAgent:
         if delta.nonce and delta.nonce == self.held.nonce and self.held.answer is not None:
             self._outbox.send(self.held.answer)
             return
-        kind = delta.WhichOneof("change")
         failure = wrong_fields(delta) or refusal_of(delta, self.held, self._can)
         if failure is not None:
             self.refuse(delta, failure)
             return
         told: ChangeState | None = None
-        if kind in ("assignment", "removal"):
-            self._take_assignment(delta, epoch=epoch)
-        elif kind == "prepare":
-            told = self._take_prepare(delta, epoch=epoch, now_s=now_s)
-        else:
-            told = self._take_directive(delta, epoch=epoch, now_s=now_s)
+        match delta.WhichOneof("change"):
+            case "assignment" | "removal":
+                self._take_assignment(delta, epoch=epoch)
+            case "prepare":
+                told = self._take_prepare(delta, epoch=epoch, now_s=now_s)
+            case _:
+                told = self._take_directive(delta, epoch=epoch, now_s=now_s)
         self.held.nonce = delta.nonce
         self.held.answer = ConnectNodeRequest(
             ack=DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=self.held.held_generation)
@@ -127,7 +130,7 @@ class ReplicaAgent:
             parts=tuple(dict.fromkeys(delta.prepare.parts)),
             epoch=epoch,
             deadline_s=now_s + change.prepare_timeout.ToNanoseconds() / 1e9,
-            status=self._status(change, ChangePhase.CHANGE_PHASE_PREPARING),
+            status=self._status(change),
         )
         self.held.changes[taken.id] = taken
         return taken
@@ -149,8 +152,8 @@ class ReplicaAgent:
                 change.status.moves.extend(delta.resolved.moves)
                 return None
             if not flipped and change.is_open:
-                why = failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "the authority aborted the change")
-                self._want_abort(change, why)
+                why = "the authority aborted the change"
+                self._want_abort(change, failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, why))
                 return None
         elif kind == "commit" and change.phase == ChangePhase.CHANGE_PHASE_READY:
             if change.desired is DesiredPhase.PREPARED:
@@ -215,25 +218,17 @@ class ReplicaAgent:
         """Return the next request to the engine and the change that it is about."""
         held = self.held
         aborting = next((c for c in held.changes.values() if c.is_open and c.desired is DesiredPhase.ABORTED), None)
-        must_apply = (
-            not held.is_applied and held.failure is None and AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
-        )
+        assigns, epoch = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can, self._fence.newest
+        must_apply = assigns and not held.is_applied and held.failure is None
         if aborting is not None and not (must_apply and aborting.is_abort_tried):
-            return messages.AbortMovesRequest(
-                epoch=self._fence.newest, change_id=aborting.id, failure=aborting.why
-            ), aborting
+            return messages.AbortMovesRequest(epoch=epoch, change_id=aborting.id, failure=aborting.why), aborting
         if must_apply and held.generation:
-            apply = messages.ApplyAssignmentRequest(epoch=self._fence.newest, generation=held.generation)
+            apply = messages.ApplyAssignmentRequest(epoch=epoch, generation=held.generation, assignment=held.assignment)
             if held.assignment is None:
                 apply.removed_replica = held.replica
-            else:
-                apply.assignment.CopyFrom(held.assignment)
             return apply, None
-        for change in held.changes.values():
-            request = self._next_of_change(change, now_s)
-            if request is not None:
-                return request, change
-        return None
+        found = ((self._next_of_change(change, now_s), change) for change in held.changes.values())
+        return next(((request, change) for request, change in found if request is not None), None)
 
     def _next_of_change(self, change: ChangeState, now_s: float) -> EngineRequest | None:
         if change.desired is DesiredPhase.RELEASED and not change.has_ended:
@@ -246,9 +241,8 @@ class ReplicaAgent:
         if not change.is_open:
             return None
         if change.desired is DesiredPhase.FLIPPED:
-            return messages.FlipMovesRequest(
-                epoch=change.epoch, change_id=change.id, timeout=_duration(change.deadline_s - now_s)
-            )
+            left_s = change.deadline_s - now_s
+            return messages.FlipMovesRequest(epoch=change.epoch, change_id=change.id, timeout=_duration(left_s))
         if change.desired is DesiredPhase.PREPARED and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
             if change.is_reserved:
                 return messages.CopyMovesRequest(epoch=change.epoch, change_id=change.id)
@@ -338,8 +332,7 @@ class ReplicaAgent:
                 change.status.step = answer.step
                 if answer.HasField("failure"):
                     change.why = answer.failure
-            flipped = answer.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
-            if flipped:
+            if answer.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED:
                 change.change.generation = change.change.generation or answer.generation
             self._enter(change, _OUTCOME[answer.outcome], now_s=now_s)
         else:
@@ -437,28 +430,19 @@ class ReplicaAgent:
         can = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
         return AssignmentState.ASSIGNMENT_STATE_LOADING if can else AssignmentState.ASSIGNMENT_STATE_UNMANAGED
 
-    def _status(self, change: Change, phase: ChangePhase.ValueType) -> ChangeStatus:
-        return ChangeStatus(
-            change_id=change.change_id, replica=self.held.replica, phase=phase, generation=self.held.held_generation
-        )
+    def _status(self, change: Change) -> ChangeStatus:
+        held, number, phase = self.held, change.change_id, ChangePhase.CHANGE_PHASE_PREPARING
+        return ChangeStatus(change_id=number, replica=held.replica, phase=phase, generation=held.held_generation)
 
     def _unheard(self, change_id: str, *, epoch: int, now_s: float) -> ChangeState:
         """Record a change whose end is the first that the agent hears of it: only the engine may know it."""
         change = Change(change_id=change_id, replica=self.held.replica)
-        heard = ChangeState(
-            change=change,
-            parts=(),
-            epoch=epoch,
-            deadline_s=now_s,
-            status=self._status(change, ChangePhase.CHANGE_PHASE_PREPARING),
-        )
+        heard = ChangeState(change=change, parts=(), epoch=epoch, deadline_s=now_s, status=self._status(change))
         self.held.changes[change_id] = heard
         return heard
 
     def _want_abort(self, change: ChangeState, why: Failure) -> None:
-        change.desired = DesiredPhase.ABORTED
-        change.why = why
-        change.is_abort_tried = False
+        change.desired, change.why, change.is_abort_tried = DesiredPhase.ABORTED, why, False
 
     def _give_up_open(self, reason: ErrorReason.ValueType, message: str) -> None:
         """Want every open change aborted."""
@@ -470,7 +454,7 @@ class ReplicaAgent:
         """Move a change to its next phase: on disk first, then to the planner."""
         if not change.may_become(phase):
             return
-        has_flipped = phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
+        has_flipped = phase in FLIPPED
         if has_flipped and self.held.assignment is not None:
             self.held.generation = max(self.held.generation, change.change.generation)
         if change.desired is DesiredPhase.FLIPPED or (change.desired is DesiredPhase.ABORTED and has_flipped):
@@ -481,7 +465,9 @@ class ReplicaAgent:
             change.status.failure.CopyFrom(change.why)
         if change.has_ended:
             change.ended_s = now_s
-            self._forget_oldest()
+            ended = [known.id for known in self.held.changes.values() if known.has_ended]
+            for change_id in ended[: max(len(ended) - MOST_ENDED, 0)]:
+                del self.held.changes[change_id]
         self._persist()
         self._tell(change)
 
@@ -497,11 +483,6 @@ class ReplicaAgent:
             if change.is_resolved and change.ended_s is not None and now_s - change.ended_s >= REMEMBERED_S:
                 del self.held.changes[change.id]
                 self._persist()
-
-    def _forget_oldest(self) -> None:
-        ended = [change.id for change in self.held.changes.values() if change.has_ended]
-        for change_id in ended[: max(len(ended) - MOST_ENDED, 0)]:
-            del self.held.changes[change_id]
 
 
 def _add_moves(change: ChangeState, moves: Iterable[MoveResult]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.moves.refusals import failure_of, generation_mismatch, phase_name
@@ -32,6 +32,7 @@ _RANK = {
     ChangePhase.CHANGE_PHASE_ABORTED: 4,
     ChangePhase.CHANGE_PHASE_RELEASED: 4,
 }
+FLIPPED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 MOST_MOVES = 4096
 LONGEST_PREPARE_S = 600
 _PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
@@ -147,10 +148,10 @@ class ReplicaState:
             "replica": self.replica,
             "generation": self.generation,
             "epoch": self.epoch,
-            "assignment": None if self.assignment is None else _text(self.assignment.SerializeToString()),
+            "assignment": _text(self.assignment),
             "is_anew": self.is_anew,
             "nonce": self.nonce,
-            "answer": None if self.answer is None else _text(self.answer.SerializeToString()),
+            "answer": _text(self.answer),
             "clock": clock,
             "changes": [_change_data(change) for change in self.changes.values()],
         }
@@ -193,13 +194,13 @@ def epoch_from_bytes(body: bytes) -> int:
 
 def _change_data(change: ChangeState) -> dict[str, Any]:
     return {
-        "change": _text(change.change.SerializeToString()),
+        "change": _text(change.change),
         "parts": [int(part) for part in change.parts],
         "epoch": change.epoch,
         "deadline_s": change.deadline_s,
-        "status": _text(change.status.SerializeToString()),
+        "status": _text(change.status),
         "wanted": change.desired.value,
-        "why": None if change.why is None else _text(change.why.SerializeToString()),
+        "why": _text(change.why),
         "is_resolved": change.is_resolved,
         "ended_s": change.ended_s,
     }
@@ -219,8 +220,8 @@ def _change_of(data: dict[str, Any], *, same_clock: bool) -> ChangeState:
     )
 
 
-def _text(value: bytes) -> str:
-    return base64.b64encode(value).decode()
+def _text(message: Message | None) -> str | None:
+    return None if message is None else base64.b64encode(message.SerializeToString()).decode()
 
 
 def _bytes(text: str) -> bytes:
@@ -246,13 +247,12 @@ class Fence:
 
 def wrong_fields(delta: Delta) -> Failure | None:
     """Return INVALID_FIELD with every field that is wrong, or None if the delta is well-formed."""
-    violations = [FieldViolation(field=field, description=what) for field, what in _problems(delta)]
-    if not violations:
+    problems = list(_problems(delta))
+    if not problems:
         return None
-    failure = failure_of(
-        ErrorReason.ERROR_REASON_INVALID_FIELD, "; ".join(f"{v.field}: {v.description}" for v in violations)
-    )
-    failure.field_violations.extend(violations)
+    text = "; ".join(f"{name}: {what}" for name, what in problems)
+    failure = failure_of(ErrorReason.ERROR_REASON_INVALID_FIELD, text)
+    failure.field_violations.extend(FieldViolation(field=name, description=what) for name, what in problems)
     return failure
 
 
@@ -274,19 +274,11 @@ def _problems(delta: Delta) -> Iterator[tuple[str, str]]:
             parts = delta.prepare.parts
             if not parts or any(part not in _PARTS for part in parts):
                 yield "prepare.parts", f"are {list(parts)}, must be some of authority, source and target"
-        case "commit":
-            if not delta.commit.change_id:
-                yield "commit.change_id", "is missing"
-        case "abort":
-            if not delta.abort.change_id:
-                yield "abort.change_id", "is missing"
-        case "resolved":
-            if not delta.resolved.change_id:
-                yield "resolved.change_id", "is missing"
-            if delta.resolved.outcome not in (
-                ChangeOutcome.CHANGE_OUTCOME_FLIPPED,
-                ChangeOutcome.CHANGE_OUTCOME_ABORTED,
-            ):
+        case ("commit" | "abort" | "resolved") as kind:
+            if not getattr(delta, kind).change_id:
+                yield f"{kind}.change_id", "is missing"
+            known = (ChangeOutcome.CHANGE_OUTCOME_FLIPPED, ChangeOutcome.CHANGE_OUTCOME_ABORTED)
+            if kind == "resolved" and delta.resolved.outcome not in known:
                 yield "resolved.outcome", f"is {delta.resolved.outcome}, must be FLIPPED or ABORTED"
 
 
@@ -308,7 +300,11 @@ def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability
     """Return why the delta cannot be accepted, or None if it can."""
     kind = delta.WhichOneof("change")
     if delta.generation > (held.generation + MOST_AHEAD if held.generation else MOST_AT_FIRST):
-        return _too_far_ahead(delta, held)
+        failure = generation_mismatch(delta.base_generation, held.held_generation)
+        failure.message = (
+            f"generation {delta.generation} is too far above {held.generation}, which is the newest here, to be meant"
+        )
+        return failure
     if kind in ("assignment", "removal"):
         return _assignment_refusal(delta, held)
     if AgentCapability.AGENT_CAPABILITY_MOVE not in can:
@@ -319,7 +315,8 @@ def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability
         return _commit_refusal(delta, held)
     if kind == "resolved":
         change = held.changes.get(delta.resolved.change_id)
-        if change is not None and change.is_authority and _contradicts(change, delta.resolved.outcome):
+        flipped = delta.resolved.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
+        if change is not None and change.is_authority and flipped != (change.phase in FLIPPED):
             return _wrong_phase(change, "decided otherwise")
     return None
 
@@ -362,19 +359,6 @@ def _commit_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
     if not change.is_authority:
         return _wrong_phase(change, "is not the authority")
     return _wrong_phase(change, "is not ready") if change.phase == ChangePhase.CHANGE_PHASE_PREPARING else None
-
-
-def _too_far_ahead(delta: Delta, held: ReplicaState) -> Failure:
-    failure = generation_mismatch(delta.base_generation, held.held_generation)
-    failure.message = (
-        f"generation {delta.generation} is too far above {held.generation}, which is the newest here, to be meant"
-    )
-    return failure
-
-
-def _contradicts(change: ChangeState, outcome: ChangeOutcome.ValueType) -> bool:
-    has_flipped = change.phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
-    return has_flipped != (outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED)
 
 
 def _wrong_phase(change: ChangeState, why: str) -> Failure:

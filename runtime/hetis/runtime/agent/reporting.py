@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Heartbeat, NodeReport, Settings
-from hetis.v1.report_pb2 import DeviceReport
+from hetis.v1.report_pb2 import DeviceLoad, DeviceReport
 
 SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slower or faster by more than this is news
 JITTER_RATIO = 0.1
@@ -27,13 +27,11 @@ class NodeReporter:
         self._sent = NodeReport()
         self._has_sent = False
         self._sent_s = float("-inf")  # time of the last report
-        self._spoke_s = float("-inf")  # time of the last message of any kind, which renews the lease
-        self._beat_s = 0.0
+        self._spoke_s, self._beat_s = float("-inf"), 0.0  # time of the last message of any kind, which renews the lease
 
     def begin(self, settings: Settings, now_s: float) -> None:
         """Begin a new stream, whose planner has heard nothing yet."""
-        self._has_sent = False
-        self._sent_s = float("-inf")
+        self._has_sent, self._sent_s = False, float("-inf")
         self.change_settings(settings, now_s)
 
     def change_settings(self, settings: Settings, now_s: float) -> None:
@@ -46,13 +44,13 @@ class NodeReporter:
         rested = now_s - self._sent_s >= self._settings.min_report_interval.ToNanoseconds() / 1e9
         if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
             return self._send(report, now_s)
-        if now_s - self._spoke_s >= self._beat_s:
-            if rested and report != self._sent:
-                return self._send(report, now_s)
-            self._spoke_s = now_s
-            self._draw_beat()
-            return ConnectNodeRequest(heartbeat=Heartbeat())
-        return None
+        if now_s - self._spoke_s < self._beat_s:
+            return None
+        if rested and report != self._sent:
+            return self._send(report, now_s)
+        self._spoke_s = now_s
+        self._draw_beat()
+        return ConnectNodeRequest(heartbeat=Heartbeat())
 
     def next_s(self) -> float:
         """Return when a heartbeat is due if nothing changes."""
@@ -71,11 +69,8 @@ class NodeReporter:
 
     def _crosses(self, report: NodeReport) -> bool:
         before, now = _shares(self._sent), _shares(report)
-        return any(
-            (before.get(key, 0.0) < threshold) != (share < threshold)
-            for key, share in now.items()
-            for threshold in self._settings.kv_thresholds
-        )
+        limits = self._settings.kv_thresholds
+        return any((before.get(key, 0.0) < limit) != (share < limit) for key, share in now.items() for limit in limits)
 
     def _is_news(self, report: NodeReport) -> bool:
         if _words(report) != _words(self._sent):
@@ -102,27 +97,22 @@ def with_kv(sampled: Iterable[DeviceReport], said: Iterable[DeviceReport]) -> li
 
 def _shares(report: NodeReport) -> dict[object, float]:
     """Return the used share of KV blocks by device of the node, and by device of a stage."""
-    shares: dict[object, float] = {
-        device.index: device.used_blocks / device.total_blocks for device in report.devices if device.total_blocks
-    }
-    for replica in report.replicas:
-        for stage in replica.stages:
-            for load in stage.devices:
-                if load.total_blocks:
-                    key = (replica.replica, stage.stage, stage.copy, load.device)
-                    shares[key] = load.used_blocks / load.total_blocks
-    return shares
+    devices: list[tuple[object, DeviceReport | DeviceLoad]] = [(device.index, device) for device in report.devices]
+    devices += _loads(report)
+    return {key: device.used_blocks / device.total_blocks for key, device in devices if device.total_blocks}
 
 
 def _speeds(report: NodeReport) -> dict[object, float]:
     """Return observed over predicted time for every measured device."""
-    return {
-        (replica.replica, stage.stage, stage.copy, load.device): load.observed_s / load.predicted_s
-        for replica in report.replicas
-        for stage in replica.stages
-        for load in stage.devices
-        if load.observed_s > 0 and load.predicted_s > 0
-    }
+    loads = [(key, load) for key, load in _loads(report) if load.observed_s > 0 and load.predicted_s > 0]
+    return {key: load.observed_s / load.predicted_s for key, load in loads}
+
+
+def _loads(report: NodeReport) -> Iterator[tuple[object, DeviceLoad]]:
+    """Yield the load of every device of a stage, with a key that names it."""
+    for replica in report.replicas:
+        for stage in replica.stages:
+            yield from (((replica.replica, stage.stage, stage.copy, load.device), load) for load in stage.devices)
 
 
 def _words(report: NodeReport) -> object:

@@ -1,6 +1,4 @@
-"""The agent's stream to the planner: opened, kept, and reopened after a random wait, so that a fleet does not reconnect
-all at once.
-"""
+"""The agent's stream to the planner, reopened after a random wait: a fleet must not reconnect all at once."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import grpc
 from hetis.formats.endpoints import Endpoint
 from hetis.runtime.agent.options import MOST_WAIT_FOR_LEADER_S, PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.outbox import EndStream
-from hetis.runtime.moves.refusals import failure_of_call, reason_name
+from hetis.runtime.moves.refusals import failure_of, failure_of_call, reason_name
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.failure_pb2 import ErrorReason, Failure
@@ -41,10 +39,8 @@ class PlannerStream:
     """A succession of streams to whichever planner leads, until cancelled."""
 
     def __init__(self, address: PlannerAddress, listener: Listener, waiting: ReconnectBackoff) -> None:
-        self._address = address
+        self._address, self._listener, self._waiting = address, listener, waiting
         self._leaders = address.search()
-        self._listener = listener
-        self._waiting = waiting
         self._outgoing: asyncio.Queue[ConnectNodeRequest] = asyncio.Queue(MOST_QUEUED)
         self._end: asyncio.Future[EndStream] | None = None
         self._awaits_leader = False  # since the last wait, another planner seemed to lead or to be about to
@@ -89,9 +85,8 @@ class PlannerStream:
         if self._welcome_s is not None:
             tried.clear()
         is_elsewhere = why is not None and why.reason == ErrorReason.ERROR_REASON_NOT_LEADER
-        if why is not None and why.reason in _OF_THIS_AGENT:
-            goes_on = False  # every planner would say the same
-        else:
+        goes_on = False
+        if why is None or why.reason not in _OF_THIS_AGENT:  # of which every planner would say the same
             address = why.metadata.get("leader_address", "") if why is not None and is_elsewhere else ""
             goes_on = self._leaders.failed(endpoint, address, tried)
         if within_s is not None:
@@ -117,8 +112,7 @@ class PlannerStream:
         async with channel:
             call: Any = AgentServiceStub(channel).ConnectNode(metadata=metadata)
             tasks: set[asyncio.Future[Any]] = {
-                asyncio.create_task(self._read(call)),
-                asyncio.create_task(self._write(call)),
+                asyncio.create_task(work) for work in (self._read(call), self._write(call))
             }
             try:
                 done, _ = await asyncio.wait({*tasks, self._end}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,13 +153,11 @@ async def _how_it_ended(call: Any, done: set[Any]) -> Failure:
         if isinstance(error, grpc.aio.AioRpcError):
             return failure_of_call(error)
         if isinstance(error, TimeoutError):
-            return Failure(
-                reason=ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, message=f"no Welcome came in {WELCOME_S:g} s"
-            )
+            return failure_of(ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, f"no Welcome came in {WELCOME_S:g} s")
         if error is not None and not isinstance(error, asyncio.InvalidStateError):
             # The state held here stays as it is: the node keeps working, and reports that state at the next attempt.
             _log.error("a message broke the agent: the stream ends", exc_info=error)
-            return Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message=f"{type(error).__name__}: {error}")
+            return failure_of(ErrorReason.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}")
     code = await call.code()
     if code is grpc.StatusCode.OK:
         return Failure(reason=ErrorReason.ERROR_REASON_DRAINING, message="the planner closed the stream")

@@ -247,8 +247,6 @@ class PagePool:
             assert self.table[there.row, : len(there.pages)].tolist() == there.pages, f"the table of {key} is wrong"
             assert there.tokens <= len(there.pages) * self.shape.page_tokens, f"{key} has too few pages"
 
-    # --- inside
-
     def _find(self, key: SequenceKey) -> _Sequence:
         there = self._held.get(key)
         if there is None:

@@ -417,8 +417,6 @@ class EngineChanges:
             failure=change.why if change.phase == ChangePhase.CHANGE_PHASE_ABORTED else None,
         )
 
-    # --- inside
-
     def _end_aborted(self, change: EngineChange, why: Failure) -> None:
         assert change.is_open, "what was flipped cannot be aborted"
         change.phase, change.why = ChangePhase.CHANGE_PHASE_ABORTED, why

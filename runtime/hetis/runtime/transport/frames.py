@@ -380,9 +380,6 @@ def read_welcome(frame: Frame) -> tuple[int, str]:
     return struct.unpack_from("<q", raw)[0], raw[8:].decode(errors="replace")
 
 
-# --- inside
-
-
 def _part(numbers: IntArray, frame: Frame) -> KvRange:
     request, incarnation, first, last, *heads = numbers.tolist()
     if not 0 <= first <= last or min([request, incarnation, *heads]) < 0 or len(set(heads)) < len(heads):

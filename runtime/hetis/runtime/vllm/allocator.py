@@ -377,8 +377,6 @@ class HeadAllocator:
             placed = self._placed[name]
             assert np.array_equal(self._counts(placed.devices), self.state.groups(name)), f"groups of {name} differ"
 
-    # --- inside
-
     def _forget_moves(self, requests: set[str]) -> None:
         """Forget the moves of requests, as the solver's state does."""
         self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}

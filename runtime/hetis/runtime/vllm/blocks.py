@@ -269,8 +269,6 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         """Return the number of blocks of one group here."""
         return len(self._tables[request_id][group])
 
-    # --- inside
-
     def _missing(self, request_id: str, needed: int) -> int:
         """Return the number of blocks that groups here lack."""
         tables = self._tables[request_id]

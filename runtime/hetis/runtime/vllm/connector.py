@@ -252,8 +252,6 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
 
-    # --- inside
-
     @property
     def _here(self) -> Rank:
         assert self._rank is not None, "vLLM registers its caches first"

@@ -211,8 +211,6 @@ class EngineCosts:
             found[device] = self._slowest(device).copy_byte_s or _LINK_BYTE_S
         return found
 
-    # --- inside
-
     def _use(self, stage: Stage) -> None:
         self.stage = stage
         self._apply(stage)

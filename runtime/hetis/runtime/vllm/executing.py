@@ -53,8 +53,6 @@ class ExecutorThread:
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
 
-    # --- inside
-
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:

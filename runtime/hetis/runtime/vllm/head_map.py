@@ -154,8 +154,6 @@ class HeadMap:
         """Return the workers that hold groups of a row."""
         return set(self.devices[row].tolist()) - {LOCAL}
 
-    # --- inside
-
     def _row(self, anchor: int) -> int:
         row = int(self.row_of[anchor])
         assert row >= 0, f"no request has anchor {anchor}"

@@ -54,8 +54,6 @@ class BlockStore:
             keys, values = (x[number].unsqueeze(1).to(cache).contiguous() for x in (k, v))
             layer.impl.store(layer, keys, values, cache, torch.from_numpy(slots).to(cache.device))
 
-    # --- inside
-
     def _found_places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the place of each number of K and V in a block, each [block tokens, d]."""
         if self._places is None:
@@ -173,8 +171,6 @@ class KvMigrator:
         copied, failed = self._copied, self._failed
         self._copied, self._failed = set(), set()
         return copied, failed
-
-    # --- inside
 
     def _commit(self, move: GroupMove, one: _InFlightMove | None) -> None:
         """Commit a move, as the scheduler decided. If the copy is incomplete, the request is recomputed at its new

@@ -302,8 +302,6 @@ class Rank:
             attend_here(q, k, v, by_group)
             out.copy_(by_group.view(groups, tokens, -1, d).transpose(0, 1))
 
-    # --- inside
-
     def _begin(self, metadata: StepDescription) -> _Batch:
         """Determine where each head group of this step lives, and announce the step to the workers."""
         self._step += 1

@@ -361,8 +361,6 @@ class SchedulerSide:
         """Return whether vLLM has no request."""
         return self.requests.is_empty and self.allocator.is_idle
 
-    # --- inside
-
     def _hear(self, rank: int, report: RankReport) -> None:
         self.costs.measured(rank, report.calibrations)
         for device, taken in report.taken.items():

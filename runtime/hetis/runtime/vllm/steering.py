@@ -228,8 +228,6 @@ class PlannedMoves(MoveAuthority):
         change.copy_bytes = max(change.copied_bytes, self._bytes(moves))
         return len(copied) == len(moves)
 
-    # --- inside
-
     def _split_ranks(self, move: Move) -> str:
         """Return why the existing groups of a move cannot move without others, or an empty string if they can."""
         groups, ranks = set(move.head_groups), range(self._binding.cards)

@@ -97,8 +97,6 @@ class Workers:
                 threading.Thread(target=self._try, args=(number,), name=name, daemon=True).start()
         return tuple(back)
 
-    # --- inside
-
     def _name(self, number: int) -> str:
         return self.names[number - 1]
 

@@ -77,8 +77,6 @@ class WorkerCore:
         self._session = 0
         self._forget()
 
-    # --- inside
-
     def _hello(self, frame: Frame) -> Frame:
         hello = Hello.read(frame)
         if not hmac.compare_digest(hello.key, self._key):

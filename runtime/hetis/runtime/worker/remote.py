@@ -163,8 +163,6 @@ class RemoteDevice:
                 self._channel.send([*self._queued, self._frame(FrameKind.BYE)])
             self._channel.close()
 
-    # --- inside
-
     def _frame(
         self,
         kind: FrameKind,

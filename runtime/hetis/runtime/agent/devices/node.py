@@ -19,12 +19,14 @@ from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.v1 import inventory_pb2, report_pb2
 
+MAX_DEVICES = 64  # per node, as the contract says
+MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; readers only look at how far a clock is below this one
+COOL_C = 45.0
+_PART = re.compile(r"(?P<type>[^:,]+):(?P<count>\d+)")
+
 
 class DevicesUnavailableError(HetisError):
     """The requested source of devices cannot be read on this machine."""
-
-
-MAX_DEVICES = 64  # per node, as the contract says
 
 
 def node_inventory(
@@ -59,11 +61,6 @@ def _memory_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):  # the system does not tell
         return 0
-
-
-MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; readers only look at how far a clock is below this one
-COOL_C = 45.0
-_PART = re.compile(r"(?P<type>[^:,]+):(?P<count>\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +98,8 @@ class SimulatedDevices:
         )
 
     def sample(self) -> list[report_pb2.DeviceReport]:
-        return [
-            report_pb2.DeviceReport(index=index, clock_hz=MAX_CLOCK_HZ, temperature_c=COOL_C)
-            for index in range(len(self.types))
-        ]
+        reports, size = report_pb2.DeviceReport, len(self.types)
+        return [reports(index=index, clock_hz=MAX_CLOCK_HZ, temperature_c=COOL_C) for index in range(size)]
 
     def close(self) -> None:
         pass

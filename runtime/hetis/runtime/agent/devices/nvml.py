@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -65,9 +66,7 @@ class NvmlDevices:
     """
 
     def __init__(self, library: ModuleType, found: list[_Found], *, host_name: str) -> None:
-        self._nvml = library
-        self._found = found
-        self._host_name = host_name
+        self._nvml, self._found, self._host_name = library, found, host_name
         self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when last readable
         self._xids: dict[str, int] = {}  # by PCI address; the first harmful one
         self._events = self._register_events()
@@ -143,11 +142,11 @@ class NvmlDevices:
 
     def _linked(self, index: int) -> list[int]:
         """Return the devices that NVLink reaches, directly or through a switch. Slices have none."""
-        nvml, handle = self._nvml, self._found[index].handle
 
         def reaches(other: Any) -> bool:
-            status = self._ask("nvmlDeviceGetP2PStatus", handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK, otherwise=None)
-            return bool(status == nvml.NVML_P2P_STATUS_OK)
+            ends = self._found[index].handle, other
+            status = self._ask("nvmlDeviceGetP2PStatus", *ends, self._nvml.NVML_P2P_CAPS_INDEX_NVLINK, otherwise=None)
+            return bool(status == self._nvml.NVML_P2P_STATUS_OK)
 
         devices = [(other, found) for other, found in enumerate(self._found) if other != index and not found.is_slice]
         return [other for other, found in devices if reaches(found.handle)]
@@ -280,10 +279,8 @@ def _slices(nvml: ModuleType, whole: Any) -> list[Any] | None:
         return None
     slices = []
     for index in range(most):
-        try:
+        with suppress(nvml.NVMLError):  # no slice in this place
             slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, index))
-        except nvml.NVMLError:  # no slice in this place
-            continue
     return slices
 
 
@@ -304,9 +301,7 @@ def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
         except UnknownNameError as error:  # a single candidate is a guess, not a match
             found = [find_gpu(one) for one in error.candidates] if len(error.candidates) > 1 else []
         shares = [(entry, memory_bytes / entry.gpu.memory_bytes) for entry in found]
-        fitting = [
-            entry for entry, share in shares if not memory_bytes or LEAST_MEMORY_SHARE <= share <= MOST_MEMORY_SHARE
-        ]
+        fitting = [one for one, share in shares if not share or LEAST_MEMORY_SHARE <= share <= MOST_MEMORY_SHARE]
         # `NVIDIA H200` is the SXM board: for the others the driver's name includes PCIe or NVL.
         of_the_name = fitting if len(fitting) == 1 else [entry for entry in fitting if "-SXM" in entry.gpu.name]
         if len(of_the_name) == 1:

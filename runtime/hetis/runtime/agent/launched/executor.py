@@ -108,15 +108,15 @@ class LaunchExecutor:
     def __init__(
         self, settings: EngineSettings, *, node: str, folder: Path, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._settings, self._node, self._clock = settings, node, clock
-        self._folder = folder
-        self._engine_id = str(uuid.uuid4())
-        self._newest_epoch = 0
+        self._settings, self._node, self._folder, self._clock = settings, node, folder, clock
+        self._engine_id, self._newest_epoch = str(uuid.uuid4()), 0
         self._replicas: dict[str, LaunchedReplica] = {}
         self._leaving: list[LaunchedReplica] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._cleared = asyncio.ensure_future(asyncio.to_thread(self._end_leftovers))
+        patience_s = SERVER_STOPS_S + settings.drain_timeout
+        ending = asyncio.to_thread(end_leftovers, folder / "sessions", patience_s=patience_s)
+        self._cleared = asyncio.ensure_future(ending)
         self._cleared.add_done_callback(self._begin)
         self._is_closing = False
 
@@ -185,12 +185,7 @@ class LaunchExecutor:
             for one in self._leaving:
                 one.join(_KILL_S)
 
-    # --- inside
-
-    def _end_leftovers(self) -> None:
-        end_leftovers(self._folder / "sessions", patience_s=SERVER_STOPS_S + self._settings.drain_timeout)
-
-    def _begin(self, cleared: asyncio.Future[None]) -> None:
+    def _begin(self, cleared: asyncio.Future[list[int]]) -> None:
         if not cleared.cancelled() and (error := cleared.exception()) is not None:
             _log.error("what an agent before has left could not be ended", exc_info=error)
         self._start_waiting()
@@ -238,13 +233,7 @@ class LaunchExecutor:
 
 
 class LaunchedReplica:
-    """A replica on this node: its processes, their latest news, and the assignment.
-
-    Attributes:
-        part: what runs here.
-        generation: of the assignment.
-        news: what the front's metrics say.
-    """
+    """A replica on this node: its processes, the latest ``news`` of its front's metrics, and the assignment."""
 
     def __init__(
         self,
@@ -260,23 +249,26 @@ class LaunchedReplica:
         self.name, self.part, self.generation, self.news = name, part, 0, EngineNews()
         self._settings, self._node, self._clock, self._changed = settings, node, clock, changed
         loop, self._heard = asyncio.get_running_loop(), asyncio.Event()
+
+        def told() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._heard.set)
+
         self._processes = NodeProcesses(
             name.rpartition("/")[2],
             part,
             sessions=sessions,
             ready_s=settings.ready_timeout,
             silence_s=settings.silence_timeout,
-            told=lambda: _call_soon(loop, self._heard.set),
+            told=told,
             clock=clock,
         )
         key = settings.environment.get(_KEY_VARIABLE, os.environ.get(_KEY_VARIABLE, ""))
         self._front = Front(part.endpoint, api_key=key) if part.endpoint else None
         self._goal = AssignmentGoal.ASSIGNMENT_GOAL_UNSPECIFIED
-        self._is_primary = False
         self._drains_since_s = 0.0
         self._ready_life = 0  # of the front, in which it served
-        self._has_served = False
-        self.has_begun = False
+        self._is_primary = self._has_served = self.has_begun = False
 
     def assign(self, assignment: Assignment, generation: int, now_s: float) -> None:
         """Take a new assignment for the same processes."""
@@ -371,8 +363,3 @@ class LaunchedReplica:
             self._ready_life, self._has_served, self.news = life, True, EngineNews()
         self._processes.answered(life)
         self.news = await asyncio.to_thread(front.news, self.news, self._clock())
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(call)

@@ -181,14 +181,8 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
         planned = json.loads(assignment.model.content)
         replica = replica_of(assignment.shape)
         model, checkpoint = _model_of(planned, replica, settings)
-        layout = layout_of_replica(
-            replica,
-            model,
-            planned=planned,
-            engine=settings.served_by,
-            dtype=settings.dtype,
-            kv_tokens=settings.kv_tokens,
-        )
+        how: dict[str, Any] = {"engine": settings.served_by, "dtype": settings.dtype, "kv_tokens": settings.kv_tokens}
+        layout = layout_of_replica(replica, model, planned=planned, **how)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
     except (LayoutError, DocumentError, ValueError) as error:
@@ -207,11 +201,8 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     front = layout.servers[0].node
     endpoint = joined(addresses.host(front), settings.port + first)
     commands = commands_of(layout, _serving(layout, settings, model.name, checkpoint, endpoint), addresses)
-    here = tuple(
-        replace(one, environment={**settings.environment, **one.environment})
-        for one in commands
-        if one.process.node == node
-    )
+    ours, own_variables = [one for one in commands if one.process.node == node], settings.environment
+    here = tuple(replace(one, environment={**own_variables, **one.environment}) for one in ours)
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
     return NodePart(
         commands=here,

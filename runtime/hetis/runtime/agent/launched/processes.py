@@ -136,12 +136,12 @@ class NodeProcesses:
                 wait=self._stop.wait,
                 until_told=True,
             )
-        except (OptionError, OSError) as error:
-            self._note_failure(str(error))
-            self._outcome = FAILED
         except Exception as error:
-            _log.exception("%s: the thread that runs it broke", self.name)
-            self._note_failure(f"{type(error).__name__}: {error}")
+            if isinstance(error, OptionError | OSError):
+                self._note_failure(str(error))
+            else:
+                _log.exception("%s: the thread that runs it broke", self.name)
+                self._note_failure(f"{type(error).__name__}: {error}")
             self._outcome = FAILED
         if self.has_failed:
             _log.error("%s is given up", self.name)
@@ -149,7 +149,10 @@ class NodeProcesses:
 
     def _start(self, command: Command) -> Running:
         log = self._part.folder / f"{command.process.name.replace('/', '-')}.log"
-        _keep_old(log)
+        for number in range(OLD_LOGS, 0, -1):  # rename the logs of earlier starts and drop the oldest
+            newer = log.with_name(f"{log.name}.{number - 1}") if number > 1 else log
+            with suppress(FileNotFoundError):
+                newer.replace(log.with_name(f"{log.name}.{number}"))
         try:
             started = start(command, log)
         except OSError as error:
@@ -234,24 +237,12 @@ def tail(log: Path) -> str:
     return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
 
-def _keep_old(log: Path) -> None:
-    """Rename the logs of earlier starts and drop the oldest."""
-    names = [log, *(log.with_name(f"{log.name}.{number}") for number in range(1, OLD_LOGS + 1))]
-    for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
-        with suppress(FileNotFoundError):
-            newer.replace(older)
-
-
 # --- what an agent that was killed has left behind
 
 
 def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
-    """End the processes that an earlier agent started. Blocks.
-
+    """End the processes that an earlier agent started, and return the leaders of the sessions still there. Blocks.
     The kernel has told them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
-
-    Returns:
-        leaders of the sessions that were still there.
     """
     noted = {int(file.name): file for file in sessions.glob("*") if file.name.isdecimal()}
     left = {leader: file for leader, file in noted.items() if _members(leader, file)}

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from http.client import HTTPMessage
-from typing import IO
+from typing import IO, Any
 
 from hetis.formats.endpoints import metrics_body, reason_of
 from hetis.runtime.agent.pressure.readings import SGLANG, VLLM, EngineReading, UnreadableMetricsError, read_metrics
-from hetis.v1 import failure_pb2, report_pb2
+from hetis.runtime.moves.refusals import unreachable
+from hetis.v1 import report_pb2
 
 _MOST = 2**32 - 1  # of a uint32 field: an engine that reports more is broken, and must not break the report
 MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
@@ -43,10 +44,8 @@ def replica_report(
 
 def unreachable_report(replica: str, message: str) -> report_pb2.ReplicaReport:
     """Return the report of a replica whose engine does not answer, or whose answer is not metrics."""
-    failure = failure_pb2.Failure(reason=failure_pb2.ERROR_REASON_ENGINE_UNREACHABLE, message=message)
-    return report_pb2.ReplicaReport(
-        replica=replica, assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED, is_primary=True, failure=failure
-    )
+    state, failure = report_pb2.ASSIGNMENT_STATE_UNMANAGED, unreachable(message)
+    return report_pb2.ReplicaReport(replica=replica, assignment_state=state, is_primary=True, failure=failure)
 
 
 def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) -> list[report_pb2.DeviceReport]:
@@ -58,15 +57,9 @@ def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) ->
         readings: one for every model that is served on these devices.
         devices: indices on the node.
     """
-    totals = used = evictable = 0
-    for reading in readings:
-        totals += _count(reading.total_blocks)
-        used += _count(reading.used_blocks)
-        evictable += _count(reading.evictable_blocks)
-    return [
-        report_pb2.DeviceReport(index=index, total_blocks=totals, used_blocks=used, evictable_blocks=evictable)
-        for index in devices
-    ]
+    names, all_readings = ("total_blocks", "used_blocks", "evictable_blocks"), list(readings)
+    sums: dict[str, Any] = {name: sum(_count(getattr(one, name)) for one in all_readings) for name in names}
+    return [report_pb2.DeviceReport(index=index, **sums) for index in devices]
 
 
 def _count(value: int | None, most: int = 2**64 - 1) -> int:

@@ -36,9 +36,7 @@ class Total:
     count: float
 
     def mean_since(self, earlier: Total | None) -> float:
-        """Return the mean of the samples since ``earlier``, or 0 if there are none. A restarted engine begins at 0
-        again.
-        """
+        """Return the mean of the samples since ``earlier``, or 0 without any. A restarted engine begins at 0 again."""
         if earlier is None or self.count < earlier.count or self.sum < earlier.sum:
             earlier = Total(sum=0.0, count=0.0)
         count = self.count - earlier.count
@@ -85,13 +83,9 @@ def read_metrics(text: str) -> list[EngineReading]:
     ours, theirs = ([one for one in samples if one.name.startswith(prefix)] for prefix in (VLLM, SGLANG))
     # In some versions vLLM's configuration has no model name, and there is only one model.
     nameless = _Samples(one for one in ours if not one.model)
-    readings = [
-        _read_vllm(model, _Samples(one for one in ours if one.model == model), nameless) for model in _models(ours)
-    ]
-    return readings + [
-        _read_sglang(model, _Samples((one for one in theirs if one.model == model), same=_SAME_REQUESTS))
-        for model in _models(theirs)
-    ]
+    readings = [_read_vllm(model, _Samples(_of(model, ours)), nameless) for model in _models(ours)]
+    same = _SAME_REQUESTS
+    return readings + [_read_sglang(model, _Samples(_of(model, theirs), same=same)) for model in _models(theirs)]
 
 
 def _read_vllm(model: str, samples: _Samples, nameless: _Samples) -> EngineReading:
@@ -125,11 +119,8 @@ def _read_vllm(model: str, samples: _Samples, nameless: _Samples) -> EngineReadi
 def _read_sglang(model: str, samples: _Samples) -> EngineReading:
     total, evictable = samples.count("sglang:max_total_num_tokens"), samples.count("sglang:kv_evictable_tokens")
     # The fullest pool of the fullest rank: if one is full, requests wait.
-    pools = [
-        sample.value
-        for name in ("sglang:token_usage", "sglang:full_token_usage", "sglang:swa_token_usage")
-        for sample in samples.of(name)
-    ]
+    names = ("sglang:token_usage", "sglang:full_token_usage", "sglang:swa_token_usage")
+    pools = [sample.value for name in names for sample in samples.of(name)]
     ratio = _share(max(pools)) if pools else None
     available = samples.count("sglang:kv_available_tokens")
     used = samples.count("sglang:kv_used_tokens", "sglang:num_used_tokens")
@@ -202,6 +193,10 @@ class _Samples:
 
 def _models(samples: list[_Sample]) -> list[str]:
     return sorted({sample.model for sample in samples} - {""})
+
+
+def _of(model: str, samples: list[_Sample]) -> Iterator[_Sample]:
+    return (sample for sample in samples if sample.model == model)
 
 
 def _share(value: float) -> float:
