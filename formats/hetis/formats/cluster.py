@@ -163,9 +163,7 @@ class ClusterDocument(Document):
 
 
 def parse_cluster(data: Any, source: Text) -> Cluster:
-    """Return the cluster in a document's plain data. GPU aliases become catalogue names. Raises DocumentError with
-    every problem of the document.
-    """
+    """Return the cluster in plain data, GPU aliases as catalogue names. Raises DocumentError with every problem."""
     context = {"gpu_types": mapping(mapping(data).get("gpu_types"))}
     return validated(ClusterDocument, data, source, to_value=_to_cluster, check=_check, context=context)
 
@@ -204,7 +202,11 @@ def _catalogue_gpus() -> dict[str, GpuType]:
 
 
 def _to_cluster(document: ClusterDocument) -> Cluster:
-    inline = {name: _gpu_type(name, part) for name, part in document.gpu_types.items()}
+    fields = {ours: theirs for ours, theirs, _ in _GPU_FIELDS}
+    inline = {
+        name: GpuType(name=name, **{theirs: getattr(part, ours) for ours, theirs in fields.items()})
+        for name, part in document.gpu_types.items()
+    }
     used = dict.fromkeys(gpus.type for node in document.nodes for gpus in node.gpus)
     known = _catalogue_gpus()
     cluster = Cluster(
@@ -231,24 +233,18 @@ _GPU_FIELDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 )
 
 
-def _gpu_type(name: str, part: GpuTypePart) -> GpuType:
-    return GpuType(name=name, **{theirs: getattr(part, ours) for ours, theirs, _ in _GPU_FIELDS})
-
-
 def _gpu_type_data(gpu: GpuType) -> dict[str, Any]:
     given = ((ours, getattr(gpu, theirs), text) for ours, theirs, text in _GPU_FIELDS)
     return {name: text(value) for name, value, text in given if value is not None}
 
 
 def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
-    num_gpus = sum(gpus.count for gpus in node.gpus)
-    share = None if node.usd_per_hour is None else node.usd_per_hour / num_gpus
+    share = None if node.usd_per_hour is None else node.usd_per_hour / sum(gpus.count for gpus in node.gpus)
+    prices = [g.usd_per_hour if share is None else share for g in node.gpus]
+    slots = zip(node.gpus, prices, strict=True)
     return NodeGroup(
         name=node.name,
-        gpus=tuple(
-            GpuSlots(gpu=g.type, count=g.count, usd_per_hour=share if share is not None else g.usd_per_hour)
-            for g in node.gpus
-        ),
+        gpus=tuple(GpuSlots(gpu=g.type, count=g.count, usd_per_hour=price) for g, price in slots),
         count=node.count or 1,
         numbered=node.count is not None,
         zone=node.zone,
@@ -299,10 +295,7 @@ def _node_data(group: NodeGroup) -> dict[str, Any]:
             "name": group.name,
             "count": group.count if group.numbered else None,
             "zone": group.zone if group.zone != "default" else None,
-            "gpus": [
-                present({"type": slots.gpu, "count": slots.count, "usd_per_hour": slots.usd_per_hour})
-                for slots in group.gpus
-            ],
+            "gpus": [present({"type": s.gpu, "count": s.count, "usd_per_hour": s.usd_per_hour}) for s in group.gpus],
             "indices": list(group.indices) if len(group.indices) == sum(s.count for s in group.gpus) else None,
             "nic": group.nic and _link_data(group.nic),
             "link": group.intra_link and _link_data(group.intra_link),
@@ -359,13 +352,10 @@ class _NodeNames:
     def group_of(self, name: str) -> str | None:
         """Return the numbered group that ``name`` is a node of, or None."""
         match = re.fullmatch(r"(.+)-(0|[1-9][0-9]{0,7})", name)
-        if match and int(match[2]) < self.counts.get(match[1], 0):
-            return match[1]
-        return None
+        return match[1] if match and int(match[2]) < self.counts.get(match[1], 0) else None
 
     def suggestions(self) -> list[str]:
-        some = [f"{name}-{i}" for name, count in self.counts.items() for i in range(min(count, 20))]
-        return [*self.single, *some]
+        return [*self.single, *(f"{name}-{i}" for name, count in self.counts.items() for i in range(min(count, 20)))]
 
 
 def _check_names(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
@@ -402,8 +392,8 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
                     yield ("nodes", i, "gpus", j, "type"), f"{kind!r} is listed twice in one node, add up the counts"
                 seen.add(name)
             if isinstance(slots, dict) and "usd_per_hour" in slots and "usd_per_hour" in node:
-                message = "the node has a price already: give it per node or per GPU, not both"
-                yield ("nodes", i, "gpus", j, "usd_per_hour"), message
+                twice = "the node has a price already: give it per node or per GPU, not both"
+                yield ("nodes", i, "gpus", j, "usd_per_hour"), twice
     if total > MAX_GPUS:
         yield ("nodes",), f"has {total} GPUs, at most {MAX_GPUS} are supported"
 
@@ -465,10 +455,10 @@ def _check_matrix(rows: list[Any], names: list[Any], path: tuple[str, ...], *, d
         yield path, f"has {len(rows)} rows, needs one for each of the {len(names)} names"
         return
     for i, row in enumerate(rows):
-        if isinstance(row, list) and len(row) != len(names):
-            yield (*path, i), f"has {len(row)} entries, needs one for each of the {len(names)} names"
-            return
         if not isinstance(row, list):
+            return
+        if len(row) != len(names):
+            yield (*path, i), f"has {len(row)} entries, needs one for each of the {len(names)} names"
             return
     for i, row in enumerate(rows):
         if not diagonal and row[i] is not None and row[i] != 0:
@@ -476,5 +466,4 @@ def _check_matrix(rows: list[Any], names: list[Any], path: tuple[str, ...], *, d
         for j in range(i):
             if row[j] != rows[j][i]:
                 back = f"{shown(rows[j][i])} the other way ({names[j]} to {names[i]})"
-                message = f"is {shown(row[j])}, but {back}; must be equal"
-                yield (*path, i, j), message
+                yield (*path, i, j), f"is {shown(row[j])}, but {back}; must be equal"

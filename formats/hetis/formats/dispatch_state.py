@@ -168,7 +168,8 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
         return value_of(
             SavedDevice,
             part,
-            attention=None if pieces is None else tuple(map(_to_piece, pieces)),
+            attention=pieces
+            and tuple(AttentionPiece(head_s=p.head, kv_byte_s=p.kv_read, call_s=p.call) for p in pieces),
             link_byte_s=part.link.bandwidth if part.link else 0.0,
             link_s=part.link.latency if part.link else 0.0,
             move_byte_s=part.move_bandwidth,
@@ -186,15 +187,8 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
         inline=inline,
         devices=tuple(map(device, document.devices)),
         requests=tuple(map(request, document.requests)),
-        moves=tuple(
-            value_of(PreparedMove, part, source=index[part.source], target=index[part.target])
-            for part in document.moves
-        ),
+        moves=tuple(value_of(PreparedMove, m, source=index[m.source], target=index[m.target]) for m in document.moves),
     )
-
-
-def _to_piece(part: AttentionPart) -> AttentionPiece:
-    return AttentionPiece(head_s=part.head, kv_byte_s=part.kv_read, call_s=part.call)
 
 
 def _state_data(state: SavedState) -> dict[str, Any]:
@@ -288,9 +282,7 @@ class _Stage:
         """Return the number of head groups that a device takes together."""
         device = self.devices[name][1]
         tp, groups = count_of(device.get("tp")) or 1, self.heads.head_groups if self.heads else 1
-        if device.get("role") != "primary" or (groups % tp and tp % groups):
-            return 1
-        return min(tp, groups)
+        return min(tp, groups) if device.get("role") == "primary" and not (groups % tp and tp % groups) else 1
 
 
 def _check_heads(data: Mapping[str, Any]) -> Found:
@@ -355,7 +347,7 @@ def _check_groups(j: int, request: dict[str, Any], stage: _Stage) -> Found:
         if held and stage.devices[name][1].get("status") == "lost":
             yield (*path, name), f"is {held}, but {name} is lost and holds nothing"
     counts = [count_of(count) for count in groups.values()]
-    total = sum(count for count in counts if count is not None)
+    total = sum(count or 0 for count in counts)
     if stage.heads and None not in counts and total != stage.heads.head_groups:
         yield path, f"sum to {total}, must be {stage.heads.head_groups}: each head group has one device"
 
@@ -487,23 +479,17 @@ class DispatchRequestsDocument(Document):
     requests: list[NewRequestPart]
 
 
-def _check_requests(data: Mapping[str, Any]) -> Found:
-    return duplicates("requests", entries(data.get("requests")), "id", "request")
-
-
 DISPATCH_REQUESTS = kind_of(
     DispatchRequestsDocument,
     NewRequests,
     to_value=lambda document: value_of(NewRequests, document),
     to_data=plain,
-    check=_check_requests,
+    check=lambda data: duplicates("requests", entries(data.get("requests")), "id", "request"),
 )
 
 
 def load_requests(path: str | os.PathLike[str]) -> NewRequests:
-    """Return the requests in a YAML or JSON file (``-``: standard input), a DispatchRequests document or only its list.
-    Raises DocumentError with every problem of the file.
-    """
+    """Return the requests in a document or its bare list (``-``: stdin). Raises DocumentError with every problem."""
     data, source = read_data(path)
     if isinstance(data, list):
         data, source = {"apiVersion": API_VERSION, "kind": "DispatchRequests", "requests": data}, _BareList(source)
@@ -519,11 +505,11 @@ def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> Ne
     for word in words:
         match = re.fullmatch(r"(\d{1,10})/(\d{1,10})", word)
         context, output = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not 1 <= context <= MAX_TOKENS or output > MAX_TOKENS:
+        if 1 <= context <= MAX_TOKENS >= output:
+            found.append(NewRequest(id=next(names), context_tokens=context, output_tokens=output))
+        else:
             message = f"{word[:80]!r} is not a pair of context and expected output tokens such as 8000/300"
             problems.append(Problem(file="request", message=message))
-            continue
-        found.append(NewRequest(id=next(names), context_tokens=context, output_tokens=output))
     if problems:
         raise DocumentError(problems)
     return NewRequests(requests=tuple(found))

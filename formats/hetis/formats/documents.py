@@ -71,11 +71,8 @@ KINDS = tuple(_KINDS)
 
 
 def load(path: str | os.PathLike[str]) -> Value:
-    """Return the value of a document of any kind (``-``: standard input). The document states its kind. Raises
-    DocumentError with every problem of the file.
-    """
-    data, source = read_data(path)
-    return _parse(data, source)
+    """Return the value of a document of any kind (``-``: standard input). Raises DocumentError with every problem."""
+    return _parse(*read_data(path))
 
 
 def from_data(data: Any, *, name: str = "document") -> Value:
@@ -131,19 +128,15 @@ def digest(value: Value) -> str:
 
 @functools.cache
 def json_schema(kind: str) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a kind of document. Raises DocumentError if the kind is unknown; it
-    suggests the nearest one.
-    """
+    """Return the JSON Schema (draft 2020-12) of a kind. Raises DocumentError, with the nearest, if it is unknown."""
     if kind not in _KINDS:
         message = f"unknown kind {shown(kind)}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
         raise single_problem("schema", message)
-    schema = _KINDS[kind].document.model_json_schema(by_alias=True)
-    return {
+    head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"https://hetis.dev/schema/v1/{kind}.json",
-        **schema,
-        "title": kind,
     }
+    return {**head, **_KINDS[kind].document.model_json_schema(by_alias=True), "title": kind}
 
 
 def _parse(data: Any, source: Text) -> Value:

@@ -33,25 +33,18 @@ PRECISIONS = {
 LONGEST_CHOICE = 4096  # characters of a choice of precisions
 KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 
-_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"} | {
-    "float8": "fp8",
-    "awq": "int4",
-    "gptq": "int4",
-    "fp4": "mxfp4",
-}
+_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_ALIASES |= {"float8": "fp8", "awq": "int4", "gptq": "int4", "fp4": "mxfp4"}
 
 
 def split_dtype(dtype: str) -> tuple[str, str]:
-    """Return the formats of activations and weights: (``bfloat16``, ``fp8``) for ``bfloat16+fp8``, otherwise twice the
-    same. Raises ValueError if the format is unknown.
-    """
+    """Return the formats of activations and weights, split at ``+`` or twice the same. Raises ValueError if unknown."""
     base, _, quantised = dtype.lower().replace("torch.", "").partition("+")
     formats = [_ALIASES.get(part, part) for part in (base, quantised or base)]
     for part in formats:
         if part not in BYTES_PER_PARAMETER:
-            raise ValueError(
-                f"unknown dtype {dtype!r}, expected one of {', '.join(BYTES_PER_PARAMETER)} or base+quantised"
-            )
+            known = f"one of {', '.join(BYTES_PER_PARAMETER)} or base+quantised"
+            raise ValueError(f"unknown dtype {dtype!r}, expected {known}")
     return formats[0], formats[1]
 
 
@@ -167,9 +160,8 @@ def weights_of(model: ModelSpec) -> str:
 
 def kv_of(model: ModelSpec) -> str:
     """Return the precision of the KV cache, for people."""
-    return next(
-        (n for n, size in KV_PRECISIONS.items() if size == model.kv_bytes), f"{model.kv_bytes:g} bytes a number"
-    )
+    names = {size: name for name, size in KV_PRECISIONS.items()}
+    return names.get(model.kv_bytes, f"{model.kv_bytes:g} bytes a number")
 
 
 def precision_of(model: ModelSpec) -> str:

@@ -28,9 +28,7 @@ class Endpoint:
 
 
 def split_endpoints(text: str) -> tuple[str, ...]:
-    """Return the addresses of a comma-separated list. Raises ValueError if the list is empty, or an address is neither
-    ``host:port`` nor ``unix:/path``.
-    """
+    """Return the addresses of a list with commas: ``host:port`` or ``unix:/path``. Raises ValueError if it is none."""
     addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for address in addresses or ("",):
         if not address.startswith("unix:"):
@@ -39,9 +37,7 @@ def split_endpoints(text: str) -> tuple[str, ...]:
 
 
 def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
-    """Return the host, without the brackets of IPv6, and the port. Raises ValueError if the text is not ``host:port``,
-    or the port is below ``least_port`` or above 65535.
-    """
+    """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is no ``host:port``."""
     host, _, port = address.rpartition(":")
     if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
         raise ValueError(f"{address!r} is no address, expected HOST:PORT")
@@ -98,10 +94,7 @@ def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -
     for address in addresses:
         host, port = host_of(address), address.rpartition(":")[2]
         ips = () if is_loopback(address) or is_ip(host) else records(host, int(port))
-        if len(ips) > 1:
-            found += [Endpoint(joined(ip, int(port)), host) for ip in ips]
-        else:
-            found.append(Endpoint(address))
+        found += [Endpoint(joined(ip, int(port)), host) for ip in ips] if len(ips) > 1 else [Endpoint(address)]
     return tuple(dict.fromkeys(found))
 
 
@@ -120,9 +113,7 @@ class LeaderSearch:
         may_go: Callable[[str], bool],
         resolve: Callable[[Sequence[str]], tuple[Endpoint, ...]] = resolve_endpoints,
     ) -> None:
-        self._addresses = tuple(addresses)
-        self._may_go = may_go
-        self._resolve = resolve
+        self._addresses, self._may_go, self._resolve = tuple(addresses), may_go, resolve
         self._lock = threading.Lock()
         self._given = resolve(self._addresses)
         self._present = self._given[0]
@@ -169,8 +160,7 @@ class LeaderSearch:
                 return True
             if self._present != endpoint:
                 return self._present not in tried  # another call has found out more
-            others = [other for other in self._given if other not in tried]
-            if others:
+            if others := [other for other in self._given if other not in tried]:
                 self._present = others[0]
                 return True
             following = self._given.index(endpoint) + 1 if endpoint in self._given else 0

@@ -61,8 +61,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def all_nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known names most similar to ``name``, ignoring case: up to three if they share the most similar
-    beginning.
+    """Return the known names most similar to ``name``, ignoring case: several if they share the nearest beginning.
 
     Names that are similar as a whole come first, then those with a similar beginning: ``H10O`` is near H100-SXM-80GB.
     """
@@ -99,11 +98,8 @@ def shown(value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if value is None or isinstance(value, bool):
-        text = {None: "null", True: "true", False: "false"}[value]
-    elif isinstance(value, dict):
-        return "a mapping"
-    elif isinstance(value, list):
-        return "a list"
-    else:
-        text = repr(value)
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

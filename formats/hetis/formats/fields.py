@@ -309,9 +309,7 @@ class Kind(Generic[ValueT]):
         return kind_of_document(self.document)
 
     def load(self, path: str | os.PathLike[str]) -> ValueT:
-        """Return the value of a YAML or JSON file (``-``: standard input). Raises DocumentError with every problem of
-        the file.
-        """
+        """Return the value of a YAML or JSON file (``-``: stdin). Raises DocumentError with every problem."""
         return self.parse(*read_data(path))
 
 
@@ -344,9 +342,7 @@ def kind_of_document(document: type[BaseModel]) -> str:
 
 
 def read_data(path: str | os.PathLike[str]) -> tuple[Any, Text]:
-    """Return the plain data of a YAML or JSON file (``-``: standard input). Raises DocumentError if the file is not
-    readable or not YAML.
-    """
+    """Return the plain data of a YAML or JSON file (``-``: standard input). Raises DocumentError if it is neither."""
     return parse_text(read_text(path), file_label(path))
 
 
@@ -366,9 +362,7 @@ def validated(
     check: Check | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> ValueT:
-    """Return the value of ``data``, which must be a document of the given class. Raises DocumentError with every
-    problem of the document, up to 100.
-    """
+    """Return the value of ``data``, a document of that class. Raises DocumentError with its problems, up to 100."""
     refuse_other_than_mapping(data, source)
     kind = kind_of_document(document)
     if "kind" in data and data["kind"] != kind:

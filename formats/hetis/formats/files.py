@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise single_problem(
-            label, f"is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start})"
-        ) from None
+        where = f"byte {raw[error.start]:#04x} at offset {error.start}"
+        raise single_problem(label, f"is not UTF-8 text ({where})") from None
     if "\0" in text:
         raise single_problem(label, f"is not text: it holds a zero byte at offset {text.index(chr(0))}")
     return text
@@ -52,14 +51,18 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
     """Return the error for a file that the system does not let us read."""
-    if isinstance(error, FileNotFoundError):
-        return single_problem(label, "no such file")
-    if isinstance(error, IsADirectoryError):
-        return single_problem(label, "is a folder, expected a file")
-    if isinstance(error, PermissionError):
-        return single_problem(label, "may not be read (permission denied)")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return single_problem(label, f"cannot be read: {reason}")
+    match error:
+        case FileNotFoundError():
+            return single_problem(label, "no such file")
+        case IsADirectoryError():
+            return single_problem(label, "is a folder, expected a file")
+        case PermissionError():
+            return single_problem(label, "may not be read (permission denied)")
+    return single_problem(label, f"cannot be read: {_reason(error)}")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 @contextmanager
@@ -104,8 +107,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     except FileNotFoundError:
         raise single_problem(os.fspath(path), f"cannot be written: no folder {target.parent}") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise single_problem(os.fspath(path), f"cannot be written: {reason}") from None
+        raise single_problem(os.fspath(path), f"cannot be written: {_reason(error)}") from None
     finally:
         if temporary is not None:  # also on Ctrl-C
             Path(temporary).unlink(missing_ok=True)
@@ -119,16 +121,12 @@ def _umask() -> int:
 
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself durable, if the file system supports that."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def canonical_json(data: Any) -> bytes:

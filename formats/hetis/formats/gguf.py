@@ -77,8 +77,7 @@ def load_gguf(path: str | os.PathLike[str]) -> ModelSpec:
     label = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            head = _Head(label, file)
-            metadata, tensors = head.read()
+            metadata, tensors = _Head(label, file).read()
     except OSError as error:
         raise unreadable(label, error) from None
     return _model(label, metadata, tensors)
@@ -103,8 +102,7 @@ class _Head:
         for _ in range(num_entries):
             key = self._text(MAX_KEY)
             metadata[key] = self._value(self._number("I"), key)
-        tensors = dict(self._tensor() for _ in range(num_tensors))
-        return metadata, tensors
+        return metadata, dict(self._tensor() for _ in range(num_tensors))
 
     def _tensor(self) -> tuple[str, tuple[int, int]]:
         name = self._text(MAX_KEY)
@@ -172,14 +170,10 @@ def _model(label: str, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
     if family is None:
         known = ", ".join(_FAMILIES)
         raise single_problem(label, f"architecture {shown(architecture)} is not supported in GGUF; supported: {known}")
-    data = {
-        field: value for field, name in _FIELDS.items() if (value := metadata.get(f"{architecture}.{name}")) is not None
-    }
-    per_layer = [
-        name for name in dict.fromkeys(_FIELDS.values()) if isinstance(metadata.get(f"{architecture}.{name}"), _Length)
-    ]
-    if per_layer:
-        names = ", ".join(f"{architecture}.{name}" for name in per_layer)
+    found = {field: metadata.get(f"{architecture}.{name}") for field, name in _FIELDS.items()}
+    data = {field: value for field, value in found.items() if value is not None}
+    per_layer = [f"{architecture}.{_FIELDS[field]}" for field, value in data.items() if isinstance(value, _Length)]
+    if names := ", ".join(dict.fromkeys(per_layer)):
         raise single_problem(label, f"{names} differ from layer to layer, which no plan here does")
     if data.get("num_local_experts") and architecture == "llama":
         family = "MixtralForCausalLM"

@@ -332,8 +332,7 @@ def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
     keys = config.whole("linear_num_key_heads", 16) * (key_dim := config.whole("linear_key_head_dim", 128))
     heads, value_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_value_head_dim", 128)
     values, kernel, hidden = heads * value_dim, config.whole("linear_conv_kernel_dim", 4), config.whole("hidden_size")
-    channels = 2 * keys + values
-    within_chunk = 2 * 64 * (3 * key_dim + 2 * value_dim)
+    channels, within_chunk = 2 * keys + values, 2 * 64 * (3 * key_dim + 2 * value_dim)
     return LinearShape(
         layers=layers,
         params=hidden * (channels + values + 2 * heads) + channels * kernel + values * hidden,
@@ -383,12 +382,8 @@ def _gemma2(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **common, sliding_window=window, sliding_layers=layers, float16=False)
 
 
-_GEMMA3 = {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 262_208,
-    "max_position_embeddings": 131_072,
-}
+_GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
+_GEMMA3["max_position_embeddings"] = 131_072
 
 
 def _gemma3(config: Config, name: str) -> ModelSpec | None:
@@ -505,8 +500,7 @@ def _llama4(config: Config, name: str) -> ModelSpec | None:
 def _mistral3(config: Config, name: str) -> ModelSpec | None:
     """Read Mistral 3: Mistral's text model, or DeepSeek's for Mistral Large 3, with a Pixtral tower."""
     text = _deepseek(config, name) if config.data.get("kv_lora_rank") else _mistral(config, name)
-    hidden = config.whole("hidden_size")
-    towers = _vision_params(config, projection=hidden, gated=True)
+    towers = _vision_params(config, projection=config.whole("hidden_size"), gated=True)
     return None if text is None else replace(text, vision_params=towers)
 
 

@@ -73,21 +73,14 @@ class LayersProblemDocument(Document):
 
 def _to_problem(document: LayersProblemDocument) -> LayersProblem:
     links = document.links
-    return value_of(
-        LayersProblem,
-        document,
-        node_types=tuple(
-            value_of(
-                NodeType,
-                part,
-                name=name,
-                prompt=_table(part.layer_ms.prompt) if part.layer_ms else None,
-                decode=_table(part.layer_ms.decode) if part.layer_ms else None,
-            )
-            for name, part in document.node_types.items()
-        ),
-        links=value_of(Links, links, latency_s=links.latency),
-    )
+
+    def node_type(name: str, part: NodeTypePart) -> NodeType:
+        times = part.layer_ms
+        tables = (None, None) if times is None else (_table(times.prompt), _table(times.decode))
+        return value_of(NodeType, part, name=name, prompt=tables[0], decode=tables[1])
+
+    types = tuple(node_type(name, part) for name, part in document.node_types.items())
+    return value_of(LayersProblem, document, node_types=types, links=value_of(Links, links, latency_s=links.latency))
 
 
 def _problem_data(problem: LayersProblem) -> dict[str, Any]:
@@ -110,11 +103,8 @@ def _table(points: list[list[float]]) -> TimeTable:
 
 
 def _node_type_data(kind: NodeType) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "count": kind.count,
-        "tokens_per_s": list(kind.tokens_per_s),
-        "kv_token_layers": list(kind.kv_token_layers),
-    }
+    data: dict[str, Any] = {"count": kind.count, "tokens_per_s": list(kind.tokens_per_s)}
+    data["kv_token_layers"] = list(kind.kv_token_layers)
     if kind.prompt is not None and kind.decode is not None:
         data["layer_ms"] = {"prompt": _points(kind.prompt), "decode": _points(kind.decode)}
     return data
@@ -150,11 +140,8 @@ def _check(data: Mapping[str, Any]) -> Found:
 def _check_table(path: tuple[str | int, ...], points: Any) -> Found:
     if not isinstance(points, list):
         return
-    pairs = [
-        (n, point)
-        for n, point in enumerate(points)
-        if isinstance(point, list) and len(point) == 2 and all(_is_number(value) for value in point)
-    ]
+    two = [(n, point) for n, point in enumerate(points) if isinstance(point, list) and len(point) == 2]
+    pairs = [(n, point) for n, point in two if all(_is_number(value) for value in point)]
     for (_, before), (n, point) in itertools.pairwise(pairs):
         if point[0] <= before[0]:
             yield (*path, n), f"size {shown(point[0])} comes after {shown(before[0])}, sizes must ascend"

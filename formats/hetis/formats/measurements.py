@@ -177,9 +177,7 @@ def load_measurements(path: str | os.PathLike[str]) -> Measurements:
 
 
 def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None:
-    """Write the whole file or nothing. Equal measurements give equal bytes. Raises DocumentError if the folder does not
-    exist or cannot be written.
-    """
+    """Write the whole file or nothing; equal measurements give equal bytes. Raises DocumentError if it cannot."""
     text = json.dumps(measurements_to_data(value), ensure_ascii=False, separators=(",", ":")) + "\n"
     write_atomically(path, gzip.compress(text.encode(), mtime=0) if os.fspath(path).endswith(".gz") else text)
 
@@ -197,13 +195,8 @@ def parse_measurements(data: Any, file: str) -> Measurements:
         gpu=data["gpu"],
         provenance=MeasuredBy(**data["provenance"]),
         tables=tuple(
-            Table(
-                op=MeasuredOp(t["op"]),
-                kernel=t.get("kernel", ""),
-                columns=_arrays(t["columns"]),
-                cold=t.get("cold", False),
-            )
-            for t in data["tables"]
+            Table(**{"kernel": "", **table, "op": MeasuredOp(table["op"]), "columns": _arrays(table["columns"])})
+            for table in data["tables"]
         ),
         notes=tuple(data.get("notes", ())),
     )
@@ -341,20 +334,19 @@ def _raw_table_problems(table: Any) -> Iterator[tuple[str, str]]:
 
 
 def _arrays(columns: Mapping[str, list[Any]]) -> dict[str, Column]:
-    arrays: dict[str, Column] = {}
-    for name, column in columns.items():
-        is_text = bool(column) and isinstance(column[0], str)
-        arrays[name] = np.array(column, dtype=np.str_) if is_text else np.array(column, dtype=np.float64)
-    return arrays
+    texts = {name for name, column in columns.items() if column and isinstance(column[0], str)}
+    numbers: dict[str, Column] = {n: np.array(column, np.float64) for n, column in columns.items() if n not in texts}
+    return {name: np.array(columns[name], np.str_) if name in texts else numbers[name] for name in columns}
 
 
 def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[tuple[str, str]]:
     """Yield (column or column and row, problem), for each column the first wrong row and the number of others."""
     numbers = {**_NUMBERS[op], "seconds": 0.0, "spread": 0.0}
     wanted = (*_TEXT.get(op, ()), *numbers)
-    missing = [name for name in wanted if name not in columns and name not in _OPTIONAL]
-    for name in missing:
-        yield name, f"is missing; a table of {op} has {', '.join(w for w in wanted if w not in _OPTIONAL)}"
+    needed = [name for name in wanted if name not in _OPTIONAL]
+    yield from (
+        (name, f"is missing; a table of {op} has {', '.join(needed)}") for name in needed if name not in columns
+    )
     for name in columns:
         if name not in wanted:
             yield name, f"unknown column{did_you_mean(name, wanted)}"
@@ -375,13 +367,10 @@ def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[t
                 yield from _number_problems(name, np.asarray(column, dtype=np.float64), numbers[name])
         elif name in _CHOICES:
             known = _CHOICES[name]
-            wrong = [row for row, value in enumerate(column, start=1) if str(value) not in known]
-            if wrong:
+            if wrong := [row for row, value in enumerate(column, start=1) if str(value) not in known]:
                 value = str(column[wrong[0] - 1])
-                yield (
-                    f"{name}: row {wrong[0]}",
-                    f"{value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}{_more(len(wrong))}",
-                )
+                hint = f"{', '.join(known)}{did_you_mean(value, known)}{_more(len(wrong))}"
+                yield f"{name}: row {wrong[0]}", f"{value!r} is not one of {hint}"
 
 
 def _number_problems(name: str, column: NDArray[np.float64], least: float) -> Iterator[tuple[str, str]]:
@@ -390,20 +379,13 @@ def _number_problems(name: str, column: NDArray[np.float64], least: float) -> It
         row = int(np.argmin(finite))
         yield f"{name}: row {row + 1}", f"is {shown(float(column[row]))}, must be finite{_more(int((~finite).sum()))}"
         return
-    low = column <= 0 if name == "seconds" else column < least
-    if low.any():
-        row = int(np.argmax(low))
-        limit = "> 0" if name == "seconds" else f">= {least:g}"
-        yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be {limit}{_more(int(low.sum()))}"
+    low, limit = (column <= 0, "> 0") if name == "seconds" else (column < least, f">= {least:g}")
     most = MAX_SECONDS if name == "seconds" else MAX_COUNT if name in _COUNTS else math.inf
-    high = column > most
-    if high.any():
-        row = int(np.argmax(high))
-        yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be <= {most:g}{_more(int(high.sum()))}"
-    broken = column != np.floor(column)
-    if name in _COUNTS and broken.any():
-        row = int(np.argmax(broken))
-        yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be a whole number{_more(int(broken.sum()))}"
+    broken = (column != np.floor(column)) & (name in _COUNTS)
+    for wrong, needed in ((low, limit), (column > most, f"<= {most:g}"), (broken, "a whole number")):
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be {needed}{_more(int(wrong.sum()))}"
 
 
 def _more(count: int) -> str:

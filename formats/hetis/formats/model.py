@@ -156,9 +156,7 @@ _ALWAYS = (
     *("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes"),
     *("gated_mlp", "tie_embeddings", "max_position"),
 )
-_UNLESS_USUAL = (
-    "sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "vision_params", "float16",
-)  # fmt: skip
+_UNLESS_USUAL = ("sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "vision_params", "float16")
 _SHAPES = ("mla", "moe", "linear", "indexer", "draft")
 
 
@@ -195,17 +193,13 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
 
 
 def drafts(text: str) -> DraftShape:
-    """Return the drafts of a text: ``1:0.85`` is one token per iteration, accepted in 85% of all cases. Raises
-    ValueError if the text says something else.
-    """
+    """Return drafts: ``1:0.85`` is one token per iteration, accepted in 85% of all cases. Raises ValueError."""
     number, _, rate = text.partition(":")
     try:
-        draft = DraftPart(tokens=int(number), acceptance=float(rate))
+        return value_of(DraftShape, DraftPart(tokens=int(number), acceptance=float(rate)))
     except ValueError:
-        raise ValueError(
-            f"{text[:80]!r} is not TOKENS:ACCEPTANCE, 1 to 16 tokens and a rate of 0 to 1, such as 1:0.85"
-        ) from None
-    return value_of(DraftShape, draft)
+        form = "TOKENS:ACCEPTANCE, 1 to 16 tokens and a rate of 0 to 1, such as 1:0.85"
+        raise ValueError(f"{text[:80]!r} is not {form}") from None
 
 
 def _model_data(model: ModelSpec) -> dict[str, Any]:
@@ -243,9 +237,8 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
 def _on(model: ModelSpec, part: PrecisionPart) -> ModelSpec:
     """Return the model in the precision of a GPU type."""
     own = model if part.weights is None else dtypes.with_precision(model, weights=part.weights)
-    return replace(
-        own, weight_bytes=part.weight_bytes or own.weight_bytes, kv_bytes=part.kv_bytes or own.kv_bytes
-    )  # fmt: skip
+    weight_bytes, kv_bytes = part.weight_bytes or own.weight_bytes, part.kv_bytes or own.kv_bytes
+    return replace(own, weight_bytes=weight_bytes, kv_bytes=kv_bytes)
 
 
 def _check_model(data: Mapping[str, Any]) -> Found:

@@ -34,9 +34,7 @@ class InlineHeads:
 
 
 def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None, block_tokens: int) -> HeadShape:
-    """Return the heads that a file describes. Raises InvalidProblemError if neither or both descriptions are given, or
-    a number is out of range.
-    """
+    """Return the heads that a file describes. Raises InvalidProblemError if it does not, or does so twice."""
     if (model is None) == (inline is None):
         raise InvalidProblemError("a stage has the heads of a model, or heads of its own")
     if model is not None:

@@ -44,9 +44,7 @@ class TraceForm:
 
 
 def _timestamp(text: str) -> float:
-    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says otherwise. Raises
-    ValueError if the text is not a time in this form.
-    """
+    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says so. Raises ValueError."""
     moment, dot, fraction = text.partition(".")
     digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
     found = datetime.fromisoformat(moment + fraction[len(digits) :])
@@ -187,9 +185,8 @@ def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator
         turns = _turns(item)
         if turns is not None:
             if count is None:
-                raise single_problem(
-                    label, "has texts and no numbers of tokens: hetis-plan convert counts them, see its --help"
-                )
+                why = "has texts and no numbers of tokens: hetis-plan convert counts them, see its --help"
+                raise single_problem(label, why)
             yield from _conversation_rows(index, turns, count)
             continue
         fields = fields_of(item)
@@ -235,10 +232,8 @@ def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 def _turns(item: dict[str, Any]) -> list[Any] | None:
     """Return the turns of a conversation, in the form of ShareGPT or of chat requests, or None if there are none."""
-    for key in ("conversations", "conversation", "messages", "items"):
-        if isinstance(item.get(key), list):
-            return list(item[key])
-    return None
+    values = (item.get(key) for key in ("conversations", "conversation", "messages", "items"))
+    return next((value for value in values if isinstance(value, list)), None)
 
 
 def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iterator[Row]:
@@ -267,9 +262,10 @@ def _bench_rows(label: str, begin: str, file: IO[str]) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise single_problem(label, f"is not JSON: {error}") from None
     lists = {name: value for name, value in data.items() if isinstance(value, list)}
-    missing = [name for name in VLLM_BENCH.fields if name not in lists]
-    if missing:
-        raise _not_a_trace(label, missing, list(data))
+    if missing := [name for name in VLLM_BENCH.fields if name not in lists]:
+        why = f"has no {', '.join(missing)}, but {', '.join(key[:40] for key in list(data)[:12])}"
+        wanted = "expected an array of requests, or what vllm bench serve --save-detailed saves"
+        raise single_problem(label, f"{why}: {wanted}")
     columns = [lists[name] for name in VLLM_BENCH.fields]
     if len({len(column) for column in columns}) > 1:
         lengths = ", ".join(f"{len(lists[name])} {name}" for name in VLLM_BENCH.fields)
@@ -278,14 +274,6 @@ def _bench_rows(label: str, begin: str, file: IO[str]) -> Iterator[Row]:
     for index, row in enumerate(zip(*columns, strict=True)):
         if not (index < len(errors) and errors[index]):
             yield f"[{index}]", VLLM_BENCH, [str(value) for value in row]
-
-
-def _not_a_trace(label: str, missing: list[str], keys: list[str]) -> DocumentError:
-    return single_problem(
-        label,
-        f"has no {', '.join(missing)}, but {', '.join(key[:40] for key in keys[:12])}: expected an array of requests,"
-        " or what vllm bench serve --save-detailed saves",
-    )
 
 
 def characters_counter(characters_per_token: float) -> CountTokens:

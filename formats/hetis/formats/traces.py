@@ -166,9 +166,7 @@ def trace_text(trace: Trace, *, as_jsonl: bool = False) -> Iterator[str]:
 def load_trace(
     path: str | os.PathLike[str], *, name: str | None = None, prefix_hit_rate: PrefixHitRate = 0.0
 ) -> Workload:
-    """Return the workload of a trace (`read_trace`): its joint length histogram (`length_bins`) and mean arrival rate.
-    Raises DocumentError as `read_trace`.
-    """
+    """Return the workload of a trace: its `length_bins` and mean arrival rate. Raises DocumentError as `read_trace`."""
     trace = read_trace(path, name=name, prefix_hit_rate=prefix_hit_rate)
     bins = length_bins(trace.prompt_tokens, trace.output_tokens, max_bins=MAX_BINS)
     # A share that was given stays what it is: the mean over all tokens may differ in the last digit.

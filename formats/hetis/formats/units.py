@@ -48,9 +48,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_bandwidth(text: str) -> float:
-    """Return the bytes per second of ``100Gbps`` or ``100Gbit/s`` (bits), ``600GB/s`` or ``64GiB/s``. Raises ValueError
-    if it is no number with a unit of bandwidth, or negative.
-    """
+    """Return the bytes per second of ``100Gbps``, ``100Gbit/s`` (bits), ``600GB/s``, ``64GiB/s``. Raises ValueError."""
     return _to_float(_parse(text, BANDWIDTH_UNITS, "a bandwidth"), text)
 
 
@@ -78,9 +76,7 @@ def parse_flops(text: str) -> float:
 
 
 def parse_ratio(text: str) -> float:
-    """Return a ratio written as ``0.5%`` or ``0.005``. Raises ValueError if it is no number, with or without a percent
-    sign, or negative.
-    """
+    """Return a ratio written as ``0.5%`` or ``0.005``. Raises ValueError if it is no number, or negative."""
     return _to_float(_parse(text, {"%": Fraction(1, 100), "": Fraction(1)}, "a ratio"), text)
 
 
@@ -178,9 +174,7 @@ def _shortest(
                 texts.append(f"{number}{unit}")
         except OverflowError:
             continue
-    if (
-        not texts
-    ):  # the base unit with all digits; every candidate list ends with a unit of scale one or it is found above
+    if not texts:  # the base unit with all digits
         texts.append(f"{_plain(value)}{next(unit for unit, scale in units.items() if scale == 1)}")
     return texts[0] if in_order else min(texts, key=len)
 
@@ -196,12 +190,10 @@ def _decimal_ratio(number: str) -> tuple[int, int]:
 
 def _rounded(value: Fraction, num_digits: int) -> str:
     """Return ``value`` with this many digits, with an exponent only if it is far from one."""
-    digits = Context(prec=num_digits)
-    number = digits.divide(Decimal(value.numerator), Decimal(value.denominator))
+    number = Context(prec=num_digits).divide(Decimal(value.numerator), Decimal(value.denominator))
     return f"{number:f}" if -7 < number.adjusted() < 16 else str(number)
 
 
 def _plain(number: float) -> str:
     """Return ``repr`` without the ``.0`` of whole numbers."""
-    text = repr(number)
-    return text[:-2] if text.endswith(".0") else text
+    return repr(number).removesuffix(".0")

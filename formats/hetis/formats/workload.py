@@ -109,18 +109,14 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
 
 
 def with_prefix_hits(workload: Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
-    """Return a workload with another hit rate; None: with its own. Raises DocumentError if hits are to be counted, and
-    it is no trace any more.
-    """
+    """Return a workload with another hit rate; None: its own. Raises DocumentError if hits are to be counted in it."""
     if prefix_hit_rate == "trace":
         raise no_hash_ids(f"workload {workload.name}")
     return workload if prefix_hit_rate is None else replace(workload, prefix_hit_rate=prefix_hit_rate)
 
 
 def named_workload(name: str) -> Workload:
-    """Return the workload of a catalogue name or of plain means: `load_workload` for names that must not open files.
-    Raises DocumentError if the name is unknown.
-    """
+    """Return `load_workload` of a catalogue name or means, without opening files. Raises DocumentError if unknown."""
     if _MEANS.fullmatch(name):
         return _means(name)
     try:
@@ -130,9 +126,7 @@ def named_workload(name: str) -> Workload:
 
 
 def parse_workload(data: Any, source: Text) -> Workload:
-    """Return the workload in a document's plain data. A trace's path is relative to ``source.file``. Raises
-    DocumentError with every problem of the document.
-    """
+    """Return the workload in plain data; a trace's path is relative to ``source.file``. Raises DocumentError."""
     folder = Path(source.file).parent
     to_value, check = partial(_to_workload, folder=folder), partial(_check_workload, folder=folder)
     return validated(WorkloadDocument, data, source, to_value=to_value, check=check)

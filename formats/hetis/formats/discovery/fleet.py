@@ -1,10 +1,9 @@
-"""Finds the GPU types that product names mean, and builds a cluster from a fleet's inventory, with a file that says
-what was found, left out and assumed.
-"""
+"""Finds the GPU types that product names mean, and writes a cluster file with what was left out and assumed."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,7 +52,9 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
         if spelled.casefold() in said:
             return said[spelled.casefold()]
     candidates, suggested = _candidates(product)
-    fitting = [name for name in candidates if _holds(name, gpus.memory_bytes)]
+    sizes = {name: catalogue.find_gpu(name).gpu.memory_bytes for name in candidates}
+    own = gpus.memory_bytes
+    fitting = [name for name, size in sizes.items() if own is None or abs(own / size - 1) <= _MOST_DIFFERENCE]
     for hint in filter(None, gpus.hints):
         if len(fitting) > 1:
             told = {*_candidates(f"{product} {hint}")[0], *_candidates(hint)[0]}
@@ -65,9 +66,8 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
         raise UnclearBoardError(f"GPU {gpus.product!r} could be {' or '.join(fitting)}{how}")
     if candidates and gpus.memory_bytes is not None:
         has = ", ".join(f"{name} with {_gib(catalogue.find_gpu(name).gpu.memory_bytes)} GiB" for name in candidates)
-        raise UnclearBoardError(
-            f"GPU {gpus.product!r} has {_gib(gpus.memory_bytes)} GiB; the catalogue knows {has}{how}"
-        )
+        size_gib = _gib(gpus.memory_bytes)
+        raise UnclearBoardError(f"GPU {gpus.product!r} has {size_gib} GiB; the catalogue knows {has}{how}")
     near = f", did you mean {' or '.join(suggested)}?" if suggested else ""
     raise UnclearBoardError(f"GPU {gpus.product!r} is not in the catalogue{near}{how}")
 
@@ -78,11 +78,6 @@ def _candidates(product: str) -> tuple[Collection[str], Collection[str]]:
         return (catalogue.find_gpu(product).gpu.name,), ()
     except UnknownNameError as error:
         return (error.candidates, ()) if error.ambiguous else ((), error.candidates)
-
-
-def _holds(name: str, memory_bytes: int | None) -> bool:
-    known = catalogue.find_gpu(name).gpu.memory_bytes
-    return memory_bytes is None or abs(memory_bytes / known - 1) <= _MOST_DIFFERENCE
 
 
 def _gib(size: int) -> str:
@@ -172,10 +167,9 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
     """Return the cluster file with comments on its sources, on what is left out and why, and on what is assumed."""
     cluster = found.cluster
     num_nodes = sum(group.count for group in cluster.node_groups)
-    by_type: dict[str, int] = {}
+    by_type = Counter[str]()
     for group in cluster.node_groups:
-        for slots in group.gpus:
-            by_type[slots.gpu] = by_type.get(slots.gpu, 0) + group.count * slots.count
+        by_type.update({slots.gpu: group.count * slots.count for slots in group.gpus})
     types = ", ".join(f"{count} {gpu}" for gpu, count in by_type.items())
     lines = [f"Found by `hetis-plan cluster discover` in {some_of(sources)}: {num_nodes} nodes with {types}."]
     if found.left_out:
@@ -183,12 +177,9 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
         if len(found.left_out) > _MOST_LEFT_OUT:
             lines.append(f"- and {len(found.left_out) - _MOST_LEFT_OUT} more")
     lines += ["", "Not found, and therefore assumed; correct what is wrong:", *(f"- {one}" for one in found.assumed)]
-    return "".join(f"# {_comment(line)}".rstrip() + "\n" for line in lines) + dump(cluster)
-
-
-def _comment(line: str) -> str:
-    """Return a line that cannot end the comment, whatever names it contains."""
-    return "".join(sign if sign.isprintable() else "?" for sign in line)[:1000]
+    # Nothing may end a comment, whatever names it contains.
+    safe = ["".join(sign if sign.isprintable() else "?" for sign in line)[:1000] for line in lines]
+    return "".join(f"# {line}".rstrip() + "\n" for line in safe) + dump(cluster)
 
 
 def _slots(

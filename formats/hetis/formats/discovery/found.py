@@ -55,9 +55,7 @@ class Inventory:
 def inventory(
     nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: Iterable[str] = (), *, file: str = "cluster"
 ) -> Inventory:
-    """Return all nodes that a tool reported; those without GPUs are only counted. ``file`` names the tool's report.
-    Raises DocumentError if there are problems.
-    """
+    """Return the nodes of a report, named ``file``; those without GPUs are only counted. Raises DocumentError."""
     if problems:
         raise DocumentError(problems)
     told = tuple(node for node in nodes if node.gpus or node.left_out)
@@ -75,16 +73,6 @@ def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
         FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
         for (product, memory), alike in groupby(gpus)
     )
-
-
-def mapping(value: object) -> dict[str, Any]:
-    """Return a mapping as it is, and anything else as an empty mapping."""
-    return value if isinstance(value, dict) else {}
-
-
-def listed(value: object) -> list[Any]:
-    """Return a list as it is, and anything else as an empty list."""
-    return value if isinstance(value, list) else []
 
 
 def text(value: object) -> str:

@@ -20,8 +20,6 @@ from hetis.formats.discovery.found import (
     counted,
     grouped,
     inventory,
-    listed,
-    mapping,
     parts_text,
     some_of,
     text,
@@ -29,6 +27,7 @@ from hetis.formats.discovery.found import (
     zone_of,
 )
 from hetis.formats.errors import Problem, single_problem
+from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
 from hetis.formats.units import parse_bytes
 
@@ -119,13 +118,14 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
     """Return what the objects of all files say about nodes. With ``with_busy``, GPUs in use count as free. Raises
     DocumentError if there are no nodes, or counts are not numbers.
     """
-    by_kind = _by_kind(files)
+    by_kind: dict[str, list[_Object]] = {}
+    for data, source in files:
+        for one in _objects(data, source):
+            by_kind.setdefault(text(one.data.get("kind"))[:40], []).append(one)
     nodes, slices = by_kind.get("Node", []), by_kind.get("ResourceSlice", [])
     if not nodes and not slices:
-        kinds = ", ".join(by_kind) or "nothing with a kind"
-        raise single_problem(
-            files[0][1].file, f"has no Node and no ResourceSlice, but {kinds}: kubectl get nodes -o json"
-        )
+        why = f"has no Node and no ResourceSlice, but {', '.join(by_kind) or 'nothing with a kind'}"
+        raise single_problem(files[0][1].file, f"{why}: kubectl get nodes -o json")
     problems: list[Problem] = []
     use = {} if with_busy else _use_by_node(by_kind.get("Pod", []), problems)
     claimed = set() if with_busy else set(_claimed(by_kind.get("ResourceClaim", [])))
@@ -136,28 +136,16 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
         name = text(one.part("spec").get("nodeName"))
         if name and name not in known:
             known.add(name)
-            found.append(_found(_node_of_slice(one, name), devices[name], use.get(name, _Use()), problems))
+            node = _Object(data={"metadata": {"name": name}}, source=one.source, path=one.path)
+            found.append(_found(node, devices[name], use.get(name, _Use()), problems))
     notes = [] if "Pod" in by_kind or with_busy else ["no pods were given: GPUs that pods use count as free"]
     return inventory(found, problems, notes)
 
 
-def _by_kind(files: Iterable[tuple[Any, Text]]) -> dict[str, list[_Object]]:
-    found: dict[str, list[_Object]] = {}
-    for data, source in files:
-        for one in _objects(data, source):
-            found.setdefault(text(one.data.get("kind"))[:40], []).append(one)
-    return found
-
-
 def is_list(data: Any) -> bool:
     """Return whether these are objects in a list that has lost its own kind, as jq writes it."""
-    items = mapping(data).get("items")
-    return (
-        isinstance(items, list)
-        and bool(items)
-        and "kind" not in data
-        and all(mapping(one).get("kind") for one in items)
-    )
+    items = listed(mapping(data).get("items"))
+    return bool(items) and "kind" not in data and all(mapping(one).get("kind") for one in items)
 
 
 def _objects(data: Any, source: Text) -> Iterator[_Object]:
@@ -187,25 +175,16 @@ def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> dict[str, 
 
 def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> dict[str, int]:
     """Return the GPUs of a pod: the sum over its containers, or the most of any init container if that is larger."""
-    found: dict[str, int] = {}
-    for resource in _RESOURCES:
-        each = {
-            group: [
-                whole_number(
-                    mapping(resources.get("limits")).get(resource, mapping(resources.get("requests")).get(resource)),
-                    (*pod.path, "spec", group, i, "resources", "limits", resource),
-                    pod.source,
-                    problems,
-                )
-                for i, container in enumerate(listed(spec.get(group)))
-                if (resources := mapping(mapping(container).get("resources")))
-            ]
-            for group in ("containers", "initContainers")
-        }
-        count = max(sum(each["containers"]), max(each["initContainers"], default=0))
-        if count:
-            found[resource] = count
-    return found
+
+    def each(group: str, resource: str) -> Iterator[int]:
+        for i, container in enumerate(listed(spec.get(group))):
+            if resources := mapping(mapping(container).get("resources")):
+                value = mapping(resources.get("limits")).get(resource, mapping(resources.get("requests")).get(resource))
+                path = (*pod.path, "spec", group, i, "resources", "limits", resource)
+                yield whole_number(value, path, pod.source, problems)
+
+    most = {r: max(sum(each("containers", r)), max(each("initContainers", r), default=0)) for r in _RESOURCES}
+    return {resource: count for resource, count in most.items() if count}
 
 
 def _claimed(claims: Iterable[_Object]) -> Iterator[tuple[str, str, str]]:
@@ -270,10 +249,6 @@ def _quantity(value: object) -> int | None:
         return None
 
 
-def _node_of_slice(one: _Object, name: str) -> _Object:
-    return _Object(data={"metadata": {"name": name}}, source=one.source, path=one.path)
-
-
 def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Problem]) -> FoundNode:
     where = node.source.problem(node.path, "")
     if not node.name:
@@ -295,8 +270,7 @@ def _unusable(node: _Object) -> str:
         reasons.append("is being deleted")
     if spec.get("unschedulable") is True:
         reasons.append("cordoned")
-    conditions = [mapping(one) for one in listed(node.part("status").get("conditions"))]
-    for condition in conditions:
+    for condition in map(mapping, listed(node.part("status").get("conditions"))):
         if condition.get("type") == "Ready" and condition.get("status") != "True":
             reasons.append(f"not ready ({text(condition.get('reason'))[:80] or condition.get('status')})")
     reasons += [why for key, why in _LEAVING.items() if any(taint.get("key") == key for taint in taints)]
@@ -349,9 +323,8 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     left_out = []
     if shares > 1:  # several pods take turns on a GPU, and the node counts turns
         if not labelled or capacity > labelled * shares:
-            return [], [
-                f"{counted(capacity)} ({product}): shared {shares} times, and its labels do not say by how many"
-            ]
+            why = f"shared {shares} times, and its labels do not say by how many"
+            return [], [f"{counted(capacity)} ({product}): {why}"]
         capacity, usable = labelled, -(-usable // shares)
     elif resource == "nvidia.com/gpu" and labelled and capacity > labelled:
         why = f"its labels speak of {labelled}, which mixed types do: give its ResourceSlices or nvidia-smi -q -x"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -207,22 +207,11 @@ def _rows(text: str) -> list[list[str]]:
     header = next((i for i, line in enumerate(lines) if line[:1] == ["GPU0"] and "X" not in line[:2]), None)
     if header is None:
         return []
-    num_gpus = sum(1 for _ in _numbered(lines[header]))
+    # NICs and affinities follow GPU0, GPU1, ... in the header.
+    num_gpus = next((i for i, name in enumerate(lines[header]) if name != f"GPU{i}"), len(lines[header]))
     rows = [line[1 : 1 + num_gpus] for line in lines[header + 1 :] if line and re.fullmatch(r"GPU\d{1,4}", line[0])]
-    is_table = len(rows) == num_gpus and all(
-        len(row) == num_gpus and all(_CELL.fullmatch(cell) for cell in row) for row in rows
-    )
-    return rows if is_table else []
-
-
-def _numbered(header: Sequence[str]) -> list[str]:
-    """Return ``GPU0``, ``GPU1``, ... from the header, which NICs and affinities follow."""
-    found = []
-    for i, name in enumerate(header):
-        if name != f"GPU{i}":
-            break
-        found.append(name)
-    return found
+    whole = all(len(row) == num_gpus and all(map(_CELL.fullmatch, row)) for row in rows)
+    return rows if whole and len(rows) == num_gpus else []
 
 
 def _nvlinks(text: str) -> list[int]:
@@ -236,9 +225,7 @@ def _nvlinks(text: str) -> list[int]:
 
 
 def parse_xml(text: str, file: str) -> tuple[Element, int]:
-    """Return the root element of a document and its line. Raises DocumentError if it is not XML, declares entities, is
-    nested too deep, or is too large.
-    """
+    """Return the root element and its line. Raises DocumentError if it is not XML, has entities, or is too big."""
     parser, builder = expat.ParserCreate(), TreeBuilder()
     parser.buffer_text = True
     lines, depth = list[int](), 0
@@ -281,16 +268,12 @@ def _text(element: Element, path: str) -> str:
 
 LABEL = "nvml"
 
-T = TypeVar("T")
-U = TypeVar("U")
 
 _ACTIONS = {1: "Reset", 2: "Reboot", 3: "Drain P2P", 4: "Drain and Reset"}  # as nvidia-smi prints them
 
 
 def read_nvml(*, with_busy: bool = False) -> Inventory:
-    """Return this host. With ``with_busy``, GPUs in use count as free. Raises DocumentError if the library or the
-    driver is missing, or refuses to answer.
-    """
+    """Return this host. With ``with_busy``, GPUs in use count as free. Raises DocumentError without a driver."""
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -332,20 +315,16 @@ class _Nvml:
 
     def handles(self) -> list[Any]:
         """Return a handle for every GPU. Raises NVMLError if the library cannot count them."""
-        nvml = self._nvml
-        return [
-            self._known(lambda index: nvml.nvmlDeviceGetHandleByIndex(index), None, index)
-            for index in range(nvml.nvmlDeviceGetCount())
-        ]
+        return [self._ask("nvmlDeviceGetHandleByIndex", i) for i in range(self._nvml.nvmlDeviceGetCount())]
 
     def gpu(self, handle: Any) -> DriverGpu:
         nvml = self._nvml
         if handle is None:
             return DriverGpu(product="")
-        memory = self._known(lambda: nvml.nvmlDeviceGetMemoryInfo(handle), None)
-        mode = self._known(lambda: nvml.nvmlDeviceGetComputeMode(handle), None)
+        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
+        mode = self._ask("nvmlDeviceGetComputeMode", handle)
         return DriverGpu(
-            product=self._known(lambda: nvml.nvmlDeviceGetName(handle), ""),
+            product=self._ask("nvmlDeviceGetName", handle, otherwise=""),
             memory_bytes=int(memory.total) if memory else None,
             used_bytes=int(memory.used) if memory else None,
             processes=tuple(dict.fromkeys(self._processes(handle))),
@@ -360,71 +339,51 @@ class _Nvml:
         Through a switch, all links of a GPU lead to every other one.
         """
         remotes = [self._remotes(handle) for handle in handles]
-        addresses = [self._address(handle) for handle in handles]
+        places = [self._ask("nvmlDeviceGetPciInfo", handle) for handle in handles]
+        addresses = ["UNKNOWN" if place is None else str(place.busId).upper() for place in places]
         found: list[int] = []
         for one, other in itertools.combinations(range(len(handles)), 2):
-            reaches = self._reaches(handles[one], handles[other])
-            direct = remotes[one].count(addresses[other])
-            links = direct or min(len(remotes[one]), len(remotes[other]))
-            if reaches is None or (reaches and not links):
+            kind = self._nvml.NVML_P2P_CAPS_INDEX_NVLINK
+            status = self._ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
+            reaches = status == self._nvml.NVML_P2P_STATUS_OK
+            links = remotes[one].count(addresses[other]) or min(len(remotes[one]), len(remotes[other]))
+            if status is None or (reaches and not links):
                 return []
             found.append(links if reaches else 0)
         return found
 
     def _processes(self, handle: Any) -> Iterator[str]:
-        nvml = self._nvml
         for read in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses"):
-            for one in self._known(lambda read: getattr(nvml, read)(handle), [], read):
-                name = self._known(lambda pid: nvml.nvmlSystemGetProcessName(pid), "", one.pid)
+            for one in self._ask(read, handle, otherwise=[]):
+                name = self._ask("nvmlSystemGetProcessName", one.pid, otherwise="")
                 yield PurePath(name).name or f"process {one.pid}"
 
     def _num_parts(self, handle: Any) -> int | None:
         """Return the number of MIG parts, or None if the GPU is not in MIG mode."""
-        nvml = self._nvml
-        current, _pending = self._known(lambda: nvml.nvmlDeviceGetMigMode(handle), (None, None))
-        if current != nvml.NVML_DEVICE_MIG_ENABLE:
+        current, _pending = self._ask("nvmlDeviceGetMigMode", handle, otherwise=(None, None))
+        if current != self._nvml.NVML_DEVICE_MIG_ENABLE:
             return None
-        most = self._known(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle), 0)
-        parts = (
-            self._known(lambda index: nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index), None, index)
-            for index in range(most)
-        )
-        return sum(part is not None for part in parts)
+        most = self._ask("nvmlDeviceGetMaxMigDeviceCount", handle, otherwise=0)
+        return sum(self._ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i) is not None for i in range(most))
 
     def _recovery(self, handle: Any) -> str:
-        nvml = self._nvml
-        values = self._known(
-            lambda: nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]), None
-        )
-        if values is None or values[0].nvmlReturn != nvml.NVML_SUCCESS or not values[0].value.uiVal:
+        field = getattr(self._nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)  # which older libraries lack
+        values = None if field is None else self._ask("nvmlDeviceGetFieldValues", handle, [field])
+        if values is None or values[0].nvmlReturn != self._nvml.NVML_SUCCESS or not values[0].value.uiVal:
             return ""
         return f"recovery ({_ACTIONS.get(values[0].value.uiVal, f'action {values[0].value.uiVal}')})"
 
-    def _reaches(self, one: Any, other: Any) -> bool | None:
-        """Return whether NVLink leads from one GPU to another, directly or through a switch; None: unknown."""
-        nvml = self._nvml
-        status = self._known(lambda: nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK), None)
-        return None if status is None else bool(status == nvml.NVML_P2P_STATUS_OK)
-
     def _remotes(self, handle: Any) -> list[str]:
         """Return the PCI address at the other end of every active NVLink."""
-        nvml = self._nvml
+        nvml, links = self._nvml, range(self._nvml.NVML_NVLINK_MAX_LINKS)
+        enabled = nvml.NVML_FEATURE_ENABLED
+        active = [link for link in links if self._ask("nvmlDeviceGetNvLinkState", handle, link) == enabled]
+        ends = [self._ask("nvmlDeviceGetNvLinkRemotePciInfo", handle, link) for link in active]
+        return ["" if end is None else str(end.busId).upper() for end in ends]
 
-        def is_active(link: int) -> bool:
-            return bool(nvml.nvmlDeviceGetNvLinkState(handle, link) == nvml.NVML_FEATURE_ENABLED)
-
-        active = (link for link in range(nvml.NVML_NVLINK_MAX_LINKS) if self._known(is_active, False, link))
-        return [
-            self._known(lambda link: str(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId), "", link).upper()
-            for link in active
-        ]
-
-    def _address(self, handle: Any) -> str:
-        return self._known(lambda: str(self._nvml.nvmlDeviceGetPciInfo(handle).busId), "unknown").upper()
-
-    def _known(self, read: Callable[..., T], otherwise: U, *arguments: Any) -> T | U:
+    def _ask(self, name: str, *arguments: Any, otherwise: Any = None) -> Any:
         """Return the result of a call, or ``otherwise`` if the call is refused or not in this library."""
         try:
-            return read(*arguments)
+            return getattr(self._nvml, name)(*arguments)
         except (self._nvml.NVMLError, AttributeError):
             return otherwise

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from hetis.formats.discovery import Source, kubernetes, nvidia
@@ -21,8 +22,6 @@ from hetis.formats.discovery.found import (
     Inventory,
     counted,
     inventory,
-    listed,
-    mapping,
     parts_text,
     some_of,
     text,
@@ -30,7 +29,7 @@ from hetis.formats.discovery.found import (
     zone_of,
 )
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.fields import API_VERSION
+from hetis.formats.fields import API_VERSION, entries, listed, mapping
 from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Bounds, Text, parse_text
 
@@ -96,16 +95,12 @@ class _File:
     """A file, the tool that wrote it, and its data, parsed on first use."""
 
     def __init__(self, label: str, text: str, source: Source) -> None:
-        self.label = label
-        self._text = text
-        self._parsed: tuple[Any, Text] | None = None
+        self.label, self._text = label, text
         self.tool = self._recognised() if source is Source.AUTO else source
 
-    @property
+    @cached_property
     def parsed(self) -> tuple[Any, Text]:
-        if self._parsed is None:
-            self._parsed = parse_text(self._text, self.label, _BOUNDS)
-        return self._parsed
+        return parse_text(self._text, self.label, _BOUNDS)
 
     def _recognised(self) -> Source:
         """Return the tool that wrote the text, judging by its content. Raises DocumentError if the tool is unknown."""
@@ -138,9 +133,7 @@ def is_node_table(text: str) -> bool:
 
 
 def read_node_table(text: str, file: str) -> Inventory:
-    """Return the nodes of a table. Rows of one node are its GPUs, in that order. Raises DocumentError if a column is
-    missing, or with every row that is not a node.
-    """
+    """Return the nodes of a table, each with its rows as GPUs. Raises DocumentError with what is missing or wrong."""
     header = _header(text)
     missing = [column for column in COLUMNS if column not in header]
     if missing:
@@ -171,18 +164,15 @@ def _header(text: str) -> list[str]:
 
 def _add(nodes: dict[str, FoundNode], cells: dict[str, str], where: Problem, problems: list[Problem]) -> None:
     """Add the GPUs of a row to its node, or the row's problems to ``problems``."""
-    wrong = [
-        replace(where, path=column, message="is missing") for column in ("node", "gpu", "count") if not cells[column]
-    ]
+    wrong = [replace(where, path=column, message="is missing") for column in COLUMNS if not cells[column]]
     count = cells["count"]
     if count and not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MAX_GPUS_SAID):
         wrong.append(replace(where, path="count", message=f"is {count[:40]!r}, must be 1 to {MAX_GPUS_SAID}"))
     node = nodes.get(cells["node"])
     zone = cells.get("zone") or (node.zone if node else "default")
     if node is not None and zone != node.zone:
-        wrong.append(
-            replace(where, path="zone", message=f"is {zone[:40]!r}, but {node.name} is in {node.zone!r} above")
-        )
+        message = f"is {zone[:40]!r}, but {node.name} is in {node.zone!r} above"
+        wrong.append(replace(where, path="zone", message=message))
     problems += wrong
     if not wrong:
         gpus = FoundGpus(product=cells["gpu"], count=int(count))
@@ -206,9 +196,7 @@ def is_ray(data: Any) -> bool:
 
 
 def read_ray(data: Any, source: Text) -> Inventory:
-    """Return what the list says about nodes. Raises DocumentError if it is not a list of nodes, has no resources
-    (``--detail`` has them), or has wrong counts.
-    """
+    """Return what the list says about nodes. Raises DocumentError if it is none, or resources are missing or wrong."""
     if not is_ray(data):
         raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
     problems: list[Problem] = []
@@ -266,11 +254,7 @@ def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory
         keys = ", ".join(list(mapping(data))[:12]) or "nothing"
         raise single_problem(source.file, f"has no list of nodes, but {keys}: scontrol show nodes --json")
     problems: list[Problem] = []
-    found = [
-        _slurm_node(node, ("nodes", i), source, problems, with_busy)
-        for i, node in enumerate(nodes)
-        if isinstance(node, dict)
-    ]
+    found = [_slurm_node(node, ("nodes", i), source, problems, with_busy) for i, node in entries(nodes)]
     return inventory(found, problems, ["Slurm does not say in which zone a node is"])
 
 

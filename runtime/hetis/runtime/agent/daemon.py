@@ -277,9 +277,7 @@ class Parts:
 
 
 async def run_agent(parts: Parts) -> None:
-    """Run an agent until it is cancelled. Raises DevicesUnavailableError, StateError or OSError if the agent cannot
-    start or cannot continue.
-    """
+    """Run an agent until cancelled. Raises DevicesUnavailableError, StateError or OSError if it cannot go on."""
     async with contextlib.AsyncExitStack() as stack:
         state = StateDirectory(parts.state_dir)
         stack.callback(state.close)

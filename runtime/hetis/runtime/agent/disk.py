@@ -70,9 +70,7 @@ class StateDirectory:
         return found
 
     def write(self, name: str, body: bytes | None) -> None:
-        """Make ``body`` the content of the part, durably; None removes the part. Raises StateError if it could not be
-        written. The part is unchanged.
-        """
+        """Make ``body`` the part's content, durably; None removes it. Raises StateError, and leaves it unchanged."""
         file = self._file(name)
         try:
             if body is None:

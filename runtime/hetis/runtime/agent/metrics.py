@@ -46,9 +46,7 @@ class AgentMetrics:
         }
 
     def serve(self, port: int, *, host: str = LOOPBACK) -> int:
-        """Serve ``/metrics`` from a separate thread and return the port, which the system chooses if it is 0. Raises
-        OSError if the address is taken or not ours.
-        """
+        """Serve ``/metrics`` in a thread, and return the port (0: any). Raises OSError if the address is taken."""
         server, thread = start_http_server(port, addr=host, registry=self.registry)
         server.set_app(_answering(server.get_app()))
         self._serving = (server, thread)

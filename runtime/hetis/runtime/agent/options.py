@@ -206,17 +206,13 @@ class PlannerAddress:
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
-        """Return the search for the leading planner. Without TLS, a leader that a planner names is trusted only if it
-        is on this machine.
-        """
+        """Return the search for the leader. Without TLS, one that a planner names is trusted only on this machine."""
         addresses = split_endpoints(self.server)
         is_local = all(is_loopback(address) for address in addresses)
         return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
-        """Return a new channel that uses the current contents of the files. Raises OSError if a file can no longer be
-        read.
-        """
+        """Return a new channel that uses the present contents of the files. Raises OSError if one cannot be read."""
         if self.is_plain:
             return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))

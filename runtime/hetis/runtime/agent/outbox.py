@@ -92,9 +92,7 @@ class Outbox:
         return hello
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """Send a message on the stream. Without a stream it is dropped: what matters is sent again after the next
-        Welcome.
-        """
+        """Send a message on the stream. Without one it is dropped: what matters is sent after the next Welcome."""
         if self.is_connected:
             self._sequence += 1
             numbered = deepcopy(message)

@@ -159,9 +159,7 @@ class ReplicaState:
 
     @classmethod
     def from_bytes(cls, body: bytes, *, clock: str) -> ReplicaState:
-        """Read what `to_bytes` wrote. Deadlines on another clock count as passed. Raises DamagedStateError if the bytes
-        cannot be read.
-        """
+        """Read what `to_bytes` wrote. Deadlines on another clock count as passed. Raises DamagedStateError."""
         try:
             data = json.loads(body)
             same_clock = data["clock"] == clock

@@ -162,21 +162,15 @@ def command(options: type[Replica]) -> Callable[[Callable[..., None]], Callable[
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(options, include_extras=True)
-        shared = [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-            )
-            for field in sorted(fields(options), key=lambda field: field.name == "vllm_options")
-        ]
-        own = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        ]
+        alone = inspect.Parameter.KEYWORD_ONLY
+        in_order = sorted(fields(options), key=lambda field: field.name == "vllm_options")
+        shared = [inspect.Parameter(f.name, alone, default=f.default, annotation=hints[f.name]) for f in in_order]
+        given = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        own = [parameter.replace(kind=alone) for parameter in given]
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            said = {name: given.pop(name) for name in hints}
-            function(options(**said), **given)
+            function(options(**{name: given.pop(name) for name in hints}), **given)
 
         signature = inspect.Signature([*shared[:-1], *own, shared[-1]])
         run.__signature__ = signature  # type: ignore[attr-defined]
@@ -375,9 +369,8 @@ def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _set_up_logs() -> None:
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s hetis-launch: %(message)s"
-    )
+    form = "%(asctime)s %(levelname)s hetis-launch: %(message)s"
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
 
 
 def _fail(messages: Iterable[str], code: int) -> NoReturn:

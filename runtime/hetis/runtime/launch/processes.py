@@ -100,9 +100,7 @@ class Supervision:
         return [other for other, one in self._watched.items() if one.kind in VLLM] if is_vllm else [name]
 
     def ended(self, name: str, code: int, now_s: float) -> float | None:
-        """Note that a process is gone. Returns how long all `together` with it must wait, or None if nothing is
-        restarted.
-        """
+        """Note that a process is gone. Returns how long all `together` with it must wait; None: nothing restarts."""
         one = self._watched[name]
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
@@ -143,8 +141,7 @@ def supervise(
     def gone(name: str, how: str, code: int) -> None:
         others = {one: running.pop(one) for one in supervision.together(name) if one in running}
         _end_all(others, clock=clock, wait=wait)
-        wait_s = supervision.ended(name, code, clock())
-        if wait_s is not None:
+        if (wait_s := supervision.ended(name, code, clock())) is not None:
             _log.warning("%s %s; it is started again in %g s", name, how, wait_s)
         elif code:
             _log.error("%s %s; all ends", name, how)
@@ -161,7 +158,7 @@ def supervise(
             for name, process in list(running.items()):
                 if name in running and (code := process.poll()) is not None:
                     del running[name]
-                    gone(name, _ending(code), code)
+                    gone(name, f"was ended by signal {-code}" if code < 0 else f"ended with {code}", code)
             wait()
         fronts = [name for name in running if by_name[name].process.kind is ProcessKind.SERVER]
         codes = [_end(running.pop(name), by_name[name].stops_s, told=told, clock=clock, wait=wait) for name in fronts]
@@ -195,10 +192,6 @@ def _end_all(running: dict[str, Running], *, clock: Callable[[], float], wait: C
                 process.kill()
             return
         wait()
-
-
-def _ending(code: int) -> str:
-    return f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
 
 
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:

@@ -24,18 +24,12 @@ def nodes_of(processes: Sequence[Process], addresses: Addresses, nodes: Sequence
     wanted = list(dict.fromkeys(process.node for process in processes))
     if addresses.all_here and alive:
         return dict.fromkeys(wanted, alive[0])
-    found, missing = {}, []
-    for name in wanted:
-        node = _node_named(name, addresses.hosts.get(name), alive)
-        if node is None:
-            missing.append(name)
-        else:
-            found[name] = node
-    if missing:
+    named = {name: _node_named(name, addresses.hosts.get(name), alive) for name in wanted}
+    found = {name: node for name, node in named.items() if node is not None}
+    if missing := [name for name in wanted if name not in found]:
         there = ", ".join(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in alive) or "none"
-        raise LayoutError(
-            *(f"node {name} of the plan is not in the Ray cluster, whose nodes are {there}" for name in missing)
-        )
+        why = f"of the plan is not in the Ray cluster, whose nodes are {there}"
+        raise LayoutError(*(f"node {name} {why}" for name in missing))
     return found
 
 
@@ -45,13 +39,13 @@ def bundle_of(process: Process, *, gpus: bool) -> dict[str, float]:
 
 
 def _node_named(name: str, host: str | None, nodes: Sequence[Node]) -> Node | None:
-    for node in nodes:
+    def rank(node: Node) -> int:
+        full = node["NodeManagerHostname"]
         if node.get("Labels", {}).get(NODE_LABEL) == name:
-            return node
-    for node in nodes:
-        if host is not None and host == node["NodeManagerAddress"]:
-            return node
-    for node in nodes:
-        if host is None and name in (node["NodeManagerHostname"], node["NodeManagerHostname"].partition(".")[0]):
-            return node
-    return None
+            return 0
+        return (
+            1 if (name in (full, full.partition(".")[0]) if host is None else host == node["NodeManagerAddress"]) else 2
+        )
+
+    best = min(nodes, key=rank, default=None)
+    return None if best is None or rank(best) == 2 else best

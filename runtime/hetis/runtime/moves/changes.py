@@ -73,13 +73,9 @@ def unknown(change_id: str) -> RefusedError:
 
 
 def has_ended(change: EngineChange, how: str = "has ended here") -> RefusedError:
-    change_id = change.change.change_id
-    return refusal(
-        ErrorReason.ERROR_REASON_CHANGE_PHASE,
-        f"change {change_id} {how}",
-        change_id=change_id,
-        phase=phase_name(change.phase),
-    )
+    change_id, phase = change.change.change_id, phase_name(change.phase)
+    why = f"change {change_id} {how}"
+    return refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, why, change_id=change_id, phase=phase)
 
 
 def expired(change_id: str) -> Failure:
@@ -87,9 +83,8 @@ def expired(change_id: str) -> Failure:
 
 
 def gone(move: Move) -> Failure:
-    return failure_of(
-        ErrorReason.ERROR_REASON_REQUEST_GONE, f"{move.request} does not run any more", request=move.request
-    )
+    why = f"{move.request} does not run any more"
+    return failure_of(ErrorReason.ERROR_REASON_REQUEST_GONE, why, request=move.request)
 
 
 def unavailable(device: str) -> Failure:
@@ -97,21 +92,13 @@ def unavailable(device: str) -> Failure:
 
 
 def no_room(move: Move, **blocks: int) -> Failure:
-    return failure_of(
-        ErrorReason.ERROR_REASON_KV_BLOCKS_EXHAUSTED,
-        f"{move.target} has too few free KV blocks for {move.request}",
-        device=move.target,
-        **blocks,
-    )
+    why = f"{move.target} has too few free KV blocks for {move.request}"
+    return failure_of(ErrorReason.ERROR_REASON_KV_BLOCKS_EXHAUSTED, why, device=move.target, **blocks)
 
 
 def not_owner(move: Move, group: int, owner: str) -> Failure:
-    return failure_of(
-        ErrorReason.ERROR_REASON_NOT_OWNER,
-        f"{move.source} does not own head group {group} of {move.request}",
-        request=move.request,
-        owner=owner,
-    )
+    why = f"{move.source} does not own head group {group} of {move.request}"
+    return failure_of(ErrorReason.ERROR_REASON_NOT_OWNER, why, request=move.request, owner=owner)
 
 
 @dataclass(slots=True)
@@ -257,35 +244,28 @@ class EngineChanges:
         devices: frozenset[str],
     ) -> None:
         """Initialise with ``authority`` if this engine owns the head map, and the names of this node's ``devices``."""
-        self.replica = replica
-        self.generation = generation  # of the replica's state here
+        self.replica, self.generation = replica, generation  # of the replica's state here
         self.known: dict[str, EngineChange] = {}  # by id, in order of arrival
-        self._authority, self._copies = authority, copies
-        self._devices = devices
+        self._authority, self._copies, self._devices = authority, copies, devices
 
     # --- the five calls
 
     def reserve(self, change: Change, parts: Iterable[ChangePart.ValueType], now_s: float) -> EngineChange:
         """Handle ReserveMoves."""
-        known = self.known.get(change.change_id)
-        if known is not None:
+        if (known := self.known.get(change.change_id)) is not None:
             if not known.is_open:
                 raise has_ended(known)
             return known
         other = next((found for found in self.known.values() if found.is_open), None)
         if other is not None:
-            raise refusal(
-                ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT,
-                f"change {other.change.change_id} is under way",
-                change_id=other.change.change_id,
-            )
+            number = other.change.change_id
+            raise refusal(ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT, f"change {number} is under way", change_id=number)
         timeout_s = change.prepare_timeout.ToNanoseconds() / 1e9
         taken = EngineChange(change=change, parts=tuple(parts), deadline_s=now_s + timeout_s)
         if taken.is_authority:
             if self._authority is None:
-                raise refusal(
-                    ErrorReason.ERROR_REASON_NOT_FOUND, f"the primary of {self.replica} is not here", name=self.replica
-                )
+                why = f"the primary of {self.replica} is not here"
+                raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, why, name=self.replica)
             self._authority.reserve(taken, self.generation)
         moves = [m for m in change.moves if m.number not in taken.left_out and self._touches(m, taken)]
         assert self._copies is not None
@@ -295,22 +275,21 @@ class EngineChanges:
 
     def begin_copy(self, change_id: str, now_s: float) -> EngineChange:
         """Handle CopyMoves: begin the copy, unless it has begun already."""
-        change = self._open(change_id)
+        change = self._known(change_id)
+        if not change.is_open:
+            raise has_ended(change)
         if now_s >= change.deadline_s and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
-            raise refusal(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"change {change_id}: its time to prepare passed")
+            raise RefusedError(expired(change_id))
         if change.copy_begun_s is None:
             change.copy_begun_s = now_s
         return change
 
     def ask_flip(self, change_id: str, timeout_s: float, now_s: float) -> EngineChange:
         """Handle FlipMoves: flip at the next boundary. A change that has ended answers as it did the first time."""
-        change = self.known.get(change_id)
-        if change is None:
-            raise unknown(change_id)
+        change = self._known(change_id)
         if not change.is_authority:
-            raise refusal(
-                ErrorReason.ERROR_REASON_CHANGE_PHASE, "this engine is not the authority", change_id=change_id
-            )
+            why = "this engine is not the authority"
+            raise refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, why, change_id=change_id)
         if change.is_open and len(change.parts) > 1 and change.phase != ChangePhase.CHANGE_PHASE_READY:
             raise refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, "its copies are not there yet", change_id=change_id)
         if change.is_open:
@@ -323,9 +302,7 @@ class EngineChanges:
         Returns the blocks per layer that this frees: none. The authority freed them at the flip, and counts them for
         all.
         """
-        change = self.known.get(change_id)
-        if change is None:
-            raise unknown(change_id)
+        change = self._known(change_id)
         if change.phase == ChangePhase.CHANGE_PHASE_ABORTED or (change.is_authority and change.is_open):
             raise has_ended(change, "was not flipped")
         for result in moves:
@@ -367,8 +344,7 @@ class EngineChanges:
             is_copied = change.is_open and self._copies is not None and self._copies.look(change, now_s)
             if is_copied and change.copy_begun_s is not None:
                 change.phase = ChangePhase.CHANGE_PHASE_READY
-            overdue = change.is_open and change.is_authority and now_s >= change.deadline_s and change.flip_by_s is None
-            if overdue:
+            if change.is_open and change.is_authority and now_s >= change.deadline_s and change.flip_by_s is None:
                 self._end_aborted(change, expired(change.change.change_id))
             if change.forget_s is not None and now_s >= change.forget_s:
                 del self.known[change.change.change_id]
@@ -442,12 +418,9 @@ class EngineChanges:
             )
         self._end_aborted(change, why)
 
-    def _open(self, change_id: str) -> EngineChange:
-        change = self.known.get(change_id)
-        if change is None:
+    def _known(self, change_id: str) -> EngineChange:
+        if (change := self.known.get(change_id)) is None:
             raise unknown(change_id)
-        if not change.is_open:
-            raise has_ended(change)
         return change
 
     def _touches(self, move: Move, change: EngineChange) -> bool:

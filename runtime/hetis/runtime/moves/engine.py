@@ -60,9 +60,7 @@ def _parts_of(head_map: HeadMap, most_bytes: int) -> Iterator[HeadMap]:
 
 
 def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: float) -> float:
-    """Return the seconds per layer of attention and exchange by the plan's coefficients; the formula of
-    ``stage.proto``.
-    """
+    """Return the seconds per layer of attention and exchange by the plan's coefficients, as ``stage.proto`` has it."""
     if not heads or not device.pieces:
         return 0.0
     cards = max(len(device.gpus), 1) if device.is_primary else 1
@@ -173,9 +171,8 @@ class SteeredEngine(ABC, Generic[TakenT]):
 
     def copy_answer(self, change: EngineChange) -> messages.CopyMovesResponse:
         """Return the progress of a copy."""
-        return messages.CopyMovesResponse(
-            copied_bytes=change.copied_bytes, total_bytes=change.copy_bytes, moves=change.results()
-        )
+        copied, total = change.copied_bytes, change.copy_bytes
+        return messages.CopyMovesResponse(copied_bytes=copied, total_bytes=total, moves=change.results())
 
     def flip_moves(self, request: messages.FlipMovesRequest, now_s: float) -> EngineChange:
         """Ask for the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
@@ -221,9 +218,8 @@ class SteeredEngine(ABC, Generic[TakenT]):
         devices: Iterable[str],
     ) -> EngineChanges:
         """Return the changes of an assignment that replaces ``held``, whose open ones end; all outcomes stay known."""
-        changes = EngineChanges(
-            assignment.replica, generation=generation, authority=authority, copies=copies, devices=frozenset(devices)
-        )
+        name, here = assignment.replica, frozenset(devices)
+        changes = EngineChanges(name, generation=generation, authority=authority, copies=copies, devices=here)
         if held is not None:
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             changes.known.update(held.changes.known)

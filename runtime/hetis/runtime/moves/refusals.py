@@ -45,21 +45,14 @@ def phase_name(phase: int) -> str:
 
 
 def stale_epoch(epoch: int, newest: int) -> Failure:
-    return failure_of(
-        ErrorReason.ERROR_REASON_STALE_EPOCH,
-        f"epoch {epoch} is over: {newest} was obeyed already",
-        epoch=epoch,
-        newest_epoch=newest,
-    )
+    why = f"epoch {epoch} is over: {newest} was obeyed already"
+    return failure_of(ErrorReason.ERROR_REASON_STALE_EPOCH, why, epoch=epoch, newest_epoch=newest)
 
 
 def generation_mismatch(base: int, generation: int) -> Failure:
-    return failure_of(
-        ErrorReason.ERROR_REASON_GENERATION_MISMATCH,
-        f"the change builds on generation {base}, the state here is of generation {generation}",
-        base_generation=base,
-        generation=generation,
-    )
+    why = f"the change builds on generation {base}, the state here is of generation {generation}"
+    mismatch = ErrorReason.ERROR_REASON_GENERATION_MISMATCH
+    return failure_of(mismatch, why, base_generation=base, generation=generation)
 
 
 def unreachable(message: str) -> Failure:
@@ -70,8 +63,9 @@ def status_of(failure: Failure) -> status_pb2.Status:
     """Return the status, with ErrorInfo, of a call that fails with this failure."""
     code = CODE_OF_REASON.get(failure.reason, grpc.StatusCode.FAILED_PRECONDITION)
     status = status_pb2.Status(code=code.value[0], message=failure.message)
+    metadata = dict(failure.metadata)
     status.details.add().Pack(
-        error_details_pb2.ErrorInfo(domain=DOMAIN, reason=reason_name(failure), metadata=dict(failure.metadata))
+        error_details_pb2.ErrorInfo(domain=DOMAIN, reason=reason_name(failure), metadata=metadata)
     )
     return status
 

@@ -11,13 +11,12 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import grpc
 from grpc_status import rpc_status
 
-from hetis.runtime.moves.changes import EngineChange
+from hetis.runtime.moves.changes import EngineChange, has_ended
 from hetis.runtime.moves.engine import SteeredEngine, pieces_of
-from hetis.runtime.moves.refusals import RefusedError, failure_of, phase_name, status_of
+from hetis.runtime.moves.refusals import RefusedError, status_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
-from hetis.v1.failure_pb2 import ErrorReason
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,9 +25,7 @@ DEFAULT_REPORT_S = 1.0
 
 
 def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
-    """Listen on a new Unix socket that only this user may use. One left by an earlier run is replaced. Raises OSError
-    if it cannot be created.
-    """
+    """Listen on a Unix socket of this user alone, in place of one left by an earlier run. Raises OSError."""
     if socket.is_socket():
         socket.unlink(missing_ok=True)
     elif socket.exists():
@@ -64,9 +61,7 @@ class EngineHost(Protocol):
         """Wait until the engine has made another step or looked at the clock again."""
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
-        """Return the present changes of the engine that decides this one, or None if it was not reached or is this
-        engine.
-        """
+        """Return the present changes of the engine that decides this one, None if it is this engine or not reached."""
 
 
 class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
@@ -99,13 +94,7 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
             await asyncio.sleep(PROGRESS_S if progress.total_bytes > 2 * progress.copied_bytes else 0)
             phase, progress = await self._host.do(look)
         if phase != ChangePhase.CHANGE_PHASE_READY:
-            ended = failure_of(
-                ErrorReason.ERROR_REASON_CHANGE_PHASE,
-                f"change {request.change_id} ended while it was copied",
-                change_id=request.change_id,
-                phase=phase_name(phase),
-            )
-            await _refuse(context, RefusedError(ended))
+            await _refuse(context, has_ended(change, "ended while it was copied"))
         yield progress
 
     async def FlipMoves(self, request: messages.FlipMovesRequest, context: Context) -> messages.FlipMovesResponse:

@@ -59,8 +59,7 @@ class Channel:
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name  # for people: the kind and the other end
-        self._pipe, self._stall_s = pipe, stall_s
-        self._most_body_bytes = most_body_bytes
+        self._pipe, self._stall_s, self._most_body_bytes = pipe, stall_s, most_body_bytes
         self._header = bytearray(HEADER_BYTES)
         self._into_header = memoryview(self._header)
         self._is_closed = False

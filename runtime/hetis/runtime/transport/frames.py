@@ -139,25 +139,12 @@ class Frame(NamedTuple):
 
 def header_of(frame: Frame) -> bytes:
     """Return the 64 bytes that precede a frame's body."""
-    return HEADER.pack(
-        MAGIC,
-        VERSION,
-        frame.kind,
-        DTYPES.index(frame.dtype),
-        frame.epoch,
-        frame.session,
-        frame.serial,
-        frame.step,
-        frame.layer,
-        *frame.counts,
-        frame.body_bytes,
-    )
+    kind, *numbers, counts, dtype, _ = frame
+    return HEADER.pack(MAGIC, VERSION, kind, DTYPES.index(dtype), *numbers, *counts, frame.body_bytes)
 
 
 def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, Bytes]:
-    """Return a frame, and the array to read its body into. Raises FrameError if the frame is not ours, of another
-    version, of unknown kind or dtype, or too long.
-    """
+    """Return a frame, and the array to read its body into. Raises FrameError if it is not ours, unknown or too long."""
     if len(header) != HEADER_BYTES:
         raise FrameError(f"a header has {HEADER_BYTES} bytes, {len(header)} came")
     magic, version, kind, dtype, epoch, session, serial, step, layer, a, b, c, body_bytes = HEADER.unpack(header)
@@ -170,8 +157,7 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     if body_bytes > most_body_bytes:
         raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
     body = np.empty(body_bytes, np.uint8)
-    frame = Frame(_KINDS[kind], epoch, session, serial, step, layer, (a, b, c), DTYPES[dtype], (body,))
-    return frame, body
+    return Frame(_KINDS[kind], epoch, session, serial, step, layer, (a, b, c), DTYPES[dtype], (body,)), body
 
 
 def bytes_of(numbers: Numbers) -> memoryview:
@@ -290,8 +276,7 @@ def read_step(frame: Frame) -> DeviceStep:
 def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
     """Return the queries, key and value of each position of ATTEND, [T, r + 2, d]; ``count`` is the T from BEGIN.
 
-    They are a numpy array (bfloat16 as its words) as received: for a small computation, making a tensor would cost as
-    much.
+    They are a numpy array (bfloat16 as its words): for a small computation, making a tensor would cost as much.
     """
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} positions in layer {frame.layer}: {count} were begun")
@@ -352,9 +337,7 @@ def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, f
 
 
 def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
-    """Return an ERROR in answer to a frame from a connection other than the one of epoch ``current`` that ``name``
-    obeys.
-    """
+    """Return an ERROR to a frame of a connection other than that of epoch ``current``, which ``name`` obeys."""
     text = f"{name} obeys epoch {current} over another connection"
     return error_answer(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=current)
 

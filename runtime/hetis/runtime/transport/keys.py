@@ -24,9 +24,7 @@ class InvalidKeyError(HetisError):
 
 
 def key_of(secret: str) -> bytes:
-    """Return the bytes sent for a secret. Surrounding white space does not count. Raises InvalidKeyError if it is too
-    short.
-    """
+    """Return the bytes sent for a secret, stripped of white space. Raises InvalidKeyError if it is too short."""
     letters = secret.strip()
     if len(letters) < LEAST_LETTERS:
         raise InvalidKeyError(f"the key has {len(letters)} letters, must have >= {LEAST_LETTERS}")
@@ -56,8 +54,7 @@ def _read(path: Path) -> str:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise InvalidKeyError(f"{path}: it is not a file")
-            mode = stat.S_IMODE(found.st_mode)
-            if mode & 0o077:
+            if (mode := stat.S_IMODE(found.st_mode)) & 0o077:
                 raise InvalidKeyError(f"{path}: its mode is {mode:04o}: others may use it, must be 0600 or 0400")
             return file.read(MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:

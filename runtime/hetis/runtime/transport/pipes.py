@@ -61,10 +61,9 @@ class TcpPipe:
     """One end of a TCP connection."""
 
     def __init__(self, connection: socket.socket, name: str) -> None:
-        self.name = name
+        self.name, self._socket = name, connection
         self._ahead = memoryview(bytearray(AHEAD_BYTES))
         self._begin = self._end = 0  # bounds of the unread bytes in it
-        self._socket = connection
         self._wait_s = 0.0  # the kernel's time-out for reading; 0: forever
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -135,7 +134,9 @@ class TcpPipe:
         try:
             if timeout_s >= FINE_S:
                 if timeout_s != self._wait_s:
-                    self._set_wait(timeout_s)
+                    wait = struct.pack("@ll", *divmod(round(min(timeout_s, LONGEST_S) * 1e6), 1_000_000))
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+                    self._wait_s = timeout_s
                 came = self._socket.recv_into(into)
             elif timeout_s <= 0 or self._readable.poll(timeout_s * 1000):
                 came = self._socket.recv_into(into, 0, socket.MSG_DONTWAIT)
@@ -148,11 +149,6 @@ class TcpPipe:
         if not came:
             raise ChannelClosedError(f"{self.name}: the other end is gone")
         return came
-
-    def _set_wait(self, timeout_s: float) -> None:
-        seconds, micros = divmod(round(min(timeout_s, LONGEST_S) * 1e6), 1_000_000)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
-        self._wait_s = timeout_s
 
     def _wait(self, left_s: float) -> None:
         if left_s <= 0 or not self._writable.poll(left_s * 1000):
@@ -171,11 +167,7 @@ def is_supported() -> bool:
 
 
 class SharedFile:
-    """Memory for one connection, created by the engine's end and opened by the worker's.
-
-    Attributes:
-        memory: the rings and their counters.
-    """
+    """Memory for one connection, rings and their counters, created by the engine's end and opened by the worker's."""
 
     def __init__(self, path: Path, memory: mmap.mmap) -> None:
         self.path, self.memory = path, memory
@@ -198,9 +190,7 @@ class SharedFile:
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
-        """Open the memory. Raises FrameError if `create` did not make it, it is another user's, or it does not work
-        here.
-        """
+        """Open the memory. Raises FrameError if it is not of `create`, another user's, or does not work here."""
         if path.parent != FOLDER or not path.name.startswith(PREFIX):
             raise FrameError(f"{path} is no shared memory of ours")
         if not is_supported():
@@ -228,21 +218,14 @@ class ShmPipe:
     """One end of the pipe. ``first`` is true at exactly one of the two ends."""
 
     def __init__(self, shared: SharedFile, connection: TcpPipe, *, first: bool) -> None:
-        self.name = f"shm over {connection.name}"
-        self._connection = connection
-        self._shared = shared
+        self.name, self._connection, self._shared = f"shm over {connection.name}", connection, shared
         # Plain views of the memory: for a few numbers and some thousand bytes, numpy arrays cost more than the copy.
         everything = memoryview(shared.memory)
         address = ctypes.addressof(ctypes.c_char.from_buffer(shared.memory))
         size, half = (len(everything) - CONTROL_BYTES) // 2, CONTROL_BYTES // 2
-        rings = [
-            _Ring(
-                everything[i * half : (i + 1) * half].cast("q"),
-                address + i * half,
-                everything[CONTROL_BYTES + i * size : CONTROL_BYTES + (i + 1) * size],
-            )
-            for i in range(2)
-        ]
+        words = [everything[i * half : (i + 1) * half].cast("q") for i in range(2)]
+        rooms = [everything[CONTROL_BYTES + i * size : CONTROL_BYTES + (i + 1) * size] for i in range(2)]
+        rings = [_Ring(words[i], address + i * half, rooms[i]) for i in range(2)]
         self._out, self._in = rings if first else rings[::-1]
         self._looks = True
 
@@ -268,9 +251,7 @@ class ShmPipe:
         self._connection.close()
 
     def _wait(self, ring: _Ring, counter: int, is_there: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until ``is_there`` is true, which ``counter`` signals. Returns whether it is; a sleep may outlast the
-        time-out.
-        """
+        """Wait until ``is_there``, which ``counter`` signals, and return that. A sleep may outlast the time-out."""
         words = ring.words
         begun_s = now_s = time.monotonic()
         if self._looks:
@@ -355,9 +336,7 @@ class _Ring:
         return takes
 
     def sleep(self, counter: int, seen: int) -> None:
-        """Sleep until the other end changes a counter, but not long. Return at once if the counter is no longer
-        ``seen``.
-        """
+        """Sleep until the other end changes a counter, but not long; not at all if it is no longer ``seen``."""
         _syscall(_FUTEX, self._address + 8 * counter, _WAIT, seen & 0xFFFF_FFFF, _NAP)
 
     def _wake(self, counter: int) -> None:

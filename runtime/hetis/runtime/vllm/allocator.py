@@ -82,9 +82,7 @@ class HeadAllocator:
         output_tokens: int = 256,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Initialise. ``free_here`` returns the free blocks of vLLM's pool; ``output_tokens`` are expected of a request
-        that may generate more.
-        """
+        """``free_here`` returns the free blocks of vLLM's pool; ``output_tokens`` are expected of a request at most."""
         # The solver's state of all running requests
         self.state = DispatchState(costs, [_ENDLESS] + [0] * (costs.num_devices - 1))
         for device in range(1, costs.num_devices):
@@ -93,10 +91,9 @@ class HeadAllocator:
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
         self._dispatcher: Dispatcher | None = None  # made anew whenever costs change
-        self._next_number = 1
+        self._next_number, self._next_move = 1, 0
         self._by_number: dict[str, str] = {}  # running requests
         self._moves: dict[int, _Prepared] = {}
-        self._next_move = 0
         self._limits: dict[int, int] = {}
         self._drained: frozenset[int] = frozenset()
 
@@ -135,11 +132,8 @@ class HeadAllocator:
         placed = self._placed.get(request_id)
         if placed is None or not any(placed.devices):
             return True
-        counts = self._counts(placed.devices)
-        blocks = -(-tokens // self.heads.block_tokens)
-        if placed.anchor is not None:
-            blocks -= -(-placed.tokens // self.heads.block_tokens)
-        needed = counts[1:] * max(blocks, 0)
+        blocks = self._blocks(tokens) - (0 if placed.anchor is None else self._blocks(placed.tokens))
+        needed = self._counts(placed.devices)[1:] * max(blocks, 0)
         return bool((needed <= self.state.free_blocks()[1:]).all())
 
     def grow(self, request_id: str, tokens: int) -> None:
@@ -152,18 +146,11 @@ class HeadAllocator:
 
     def admitted(self, request_id: str, anchor: int) -> Admitted:
         """Start a request where it was placed."""
-        placed = self._placed.get(request_id)
-        if placed is None:
-            placed = self._placed[request_id] = _Placed((LOCAL,) * self.heads.head_groups, 1, 0)
+        placed = self._placed.setdefault(request_id, _Placed((LOCAL,) * self.heads.head_groups, 1, 0))
         placed.anchor, placed.number = anchor, self._next_number
         self._next_number += 1
         self._by_number[str(placed.number)] = request_id
-        self.state.admit_one(
-            request_id,
-            context_tokens=placed.tokens,
-            remaining_tokens=placed.growth,
-            groups=self._counts(placed.devices),
-        )
+        self._admit(request_id, placed)
         return Admitted(anchor, placed.number, placed.devices)
 
     def released(self, request_id: str) -> None:
@@ -250,14 +237,13 @@ class HeadAllocator:
             del kept[request_id]
             others = sum(kept.values(), np.zeros(self.state.stage.num_devices, np.int64))
             placed.devices = self._without(placed, device, others)
-            self.state.admit_one(
-                request_id,
-                context_tokens=placed.tokens,
-                remaining_tokens=placed.growth,
-                groups=self._counts(placed.devices),
-            )
+            self._admit(request_id, placed)
         self.stats.recomputed += len(evicted)
         return tuple(evicted)
+
+    def _admit(self, request_id: str, placed: _Placed) -> None:
+        tokens, growth, groups = placed.tokens, placed.growth, self._counts(placed.devices)
+        self.state.admit_one(request_id, context_tokens=tokens, remaining_tokens=growth, groups=groups)
 
     # --- moves
 
@@ -266,7 +252,7 @@ class HeadAllocator:
         placed = self._placed.get(request_id)
         if placed is None or placed.anchor is None or not groups:
             return None
-        if not all(0 <= group < len(placed.devices) for group in groups):
+        if min(groups) < 0 or max(groups) >= len(placed.devices):
             return None
         sources = {placed.devices[group] for group in groups}
         takes = self.state.devices[target].status is DeviceStatus.OK
@@ -288,17 +274,14 @@ class HeadAllocator:
         one = self._moves.pop(number)
         self.state.commit_moves(one.prepared)
         placed = self._placed[one.request_id]
-        devices = list(placed.devices)
-        for group in one.move.groups:
-            devices[group] = one.move.target
-        placed.devices = tuple(devices)
-        self.stats.moved_groups += len(one.move.groups)
+        moved, target = one.move.groups, one.move.target
+        placed.devices = tuple(target if i in moved else device for i, device in enumerate(placed.devices))
+        self.stats.moved_groups += len(moved)
         return one.request_id, one.move
 
     def abort(self, number: int) -> tuple[str, GroupMove] | None:
         """Leave the groups of a move where they are. Return None if the move has ended already."""
-        one = self._moves.pop(number, None)
-        if one is None:
+        if (one := self._moves.pop(number, None)) is None:
             return None
         self.state.abort_move(one.prepared)
         return one.request_id, one.move
@@ -320,7 +303,10 @@ class HeadAllocator:
 
     def blocks(self, request_id: str) -> int:
         """Return the number of blocks of each group of a running request."""
-        return -(-self._placed[request_id].tokens // self.heads.block_tokens)
+        return self._blocks(self._placed[request_id].tokens)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.heads.block_tokens)
 
     def room(self, device: int) -> int:
         """Return the number of blocks that a move may take on a device."""
@@ -342,11 +328,7 @@ class HeadAllocator:
         return replace(snapshot, devices=(here, *snapshot.devices[1:]))
 
     def relief(self, blocks: int) -> list[tuple[str, tuple[int, ...], int]]:
-        """Return moves that would free this many blocks here, taking one group at a time from the requests with most
-        here.
-
-        Returns fewer if the workers lack room.
-        """
+        """Return moves that free this many blocks here, fewer if workers lack room: from requests with most here."""
         free = self._free_blocks()
         under_way = {one.request_id for one in self._moves.values()}
         here: dict[str, list[int]] = {}
@@ -355,7 +337,7 @@ class HeadAllocator:
             placed = self._placed[name]
             if name not in under_way:
                 here[name] = [group for group, device in enumerate(placed.devices) if device == LOCAL]
-                sizes[name] = -(-placed.tokens // self.heads.block_tokens)
+                sizes[name] = self._blocks(placed.tokens)
         leaving: dict[tuple[str, int], list[int]] = {}
         while blocks > 0 and here:
             name = max(here, key=lambda one: len(here[one]) * sizes[one])
@@ -395,13 +377,9 @@ class HeadAllocator:
                 return devices, "no_room" if devices is None else "costs"
 
     def _free_blocks(self) -> IntArray:
-        """Return the blocks that moves may take on each device, shape [D]: none if it takes no groups or is at its
-        limit.
-        """
+        """Return the blocks that moves may take on each device, shape [D]: none if it takes none or is at its limit."""
         free = self.state.free_blocks()
-        for device in range(1, len(free)):
-            if self.state.devices[device].status is not DeviceStatus.OK:
-                free[device] = 0
+        free[[i for i, one in enumerate(self.state.devices) if i != LOCAL and one.status is not DeviceStatus.OK]] = 0
         return self._within_limits(free)
 
     def _within_limits(self, free: IntArray) -> IntArray:
@@ -410,9 +388,7 @@ class HeadAllocator:
         return free
 
     def _load(self) -> DeviceLoad:
-        """Return the load that a new request joins. On the ranks the pool knows the free blocks, and the state the
-        blocks that will still be taken.
-        """
+        """Return the load that a new request joins: of the ranks, the pool's free blocks less those yet to be taken."""
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
         self._within_limits(load.free_blocks)
@@ -428,8 +404,7 @@ class HeadAllocator:
         return None if plan.unplaced else _named(plan.groups[0].tolist())
 
     def _most_remote(self, tokens: int) -> tuple[int, ...]:
-        blocks = -(-tokens // self.heads.block_tokens)
-        free = self._load().free_blocks // max(blocks, 1)
+        free = self._load().free_blocks // max(self._blocks(tokens), 1)
         free[LOCAL] = 0
         counts = np.zeros_like(free)
         for _ in range(self.heads.head_groups):
@@ -444,7 +419,7 @@ class HeadAllocator:
 
     def _kept_blocks(self, placed: _Placed, lost: int) -> IntArray:
         """Return the blocks, shape [D], that a recomputed request takes where its groups stay."""
-        blocks = self._counts(placed.devices) * -(-(placed.tokens + placed.growth) // self.heads.block_tokens)
+        blocks = self._counts(placed.devices) * self._blocks(placed.tokens + placed.growth)
         blocks[[LOCAL, lost]] = 0
         return blocks
 

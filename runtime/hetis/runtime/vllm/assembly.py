@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers
+_HEADS = ("num_heads", "head_size", "scale", "logits_soft_cap")  # which all layers must have in common
 
 
 def calibrate_here(
@@ -54,14 +55,10 @@ def calibrate_here(
         spec: of their KV.
         num_blocks: of the pool; block 0 belongs to nobody.
     """
-    device = layers[0].kv_cache.device
-    builder = layers[0].impl.builder_cls(spec, names, vllm_config, device)
-    calls = []
-    for sequences in (1, spec.head_groups, 4 * spec.head_groups):
-        for context in CONTEXTS:
-            width = -(-context // spec.block_size)
-            if sequences * width < num_blocks:
-                calls.append(_measured(layers[:_LAYERS], builder, sequences, context, width, spec.block_size, clock))
+    builder, size = layers[0].impl.builder_cls(spec, names, vllm_config, layers[0].kv_cache.device), spec.block_size
+    points = [(count, context) for count in (1, spec.head_groups, 4 * spec.head_groups) for context in CONTEXTS]
+    fitting = [(count, context) for count, context in points if count * -(-context // size) < num_blocks]
+    calls = [_measured(layers[:_LAYERS], builder, count, context, size, clock) for count, context in fitting]
     return Calibration(
         coefficients=Coefficients(pieces=(fit_calls(calls),)),
         copy_byte_s=_copy_byte_s(BlockStore(layers, spec.block_size), spec, len(layers), num_blocks, clock),
@@ -70,18 +67,11 @@ def calibrate_here(
 
 
 def _measured(
-    layers: list[Any],
-    builder: Any,
-    sequences: int,
-    context: int,
-    width: int,
-    block_tokens: int,
-    clock: Callable[[], float],
+    layers: list[Any], builder: Any, sequences: int, context: int, block_tokens: int, clock: Callable[[], float]
 ) -> TimedCall:
     """Return the median call of one layer with this many virtual sequences, each of its own request."""
-    impl = layers[0].impl
-    counts = np.ones(sequences, np.int64)
-    lasts = np.full(sequences, context, np.int64)
+    impl, width = layers[0].impl, -(-context // block_tokens)
+    counts, lasts = np.ones(sequences, np.int64), np.full(sequences, context, np.int64)
     requests = StepRequests(rows=np.arange(sequences, dtype=np.int64), counts=counts, lasts=lasts)
     part = part_of(requests, np.ones((sequences, 1), np.bool_))
     tables = 1 + np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)
@@ -148,8 +138,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     """Return the rank of this process, connected to its workers."""
     [group] = cache.kv_cache_groups
     spec = group.kv_cache_spec
-    context = vllm_config.compilation_config.static_forward_context
-    layers = [context[name] for name in group.layer_names]
+    layers = [vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
     shape = shape_of(spec, [layer.impl for layer in layers], settings.page_tokens)
     epoch = time.time_ns() // 1_000_000
     calibrations: dict[int, Calibration] = {}
@@ -162,16 +151,8 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         key = read_key(one.key_file, {})
         assert key is not None, "a file was named"
         host, port = split_address(one.addresses[number])
-        device = join_at(
-            one.name,
-            host,
-            port,
-            key,
-            shape,
-            epoch=epoch,
-            kind=ChannelKind(settings.transport),
-            timeout_s=settings.timeout_s,
-        )
+        kind, timeout_s = ChannelKind(settings.transport), settings.timeout_s
+        device = join_at(one.name, host, port, key, shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
         if settings.calibrate:
             try:
                 measured = calibrate(device, groups=spec.head_groups, exchange_bytes_per_head=exchange)
@@ -227,12 +208,7 @@ def shape_of(spec: HeadGroupSpec, impls: Sequence[Any], page_tokens: int) -> KvS
     for impl in impls:
         if not isinstance(impl, HeadGroupImpl):
             raise UnsupportedModelError(f"hetis cannot place head groups of layers of {type(impl).__name__}")
-        if (impl.num_heads, impl.head_size, impl.scale, impl.logits_soft_cap) != (
-            first.num_heads,
-            first.head_size,
-            first.scale,
-            first.logits_soft_cap,
-        ):
+        if any(getattr(impl, name) != getattr(first, name) for name in _HEADS):
             raise UnsupportedModelError("hetis cannot place head groups of a model whose layers have different heads")
     return KvShape(
         layers=len(impls),

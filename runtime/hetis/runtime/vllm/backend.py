@@ -82,9 +82,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
 
 class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
-    """One attention layer. ``num_heads`` is r, the queries of one head group, because base builders derive sizes from
-    it.
-    """
+    """One attention layer. ``num_heads`` is r, of one head group, because base builders derive sizes from it."""
 
     base_backend: ClassVar[type[AttentionBackend]]
     builder_cls: ClassVar[type[HeadGroupBuilder]]

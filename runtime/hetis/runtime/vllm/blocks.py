@@ -143,8 +143,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
                 self.extend(request_id, group, needed)
             self._covered[request_id] = self._needed[request_id] = needed
             self.homes.grow(request_id, num_tokens)
-        anchor = self.req_to_blocks[request_id]
-        return list(anchor) if is_new else []
+        return list(self.req_to_blocks[request_id]) if is_new else []
 
     def cache_blocks(
         self,
@@ -166,15 +165,9 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         if len(self._local(request_id)) < self.head_groups:
             self._away.add(request_id)
             return
+        numbers = {"num_cached_blocks": cached, "num_full_blocks": full, "block_size": self.block_size}
         for group, table in enumerate(self._tables[request_id]):
-            self.block_pool.cache_full_blocks(
-                request=request,
-                blocks=table,
-                num_cached_blocks=cached,
-                num_full_blocks=full,
-                block_size=self.block_size,
-                kv_cache_group_id=group,
-            )
+            self.block_pool.cache_full_blocks(request=request, blocks=table, kv_cache_group_id=group, **numbers)
         self.num_cached_block[request_id] = full
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -281,10 +274,8 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self._covered[request_id] = self._needed[request_id] = len(tables[0])
         self.num_cached_block.setdefault(request_id, 0)
         self.events.append(self.homes.admitted(request_id, int(anchor.block_id)))
-        for group, table in enumerate(tables):
-            if table:
-                numbers = tuple(block.block_id for block in table)
-                self.events.append(Grown(int(anchor.block_id), group, 0, numbers))
+        grown = {group: tuple(block.block_id for block in table) for group, table in enumerate(tables) if table}
+        self.events += [Grown(int(anchor.block_id), group, 0, numbers) for group, numbers in grown.items()]
 
     def _growing(self, request_id: str) -> list[int]:
         """Return the groups here and those on their way here, which already have blocks that copies fill."""

@@ -53,17 +53,10 @@ def with_coefficients(stage: Stage, known: Mapping[str, Coefficients]) -> Stage:
 
 
 def scaled(stage: Stage, scales: FloatArray) -> Stage:
-    """Return the stage with every device slower by its factor in ``scales``, shape [D], in attention and exchange
-    alike.
-    """
-    return replace(
-        stage,
-        head_s=stage.head_s * scales[:, None],
-        kv_byte_s=stage.kv_byte_s * scales[:, None],
-        call_s=stage.call_s * scales[:, None],
-        transfer_byte_s=stage.transfer_byte_s * scales,
-        transfer_s=stage.transfer_s * scales,
-    )
+    """Return the stage with every device slower by its factor in ``scales``, shape [D], in attention and exchange."""
+    pieces = {name: getattr(stage, name) * scales[:, None] for name in ("head_s", "kv_byte_s", "call_s")}
+    exchange = {name: getattr(stage, name) * scales for name in ("transfer_byte_s", "transfer_s")}
+    return replace(stage, **pieces, **exchange)
 
 
 def device_seconds(stage: Stage, heads: FloatArray, kv_bytes: FloatArray) -> FloatArray:
@@ -176,15 +169,13 @@ def calibrate(
             device.drop([SequenceKey(_OWN, 0, head) for head in range(sequences)])
     if not calls:
         return None
-    coefficients = with_exchange(
-        Coefficients(pieces=(fit_calls(calls),)), exchange_bytes_per_head, byte_s=copy_byte_s, copy_s=copy_s
-    )
-    return Calibration(coefficients=coefficients, copy_byte_s=copy_byte_s, read_s=read_s)
+    whole = Coefficients(pieces=(fit_calls(calls),))
+    own = with_exchange(whole, exchange_bytes_per_head, byte_s=copy_byte_s, copy_s=copy_s)
+    return Calibration(coefficients=own, copy_byte_s=copy_byte_s, read_s=read_s)
 
 
 def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, copy_s: float) -> Coefficients:
-    """Return the total cost of calls divided into attention and an exchange as fast as copies are. The sum stays the
-    same.
+    """Return the total cost of calls, divided into attention and an exchange as fast as copies are.
 
     Args:
         whole: of one piece, without an exchange.

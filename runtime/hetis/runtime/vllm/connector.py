@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from hetis.runtime.vllm.counts import COUNTERS, DISPATCH_BUCKETS, DISPATCH_SECONDS, GAUGES, merged, summary
+from hetis.runtime.vllm.counts import COUNTERS, DISPATCH_BUCKETS, DISPATCH_SECONDS, GAUGES, Described, merged, summary
 from hetis.runtime.vllm.rank import set_current_rank
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings, SettingsError, read_settings
@@ -65,37 +65,25 @@ class HetisPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._gauges = {
-            name: self._gauge_cls(
-                name=name, documentation=one.text, labelnames=[*labelnames, *one.labels], multiprocess_mode="mostrecent"
-            )
-            for name, one in GAUGES.items()
-        }
-        self._counters = {
-            name: self._counter_cls(name=name, documentation=one.text, labelnames=[*labelnames, *one.labels])
-            for name, one in COUNTERS.items()
-        }
-        self._dispatch = self._histogram_cls(
-            name="hetis_dispatch_seconds",
-            documentation=DISPATCH_SECONDS.text,
-            labelnames=labelnames,
-            buckets=list(DISPATCH_BUCKETS),
-        )
+
+        def described(name: str, one: Described) -> dict[str, Any]:
+            return {"name": name, "documentation": one.text, "labelnames": [*labelnames, *one.labels]}
+
+        latest, buckets = "mostrecent", list(DISPATCH_BUCKETS)
+        self._gauges = {n: self._gauge_cls(**described(n, one), multiprocess_mode=latest) for n, one in GAUGES.items()}
+        self._counters = {n: self._counter_cls(**described(n, one)) for n, one in COUNTERS.items()}
+        self._dispatch = self._histogram_cls(**described("hetis_dispatch_seconds", DISPATCH_SECONDS), buckets=buckets)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         values = self.per_engine_labelvalues[engine_idx]
         for name, samples in transfer_stats_data.get("gauges", {}).items():
             for label, value in samples.items():
-                self._gauges[name].labels(*values, *_split(label)).set(value)
+                self._gauges[name].labels(*values, *filter(None, label.split("|"))).set(value)
         for name, samples in transfer_stats_data.get("counters", {}).items():
             for label, value in samples.items():
-                self._counters[name].labels(*values, *_split(label)).inc(value)
+                self._counters[name].labels(*values, *filter(None, label.split("|"))).inc(value)
         for seconds in transfer_stats_data.get("dispatch_s", ()):
             self._dispatch.labels(*values).observe(seconds)
-
-
-def _split(label: str) -> list[str]:
-    return label.split("|") if label else []
 
 
 @dataclass
@@ -230,9 +218,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._decider.hear(reports.by_rank)
 
     def get_kv_connector_stats(self) -> HetisStats | None:
-        if self._scheduler is None:
-            return None
-        data = self._scheduler.take_stats()
+        data = None if self._scheduler is None else self._scheduler.take_stats()
         return None if data is None else HetisStats(data)
 
     @classmethod

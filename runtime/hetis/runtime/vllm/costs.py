@@ -17,7 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from statistics import median
 
@@ -124,8 +124,7 @@ class _DeviceScale:
             _log.warning("device %s takes %.2g times what was measured at the start", self.name, self.scale)
 
     def _change(self, scale: float) -> bool:
-        has_changed = scale != self.scale
-        self.scale = scale
+        has_changed, self.scale = scale != self.scale, scale
         if has_changed:
             self._recent.clear()
         return has_changed
@@ -221,19 +220,14 @@ class EngineCosts:
     def _slowest(self, device: int) -> Calibration:
         """Return the maximum of each number over the ranks."""
         found = [one for (number, _), one in self._measured.items() if number == device]
-        first = found[0]
         costs = [one.coefficients for one in found]
         pieces: list[Piece] = [
             (max(p[0] for p in same), max(p[1] for p in same), max(p[2] for p in same))
             for same in zip(*(one.pieces for one in costs), strict=True)
         ]
-        return replace(
-            first,
-            coefficients=Coefficients(
-                pieces=tuple(pieces),
-                transfer_byte_s=max(one.transfer_byte_s for one in costs),
-                transfer_s=max(one.transfer_s for one in costs),
-            ),
+        byte_s, exchange_s = max(one.transfer_byte_s for one in costs), max(one.transfer_s for one in costs)
+        return Calibration(
+            coefficients=Coefficients(pieces=tuple(pieces), transfer_byte_s=byte_s, transfer_s=exchange_s),
             copy_byte_s=max(one.copy_byte_s for one in found),
             read_s=max(one.read_s for one in found),
         )

@@ -6,7 +6,7 @@ Several label values of one sample are joined by ``|`` in transit, because vLLM 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,7 @@ class SchedulerCounts:
         self._taken_s = float("-inf")
 
     def take(self, is_last: bool) -> dict[str, Any] | None:
-        """Return the counts since the last take and the present gauges, or None if it is too early. Pass ``is_last`` if
-        nothing runs any more, so that no further take follows soon.
-        """
+        """Return the counts since the last take and the gauges, or None if it is too early and not the last take."""
         now_s = self._clock()
         if not is_last and now_s < self._taken_s + EVERY_S:
             return None
@@ -110,22 +108,16 @@ def summary(data: dict[str, Any]) -> dict[str, int | float]:
     return found
 
 
-def _names(side: SchedulerSide) -> Iterator[tuple[int, str]]:
-    return enumerate(side.costs.stage.devices)
-
-
 def _gauges(side: SchedulerSide) -> Samples:
     allocator = side.allocator
     load, scales = allocator.state.load(), side.costs.scales
     queries = side.shape.heads.queries_per_group
     found: Samples = {name: {} for name in GAUGES}
-    for device, name in _names(side):
+    for device, name in enumerate(side.costs.stage.devices):
         total, used = allocator.totals(device)
-        is_up = allocator.state.devices[device].status is DeviceStatus.OK
         found["hetis_head_groups"][name] = int(load.heads[device]) // queries
-        found["hetis_kv_blocks"][name] = total
-        found["hetis_kv_blocks_used"][name] = used
-        found["hetis_device_up"][name] = int(is_up)
+        found["hetis_kv_blocks"][name], found["hetis_kv_blocks_used"][name] = total, used
+        found["hetis_device_up"][name] = int(allocator.state.devices[device].status is DeviceStatus.OK)
         found["hetis_device_cost_scale"][name] = scales[device]
     return found
 
@@ -133,7 +125,7 @@ def _gauges(side: SchedulerSide) -> Samples:
 def _counted(side: SchedulerSide) -> Samples:
     stats = side.allocator.stats
     found: Samples = {name: {} for name in COUNTERS}
-    for device, name in _names(side):
+    for device, name in enumerate(side.costs.stage.devices):
         exchanged = side.exchanged.get(device)
         if exchanged is not None:
             found["hetis_exchanges"][name] = exchanged.exchanges

@@ -103,10 +103,9 @@ class _Host:
 
         self._boundary.on_step(wake)
         try:
-            async with asyncio.timeout(LOOK_S):
-                await stepped.wait()
-        except TimeoutError:
-            pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await stepped.wait()
         finally:
             self._boundary.off_step(wake)
 
@@ -115,9 +114,7 @@ class _Host:
 
 
 def surround(side: SchedulerSide) -> SteeredVllm | None:
-    """Attach both to a side that is connected to its block manager. Returns what an agent steers, or None. Raises
-    SettingsError if the executor's socket cannot be created.
-    """
+    """Attach both to a bound side, and return what an agent steers, or None. Raises SettingsError without a socket."""
     path = side.settings.executor
     if path is None:
         side.attach(SchedulerCounts(side).take)

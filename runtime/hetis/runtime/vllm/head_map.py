@@ -36,8 +36,8 @@ class StepRequests:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VirtualBatch:
-    """N virtual sequences with V tokens in total. If each has one token, they are ordered by request, then by group,
-    which is the order of vLLM's batch; otherwise by group, then by request.
+    """N virtual sequences with V tokens in total. If each has one token, they are in the order of vLLM's batch, by
+    request, then by group; otherwise by group, then by request.
     """
 
     requests: IntArray  # index of the request of each sequence, shape [N]

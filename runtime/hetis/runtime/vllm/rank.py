@@ -53,9 +53,7 @@ class BaseBuilder(Protocol):
     """Describes virtual sequences to vLLM's own backend."""
 
     def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
-        """Return the metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's description of the
-        step.
-        """
+        """Return the metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's of the step."""
 
 
 class StepDescription(Protocol):
@@ -112,7 +110,7 @@ class _Remote:
     pending: Pending | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
-    layers: _LayerTimes = field(default_factory=lambda: _LayerTimes())
+    layers: _LayerTimes = field(default_factory=_LayerTimes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -156,9 +154,7 @@ class Rank:
         calibrations: dict[int, Calibration] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Initialise.
-
-        ``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
+        """``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
         ``calibrations`` holds each device's latest, filled by the function that joins workers.
         """
         self.heads = HeadMap(head_groups, num_blocks)  # where every head group lives
@@ -318,27 +314,25 @@ class Rank:
         self.migrator.rewind(requests.rows, requests.firsts)
         devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
         if self.heads.must_restart.any():
-            begins = requests.firsts == 0
-            self.heads.must_restart[requests.rows[known & begins]] = False
+            self.heads.must_restart[requests.rows[known & (requests.firsts == 0)]] = False
             void = known & self.heads.must_restart[requests.rows]
             devices[void] = -1
             self._void.update(anchors[void].tolist())
         local = part_of(requests, devices == LOCAL)
-        device = metadata.common.query_start_loc.device
+        device, num_tokens = common.query_start_loc.device, int(starts[-1])
         rows = requests.rows[local.requests]
         width = int(-(-local.lasts.max(initial=1) // self._block_tokens))
         tables = self.heads.tables[rows, local.groups, :width]
         remotes = [] if local.is_everything else self._remotes(requests, devices, local.num_tokens)
-        batch = _Batch(
+        self._batch = batch = _Batch(
             requests=requests,
-            num_tokens=int(starts[-1]),
+            num_tokens=num_tokens,
             local=local,
             tables=torch.from_numpy(tables).to(device),
             slots=torch.from_numpy(slots_of(local, tables, self._block_tokens)).to(device),
             remotes=remotes,
-            sorting=None if local.is_everything else self._sorting(int(starts[-1]), local, remotes, device),
+            sorting=None if local.is_everything else self._sorting(num_tokens, local, remotes, device),
         )
-        self._batch = batch
         for remote in batch.remotes:
             self._announce(remote, requests)
         return batch
@@ -444,9 +438,7 @@ class Rank:
                 self._void.add(int(self.heads.anchors[row]))
 
     def _time(self, remote: _Remote, waits_s: float) -> None:
-        """Record how long a worker took. An answer that was already there may have been so for long: this gives only a
-        bound.
-        """
+        """Record how long a worker took. An answer that was already there, maybe for long, only gives a bound."""
         got_s, calibration = self._clock(), self._calibrations.get(remote.device)
         read_s = 0.0 if calibration is None else calibration.read_s
         most_s = got_s - remote.asked_s
@@ -471,17 +463,14 @@ class Rank:
         row = self.heads.row(anchor)
         if row is None:
             return False
-        self._drop_remote(row)
-        with self._guarded():
-            self.migrator.forget(anchor)
-        return True
-
-    def _drop_remote(self, row: int) -> None:
         for number in self.heads.remote_devices(row):
             device = self.workers.get(number)
             if device is not None:
                 with self._guarded(number):
                     device.drop([SequenceKey(request, 0, group) for request, group in self.heads.keys_on(row, number)])
+        with self._guarded():
+            self.migrator.forget(anchor)
+        return True
 
     def _abandon(self) -> None:
         """Forget a step that was begun and never finished, for example of a dummy run."""

@@ -181,12 +181,9 @@ class SchedulerSide:
         self.costs.follow(self.allocator.change_costs)
         manager.homes = self.allocator
         manager.relieve = self.relieve
+        layers, rules = shape.num_layers, settings.redispatch
         self._redispatch = Redispatch(
-            self.allocator,
-            self.begin_move,
-            settings.redispatch,
-            num_layers=shape.num_layers,
-            link_byte_s=lambda: self.costs.link_byte_s,
+            self.allocator, self.begin_move, rules, num_layers=layers, link_byte_s=lambda: self.costs.link_byte_s
         )
         if names and settings.dispatch.policy == "solver":
             _log.info("loading the dispatcher, which is compiled once per machine: a minute or two")
@@ -286,10 +283,7 @@ class SchedulerSide:
         number of the move, or None if the target has no room or the groups are not at rest together.
         """
         move = self._prepare(request_id, groups, target, by)
-        if move is None:
-            return None
-        self._manager.events.append(MoveStep("begin", move))
-        return move.number
+        return None if move is None else move.number
 
     def is_copied(self, number: int) -> bool:
         """Return whether all ranks had copied all existing KV of a move at their last report."""
@@ -337,7 +331,6 @@ class SchedulerSide:
         for request_id, groups, target in self.allocator.relief(blocks):
             move = self._prepare(request_id, groups, target, "relief")
             if move is not None:
-                self._manager.events.append(MoveStep("begin", move))
                 self.allocator.stats.relieved_blocks += len(groups) * self._manager.blocks_of(request_id)
                 self.commit([move.number])
 
@@ -381,10 +374,9 @@ class SchedulerSide:
 
     def _prepare(self, request_id: str, groups: Sequence[int], target: int, by: MovedBy) -> GroupMove | None:
         manager = self._manager
-        if target == LOCAL:
-            needed = len(groups) * manager.blocks_of(request_id)
-            if needed > manager.block_pool.get_num_free_blocks():
-                return None
+        needed = len(groups) * manager.blocks_of(request_id) if target == LOCAL else 0
+        if needed > manager.block_pool.get_num_free_blocks():
+            return None
         move = self.allocator.prepare(request_id, groups, target)
         if move is None:
             return None
@@ -393,6 +385,7 @@ class SchedulerSide:
                 manager.extend(request_id, group, manager.blocks_of(request_id))
         self._moved_by[move.number] = by
         self.moves[by, "begun"] += 1
+        manager.events.append(MoveStep("begin", move))
         return move
 
     def _compute_again(self, request_id: str) -> None:
@@ -417,9 +410,8 @@ class SchedulerSide:
         for request_id in self.allocator.lose(device):
             self._manager.lost(request_id)
             self._compute_again(request_id)
-            self._manager.events.append(
-                Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
-            )
+            anchor, devices = self._manager.anchor(request_id), tuple(self.allocator.devices(request_id))
+            self._manager.events.append(Rehomed(anchor, devices))
             _log.warning("request %s lost KV with worker %s", request_id, self.settings.workers[device - 1].name)
 
 

@@ -111,9 +111,7 @@ class PluginSettings(_Document):
 
 
 def read_settings() -> PluginSettings | None:
-    """Return the settings in the file that `VARIABLE` names, or None if it names none. Raises SettingsError if the file
-    is not readable, or not valid.
-    """
+    """Return the settings in the file that `VARIABLE` names, or None. Raises SettingsError if they are not valid."""
     path = os.environ.get(VARIABLE)
     return None if not path else load_settings(Path(path))
 

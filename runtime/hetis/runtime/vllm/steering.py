@@ -95,19 +95,16 @@ def head_map(side: SchedulerSide, binding: Binding, in_flight: Iterable[tuple[st
         )
         for device in model.devices
     ]
-    requests = []
-    for name in allocator.running:
-        owners = allocator.devices(name)
-        if any(owner not in position for owner in owners):
-            continue  # on a worker that the plan does not have: nobody may move its groups
-        requests.append(
-            RunningRequest(
-                id=str(allocator.number(name)),
-                context_tokens=allocator.state.context_tokens(name),
-                remaining_tokens=allocator.state.remaining_tokens(name),
-                owners=[position[owner] for owner in owners] * binding.cards,
-            )
+    requests = [
+        RunningRequest(
+            id=str(allocator.number(name)),
+            context_tokens=allocator.state.context_tokens(name),
+            remaining_tokens=allocator.state.remaining_tokens(name),
+            owners=[position[owner] for owner in allocator.devices(name)] * binding.cards,
         )
+        for name in allocator.running
+        if position.keys() >= set(allocator.devices(name))  # else on a worker that the plan lacks: nobody may move it
+    ]
     known = {request.id for request in requests}
     return HeadMap(
         stage=model.stage,
@@ -194,11 +191,9 @@ class PlannedMoves(MoveAuthority):
     def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
         if self._side.allocator.is_under_way(one.number):
             return None
-        return self.refusal_of(change, one.move) or failure_of(
-            ErrorReason.ERROR_REASON_COPY_FAILED,
-            f"the copy of request {one.move.request} was given up",
-            device=one.move.target,
-        )
+        why, device = f"the copy of request {one.move.request} was given up", one.move.target
+        failed = failure_of(ErrorReason.ERROR_REASON_COPY_FAILED, why, device=device)
+        return self.refusal_of(change, one.move) or failed
 
     def abort(self, change: Change, one: InFlightMove) -> None:
         self._side.abort(one.number)
@@ -209,10 +204,8 @@ class PlannedMoves(MoveAuthority):
         return self._side.num_steps
 
     def is_ready(self, change: EngineChange) -> bool:
-        return all(
-            self._side.is_copied(one.number) or not self._side.allocator.is_under_way(one.number)
-            for one in self._open.get(change.change.change_id, [])
-        )
+        copied, under_way = self._side.is_copied, self._side.allocator.is_under_way
+        return all(copied(m.number) or not under_way(m.number) for m in self._open.get(change.change.change_id, []))
 
     # --- Copies
 
@@ -243,11 +236,8 @@ class PlannedMoves(MoveAuthority):
     def _bytes(self, moves: Sequence[InFlightMove]) -> int:
         """Return the present KV bytes of moves."""
         allocator, shape = self._side.allocator, self._side.shape
-        tokens = sum(
-            allocator.state.context_tokens(name) * len(one.move.head_groups)
-            for one in moves
-            if (name := allocator.numbered(one.move.request)) is not None
-        )
+        named = [(allocator.numbered(one.move.request), len(one.move.head_groups)) for one in moves]
+        tokens = sum(allocator.state.context_tokens(name) * groups for name, groups in named if name is not None)
         return int(tokens * shape.heads.kv_bytes_per_token * shape.num_layers)
 
 
@@ -323,14 +313,13 @@ class SteeredVllm(SteeredEngine[_Taken]):
     # --- telling
 
     def report(self, now_s: float) -> WatchReportsResponse:
-        reports, devices = [], []
-        for name, held in self._held.items():
-            reports.append(self._replica_report(name, held, now_s))
+        devices: list[DeviceReport] = []
+        for held in self._held.values():
             devices += device_reports(self._side, held.binding, held.assignment.primary_node.rpartition("/")[2])
         return WatchReportsResponse(
             engine_id=self.engine_id,
             newest_epoch=self.newest_epoch,
-            replicas=reports,
+            replicas=[self._replica_report(name, held, now_s) for name, held in self._held.items()],
             changes=self.statuses(),
             devices=sorted(devices, key=lambda device: device.index),
         )
@@ -364,9 +353,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
 
 
 def bind(assignment: Assignment, side: SchedulerSide) -> Binding:
-    """Return the stage of an assignment as the engine has it. Raises RefusedError: ENGINE_CANNOT, with all reasons: an
-    engine only runs what it was started for.
-    """
+    """Return an assignment's stage as the engine has it. Raises RefusedError: ENGINE_CANNOT, with all reasons."""
     numbers = {worker.name: number for number, worker in enumerate(side.settings.workers, 1)}
     reasons = list(_differences(assignment, side.shape, numbers))
     if reasons:

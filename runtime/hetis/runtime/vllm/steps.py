@@ -85,8 +85,7 @@ class DeviceReport:
     """One rank's report on its worker on one device."""
 
     blocks: int  # KV blocks of one head group that it holds in total; 0: it is lost
-    # bytes_sent, bytes_received: since the last report
-    bytes_sent: int = 0
+    bytes_sent: int = 0  # since the last report
     bytes_received: int = 0
     exchanges: int = 0  # calls to it since the last report, one per layer and step
     exchange_s: float = 0.0  # seconds from a call to its answer, summed over those exchanges

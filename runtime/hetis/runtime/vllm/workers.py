@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError
@@ -18,20 +18,13 @@ Join = Callable[[int], AttentionDevice]
 
 
 class Workers:
-    """Workers by their number among the devices, from 1 on; number 0 is the rank itself.
-
-    Attributes:
-        names: of all workers, in order.
-        epoch: of this engine, above those of earlier engines.
-    """
+    """Workers by their number among the devices, from 1 on; number 0 is the rank itself."""
 
     def __init__(
         self, names: Sequence[str], join: Join, *, epoch: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Initialise. ``join`` connects to the worker with a number; it may take its whole time-out, and raise
-        DeviceError.
-        """
-        self.names, self.epoch = tuple(names), epoch
+        """``join`` connects to the worker with a number; it may take its whole time-out, and raise DeviceError."""
+        self.names, self.epoch = tuple(names), epoch  # which is above those of earlier engines
         self._join, self._clock = join, clock
         self._devices: dict[int, AttentionDevice] = {}
         self._joining: set[int] = set()
@@ -76,11 +69,8 @@ class Workers:
     def advance(self) -> tuple[int, ...]:
         """Begin to join missing workers, between two steps, and return the numbers of those that are back."""
         back = []
-        while True:
-            try:
-                number, came = self._came.get_nowait()
-            except Empty:
-                break
+        while not self._came.empty():
+            number, came = self._came.get_nowait()
             self._joining.discard(number)
             if isinstance(came, Exception):
                 self._again_s[number] = self._clock() + AGAIN_S

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from hetis.runtime.attention.device import LocalDevice
-from hetis.runtime.attention.kv import KvShape, OutOfPagesError, SequenceKey, UnknownSequenceError
+from hetis.runtime.attention.kv import KvShape, OutOfPagesError, UnknownSequenceError
 from hetis.runtime.transport.frames import (
     ErrorCode,
     Frame,
@@ -116,7 +116,9 @@ class WorkerCore:
                     self._failed = None  # the engine knows, and repeats the step
                 device.abort(frame.step)
             case FrameKind.DROP:
-                self._drop(read_keys(frame), device)
+                device.drop(keys := read_keys(frame))
+                for request in {key.request for key in keys} - {key.request for key in device.pool.sequences}:
+                    self._incarnations.pop(request, None)
             case FrameKind.ADOPT:
                 self._adopt(frame, device)
             case FrameKind.EXPORT:
@@ -143,20 +145,12 @@ class WorkerCore:
         part, k, v = read_adopted(frame, device.shape)
         newest = self._incarnations.get(part.request, part.incarnation)
         if part.incarnation < newest:
-            raise UnknownSequenceError(
-                self.name, f"request {part.request} is at incarnation {newest}, {part.incarnation} is void"
-            )
+            why = f"request {part.request} is at incarnation {newest}, {part.incarnation} is void"
+            raise UnknownSequenceError(self.name, why)
         if part.incarnation > newest:
-            old = [key for key in device.pool.sequences if key.request == part.request]
-            device.drop(old)
+            device.drop([key for key in device.pool.sequences if key.request == part.request])
         self._incarnations[part.request] = part.incarnation
         device.adopt(part.request, part.incarnation, part.heads, part.first, k, v)
-
-    def _drop(self, keys: list[SequenceKey], device: LocalDevice) -> None:
-        device.drop(keys)
-        for request in {key.request for key in keys}:
-            if not any(key.request == request for key in device.pool.sequences):
-                self._incarnations.pop(request, None)
 
     def _raise_failed(self) -> None:
         if self._failed is not None:
@@ -165,8 +159,7 @@ class WorkerCore:
     def _refusal(self, frame: Frame, error: Exception) -> Frame:
         if isinstance(error, OutOfPagesError):
             return error_answer(frame, ErrorCode.OUT_OF_PAGES, str(error), needed=error.needed, free=error.free)
-        is_unknown = isinstance(error, UnknownSequenceError)
-        code = ErrorCode.UNKNOWN_SEQUENCE if is_unknown else ErrorCode.FAILED
+        code = ErrorCode.UNKNOWN_SEQUENCE if isinstance(error, UnknownSequenceError) else ErrorCode.FAILED
         return error_answer(frame, code, f"{type(error).__name__}: {error}")
 
     def _stale(self, frame: Frame) -> Frame:

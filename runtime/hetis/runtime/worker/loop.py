@@ -52,7 +52,9 @@ class PendingConnections:
         if self._listener.fileno() in ready:
             self._let_in()
             ready |= {number for number, _ in self._poll.poll(0)}
-        self._close_silent(but=ready)
+        now_s = self._clock()
+        for silent in [n for n, (_, until_s) in self._silent.items() if until_s <= now_s and n not in ready]:
+            self._take(silent).close()
         number = next((number for number in self._silent if number in ready), None)
         return None if number is None else self._take(number)
 
@@ -74,11 +76,6 @@ class PendingConnections:
             self._silent[connection.fileno()] = connection, self._clock() + self._silent_s
             self._poll.register(connection, select.POLLIN)
 
-    def _close_silent(self, *, but: set[int]) -> None:
-        now_s = self._clock()
-        for number in [n for n, (_, until_s) in self._silent.items() if until_s <= now_s and n not in but]:
-            self._take(number).close()
-
     def _take(self, number: int) -> socket.socket:
         connection, _ = self._silent.pop(number)
         self._poll.unregister(number)
@@ -89,9 +86,8 @@ class WorkerLoop:
     """Runs a core over the connections that arrive at ``listener``. Each begins with a HELLO."""
 
     def __init__(self, core: WorkerCore, listener: socket.socket, *, stall_s: float = 10.0) -> None:
-        self.core = core
+        self.core, self._stall_s = core, stall_s
         self._pending = PendingConnections(listener, silent_s=stall_s)
-        self._stall_s = stall_s
         self._channel: Channel | None = None
 
     def run(self) -> None:
@@ -120,23 +116,20 @@ class WorkerLoop:
         connection = self._pending.speaking(wait_s)
         if connection is None:
             return
+        channel = None
         try:
             channel, hello = accept(connection, stall_s=stall_s)
-        except ChannelError as error:
-            self._refused("a connection came to nothing", error)
-            return
-        try:
             answer = self.core.handle(hello) if hello.kind is FrameKind.HELLO else None
-            if answer is None:
-                channel.close()
-                return
-            channel.send([answer])
+            if answer is not None:
+                channel.send([answer])
         except ChannelError as error:
-            self._refused("a connection came to nothing", error)
-            channel.close()
+            _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
+            if channel is not None:
+                channel.close()
             return
-        if answer.kind is FrameKind.ERROR:
-            self._refused("refused an engine", ErrorCode(answer.counts[0]).name)
+        if answer is None or answer.kind is FrameKind.ERROR:
+            if answer is not None:
+                _log.warning("%s: refused an engine: %s", self.core.name, ErrorCode(answer.counts[0]).name)
             channel.close()
             return
         if self._channel is not None:
@@ -150,6 +143,3 @@ class WorkerLoop:
         self._channel.close()
         self._channel = None
         self.core.leave()
-
-    def _refused(self, what: str, why: object) -> None:
-        _log.warning("%s: %s: %s", self.core.name, what, why)

@@ -13,13 +13,14 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hetis.formats.endpoints import split_address
+from hetis.formats.endpoints import joined, split_address
 from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
 from hetis.solver.errors import HetisError
@@ -180,13 +181,10 @@ def _threads(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 10**6:  # this also catches NaN
-        raise ValueError(f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
-    return value
+    with suppress(ValueError):
+        if 0.1 <= (value := float(text)) <= 10**6:  # NaN is not, either
+            return value
+    raise ValueError(f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
 
 
 class StartError(HetisError):
@@ -227,7 +225,9 @@ def _serve(options: WorkerOptions) -> int:
     loop = WorkerLoop(core, listener, stall_s=options.timeout_s)
     try:
         if options.port_file is not None:
-            _write_whole(options.port_file, f"[{host}]:{port}\n" if ":" in host else f"{host}:{port}\n")
+            part = options.port_file.with_name(f".{options.port_file.name}.{os.getpid()}")
+            part.write_text(f"{joined(host, port)}\n")
+            part.replace(options.port_file)  # as a whole
     except OSError as error:
         return _failed(options, f"{options.port_file}: {error.strerror or error}", EXIT_FAILED)
     try:
@@ -270,11 +270,7 @@ def _compile_for_cpu() -> None:
     from hetis.runtime.attention.kv import KvShape
     from hetis.solver.compiled import is_cached
 
-    kernels: dict[str, Callable[..., None]] = {
-        "float32": paged_compiled.attend,
-        "bfloat16": paged_compiled.attend_bfloat16,
-    }
-    for dtype, kernel in kernels.items():
+    for dtype, kernel in (("float32", paged_compiled.attend), ("bfloat16", paged_compiled.attend_bfloat16)):
         if not is_cached(kernel):
             sizes = {"layers": 1, "head_dim": 16, "queries_per_group": 1, "page_tokens": 16}
             LocalDevice("none", KvShape(**sizes, dtype=dtype, scale=1.0, windows=(0,)), 1).warm()
@@ -283,13 +279,6 @@ def _compile_for_cpu() -> None:
 def _failed(options: WorkerOptions, why: str, code: int) -> int:
     print(f"hetis worker {options.name}: {why}", file=sys.stderr)
     return code
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file atomically. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

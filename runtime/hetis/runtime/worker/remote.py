@@ -96,17 +96,13 @@ class RemoteDevice:
 
     def begin(self, step: DeviceStep) -> None:
         self._check_here()
-        self._step = step
-        self._queued.append(
-            self._frame(FrameKind.BEGIN, step=step.number, counts=(len(step), step.num_rows, 0), parts=pack_step(step))
-        )
+        self._step, counts = step, (len(step), step.num_rows, 0)
+        self._queued.append(self._frame(FrameKind.BEGIN, step=step.number, counts=counts, parts=pack_step(step)))
 
     def attend(self, layer: int, qkv: torch.Tensor) -> _Outputs:
         assert self._step is not None, "a step was begun"
-        counts, dtype = (len(qkv), 0, 0), self.shape.dtype
-        frame = self._frame(
-            FrameKind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,)
-        )
+        number, counts, dtype = self._step.number, (len(qkv), 0, 0), self.shape.dtype
+        frame = self._frame(FrameKind.ATTEND, step=number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,))
         return _Outputs(self, self._ask(frame), counts[0])
 
     def finish(self, number: int) -> None:
@@ -134,25 +130,21 @@ class RemoteDevice:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         part = KvRange(request, incarnation, first, last, tuple(heads))
         asked = self._frame(FrameKind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
-        answer = self._answer(self._ask(asked))
-        return self._read(answer, lambda frame: read_kv(frame, self.shape, part))
+        return self._read(self._answer(self._ask(asked)), lambda frame: read_kv(frame, self.shape, part))
 
     def adopt(
         self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
     ) -> None:
         self._check_here()
-        positions = k.shape[2]
+        positions, dtype = k.shape[2], self.shape.torch_dtype
         part = KvRange(request, incarnation, first, first + positions, tuple(heads))
-        dtype = self.shape.torch_dtype
         parts = (part.numbers(), k.to(dtype), v.to(dtype))
         self._send(self._frame(FrameKind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts))
 
     # --- life
 
     def ping(self) -> tuple[int, int]:
-        """Return, between two steps, the worker's free pages and the number of its virtual sequences. Raises
-        DeviceLostError if it does not answer.
-        """
+        """Return, between two steps, the worker's free pages and number of sequences. Raises DeviceLostError."""
         return self._read(self._answer(self._ask(self._frame(FrameKind.PING))), read_pong)
 
     def close(self) -> None:
@@ -247,9 +239,8 @@ class _Outputs(NamedTuple):
     rows: int
 
     def wait(self) -> torch.Tensor:
-        device = self.device
-        answer = device._answer(self.serial)
-        return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows))
+        device, rows = self.device, self.rows
+        return device._read(device._answer(self.serial), lambda frame: read_outputs(frame, device.shape, rows))
 
 
 def join_at(
@@ -266,11 +257,9 @@ def join_at(
     """Return the worker that listens at ``host``, ``port`` as an empty device. What it held for others is gone.
 
     Args:
-        name: for messages.
         host, port: as given to `hetis-worker --listen`, or in its port file.
         key: of the worker, from `hetis.runtime.transport.keys.read_key`.
         shape: of the virtual sequences; the worker reallocates its pages if it differs from the previous one.
-        epoch: of the engine.
         kind: of channel; ``AUTO`` is shared memory on one host and TCP between hosts.
         timeout_s: a worker that owes an answer for this long is lost.
 

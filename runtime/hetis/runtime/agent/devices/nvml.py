@@ -73,9 +73,7 @@ class NvmlDevices:
 
     @classmethod
     def open(cls, *, host_name: str = "") -> NvmlDevices:
-        """Start the library and enumerate the devices. Raises DevicesUnavailableError if there is no library or no
-        driver, or neither may be used.
-        """
+        """Start the library and find the devices. Raises DevicesUnavailableError if they are not there or not ours."""
         try:
             import pynvml
         except ModuleNotFoundError:

@@ -181,8 +181,8 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
         planned = json.loads(assignment.model.content)
         replica = replica_of(assignment.shape)
         model, checkpoint = _model_of(planned, replica, settings)
-        how: dict[str, Any] = {"engine": settings.served_by, "dtype": settings.dtype, "kv_tokens": settings.kv_tokens}
-        layout = layout_of_replica(replica, model, planned=planned, **how)
+        engine, dtype, tokens = settings.served_by, settings.dtype, settings.kv_tokens
+        layout = layout_of_replica(replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
     except (LayoutError, DocumentError, ValueError) as error:

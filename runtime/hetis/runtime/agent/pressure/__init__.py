@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from http.client import HTTPMessage
-from typing import IO, Any
+from typing import IO
 
 from hetis.formats.endpoints import metrics_body, reason_of
 from hetis.runtime.agent.pressure.readings import SGLANG, VLLM, EngineReading, UnreadableMetricsError, read_metrics
@@ -57,9 +57,10 @@ def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) ->
         readings: one for every model that is served on these devices.
         devices: indices on the node.
     """
-    names, all_readings = ("total_blocks", "used_blocks", "evictable_blocks"), list(readings)
-    sums: dict[str, Any] = {name: sum(_count(getattr(one, name)) for one in all_readings) for name in names}
-    return [report_pb2.DeviceReport(index=index, **sums) for index in devices]
+    counts = [(one.total_blocks, one.used_blocks, one.evictable_blocks) for one in readings] or [(0, 0, 0)]
+    total, used, evictable = (sum(map(_count, column)) for column in zip(*counts, strict=True))
+    reports = report_pb2.DeviceReport
+    return [reports(index=i, total_blocks=total, used_blocks=used, evictable_blocks=evictable) for i in devices]
 
 
 def _count(value: int | None, most: int = 2**64 - 1) -> int:

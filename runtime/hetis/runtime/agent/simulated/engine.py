@@ -36,9 +36,8 @@ class HeadMapAuthority(MoveAuthority):
 
     def check(self, change: Change) -> None:
         if (change.stage, change.copy) not in self.primary.stages:
-            raise refusal(
-                ErrorReason.ERROR_REASON_INVALID_FIELD, f"there is no copy {change.copy} of stage {change.stage}"
-            )
+            why = f"there is no copy {change.copy} of stage {change.stage}"
+            raise refusal(ErrorReason.ERROR_REASON_INVALID_FIELD, why)
 
     def begin(self, change: Change, move: Move) -> int:
         self._stage(change).reserved.setdefault(change.change_id, []).append(move)
@@ -107,11 +106,8 @@ class HeadMapAuthority(MoveAuthority):
     def stranded(self, change: Change, moves: Sequence[InFlightMove]) -> list[tuple[InFlightMove, Failure]]:
         """Return the moves that leave a request uneven on the primary, which takes several head groups at a time."""
         stage = self._stage(change)
-        why = failure_of(
-            ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE,
-            f"the primary takes {stage.primary_groups} head groups at a time",
-            device=stage.model.devices[0].name,
-        )
+        text, primary = f"the primary takes {stage.primary_groups} head groups at a time", stage.model.devices[0].name
+        why = failure_of(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, text, device=primary)
         return [(one, why) for one in moves if self._is_uneven(stage, one.move.request, moves)]
 
     def _is_uneven(self, stage: StageRun, request: str, moves: Sequence[InFlightMove]) -> bool:
@@ -157,13 +153,10 @@ class SimulatedEngine(SteeredEngine[_Held]):
         engine_id: str | None = None,
     ) -> None:
         super().__init__(engine_id)
-        self.node = node
-        self.control = Control()
+        self.node, self.control = node, Control()
         self.is_warm = True  # False while admission is being compiled, which counts as loading weights
         self.when_primary: Callable[[], None] = lambda: None  # called when a primary is to run here
-        self._num_devices = num_devices
-        self._seed = seed
-        self.admission = admission or ProportionalAdmission()
+        self._num_devices, self._seed, self.admission = num_devices, seed, admission or ProportionalAdmission()
 
     # --- assignments
 
@@ -176,11 +169,8 @@ class SimulatedEngine(SteeredEngine[_Held]):
         for device in kept.devices:
             node, _, index = device.rpartition("/")
             if node != self.node or not index.isdigit() or int(index) >= self._num_devices:
-                raise refusal(
-                    ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE,
-                    f"{device} is not here: this is {self.node} with {self._num_devices} devices",
-                    device=device,
-                )
+                why = f"{device} is not here: this is {self.node} with {self._num_devices} devices"
+                raise refusal(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, why, device=device)
         if held is not None and list(held.assignment.stages) == list(kept.stages):
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             held.assignment = kept
@@ -208,8 +198,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
             case AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
                 return AssignmentState.ASSIGNMENT_STATE_SERVING
             case AssignmentGoal.ASSIGNMENT_GOAL_DRAIN:
-                primary, said = held.primary, held.authority
-                stopped = AssignmentState.ASSIGNMENT_STATE_STOPPED
+                primary, said, stopped = held.primary, held.authority, AssignmentState.ASSIGNMENT_STATE_STOPPED
                 empty = said is not None and said.assignment_state == stopped
                 if primary is not None:
                     empty = not primary.running and not primary.waiting
@@ -224,9 +213,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         return super().copy_moves(request, now_s)
 
     def authority_of(self, change_id: str) -> str | None:
-        """Return the address of the engine that decides the change, or None if it is this one or the change is not open
-        here.
-        """
+        """Return the address of the engine that decides a change, None if it is this one or it is not open here."""
         for held in self._held.values():
             change = held.changes.known.get(change_id)
             if change is not None and change.is_open and not change.is_authority:
@@ -305,23 +292,18 @@ class SimulatedEngine(SteeredEngine[_Held]):
         )
 
     def _replica_report(self, name: str, held: _Held, now_s: float) -> ReplicaReport:
-        report = ReplicaReport(
-            replica=name, assignment_state=self._state(held, now_s), generation=held.changes.generation
-        )
+        state, generation = self._state(held, now_s), held.changes.generation
+        report = ReplicaReport(replica=name, assignment_state=state, generation=generation)
         if held.primary is not None:
             held.primary.fill(report)
         return report
 
     def _device_reports(self) -> list[DeviceReport]:
-        """Return the KV of the node's devices over all replicas. The GPUs of a tensor parallel group share its KV
-        evenly.
-        """
+        """Return the KV of the node's devices over all replicas, shared evenly in a tensor parallel group."""
         total, used = [0.0] * self._num_devices, [0.0] * self._num_devices
         for held in self._held.values():
-            if held.primary is not None:
-                loads = held.primary.loads()
-            else:
-                loads = list(held.authority.stages) if held.authority is not None else []
+            away = list(held.authority.stages) if held.authority is not None else []
+            loads = away if held.primary is None else held.primary.loads()
             groups = gpu_groups(held.assignment)
             for load in (load for stage in loads for load in stage.devices):
                 gpus = groups.get(load.device, [load.device])
@@ -358,7 +340,14 @@ class TimedCopies:
 
     def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
         change.copy_bytes = int(sum(move.kv_bytes for move in moves))
-        self._seconds = {change.change.change_id: sum(self._copy_s(change, move) for move in moves)}
+
+        def copy_s(move: Move) -> float:
+            """Return the seconds that a copy takes on the slower of its two links."""
+            if link_byte_s := self._authority.link_byte_s(change, move) if self._authority is not None else 0.0:
+                return move.kv_bytes * link_byte_s
+            return move.copy_s or move.kv_bytes / DEFAULT_LINK_BYTES_PER_S
+
+        self._seconds = {change.change.change_id: sum(map(copy_s, moves))}
 
     def look(self, change: EngineChange, now_s: float) -> bool:
         if change.copy_begun_s is None:
@@ -367,10 +356,3 @@ class TimedCopies:
         share = 1.0 if whole_s <= 0 else min(max(now_s - change.copy_begun_s, 0.0) / whole_s, 1.0)
         change.copied_bytes = int(change.copy_bytes * share)
         return share >= 1
-
-    def _copy_s(self, change: EngineChange, move: Move) -> float:
-        """Return the seconds that a copy takes on the slower of its two links."""
-        link_byte_s = self._authority.link_byte_s(change, move) if self._authority is not None else 0.0
-        if link_byte_s:
-            return move.kv_bytes * link_byte_s
-        return move.copy_s or move.kv_bytes / DEFAULT_LINK_BYTES_PER_S

@@ -90,12 +90,8 @@ class PrimaryRun:
         self.waiting: deque[SimulatedRequest] = deque()
         self.running: dict[str, SimulatedRequest] = {}
         self.num_steps = self.num_finished = self.num_preempted = 0
-        self._num_waiting_for_kv = 0
-        self._random = random.Random(seed)
-        self._admission = admission
-        self._names = 0
-        self._turn = 0
-        self._next_step_s = now_s
+        self._num_waiting_for_kv = self._names = self._turn = 0
+        self._random, self._admission, self._next_step_s = random.Random(seed), admission, now_s
         self._next_arrival_s: float | None = None
         self._first_tokens: deque[float] = deque(maxlen=REMEMBERED)
         self._outputs: deque[float] = deque(maxlen=REMEMBERED)
@@ -111,9 +107,8 @@ class PrimaryRun:
                 found = [said[gpu] for gpu in [device.name, *device.gpus] if gpu in said]
                 # LOST is worse than DRAINING, which is worse than OK, in the order of the numbers.
                 stage.status[i] = max(found, default=DeviceStatus.DEVICE_STATUS_OK)
-        lost = DeviceStatus.DEVICE_STATUS_LOST
         for stage in self.stages.values():
-            gone = {i for i, status in enumerate(stage.status) if status == lost}
+            gone = {i for i, status in enumerate(stage.status) if status == DeviceStatus.DEVICE_STATUS_LOST}
             for name in [name for name, owners in stage.owners.items() if gone.intersection(owners)]:
                 self._prefill_again(self.running[name])
 
@@ -150,17 +145,14 @@ class PrimaryRun:
             self._next_step_s = now_s
 
     def step_s(self, dense_s: float | None) -> float:
-        """Return the seconds of one decode step. In every layer the slowest device counts; copies of a stage run in
-        parallel.
-        """
+        """Return the seconds of a step: in a layer the slowest device counts, and copies of a stage run in parallel."""
         slowest: dict[int, float] = {}
         for (stage, _), run in self.stages.items():
             times = zip(run.attention_s(), run.slowness, strict=True)
             attention_s = run.model.num_layers * max(seconds * slow for seconds, slow in times)
             slowest[stage] = max(slowest.get(stage, 0.0), attention_s)
-        if dense_s is None:
-            dense_s = self.assignment.shape.tpot_s / 2
-        return max(dense_s + sum(slowest.values()), 1e-4)
+        outside_s = self.assignment.shape.tpot_s / 2 if dense_s is None else dense_s
+        return max(outside_s + sum(slowest.values()), 1e-4)
 
     # --- requests
 
@@ -193,12 +185,10 @@ class PrimaryRun:
         self._num_waiting_for_kv = 0
         while self.waiting and (not most or len(self.running) < most):
             if not self._admit(self.waiting[0]):
-                if not self.running:  # it is larger than the replica, and requests behind it must not wait forever
-                    self.waiting.popleft()
-                    self.num_finished += 1
-                    continue
-                self._num_waiting_for_kv = len(self.waiting)
-                return
+                if self.running:
+                    self._num_waiting_for_kv = len(self.waiting)
+                    return
+                self.num_finished += 1  # it is larger than the replica, and requests behind it must not wait forever
             self.waiting.popleft()
 
     def _admit(self, request: SimulatedRequest) -> bool:
@@ -228,7 +218,10 @@ class PrimaryRun:
                 request.begun_s = now_s
                 self._first_tokens.append(now_s - request.arrived_s)
             if request.remaining_tokens <= 0:
-                self._finish(request, now_s)
+                self._leave(request)
+                self.num_finished += 1
+                if request.made_tokens > 1:
+                    self._outputs.append((now_s - request.begun_s) / (request.made_tokens - 1))
         for stage in self.stages.values():
             while (full := stage.overfull()) is not None:
                 self._make_room(stage, full)
@@ -249,12 +242,6 @@ class PrimaryRun:
         request.copies = ()
         self.num_preempted += 1
         self.waiting.appendleft(request)
-
-    def _finish(self, request: SimulatedRequest, now_s: float) -> None:
-        self._leave(request)
-        self.num_finished += 1
-        if request.begun_s is not None and request.made_tokens > 1:
-            self._outputs.append((now_s - request.begun_s) / (request.made_tokens - 1))
 
     def _leave(self, request: SimulatedRequest) -> None:
         del self.running[request.id]

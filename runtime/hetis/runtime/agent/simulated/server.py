@@ -53,12 +53,8 @@ class SimulatedServer:
     ) -> None:
         self.engine = engine
         self.address = ""  # where other engines read, once started
-        self._socket = socket
-        self._peer_address = peer_address
-        self._control = control
-        self._clock = clock
-        self._stepped = asyncio.Event()
-        self._peers = PeerWatches(engine)
+        self._socket, self._peer_address, self._control, self._clock = socket, peer_address, control, clock
+        self._stepped, self._peers = asyncio.Event(), PeerWatches(engine)
         self._servers: list[grpc.aio.Server] = []
         self._loop: asyncio.Task[None] | None = None
         self._warming: asyncio.Task[None] | None = None
@@ -72,8 +68,7 @@ class SimulatedServer:
         executor_service_pb2_grpc.add_ExecutorServiceServicer_to_server(servicer, agent)
         _add_peer_methods(servicer, peers)
         bind_socket(agent, self._socket)
-        port = bind(peers, self._peer_address)
-        self.address = f"{self._peer_address.rpartition(':')[0]}:{port}"
+        self.address = f"{self._peer_address.rpartition(':')[0]}:{bind(peers, self._peer_address)}"
         self._servers = [agent, peers]
         for server in self._servers:
             await server.start()
@@ -98,15 +93,16 @@ class SimulatedServer:
 
     def warm_up(self) -> None:
         """Prepare admission in a thread, once, because this node is to run a primary."""
+
+        async def warm_up() -> None:
+            try:
+                await asyncio.to_thread(self.engine.admission.warm_up)
+            finally:
+                self.engine.is_warm = True
+
         if self._warming is None:
             self.engine.is_warm = False
-            self._warming = asyncio.create_task(self._warm_up())
-
-    async def _warm_up(self) -> None:
-        try:
-            await asyncio.to_thread(self.engine.admission.warm_up)
-        finally:
-            self.engine.is_warm = True
+            self._warming = asyncio.create_task(warm_up())
 
     def now_s(self) -> float:
         return self._clock()
@@ -123,9 +119,9 @@ class SimulatedServer:
         return None if address is None else await self._peers.changes_at(address)
 
     def _look_at_control(self) -> None:
-        if self._control is not None and self._control.look():
-            _log.info("control file: %s", self._control.control)
         if self._control is not None:
+            if self._control.look():
+                _log.info("control file: %s", self._control.control)
             self.engine.control = self._control.control
 
     async def _run(self) -> None:
@@ -172,12 +168,10 @@ class PeerWatches:
     async def changes_at(self, address: str) -> list[ChangeStatus] | None:
         """Return the present changes of the engine at ``address``, or None if it was not reached."""
         async with grpc.aio.insecure_channel(address) as channel:
-            try:
+            with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
                 async with asyncio.timeout(ASK_S):
                     async for report in ExecutorServiceStub(channel).WatchReports(WatchReportsRequest()):
                         return list(report.changes)
-            except (grpc.aio.AioRpcError, TimeoutError):
-                pass
         return None
 
     async def close(self) -> None:
@@ -185,9 +179,7 @@ class PeerWatches:
         self._watches.clear()
         for watch in watches:
             watch.cancel()
-        for watch in watches:
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
+        await asyncio.gather(*watches, return_exceptions=True)
 
     async def _watch(self, replica: str, address: str) -> None:
         async with grpc.aio.insecure_channel(address) as channel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -111,10 +112,8 @@ class StageRun:
 
     def overfull(self) -> int | None:
         """Return a device that holds more blocks than it has, or None if all fit."""
-        for i, used in enumerate(self.used_blocks()):
-            if used > self.model.devices[i].total_blocks:
-                return i
-        return None
+        used = zip(self.used_blocks(), self.model.devices, strict=True)
+        return next((i for i, (blocks, device) in enumerate(used) if blocks > device.total_blocks), None)
 
     # --- telling
 
@@ -233,16 +232,10 @@ class SolverAdmission:
                 self._dispatchers.clear()
             self._dispatchers[key] = Dispatcher(solver_stage(stage.model, stage.slowness))
         heads, kv_bytes = stage.heads_and_bytes()
-        load = DeviceLoad(
-            heads=np.array(heads, np.int64),
-            kv_bytes=np.array(kv_bytes),
-            free_blocks=np.array(stage.free_blocks(), np.int64),
-        )
-        new = Requests(
-            ids=(request.id,),
-            context_tokens=np.array([request.context_tokens], np.int64),
-            growth_tokens=np.array([_growth(stage, request)], np.int64),
-        )
+        whole = partial(np.array, dtype=np.int64)
+        load = DeviceLoad(heads=whole(heads), kv_bytes=np.array(kv_bytes), free_blocks=whole(stage.free_blocks()))
+        context, growth = whole([request.context_tokens]), whole([_growth(stage, request)])
+        new = Requests(ids=(request.id,), context_tokens=context, growth_tokens=growth)
         plan = self._dispatchers[key].dispatch(load, new)
         return None if plan.unplaced else owners_of([int(count) for count in plan.groups[0]])
 
@@ -273,8 +266,10 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
             for device, slow in zip(model.devices, slowness, strict=True)
         ]
 
-    heads = model.heads
-    primary = [i for i, device in enumerate(model.devices) if device.is_primary]
+    heads, slow = model.heads, np.array(slowness)
+    primary = next((i for i, device in enumerate(model.devices) if device.is_primary), None)
+    cards = 1 if primary is None else max(len(model.devices[primary].gpus), 1)
+    nic_byte_s, nic_s = model.nic_byte_s, model.nic_s
     return Stage(
         heads=HeadShape(
             head_groups=heads.head_groups,
@@ -287,16 +282,9 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
         head_s=np.array(pieces("head_s")),
         kv_byte_s=np.array(pieces("kv_byte_s")),
         call_s=np.array(pieces("call_s")),
-        transfer_byte_s=np.array([device.transfer_byte_s for device in model.devices]) * np.array(slowness),
-        transfer_s=np.array([device.transfer_s for device in model.devices]) * np.array(slowness),
-        primary=Primary(
-            device=primary[0],
-            tp=max(len(model.devices[primary[0]].gpus), 1),
-            nic_byte_s=model.nic_byte_s,
-            nic_s=model.nic_s,
-        )
-        if primary
-        else None,
+        transfer_byte_s=np.array([device.transfer_byte_s for device in model.devices]) * slow,
+        transfer_s=np.array([device.transfer_s for device in model.devices]) * slow,
+        primary=None if primary is None else Primary(device=primary, tp=cards, nic_byte_s=nic_byte_s, nic_s=nic_s),
     )
 
 
