@@ -42,19 +42,9 @@ __all__ = [
     "kind_of",
     "load",
     "load_cluster",
-    "load_layers_problem",
-    "load_model",
-    "load_plan",
-    "load_profile",
-    "load_requests",
-    "load_share_problem",
-    "load_state",
-    "load_tenants",
-    "load_workload",
-    "to_data",
-    "write_atomically",
 ]
-
+__all__ += ["load_layers_problem", "load_model", "load_plan", "load_profile", "load_requests", "load_share_problem"]
+__all__ += ["load_state", "load_tenants", "load_workload", "to_data", "write_atomically"]
 Value = (
     Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
     | FleetTenants
@@ -79,19 +69,14 @@ def from_data(data: Any, *, name: str = "document") -> Value:
     """Return the value of a document given as plain data, such as ``Plan.inputs["documents"]["cluster"]``. Raises
     DocumentError with every problem of the document.
 
-    Args:
-        data: dicts, lists, strings and numbers, as in JSON.
-        name: the document's name in messages.
+    ``data``: dicts, lists, strings and numbers, as in JSON; ``name``: the document's name in messages.
     """
     return _parse(data, Text(file=name, text=None))
 
 
 def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
-    """Return the document of a value as plain data. `from_data` gives an equal value back.
-
-    Args:
-        value: of any kind.
-        self_contained: include what would be looked up in the catalogue (the GPU types of a cluster).
+    """Return the document of a value as plain data. `from_data` gives an equal value back. With ``self_contained``
+    it includes what would be looked up in the catalogue (the GPU types of a cluster).
     """
     if isinstance(value, Cluster):
         return cluster_to_data(value, embed_gpu_types=self_contained)

@@ -20,16 +20,8 @@ BYTES_PER_PARAMETER = {
 }
 
 # Common names of weight precisions, and the formats that they mean; `ModelSpec.weights` holds such a name.
-PRECISIONS = {
-    "bf16": "bfloat16",
-    "fp8": "fp8",
-    "int8": "int8",
-    "int4": "int4",
-    "awq-int4": "int4",
-    "gptq-int4": "int4",
-    "mxfp4": "mxfp4",
-    "nvfp4": "nvfp4",
-}
+PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8", "int4": "int4", "awq-int4": "int4", "gptq-int4": "int4"}
+PRECISIONS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 LONGEST_CHOICE = 4096  # characters of a choice of precisions
 KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 

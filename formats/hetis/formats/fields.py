@@ -423,23 +423,16 @@ def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source:
     return source.problem(path, message)
 
 
-_LIMITS = {
-    "greater_than": (">", "gt"),
-    "greater_than_equal": (">=", "ge"),
-    "less_than": ("<", "lt"),
-    "less_than_equal": ("<=", "le"),
-}
+_LIMITS = {"greater_than": (">", "gt"), "greater_than_equal": (">=", "ge")}
+_LIMITS |= {"less_than": ("<", "lt"), "less_than_equal": ("<=", "le")}
 _NAMES_OF_TYPES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
     "int_parsing_size": "a whole number of reasonable size",
     "float_type": "a number",
     "string_type": "text",
     "bool_type": "true or false",
     "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
 }
 
 

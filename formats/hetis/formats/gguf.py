@@ -41,12 +41,8 @@ _BLOCKS = {
     34: (256, 54), 35: (256, 66), 39: (32, 17),
 }  # fmt: skip
 # Our family for each architecture whose metadata contain everything that a shape needs.
-_FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3moe": "Qwen3MoeForCausalLM",
-}
+_FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_FAMILIES["qwen3moe"] = "Qwen3MoeForCausalLM"
 _FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",

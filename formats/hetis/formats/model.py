@@ -164,10 +164,9 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
     """Return the model that ``ref`` names. Raises DocumentError if the name is unknown, or the file has problems (all
     of them).
 
-    Args:
-        ref: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
-            Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence
-            over a path of the same spelling; write ``./NAME`` for the path.
+    ``ref``: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
+    Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence over a path
+    of the same spelling; write ``./NAME`` for the path.
     """
     text = os.fspath(ref)
     try:

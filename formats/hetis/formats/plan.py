@@ -155,7 +155,12 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
 
 def _check(data: Mapping[str, Any]) -> Found:
     yield from _check_inputs(data)
-    yield from _check_sizes(data)
+    # Batches or chunks of 0 are only valid for roles without them.
+    for i, replica in entries(data.get("replicas")):
+        role = replica.get("role", "unified")
+        for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
+            if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
+                yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
 
 
 def _check_inputs(data: Mapping[str, Any]) -> Found:
@@ -169,15 +174,6 @@ def _check_inputs(data: Mapping[str, Any]) -> Found:
             stack += [((*path, key), item) for key, item in value.items()]
         elif isinstance(value, list):
             stack += [((*path, i), item) for i, item in enumerate(value)]
-
-
-def _check_sizes(data: Mapping[str, Any]) -> Found:
-    """Yield problems with batches or chunks of 0, which are only valid for roles without them."""
-    for i, replica in entries(data.get("replicas")):
-        role = replica.get("role", "unified")
-        for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
-            if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
-                yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
 
 
 PLAN = kind_of(PlanDocument, Plan, to_value=_to_plan, to_data=_plan_data, check=_check)

@@ -195,9 +195,7 @@ class _Composer:
     """Composes nodes from events with its own stack."""
 
     def __init__(self, source: Text) -> None:
-        self._source = source
-        self._text = source.text or ""
-        self._bounds = source.bounds
+        self._source, self._text, self._bounds = source, source.text or "", source.bounds
         self._anchors: dict[str, _Node] = {}
         self._problems: list[Problem] = []
         self._num_values = 0
@@ -288,9 +286,7 @@ class _Composer:
             return float(text.replace(".", ""))
         if _INT.fullmatch(text) and len(text) <= 300:
             return int(text)
-        if FLOAT.fullmatch(text):
-            return float(text)
-        return text
+        return float(text) if FLOAT.fullmatch(text) else text
 
     def _check_tag(self, tag: str | None, line: int, column: int) -> None:
         if tag is not None and tag not in _TAGS:

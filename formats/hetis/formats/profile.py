@@ -121,11 +121,9 @@ def _fit_data(fit: Fit) -> dict[str, Any]:
 
 def _check_profile(data: Mapping[str, Any]) -> Found:
     fits = data.get("fits")
-    if isinstance(fits, list):
-        given = [fit.get("op") for _, fit in entries(fits)]
-        missing = [op for op in _REQUIRED if op not in given]
-        if missing:
-            yield ("fits",), f"has no fit for {', '.join(missing)}"
+    given = {fit.get("op") for _, fit in entries(fits) if isinstance(fit.get("op"), str)}
+    if isinstance(fits, list) and (missing := [op for op in _REQUIRED if op not in given]):
+        yield ("fits",), f"has no fit for {', '.join(missing)}"
 
 
 PROFILE = kind_of(ProfileDocument, Profile, to_value=_to_profile, to_data=_profile_data, check=_check_profile)

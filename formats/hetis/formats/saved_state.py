@@ -153,8 +153,7 @@ class SavedState:
         """Return the snapshot that the solver works on. Raises InvalidProblemError if a device has no costs, or the
         state contradicts itself.
 
-        Args:
-            costs: pieces by device name, for devices without ``attention`` of their own.
+        ``costs`` are pieces by device name, for devices without ``attention`` of their own.
         """
         index = {device.name: i for i, device in enumerate(self.devices)}
         groups = np.zeros((len(self.requests), len(self.devices)), np.int64)
@@ -193,11 +192,21 @@ class SavedState:
         return replace(self, devices=devices, requests=_requests_of(snapshot), moves=snapshot.moves)
 
     def _stage(self, costs: Mapping[str, Pieces]) -> Stage:
-        pieces = [self._pieces(device, costs) for device in self.devices]
+        pieces = [device.attention or costs.get(device.name) or () for device in self.devices]
+        for device, own in zip(self.devices, pieces, strict=True):
+            if not own:
+                raise InvalidProblemError(
+                    f"{device.name}: the attention costs of {device.gpu} have to be looked up first"
+                )
         most = max((len(own) for own in pieces), default=1)
         table = [[*own, *[own[-1]] * (most - len(own))] for own in pieces]
         links = np.array([(d.link_byte_s, d.link_s) if d.role == "worker" else (0.0, 0.0) for d in self.devices])
-        primary = next((i for i, device in enumerate(self.devices) if device.role == "primary"), None)
+        primaries = (
+            Primary(device=i, tp=d.tp, nic_byte_s=d.link_byte_s, nic_s=d.link_s)
+            for i, d in enumerate(self.devices)
+            if d.role == "primary"
+        )
+        primary = next(primaries, None)
         return Stage(
             heads=self.heads,
             devices=tuple(device.name for device in self.devices),
@@ -206,29 +215,15 @@ class SavedState:
             call_s=np.array([[piece.call_s for piece in row] for row in table]),
             transfer_byte_s=links[:, 0].copy() if len(links) else links,
             transfer_s=links[:, 1].copy() if len(links) else links,
-            primary=None
-            if primary is None
-            else Primary(
-                device=primary,
-                tp=self.devices[primary].tp,
-                nic_byte_s=self.devices[primary].link_byte_s,
-                nic_s=self.devices[primary].link_s,
-            ),
+            primary=primary,
         )
-
-    def _pieces(self, device: SavedDevice, costs: Mapping[str, Pieces]) -> Pieces:
-        pieces = device.attention or costs.get(device.name)
-        if pieces is None:
-            raise InvalidProblemError(f"{device.name}: the attention costs of {device.gpu} have to be looked up first")
-        return pieces
 
 
 def saved_state(
     snapshot: StateSnapshot, *, name: str, num_layers: int, move_byte_s: FloatArray | None = None
 ) -> SavedState:
     """Return a snapshot as the value of a file. Its ``snapshot()`` is equal, but for what the solver does not use."""
-    stage = snapshot.stage
-    heads = stage.heads
+    stage, heads = snapshot.stage, snapshot.stage.heads
     return SavedState(
         name=name,
         inline=InlineHeads(

@@ -101,26 +101,21 @@ def _to_tenants(document: TenantsDocument) -> FleetTenants:
     def limit(given: float | None) -> float | None:
         return math.inf if given == LIFTED_S else given
 
-    return FleetTenants(
-        tenants=tuple(
-            value_of(FleetTenant, part, ttft_s=limit(part.ttft), tpot_s=limit(part.tpot)) for part in document.tenants
-        )
-    )
+    limits = [{"ttft_s": limit(part.ttft), "tpot_s": limit(part.tpot)} for part in document.tenants]
+    parts = zip(document.tenants, limits, strict=True)
+    return FleetTenants(tenants=tuple(value_of(FleetTenant, part, **own) for part, own in parts))
 
 
 def _tenants_data(value: FleetTenants) -> dict[str, Any]:
     def limit(limit_s: float | None) -> str | None:
         return None if limit_s is None else NO_LIMIT if limit_s == math.inf else f"{limit_s!r}s"
 
-    order = ("name", "model", "workload", "weight", "objective", "worth")
-    return {
-        "tenants": [
-            present(
-                {name: getattr(one, name) for name in order} | {"ttft": limit(one.ttft_s), "tpot": limit(one.tpot_s)}
-            )
-            for one in value.tenants
-        ]
-    }
+    def data(one: FleetTenant) -> dict[str, Any]:
+        order = ("name", "model", "workload", "weight", "objective", "worth")
+        limits = {"ttft": limit(one.ttft_s), "tpot": limit(one.tpot_s)}
+        return present({name: getattr(one, name) for name in order} | limits)
+
+    return {"tenants": [data(one) for one in value.tenants]}
 
 
 def _check_tenants(data: Mapping[str, Any]) -> Found:

@@ -281,10 +281,8 @@ def characters_counter(characters_per_token: float) -> CountTokens:
     return lambda text: max(1, round(len(text) / characters_per_token))
 
 
-CSV_ENDINGS = (".csv", ".csv.gz")
-JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
-JSON_ENDINGS = (".json", ".json.gz")
-LOG_ENDINGS = (".log", ".log.gz")
+CSV_ENDINGS, JSONL_ENDINGS = (".csv", ".csv.gz"), (".jsonl", ".jsonl.gz")
+JSON_ENDINGS, LOG_ENDINGS = (".json", ".json.gz"), (".log", ".log.gz")
 MAX_LINE = 2_000_000  # characters; a response may be logged with its text
 
 
@@ -292,9 +290,7 @@ def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
     """Yield place, form and the three values of every row. Raises DocumentError if the file is unreadable, or its
     columns or syntax are invalid.
 
-    Args:
-        label: the file.
-        count: counts the tokens of a text, for files of texts. None: those are refused.
+    ``count`` counts the tokens of a text, for files of texts; None: those are refused.
     """
     try:
         with readable(label), opened(label) as file:

@@ -211,11 +211,8 @@ def length_bins(prompts: IntArray, outputs: IntArray, *, max_bins: int) -> tuple
 
     Equal pairs share a bin. If there are more than ``max_bins`` distinct pairs, one bin of everything is split
     repeatedly: always the bin that adds most to the error of E[P^2] and E[O (P + O/2)], at its mean. Bins hold their
-    means, so E[P] and E[O] stay exact; only the variance inside bins is lost.
-
-    Args:
-        prompts, outputs: tokens of each request, shape [requests], all >= 1 and at least one.
-        max_bins: maximum number of bins.
+    means, so E[P] and E[O] stay exact; only the variance inside bins is lost. ``prompts``, ``outputs``: tokens of each
+    request, shape [requests], all >= 1 and at least one; ``max_bins``: maximum number of bins.
     """
     pairs, counts = np.unique(np.stack([prompts, outputs], axis=1), axis=0, return_counts=True)
     p, o, w = pairs[:, 0].astype(np.float64), pairs[:, 1].astype(np.float64), counts.astype(np.float64)

@@ -20,14 +20,9 @@ BYTE_UNITS: dict[str, Fraction] = {f"{prefix}B": Fraction(size) for prefix, size
 BANDWIDTH_UNITS: dict[str, Fraction] = {f"{prefix}bps": Fraction(size, 8) for prefix, size in _DECIMAL.items()} | {
     f"{unit}/s": size for unit, size in BYTE_UNITS.items()
 }
-DURATION_UNITS: dict[str, Fraction] = {
-    "ns": Fraction(1, 10**9),
-    "us": Fraction(1, 10**6),
-    "ms": Fraction(1, 10**3),
-    "s": Fraction(1),
-    "min": Fraction(60),
-    "h": Fraction(3600),
-}
+_PER_SECOND = {"ns": 10**9, "us": 10**6, "ms": 10**3, "s": 1}
+DURATION_UNITS = {unit: Fraction(1, number) for unit, number in _PER_SECOND.items()}
+DURATION_UNITS |= {"min": Fraction(60), "h": Fraction(3600)}
 FLOPS_UNITS: dict[str, Fraction] = {f"{prefix}FLOPS": Fraction(size) for prefix, size in _DECIMAL.items()}
 
 _NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")

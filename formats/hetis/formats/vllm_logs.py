@@ -201,10 +201,7 @@ def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[s
     last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
     for number, line in enumerate(lines, start=1):
         found = _LINE.search(line[:1000])
-        if found is None:
-            continue
-        now_s = _seconds_of_year(found.groups()[:5])
-        if now_s is None:
+        if found is None or (now_s := _seconds_of_year(found.groups()[:5])) is None:
             continue
         if now_s < last_s - _HALF_A_YEAR_S:  # New Year
             year_s += 366 * 86_400.0

@@ -83,11 +83,9 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
     """Return the workload that ``ref`` names. Raises DocumentError if the name is unknown, the file has problems (all
     of them), or hits cannot be counted in it.
 
-    Args:
-        ref: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
-            (``.csv``, ``.jsonl``, optionally followed by ``.gz``; see `load_trace`); or a Workload file (``-``:
-            standard input).
-        prefix_hit_rate: replaces the source's own; None: that of the Workload file, or 0.
+    ``ref``: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
+    (``.csv``, ``.jsonl``, optionally followed by ``.gz``; see `load_trace`); or a Workload file (``-``: standard
+    input). ``prefix_hit_rate``: replaces the source's own; None: that of the Workload file, or 0.
     """
     text = os.fspath(ref)
     if _MEANS.fullmatch(text) and not os.path.exists(text):
@@ -101,8 +99,9 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
             raise DocumentError([Problem(file="workload", message=f"{error} (nor is there such a file)")]) from None
     data, source = read_data(text)
     if isinstance(data, list) or (isinstance(data, dict) and "input_lens" in data and "kind" not in data):
-        message = "is a trace rather than a Workload: hetis-plan convert FILE --out trace.csv reads it"
-        raise single_problem(text, message)
+        raise single_problem(
+            text, "is a trace rather than a Workload: hetis-plan convert FILE --out trace.csv reads it"
+        )
     if prefix_hit_rate is not None and isinstance(data, dict):
         data = {**data, "prefix_hit_rate": prefix_hit_rate}
     return parse_workload(data, source)
@@ -192,9 +191,5 @@ def _check_workload(data: Mapping[str, Any], folder: Path) -> Found:
         yield (given[1],), f"cannot be combined with {given[0]}: the lengths are given twice"
 
 
-WORKLOAD = Kind(
-    document=WorkloadDocument,
-    value=Workload,
-    parse=parse_workload,
-    to_data=with_envelope(WorkloadDocument, _workload_data),
-)
+to_data = with_envelope(WorkloadDocument, _workload_data)
+WORKLOAD = Kind(document=WorkloadDocument, value=Workload, parse=parse_workload, to_data=to_data)

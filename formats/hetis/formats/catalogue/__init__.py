@@ -20,18 +20,8 @@ from hetis.solver.errors import HetisError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.workload import LengthBin, Workload
 
-__all__ = [
-    "GpuEntry",
-    "ModelEntry",
-    "UnknownNameError",
-    "WorkloadEntry",
-    "find_gpu",
-    "find_model",
-    "find_workload",
-    "gpus",
-    "models",
-    "workloads",
-]
+__all__ = ["GpuEntry", "ModelEntry", "UnknownNameError", "WorkloadEntry", "find_gpu", "find_model", "find_workload"]
+__all__ += ["gpus", "models", "workloads"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +96,9 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     """Return the GPU type that ``name`` means.
 
     Case, separators and the order of parts do not matter, and parts may be omitted if the name stays unambiguous.
-    Raises UnknownNameError if no such GPU (with the nearest name), or several (with all of them).
-
-    Args:
-        name: such as ``A100-SXM-80GB``, ``a100_80gb_sxm``, ``3090`` or ``NVIDIA L4``.
-        also: more names to suggest from (types that a cluster file defines).
+    Raises UnknownNameError if no such GPU (with the nearest name), or several (with all of them). ``name``: such as
+    ``A100-SXM-80GB``, ``a100_80gb_sxm``, ``3090`` or ``NVIDIA L4``; ``also``: more names to suggest from (types that a
+    cluster file defines).
     """
     by_name = _gpus_by_name()
     try:
@@ -157,13 +145,7 @@ def _workload(name: str) -> WorkloadEntry:
 
 
 class UnknownNameError(HetisError):
-    """A name is not in the catalogue, or is ambiguous.
-
-    Attributes:
-        name: the name that was looked up.
-        candidates: the names it could mean or, if it means none, the nearest ones, if any.
-        ambiguous: it could mean several things.
-    """
+    """A ``name`` is not in the catalogue (then ``candidates`` are near it), or is ``ambiguous`` (they are meant)."""
 
     def __init__(self, what: str, name: str, candidates: Iterable[str], *, ambiguous: bool = False) -> None:
         self.name, self.candidates, self.ambiguous = name, tuple(candidates), ambiguous
@@ -294,7 +276,7 @@ def _words(name: str) -> list[str]:
 def resolve_workload(name: str, known: Collection[str]) -> str:
     """Return the workload of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_workload`."""
     wanted = name.lower().replace("-", "_")
-    for candidate in known:
-        if wanted in (candidate, candidate.removesuffix("_lengths")):
-            return candidate
-    raise UnknownNameError("workload", name, all_nearest(wanted, known))
+    found = next((one for one in known if wanted in (one, one.removesuffix("_lengths"))), None)
+    if found is None:
+        raise UnknownNameError("workload", name, all_nearest(wanted, known))
+    return found

@@ -130,10 +130,7 @@ def verb(
     """Turn ``f(terminal, ...) -> exit code`` into a typer command with the shared options.
 
     The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
-
-    Args:
-        prints_data: whether the verb prints data, and therefore has an ``-o`` option.
-        output: default of ``-o``.
+    A verb that ``prints_data`` has an ``-o`` option, whose default is ``output``.
     """
 
     def decorate(function: Callable[Concatenate[Terminal, P], int]) -> Callable[P, None]:

@@ -92,10 +92,8 @@ def host_node(
 
 
 def left_out_together(gpus: Iterable[tuple[int, str, str]]) -> tuple[str, ...]:
-    """Return a sentence for each reason why GPUs of a host are left out.
-
-    Args:
-        gpus: index, product and reason of each. Those with an empty reason may be used.
+    """Return a sentence for each reason why GPUs of a host are left out. ``gpus``: index, product and reason of each.
+    Those with an empty reason may be used.
     """
     alike: dict[str, list[tuple[int, str]]] = {}
     for index, product, reason in gpus:

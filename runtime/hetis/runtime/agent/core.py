@@ -51,11 +51,8 @@ class AgentIdentity:
 
 
 class AgentCore:
-    """The protocol of one node's agent.
-
-    Args:
-        saved: parts of the state as last persisted, by name. A damaged part starts empty and is listed in `damaged`.
-        seed: for the jitter of heartbeats.
+    """The protocol of one node's agent. ``saved``: parts of the state as last persisted, by name. A damaged part starts
+    empty and is listed in `damaged`. ``seed``: for the jitter of heartbeats.
     """
 
     def __init__(

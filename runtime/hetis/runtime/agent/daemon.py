@@ -38,13 +38,8 @@ SAMPLE_S = 1.0  # between two samples of the devices
 INVENTORY_S = 60.0
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
-_STEERED = frozenset(
-    {
-        AgentCapability.AGENT_CAPABILITY_ASSIGN,
-        AgentCapability.AGENT_CAPABILITY_MOVE,
-        AgentCapability.AGENT_CAPABILITY_HEAD_MAP,
-    }
-)
+_ASSIGNS = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
+_STEERED = _ASSIGNS | {AgentCapability.AGENT_CAPABILITY_MOVE, AgentCapability.AGENT_CAPABILITY_HEAD_MAP}
 _log = logging.getLogger(__name__)
 # A source of the engine's reports: its socket or its metrics. Raises RefusedError when the engine is gone.
 Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
@@ -291,14 +286,13 @@ async def run_agent(parts: Parts) -> None:
             _log.info("metrics on http://%s:%d/metrics", host, metrics.serve(port, host=host))
             stack.callback(metrics.close)
         executor, engine_address = await _engine(parts, len(inventory.devices), stack)
-        assigns = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
         steers = _STEERED if executor is not None else frozenset()
         core = AgentCore(
             AgentIdentity(
                 node=parts.node,
                 agent_version=parts.agent_version,
                 boot_id=str(uuid.uuid4()),
-                capabilities=assigns if parts.choice.kind is EngineKind.LAUNCH else steers,
+                capabilities=_ASSIGNS if parts.choice.kind is EngineKind.LAUNCH else steers,
                 engine_address=engine_address,
                 # The monotonic clock survives a restart of the agent but not a reboot.
                 clock=machine_boot_id() or f"unknown-{time.time_ns()}",

@@ -80,8 +80,7 @@ class Outbox:
         # The planner's Welcome has arrived on the open stream, so the planner hears what is sent
         self.is_connected = False
         self.stream_epoch = 0  # epoch of that Welcome
-        self._sequence = 0
-        self._next_call = 1
+        self._sequence, self._next_call = 0, 1
         self._actions: list[Action] = []
 
     def open_stream(self, hello: ConnectNodeRequest) -> ConnectNodeRequest:
@@ -101,9 +100,8 @@ class Outbox:
 
     def call(self, request: EngineRequest, *, timeout_s: float | None) -> int:
         """Call the engine and return the number of the call."""
-        number = self._next_call
+        self._actions.append(EngineCall(number := self._next_call, request, timeout_s))
         self._next_call += 1
-        self._actions.append(EngineCall(number, request, timeout_s))
         return number
 
     def cancel(self, number: int) -> None:

@@ -76,11 +76,8 @@ class Supervision:
     """
 
     def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
-        """Initialise with all processes due now.
-
-        Args:
-            kinds: the kind of every process by its name.
-            until_told: vLLM must not end by itself: it is restarted even if it ends with 0.
+        """Initialise with all processes due now. ``kinds`` has that of every process by its name. With
+        ``until_told`` vLLM must not end by itself: it is restarted even if it ends with 0.
         """
         self._final = (INVALID,) if until_told else _FINAL
         self._watched = {name: _Watch(kind=kind, due_s=now_s) for name, kind in kinds.items()}
@@ -198,8 +195,7 @@ def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str
     """Write the files that the commands need here, and return the secrets among them, by path. Raises OptionError if
     keys are missing or files cannot be written. It names all of them.
 
-    Args:
-        may_draw_key: generate a missing key, because no other machine needs to know it.
+    With ``may_draw_key`` a missing key is generated, because no other machine needs to know it.
     """
     wrong, found = [], {}
     for name in dict.fromkeys(name for command in commands for name in command.secrets):
@@ -240,8 +236,7 @@ def start(command: Command, log: Path | None = None) -> Started:
     """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it. Raises OSError if
     there is no such program, or the file cannot be written.
 
-    Args:
-        log: the file that its output is appended to; None for our own output.
+    Its output is appended to ``log``; None: to our own.
     """
     environment = os.environ | dict(command.environment)
     words = words_of(command)

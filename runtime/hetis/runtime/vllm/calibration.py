@@ -108,10 +108,7 @@ def fit_calls(calls: Sequence[TimedCall]) -> Piece:
 
 def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:
     """Return the least squares coefficients >= 0, by trying every subset of the columns, of which there are three.
-
-    Args:
-        matrix: shape [samples, columns].
-        values: shape [samples].
+    ``matrix``: shape [samples, columns]; ``values``: shape [samples].
     """
     columns = matrix.shape[1]
     best, least = np.zeros(columns), float(values @ values)

@@ -33,9 +33,8 @@ def open_devices(source: str, *, host_name: str = "") -> Devices:
     """Open the devices that ``source`` names. Raises DevicesUnavailableError if the source is malformed, unknown, or
     unusable here. The message says what to do.
 
-    Args:
-        source: one of `SOURCES`. ``auto`` is NVML if it works and none otherwise.
-        host_name: for the inventory. Empty: the system's own.
+    ``source``: one of `SOURCES`. ``auto`` is NVML if it works and none otherwise. ``host_name``: for the inventory.
+    Empty: the system's own.
     """
     kind, _, rest = source.partition(":")
     match kind:

@@ -289,9 +289,8 @@ def _is_lost(nvml: ModuleType, error: Exception) -> bool:
 def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
     """Return the catalogue's entry for a product, or None if no entry matches both name and memory.
 
-    Args:
-        product_name: as the driver reports it, such as ``NVIDIA H100 80GB HBM3``.
-        memory_bytes: as the driver reports it. 0: unknown, so the name alone decides.
+    ``product_name``: as the driver reports it, such as ``NVIDIA H100 80GB HBM3``. ``memory_bytes``: as the driver
+    reports it. 0: unknown, so the name alone decides.
     """
     for name in (product_name, _DECORATION.sub(" ", product_name)):
         try:

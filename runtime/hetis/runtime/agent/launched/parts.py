@@ -171,11 +171,8 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
 
     Ports follow from the replica's first GPU: no two replicas of a node have one in common, so that all nodes know the
     ports without asking each other, also those of a replica that starts while another one stops. Raises RefusedError:
-    ENGINE_CANNOT; the engine cannot run the replica so, with all the reasons.
-
-    Args:
-        node: id of this node, as devices have it before the slash.
-        folder: for files of all replicas.
+    ENGINE_CANNOT; the engine cannot run the replica so, with all the reasons. ``node``: id of this node, as devices
+    have it before the slash; ``folder``: for files of all replicas.
     """
     try:
         planned = json.loads(assignment.model.content)

@@ -328,10 +328,8 @@ def gpu_groups(assignment: Assignment) -> dict[str, list[str]]:
 
 
 class TimedCopies:
-    """The copies of one replica in one engine, made sequentially within a change. Implements `Copies`.
-
-    Args:
-        authority: knows the links, if this is the primary's engine.
+    """The copies of one replica in one engine, made sequentially within a change. Implements `Copies`. Its
+    ``authority`` knows the links, if this is the primary's engine.
     """
 
     def __init__(self, authority: HeadMapAuthority | None) -> None:
