@@ -11,7 +11,7 @@ from typing import Any
 
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
-from hetis.runtime.agent.devices.node import SimulatedDevices
+from hetis.runtime.agent.devices import SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
 from hetis.runtime.agent.options import ReconnectBackoff

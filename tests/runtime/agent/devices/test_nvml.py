@@ -9,9 +9,7 @@ from typing import Any
 import pynvml as real
 import pytest
 
-from hetis.runtime.agent.devices import Devices, DevicesUnavailableError, discover, open_devices
-from hetis.runtime.agent.devices.node import digest_of
-from hetis.runtime.agent.devices.nvml import LOST
+from hetis.runtime.agent.devices import LOST, Devices, DevicesUnavailableError, digest_of, discover, open_devices
 from hetis.v1 import inventory_pb2, report_pb2
 from tests.runtime.agent.devices.fake_nvml import GIB, Gpu, fake_pynvml
 

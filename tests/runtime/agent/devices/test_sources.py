@@ -7,9 +7,7 @@ import socket
 import pytest
 
 from hetis.formats.catalogue import gpus
-from hetis.runtime.agent.devices import DevicesUnavailableError, discover, open_devices
-from hetis.runtime.agent.devices.node import COOL_C, MAX_CLOCK_HZ
-from hetis.runtime.agent.devices.nvml import gpu_entry
+from hetis.runtime.agent.devices import COOL_C, MAX_CLOCK_HZ, DevicesUnavailableError, discover, gpu_entry, open_devices
 from hetis.v1 import inventory_pb2, report_pb2
 
 MIB = 2**20

@@ -12,12 +12,12 @@ from hetis.runtime.agent.pressure import (
     EngineReading,
     Scrape,
     ScrapeState,
+    Total,
     device_reports,
     read_text,
     replica_report,
     unreachable_report,
 )
-from hetis.runtime.agent.pressure.readings import Total
 from hetis.v1 import failure_pb2, report_pb2
 from tests.runtime.agent.pressure.expositions import SGLANG, VLLM, VLLM_OLD
 

@@ -1,23 +1,33 @@
-"""NVIDIA's management library: the GPUs and MIG slices of a node and their condition.
+"""The GPUs of a node and their condition, from NVML, simulated, or none. There is one `Devices` per agent.
 
-Any single value may be missing, because old boards, virtual GPUs and containers refuse one call or another. A refused
-value counts as unknown and a GPU that is gone as unhealthy. Only a missing library or driver is an error.
+Of NVML, NVIDIA's management library, any single value may be missing, because old boards, virtual GPUs and containers
+refuse one call or another. A refused value counts as unknown and a GPU that is gone as unhealthy. Only a missing
+library or driver is an error.
+
+HetisError (hetis.solver.errors)
++-- DevicesUnavailableError   the requested source cannot be read on this machine
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
+import socket
+from collections.abc import Iterable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from hetis.formats.catalogue import GpuEntry, UnknownNameError, find_gpu
-from hetis.runtime.agent.devices.node import MAX_DEVICES, DevicesUnavailableError, node_inventory
+from hetis.solver.cluster import GpuType
+from hetis.solver.errors import HetisError
 from hetis.v1 import inventory_pb2, report_pb2
 
-_log = logging.getLogger(__name__)
+SOURCES = "`auto`, `nvml`, `none`, or `simulated:TYPE:COUNT[,TYPE:COUNT...]`"
 
 # Events that an application causes or from which a GPU recovers on its own: engine exceptions and kernel faults (13,
 # 31, 43, 45, 68, 109), recorded remappings (63), a high rate of corrected errors (92), and contained memory errors
@@ -47,6 +57,106 @@ LEAST_MEMORY_SHARE = 0.88
 MOST_MEMORY_SHARE = 1.06
 # Words that drivers add but that distinguish no two boards: `RTX PRO 6000 Blackwell Server Edition`, `B300 SXM6 AC`.
 _DECORATION = re.compile(r"\b(blackwell|edition|superchip|ac|dgx display)\b", re.IGNORECASE)
+MAX_DEVICES = 64  # per node, as the contract says
+MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; readers only look at how far a clock is below this one
+COOL_C = 45.0
+_PART = re.compile(r"(?P<type>[^:,]+):(?P<count>\d+)")
+_log = logging.getLogger(__name__)
+
+
+class DevicesUnavailableError(HetisError):
+    """The requested source of devices cannot be read on this machine."""
+
+
+def node_inventory(
+    source: inventory_pb2.DeviceSource.ValueType,
+    devices: Iterable[inventory_pb2.GpuDevice],
+    *,
+    host_name: str = "",
+    driver_version: str = "",
+) -> inventory_pb2.NodeInventory:
+    """Return an inventory with its digest and with what the operating system reports about the node."""
+    inventory = inventory_pb2.NodeInventory(
+        devices=devices,
+        host_name=host_name or socket.gethostname(),
+        source=source,
+        driver_version=driver_version,
+        num_cpus=os.cpu_count() or 0,
+        memory_bytes=_memory_bytes(),
+    )
+    inventory.digest = digest_of(inventory)
+    return inventory
+
+
+def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
+    """Return ``sha256:`` and the SHA-256 of the inventory's deterministic binary form without its digest."""
+    bare = deepcopy(inventory)
+    bare.digest = ""
+    return f"sha256:{hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()}"
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # the system does not tell
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedDevices:
+    """Idle, healthy devices of the given types, all linked if their type has NVLink."""
+
+    types: tuple[GpuType, ...]  # one per device, in the order of their index
+    host_name: str = ""  # for the inventory. Empty: the system's own.
+
+    @classmethod
+    def parse(cls, text: str, *, host_name: str = "") -> SimulatedDevices:
+        """Return the devices that a string such as ``A100-SXM-80GB:4,L4:2`` describes. Raises DevicesUnavailableError
+        if the string is malformed, names an unknown type, or asks for more than `MAX_DEVICES`.
+        """
+        types: list[GpuType] = []
+        for part in text.split(","):
+            match = _PART.fullmatch(part.strip())
+            if match is None:
+                form = "TYPE:COUNT[,TYPE:COUNT...], such as A100-SXM-80GB:4,L4:2"
+                raise DevicesUnavailableError(f"simulated devices are written {form}; not {text!r}")
+            try:
+                gpu = find_gpu(match["type"]).gpu
+            except UnknownNameError as error:
+                raise DevicesUnavailableError(f"simulated devices: {error}") from None
+            if len(types) + int(match["count"]) > MAX_DEVICES:
+                raise DevicesUnavailableError(f"simulated devices: a node has at most {MAX_DEVICES} of them: {text!r}")
+            types += [gpu] * int(match["count"])
+        return cls(types=tuple(types), host_name=host_name)
+
+    def inventory(self) -> inventory_pb2.NodeInventory:
+        return node_inventory(
+            inventory_pb2.DEVICE_SOURCE_SIMULATED,
+            [self._device(index, gpu) for index, gpu in enumerate(self.types)],
+            host_name=self.host_name,
+        )
+
+    def sample(self) -> list[report_pb2.DeviceReport]:
+        reports, size = report_pb2.DeviceReport, len(self.types)
+        return [reports(index=index, clock_hz=MAX_CLOCK_HZ, temperature_c=COOL_C) for index in range(size)]
+
+    def close(self) -> None:
+        pass
+
+    def _device(self, index: int, gpu: GpuType) -> inventory_pb2.GpuDevice:
+        linked = gpu.nvlink_bytes_per_s is not None
+        return inventory_pb2.GpuDevice(
+            index=index,
+            gpu_type=gpu.name,
+            product_name=f"simulated {gpu.name}",
+            uuid=f"SIM-{self.host_name}-{index}",
+            memory_bytes=gpu.memory_bytes,
+            pcie_bytes_per_s=gpu.pcie_bytes_per_s,
+            linked_devices=[
+                other for other, peer in enumerate(self.types) if linked and other != index and peer == gpu
+            ],
+            max_clock_hz=MAX_CLOCK_HZ,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,3 +414,67 @@ def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
         if len(of_the_name) == 1:
             return of_the_name[0]
     return None
+
+
+class Devices(Protocol):
+    """The devices of one node. Calls may take tens of milliseconds; only one thread may call at a time."""
+
+    def inventory(self) -> inventory_pb2.NodeInventory:
+        """Return the node's hardware, digest included. Equal inventories have equal digests."""
+
+    def sample(self) -> list[report_pb2.DeviceReport]:
+        """Return the current state of every device, in the inventory's order. The engine fills in the KV fields.
+
+        Never fails: a device that cannot be read is ``unhealthy``, and a value that cannot be read counts as unknown.
+        """
+
+    def close(self) -> None:
+        """Release the library. No method may be called afterwards."""
+
+
+def open_devices(source: str, *, host_name: str = "") -> Devices:
+    """Open the devices that ``source`` names. Raises DevicesUnavailableError if the source is malformed, unknown, or
+    unusable here. The message says what to do.
+
+    ``source``: one of `SOURCES`. ``auto`` is NVML if it works and none otherwise. ``host_name``: for the inventory.
+    Empty: the system's own.
+    """
+    kind, _, rest = source.partition(":")
+    match kind:
+        case "auto" | "nvml" if not rest:
+            try:
+                return NvmlDevices.open(host_name=host_name)
+            except DevicesUnavailableError:
+                if kind == "nvml":
+                    raise
+                return NoDevices(host_name)
+        case "none" if not rest:
+            return NoDevices(host_name)
+        case "simulated":
+            return SimulatedDevices.parse(rest, host_name=host_name)
+    raise DevicesUnavailableError(f"unknown source of devices {source!r}, expected {SOURCES}")
+
+
+def discover(source: str, *, host_name: str = "") -> inventory_pb2.NodeInventory:
+    """Return the inventory of ``source``, for callers that need no samples. See `open_devices`."""
+    devices = open_devices(source, host_name=host_name)
+    try:
+        return devices.inventory()
+    finally:
+        devices.close()
+
+
+@dataclass(frozen=True, slots=True)
+class NoDevices:
+    """A node without devices."""
+
+    host_name: str
+
+    def inventory(self) -> inventory_pb2.NodeInventory:
+        return node_inventory(inventory_pb2.DEVICE_SOURCE_NONE, [], host_name=self.host_name)
+
+    def sample(self) -> list[report_pb2.DeviceReport]:
+        return []
+
+    def close(self) -> None:
+        pass
