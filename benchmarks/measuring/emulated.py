@@ -31,7 +31,7 @@ from hetis.runtime.attention.kv import KvShape
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind, read_step
 from hetis.runtime.transport.keys import key_of
 from hetis.runtime.transport.pipes import listen
-from hetis.runtime.vllm.calibration import token_bytes
+from hetis.runtime.vllm.costs import token_bytes
 from hetis.runtime.worker.core import MakeDevice, WorkerCore
 from hetis.runtime.worker.loop import WorkerLoop
 

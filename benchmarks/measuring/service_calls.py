@@ -38,7 +38,7 @@ from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet.dispatching.messages import declared as state_declared
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.dispatching.states import DispatchStates
-from hetis.runtime.agent.simulated.stage import StageRun
+from hetis.runtime.agent.simulated.replica import StageRun
 from hetis.v1 import (
     agent_service_pb2,
     cluster_pb2,

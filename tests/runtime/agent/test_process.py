@@ -289,7 +289,7 @@ for name in {blocked}:
 import pkgutil, importlib, hetis.runtime.agent as agent
 for module in pkgutil.walk_packages(agent.__path__, "hetis.runtime.agent."):
     importlib.import_module(module.name)
-from hetis.runtime.agent.simulated.stage import ProportionalAdmission, best_admission
+from hetis.runtime.agent.simulated.replica import ProportionalAdmission, best_admission
 assert isinstance(best_admission(), ProportionalAdmission)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import Control, ControlFile
-from hetis.runtime.agent.simulated.stage import AdmissionRule, ProportionalAdmission, SolverAdmission
+from hetis.runtime.agent.simulated.replica import (
+    AdmissionRule,
+    Control,
+    ControlFile,
+    ProportionalAdmission,
+    SolverAdmission,
+)
 from hetis.runtime.moves.refusals import RefusedError, reason_name
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.executor_service_pb2 import (

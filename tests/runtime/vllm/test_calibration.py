@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.vllm.calibration import (
+from hetis.runtime.vllm.costs import (
     Calibration,
     Coefficients,
     TimedCall,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.runtime.vllm.calibration import Calibration, Coefficients
-from hetis.runtime.vllm.costs import HERE, EngineCosts, LayerTime, head_shape
+from hetis.runtime.vllm.costs import HERE, Calibration, Coefficients, EngineCosts, LayerTime, head_shape
 from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
 from hetis.runtime.vllm.steps import DeviceReport, RankReport
 from tests.runtime.vllm.scheduling import NAMES, World

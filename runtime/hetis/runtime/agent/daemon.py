@@ -323,9 +323,8 @@ def _simulated(
     node: str, num_devices: int, socket: Path, control: Path | None, seed: int, peer_address: str
 ) -> SimulatedServer:
     from hetis.runtime.agent.simulated.engine import SimulatedEngine
-    from hetis.runtime.agent.simulated.replica import ControlFile
+    from hetis.runtime.agent.simulated.replica import ControlFile, best_admission
     from hetis.runtime.agent.simulated.server import SimulatedServer
-    from hetis.runtime.agent.simulated.stage import best_admission
 
     admission = best_admission()
     _log.info("simulated engine: admission by %s", type(admission).__name__)

@@ -16,8 +16,7 @@ from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, KvShape
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
-from hetis.runtime.vllm.calibration import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls
-from hetis.runtime.vllm.costs import head_shape
+from hetis.runtime.vllm.costs import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls, head_shape
 from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore
 from hetis.runtime.vllm.rank import Rank

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from hetis.runtime.vllm.calibration import Calibration
+    from hetis.runtime.vllm.costs import Calibration
     from hetis.runtime.vllm.rank import Rank
 
 

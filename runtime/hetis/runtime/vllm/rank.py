@@ -22,8 +22,7 @@ import torch
 
 from hetis.runtime.attention.device import DeviceStep, Pending
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
-from hetis.runtime.vllm.calibration import Calibration, token_bytes
-from hetis.runtime.vllm.costs import OVER_READING, LayerTime
+from hetis.runtime.vllm.costs import OVER_READING, Calibration, LayerTime, token_bytes
 from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan

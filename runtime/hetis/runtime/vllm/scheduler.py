@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from hetis.runtime.moves.engine import SteeredEngine
     from hetis.runtime.vllm.allocator import HeadAllocator
     from hetis.runtime.vllm.blocks import HeadGroupManager
-    from hetis.runtime.vllm.calibration import Calibration
-    from hetis.runtime.vllm.costs import EngineCosts
+    from hetis.runtime.vllm.costs import Calibration, EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
 
 MOST_WORKS, MOST_S = 8, 0.002  # of other threads' work between two steps; at least one piece of work is done

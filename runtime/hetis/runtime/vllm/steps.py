@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hetis.runtime.vllm.calibration import Calibration
-    from hetis.runtime.vllm.costs import LayerTime
+    from hetis.runtime.vllm.costs import Calibration, LayerTime
 
 LOCAL = 0  # the rank itself as a device; workers count from 1
 
