@@ -32,8 +32,7 @@ from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind, read_
 from hetis.runtime.transport.keys import key_of
 from hetis.runtime.transport.pipes import listen
 from hetis.runtime.vllm.costs import token_bytes
-from hetis.runtime.worker.core import MakeDevice, WorkerCore
-from hetis.runtime.worker.loop import WorkerLoop
+from hetis.runtime.worker.core import MakeDevice, WorkerCore, WorkerLoop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import pytest
 
 from hetis.runtime.transport.channel import accept
 from hetis.runtime.transport.frames import ChannelClosedError
-from hetis.runtime.worker.loop import MOST, PendingConnections
+from hetis.runtime.worker.core import MOST, PendingConnections
 
 
 class Clock:

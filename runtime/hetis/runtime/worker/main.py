@@ -209,7 +209,7 @@ def _serve(options: WorkerOptions) -> int:
     import torch
 
     from hetis.runtime.transport.pipes import listen
-    from hetis.runtime.worker.loop import WorkerLoop
+    from hetis.runtime.worker.core import WorkerLoop
 
     torch.set_num_threads(options.threads)
     host, port = options.listen
