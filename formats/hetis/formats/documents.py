@@ -117,11 +117,9 @@ def json_schema(kind: str) -> dict[str, Any]:
     if kind not in _KINDS:
         message = f"unknown kind {shown(kind)}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
         raise single_problem("schema", message)
-    head = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"https://hetis.dev/schema/v1/{kind}.json",
-    }
-    return {**head, **_KINDS[kind].document.model_json_schema(by_alias=True), "title": kind}
+    schema, own = "https://json-schema.org/draft/2020-12/schema", f"https://hetis.dev/schema/v1/{kind}.json"
+    fields = _KINDS[kind].document.model_json_schema(by_alias=True)
+    return {"$schema": schema, "$id": own, **fields, "title": kind}
 
 
 def _parse(data: Any, source: Text) -> Value:

@@ -188,9 +188,8 @@ def _model(label: str, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
     blocks = [tensor for tensor_name, tensor in tensors.items() if tensor_name.startswith("blk.")]
     layers = _bytes_per_parameter(label, blocks)
     embeddings = _bytes_per_parameter(label, [t for n, t in tensors.items() if n == "token_embd.weight"])
-    return replace(
-        model, weight_bytes=layers or model.weight_bytes, embedding_bytes=embeddings or model.embedding_bytes
-    )
+    weight, embedding = layers or model.weight_bytes, embeddings or model.embedding_bytes
+    return replace(model, weight_bytes=weight, embedding_bytes=embedding)
 
 
 def _in_words_of_gguf(problem: Problem, architecture: str) -> Problem:

@@ -344,9 +344,8 @@ def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[t
     numbers = {**_NUMBERS[op], "seconds": 0.0, "spread": 0.0}
     wanted = (*_TEXT.get(op, ()), *numbers)
     needed = [name for name in wanted if name not in _OPTIONAL]
-    yield from (
-        (name, f"is missing; a table of {op} has {', '.join(needed)}") for name in needed if name not in columns
-    )
+    has = f"a table of {op} has {', '.join(needed)}"
+    yield from ((name, f"is missing; {has}") for name in needed if name not in columns)
     for name in columns:
         if name not in wanted:
             yield name, f"unknown column{did_you_mean(name, wanted)}"

@@ -69,10 +69,8 @@ def zone_of(labels: Mapping[str, Any], names: Iterable[str]) -> str:
 
 def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
     """Return the products and memory of single GPUs, with equal neighbours merged."""
-    return tuple(
-        FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
-        for (product, memory), alike in groupby(gpus)
-    )
+    counts = [(product, memory, len(list(alike))) for (product, memory), alike in groupby(gpus)]
+    return tuple(FoundGpus(product=product, count=count, memory_bytes=memory) for product, memory, count in counts)
 
 
 def text(value: object) -> str:

@@ -73,9 +73,8 @@ def report_of(
     news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
 ) -> WatchReportsResponse:
     """Return one report. A model belongs to the replica whose model document names it, or to the only replica."""
-    report = WatchReportsResponse(
-        engine_id=engine_id, devices=device_reports(news.readings.values(), range(num_devices))
-    )
+    devices = device_reports(news.readings.values(), range(num_devices))
+    report = WatchReportsResponse(engine_id=engine_id, devices=devices)
     assigned = [entry for entry in held if entry.assignment is not None]
     for entry in assigned:
         model = _model_of(entry, news, alone=len(assigned) == 1)
@@ -329,9 +328,8 @@ def _simulated(
     admission = best_admission()
     _log.info("simulated engine: admission by %s", type(admission).__name__)
     engine = SimulatedEngine(node.rpartition("/")[2], num_devices, seed=seed, admission=admission)
-    return SimulatedServer(
-        engine, socket, peer_address=peer_address, control=ControlFile(control) if control is not None else None
-    )
+    file = ControlFile(control) if control is not None else None
+    return SimulatedServer(engine, socket, peer_address=peer_address, control=file)
 
 
 async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitStack) -> tuple[Executor | None, str]:

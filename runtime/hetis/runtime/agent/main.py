@@ -243,9 +243,8 @@ def _set_up_logs(level: str) -> None:
         raise AgentOptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
     if level.upper() != "DEBUG":  # gRPC logs every failed handshake itself; our own messages already say it
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    logging.basicConfig(
-        level=known[level.upper()], stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=known[level.upper()], stream=sys.stderr, format=form)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -41,9 +41,8 @@ class AgentMetrics:
         self._changes = self._counter("changes", "Changes that ended here, by outcome.", "outcome")
         self._scrapes = self._counter("engine_scrapes", "Reads of the engine's metrics, by how they ended.", "state")
         self._age = self._gauge("engine_age_seconds", "How old the engine's last numbers are.")
-        self._devices = {
-            name: self._gauge(f"device_{name}", meaning, "index", "gpu_type") for name, meaning in _OF_DEVICES.items()
-        }
+        labels = ("index", "gpu_type")
+        self._devices = {name: self._gauge(f"device_{name}", text, *labels) for name, text in _OF_DEVICES.items()}
 
     def serve(self, port: int, *, host: str = LOOPBACK) -> int:
         """Serve ``/metrics`` in a thread, and return the port (0: any). Raises OSError if the address is taken."""

@@ -111,9 +111,8 @@ class PlannerStream:
             return None, Failure(reason=ErrorReason.ERROR_REASON_CREDENTIALS, message=str(error))
         async with channel:
             call: Any = AgentServiceStub(channel).ConnectNode(metadata=metadata)
-            tasks: set[asyncio.Future[Any]] = {
-                asyncio.create_task(work) for work in (self._read(call), self._write(call))
-            }
+            works = (self._read(call), self._write(call))
+            tasks: set[asyncio.Future[Any]] = {asyncio.create_task(work) for work in works}
             try:
                 done, _ = await asyncio.wait({*tasks, self._end}, return_when=asyncio.FIRST_COMPLETED)
                 if self._end in done:

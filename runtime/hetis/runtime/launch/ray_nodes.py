@@ -43,9 +43,8 @@ def _node_named(name: str, host: str | None, nodes: Sequence[Node]) -> Node | No
         full = node["NodeManagerHostname"]
         if node.get("Labels", {}).get(NODE_LABEL) == name:
             return 0
-        return (
-            1 if (name in (full, full.partition(".")[0]) if host is None else host == node["NodeManagerAddress"]) else 2
-        )
+        is_it = name in (full, full.partition(".")[0]) if host is None else host == node["NodeManagerAddress"]
+        return 1 if is_it else 2
 
     best = min(nodes, key=rank, default=None)
     return None if best is None or rank(best) == 2 else best

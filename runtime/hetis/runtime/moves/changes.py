@@ -413,9 +413,8 @@ class EngineChanges:
         if any(status.change_id == change.change.change_id for status in said):
             raise RefusedError(unreachable("the authority's engine has not decided yet"))
         if why.reason == ErrorReason.ERROR_REASON_PREPARE_EXPIRED:
-            raise RefusedError(
-                unreachable("the authority's engine knows nothing of the change, and may yet hear of it")
-            )
+            why_not = "the authority's engine knows nothing of the change, and may yet hear of it"
+            raise RefusedError(unreachable(why_not))
         self._end_aborted(change, why)
 
     def _known(self, change_id: str) -> EngineChange:

@@ -63,10 +63,8 @@ def status_of(failure: Failure) -> status_pb2.Status:
     """Return the status, with ErrorInfo, of a call that fails with this failure."""
     code = CODE_OF_REASON.get(failure.reason, grpc.StatusCode.FAILED_PRECONDITION)
     status = status_pb2.Status(code=code.value[0], message=failure.message)
-    metadata = dict(failure.metadata)
-    status.details.add().Pack(
-        error_details_pb2.ErrorInfo(domain=DOMAIN, reason=reason_name(failure), metadata=metadata)
-    )
+    reason, metadata = reason_name(failure), dict(failure.metadata)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(domain=DOMAIN, reason=reason, metadata=metadata))
     return status
 
 

@@ -397,9 +397,8 @@ class HeadAllocator:
     def _solved(self, tokens: int, growth: int) -> tuple[int, ...] | None:
         if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
             self._dispatcher = Dispatcher(self.state.stage)
-        wanted = Requests(
-            ids=("new",), context_tokens=np.array([tokens], np.int64), growth_tokens=np.array([growth], np.int64)
-        )
+        context, growing = np.array([tokens], np.int64), np.array([growth], np.int64)
+        wanted = Requests(ids=("new",), context_tokens=context, growth_tokens=growing)
         plan = self._dispatcher.dispatch(self._load(), wanted)
         return None if plan.unplaced else _named(plan.groups[0].tolist())
 

@@ -109,9 +109,8 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
             f"KV of dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
         }
         if found := [reason for reason, applies in reasons.items() if applies]:
-            raise UnsupportedModelError(
-                f"hetis cannot place head groups of a model with {', '.join(found)}; unset HETIS_VLLM_CONFIG"
-            )
+            why = f"hetis cannot place head groups of a model with {', '.join(found)}"
+            raise UnsupportedModelError(f"{why}; unset HETIS_VLLM_CONFIG")
         self.head_groups, self.num_heads = num_kv_heads, num_heads // num_kv_heads
         self.num_kv_heads, self.head_size, self.scale = 1, head_size, float(scale)
         self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap

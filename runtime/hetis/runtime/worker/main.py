@@ -50,12 +50,10 @@ _OPTIONS: Mapping[str, tuple[str, str, str | None]] = {
     "--log-level": ("LEVEL", ", ".join(LEVELS), "info"),
     "--kv-memory": ("SIZE", "for KV, such as 512MiB", None),
     "--device": ("DEVICE", "cpu, cuda or cuda:N", "cpu"),
-    "--key-file": (*("FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}"), ""),
+    "--key-file": ("FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}", ""),
     "--port-file": ("FILE", "to write HOST:PORT to, once engines may come", ""),
 }
-VARIABLES: Mapping[str, str] = {
-    option: "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper() for option in _OPTIONS
-}
+VARIABLES: Mapping[str, str] = {one: f"HETIS_WORKER_{one[2:].replace('-', '_').upper()}" for one in _OPTIONS}
 EXIT_FAILED, EXIT_INVALID = 1, 2
 
 

@@ -286,9 +286,8 @@ class SimulatedEngine(SteeredEngine[_Held]):
         held = self._held.get(replica)
         if held is None or held.primary is None:
             raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, f"the primary of {replica} is not here", name=replica)
-        return ReadHeadMapsResponse(
-            generation=held.changes.generation, step=held.primary.num_steps, head_maps=held.primary.head_maps()
-        )
+        step, head_maps = held.primary.num_steps, held.primary.head_maps()
+        return ReadHeadMapsResponse(generation=held.changes.generation, step=step, head_maps=head_maps)
 
     def _replica_report(self, name: str, held: _Held, now_s: float) -> ReplicaReport:
         state, generation = self._state(held, now_s), held.changes.generation
