@@ -48,7 +48,7 @@ from hetis.solver.placement.options import (
     roomiest_split,
     stretch,
 )
-from hetis.solver.placement.tables import BoolArray, FloatArray, Tables
+from hetis.solver.placement.tables import FloatArray, Tables
 
 AnyArray = TypeVar("AnyArray", IntArray, FloatArray)
 ROUNDS = 12  # iterations of the search for m
@@ -325,43 +325,29 @@ def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int,
 
 
 class CeilingQueries(NamedTuple):
-    """Configurations of one scope whose ceilings are wanted, with their `Limits`; arrays of equal length."""
+    """Configurations of one scope whose ceilings are wanted; arrays of equal length."""
 
     mixes: IntArray
     in_flight: IntArray
-    shortest_s: FloatArray
-    longest_s: FloatArray
-    slack: FloatArray
-    slack_unevenness: FloatArray
-    copies: IntArray
-    sequential: BoolArray
-    chunk_cap_s: FloatArray
+    limits: FloatArray  # [., 8] fields of `Limits`
 
 
 def queries_of(mixes: IntArray, in_flight: IntArray, limits: Sequence[Limits]) -> CeilingQueries:
     """Return these configurations as arrays."""
-    columns = [np.array(column) for column in zip(*limits, strict=True)]
-    shortest_s, longest_s, slack, slack_unevenness, copies, sequential, chunk_cap_s, _ = columns
-    return CeilingQueries(
-        mixes, in_flight, shortest_s, longest_s, slack, slack_unevenness, copies.astype(np.int64), sequential,
-        chunk_cap_s,
-    )  # fmt: skip
+    return CeilingQueries(mixes, in_flight, np.array(limits, dtype=np.float64).reshape(-1, len(Limits._fields)))
 
 
 @kernel
 def _limits(a: CeilingQueries, i: int) -> Limits:
-    return Limits(
-        a.shortest_s[i], a.longest_s[i], a.slack[i], a.slack_unevenness[i], a.copies[i], a.sequential[i],
-        a.chunk_cap_s[i], np.inf,
-    )  # fmt: skip
+    of = a.limits[i]
+    return Limits(of[0], of[1], of[2], of[3], int(of[4]), of[5] > 0.0, of[6], of[7])
 
 
 @kernel
 def all_lines(t: Tables, a: CeilingQueries, max_copies: int, max_pool: int) -> tuple[Lines, IntArray]:
     """Return `lines_of` many configurations, concatenated, and where those of each begin [configurations + 1]."""
     begins = np.zeros(a.mixes.shape[0] + 1, np.int64)
-    size = 4096
-    every = _room_for_lines(size)
+    size, every = 4096, _room_for_lines(4096)
     for i in range(a.mixes.shape[0]):
         begins[i + 1] = begins[i]
         limits = _limits(a, i)

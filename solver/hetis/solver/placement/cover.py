@@ -14,6 +14,7 @@ from hetis.solver.placement.options import (
     selected,
     stage_rows,
     total_price,
+    traced,
 )
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
@@ -32,23 +33,19 @@ def cheapest_per_layers(
     o: Options, prices: FloatArray, interval_s: float, num_layers: int, best: FloatArray, arg: IntArray
 ) -> None:
     """Fill best, arg [4, num_layers + 1]: for each role and l, the cheapest option that carries at least l layers."""
-    best[:] = np.inf
-    arg[:] = -1
+    best[:], arg[:] = np.inf, -1
     for i in range(prices.shape[0]):
-        per_second = 1.0 / o.layer_s[i]
-        busy = o.copies[i] * interval_s
+        per_second, busy = 1.0 / o.layer_s[i], o.copies[i] * interval_s
         for role in range(4):
             layers = min(float(o.max_layers[i, role]), (busy - o.fixed_s[i, role]) * per_second + ROUNDING)
             if layers >= 1.0:
                 l = int(layers)
                 if prices[i] < best[role, l]:
-                    best[role, l] = prices[i]
-                    arg[role, l] = i
+                    best[role, l], arg[role, l] = prices[i], i
     for role in range(4):
         for l in range(num_layers - 1, -1, -1):
             if best[role, l + 1] < best[role, l]:
-                best[role, l] = best[role, l + 1]
-                arg[role, l] = arg[role, l + 1]
+                best[role, l], arg[role, l] = best[role, l + 1], arg[role, l + 1]
 
 
 @kernel
@@ -68,18 +65,13 @@ def cheapest_cover(
     arg = np.empty((4, num_layers + 1), np.int64)
     cheapest_per_layers(o, prices, interval_s, num_layers, best, arg)
     price, stages = _cover(t, best, arg)
-    if stages.shape[0] and _copies_of(o, stages) > max_copies:
+    copies = 0
+    for i in stages[:, 0]:
+        copies += o.copies[i]
+    if copies > max_copies:
         # A cover with fewer copies may use options that the first table omits, so tabulate per copy count.
         return _cover_counted(t, o, prices, interval_s, max_copies)
     return price, stages
-
-
-@kernel
-def _copies_of(o: Options, stages: IntArray) -> int:
-    total = 0
-    for i in range(stages.shape[0]):
-        total += o.copies[stages[i, 0]]
-    return total
 
 
 @kernel
@@ -92,9 +84,7 @@ def _cover(t: CoverTables, best: FloatArray, arg: IntArray) -> tuple[float, IntA
         if best[FIRST, l] < np.inf and (best[FIRST, l] < best[FIRST, l + 1] or l == num_layers - 1):
             pos = t.cut_floor[l]
             if pos > 0 and best[FIRST, l] < cost[pos]:
-                cost[pos] = best[FIRST, l]
-                back_pos[pos] = 0
-                back_opt[pos] = arg[FIRST, l]
+                cost[pos], back_pos[pos], back_opt[pos] = best[FIRST, l], 0, arg[FIRST, l]
     final, final_pos, final_opt = best[BOTH, num_layers], 0, arg[BOTH, num_layers]
     for pos in range(1, num_layers):
         if cost[pos] == np.inf:
@@ -109,25 +99,10 @@ def _cover(t: CoverTables, best: FloatArray, arg: IntArray) -> tuple[float, IntA
                 target = t.cut_floor[pos + l]
                 total = cost[pos] + best[PLAIN, l]
                 if target > pos and total < cost[target]:
-                    cost[target] = total
-                    back_pos[target] = pos
-                    back_opt[target] = arg[PLAIN, l]
+                    cost[target], back_pos[target], back_opt[target] = total, pos, arg[PLAIN, l]
     if final == np.inf:
         return np.inf, np.empty((0, 2), np.int64)
-    count = 1
-    pos = final_pos
-    while pos > 0:
-        count += 1
-        pos = back_pos[pos]
-    stages = np.empty((count, 2), np.int64)
-    stages[count - 1, 0] = final_opt
-    stages[count - 1, 1] = num_layers - final_pos
-    pos = final_pos
-    for i in range(count - 2, -1, -1):
-        stages[i, 0] = back_opt[pos]
-        stages[i, 1] = pos - back_pos[pos]
-        pos = back_pos[pos]
-    return final, stages
+    return final, traced(back_pos, back_opt, num_layers, final_pos, final_opt)
 
 
 @kernel
@@ -153,14 +128,12 @@ def _cover_counted(
         for role in range(4):
             l = layers_in_time(o, i, role, interval_s)
             if l > 0 and prices[i] < best[c, role, l]:
-                best[c, role, l] = prices[i]
-                arg[c, role, l] = i
+                best[c, role, l], arg[c, role, l] = prices[i], i
     for c in range(1, widest + 1):
         for role in range(4):
             for l in range(num_layers - 1, -1, -1):
                 if best[c, role, l + 1] < best[c, role, l]:
-                    best[c, role, l] = best[c, role, l + 1]
-                    arg[c, role, l] = arg[c, role, l + 1]
+                    best[c, role, l], arg[c, role, l] = best[c, role, l + 1], arg[c, role, l + 1]
     cost = np.full((max_copies + 1, num_layers + 1), np.inf)
     back_pos = np.full((max_copies + 1, num_layers + 1), -1, np.int64)
     back_opt = np.full((max_copies + 1, num_layers + 1), -1, np.int64)
@@ -171,9 +144,7 @@ def _cover_counted(
         for l in range(1, num_layers):
             pos = t.cut_floor[l]
             if pos > 0 and best[c, FIRST, l] < cost[c, pos]:
-                cost[c, pos] = best[c, FIRST, l]
-                back_pos[c, pos] = 0
-                back_opt[c, pos] = arg[c, FIRST, l]
+                cost[c, pos], back_pos[c, pos], back_opt[c, pos] = best[c, FIRST, l], 0, arg[c, FIRST, l]
     for pos in range(1, num_layers):
         for k in range(1, max_copies):
             if cost[k, pos] == np.inf:
@@ -188,22 +159,17 @@ def _cover_counted(
                     target = t.cut_floor[pos + l]
                     total = cost[k, pos] + best[c, PLAIN, l]
                     if target > pos and total < cost[k + c, target]:
-                        cost[k + c, target] = total
-                        back_pos[k + c, target] = pos
+                        cost[k + c, target], back_pos[k + c, target] = total, pos
                         back_opt[k + c, target] = arg[c, PLAIN, l]
     if final == np.inf:
         return np.inf, np.empty((0, 2), np.int64)
     reverse = np.empty((max_copies + 1, 2), np.int64)
-    reverse[0, 0] = final_opt
-    reverse[0, 1] = num_layers - final_pos
+    reverse[0, 0], reverse[0, 1] = final_opt, num_layers - final_pos
     count, pos, k = 1, final_pos, final_k - o.copies[final_opt]
     while pos > 0:
         option, before = back_opt[k, pos], back_pos[k, pos]
-        reverse[count, 0] = option
-        reverse[count, 1] = pos - before
-        count += 1
-        pos = before
-        k -= o.copies[option]
+        reverse[count, 0], reverse[count, 1] = option, pos - before
+        count, pos, k = count + 1, before, k - o.copies[option]
     return final, reverse[:count][::-1].copy()
 
 
@@ -243,8 +209,7 @@ def fitting_cover(
         bound, stages = _penalised_cover(t, o, prices, interval_s, max_copies, trial)
         excess, _ = overdrawn(t, o, stages, scarce)
         if bound > lower:
-            lower = bound
-            penalty[:] = trial
+            lower, penalty[:] = bound, trial
         if bound == np.inf or lower >= enough or lower >= best_price:
             break
         if excess < 0:
@@ -286,8 +251,7 @@ def _options_within(
         for role in range(4):
             most = max(most, layers_in_time(o, i, role, interval_s))
         if most > 0 and prices[i] + rest[num_layers - most] < price_limit:
-            kept[count] = i
-            count += 1
+            kept[count], count = i, count + 1
     return kept[:count]
 
 
@@ -315,8 +279,7 @@ def best_column(
     best_ratio, best_rows, bound = 0.0, np.empty((0, 6), np.int64), 0.0
     if prices.shape[0] == 0:
         return best_ratio, best_rows, bound
-    slowest = 0.0
-    fastest_layer = np.inf
+    slowest, fastest_layer = 0.0, np.inf
     for i in range(prices.shape[0]):
         fastest_layer = min(fastest_layer, o.layer_s[i])
         for role in range(4):
@@ -368,10 +331,8 @@ def _best_in_panel(
     """
     best_ratio, best_rows, bound = 0.0, np.empty((0, 6), np.int64), 0.0
     stack = np.empty((MAX_HALVINGS + 2, 3), np.float64)
-    size = 0
-    penalty = np.zeros(scarce.shape[0])
+    size, halvings, penalty = 0, 0, np.zeros(scarce.shape[0])
     middle = hi  # no cover is cheaper than ``price_hi`` at this interval
-    halvings = 0
     while True:
         halvings += 1
         enough = 1.0 / (lo * max(ratio_floor, best_ratio, 1e-300))

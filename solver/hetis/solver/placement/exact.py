@@ -42,13 +42,7 @@ from hetis.solver.placement.frontier import (
     sequential_stages,
     stages_from,
 )
-from hetis.solver.placement.generation import (
-    LEAST_MILP_SECONDS,
-    MILP_SECONDS,
-    NO_LINKS,
-    Pool,
-    parts_inside,
-)
+from hetis.solver.placement.generation import LEAST_MILP_SECONDS, MILP_SECONDS, NO_LINKS, Pool, parts_inside
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Verdict
 from hetis.solver.placement.options import EVERYTHING, Options, chunk_cap, interval_cap, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound

@@ -53,16 +53,12 @@ def lattice_of(limits: IntArray, *, inherits: bool = True) -> Lattice:
 @kernel
 def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntArray) -> Entries:
     """Group options by usage and copies."""
-    num_rows = lattice.limits.shape[0]
-    num_options = o.rank.shape[0]
-    usage = np.empty(num_options, np.int64)
-    copies = np.empty(num_options, np.int64)
+    num_options, count = o.rank.shape[0], 0
+    usage, copies = np.empty(num_options, np.int64), np.empty(num_options, np.int64)
     entry_of = np.full(num_options, -1, np.int64)
-    count = 0
     for i in range(num_options):
-        number = 0
-        fits = True
-        for row in range(num_rows):
+        number, fits = 0, True
+        for row in range(lattice.limits.shape[0]):
             each = group_use[o.rank[i], row]
             if o.pool_class[i] >= 0:
                 each += o.pool_cards[i] * card_use[o.pool_class[i], row]
@@ -78,9 +74,7 @@ def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntA
                 entry_of[i] = e
                 break
         if entry_of[i] < 0:
-            usage[count] = number
-            copies[count] = o.copies[i]
-            entry_of[i] = count
+            usage[count], copies[count], entry_of[i] = number, o.copies[i], count
             count += 1
     return Entries(usage[:count], copies[:count], entry_of)
 
@@ -112,8 +106,7 @@ def entry_layers(t: Tables, o: Options, entries: Entries, interval_s: float) -> 
         for role in range(4):
             l = layers_in_time(o, i, role, interval_s)
             if l > layers[e, role]:
-                layers[e, role] = l
-                option[e, role] = i
+                layers[e, role], option[e, role] = l, i
     return layers, option
 
 
@@ -134,10 +127,8 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
 
     Copies are not counted if ``max_copies`` is 0.
     """
-    num_vectors = lattice.digits.shape[0]
-    num_rows = lattice.limits.shape[0]
-    num_layers = t.num_layers
-    levels = max(1, max_copies)
+    num_vectors, num_rows = lattice.digits.shape
+    num_layers, levels = t.num_layers, max(1, max_copies)
     position = np.zeros((levels + 1, num_vectors), np.int64)
     back_entry = np.full((levels + 1, num_vectors), -1, np.int64)
     back_from = np.full((levels + 1, num_vectors), -1, np.int64)
@@ -152,15 +143,12 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
                 if lattice.inherits and lattice.digits[v, row] > 0:
                     below = v - lattice.strides[row]
                     if position[k, below] > position[k, v]:
-                        position[k, v] = position[k, below]
-                        back_entry[k, v] = -1
-                        back_from[k, v] = below
+                        position[k, v], back_entry[k, v], back_from[k, v] = position[k, below], -1, below
         for row in range(num_rows):
             if lattice.inherits and closing[v] < 0 and lattice.digits[v, row] > 0:
                 below = v - lattice.strides[row]
                 if closing[below] >= 0:
-                    closing[v] = closing[below]
-                    closing_copies[v] = closing_copies[below]
+                    closing[v], closing_copies[v] = closing[below], closing_copies[below]
                     closing_from[v] = closing_from[below]
         for e in range(entries.usage.shape[0]):
             u = entries.usage[e]
@@ -234,8 +222,7 @@ def _interval_range(
     t: Tables, o: Options, entries: Entries, cap_s: float, floor_s: float, copies: int
 ) -> tuple[float, float]:
     """Return the intervals between which covers can change: none exists below, and nothing is gained above."""
-    slowest = 0.0
-    fastest_layer = np.inf
+    slowest, fastest_layer = 0.0, np.inf
     for i in range(o.rank.shape[0]):
         if entries.option[i] < 0:
             continue
@@ -267,34 +254,23 @@ def explore(
 
     Replicas of rate ``needed[v]`` or less are not looked for. On return ``best_rate`` [V] is reached by the
     configuration ``best_tag`` at ``best_interval``, and no replica of this configuration on sub-fleet v has a rate
-    above ``max(bound[v], needed[v], best_rate[v] (1 + tolerance))``.
-
-    Returns the number of dynamic programs run.
+    above ``max(bound[v], needed[v], best_rate[v] (1 + tolerance))``. Returns the number of dynamic programs run.
     """
-    num_vectors = lattice.digits.shape[0]
-    total = 0
-    for row in range(lattice.limits.shape[0]):
-        total += lattice.limits[row]
+    num_vectors, total, depth = lattice.digits.shape[0], lattice.limits.sum(), 160
     counted = max_copies if max_copies < total else 0
-    t_lo, t_hi = _interval_range(
-        t, o, entries, interval_cap_s, t.t_floor, min(max_copies, total)
-    )  # fmt: skip
+    t_lo, t_hi = _interval_range(t, o, entries, interval_cap_s, t.t_floor, min(max_copies, total))
     if t_lo > t_hi:
         return 0
-    depth = 160
-    lows = np.empty(depth, np.float64)
-    highs = np.empty(depth, np.float64)
+    lows, highs = np.empty(depth, np.float64), np.empty(depth, np.float64)
     feasible_low = np.zeros((depth, num_vectors), np.bool_)
     feasible_high = np.ones((depth, num_vectors), np.bool_)
-    closing = np.zeros(num_vectors, np.bool_)
-    nothing = np.zeros(num_vectors, np.bool_)
+    closing, nothing = np.zeros(num_vectors, np.bool_), np.zeros(num_vectors, np.bool_)
     lows[0], highs[0] = t_lo, t_hi
-    size, runs = 1, 0
-    middle = t_hi
+    size, runs, middle = 1, 0, t_hi
     while size > 0:
         low, high = lows[size - 1], highs[size - 1]
         if runs > 0:
-            rate = 1.0 / (low)
+            rate = 1.0 / low
             if not _any_above(feasible_high[size - 1], feasible_low[size - 1], rate, needed, best_rate, tolerance):
                 size -= 1
                 continue
@@ -305,18 +281,16 @@ def explore(
                 size -= 1
                 continue
             middle = np.sqrt(low * high)
-        rate = 1.0 / (middle)
+        rate = 1.0 / middle
         layers, _ = entry_layers(t, o, entries, middle)
         r = reach(t, lattice, entries, layers, 0)
         runs += 1
-        for v in range(num_vectors):
-            closing[v] = r.closing[v] >= 0
+        closing[:] = r.closing >= 0
         if _any_above(closing, nothing, rate, needed, best_rate, 0.0):
             if counted > 0:
                 r = reach(t, lattice, entries, layers, counted)
                 runs += 1
-                for v in range(num_vectors):
-                    closing[v] = r.closing[v] >= 0
+                closing[:] = r.closing >= 0
             for v in range(num_vectors):
                 if closing[v] and rate > best_rate[v]:
                     best_rate[v], best_tag[v], best_interval[v] = rate, tag, middle
@@ -375,9 +349,7 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
 
     Partial sums that cannot stay within ``limits_s`` [V] are dropped.
     """
-    num_vectors = lattice.digits.shape[0]
-    num_layers = t.num_layers
-    count = entries.usage.shape[0]
+    num_vectors, num_layers, count = lattice.digits.shape[0], t.num_layers, entries.usage.shape[0]
     least = np.full((count, 4, num_layers + 1), np.inf)
     option = np.full((count, 4, num_layers + 1), -1, np.int64)
     most = np.zeros((count, 4), np.int64)
@@ -394,8 +366,8 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
                 if took < least[e, role, n]:
                     least[e, role, n], option[e, role, n] = took, i
     shape = (num_vectors, num_layers + 1)
-    seconds = np.full(shape, np.inf)
-    sums = Sums(seconds, np.full(shape, -1, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64), option)
+    back_entry, back_usage = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+    sums = Sums(np.full(shape, np.inf), back_entry, back_usage, np.zeros(shape, np.int64), option)
     for v in range(num_vectors):
         for row in range(lattice.limits.shape[0]):
             if lattice.inherits and lattice.digits[v, row] > 0:

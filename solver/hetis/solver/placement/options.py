@@ -75,48 +75,10 @@ def is_useful(reach: Reach, price: float, copies: int, layer_s: float, fixed_s: 
 @kernel
 def _empty_options(capacity: int) -> Options:
     return Options(
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.float64),
-        np.empty((capacity, 4), np.float64),
-        np.empty((capacity, 4), np.int64),
-        np.empty((capacity, 4), np.int64),
-    )
-
-
-@kernel
-def _doubled(o: Options) -> Options:
-    """Return the options twice, to be overwritten from the second half on."""
-    return Options(
-        np.concatenate((o.rank, o.rank)),
-        np.concatenate((o.copies, o.copies)),
-        np.concatenate((o.pool_class, o.pool_class)),
-        np.concatenate((o.pool_cards, o.pool_cards)),
-        np.concatenate((o.pool_groups, o.pool_groups)),
-        np.concatenate((o.layer_s, o.layer_s)),
-        np.concatenate((o.fixed_s, o.fixed_s)),
-        np.concatenate((o.min_layers, o.min_layers)),
-        np.concatenate((o.max_layers, o.max_layers)),
-    )
-
-
-@kernel
-def _first(o: Options, count: int) -> Options:
-    """Return the first options, without a copy."""
-    return Options(
-        o.rank[:count],
-        o.copies[:count],
-        o.pool_class[:count],
-        o.pool_cards[:count],
-        o.pool_groups[:count],
-        o.layer_s[:count],
-        o.fixed_s[:count],
-        o.min_layers[:count],
-        o.max_layers[:count],
-    )
+        np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.int64),
+        np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.float64),
+        np.empty((capacity, 4), np.float64), np.empty((capacity, 4), np.int64), np.empty((capacity, 4), np.int64),
+    )  # fmt: skip
 
 
 @kernel
@@ -269,13 +231,6 @@ def pool_entry(t: Tables, s: int, q: int, k: int, size: int) -> int:
     return entry
 
 
-@kernel
-def pool_wire_seconds(t: Tables, x: int, entry: int) -> float:
-    """Return the least seconds of a layer with a pool: for decode replicas, the time a prompt's KV takes to arrive."""
-    seconds: float = t.pool_wire_s[entry] if t.receives[x] else 0.0
-    return seconds
-
-
 def interval_cap(t: Tables, x: int, f: int, unevenness: float) -> float:
     """Return the longest interval of a configuration that keeps ``sum chunk_s <= unevenness t / n_it`` in the cap."""
     cap = float(t.t_cap[x, f])
@@ -340,16 +295,14 @@ def list_options(
 
     A stage with c copies takes at most ``c chunk_cap_s`` seconds in an iteration with a chunk, and at most
     ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option. `Reach` says what
-    is useful at ``group_price`` [S] and ``card_price`` [N].
-
-    An option with a pool is dropped if the stage without one, or the fastest or the roomiest smaller pool of the same
-    class, is as fast and has as much room, because the option would only cost more (unless cards count, see `Tables`).
+    is useful at ``group_price`` [S] and ``card_price`` [N]. An option with a pool is dropped if the stage without one,
+    or the fastest or the roomiest smaller pool of the same class, is as fast and has as much room, because the option
+    would only cost more (unless cards count, see `Tables`).
     """
     size_of_out = 256
     out = _empty_options(size_of_out)
     out_layer_s, out_fixed_s, out_min, out_max = out.layer_s, out.fixed_s, out.min_layers, out.max_layers
-    count = 0
-    caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
+    count, caps, floors = 0, np.empty(4, np.int64), np.ones(4, np.int64)
     fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
     on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
     has_chunk_limits = chunk_cap_s < np.inf or unevenness < np.inf
@@ -468,7 +421,7 @@ def list_options(
                                 continue
                         if count == size_of_out:
                             size_of_out *= 2
-                            out = _doubled(out)
+                            out = selected(out, np.arange(size_of_out) % count)
                             out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
                             out_min, out_max = out.min_layers, out.max_layers
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
@@ -479,7 +432,7 @@ def list_options(
                         if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:
                             roomiest = count
                         count += 1
-    return _first(out, count)
+    return selected(out, slice(0, count))
 
 
 @kernel
@@ -533,30 +486,12 @@ def penalised_prices(t: CoverTables, o: Options, prices: FloatArray, penalty: Fl
 
 
 @kernel
-def class_use(t: CoverTables, o: Options, i: int, device_class: int) -> int:
-    """Return the GPUs of a class that option i takes."""
-    use = 0
-    if t.rank_class[o.rank[i]] == device_class:
-        use += o.copies[i] * t.rank_tp[o.rank[i]]
-    if o.pool_class[i] == device_class:
-        use += o.copies[i] * o.pool_cards[i]
-    return use
-
-
-@kernel
-def selected(o: Options, chosen: IntArray) -> Options:
-    """Return the chosen options, in that order."""
+def selected(o: Options, chosen: IntArray | slice) -> Options:
+    """Return the chosen options, in that order; a slice is no copy."""
     return Options(
-        o.rank[chosen],
-        o.copies[chosen],
-        o.pool_class[chosen],
-        o.pool_cards[chosen],
-        o.pool_groups[chosen],
-        o.layer_s[chosen],
-        o.fixed_s[chosen],
-        o.min_layers[chosen],
-        o.max_layers[chosen],
-    )
+        o.rank[chosen], o.copies[chosen], o.pool_class[chosen], o.pool_cards[chosen], o.pool_groups[chosen],
+        o.layer_s[chosen], o.fixed_s[chosen], o.min_layers[chosen], o.max_layers[chosen],
+    )  # fmt: skip
 
 
 NO_STAGES = np.empty((0, 6), np.int64)
@@ -579,8 +514,8 @@ def stage_rows(o: Options, stages: IntArray) -> IntArray:
 @kernel
 def total_price(prices: FloatArray, stages: IntArray) -> float:
     total = 0.0
-    for i in range(stages.shape[0]):
-        total += prices[stages[i, 0]]
+    for i in stages[:, 0]:
+        total += prices[i]
     return total
 
 
@@ -597,8 +532,7 @@ def role_of(index: int, count: int) -> int:
 @kernel
 def total_seconds(o: Options, stages: IntArray) -> float:
     """Return the sum of the stage times of one request."""
-    total = 0.0
-    count = stages.shape[0]
+    total, count = 0.0, stages.shape[0]
     for i in range(count):
         option = stages[i, 0]
         total += stages[i, 1] * o.layer_s[option] + o.fixed_s[option, role_of(i, count)]
@@ -609,9 +543,24 @@ def total_seconds(o: Options, stages: IntArray) -> float:
 def excess(t: CoverTables, o: Options, stages: IntArray, device_class: int) -> int:
     """Return the GPUs of a class that a replica takes beyond those available; negative if some are left."""
     use: int = -t.available[device_class]
-    for i in range(stages.shape[0]):
-        use += class_use(t, o, stages[i, 0], device_class)
+    for i in stages[:, 0]:
+        if t.rank_class[o.rank[i]] == device_class:
+            use += o.copies[i] * t.rank_tp[o.rank[i]]
+        if o.pool_class[i] == device_class:
+            use += o.copies[i] * o.pool_cards[i]
     return use
+
+
+@kernel
+def traced(back_pos: IntArray, back_option: IntArray, num_layers: int, last_pos: int, last_option: int) -> IntArray:
+    """Return stages, first to last, from the position before each and its option; the last begins at ``last_pos``."""
+    reverse = np.empty((num_layers, 2), np.int64)
+    reverse[0, 0], reverse[0, 1] = last_option, num_layers - last_pos
+    count, pos = 1, last_pos
+    while pos > 0:
+        reverse[count, 0], reverse[count, 1] = back_option[pos], pos - back_pos[pos]
+        count, pos = count + 1, back_pos[pos]
+    return reverse[:count][::-1].copy()
 
 
 @kernel

@@ -242,9 +242,7 @@ def fill(
         for i in range(count):
             room = most[stages[i], roles[i]]
             if layers[i] < 0 and room * layer_s[stages[i]] + fixed_s[stages[i], roles[i]] < shortest_s:
-                layers[i] = room
-                left -= room
-                changed = True
+                layers[i], left, changed = room, left - room, True
         if not changed:
             break
     held = 0
@@ -268,8 +266,7 @@ def fill(
         if at < 0:
             return np.inf
         step = 1 if held < num_layers else -1
-        layers[at] += step
-        held += step
+        layers[at], held = layers[at] + step, held + step
     longest_s = 0.0
     for i in range(count):
         longest_s = max(longest_s, layers[i] * layer_s[stages[i]] + fixed_s[stages[i], roles[i]])
@@ -305,9 +302,7 @@ def best_splits(
     is (mix, first stage, last stage, head groups given away). No interval is longer than ``longest_s``, and none counts
     as less than ``shortest_s``.
     """
-    depth = 0
-    for s in range(counts.shape[1]):
-        depth += counts[which[0], s]
+    depth = counts[which[0]].sum()
     stages, roles, layers = np.empty(depth, np.int64), np.empty(depth, np.int64), np.empty(depth, np.int64)
     for c in which:
         for first in range(counts.shape[1]):
@@ -320,9 +315,8 @@ def best_splits(
                 if worse_s <= shortest_s:
                     continue
                 count = _line_up(counts[c], first, last if depth > 1 else -1, stages, roles)
-                interval_s = max(
-                    shortest_s, fill(num_layers, stages, roles, count, layer_s, fixed_s, most, least, worse_s, layers)
-                )
+                filled_s = fill(num_layers, stages, roles, count, layer_s, fixed_s, most, least, worse_s, layers)
+                interval_s = max(shortest_s, filled_s)
                 if interval_s < worse_s:
                     best_s[c] = interval_s
                     found[c, 0], found[c, 1], found[c, 2], found[c, 3] = mix, first, last, groups
@@ -491,15 +485,9 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 
 @kernel
 def best_equal_split(
-    t: Tables,
-    mixes: IntArray,
-    s: int,
-    num_stages: int,
-    full: Regime,
-    tight: Regime,
-    together: Regime,
+    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime, together: Regime,
     depth_in_flight: bool,
-) -> tuple[float, int, int]:
+) -> tuple[float, int, int]:  # fmt: skip
     """Return the shortest interval of ``num_stages`` equal stages of rank type s, with its mix and in-flight index.
 
     The mix is one of ``mixes``. The interval is inf if nothing fits in memory or meets the limits.
@@ -530,8 +518,7 @@ def best_equal_split(
             if t.rank_dp[s] > 1 and (m > 1 or num_stages > 1):
                 continue
             kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0] + t.state_bytes[x, f, 0] / t.rank_tp[s]
-            busiest, total, fits = 0.0, 0.0, True
-            chunk_s, uneven = 0.0, 1.0
+            busiest, total, fits, chunk_s, uneven = 0.0, 0.0, True, 0.0, 1.0
             for kind in range(kinds):
                 role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]
                 layers = _equal_layers(t.num_layers, num_stages, role)
@@ -547,10 +534,9 @@ def best_equal_split(
                 if role != PLAIN:
                     total += layers * w + fixed
                 else:
-                    ends = _equal_layers(t.num_layers, num_stages, FIRST) + _equal_layers(
-                        t.num_layers, num_stages, LAST
-                    )
-                    total += (t.num_layers - ends) * w + (num_stages - 2) * fixed
+                    first = _equal_layers(t.num_layers, num_stages, FIRST)
+                    last = _equal_layers(t.num_layers, num_stages, LAST)
+                    total += (t.num_layers - first - last) * w + (num_stages - 2) * fixed
             if not fits:
                 continue
             if m == 1:

@@ -6,7 +6,15 @@ import numpy as np
 
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.options import Options, excess, overdrawn, penalised_prices, total_price, total_seconds
+from hetis.solver.placement.options import (
+    Options,
+    excess,
+    overdrawn,
+    penalised_prices,
+    total_price,
+    total_seconds,
+    traced,
+)
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
 
@@ -29,16 +37,13 @@ def least_weighted(
             for l in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
                 value = base + time_weight * l * o.layer_s[i]
                 if value < least[role, l]:
-                    least[role, l] = value
-                    arg[role, l] = i
+                    least[role, l], arg[role, l] = value, i
     value_at = np.full(num_layers + 1, np.inf)
     back_pos = np.full(num_layers + 1, -1, np.int64)
     back_opt = np.full(num_layers + 1, -1, np.int64)
     for pos in range(1, num_layers):
         if t.cut_floor[pos] == pos:
-            value_at[pos] = least[FIRST, pos]
-            back_pos[pos] = 0
-            back_opt[pos] = arg[FIRST, pos]
+            value_at[pos], back_pos[pos], back_opt[pos] = least[FIRST, pos], 0, arg[FIRST, pos]
     final, final_pos, final_opt = least[BOTH, num_layers], 0, arg[BOTH, num_layers]
     for pos in range(1, num_layers):
         if value_at[pos] == np.inf:
@@ -49,19 +54,10 @@ def least_weighted(
         for target in range(pos + 1, num_layers):
             total = value_at[pos] + least[PLAIN, target - pos]
             if total < value_at[target] and t.cut_floor[target] == target:
-                value_at[target] = total
-                back_pos[target] = pos
-                back_opt[target] = arg[PLAIN, target - pos]
+                value_at[target], back_pos[target], back_opt[target] = total, pos, arg[PLAIN, target - pos]
     if final == np.inf:
         return np.inf, np.inf, np.empty((0, 2), np.int64)
-    reverse = np.empty((num_layers, 2), np.int64)
-    reverse[0, 0], reverse[0, 1] = final_opt, num_layers - final_pos
-    count, pos = 1, final_pos
-    while pos > 0:
-        reverse[count, 0], reverse[count, 1] = back_opt[pos], pos - back_pos[pos]
-        count += 1
-        pos = back_pos[pos]
-    stages = reverse[:count][::-1].copy()
+    stages = traced(back_pos, back_opt, num_layers, final_pos, final_opt)
     return total_price(prices, stages), max(total_seconds(o, stages), t.t_floor), stages
 
 
@@ -280,8 +276,7 @@ def _pareto_steps(t: CoverTables, o: Options, prices: FloatArray) -> tuple[IntAr
             for i in order:
                 seconds = n * o.layer_s[i] + o.fixed_s[i, role]
                 if o.min_layers[i, role] <= n <= o.max_layers[i, role] and seconds < quickest:
-                    quickest = seconds
-                    option[role, n, count[role, n]] = i
+                    quickest, option[role, n, count[role, n]] = seconds, i
                     count[role, n] += 1
     return count, option
 

@@ -24,7 +24,6 @@ from hetis.solver.placement.options import (
     layers_on_card,
     layers_on_rank,
     pool_entry,
-    pool_wire_seconds,
     stretch,
 )
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, NO_ROOM, PLAIN, CostTables, Tables
@@ -95,12 +94,11 @@ def _least_unevenness(t: Tables, x: int) -> float:
         if t.available[t.rank_class[s]] < t.rank_tp[s] or t.layer_s[x, s] == np.inf:
             continue
         # Step, hop and ends come on top of layers, and count for most with a single layer.
-        fixed_s = t.step_s[x, s]
-        chunk_fixed_s = t.chunk.step_s[x, s]
-        ends_s, chunk_ends_s = np.zeros(3), np.zeros(3)
-        ends_s[0], chunk_ends_s[0] = t.hop_s[x, s], t.chunk.hop_s[x, s]
-        ends_s[1], chunk_ends_s[1] = t.hop_s[x, s] + t.last_s[x, s], t.chunk.hop_s[x, s] + t.chunk.last_s[x, s]
-        ends_s[2], chunk_ends_s[2] = t.last_s[x, s], t.chunk.last_s[x, s]
+        fixed_s, chunk_fixed_s = t.step_s[x, s], t.chunk.step_s[x, s]
+        hop_s, last_s = t.hop_s[x, s], t.last_s[x, s]
+        chunk_hop_s, chunk_last_s = t.chunk.hop_s[x, s], t.chunk.last_s[x, s]
+        ends_s = (0.0, hop_s, hop_s + last_s, last_s)
+        chunk_ends_s = (0.0, chunk_hop_s, chunk_hop_s + chunk_last_s, chunk_last_s)
         own_s = t.own_s[x, s, t.rank_groups[s]]
         for q in range(-1, t.available.shape[0]):
             if q >= 0 and t.pool_start[s, q] < 0:
@@ -117,12 +115,10 @@ def _least_unevenness(t: Tables, x: int) -> float:
                     many = 1 + prefix * t.prefix_layers
                     more_s = prefix * t.prefix_layers * t.prefix_delta_s[x, s]
                     chunk_more_s = prefix * t.prefix_layers * t.chunk.prefix_delta_s[x, s]
-                    for end in range(3):
+                    for end in range(4):
                         whole = many * layer_s + more_s + fixed_s + ends_s[end]
                         chunk = many * chunk_s + chunk_more_s + chunk_fixed_s + chunk_ends_s[end]
                         least = min(least, chunk * n_it / whole)
-                    least = min(least, (many * chunk_s + chunk_more_s + chunk_fixed_s) * n_it
-                                / (many * layer_s + more_s + fixed_s))  # fmt: skip
     return least
 
 
@@ -240,7 +236,8 @@ def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = F
             compute_s = times.layer_s[x, s] + (own_s / t.iterations[x] if with_chunk else own_s)
         else:
             entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, costs.pool_sizes.index(stage.pool_cards))
-            compute_s, wire_s = times.layer_s[x, s] + times.pool_s[x, entry], pool_wire_seconds(t, x, entry)
+            compute_s = times.layer_s[x, s] + times.pool_s[x, entry]
+            wire_s = t.pool_wire_s[entry] if t.receives[x] else 0.0
         wire_s = 0.0 if with_chunk else wire_s
         fixed = float(times.step_s[x, s])
         if role in (PLAIN, LAST):
