@@ -29,17 +29,10 @@ from hetis.solver.problem import PlacementProblem
 
 
 def solve_placement(
-    problem: PlacementProblem,
-    *,
-    strategy: str = "hetis",
-    budget: Budget | None = None,
-    gap_target: float = 0.001,
-    seed: int = 0,
-    threads: int = 1,
-    report: Report = silent,
-    market: Market | None = None,
+    problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
+    seed: int = 0, threads: int = 1, report: Report = silent, market: Market | None = None,
     simplest_within: float = 0.0,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
     The search ends when the gap is at most ``gap_target``, the time is up or nothing is left that could help. With the
@@ -131,16 +124,15 @@ def _solved(freed: PlacementProblem, plan: Plan, part: Constraints, settings: Se
     except HetisError:
         return None  # stopped before it had a plan, which proves nothing
     sign = 1.0 if plan.objective.maximises else -1.0
-    least = sign * (better.result.value - plan.result.bound)
-    most = sign * (better.result.bound - plan.result.value)
+    least, most = sign * (better.result.value - plan.result.bound), sign * (better.result.bound - plan.result.value)
     return ConstraintPrice(constraints=part, least=max(0.0, least), most=max(0.0, least, most), is_solved=True)
 
 
 def _at_once(freed: PlacementProblem, plan: Plan, part: Constraints) -> ConstraintPrice:
     """Return a price without a search: no plan serves more than dense work allows, and none is cheaper than free."""
-    if not plan.objective.maximises:
-        return ConstraintPrice(constraints=part, least=0.0, most=plan.result.value, is_solved=False)
-    family = STRATEGIES[plan.strategy].restrict(freed.family)
-    costs = build_cost_tables(apply_constraints(replace(freed, family=family)).problem)
-    most = objective_scale(freed) * rate_bound(costs) - plan.result.value
+    most = plan.result.value
+    if plan.objective.maximises:
+        family = STRATEGIES[plan.strategy].restrict(freed.family)
+        costs = build_cost_tables(apply_constraints(replace(freed, family=family)).problem)
+        most = objective_scale(freed) * rate_bound(costs) - plan.result.value
     return ConstraintPrice(constraints=part, least=0.0, most=max(0.0, most), is_solved=False)

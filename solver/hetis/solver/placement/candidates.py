@@ -97,9 +97,7 @@ class Evaluator:
         sweep = sweep_of(self.costs, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
 
-    def _split(
-        self, counts: IntArray, sweep: MixSweep, times: StageTimes, best_s: FloatArray, found: IntArray
-    ) -> None:  # fmt: skip
+    def _split(self, counts: IntArray, sweep: MixSweep, times: StageTimes, best_s: FloatArray, found: IntArray) -> None:
         """Improve the best of every composition by the rows of the sweep, the most promising first."""
         t_floor = self.costs.scopes[self.shape.scope].tables.t_floor
         shortest_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep)
@@ -150,15 +148,10 @@ class Candidates:
     def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
         """Return known replicas as columns."""
         uses = self.shape.counts[which] @ self.costs.group_use[self.shape.ranks] + self._beside()
-        routes = self.costs.routes
+        routes, rates = self.costs.routes, 1.0 / self.evaluator.shortest_s[which]
         links = np.zeros_like(routes.capacity) if routes.has_links else NO_LINKS  # replicas lie in one zone
-        return Columns(
-            rates=1.0 / self.evaluator.shortest_s[which],
-            costs=uses @ row_costs,
-            uses=uses,
-            sides=np.full(len(which), self.side),
-            links=np.broadcast_to(links, (len(which), *links.shape)),
-        )
+        links = np.broadcast_to(links, (len(which), *links.shape))
+        return Columns(rates, uses @ row_costs, uses, np.full(len(which), self.side), links)
 
     def kind(self, composition: int) -> Kind:
         """Return the GPUs that a replica takes."""
@@ -186,9 +179,8 @@ def candidates_of(costs: CostTables) -> tuple[list[Candidates], Iterator[Candida
     kinds = dict(zip(scopes, _numbered([_kind_of_scope(costs, number) for number in scopes]), strict=True))
     compositions = _numbered([shape.counts.tobytes() for shape in shapes])
     uses = [shape.counts @ costs.group_use[shape.ranks] for shape in shapes]
-    engine = costs.problem.family.engine
+    engine, places = costs.problem.family.engine, shared_places(costs.classes)
     most_nodes = None if engine is None else engine.max_nodes
-    places = shared_places(costs.classes)
 
     def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
         shape = shapes[number]
@@ -245,22 +237,18 @@ def _mixes_by_side(costs: CostTables, scope: int, attention_dp: int) -> dict[int
     return {side: np.array(mixes, dtype=np.int64) for side, mixes in by_side.items()}
 
 
-def _classes_in(costs: CostTables, zones: Sequence[str]) -> list[int]:
-    return [g for g, c in enumerate(costs.classes) if c.zone in zones]
-
-
 def _place_in_zone(costs: CostTables, device_class: int) -> int:
-    return _classes_in(costs, [costs.classes[device_class].zone]).index(device_class)
+    return sum(c.zone == costs.classes[device_class].zone for c in costs.classes[:device_class])
 
 
 def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
     """Return a key, equal for scopes in which replicas of equal classes, in order, take equal times and memory."""
     here, t, cluster = costs.scopes[scope], costs.scopes[scope].tables, costs.problem.cluster
     ranks = [s for s, (g, _) in enumerate(costs.ranks) if costs.classes[g].zone in here.zones]
-    numbers = _classes_in(costs, here.zones)
     gpus = [
         (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.constraints, here.computes_on(g))
-        for g, c in zip(numbers, (costs.classes[g] for g in numbers), strict=True)
+        for g, c in enumerate(costs.classes)
+        if c.zone in here.zones
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks])
     return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)

@@ -12,9 +12,11 @@ replica is worth more than ``1 + ALIKE`` times its GPUs; GPU prices raised by th
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import numpy as np
 
@@ -47,15 +49,6 @@ MOST_PROVED = 20_000  # columns: with more, HiGHS finds no bound within a minute
 FEW = 200_000  # compositions: up to this many may all be evaluated, until time is up, if prices exclude hardly any
 
 
-@dataclass(frozen=True, slots=True)
-class Enumerated:
-    """Columns of some candidates: their compositions [K], and the number of the first column."""
-
-    candidates: Candidates
-    compositions: IntArray
-    begin: int
-
-
 class EnumeratedColumns:
     """The columns of one problem that have been enumerated so far."""
 
@@ -63,7 +56,7 @@ class EnumeratedColumns:
         self.row_costs = row_costs
         self.without_workers, self._with_workers = candidates_of(costs)
         self.columns: Columns | None = None
-        self._blocks = list[Enumerated]()
+        self._blocks = list[tuple[int, Candidates, IntArray]]()  # the first column's number, then compositions [K]
 
     @cached_property
     def candidates(self) -> list[Candidates]:
@@ -72,25 +65,26 @@ class EnumeratedColumns:
 
     def add(self, candidates: Candidates, which: IntArray) -> None:
         """Add known replicas as columns; existing columns keep their numbers."""
+        if not len(which):
+            return
         more = candidates.columns(which, self.row_costs)
-        begin = 0 if self.columns is None else len(self.columns.rates)
+        self._blocks.append((self.num_columns, candidates, which))
         self.columns = more if self.columns is None else self.columns.followed_by(more)
-        self._blocks.append(Enumerated(candidates, which, begin))
         candidates.is_enumerated[which] = True
 
     def template(self, column: int) -> Template:
         """Return the replica behind a column."""
-        block = self._block_at(column)
-        return block.candidates.template(int(block.compositions[column - block.begin]))
+        candidates, composition = self._behind(column)
+        return candidates.template(composition)
 
     def kind(self, column: int) -> Kind:
         """Return the GPUs that the replica behind a column takes."""
-        block = self._block_at(column)
-        return block.candidates.kind(int(block.compositions[column - block.begin]))
+        candidates, composition = self._behind(column)
+        return candidates.kind(composition)
 
-    def _block_at(self, column: int) -> Enumerated:
-        begins = [block.begin for block in self._blocks]
-        return self._blocks[int(np.searchsorted(begins, column, side="right")) - 1]
+    def _behind(self, column: int) -> tuple[Candidates, int]:
+        begin, candidates, which = self._blocks[bisect_right(self._blocks, column, key=itemgetter(0)) - 1]
+        return candidates, int(which[column - begin])
 
     @property
     def num_columns(self) -> int:
@@ -178,12 +172,8 @@ class _Search:
         lp, dearer = self.relaxed, 1.0 + ALIKE
         prices = Bound(self.bound, lp.row_prices * dearer, lp.link_prices * dearer, lp.rate_prices)
         value = None if self.incumbent is None else self.incumbent.value
-        return Explored(
-            templates=tuple(self.enumerated.template(int(i)) for i in chosen),
-            value=value,
-            prices=prices if self.is_complete else None,
-            is_empty=False,
-        )
+        templates = tuple(self.enumerated.template(int(i)) for i in chosen)
+        return Explored(templates, value, prices if self.is_complete else None, is_empty=False)
 
     # --- relaxation
 
@@ -230,7 +220,7 @@ class _Search:
                 ratio = each.evaluator.shortest_s * each.worth(prices + self.master.row_costs)
                 which = np.argsort(ratio)[:FIRST]
                 which = which[each.fits[which] & np.isfinite(ratio[which])]
-                self._add(each, each.found_among(which, np.full(len(which), np.inf)))
+                self.enumerated.add(each, each.found_among(which, np.full(len(which), np.inf)))
 
     def _list_improving(self, lp: LpSolution | None) -> bool:
         """List replicas that improve the relaxation; return whether the whole family has none."""
@@ -243,7 +233,7 @@ class _Search:
                     by_side.setdefault(each.side, []).append(reduced)
                 most = {side: _smallest(np.concatenate(parts), ADDED) for side, parts in by_side.items()}
                 for each, which, reduced in found:
-                    self._add(each, which[reduced <= most[each.side]])
+                    self.enumerated.add(each, which[reduced <= most[each.side]])
                 return False
             if is_whole:
                 return True
@@ -292,10 +282,6 @@ class _Search:
             with np.errstate(divide="ignore", invalid="ignore"):
                 yield each, worth, np.where(least > 0.0, price / least, np.inf if otherwise else 0.0)
 
-    def _add(self, candidates: Candidates, which: IntArray) -> None:
-        if len(which):
-            self.enumerated.add(candidates, which)
-
     def _set_bound(self) -> None:
         self.is_complete, lp = True, self.relaxed
         if lp is None:
@@ -324,25 +310,24 @@ class _Search:
             limit_s, back = MORE_TIME * limit_s, min(2 * back, ALL)
             self._choose(num, min(limit_s, self.budget.remaining_s()), back=back)
 
-    def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
+    def _reduced(self) -> FloatArray:
         """Return the worth of each replica's GPUs beyond its rate, the least that a plan with the replica loses."""
+        columns, lp = self.enumerated.columns, self.relaxed
+        assert lp is not None, "prices say what is lost"
+        assert columns is not None, "prices are those of columns"
         worth = columns.uses @ lp.row_prices + columns.costs
         return np.asarray(worth - lp.rate_prices[columns.sides] * columns.rates)
 
     def _within(self, distance: float) -> BoolArray:
         """Return which columns lose at most ``distance``; no better plan contains any other."""
-        columns = self.enumerated.columns
-        assert self.relaxed is not None, "prices say what is lost"
-        assert columns is not None, "prices are those of columns"
-        return np.asarray(self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE))
+        return np.asarray(self._reduced() <= distance * (1.0 + ALIKE))
 
     def _likeliest(self, num: int) -> BoolArray:
         """Return the ``num`` columns of every side that lose least, and those of the relaxation."""
-        columns = self.enumerated.columns
-        assert self.relaxed is not None, "prices say which are likely"
+        columns, reduced = self.enumerated.columns, self._reduced()
         assert columns is not None, "prices are those of columns"
-        inside = padded(self.relaxed.counts, len(columns.rates)) > 0.0
-        reduced = self._reduced(self.relaxed, columns)
+        assert self.relaxed is not None, "prices say which are likely"
+        inside = padded(self.relaxed.counts, len(reduced)) > 0.0
         for side in np.unique(columns.sides):
             here = np.flatnonzero(columns.sides == side)
             inside[here[np.argsort(reduced[here])[:num]]] = True
@@ -388,7 +373,7 @@ class _Search:
             if len(which):
                 if self.budget.is_spent():
                     return False
-                self._add(each, each.found_among(which, needed_s[which]))
+                self.enumerated.add(each, each.found_among(which, needed_s[which]))
         return True
 
     def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False, back: int = 1) -> float | None:
@@ -492,7 +477,7 @@ class _Search:
             ratio = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
             which = which[np.lexsort((ratio, nodes))[:AT_ONCE]]
             if len(which) and not self.budget.is_spent():
-                self._add(each, each.found_among(which, needed_s[which]))
+                self.enumerated.add(each, each.found_among(which, needed_s[which]))
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int) -> float | None:
         """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all."""
@@ -549,8 +534,7 @@ class _Search:
                 return None
             raise NoPlanFoundError(UNDECIDED)
         counts = padded(self.incumbent.counts, len(columns.rates))
-        reduced = self._reduced(self.relaxed, columns)
-        others = [int(i) for i in np.argsort(reduced)[: 5 + int((counts > 0).sum())] if not counts[i]][:5]
+        others = [int(i) for i in np.argsort(self._reduced())[: 5 + int((counts > 0).sum())] if not counts[i]][:5]
         value = self.incumbent.value
         return Outcome(
             chosen=tuple((self.enumerated.template(int(i)), int(counts[i])) for i in np.flatnonzero(counts)),

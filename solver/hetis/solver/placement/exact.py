@@ -82,11 +82,9 @@ ROLES = {
 
 
 def frontier_kind(mix: Mix) -> FrontierKind:
-    if mix.role is Role.UNIFIED:
-        return FrontierKind.UNIFIED
-    if mix.role is Role.DECODE:
-        return FrontierKind.DECODE
-    return FrontierKind.PREFILL if mix.sends_afar else FrontierKind.LOCAL_PREFILL
+    if mix.role is Role.PREFILL:
+        return FrontierKind.PREFILL if mix.sends_afar else FrontierKind.LOCAL_PREFILL
+    return FrontierKind[mix.role.name]
 
 
 def speed_bounds(costs: CostTables, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
@@ -115,7 +113,6 @@ def speed_bounds(costs: CostTables, lattice: Lattice) -> tuple[FloatArray, Float
 class Frontier:
     """The best rate [V] of each sub-fleet, where it was found, and a bound on further replicas."""
 
-    lattice: Lattice
     rate: FloatArray
     tag: IntArray  # configuration
     interval_s: FloatArray
@@ -162,7 +159,7 @@ class ExactSearch:
         self._options: dict[tuple[object, ...], tuple[Options, Entries]] = {}
         count = len(self.lattice.digits)
         self.frontiers = {
-            kind: Frontier(self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
+            kind: Frontier(np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
         self._roomy: dict[tuple[FrontierKind, Part], BoolArray] = {}
@@ -191,11 +188,8 @@ class ExactSearch:
         A replica with fewer requests takes less memory. Chunks have no such order: a longer one takes memory itself
         but ends prefill sooner.
         """
-        if (kind, part) not in self._roomy:
-            self._roomy[kind, part] = self._find_roomy(kind, part)
-        return self._roomy[kind, part]
-
-    def _find_roomy(self, kind: FrontierKind, part: Part) -> BoolArray:
+        if (kind, part) in self._roomy:
+            return self._roomy[kind, part]
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
         family, mixes = self.costs.problem.family, self.costs.mixes
         of_kind = [x for x, mix in enumerate(mixes) if frontier_kind(mix) is kind]
@@ -208,6 +202,7 @@ class ExactSearch:
                 options, entries = self.options_of(any_pipeline, part)
                 layers, _ = entry_layers(scope.tables, options, entries, np.inf)
                 roomy |= reach(scope.tables, self.lattice, entries, layers, 0).closing >= 0
+        self._roomy[kind, part] = roomy
         return roomy
 
     def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
@@ -253,11 +248,9 @@ class ExactSearch:
             cap = interval_cap(tables, c.mix, c.in_flight_index, c.unevenness)
             speed = self.sequential_bound if c.is_sequential else self.speed_bound
             ceiling = speed[c.scope, c.mix] / (1.0 + c.regime.least)
-            if (
-                ceiling[-1] == 0.0
-                or ceiling[-1] * cap < 1.0
-                or not np.any(self.roomy(kind, part) & (ceiling > np.maximum(wanted, f.rate)))
-            ):
+            if ceiling[-1] == 0.0 or ceiling[-1] * cap < 1.0:
+                continue
+            if not np.any(self.roomy(kind, part) & (ceiling > np.maximum(wanted, f.rate))):
                 continue
             if c.is_sequential and tolerance < TOLERANCES[0]:
                 continue  # solved exactly in the first pass
@@ -412,14 +405,6 @@ MAIN = 0.25  # share of the time for the whole family before its parts are searc
 MOMENT = 1e-9  # seconds: avoids a division by zero, since a budget may end between two reads of it
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A packing of the chosen sub-fleets."""
-
-    chosen: list[tuple[FrontierKind, int]]
-    packing: MilpSolution
-
-
 def solve_exactly(costs: CostTables, master: Master, settings: SearchSettings) -> Outcome | None:
     """Return the proven optimum of a small fleet, or None if the family is empty or the budget ran out before a plan.
 
@@ -443,14 +428,6 @@ def solve_exactly(costs: CostTables, master: Master, settings: SearchSettings) -
     return outcome
 
 
-@dataclass(slots=True)
-class Progression:
-    """The progress of the passes over a part: ``num_done`` are finished and ``sweep`` is under way."""
-
-    sweep: Sweep
-    num_done: int = 0
-
-
 class Passes:
     """Passes over the parts of a family, each of which starts from what the others found."""
 
@@ -458,9 +435,9 @@ class Passes:
         self.search = ExactSearch(costs, master)
         self.whole = whole(costs.problem.family)
         self.settings, self.budget, self.seed = settings, settings.budget, settings.seed
-        self.best: Packed | None = None
+        self.best: tuple[list[tuple[FrontierKind, int]], MilpSolution] | None = None  # sub-fleets and their packing
         self.is_empty = False  # proven: the whole family holds no plan
-        self._begun: dict[Part, Progression] = {}
+        self._begun: dict[Part, Sweep | None] = {}  # the pass under way over each part; None: all are finished
         self._is_packed = True  # all rates found so far have been packed
         self.proven = rate_bound(costs) if master.maximises else 0.0
 
@@ -469,25 +446,20 @@ class Passes:
 
         Only passes over the whole family improve the bound.
         """
-        begun = self._progression(part)
-        while begun.num_done < len(TOLERANCES):
+        if part not in self._begun:
+            nothing = {kind: np.zeros(len(f.rate)) for kind, f in self.search.frontiers.items()}
+            self._begun[part] = self.search.begin(nothing, TOLERANCES[0], part)
+        while (sweep := self._begun[part]) is not None:
             if budget.is_spent():
                 return False
             self._is_packed = False
-            if not self.search.go_on(begun.sweep, budget) or not self._conclude(begun, budget):
+            if not self.search.go_on(sweep, budget) or not self._conclude(sweep, budget):
                 return False
         return True
 
-    def _progression(self, part: Part) -> Progression:
-        if part not in self._begun:
-            nothing = {kind: np.zeros(len(f.rate)) for kind, f in self.search.frontiers.items()}
-            self._begun[part] = Progression(self.search.begin(nothing, TOLERANCES[0], part))
-        return self._begun[part]
-
-    def _conclude(self, begun: Progression, budget: Budget) -> bool:
+    def _conclude(self, sweep: Sweep, budget: Budget) -> bool:
         """Pack the replicas that a pass found and its upper bounds on them; return False if that was cut short."""
-        search, sweep = self.search, begun.sweep
-        is_whole = sweep.part == self.whole
+        search, is_whole = self.search, sweep.part == self.whole
         packing = self._pack(search.rates(sweep.part), budget.remaining_s())
         if budget.is_spent():
             return False
@@ -499,19 +471,20 @@ class Passes:
         # In the finest pass the ceilings exceed the rates by rounding only, so its packing proves emptiness as well.
         if above.proves_none or (is_finest and packing.proves_none):
             self.is_empty = self.is_empty or is_whole
-            begun.num_done = len(TOLERANCES)
+            self._begun[sweep.part] = None
             return True
         if not (packing.is_settled and above.is_settled) and (is_finest or budget.is_spent()):
             return False  # repeated when there is more time: HiGHS has a clock of its own
-        begun.num_done += 1
-        needed = sweep.needed
+        needed, number = sweep.needed, TOLERANCES.index(sweep.tolerance) + 1
+        if is_finest:
+            self._begun[sweep.part] = None
         if packing.found is not None:
             self._tell(sweep.part)
             if self.budget.is_spent():
                 return False  # the report may have cancelled the search
             needed = search.needed_rates(ceilings, self._best_value())
         if not is_finest:
-            begun.sweep = search.begin(needed, TOLERANCES[begun.num_done], sweep.part)
+            self._begun[sweep.part] = search.begin(needed, TOLERANCES[number], sweep.part)
         return True
 
     def _improve_bound(self, bound: float) -> None:
@@ -520,14 +493,14 @@ class Passes:
 
     def _best_value(self) -> float:
         assert self.best is not None, "asked after a packing"
-        return self.best.packing.value
+        return self.best[1].value
 
     def _pack(self, rates: Rates, time_limit_s: float) -> Verdict:
         """Return the best packing at these rates, and keep it unless a better one is known."""
         chosen, packing = self.search.pack(rates, time_limit_s, self.seed)
         found = packing.found
-        if found is not None and (self.best is None or not self._is_worse(found.value, self.best.packing.value)):
-            self.best = Packed(chosen, found)
+        if found is not None and (self.best is None or not self._is_worse(found.value, self.best[1].value)):
+            self.best = chosen, found
         self._is_packed = packing.is_settled and len(rates) == len(self.search.frontiers)
         return packing
 
@@ -547,7 +520,7 @@ class Passes:
             self._pack(self.search.rates(), seconds)
         if self.best is None:
             return None
-        search, chosen, packing = self.search, self.best.chosen, self.best.packing
+        search, (chosen, packing) = self.search, self.best
         costs, master = search.costs, search.master
         picked = [(search.template(*where), int(n)) for where, n in zip(chosen, packing.counts, strict=True) if n]
         pool = Pool(costs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -80,14 +81,9 @@ def device_classes(cluster: Cluster, index: ConstraintIndex | None = None) -> tu
 
 def _mean_price(cluster: Cluster, group: NodeGroup, gpu: str) -> float | None:
     """Return the mean price of a GPU if equal GPUs of a node are listed at different prices."""
-    total, count = 0.0, 0
-    for slots in group.gpus:
-        price = cluster.price_of(slots)
-        if slots.gpu == gpu:
-            if price is None:
-                return None
-            total, count = total + price * slots.count, count + slots.count
-    return total / count
+    priced = [(cluster.price_of(slots), slots.count) for slots in group.gpus if slots.gpu == gpu]
+    known = [price * count for price, count in priced if price is not None]
+    return sum(known) / sum(count for _, count in priced) if len(known) == len(priced) else None
 
 
 def _worst_node_links(cluster: Cluster) -> dict[str, Link]:
@@ -99,13 +95,8 @@ def _worst_node_links(cluster: Cluster) -> dict[str, Link]:
 
 
 def _worst_of_group(group: NodeGroup, worst: dict[str, Link]) -> Link | None:
-    if not worst:
-        return None
-    links = [worst[name] for name in map(group.node_name, range(group.count)) if name in worst]
-    result = links[0] if links else None
-    for link in links[1:]:
-        result = link if result is None else result.slower_of(link)
-    return result
+    links = [worst[name] for name in map(group.node_name, range(group.count)) if name in worst] if worst else []
+    return reduce(Link.slower_of, links) if links else None
 
 
 def class_of_slots(classes: Sequence[DeviceClass]) -> dict[tuple[str, str], int]:
@@ -155,15 +146,13 @@ class Resources:
 
 def resources_of(classes: tuple[DeviceClass, ...], tp_sizes: tuple[int, ...]) -> Resources:
     """Return the packing rows of a fleet: one per class, and more if node sizes require them."""
-    rows: list[tuple[int, int]] = []
-    limits: list[int] = []
+    limits: dict[tuple[int, int], int] = {}
     for index, c in enumerate(classes):
         for p in (1, *(size for size in sorted(tp_sizes) if size > 1)):
             limit = c.num_nodes * p * (c.gpus_per_node // p)
             if p == 1 or 0 < limit < c.available:
-                rows.append((index, p))
-                limits.append(limit)
-    return Resources(tuple(rows), np.array(limits, dtype=np.int64))
+                limits[index, p] = limit
+    return Resources(tuple(limits), np.array(list(limits.values()), dtype=np.int64))
 
 
 # --- prefill and decode on different replicas
@@ -181,11 +170,8 @@ def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
 def most_spanning(problem: PlacementProblem) -> int:
     """Return how many replicas over several zones may share a link: as many as memory can hold the weights of."""
     weights = min(model.params() * model.weight_bytes for model in problem.models())
-    room = 0.0
-    for group in problem.cluster.node_groups:
-        for slots in group.gpus:
-            room += group.count * slots.count * problem.profiles[slots.gpu].room_bytes
-    return max(1, int(room / weights))
+    placed = ((group.count * slots.count, slots.gpu) for group in problem.cluster.node_groups for slots in group.gpus)
+    return max(1, int(sum(count * problem.profiles[gpu].room_bytes for count, gpu in placed) / weights))
 
 
 def slowest_between(network: Network, zones: Sequence[str]) -> float:
@@ -282,15 +268,14 @@ class Routes:
         with np.errstate(divide="ignore"):
             least = max(float(theta[UNIFIED]), float((1.0 / np.diag(effort)).max(initial=0.0)))
             stops = 1.0 / effort[between]
-        found = [(self._rate_at(s, worth, effort, between), s) for s in (least, *stops[stops > least])]
-        value, scale = min(found)
+
+        def rate_at(scale: float) -> float:
+            return scale * worth + float(self.capacity[between] @ np.maximum(0.0, 1.0 - scale * effort[between]))
+
+        value, scale = min((rate_at(s), s) for s in (least, *stops[stops > least]))
         links = np.zeros_like(effort)
         links[between] = np.maximum(0.0, 1.0 - scale * effort[between])
         return Valuation(value, scale, self.shared_out(theta, 1.0, links), links)
-
-    def _rate_at(self, scale: float, worth: float, effort: FloatArray, between: npt.NDArray[np.bool_]) -> float:
-        over = np.maximum(0.0, 1.0 - scale * effort[between])
-        return scale * worth + float(self.capacity[between] @ over)
 
     def least_cost(self, theta: FloatArray, worth: float, demand: float) -> Valuation | None:
         """Return the highest bound on the cost of serving ``demand`` requests/s, or None if no price of it is known.
@@ -306,15 +291,14 @@ class Routes:
         prices = [p for p in (*stops[stops < most], most) if np.isfinite(p)]
         if not prices:
             return None
-        value, price = max((self._cost_at(p, worth, demand, effort, between), p) for p in prices)
+
+        def cost_at(price: float) -> float:
+            return price * demand - worth - float(self.capacity[between] @ np.maximum(0.0, price - effort[between]))
+
+        value, price = max((cost_at(p), p) for p in prices)
         links = np.zeros_like(effort)
         links[between] = np.maximum(0.0, price - effort[between])
         return Valuation(value, 1.0, self.shared_out(theta, price, links), links)
-
-    def _cost_at(
-        self, price: float, worth: float, demand: float, effort: FloatArray, between: npt.NDArray[np.bool_]
-    ) -> float:
-        return price * demand - worth - float(self.capacity[between] @ np.maximum(0.0, price - effort[between]))
 
     def _efforts(self, theta: FloatArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
         """Return ``1 / theta_p + 1 / theta_d`` of every route [Z, Z], and which routes between zones have replicas."""
@@ -337,8 +321,7 @@ class Routes:
         prices = np.full(self.num_sides, price)
         if not self.splits_roles:
             return prices
-        effort, _ = self._efforts(theta)
-        weight = price - link_prices
+        effort, weight = self._efforts(theta)[0], price - link_prices
         local, afar, receiving = self.parts(prices)
         with np.errstate(divide="ignore"):
             scale = float((weight / effort).max())
@@ -356,9 +339,7 @@ class Routes:
         return prices
 
 
-def routes_of(
-    problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_precisions: int = 1
-) -> Routes:  # fmt: skip
+def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_precisions: int) -> Routes:
     """Return the routes of a problem, whichever replicas it will have."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
     if num_precisions > 1:

@@ -97,8 +97,7 @@ class Pool:
 
     def add(self, templates: Sequence[Template]) -> int:
         """Add new templates that fit in the fleet; return how many were new."""
-        before = len(self.templates)
-        routes = self.costs.routes
+        before, routes = len(self.templates), self.costs.routes
         for template in templates:
             use = use_of(self.costs, template)
             if template.shape not in self._place and np.all(use <= self.costs.resources.limits):
@@ -113,18 +112,12 @@ class Pool:
     def columns(self, rate_cap: float = np.inf) -> Columns:
         """Return all templates as columns, with rates counted only up to ``rate_cap``."""
         if self._built is None:
-            self._built = self._columns()
+            uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
+            costs = np.zeros(len(uses)) if self.row_costs is None else uses @ self.row_costs
+            sides = np.array([self.costs.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64)
+            rates = np.array([t.rate for t in self.templates])
+            self._built = Columns(rates, costs, uses, sides, np.array(self.links))
         return replace(self._built, rates=np.minimum(self._built.rates, rate_cap))
-
-    def _columns(self) -> Columns:
-        uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
-        return Columns(
-            rates=np.array([t.rate for t in self.templates]),
-            costs=np.zeros(len(uses)) if self.row_costs is None else uses @ self.row_costs,
-            uses=uses,
-            sides=np.array([self.costs.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
-            links=np.array(self.links),
-        )
 
     def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
         """Return the counts of columns that make these replicas, all of them added before."""
@@ -258,9 +251,8 @@ class ColumnGeneration:
         """Take over the columns of another search, and its choice if that is better."""
         self.pool.add(pool.templates)
         if choice is not None and self.master.prefers(choice.value, self.incumbent):
-            self.incumbent = replace(
-                choice, counts=self.pool.counts_of(zip(pool.templates, choice.counts, strict=False))
-            )
+            counts = self.pool.counts_of(zip(pool.templates, choice.counts, strict=False))
+            self.incumbent = replace(choice, counts=counts)
 
     def run(self, part: Part) -> bool:
         """Alternate pricing and the relaxation until the bound is within half of the gap that is the target.
@@ -321,11 +313,11 @@ class ColumnGeneration:
 
         Their columns are then available if the budget ends while the others are searched.
         """
-        found: dict[int, Priced] = {}
-        for side in sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations)):
-            found[side] = pricers[side].price(
-                prices, float(floors[side]), KEEP, self.budget, rate_cap=rate_cap, ease=ease
-            )  # fmt: skip
+        order = sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations))
+        found = {
+            side: pricers[side].price(prices, float(floors[side]), KEEP, self.budget, rate_cap=rate_cap, ease=ease)
+            for side in order
+        }
         return [found[side] for side in range(len(pricers))]
 
     def vary(self, factors: FloatArray | float = 1.0) -> None:
@@ -397,10 +389,8 @@ class ColumnGeneration:
     def _smoothed(self, lp: LpSolution) -> tuple[FloatArray, FloatArray]:
         if not np.isfinite(self.bound.value) or self.bound.value <= 0:
             return lp.row_prices, lp.link_prices
-        kept, new = SMOOTHING, 1.0 - SMOOTHING
-        return kept * self.bound.row_prices + new * lp.row_prices, (
-            kept * self.bound.link_prices + new * lp.link_prices
-        )  # fmt: skip
+        links = SMOOTHING * self.bound.link_prices + (1.0 - SMOOTHING) * lp.link_prices
+        return SMOOTHING * self.bound.row_prices + (1.0 - SMOOTHING) * lp.row_prices, links
 
     def _lifted(self, prices: FloatArray) -> FloatArray:
         """Return prices with a floor for GPUs that no constraint makes dear."""
@@ -455,20 +445,16 @@ class ColumnGeneration:
         """Return the incumbent as an outcome, or None if there is none or it serves nothing."""
         if self.incumbent is None or self.incumbent.value <= 0.0:
             return None
-        counts = self.incumbent.counts
-        chosen = tuple((self.pool.templates[k], int(n)) for k, n in enumerate(counts) if n)
-        worth = self.bound.rate_prices
+        templates, worth, value = self.pool.templates, self.bound.rate_prices, self.incumbent.value
+        counts = padded(self.incumbent.counts, len(templates))
         reduced = [
             (worth[self.costs.side_of(t.scope, t.mix)] * t.rate - float(self.bound.row_prices @ use), t)
-            for t, use, n in zip(
-                self.pool.templates, self.pool.uses, padded(counts, len(self.pool.templates)), strict=True
-            )
+            for t, use, n in zip(templates, self.pool.uses, counts, strict=True)
             if n == 0
         ]
         reduced.sort(key=lambda item: -item[0])
-        value = self.incumbent.value
         return Outcome(
-            chosen=chosen,
+            chosen=tuple((templates[k], int(n)) for k, n in enumerate(counts) if n),
             value=value,
             bound=sound_bound(self.bound.value, value, maximises=self.master.maximises),
             row_prices=self.bound.row_prices,

@@ -47,8 +47,7 @@ class Pins:
 
     def coefficients(self, uses: IntArray) -> FloatArray:
         """Return the coefficients of columns with these uses [K, rows]; [K, P]."""
-        found: FloatArray = uses @ self.of_rows + self.each
-        return found
+        return np.asarray(uses @ self.of_rows + self.each)
 
     def are_kept(self, uses: IntArray, counts: IntArray) -> bool:
         """Return whether these numbers of replicas of every column satisfy the rows."""
@@ -134,8 +133,8 @@ class Columns:
 
     def followed_by(self, more: Columns) -> Columns:
         """Return these columns followed by others."""
-        names = [field.name for field in fields(self)]
-        return Columns(*(np.concatenate([getattr(self, name), getattr(more, name)]) for name in names))
+        pairs = ((getattr(self, field.name), getattr(more, field.name)) for field in fields(self))
+        return Columns(*map(np.concatenate, pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +218,7 @@ class Master:
             rate_prices[1:] = np.concatenate([sending, sending + afar, receiving])
             if self.routes.has_links:
                 link_prices[self._between()] = duals[num_rows + 3 * num_zones :][: num_zones * (num_zones - 1)]
+        end = len(signed) - (0 if self.maximises else 1)  # pins are the last rows apart from the demand
         return LpSolution(
             value=float(highs.getInfo().objective_function_value),
             row_prices=duals[:num_rows],
@@ -226,13 +226,8 @@ class Master:
             demand_price=price,
             rate_prices=rate_prices,
             counts=np.array(solution.col_value)[: len(columns.rates)],
-            pin_prices=self._pin_prices(signed) if pinned else np.zeros(0),
+            pin_prices=signed[end - len(self.pins.lower) : end] if pinned and self.pins is not None else np.zeros(0),
         )
-
-    def _pin_prices(self, signed: FloatArray) -> FloatArray:
-        """Return the duals of the pins, which are the last rows apart from the demand."""
-        end = len(signed) - (0 if self.maximises else 1)
-        return signed[end - (len(self.pins.lower) if self.pins is not None else 0) : end]
 
     def decide(
         self, columns: Columns, *, time_limit_s: float, seed: int = 0, extend: Callable[[Any], object] | None = None
@@ -255,18 +250,10 @@ class Master:
         return found is not None and (not self.maximises or found.value > 0.0)
 
     def solve_milp(
-        self,
-        columns: Columns,
-        *,
-        time_limit_s: float,
-        gap: float,
-        seed: int = 0,
-        start: MilpSolution | None = None,
-        least: IntArray | None = None,
-        presolves: bool = True,
-        stop: Callable[[], bool] | None = None,
+        self, columns: Columns, *, time_limit_s: float, gap: float, seed: int = 0, start: MilpSolution | None = None,
+        least: IntArray | None = None, presolves: bool = True, stop: Callable[[], bool] | None = None,
         extend: Callable[[Any], object] | None = None,
-    ) -> tuple[MilpSolution | None, bool]:
+    ) -> tuple[MilpSolution | None, bool]:  # fmt: skip
         """Return whole counts within a relative gap, and whether HiGHS finished: with an optimum, or proved infeasible.
 
         Counts are None if none were found in time or before ``stop`` is true. ``start`` is a known feasible choice of
@@ -346,17 +333,16 @@ class Master:
 
     def _flows_by_lp(self, columns: Columns, counts: IntArray) -> FloatArray:
         model = self._model(columns, whole=False)
-        num_columns, num_flows = len(columns.rates), self._num_flows()
+        num_columns, flows = len(columns.rates), np.ones(self._num_flows())
         model.sense_ = highspy.ObjSense.kMaximize
-        model.col_cost_ = np.concatenate([np.zeros(num_columns), np.ones(num_flows)])
-        model.col_lower_ = np.concatenate([counts.astype(float), np.zeros(num_flows)])
-        model.col_upper_ = np.concatenate([counts.astype(float), np.full(num_flows, highspy.kHighsInf)])
+        model.col_cost_ = np.concatenate([np.zeros(num_columns), flows])
+        model.col_lower_ = np.concatenate([counts.astype(float), 0.0 * flows])
+        model.col_upper_ = np.concatenate([counts.astype(float), highspy.kHighsInf * flows])
         model.row_lower_ = np.full(model.num_row_, -highspy.kHighsInf)
         highs = quiet_highs()
         highs.passModel(model)
         highs.run()
-        flows = np.array(highs.getSolution().col_value)[num_columns:]
-        return flows.reshape(self.routes.capacity.shape)
+        return np.array(highs.getSolution().col_value)[num_columns:].reshape(self.routes.capacity.shape)
 
     def _num_flows(self) -> int:
         return len(self.routes.zones) ** 2 if self.routes.splits_roles else 0

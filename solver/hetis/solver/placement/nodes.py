@@ -198,14 +198,9 @@ def patterns_of(sizes: Sequence[int], node_size: int) -> list[tuple[int, ...]] |
 
 
 def _solve(
-    kinds: Mapping[Parts, int],
-    cuts: Mapping[Parts, Sequence[Cut]],
-    sizes: Sequence[int],
-    patterns: Sequence[tuple[int, ...]],
-    num_nodes: int,
-    time_limit_s: float,
-    seed: int,
-) -> tuple[dict[Parts, list[Cut]], list[int], int] | None:
+    kinds: Mapping[Parts, int], cuts: Mapping[Parts, Sequence[Cut]], sizes: Sequence[int],
+    patterns: Sequence[tuple[int, ...]], num_nodes: int, time_limit_s: float, seed: int,
+) -> tuple[dict[Parts, list[Cut]], list[int], int] | None:  # fmt: skip
     """Return the cuts of every kind's replicas, the nodes of each pattern, and the bound; None if none in time."""
     highs = quiet_highs(
         {"mip_max_nodes": MOST_SEARCHED, "mip_rel_gap": GAP, "mip_abs_gap": 0.999}, time_limit_s=time_limit_s, seed=seed
@@ -229,7 +224,7 @@ def _solve(
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return None
     values = [round(value) for value in highs.getSolution().col_value]
-    chosen = {kind: [] for kind in kinds}  # type: dict[Parts, list[Cut]]
+    chosen: dict[Parts, list[Cut]] = {kind: [] for kind in kinds}
     for (kind, cut), number in zip(columns, values, strict=False):
         chosen[kind] += [cut] * number
     for left in chosen.values():
@@ -340,9 +335,7 @@ class NodeProgram:
 
     def extend(self, highs: Any, kinds_of_columns: Sequence[int]) -> int:
         """Add the program to a model whose first columns count replicas of these kinds; return the first z's number."""
-        first_z, z = highs.getNumCol(), list[tuple[int, Way]]()
-        for kind, ways in enumerate(self.ways):
-            z += [(kind, way) for way in ways]
+        first_z, z = highs.getNumCol(), [(kind, way) for kind, ways in enumerate(self.ways) for way in ways]
         y = [(c, pattern) for c, patterns in self.patterns.items() for pattern in patterns]
         most = max((c.num_nodes * c.gpus_per_node for c in self.classes), default=0)
         for _ in range(len(z) + len(y)):
@@ -351,10 +344,8 @@ class NodeProgram:
         by_kind = [dict[int, float]() for _ in self.kinds]
         for column, kind in enumerate(kinds_of_columns):
             by_kind[kind][column] = -1.0
-        by_size, by_class = (
-            defaultdict[tuple[int, int], dict[int, float]](dict),
-            defaultdict[int, dict[int, float]](dict),
-        )
+        by_size = defaultdict[tuple[int, int], dict[int, float]](dict)
+        by_class = defaultdict[int, dict[int, float]](dict)
         for i, (kind, way) in enumerate(z):
             by_kind[kind][first_z + i] = 1.0
             for c, cut in way.items():
@@ -424,23 +415,16 @@ def pack_within(
     for count in wanted.values():
         highs.addVar(float(count), float(count))
     first = program.extend(highs, range(len(wanted)))
-    pieces = program.pieces
-    for i, number in enumerate(pieces):
+    for i, number in enumerate(program.pieces):
         highs.changeColCost(first + i, float(number))
     highs.run()
     if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return None
-    values = [round(value) for value in highs.getSolution().col_value][first:]
-    return _placed(program, kinds, values[: len(pieces)], values[len(pieces) :])
-
-
-def _placed(
-    program: NodeProgram, kinds: Sequence[Kind], cut: Sequence[int], filled: Sequence[int]
-) -> list[dict[int, list[int]]]:  # fmt: skip
-    left, numbers = dict[Kind, list[Way]](), iter(cut)
-    for kind, ways in zip(program.kinds, program.ways, strict=True):
-        left[kind] = [way for way in ways for _ in range(next(numbers))][::-1]
-    numbers = iter(filled)
+    numbers = iter([round(value) for value in highs.getSolution().col_value][first:])
+    left = {
+        kind: [way for way in ways for _ in range(next(numbers))][::-1]
+        for kind, ways in zip(program.kinds, program.ways, strict=True)
+    }
     slots = {c: slots_of(patterns, [next(numbers) for _ in patterns]) for c, patterns in program.patterns.items()}
     found = list[dict[int, list[int]]]()
     for kind in kinds:

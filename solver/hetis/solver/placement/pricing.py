@@ -119,14 +119,8 @@ class Part:
 
     def describe(self, family: Part) -> str:
         """Return what the part leaves out of a family."""
-        left_out = [
-            name
-            for name, is_less in (
-                ("stage copies", self.max_copies < family.max_copies),
-                ("attention workers", self.max_pool < family.max_pool),
-            )
-            if is_less
-        ]
+        copies, pool = self.max_copies < family.max_copies, self.max_pool < family.max_pool
+        left_out = ["stage copies"] * copies + ["attention workers"] * pool
         roles = [f"{' and '.join(self.roles)} only"] if set(self.roles) != set(family.roles) else []
         return ", ".join([*roles, *([f"without {' and '.join(left_out)}"] if left_out else [])])
 
@@ -144,19 +138,11 @@ class Pricer:
     """
 
     def __init__(
-        self,
-        costs: CostTables,
-        every: list[Configuration],
-        row_costs: FloatArray,
-        *,
-        max_copies: int,
-        max_pool: int,
-        threads: int,
-        tolerance: float,
-    ) -> None:
-        self.costs, self.row_costs = costs, row_costs
+        self, costs: CostTables, every: list[Configuration], row_costs: FloatArray, *, max_copies: int, max_pool: int,
+        threads: int, tolerance: float,
+    ) -> None:  # fmt: skip
+        self.costs, self.row_costs, self.configurations = costs, row_costs, every
         self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
-        self.configurations = every
         self.scopes = np.array([c.scope for c in every], dtype=np.int64)
         self.mixes = np.array([c.mix for c in every], dtype=np.int64)
         self.in_flight = np.array([c.in_flight_index for c in every], dtype=np.int64)
@@ -182,8 +168,7 @@ class Pricer:
         worth = self.costs.group_use @ prices, self.costs.card_use @ prices
         best, enough, complete = floor, floor * (1.0 + ease), True
         found: list[tuple[float, int, IntArray]] = []
-        tables = self._tables(rate_cap)
-        counted = self._counted(rate_cap)
+        tables, counted = self._tables(rate_cap), self._counted(rate_cap)
         highest = self._proved.at(prices, rate_cap)
 
         def search(i: int) -> tuple[float, IntArray, float]:
@@ -232,8 +217,7 @@ class Pricer:
 
     def _longest_s(self, c: Configuration) -> float:
         """Return an interval that no replica of a configuration exceeds."""
-        longest_s: float = interval_cap(self.costs.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
-        return longest_s
+        return interval_cap(self.costs.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
 
     def _counted(self, rate_cap: float) -> FloatArray:
         """Return the share of each configuration's slowest allowed rate that counts."""
@@ -250,8 +234,7 @@ class Pricer:
         the cap, which is a share of the slowest of them.
         """
         whole = {int(scope): self.costs.scopes[scope].tables for scope in np.unique(self.scopes)}
-        made: dict[tuple[int, float], Tables] = {}
-        found = []
+        made, found = dict[tuple[int, float], Tables](), []
         for c, longest_s in zip(self.configurations, self.longest_s.tolist(), strict=True):
             t_floor = max(whole[c.scope].t_floor, min(1.0 / rate_cap, longest_s))
             key = (c.scope, t_floor)

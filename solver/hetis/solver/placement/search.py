@@ -16,6 +16,7 @@ one of so few, with each GPU type almost free in turn. If rent or GPUs are limit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -89,8 +90,7 @@ def _pinned(
     """
     if not generation.may_have_plan:
         return None
-    found = pinned_columns(generation, pins, settings.budget.share(COLUMNS))
-    generation.pool.add(tuple(found))
+    generation.pool.add(tuple(pinned_columns(generation, pins, settings.budget.share(COLUMNS))))
     generation.choose()
     outcome = generation.outcome()
     if outcome is None:
@@ -186,8 +186,7 @@ def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettin
     pool.add(uniform_templates(costs))
     if not pool.templates:
         return None
-    columns = pool.columns()
-    engine, extend, is_whole = costs.problem.family.engine, None, True
+    columns, engine, extend, is_whole = pool.columns(), costs.problem.family.engine, None, True
     if engine is not None and engine.max_nodes is not None:
         kinds, of_columns = counts_of_kinds([kind_of(costs, template) for template in pool.templates])
         program = NodeProgram.of(costs.classes, kinds, engine.max_nodes)
@@ -200,9 +199,10 @@ def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettin
         if not (verdict.proves_none and is_whole) and not budget.is_spent():
             raise NoPlanFoundError(UNDECIDED)
         return None
-    others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
+    counted = list(zip(pool.templates, found.counts.tolist(), strict=True))
+    others = sorted((t for t, n in counted if not n), key=lambda t: -t.rate)
     return Outcome(
-        chosen=tuple((t, int(n)) for t, n in zip(pool.templates, found.counts, strict=True) if n),
+        chosen=tuple((t, n) for t, n in counted if n),
         value=found.value,
         bound=found.bound if is_whole else relaxed.value,
         row_prices=relaxed.row_prices,
@@ -236,8 +236,7 @@ MERGED = "all zones"
 
 def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
     """Return the same fleet in one zone, or None if that is not a relaxation or there is just one zone."""
-    cluster = problem.cluster
-    zones, network = cluster.zones(), cluster.network
+    cluster, zones, network = problem.cluster, problem.cluster.zones(), problem.cluster.network
     inside = {network.zone_link(zone, zone) for zone in zones}
     if len(zones) < 2 or len(inside) != 1 or network.between_nodes:
         return None
@@ -245,12 +244,8 @@ def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
     between = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i + 1 :]]
     if any(other.slower_of(link) != other for other in between):
         return None  # some zones have faster links to each other than inside themselves
-    groups = tuple(
-        replace(group, zone=MERGED, nic=group.nic if group.nic is not None else network.default)
-        for group in cluster.node_groups
-    )
-    merged = replace(cluster, node_groups=groups, network=Network(default=link))
-    return replace(problem, cluster=merged)
+    groups = tuple(replace(group, zone=MERGED, nic=group.nic or network.default) for group in cluster.node_groups)
+    return replace(problem, cluster=replace(cluster, node_groups=groups, network=Network(default=link)))
 
 
 def _kind(c: DeviceClass) -> tuple[object, ...]:
@@ -364,26 +359,22 @@ def _promising_first(
     demand = (objective.demand_rps or 0.0) / costs.problem.assumptions.planned_utilisation
     floors = dict.fromkeys(gpus, 0.0)
     if known is not None and known.value > 0.0:
-        enough = 1.0 - ROUNDING
-        floors = {
-            gpu: enough * (known.value / counts[gpu] if objective.maximises else demand / known.value) for gpu in gpus
-        }
+        floors = {gpu: known.value / counts[gpu] if objective.maximises else demand / known.value for gpu in gpus}
     part = settings.within(0.5)  # the other half is for the pairs
-    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], part) for gpu in gpus}
+    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), (1.0 - ROUNDING) * floors[gpu], part) for gpu in gpus}
     found = []
-    for prefill in gpus:
-        for decode in gpus:
-            with np.errstate(divide="ignore"):
-                effort = 1.0 / theta[prefill][0] + 1.0 / theta[decode][1]
-                shared = counts[prefill] / effort
-            if not objective.maximises:
-                limit = effort * demand
-            elif prefill == decode:
-                limit = shared
-            else:
-                limit = min(counts[prefill] * theta[prefill][0], counts[decode] * theta[decode][1])
-            if limit > 0.0 if objective.maximises else limit < np.inf:
-                found.append((plain.of_types(prefill, decode), float(limit)))
+    for prefill, decode in itertools.product(gpus, gpus):
+        with np.errstate(divide="ignore"):
+            effort = 1.0 / theta[prefill][0] + 1.0 / theta[decode][1]
+            shared = counts[prefill] / effort
+        if not objective.maximises:
+            limit = effort * demand
+        elif prefill == decode:
+            limit = shared
+        else:
+            limit = min(counts[prefill] * theta[prefill][0], counts[decode] * theta[decode][1])
+        if limit > 0.0 if objective.maximises else limit < np.inf:
+            found.append((plain.of_types(prefill, decode), float(limit)))
     return sorted(found, key=lambda one: one[1], reverse=objective.maximises)
 
 
@@ -404,8 +395,7 @@ def _best_ratios(pair: CostTables, floor: float, settings: SearchSettings) -> Fl
 
 def _dense_ratio(pair: CostTables, role: Role, prices: FloatArray) -> float:
     """Return a bound on the role's ratio from dense work alone, which takes no time."""
-    layers = pair.scopes[0].tables.num_layers
-    speeds = layers_per_s(pair, role)
+    layers, speeds = pair.scopes[0].tables.num_layers, layers_per_s(pair, role)
     of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
     return max(float(speeds[g] / price) / layers for g, price in of_gpu.items() if price > 0.0)
 

@@ -92,11 +92,8 @@ def without_idle(costs: CostTables, outcome: Outcome) -> Outcome:
     """
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     ends = {end for route in kv_routes(costs, templates, outcome.flows) for end in (route.prefill, route.decode)}
-    kept = Counter(
-        template
-        for number, template in enumerate(templates)
-        if number in ends or costs.mixes[template.mix].role is Role.UNIFIED
-    )
+    unified = [costs.mixes[template.mix].role is Role.UNIFIED for template in templates]
+    kept = Counter(template for number, template in enumerate(templates) if number in ends or unified[number])
     return replace(outcome, chosen=tuple(kept.items()))
 
 
@@ -142,13 +139,9 @@ def in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     scale = objective_scale(problem)
 
     def scaled(progress: Progress) -> None:
-        report(
-            replace(
-                progress,
-                incumbent=None if progress.incumbent is None else scale * progress.incumbent,
-                bound=None if progress.bound is None else scale * progress.bound,
-            )
-        )
+        known = progress.incumbent, progress.bound
+        incumbent, bound = (None if value is None else scale * value for value in known)
+        report(replace(progress, incumbent=incumbent, bound=bound))
 
     return scaled
 
@@ -159,17 +152,11 @@ def objective_scale(problem: PlacementProblem) -> float:
 
 
 def plan_of(
-    costs: CostTables,
-    strategy: str,
-    outcome: Outcome,
-    templates: list[Template],
-    bound_stages: list[list[BoundStage]],
+    costs: CostTables, strategy: str, outcome: Outcome, templates: list[Template], bound_stages: list[list[BoundStage]],
     budget: Budget,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Return the outcome of a search as a plan on named GPUs; ``templates`` lists its replicas in plan order."""
-    problem = costs.problem
-    kind = problem.objective.kind
-    scale = objective_scale(problem)
+    problem, kind, scale = costs.problem, costs.problem.objective.kind, objective_scale(costs.problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
         bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole
@@ -182,9 +169,7 @@ def plan_of(
     for template, stages in zip(templates, bound_stages, strict=True):
         if template not in shapes:
             shapes[template] = replica_plan(costs, template, stages)
-            replicas.append(shapes[template])
-        else:
-            replicas.append(_with_devices(shapes[template], stages))
+        replicas.append(_with_devices(shapes[template], stages))
     return Plan(
         strategy=strategy,
         family=problem.family.describe(problem.model),
@@ -229,11 +214,8 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
         first_layer += layers
         if stage.pool_class >= 0:
             gpu = costs.classes[stage.pool_class].gpu
-            pools.append(
-                AttentionWorkerPool(
-                    stage=index, gpu=gpu, devices=tuple(bound.workers), kv_head_groups=stage.pool_groups
-                )
-            )
+            workers, groups = tuple(bound.workers), stage.pool_groups
+            pools.append(AttentionWorkerPool(stage=index, gpu=gpu, devices=workers, kv_head_groups=groups))
     return ReplicaPlan(
         rate=template.rate,
         ttft_s=ttft_s(costs, template) + landing_s(costs, template),
@@ -252,21 +234,14 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
 
 def _with_devices(shape: ReplicaPlan, stages: list[BoundStage]) -> ReplicaPlan:
     """Return the same replica on other GPUs."""
-    return replace(
-        shape,
-        stages=tuple(
-            replace(plan, devices=tuple(bound.devices)) for plan, bound in zip(shape.stages, stages, strict=True)
-        ),
-        attention_workers=tuple(
-            replace(pool, devices=tuple(stages[pool.stage].workers)) for pool in shape.attention_workers
-        ),
-    )
+    plans = (replace(plan, devices=tuple(bound.devices)) for plan, bound in zip(shape.stages, stages, strict=True))
+    pools = (replace(pool, devices=tuple(stages[pool.stage].workers)) for pool in shape.attention_workers)
+    return replace(shape, stages=tuple(plans), attention_workers=tuple(pools))
 
 
 def _kv_room(costs: CostTables, template: Template, index: int) -> float:
     """Return the number of tokens whose KV fits on all copies of a stage together."""
-    t = costs.scopes[template.scope].tables
-    stage = template.stages[index]
+    t, stage = costs.scopes[template.scope].tables, template.stages[index]
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
     if index == len(template.stages) - 1:
         layers += t.draft_layers
@@ -299,12 +274,9 @@ def _prices(costs: CostTables, outcome: Outcome, scale: float) -> tuple[ClassPri
 
 
 def _runners_up(costs: CostTables, outcome: Outcome) -> tuple[RunnerUp, ...]:
-    objective = costs.problem.objective
-    row_costs = row_costs_of(costs)
-    result = []
+    objective, row_costs, result = costs.problem.objective, row_costs_of(costs), []
     for template in outcome.runners_up:
-        use = use_of(costs, template)
-        role = costs.mixes[template.mix].role
+        use, role = use_of(costs, template), costs.mixes[template.mix].role
         worth = float(outcome.rate_prices[costs.side_of(template.scope, template.mix)])  # value of a request/s there
         reason = "would fit, but no packing of whole replicas with it is better"
         if objective.maximises:
@@ -319,9 +291,8 @@ def _runners_up(costs: CostTables, outcome: Outcome) -> tuple[RunnerUp, ...]:
             if each > limit * (1.0 + 1e-6):
                 plan = "the plan takes" if served else f"{role} work is worth"
                 reason = f"{each:.4g} {objective.unit} per request/s, where {plan} {limit:.4g}"
-        shape = describe(costs, template.stages)
-        named = shape if role is Role.UNIFIED else f"{role}: {shape}"
-        result.append(RunnerUp(shape=named, rate=template.rate, reason=reason))
+        shape = ("" if role is Role.UNIFIED else f"{role}: ") + describe(costs, template.stages)
+        result.append(RunnerUp(shape=shape, rate=template.rate, reason=reason))
     return tuple(result)
 
 

@@ -123,14 +123,9 @@ class Scope:
     """
 
     def __init__(
-        self,
-        zones: tuple[str, ...],
-        roles: tuple[Role, ...],
-        tabulate: Callable[[tuple[str, ...]], Tables],
-        gpu: str | None = None,
-        primaries: frozenset[int] | None = None,
-        precision: int = 0,
-    ) -> None:
+        self, zones: tuple[str, ...], roles: tuple[Role, ...], tabulate: Callable[[tuple[str, ...]], Tables],
+        gpu: str | None = None, primaries: frozenset[int] | None = None, precision: int = 0,
+    ) -> None:  # fmt: skip
         self.zones, self.roles, self.gpu, self.primaries, self.precision = zones, roles, gpu, primaries, precision
         self._tabulate = tabulate
 
@@ -148,10 +143,7 @@ class Scope:
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with its tables changed when they are made."""
-        whole = self
-        return Scope(
-            self.zones, self.roles, lambda _: change(whole.tables), self.gpu, self.primaries, self.precision
-        )  # fmt: skip
+        return Scope(self.zones, self.roles, lambda _: change(self.tables), self.gpu, self.primaries, self.precision)
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
         """Return the same zones without GPUs of other types."""
@@ -202,10 +194,8 @@ class CostTables:
 
     def rank_of(self, device_class: int, gpus: int, attention_dp: int) -> int | None:
         """Return the rank type of these GPUs, if there is one."""
-        for s, (rank, dp) in enumerate(zip(self.ranks, self.rank_dp, strict=True)):
-            if rank == (device_class, gpus) and dp == attention_dp:
-                return s
-        return None
+        kinds = zip(self.ranks, self.rank_dp, strict=True)
+        return next((s for s, kind in enumerate(kinds) if kind == ((device_class, gpus), attention_dp)), None)
 
     def side_of(self, scope: int, mix: int) -> int:
         """Return the master's side of replicas of a scope and mix."""

@@ -62,8 +62,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     ]
     shaped.sort(key=lambda one: one[0][0])  # kernels take the ranks of a class in one run
     ranks, rank_dp = tuple(rank for rank, _ in shaped), tuple(dp for _, dp in shaped)
-    resources = resources_of(classes, family.tp_sizes)
-    biggest = max((c.available for c in classes), default=0)
+    resources, biggest = resources_of(classes, family.tp_sizes), max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
     tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes, is_relaxation=is_relaxation)
     return CostTables(
@@ -98,24 +97,16 @@ def _mixes(family: Family, model: ModelSpec, moments: WorkloadMoments, num_zones
         if family.splits_roles:
             for afar in (False, True)[: min(num_zones, 2)]:
                 for c in family.chunk_tokens:
-                    yield cost.mix_of(
-                        model, moments, micro_batch=0, chunk_tokens=c, sends_afar=afar, attention_dp=d
-                    )  # fmt: skip
+                    yield cost.mix_of(model, moments, micro_batch=0, chunk_tokens=c, sends_afar=afar, attention_dp=d)
             for b in family.micro_batches:
                 yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=0, attention_dp=d)
 
 
 def _scopes(
-    family: Family,
-    zones: tuple[str, ...],
-    classes: tuple[DeviceClass, ...],
-    precisions: Sequence[_Precision],
+    family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], precisions: Sequence[_Precision],
     tabulation: _Tabulation,
-) -> Iterator[Scope]:
-    """Yield the scopes: single zones for any role, several zones for unified replicas only.
-
-    There is one per set of classes and precision.
-    """
+) -> Iterator[Scope]:  # fmt: skip
+    """Yield a scope per set of classes and precision: one zone for any role, several for unified replicas only."""
     for span in _spans(zones) if family.engine is None else [(zone,) for zone in zones]:
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
@@ -186,17 +177,10 @@ class _Tabulation:
     """Fills `Tables`; whatever does not depend on a replica's zones is computed once."""
 
     def __init__(
-        self,
-        problem: PlacementProblem,
-        moments: WorkloadMoments,
-        classes: tuple[DeviceClass, ...],
-        mixes: tuple[Mix, ...],
-        ranks: tuple[tuple[int, int], ...],
-        rank_dp: tuple[int, ...],
-        pool_sizes: tuple[int, ...],
-        *,
-        is_relaxation: bool,
-    ) -> None:
+        self, problem: PlacementProblem, moments: WorkloadMoments, classes: tuple[DeviceClass, ...],
+        mixes: tuple[Mix, ...], ranks: tuple[tuple[int, int], ...], rank_dp: tuple[int, ...],
+        pool_sizes: tuple[int, ...], *, is_relaxation: bool,
+    ) -> None:  # fmt: skip
         self.is_relaxation = is_relaxation
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
         self.ranks, self.rank_dp, self.pool_sizes = ranks, rank_dp, pool_sizes
@@ -234,16 +218,15 @@ class _Tabulation:
             [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
         ).reshape(len(self.ranks), len(self.mixes), 2)  # fmt: skip
         wire_s, landing_s = self._kv_tables(zones)
+        slowest_s = self._slowest_landing_s(zones, primaries, landing_s)
         drafting_s, chunk_drafting_s = self._drafting(model, stack, wire_s)
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
-            inside = self.classes[i].zone in zones
-            may = [
-                inside and q.zone == self.classes[i].zone and Duty.WORKER not in q.constraints.barred
-                for q in self.classes
-            ]  # fmt: skip
+            own = self.classes[i].zone if self.classes[i].zone in zones else None
+            may = [q.zone == own and Duty.WORKER not in q.constraints.barred for q in self.classes]
             start[s] = np.where(may, start[s], -1)
-        kv_tokens = self._allowed_kv_tokens()
+        kv_tokens, index = self._allowed_kv_tokens(), self.problem.constraint_index
+        num_gpus = sum(c.available for c in self.classes)
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,
@@ -255,16 +238,9 @@ class _Tabulation:
             iterations=np.array([m.iterations for m in self.mixes]),
             chunk_iterations=np.array([m.chunk_iterations for m in self.mixes]),
             without_chunk=np.array(
-                [
-                    [max(0.0, 1.0 - m.chunk_share) ** (in_flight * m.attention_dp) for in_flight in family.in_flight]
-                    for m in self.mixes
-                ]
+                [[max(0.0, 1.0 - x.chunk_share) ** (m * x.attention_dp) for m in family.in_flight] for x in self.mixes]
             ),
-            t_cap=np.where(
-                (kv_tokens < NO_ROOM).any(axis=2),
-                self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
-                0.0,
-            ),
+            t_cap=np.where((kv_tokens < NO_ROOM).any(axis=2), self._t_cap(slowest_s), 0.0),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
             kv_tokens=kv_tokens,
@@ -300,9 +276,7 @@ class _Tabulation:
             ),
             wire_s=wire_s,
             landing_s=landing_s,
-            available=np.array(
-                [c.available if c.zone in zones else 0 for c in self.classes], dtype=np.int64
-            ),
+            available=np.array([c.available if c.zone in zones else 0 for c in self.classes], dtype=np.int64),
             worker_room_bytes=np.array([w.room_bytes() for w in self.workers]),
             pool_sizes=np.array(self.pool_sizes, dtype=np.int64),
             pool_start=start,
@@ -313,7 +287,7 @@ class _Tabulation:
             least_pool_start=self.least_pool_start,
             least_pool_s=self.least_pool_s,
             least_pool_wire_s=self.least_pool_wire_s,
-            keeps_idle_cards=self._keeps_idle_cards(),
+            keeps_idle_cards=index is not None and bool(index.least) and num_gpus <= FEW_GPUS,
         )  # fmt: skip
 
     def _drafting(
@@ -326,11 +300,6 @@ class _Tabulation:
         unified, iterations = self._numbers.unified[:, None], self._numbers.iterations[:, None]
         chunk_s = stack["chunk_layer_s"] + unified * own_s / iterations
         return model.draft_layers * np.maximum(stack["layer_s"] + own_s, wire_s), model.draft_layers * chunk_s
-
-    def _keeps_idle_cards(self) -> bool:
-        """Return whether stages may get idle workers, tried in small fleets if the problem wants GPUs in use."""
-        index = self.problem.constraint_index
-        return index is not None and bool(index.least) and sum(c.available for c in self.classes) <= FEW_GPUS
 
     def _own_table(self) -> FloatArray:
         """Return seconds of decode attention over kept groups, [X, S, max groups + 1]; equal devices computed once."""
@@ -444,18 +413,12 @@ class _Tabulation:
 
     def _trip_cap(self) -> FloatArray:
         """Return caps on a round trip with a chunk; only unified replicas have others, which make a mean misleading."""
-        limit_s, family, assumptions = (
-            self.problem.objective.ttft_limit_s,
-            self.problem.family,
-            self.problem.assumptions,
-        )
-        caps = np.full((len(self.mixes), len(family.in_flight)), np.inf)
-        if limit_s is None:
-            return caps
+        limit_s, in_flight = self.problem.objective.ttft_limit_s, self.problem.family.in_flight
+        trips_of = partial(cost.ttft_round_trips, self.moments, self.problem.assumptions)
+        caps = np.full((len(self.mixes), len(in_flight)), np.inf)
         for x, mix in enumerate(self.mixes):
-            if mix.role is Role.UNIFIED:
-                for f, in_flight in enumerate(family.in_flight):
-                    caps[x, f] = limit_s / cost.ttft_round_trips(self.moments, assumptions, mix, in_flight)
+            if mix.role is Role.UNIFIED and limit_s is not None:
+                caps[x] = [limit_s / trips_of(mix, m) for m in in_flight]
         return caps
 
     def _t_floor(self, zones: tuple[str, ...]) -> float:
@@ -466,9 +429,8 @@ class _Tabulation:
         """
         if len(zones) == 1:
             return 0.0
-        return most_spanning(self.problem) * spanning_bytes(self.problem.model, self.moments) / slowest_between(
-            self.problem.cluster.network, zones
-        )  # fmt: skip
+        num_bytes = most_spanning(self.problem) * spanning_bytes(self.problem.model, self.moments)
+        return num_bytes / slowest_between(self.problem.cluster.network, zones)
 
     def _allowed_kv_tokens(self) -> FloatArray:
         """Return the KV tokens of a stage copy, and more than fits anywhere where engine settings exclude it.
@@ -480,24 +442,17 @@ class _Tabulation:
         settings = problem.family.engine_settings
         if not settings:
             return tokens
+        in_flight = problem.family.in_flight
         runs = np.array(
-            [[settings.allows(micro_batch=mix.micro_batch, in_flight=m) for m in problem.family.in_flight]
-             for mix in self.mixes]
-        )  # fmt: skip
+            [[settings.allows(micro_batch=x.micro_batch, in_flight=m) for m in in_flight] for x in self.mixes]
+        )
         return np.where(runs[:, :, None] & (tokens <= problem.most_kv_tokens), tokens, NO_ROOM)
 
     def _per_copy(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
         """Return tokens or bytes of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
         family = self.problem.family
-        return np.array(
-            [
-                [
-                    [amount_of(mix, math.ceil(in_flight / (copies + 1))) for copies in range(family.max_copies)]
-                    for in_flight in family.in_flight
-                ]
-                for mix in self.mixes
-            ]
-        )
+        held = [[math.ceil(m / (copies + 1)) for copies in range(family.max_copies)] for m in family.in_flight]
+        return np.array([[[amount_of(mix, n) for n in of_copies] for of_copies in held] for mix in self.mixes])
 
     def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
         """Return (start, attention, attention in an iteration with a chunk, wire) of a layer with a pool.
@@ -601,8 +556,6 @@ class _Tabulation:
 def _cut_floor(problem: PlacementProblem) -> IntArray:
     """Return, for every position after the prefix, the last position at or before it where a stage may start."""
     model = problem.model
-    floor, last = [], 0
-    for layer in range(model.num_layers - model.prefix_layers + 1):
-        last = layer if model.allowed_cut(layer + model.prefix_layers) else last
-        floor.append(last)
-    return np.array(floor, dtype=np.int64)
+    layers = range(model.num_layers - model.prefix_layers + 1)
+    cuts = [layer if model.allowed_cut(layer + model.prefix_layers) else 0 for layer in layers]
+    return np.maximum.accumulate(np.array(cuts, dtype=np.int64))

@@ -59,15 +59,11 @@ def configurations(costs: CostTables) -> list[Configuration]:
     With G GPUs in the fleet K <= G, so the pipeline is full once M >= 2 G whatever its shape. More micro-batches only
     take memory and time, unless a limit on TTFT binds: a prompt is less likely to wait if more are prefilled at once.
     """
-    found = []
-    family = costs.problem.family
-    most_copies = sum(c.available for c in costs.classes)
+    found, family, most_copies = [], costs.problem.family, sum(c.available for c in costs.classes)
     for scope, part in enumerate(costs.scopes):
         for mix in (i for i, mix in enumerate(costs.mixes) if part.serves(mix)):
-            side = costs.side_of(scope, mix)
-            role = costs.mixes[mix].role
-            full, tight = costs.regimes(role)
-            alone = costs.regime_together(mix)
+            side, role = costs.side_of(scope, mix), costs.mixes[mix].role
+            (full, tight), alone = costs.regimes(role), costs.regime_together(mix)
             limited = costs.problem.objective.ttft_limit_s is not None and costs.mixes[mix].chunk_tokens > 0
             filled = False
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
@@ -263,12 +259,9 @@ def slacked_seconds(costs: CostTables, template: Template) -> list[tuple[float, 
     if m == 1:
         regime = costs.regime_together(template.mix)
     mix = iterations_of(t, template.mix, template.in_flight_index)
-    found = []
-    chunks = stage_seconds(costs, template, with_chunk=True)
-    for (w, fixed), (chunk_s, _) in zip(stage_seconds(costs, template), chunks, strict=True):
-        longer = stretch(mix, w, chunk_s, *regime)
-        found.append((longer * w, longer * fixed))
-    return found
+    plain, chunks = stage_seconds(costs, template), stage_seconds(costs, template, with_chunk=True)
+    longer = [stretch(mix, w, chunk_s, *regime) for (w, _), (chunk_s, _) in zip(plain, chunks, strict=True)]
+    return [(ratio * w, ratio * fixed) for ratio, (w, fixed) in zip(longer, plain, strict=True)]
 
 
 def interval_of(costs: CostTables, template: Template) -> float:
@@ -328,8 +321,8 @@ def rebalanced(costs: CostTables, template: Template) -> Template:
                     given = min(spare, max(1, (fits[i] - 1) // 2))
                     fits[i] -= given
                     spare -= given
-        stages = tuple(replace(stage, layers=n) for stage, n in zip(best.stages, fits, strict=True))
-        candidate = replace(best, stages=stages)
+        stages = (replace(stage, layers=n) for stage, n in zip(best.stages, fits, strict=True))
+        candidate = replace(best, stages=tuple(stages))
         interval = interval_of(costs, candidate)
         if not interval < best.interval_s:
             return best
@@ -338,10 +331,8 @@ def rebalanced(costs: CostTables, template: Template) -> Template:
 
 def kv_tokens_held(costs: CostTables, template: Template, stage: TemplateStage) -> tuple[int, float]:
     """Return (D, Tkv) of a stage: the micro-batches whose KV one copy holds, and their tokens."""
-    t = costs.scopes[template.scope].tables
-    m = int(t.in_flight[template.in_flight_index])
-    held = -(-m // stage.copies)
-    return held, float(t.kv_tokens[template.mix, template.in_flight_index, stage.copies - 1])
+    t, f = costs.scopes[template.scope].tables, template.in_flight_index
+    return -(-int(t.in_flight[f]) // stage.copies), float(t.kv_tokens[template.mix, f, stage.copies - 1])
 
 
 def fixed_bytes(costs: CostTables, template: Template, index: int) -> float:
@@ -412,8 +403,7 @@ def describe(costs: CostTables, stages: Sequence[TemplateStage]) -> str:
     """Return text like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
     parts = []
     for stage in stages:
-        device_class, size = costs.ranks[stage.rank]
-        dp = costs.rank_dp[stage.rank]
+        (device_class, size), dp = costs.ranks[stage.rank], costs.rank_dp[stage.rank]
         shared = f" EP{size}" if dp > 1 else ""
         text = f"{costs.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{stage.layers}"
         if stage.pool_class >= 0:

@@ -6,9 +6,11 @@ the old plan with which it shares the most GPUs that keep their weights.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import attrgetter
 
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -149,13 +151,9 @@ def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
     for stage in replica.stages:
         end = stage.first_layer + stage.num_layers
         for i, device in enumerate(stage.devices):
-            yield (
-                device,
-                Holding(
-                    gpu=stage.gpu, first_layer=stage.first_layer, end_layer=end, tp=stage.tp,
-                    rank=i % (stage.tp * dp), attention_dp=dp,
-                ),
-            )  # fmt: skip
+            first, rank = stage.first_layer, i % (stage.tp * dp)
+            held = Holding(gpu=stage.gpu, first_layer=first, end_layer=end, tp=stage.tp, rank=rank, attention_dp=dp)
+            yield device, held
     for pool in replica.attention_workers:
         stage = replica.stages[pool.stage]
         end = stage.first_layer + stage.num_layers
@@ -251,20 +249,20 @@ def plan_change(
         for number in range(len(before.replicas))
         if number not in continued
     ]
-    dropped = [c.before for c in changes if c.before is not None and c.fate is not Fate.KEPT]
-    requests = sum(in_flight(before.replicas[number]) for number in dropped)
-    tokens = {n: in_flight(before.replicas[n]) * _context(before.replicas[n], moments) for n in dropped}
+    dropped = [before.replicas[c.before] for c in changes if c.before is not None and c.fate is not Fate.KEPT]
+    requests = sum(map(in_flight, dropped))
+    tokens = [in_flight(replica) * _context(replica, moments) for replica in dropped]
     return PlanChange(
         replicas=tuple(changes),
         loads={device: size for device, size in loads.items() if size > 0},
         moved=tuple(dict.fromkeys(moved)),
         dropped_requests=requests,
-        dropped_kv_tokens=sum(tokens.values()),
+        dropped_kv_tokens=sum(tokens),
         dropped_kv_bytes=sum(
-            in_flight(before.replicas[n])
-            * model.cached_tokens(size / in_flight(before.replicas[n]))
-            * model.on(before.replicas[n].stages[0].gpu).kv_bytes_per_token()
-            for n, size in tokens.items()
+            in_flight(replica)
+            * model.cached_tokens(size / in_flight(replica))
+            * model.on(replica.stages[0].gpu).kv_bytes_per_token()
+            for replica, size in zip(dropped, tokens, strict=True)
         )
         + requests * model.num_layers * model.state_bytes(),
     )
@@ -282,14 +280,13 @@ def _partners(before: Plan, after: Plan) -> dict[int, int]:
         for number, replica in enumerate(before.replicas)
         for device, holding in holdings_of(replica)
     }
-    shared: dict[tuple[int, int], int] = {}
-    for number, replica in enumerate(after.replicas):
-        for device, holding in holdings_of(replica):
-            if device in owner and owner[device][1] == holding and not holding.is_worker:
-                pair = (number, owner[device][0])
-                shared[pair] = shared.get(pair, 0) + 1
-    partners: dict[int, int] = {}
-    taken: set[int] = set()
+    shared = Counter(
+        (number, owner[device][0])
+        for number, replica in enumerate(after.replicas)
+        for device, holding in holdings_of(replica)
+        if device in owner and owner[device][1] == holding and not holding.is_worker
+    )
+    partners, taken = dict[int, int](), set[int]()
     for number, old in sorted(shared, key=lambda pair: (-shared[pair], pair)):
         if number not in partners and old not in taken:
             partners[number] = old
@@ -321,9 +318,5 @@ def _change_of(
 
 def is_same(one: ReplicaPlan, other: ReplicaPlan) -> bool:
     """Return whether an engine that runs one replica also runs the other: GPUs, layers, head groups, settings."""
-    return (
-        (one.stages, one.attention_workers, one.role) == (other.stages, other.attention_workers, other.role)
-        and (one.micro_batch, one.in_flight, one.chunk_tokens)
-        == (other.micro_batch, other.in_flight, other.chunk_tokens)
-        and one.kv_zones == other.kv_zones
-    )
+    matters = attrgetter("stages", "attention_workers", "role", "micro_batch", "in_flight", "chunk_tokens", "kv_zones")
+    return bool(matters(one) == matters(other))

@@ -241,9 +241,7 @@ def _origin(part: CostTables, g: int, whole: CostTables) -> int:
 PARTS = 1 << 20  # units of the demand: the cost of what continuing replicas do not serve is counted in these
 
 
-def bound_of(
-    net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time_limit_s: float, seed: int
-) -> float:  # fmt: skip
+def bound_of(net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time_limit_s: float, seed: int) -> float:
     """Return a bound: no re-planning is worth more (costs less), in the master's unit."""
     if fresh.enumerated is not None:
         return _by_enumeration(net, options, fresh.enumerated, time_limit_s, seed)
@@ -271,12 +269,7 @@ def _bound(
 
 def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
     """Return rows of the inventory of these kinds with their limits."""
-    inventory = net.inventory
-    return {row: int(inventory.limits[i]) for row, i in inventory.rows.items() if row[0] in kinds}
-
-
-def _numbered(limits: Mapping[Row, int]) -> dict[Row, int]:
-    return {row: number for number, row in enumerate(limits)}
+    return {row: int(net.inventory.limits[i]) for row, i in net.inventory.rows.items() if row[0] in kinds}
 
 
 def _stay(net: NetMaster, option: Option) -> float:
@@ -291,7 +284,8 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
     if costs.routes.splits_roles or not maximises:
         share = 1.0
     limits = _limits_of(net, "gpus", "replica", "moves")
-    listed = ColumnList(_numbered(limits), replace(costs.routes, splits_roles=False))
+    numbered = {row: number for number, row in enumerate(limits)}
+    listed = ColumnList(numbered, replace(costs.routes, splits_roles=False))
     for candidate in options:
         option, (rate, cost) = candidate.option, net.net(candidate)
         assert option is not None
@@ -326,7 +320,7 @@ def _by_enumeration(
     rows: list[Row] = [("row", *row) for row in costs.resources.rows]
     limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))
     limits |= _limits_of(net, "replica", "stays", "moves")
-    listed = ColumnList(_numbered(limits), costs.routes)
+    listed = ColumnList({row: number for number, row in enumerate(limits)}, costs.routes)
     for candidate in options:
         template, option = candidate.template, candidate.option
         assert option is not None

@@ -60,18 +60,16 @@ class Inventory:
     def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
         """Return the amounts that a new replica takes."""
         parts = [self.costs.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
-        parts += [
-            (s.pool_class, 1) for s in template.stages if s.pool_class >= 0 for _ in range(s.copies * s.pool_cards)
-        ]
+        pooled = [s for s in template.stages if s.pool_class >= 0]
+        parts += [(s.pool_class, 1) for s in pooled for _ in range(s.copies * s.pool_cards)]
         return self._of_parts(parts, count_moves)
 
     def of_option(self, option: Option) -> dict[Row, int]:
         """Return the amounts taken by a running replica that continues: its own GPUs by name, others like a new one."""
         use = Counter(self._of_parts(option.missing(self.costs), True))
         for slot, count in _by_slot(option.named(), self.places).items():
-            _, g = slot
+            g, node_size = slot[1], self.costs.classes[slot[1]].gpus_per_node
             use["gpus", g] += count
-            node_size = self.costs.classes[g].gpus_per_node
             for p in self._sizes_of(g):
                 if slot in self.shared:
                     use["node", slot, p] += count
@@ -104,12 +102,9 @@ class Inventory:
 
 
 def inventory_of(
-    costs: CostTables,
-    places: Mapping[str, Place],
-    options: Sequence[Option],
-    stays: Iterable[int],
+    costs: CostTables, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int],
     max_moves: int | None,
-) -> Inventory:
+) -> Inventory:  # fmt: skip
     """Return the rows for these options; ``stays`` are the running replicas for which staying is worth something."""
     owners: dict[Slot, set[int]] = {}
     for option in options:
@@ -196,13 +191,9 @@ class NetMaster:
     """
 
     def __init__(
-        self,
-        inventory: Inventory,
-        change_costs: ChangeCosts,
-        demand: float | None,
-        stay_rates: dict[int, float],
+        self, inventory: Inventory, change_costs: ChangeCosts, demand: float | None, stay_rates: dict[int, float],
         stay_shares: dict[int, float],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.inventory, self.change_costs, self.costs = inventory, change_costs, inventory.costs
         self.stay_rates, self.stay_shares = stay_rates, stay_shares
         self.master = Master(inventory.limits, demand, self.costs.routes)

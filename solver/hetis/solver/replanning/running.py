@@ -42,7 +42,7 @@ def places_of(cluster: Cluster, costs: CostTables) -> dict[str, Place]:
 Group = tuple[str, ...] | None  # names of a TP group's GPUs, or of one attention worker; None: not found yet
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Option:
     """One way for a running replica to continue.
 
@@ -104,9 +104,7 @@ class Continuations:
         template = self._template(layout)
         if template is None:
             return ()
-        if layout.is_whole:
-            return tuple(self._of_whole(number, layout, template))
-        return tuple(self._of_broken(number, layout, template))
+        return tuple((self._of_whole if layout.is_whole else self._of_broken)(number, layout, template))
 
     def template_now(self, replica: ReplicaPlan) -> Template | None:
         """Return the replica as a template, if it still runs."""
@@ -184,34 +182,27 @@ class Continuations:
     def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
         kept = template if is_allowed(self.costs, template) else None
         if kept is not None:
-            yield self._option(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
+            yield Option(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
         own = self.costs.mixes[template.mix]
         for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.costs.mixes):
             best = self._best_settings(template, role, afar=afar)
             same_work = (role, afar) == (own.role, own.sends_afar)
             if best is not None and not (same_work and kept is not None and best.rate <= kept.rate * WITHIN):
-                yield self._option(
-                    number, Fate.RESET, best, layout.groups, layout.workers, self.change_costs.start_s(0.0)
-                )
+                start_s = self.change_costs.start_s(0.0)
+                yield Option(number, Fate.RESET, best, layout.groups, layout.workers, start_s)
 
     def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
         repaired = self._best_settings(template)
         if repaired is not None:
             start_s = self.change_costs.start_s(self._longest_load(repaired, layout.groups))
-            yield self._option(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
+            yield Option(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
         if not all(any(group is not None for group in groups) for groups in layout.groups):
             return
         groups = tuple(tuple(group for group in stage if group is not None) for stage in layout.groups)
         shrunk = self._shrunk(template, groups, layout.workers)
         best = self._best_settings(shrunk[0]) if shrunk is not None else None
         if shrunk is not None and best is not None:
-            yield self._option(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
-
-    def _option(
-        self, number: int, fate: Fate, template: Template, groups: tuple[tuple[Group, ...], ...],
-        workers: tuple[tuple[Group, ...], ...], start_s: float,
-    ) -> Option:  # fmt: skip
-        return Option(old=number, fate=fate, template=template, groups=groups, workers=workers, start_s=start_s)
+            yield Option(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
 
     def _shrunk(
         self, template: Template, groups: tuple[tuple[Group, ...], ...], workers: tuple[tuple[Group, ...], ...]

@@ -9,8 +9,10 @@ anything stops.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -84,15 +86,9 @@ class Replanning:
 
 
 def solve_replanning(
-    given: ReplanningProblem,
-    *,
-    strategy: str = "hetis",
-    budget: Budget | None = None,
-    gap_target: float = 0.001,
-    seed: int = 0,
-    threads: int = 1,
-    report: Report = silent,
-) -> Replanning:
+    given: ReplanningProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
+    seed: int = 0, threads: int = 1, report: Report = silent,
+) -> Replanning:  # fmt: skip
     """Choose which running replicas continue and which new ones join them, and prove how good the choice is.
 
     The family is that of ``strategy`` with its replicas kept, reset, repaired and shrunk among them
@@ -206,44 +202,40 @@ def _answer(
     outcome = _outcome(net, fresh, choice, interrupted=settings.budget.cancelled.is_set())
     templates = [c.template for c in chosen]
     plan = plan_of(costs, settings.strategy, outcome, templates, bound_stages, settings.budget)
-    moments = problem.workload.clipped_to(problem.model.max_position)
-    change = plan_change(
-        given.running, plan, problem.model, moments.moments(block_tokens=problem.assumptions.block_tokens)
-    )
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    change = plan_change(given.running, plan, problem.model, moments)
     return Replanning(
         plan=plan,
         value=scale * value,
         bound=scale * bound,
         gap=abs(bound - value) / abs(value) if value else 0.0,
         fresh_value=None if fresh.value is None else scale * fresh.value,
-        continued=tuple(_continued(candidate) for candidate in chosen),
+        continued=tuple(
+            Continued(old=None, fate=Fate.NEW, start_s=c.start_s)
+            if c.option is None
+            else Continued(old=c.option.old, fate=c.option.fate, start_s=c.option.start_s)
+            for c in chosen
+        ),
         lost=tuple(i for i, template in enumerate(running.templates) if template is None),
         change=change,
         transition=_transition(given, running, net, plan, chosen),
     )
 
 
-def _continued(candidate: Candidate) -> Continued:
-    option = candidate.option
-    if option is None:
-        return Continued(old=None, fate=Fate.NEW, start_s=candidate.start_s)
-    return Continued(old=option.old, fate=option.fate, start_s=option.start_s)
-
-
 def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted: bool) -> Outcome:
     """Return the choice as a search of placement would: its worth once it runs, the bound of the empty fleet."""
-    costs, maximises = net.costs, net.master.maximises
-    by_template: dict[Template, int] = {}
+    maximises, prices = net.master.maximises, fresh.prices
+    by_template = Counter[Template]()
     for candidate, count in choice.chosen:
-        by_template[candidate.template] = by_template.get(candidate.template, 0) + count
+        by_template[candidate.template] += count
     value = net.rate_of(choice.chosen) if maximises else net.rent_of(choice.chosen)
-    prices = fresh.prices
     return Outcome(
         chosen=tuple(by_template.items()),
         value=value,
         bound=sound_bound(fresh.bound, value, maximises=maximises),
         row_prices=prices.row_prices if prices is not None else fresh.row_prices,
-        rate_prices=prices.rate_prices if prices is not None else np.ones(costs.routes.num_sides),
+        rate_prices=prices.rate_prices if prices is not None else np.ones(net.costs.routes.num_sides),
         flows=net.flows_of(choice.chosen),
         interrupted=interrupted,
     )
@@ -267,14 +259,12 @@ def _transition(
         for number, candidate in enumerate(chosen)
         if candidate.option is None or candidate.option.fate is not Fate.KEPT
     ]
-    seen: dict[tuple[frozenset[int], frozenset[int]], float] = {}
 
+    @cache
     def capacity(olds: frozenset[int], news: frozenset[int]) -> float:
-        if (olds, news) not in seen:
-            serving = [t for i in sorted(olds) if (t := running.templates[i]) is not None]
-            serving += [chosen[number].template for number in sorted(news)]
-            seen[olds, news] = scale * net.rate_of([(Candidate(template=t), 1) for t in serving])
-        return seen[olds, news]
+        serving = [t for i in sorted(olds) if (t := running.templates[i]) is not None]
+        serving += [chosen[number].template for number in sorted(news)]
+        return scale * net.rate_of([(Candidate(template=t), 1) for t in serving])
 
     return plan_transition(runs, stays, starts, capacity)
 

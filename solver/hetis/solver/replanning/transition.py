@@ -95,7 +95,7 @@ def plan_transition(
     if free:
         now, started = capacity(runs, started), frozenset(start.replica for start in free)
         steps.append(_step(Action.START, started, max(s.start_s for s in free), now, capacity(runs, started)))
-    order, best_lowest = _order(blocked, runs, started, capacity)
+    order, best_lowest = (_exact if len(blocked) <= MAX_EXACT else _greedy)(blocked, runs, started, capacity)
     for start in order:
         if stopping := start.needs & runs:
             now, runs = capacity(runs, started), runs - stopping
@@ -118,25 +118,17 @@ def plan_transition(
 
 
 def _step(action: Action, replicas: frozenset[int] | set[int], seconds: float, now: float, then: float) -> Step:
-    return Step(
-        action=action, replicas=tuple(sorted(replicas)), seconds=seconds, capacity=now, capacity_after=then
-    )  # fmt: skip
-
-
-def _order(
-    blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
-) -> tuple[list[Start], float]:
-    """Return the starts in order, and the highest lowest capacity that any order has during them."""
-    if not blocked:
-        return [], math.inf
-    return (_exact if len(blocked) <= MAX_EXACT else _greedy)(blocked, runs, started, capacity)
+    names = tuple(sorted(replicas))
+    return Step(action=action, replicas=names, seconds=seconds, capacity=now, capacity_after=then)
 
 
 def _exact(
     blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
 ) -> tuple[list[Start], float]:
-    """Order the steps by a dynamic program over the sets of started replicas; ties are broken by the fewest lost
-    requests."""
+    """Return the best order by a dynamic program over the sets of started replicas, and its lowest capacity.
+
+    Of equally good orders it is the one that loses the fewest requests.
+    """
     count = len(blocked)
     best: list[tuple[float, float]] = [(math.inf, 0.0)] + [(-math.inf, 0.0)] * ((1 << count) - 1)
     last = [-1] * (1 << count)
