@@ -168,15 +168,12 @@ class DeviceCost:
         found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
         object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
 
-    def dense_s(
-        self, tokens: Scalars, *, prefix_layer: bool = False, all_tokens: Scalars | None = None
-    ) -> Scalars:  # fmt: skip
+    def dense_s(self, tokens: Scalars, *, prefix_layer: bool = False, all_tokens: Scalars | None = None) -> Scalars:
         """Return dense(T) of a repeated layer, or of one of the leading layers without experts."""
         m, n = self.model, self.shape.tp
         if self.shape.attention_dp > 1 and not prefix_layer:
-            return self._parallel_experts_s(
-                tokens, self.shape.attention_dp * tokens if all_tokens is None else all_tokens
-            )
+            every = self.shape.attention_dp * tokens if all_tokens is None else all_tokens
+            return self._parallel_experts_s(tokens, every)
         active = float(m.dense_layer_params() if prefix_layer else m.active_layer_params())
         touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
         activations = 8 * m.hidden * m.activation_bytes * tokens
@@ -186,16 +183,12 @@ class DeviceCost:
             routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
             share = m.expert_share
             active, touched = active - share * routed, touched - share * read
-            flops = 2.0 * tokens * routed / n
             num_bytes = read * m.weight_bytes / n + m.expert_activation_bytes(tokens, n)
-            experts_s = share * (
-                _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens) - self._unstarted_s()
-            )
+            routed_s = _seconds(experts, flops=2.0 * tokens * routed / n, num_bytes=num_bytes, tokens=tokens)
+            experts_s = share * (routed_s - self._unstarted_s())
+        num_bytes = touched * m.weight_bytes / n + activations
         return experts_s + _seconds(
-            self._fits[Op.DENSE],
-            flops=2.0 * tokens * active / n,
-            num_bytes=touched * m.weight_bytes / n + activations,
-            tokens=tokens,
+            self._fits[Op.DENSE], flops=2.0 * tokens * active / n, num_bytes=num_bytes, tokens=tokens
         )
 
     def _parallel_experts_s(self, tokens: Scalars, all_tokens: Scalars) -> Scalars:
@@ -266,9 +259,7 @@ class DeviceCost:
             heads=chunk_tokens * m.q_heads / self.shape.tp,
         )
 
-    def decode_attention_s(
-        self, pairs: Scalars, queries_per_group: int, step_tokens: int | None = None
-    ) -> Scalars:  # fmt: skip
+    def decode_attention_s(self, pairs: Scalars, queries_per_group: int, step_tokens: int | None = None) -> Scalars:
         """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none.
 
         Each request has ``step_tokens`` queries per head, those of an iteration unless given, which read its KV once.
@@ -321,8 +312,9 @@ class DeviceCost:
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
 
     def drafting_s(self, micro_batch: Scalars) -> Scalars:
-        """Return seconds that b requests take in an iteration to draft, apart from one pass of the drafting layer with
-        all tokens of the iteration, which is a layer like any other: the further passes, and an LM head in each.
+        """Return seconds of b requests to draft in an iteration: passes after the first, and an LM head in each pass.
+
+        The first pass of the drafting layer, with all tokens of the iteration, is a layer like any other.
         """
         draft = self.model.draft
         if draft is None:
@@ -407,10 +399,9 @@ class PoolCost:
 
     def attention_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
         """Return worker + exchange of one iteration for k ``groups`` per rank on p ``cards``."""
-        worker = self.worker.decode_attention_s(
-            self.load(micro_batch, groups, cards), self.primary.shape.queries_per_group
-        )
-        return worker + self.exchange_s(micro_batch, groups, cards)
+        load = self.load(micro_batch, groups, cards)
+        worker_s = self.worker.decode_attention_s(load, self.primary.shape.queries_per_group)
+        return worker_s + self.exchange_s(micro_batch, groups, cards)
 
     def exchange_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
         """Return seconds of queries to the cards and outputs back, per iteration and layer."""

@@ -87,14 +87,8 @@ class EngineRules:
     max_nodes: int | None = None
 
     def __post_init__(self) -> None:
-        for field_name, least in (
-            ("max_stages", 1),
-            ("max_pooled_stages", 0),
-            ("max_gpus", 1),
-            ("min_layers", 1),
-            ("max_nodes", 1),
-        ):
-            value = getattr(self, field_name)
+        for field_name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
+            value, least = getattr(self, field_name), 0 if field_name == "max_pooled_stages" else 1
             if value is not None and value < least:
                 raise InvalidProblemError(f"{field_name} is {value}, must be at least {least}")
         if self.max_stages > MOST_STAGES:

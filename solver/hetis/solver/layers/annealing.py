@@ -120,10 +120,7 @@ def copy_of(placement: LayerPlacement) -> LayerPlacement:
 
 @kernel
 def share_requests(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: Sweep) -> bool:
-    """Fill ``sweep``; return False if a layer is on no node.
-
-    A node's weight is its KV room per layer, or its measured rate if only flow counts, times tilt.
-    """
+    """Fill ``sweep``, weighing nodes by tilted KV room (``flow_only``: by rate); False if a layer is missing."""
     first, held, weight = placement.first, placement.held, sweep.weight
     n = first.shape[0]
     sweep.entries[:] = 0
@@ -184,10 +181,7 @@ def seconds_at(batch: float, sizes: FloatArray, seconds: FloatArray) -> float:
 
 @kernel
 def rate_of(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: Sweep) -> float:
-    """Return the requests per second of a placement, or 0 if a layer is missing.
-
-    With ``flow_only`` only measured token rates and cards count, as in a maximum flow.
-    """
+    """Return requests per second, 0 if a layer is missing; ``flow_only``: by measured token rates and cards alone."""
     if not share_requests(placement, tables, flow_only, sweep):
         return 0.0
     first, held, kind = placement.first, placement.held, tables.kind

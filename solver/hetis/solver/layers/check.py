@@ -116,10 +116,8 @@ def _prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
     for interval in bound.intervals:
         allowed = interval.most / (problem.mean_output_tokens * least_round_trip_s(interval))
         if not allowed <= bound.rate_rps * (1 + TOLERANCE):
-            yield (
-                f"{interval.least} to {interval.most} requests in flight may serve {allowed}, "
-                f"the bound is {bound.rate_rps}"
-            )
+            in_flight = f"{interval.least} to {interval.most} requests in flight"
+            yield f"{in_flight} may serve {allowed}, the bound is {bound.rate_rps}"
 
 
 def _round_trips(problem: LayersProblem, served: float) -> Callable[[PricedInterval], float]:
@@ -195,8 +193,4 @@ def _lines_below(table: TimeTable) -> list[tuple[float, float]]:
     slopes |= {(corner, endless) for corner in corners}
     lines = [(corner[1] - slope * corner[0], slope) for corner, slope in slopes if slope <= endless * (1 + 1e-12)]
     above = 1e-9 * max(seconds for _, seconds in corners)
-    return [
-        (level, slope)
-        for level, slope in lines
-        if all(level + slope * size <= seconds + above for size, seconds in corners)
-    ]
+    return [line for line in lines if all(line[0] + line[1] * size <= seconds + above for size, seconds in corners)]

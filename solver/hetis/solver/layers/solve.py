@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -212,10 +213,9 @@ def _mixed(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[
     who may only go there, beside others with room.
     """
     total = sum(share for _, share in targets)
-    for source, there in sources:
-        for target, share in targets:
-            if there * share / max(total, _NOTHING) > _NOTHING:
-                yield LinkShare(source=source, target=target, share=there * share / total)
+    for (source, there), (target, share) in itertools.product(sources, targets):
+        if there * share / max(total, _NOTHING) > _NOTHING:
+            yield LinkShare(source=source, target=target, share=there * share / total)
 
 
 def _fewest(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:

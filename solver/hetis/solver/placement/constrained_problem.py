@@ -75,8 +75,9 @@ def apply_constraints(problem: PlacementProblem) -> ConstrainedProblem:
 
 def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[tuple[NodeGroup, Mapping[str, str]]]:
     """Yield a group without excluded GPUs and with named nodes separated, together with changed device names."""
-    named = {each.gpus.name for each in constraints if isinstance(each, Exclude | RestrictRole | Use)}
-    nodes = [group.node_name(i) for i in range(group.count)] if _names_nodes(constraints) else []
+    of_some = [each.gpus for each in constraints if isinstance(each, Exclude | RestrictRole | Use)]
+    named, names_nodes = {gpus.name for gpus in of_some}, any(gpus.unit in (Unit.NODE, Unit.GPU) for gpus in of_some)
+    nodes = [group.node_name(i) for i in range(group.count)] if names_nodes else []
     apart = [i for i, node in enumerate(nodes) if node in named or any(n.startswith(f"{node}/") for n in named)]
     if not apart:
         yield _without(group, group.node_name(0), constraints)
@@ -87,13 +88,6 @@ def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[tuple[NodeGr
         yield _without(group.node(i), nodes[i], constraints)
 
 
-def _names_nodes(constraints: Constraints) -> bool:
-    return any(
-        isinstance(each, Exclude | RestrictRole | Use) and each.gpus.unit in (Unit.NODE, Unit.GPU)
-        for each in constraints
-    )  # fmt: skip
-
-
 def _without(group: NodeGroup, node: str, constraints: Constraints) -> tuple[NodeGroup, Mapping[str, str]]:
     """Return a group of nodes like ``node`` without the excluded GPUs, and its changed device names."""
     out = [each.gpus for each in constraints if isinstance(each, Exclude)]
@@ -102,14 +96,10 @@ def _without(group: NodeGroup, node: str, constraints: Constraints) -> tuple[Nod
     )
     names = {f"{node}/{now}": f"{node}/{index}" for now, index in enumerate(kept) if now != index}
     if group.count > 1 and names:  # all nodes of the group lost the same GPUs
-        for i in range(1, group.count):
-            other = group.node_name(i)
-            names |= {name.replace(node, other, 1): true.replace(node, other, 1) for name, true in _of(names, node)}
+        of_first = list(names.items())
+        for other in map(group.node_name, range(1, group.count)):
+            names |= {name.replace(node, other, 1): true.replace(node, other, 1) for name, true in of_first}
     return replace(group, gpus=slots), names
-
-
-def _of(names: Mapping[str, str], node: str) -> list[tuple[str, str]]:
-    return [(name, true) for name, true in names.items() if name.startswith(f"{node}/")]
 
 
 def _takes(gpus: Selection, device: str, node: str, gpu: str, group: NodeGroup) -> bool:

@@ -229,10 +229,7 @@ class ExactSearch:
         return Sweep(part, tolerance, needed, bounds)
 
     def go_on(self, sweep: Sweep, budget: Budget) -> bool:
-        """Resume a pass; return False if the budget ran out first, after which the next call resumes there.
-
-        Passes over other parts may come in between; the higher rates that they find only rule out more.
-        """
+        """Resume a pass, perhaps after passes over other parts; return False if the budget ran out first."""
         part, tolerance = sweep.part, sweep.tolerance
         for kind, frontier in self.frontiers.items():
             frontier.bound = sweep.bounds[kind]

@@ -119,28 +119,22 @@ ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine(
-            name="vllm-hetis",
+            name="vllm-hetis", version="0.32", max_pool=MAX_WORKERS,
             summary="vLLM with the plugin of this project: attention workers",
-            max_pool=MAX_WORKERS,
-            version="0.32",
             source="docs/vllm.md; launch layouts of hetis-launch",
         ),
         Engine(
-            name="vllm",
+            name="vllm", version="0.32", max_pool=0,
             summary="vLLM as it is: uneven pipelines of unlike GPUs",
-            max_pool=0,
-            version="0.32",
             source="VLLM_PP_LAYER_PARTITION; one tensor-parallel size; batch queue as deep as the pipeline",
         ),
         Engine(
-            name="sglang",
+            name="sglang", version="0.5", max_pool=0,
             summary="SGLang as it is: uneven pipelines of unlike GPUs",
-            max_pool=0,
-            version="0.5",
             source="SGLANG_PP_LAYER_PARTITION; --tp-size and --pp-size of a server",
         ),
     )
-}
+}  # fmt: skip
 
 
 def run_by(family: Family, rules: EngineRules | None) -> Family:

@@ -166,10 +166,7 @@ KEEP = 0.97  # columns this close to the best of a round are kept
 
 
 class ColumnGeneration:
-    """Column generation for one problem: `run` for each family, `choose` whole counts, then `outcome`.
-
-    ``roles`` are the roles of the replicas that are priced; the bound holds for plans made of these.
-    """
+    """Column generation for one problem: `run` each family, `choose`, then `outcome`; ``roles`` are those priced."""
 
     def __init__(
         self, costs: CostTables, master: Master, settings: SearchSettings, roles: tuple[Role, ...] | None = None
@@ -195,10 +192,7 @@ class ColumnGeneration:
         return self.settings.budget
 
     def solve(self, seeds: Sequence[Template]) -> Outcome | None:
-        """Generate columns and choose whole counts, again with columns of other sizes if the gap is too wide.
-
-        Return None if no plan was found.
-        """
+        """Generate columns and choose whole counts, again with other sizes if the gap is wide; None without a plan."""
         self.generate(seeds, chooses=True)
         self.choose()
         if self.gap() > self.settings.gap_target and not self.budget.is_spent():
@@ -309,10 +303,7 @@ class ColumnGeneration:
     def _priced(
         self, pricers: Sequence[Pricer], prices: FloatArray, floors: FloatArray, rate_cap: float, ease: float
     ) -> list[Priced]:
-        """Return the pricing of every side; those with the fewest configurations come first.
-
-        Their columns are then available if the budget ends while the others are searched.
-        """
+        """Return the pricing of every side, those of fewest configurations first: the budget may end in the others."""
         order = sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations))
         found = {
             side: pricers[side].price(prices, float(floors[side]), KEEP, self.budget, rate_cap=rate_cap, ease=ease)

@@ -364,10 +364,7 @@ class NodeProgram:
         return int(first_z)
 
     def simplify(self, highs: Any, kinds_of_columns: Sequence[int], enough: float) -> None:
-        """Extend as `extend` does, and turn the objective into a limit ``enough``, a minimum if it was maximised.
-
-        The new objective is the fewest pieces, then the fewest different columns.
-        """
+        """Extend, limit the objective to ``enough``, and instead seek the fewest pieces, then different columns."""
         lp = highs.getLp()
         costs, upper = np.array(lp.col_cost_), float(sum(c.num_nodes * c.gpus_per_node for c in self.classes))
         maximises = lp.sense_ == highspy.ObjSense.kMaximize

@@ -147,10 +147,7 @@ def kept_of_groups(groups: int, k: int, kv_bytes: float, prompt_bytes: float) ->
 def layers_on_card(
     card_bytes: float, kv_group_bytes: float, tp: int, k: int, cards: int, requests: int, tokens: float
 ) -> float:
-    """Return the layers whose KV fits on each of ``cards`` attention workers that take k head groups of ``tp`` ranks.
-
-    A card holds a whole number of (request, head group) pairs of every layer.
-    """
+    """Return the layers whose KV (k groups of ``tp`` ranks, in whole request-group pairs) fits on each of ``cards``."""
     pairs = np.ceil(requests * k * tp / cards - ROUNDING)
     layers: float = card_bytes / (pairs / requests * tokens * kv_group_bytes) + ROUNDING
     return layers

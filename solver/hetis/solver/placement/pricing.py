@@ -247,10 +247,7 @@ class Pricer:
         self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
         enough: FloatArray, workers: ThreadPoolExecutor, budget: Budget,
     ) -> FloatArray:  # fmt: skip
-        """Return upper bounds on the ratio of these configurations, with m and r; [which, 3].
-
-        Bounds are no sharper than ``enough`` [configurations] requires, and infinite if the budget ran out first.
-        """
+        """Return upper bounds on ratios with m and r [which, 3], as sharp as ``enough`` asks; inf if out of budget."""
         asked = np.zeros(len(self.configurations), dtype=bool)
         asked[which] = True
         t_floors = np.array([t.t_floor for t in tables])
@@ -301,10 +298,7 @@ class _Share:
         self.lines, self.begins = all_lines(t, queries, max_copies, max_pool)
 
     def is_stale(self, t_floors: FloatArray) -> bool:
-        """Return whether lines are missing, or made for shortest intervals that are too long or much too short.
-
-        Lines remain valid for longer shortest intervals, only less sharp.
-        """
+        """Return whether lines are missing, invalid (for shorter intervals) or not sharp (for much longer ones)."""
         if self.lines is None:
             return True
         return bool(np.any(t_floors < self.t_floors) or np.any(t_floors > (1.0 + STALE) * self.t_floors))

@@ -145,10 +145,7 @@ def _can_serve(generation: ColumnGeneration, demand: float) -> bool:
 
 
 def _search_merged(merged: CostTables, generation: ColumnGeneration) -> Outcome | None:
-    """Search a fleet of several zones through its one-zone relaxation; return None if that leaves too wide a gap.
-
-    ``generation`` keeps the columns found.
-    """
+    """Search the one-zone relaxation, whose columns ``generation`` keeps; return None if too wide a gap is left."""
     relaxed = ColumnGeneration(merged, master_of(merged, generation.master.demand), generation.settings)
     relaxed.generate(uniform_templates(merged))
     if not np.isfinite(relaxed.bound.value):
@@ -168,10 +165,7 @@ def _search_merged(merged: CostTables, generation: ColumnGeneration) -> Outcome 
 
 
 def equal_stages(costs: CostTables, settings: SearchSettings) -> Outcome | None:
-    """Return the best plan of equal stages, which takes little time, or None if none was found.
-
-    One role may have several GPU types. The bound holds for the family of `uniform` only.
-    """
+    """Return the best plan of equal stages found, soon; its roles may mix GPU types, its bound is that of `uniform`."""
     if not costs.ranks:
         return None
     try:

@@ -123,10 +123,7 @@ def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
 
 
 def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> float | None:
-    """Return the value of the best plan of replicas with equal stages, which engines build without a planner.
-
-    The value is in the unit of the objective. Return None if there is no such plan or none was found in time.
-    """
+    """Return the value of the best plan of equal stages, in the objective's unit, or None if none was found in time."""
     searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if searched.is_empty:
         return None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -141,7 +141,7 @@ def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yield the sets of zones that one replica may span; with many zones, only sets of one, two or all."""
     for count in range(1, len(zones) + 1):
         if count <= 2 or count == len(zones) or len(zones) <= MANY_ZONES:
-            yield from combinations(zones, count)
+            yield from itertools.combinations(zones, count)
 
 
 class _MixNumbers(NamedTuple):
@@ -455,10 +455,7 @@ class _Tabulation:
         return np.array([[[amount_of(mix, n) for n in of_copies] for of_copies in held] for mix in self.mixes])
 
     def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
-        """Return (start, attention, attention in an iteration with a chunk, wire) of a layer with a pool.
-
-        There is one entry for every (rank type, pool class, k, p).
-        """
+        """Return (start, attention, the same with a chunk, wire) of a layer by (rank type, pool class, k, p)."""
         start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
         parts: list[tuple[FloatArray, FloatArray]] = []
         wires: list[FloatArray] = []

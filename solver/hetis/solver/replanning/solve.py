@@ -303,10 +303,7 @@ class Survivors:
         return NetMaster(inventory, self.given.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
-        """Return the loss if no running replica is kept: the requests in flight on all that are whole, in net's unit.
-
-        The master counts what keeping gains relative to that loss; results state what dropping loses.
-        """
+        """Return the loss if no running replica is kept, from which the master counts gains, in net's unit."""
         if net.master.maximises:
             return sum(self.stay_rates.values())
         rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}

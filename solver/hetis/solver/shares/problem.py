@@ -96,8 +96,7 @@ class ShareProblem:
     def speedups(self) -> FloatArray:
         """Return each claimant's throughput on one GPU of each type over that on the slowest it runs on, [V, K]."""
         raw = np.array([job.speedups for tenant in self.tenants for job in tenant.jobs])
-        scaled: FloatArray = raw / np.where(raw > 0.0, raw, np.inf).min(axis=1, keepdims=True)
-        return scaled
+        return np.asarray(raw / np.where(raw > 0.0, raw, np.inf).min(axis=1, keepdims=True))
 
     @cached_property
     def weights(self) -> FloatArray:
@@ -117,13 +116,11 @@ class ShareProblem:
     @cached_property
     def equal_split(self) -> FloatArray:
         """Return the same part of every GPU type for every claimant, by weight, [V, K]."""
-        split: FloatArray = np.outer(self.weights / self.weights.sum(), self.counts)
-        return split
+        return np.asarray(np.outer(self.weights / self.weights.sum(), self.counts))
 
     def values(self, amounts: FloatArray) -> FloatArray:
         """Return the value of each claimant's share, [V]: throughput in GPUs of its slowest type."""
-        values: FloatArray = np.einsum("vk,vk->v", self.speedups, amounts)
-        return values
+        return np.asarray(np.einsum("vk,vk->v", self.speedups, amounts))
 
 
 # --- the answer
@@ -160,7 +157,4 @@ class Shares:
 
 def tenant_values(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
     """Return the value of each tenant: the sum over its jobs, [T]."""
-    values: FloatArray = np.bincount(
-        problem.tenant_of, weights=problem.values(amounts), minlength=len(problem.tenants)
-    ).astype(float)
-    return values
+    return np.asarray(np.bincount(problem.tenant_of, problem.values(amounts), len(problem.tenants)), dtype=float)

@@ -47,17 +47,11 @@ LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room 
 
 def solve_shares(problem: ShareProblem, rule: Rule) -> Shares:
     """Return shares of a fleet under a rule; the same for the same input."""
-    match rule:
-        case Rule.COOPERATIVE:
-            return cooperative(problem)
-        case Rule.NON_COOPERATIVE:
-            return non_cooperative(problem)
-        case Rule.MAX_MIN:
-            return max_min(problem)
-        case Rule.TRADING:
-            return trading(problem)
-        case Rule.EQUAL:
-            return equal_split(problem)
+    solvers = {
+        Rule.COOPERATIVE: cooperative, Rule.NON_COOPERATIVE: non_cooperative, Rule.MAX_MIN: max_min,
+        Rule.TRADING: trading, Rule.EQUAL: equal_split,
+    }  # fmt: skip
+    return solvers[rule](problem)
 
 
 # --- programs over shares
@@ -218,8 +212,7 @@ def _shares(
 
 def by_speed(problem: ShareProblem) -> IntArray:
     """Return GPU types from slow to fast, by their mean speed-up over claimants, [K]."""
-    order: IntArray = np.argsort(problem.speedups.mean(axis=0), kind="stable")
-    return order
+    return np.asarray(np.argsort(problem.speedups.mean(axis=0), kind="stable"))
 
 
 def spans(problem: ShareProblem, amounts: FloatArray) -> IntArray:
@@ -230,9 +223,7 @@ def spans(problem: ShareProblem, amounts: FloatArray) -> IntArray:
     return np.where(used.any(axis=1), last - first + 1, 0)
 
 
-def fewest_types(
-    problem: ShareProblem, program: Program, amounts: FloatArray, *, time_limit_s: float
-) -> FloatArray:  # fmt: skip
+def fewest_types(problem: ShareProblem, program: Program, amounts: FloatArray, *, time_limit_s: float) -> FloatArray:
     """Return shares as good as ``amounts`` under the rows of ``program`` with the fewest types found in the time.
 
     A mixed program over x and three marks per claimant and type, in order of speed: *used* or faster than a used one,
@@ -277,11 +268,8 @@ def _marked(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
     order = by_speed(problem)
     used = (amounts > 0.0)[:, order]
     above, below = np.logical_or.accumulate(used, axis=1), np.logical_or.accumulate(used[:, ::-1], axis=1)[:, ::-1]
-    marks = []
-    for mark in (above, below, above & below):
-        restored = np.empty_like(mark)
-        restored[:, order] = mark
-        marks.append(restored.ravel().astype(float))
+    back = np.argsort(order)
+    marks = (mark[:, back].ravel().astype(float) for mark in (above, below, above & below))
     return np.concatenate([amounts.ravel(), *marks])
 
 

@@ -27,16 +27,12 @@ def check_fleet_shares(tenancy: Tenancy, answer: FleetShares) -> tuple[str, ...]
     names = [tenant.name for tenant in tenancy.tenants]
     if [share.name for share in answer.shares] != names:
         return (f"shares are of {', '.join(s.name for s in answer.shares)}, the tenants are {', '.join(names)}",)
-    found = list(_check_plans(tenancy, answer))
-    found += _check_devices(answer)
-    found += _check_rates(tenancy, answer)
-    found += _check_rule(answer)
-    found += _check_result(answer)
+    found = [*_check_plans(tenancy, answer), *_check_devices(answer), *_check_rates(tenancy, answer)]
+    found += [*_check_rule(answer), *_check_result(answer)]
     for name, proof in (("bound", answer.proof), ("level bound", answer.level_proof)):
         if proof is not None:
             found += (f"{name}: {sentence}" for sentence in _check_proof(tenancy.cluster, answer, proof))
-    found += _check_what_proofs_say(answer)
-    return tuple(found)
+    return (*found, *_check_what_proofs_say(answer))
 
 
 def _check_plans(tenancy: Tenancy, answer: FleetShares) -> Iterator[str]:
@@ -49,15 +45,10 @@ def _check_plans(tenancy: Tenancy, answer: FleetShares) -> Iterator[str]:
 def _check_devices(answer: FleetShares) -> Iterator[str]:
     owners: dict[str, str] = {}
     for share in answer.shares:
-        for device in _devices(share.plan):
-            if owners.setdefault(device, share.name) != share.name:
-                yield f"{device} is given to {owners[device]} and to {share.name}"
-
-
-def _devices(plan: Plan | None) -> Iterator[str]:
-    if plan is not None:
-        for replica in plan.replicas:
-            yield from replica.devices()
+        for replica in share.plan.replicas if share.plan is not None else ():
+            for device in replica.devices():
+                if owners.setdefault(device, share.name) != share.name:
+                    yield f"{device} is given to {owners[device]} and to {share.name}"
 
 
 def _check_rates(tenancy: Tenancy, answer: FleetShares) -> Iterator[str]:
@@ -141,9 +132,9 @@ def _check_proof(cluster: Cluster, answer: FleetShares, proof: PriceProof) -> It
 
 
 def _counts(slots: tuple[GpuSlots, ...]) -> dict[str, int]:
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for one in slots:
-        counts[one.gpu] = counts.get(one.gpu, 0) + one.count
+        counts[one.gpu] += one.count
     return counts
 
 

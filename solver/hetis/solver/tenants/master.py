@@ -112,8 +112,7 @@ class TenantColumns:
     def _rows(self) -> IntArray:
         """Return the tenant's row to which each column contributes: its rate itself, what is sent, what is received."""
         # Sides of one zone: unified, local senders, senders to all zones (none), receivers.
-        rows: IntArray = np.where(self.sides == UNIFIED, 0, np.where(self.sides <= 2, 1, 2))
-        return rows
+        return np.asarray(np.where(self.sides == UNIFIED, 0, np.where(self.sides <= 2, 1, 2)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

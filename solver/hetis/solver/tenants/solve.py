@@ -66,16 +66,9 @@ class FleetSearch:
     """
 
     def __init__(
-        self,
-        tenancy: Tenancy,
-        *,
-        strategy: str = "hetis",
-        budget: Budget | None = None,
-        gap_target: float = 0.005,
-        seed: int = 0,
-        threads: int = 1,
-        report: Report = silent,
-    ) -> None:
+        self, tenancy: Tenancy, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.005,
+        seed: int = 0, threads: int = 1, report: Report = silent,
+    ) -> None:  # fmt: skip
         if strategy not in SHARED:
             raise InvalidProblemError(f"strategy {strategy!r} cannot be shared, must be one of {', '.join(SHARED)}")
         self.budget = budget if budget is not None else Budget()
@@ -89,32 +82,26 @@ class FleetSearch:
         tables = [build_cost_tables(tenant.problem) for tenant in self.tenants]
         self.limits = tables[0].resources.limits
         self.solvers: list[TenantSolver] = []
+        pairs = list(zip(self.tenants, tables, strict=True))
         if all(is_small(costs) for costs in tables):
-            listed = [
-                EnumeratedTenant(*pair, self.settings, self.budget) for pair in zip(self.tenants, tables, strict=True)
-            ]
+            listed = [EnumeratedTenant(*pair, self.settings, self.budget) for pair in pairs]
             if not all(one.complete for one in listed):
                 raise NoPlanFoundError(f"no shares found within {self.budget.elapsed_s():.1f} s; allow more time")
             self.solvers.extend(listed)
         else:
-            self.solvers.extend(PricedTenant(*pair, self.settings) for pair in zip(self.tenants, tables, strict=True))
+            self.solvers.extend(PricedTenant(*pair, self.settings) for pair in pairs)
         self.alone = tuple(self._alone(solver) for solver in self.solvers)
         self.parts = tuple(
             self._reach(solver, part_of(self.limits, claim), f"{solver.tenant.name} on its part of the fleet")
             for solver, claim in zip(self.solvers, tenancy.claims, strict=True)
         )
-        self._highest: tuple[TenantsChoice, TenantsBound | None, float] | None = (
-            None  # the highest level, after it was searched
-        )
-        self._known: list[TenantsChoice] = self._all_parts()  # and choices of earlier rules: they may suit the next one
-
-    def _all_parts(self) -> list[TenantsChoice]:
-        """Return the choice with every tenant on its part: it is always feasible for the sharing incentive."""
-        priced = [c for c in self.solvers if isinstance(c, PricedTenant)]
-        if not priced:
-            return []
-        counts = tuple(c.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
-        return [TenantsChoice(counts, self._normalised_parts, np.inf)]
+        # The highest level, after it was searched.
+        self._highest: tuple[TenantsChoice, TenantsBound | None, float] | None = None
+        # Choices that may suit the next rule: with every tenant on its part, as the incentive asks; of earlier rules.
+        self._known: list[TenantsChoice] = []
+        if priced := [c for c in self.solvers if isinstance(c, PricedTenant)]:
+            counts = tuple(c.pool.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
+            self._known.append(TenantsChoice(counts, self._normalised_parts, np.inf))
 
     @property
     def _normalised_parts(self) -> FloatArray:
@@ -139,8 +126,7 @@ class FleetSearch:
         if not np.array_equal(limits, self.limits):
             time_limit_s = min(PART_SECONDS, max(0.0, budget.remaining_s()))
             budget = Budget(time_limit_s=time_limit_s, clock=budget.clock, cancelled=budget.cancelled)
-        found = solver.alone(limits, budget, silent)
-        return found if found is not None else TenantReach(rate=0.0, bound=0.0)
+        return solver.alone(limits, budget, silent) or TenantReach(rate=0.0, bound=0.0)
 
     # --- one rule
 
@@ -307,15 +293,11 @@ class FleetSearch:
         if bound is None:
             return None
         costs = self.solvers[0].costs
+        of_rows = zip(costs.resources.rows, self.limits.tolist(), bound.row_prices.tolist(), strict=True)
+        classes = ((costs.classes[g], p, limit, price) for (g, p), limit, price in of_rows)
         rows = tuple(
-            RowPrice(
-                gpu=costs.classes[g].gpu,
-                gpus_per_node=costs.classes[g].gpus_per_node,
-                tp_at_least=p,
-                limit=int(limit),
-                price=float(price),
-            )
-            for (g, p), limit, price in zip(costs.resources.rows, self.limits, bound.row_prices, strict=True)
+            RowPrice(gpu=c.gpu, gpus_per_node=c.gpus_per_node, tp_at_least=p, limit=limit, price=price)
+            for c, p, limit, price in classes
         )
         return PriceProof(
             rows=rows, multipliers=tuple(bound.multipliers.tolist()), floors=tuple(floors.tolist()), bound=bound.value
@@ -329,19 +311,17 @@ class FleetSearch:
         The diagonal is the rate it has. Searches end with the budget: a cell is then the rate found until the end.
         """
         uses = [self._use_of(share) for share in shares.shares]
-        table = []
-        for i, solver in enumerate(self.solvers):
-            row = []
-            for j, use in enumerate(uses):
-                if i == j:
-                    placed = shares.shares[i].placed
-                    row.append(EnvyCell(rate=placed, bound=placed))
-                    continue
-                other = shares.shares[j].name
-                reach = self._reach(solver, use, f"{solver.tenant.name} with the GPUs of {other}")
-                row.append(EnvyCell(rate=reach.rate, bound=reach.bound))
-            table.append(tuple(row))
-        return tuple(table)
+
+        def cell(solver: TenantSolver, own: TenantShare, other: TenantShare, use: IntArray) -> EnvyCell:
+            if own is other:
+                return EnvyCell(rate=own.placed, bound=own.placed)
+            reach = self._reach(solver, use, f"{solver.tenant.name} with the GPUs of {other.name}")
+            return EnvyCell(rate=reach.rate, bound=reach.bound)
+
+        return tuple(
+            tuple(cell(solver, own, other, use) for other, use in zip(shares.shares, uses, strict=True))
+            for solver, own in zip(self.solvers, shares.shares, strict=True)
+        )
 
     def _use_of(self, share: TenantShare) -> IntArray:
         """Return the amount of every row of the inventory that the GPUs of a share allow."""
@@ -352,8 +332,7 @@ class FleetSearch:
 
 def part_of(limits: IntArray, claim: float) -> IntArray:
     """Return a tenant's part of every inventory row, rounded down: all parts together fit in the fleet's nodes."""
-    part: IntArray = np.floor(limits * claim + ROUNDING).astype(np.int64)
-    return part
+    return np.asarray(np.floor(limits * claim + ROUNDING), dtype=np.int64)
 
 
 def worth(tenant: Tenant, alone: TenantReach) -> float:

@@ -10,7 +10,7 @@ Prices lie between those of the relaxation and those of the best bound (Wentges 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -25,7 +25,7 @@ from hetis.solver.placement.generation import KEEP, MAX_ROUNDS, SMOOTHING, Colum
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.pipelines import uniform_templates
 from hetis.solver.placement.pricing import pricers_of, tolerance_for, whole
-from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Scope
+from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template
 from hetis.solver.tenants.master import (
     TenantColumns,
@@ -88,14 +88,11 @@ def within(costs: CostTables, limits: IntArray) -> CostTables:
         if p == 1:
             counts[device_class] = limit
 
-    def narrowed(scope: Scope) -> Scope:
-        return scope.changed(lambda tables: tables._replace(available=np.minimum(tables.available, counts)))
+    def narrowed(tables: Tables) -> Tables:
+        return tables._replace(available=np.minimum(tables.available, counts))
 
-    return replace(
-        costs,
-        resources=Resources(costs.resources.rows, np.minimum(costs.resources.limits, limits)),
-        scopes=tuple(narrowed(scope) for scope in costs.scopes),
-    )
+    resources = Resources(costs.resources.rows, np.minimum(costs.resources.limits, limits))
+    return replace(costs, resources=resources, scopes=tuple(scope.changed(narrowed) for scope in costs.scopes))
 
 
 class EnumeratedTenant:
@@ -164,18 +161,13 @@ class PricedTenant:
         if is_whole:
             self.rate_cap = min(self.rate_cap, bound)
             self.pool.add(alone.pool.templates)
-        if found is not None:
-            self.pool.add([template for template, _ in found.chosen])
         if found is None:
             return TenantReach(rate=0.0, bound=unit * bound)
+        self.pool.add([template for template, _ in found.chosen])
         return TenantReach(rate=unit * found.value, bound=unit * bound, chosen=found.chosen)
 
     def columns(self, alone: float) -> TenantColumns:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
-
-    def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
-        """Return the counts of columns that make these replicas, all of them known."""
-        return self.pool.counts_of(chosen)
 
     def capped_columns(self, alone: float) -> TenantColumns:
         """Return the same columns, each rate limited to a rate that no plan exceeds."""
@@ -206,20 +198,15 @@ class PricedTenant:
         return self.costs.routes.highest_rate(theta, 1.0).value, added, complete
 
     def vary(self, prices: FloatArray, multiplier: float, budget: Budget) -> None:
-        """Add near-optimal columns of nearly every configuration at these prices: of other sizes and classes.
-
-        The relaxation needs only the best replicas; whole counts need some that fill the GPUs that those leave over.
-        """
+        """Add near-optimal columns of other sizes and classes, to fill GPUs that the best replicas leave over."""
         ratios = self._ratios_that_matter(prices, multiplier)
         for pricer, ratio in zip(self._pricers, ratios, strict=True):
             if np.isfinite(ratio) and ratio > 0.0 and not budget.is_spent():
-                self.pool.add(
-                    pricer.price(prices, VARIETY * ratio, VARIETY, budget, rate_cap=self.rate_cap).templates
-                )  # fmt: skip
+                priced = pricer.price(prices, VARIETY * ratio, VARIETY, budget, rate_cap=self.rate_cap)
+                self.pool.add(priced.templates)
 
     def _ratios_that_matter(self, prices: FloatArray, multiplier: float) -> FloatArray:
-        """Return the ratio of every side that matters: no column seen has a better ratio unless it improves something;
-        [sides]."""
+        """Return the ratios [sides] above which a column improves something; no column seen is above them."""
         routes, columns = self.costs.routes, self.pool.columns(self.rate_cap)
         seen = np.zeros(routes.num_sides)
         np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))
@@ -294,16 +281,12 @@ class JointGeneration:
         """Return prices and multipliers between relaxation and best bound: dual feasible for seen columns."""
         if self.bound is None:
             return relaxed.row_prices, relaxed.multipliers
-        kept, new = SMOOTHING, 1.0 - SMOOTHING
-        return (
-            kept * self.bound.row_prices + new * relaxed.row_prices,
-            kept * self.bound.multipliers + new * relaxed.multipliers,
-        )
+        multipliers = SMOOTHING * self.bound.multipliers + (1.0 - SMOOTHING) * relaxed.multipliers
+        return SMOOTHING * self.bound.row_prices + (1.0 - SMOOTHING) * relaxed.row_prices, multipliers
 
     def _lifted(self, prices: FloatArray, value: float) -> FloatArray:
         """Return prices with a floor for those of GPUs: the ratio of a column of free GPUs could be infinite."""
-        total = max(float(prices @ self.resources.limits), value, 1e-9)
-        return lifted(prices, self.resources, total)
+        return lifted(prices, self.resources, max(float(prices @ self.resources.limits), value, 1e-9))
 
     def _least(self, multipliers: FloatArray) -> FloatArray:
         return np.asarray(np.maximum(multipliers, LEAST_MULTIPLIER * multipliers.max(initial=1e-9)))

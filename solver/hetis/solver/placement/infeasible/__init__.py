@@ -190,8 +190,10 @@ def _shortages(costs: CostTables) -> Iterator[str]:
     problem, model = costs.problem, min(costs.problem.models(), key=lambda model: model.weight_bytes)
     room, whose = _usable_by_a_replica(costs)
     weights = model.params() * model.weight_bytes
-    kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * _fewest_kv_tokens(costs)
-    kv += model.num_layers * _least_state_bytes(costs)
+    tables, decodes = costs.scopes[-1].tables, [mix.micro_batch > 0 for mix in costs.mixes]
+    tokens, state_bytes = float(tables.kv_tokens[decodes].min()), float(tables.state_bytes[decodes].min())  # the fewest
+    kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * tokens
+    kv += model.num_layers * state_bytes
     batch = min(problem.family.micro_batches)
     requests = f"{batch} request{'' if batch == 1 else 's'}, the smallest batch"
     if weights > room:
@@ -240,18 +242,6 @@ def _usable_by_a_replica(costs: CostTables) -> tuple[float, str]:
     largest = int(np.argmax(rooms))
     c = costs.classes[largest]
     return rooms[largest], f"a replica of one device class, at most {c.available} {c.gpu},"
-
-
-def _fewest_kv_tokens(costs: CostTables) -> float:
-    """Return the fewest tokens of KV that a copy of a decoding replica must have room for under any mix."""
-    decodes = [mix.micro_batch > 0 for mix in costs.mixes]
-    return float(costs.scopes[-1].tables.kv_tokens[decodes].min())
-
-
-def _least_state_bytes(costs: CostTables) -> float:
-    """Return the same of the bytes of states in a layer."""
-    decodes = [mix.micro_batch > 0 for mix in costs.mixes]
-    return float(costs.scopes[-1].tables.state_bytes[decodes].min())
 
 
 def _largest_share(costs: CostTables) -> tuple[float, int, str, float, float]:

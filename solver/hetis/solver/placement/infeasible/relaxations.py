@@ -300,11 +300,9 @@ def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> It
 def _relaxation(offer: Offer, count: int, usd: float) -> Relaxation:
     rent = f", {usd:.4g} USD/h" if usd < float("inf") else ""
     nodes = f"{count // PER_NODE} nodes of {PER_NODE}" if count > PER_NODE else "one node"
-    change = f"add {count} {offer.gpu.name}"
+    change, known_usd = f"add {count} {offer.gpu.name}", usd if usd < float("inf") else None
     sentence = f"{change} ({nodes}{rent}): a plan exists, with fewer of them none was found"
-    return Relaxation(
-        about=None, sentence=sentence, change=change, usd_per_hour=usd if usd < float("inf") else None
-    )  # fmt: skip
+    return Relaxation(about=None, sentence=sentence, change=change, usd_per_hour=known_usd)
 
 
 def _offers(problem: PlacementProblem, market: Market) -> list[Offer]:
@@ -353,19 +351,11 @@ def _fewest(
 
 def with_added(problem: PlacementProblem, offer: Offer, count: int) -> PlacementProblem:
     """Return the problem with ``count`` more GPUs in new nodes on the fleet's network, in its first zone."""
-    cluster = problem.cluster
-    per_node = min(count, PER_NODE)
-    zones = cluster.zones()
-    group = NodeGroup(
-        name=ADDED,
-        gpus=(GpuSlots(gpu=offer.gpu.name, count=per_node),),
-        count=count // per_node,
-        numbered=True,
-        zone=zones[0] if zones else "default",
-    )
-    grown = replace(
-        cluster, node_groups=(*cluster.node_groups, group), gpu_types={offer.gpu.name: offer.gpu, **cluster.gpu_types}
-    )
+    cluster, per_node = problem.cluster, min(count, PER_NODE)
+    slots, (zone, *_) = (GpuSlots(gpu=offer.gpu.name, count=per_node),), cluster.zones() or ("default",)
+    group = NodeGroup(name=ADDED, gpus=slots, count=count // per_node, numbered=True, zone=zone)
+    types = {offer.gpu.name: offer.gpu, **cluster.gpu_types}
+    grown = replace(cluster, node_groups=(*cluster.node_groups, group), gpu_types=types)
     return replace(problem, cluster=grown, profiles={offer.gpu.name: offer.profile, **problem.profiles})
 
 

@@ -195,12 +195,10 @@ def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
 def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
     """Return a cluster whose links between nodes and zones have ``factor`` times the bandwidth and 1/factor latency."""
     network = cluster.network
-    groups = tuple(
-        replace(group, nic=None if group.nic is None else _faster(group.nic, factor)) for group in cluster.node_groups
-    )  # fmt: skip
+    groups = tuple(replace(group, nic=group.nic and _faster(group.nic, factor)) for group in cluster.node_groups)
     faster = Network(
         default=_faster(network.default, factor),
-        zone_default=None if network.zone_default is None else _faster(network.zone_default, factor),
+        zone_default=network.zone_default and _faster(network.zone_default, factor),
         between_zones={pair: _faster(link, factor) for pair, link in network.between_zones.items()},
         between_nodes={pair: _faster(link, factor) for pair, link in network.between_nodes.items()},
     )
@@ -208,7 +206,5 @@ def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
 
 
 def _faster(link: Link, factor: float, latency: float | None = None) -> Link:
-    return Link(
-        bytes_per_s=link.bytes_per_s * factor,
-        latency_s=link.latency_s / (factor if latency is None else latency),
-    )  # fmt: skip
+    latency_s = link.latency_s / (factor if latency is None else latency)
+    return Link(bytes_per_s=link.bytes_per_s * factor, latency_s=latency_s)

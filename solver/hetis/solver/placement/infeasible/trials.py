@@ -75,10 +75,7 @@ class Trials:
         return None
 
     def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
-        """Return whether a plan of a rate-maximising problem has this goodput; try dense work and equal stages first.
-
-        A plan of equal stages may have several types in one role.
-        """
+        """Return whether a plan that maximises the rate has this goodput; try dense work and equal stages first."""
         family, costs = problem.family, self._plain_costs(problem)
         if costs is None:
             return Trial(exists=False)
