@@ -296,10 +296,8 @@ def list_options(
     or the fastest or the roomiest smaller pool of the same class, is as fast and has as much room, because the option
     would only cost more (unless cards count, see `Tables`).
     """
-    size_of_out = 256
-    out = _empty_options(size_of_out)
-    out_layer_s, out_fixed_s, out_min, out_max = out.layer_s, out.fixed_s, out.min_layers, out.max_layers
-    count, caps, floors = 0, np.empty(4, np.int64), np.ones(4, np.int64)
+    out, count = _empty_options(256), 0
+    caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
     fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
     on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
     has_chunk_limits = chunk_cap_s < np.inf or unevenness < np.inf
@@ -373,14 +371,7 @@ def list_options(
                             wire_s = pool_wire_s[entry] if receives else 0.0
                             on_card = layers_on_card(card_bytes, kv_group_bytes, n, k, p, requests, tokens)
                         layer_s = max(compute_s, wire_s)
-                        most_layers = 0
-                        for role in range(4):
-                            prefix = prefix_layers if role in (FIRST, BOTH) else 0
-                            caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
-                            if t.rank_dp[s] > 1 and (role != BOTH or caps[role] < num_layers):
-                                caps[role] = 0
-                            most_layers = max(most_layers, caps[role])
-                        if most_layers == 0:
+                        if not _fill_caps(caps, on_rank, k, on_card, prefix_layers, num_layers, t.rank_dp[s] > 1):
                             continue
                         fill_fixed(
                             fixed_s, prefix_layers, compute_s, wire_s, hop_s, step_s, last_s, prefix_delta_s
@@ -394,39 +385,33 @@ def list_options(
                                 floors, caps, layer_s, fixed_s, chunk_layer_s, chunk_fixed_s, c * chunk_cap_s, n_it,
                                 unevenness * slack,
                             )  # fmt: skip
-                            most_layers = max(max(caps[0], caps[1]), max(caps[2], caps[3]))
-                            if most_layers == 0:
+                            if not caps.any():
                                 continue
                         longer = stretch(mix, layer_s, chunk_layer_s, least_slack, slack_unevenness)
                         layer_s *= longer
                         for role in range(4):
                             fixed_s[role] *= longer
                         rest_s = min(min(fixed_s[0], fixed_s[1]), min(fixed_s[2], fixed_s[3])) / least
-                        if not is_useful(reach, price, c, layer_s / least, rest_s, float(most_layers)):
+                        if not is_useful(reach, price, c, layer_s / least, rest_s, float(caps.max())):
                             continue
-                        if not counts and q >= 0:
-                            beaten = False
-                            for at in (without, fastest, roomiest):
-                                if at in (-1, count):
-                                    continue
-                                if out_layer_s[at] <= layer_s and _no_worse(
-                                    out_fixed_s[at], out_min[at], out_max[at], fixed_s, floors, caps
-                                ):  # fmt: skip
-                                    beaten = True
-                                    break
-                            if beaten:
-                                continue
-                        if count == size_of_out:
-                            size_of_out *= 2
-                            out = selected(out, np.arange(size_of_out) % count)
-                            out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
-                            out_min, out_max = out.min_layers, out.max_layers
+                        if (
+                            not counts
+                            and q >= 0
+                            and (
+                                _is_beaten(out, without, count, layer_s, fixed_s, floors, caps)
+                                or _is_beaten(out, fastest, count, layer_s, fixed_s, floors, caps)
+                                or _is_beaten(out, roomiest, count, layer_s, fixed_s, floors, caps)
+                            )
+                        ):
+                            continue
+                        if count == out.layer_s.size:
+                            out = selected(out, np.arange(2 * count) % count)
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
                         if q < 0:
                             without = count
-                        if count == first_of_group or layer_s < out_layer_s[fastest]:
+                        if count == first_of_group or layer_s < out.layer_s[fastest]:
                             fastest = count
-                        if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:
+                        if count == first_of_group or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
                             roomiest = count
                         count += 1
     return selected(out, slice(0, count))
@@ -447,12 +432,40 @@ def _write(
 
 
 @kernel
-def _no_worse(
-    fixed_a: FloatArray, floors_a: IntArray, caps_a: IntArray, fixed_b: FloatArray, floors_b: IntArray, caps_b: IntArray
+def _fill_caps(
+    caps: IntArray,
+    on_rank: FloatArray,
+    k: int,
+    on_card: float,
+    prefix_layers: int,
+    num_layers: int,
+    shares_experts: bool,
 ) -> bool:
-    """Return whether stage a has no longer fixed times than b, is as roomy, and allows as few layers; [4] each."""
+    """Fill in the most layers of each role with k head groups in the pool, and return whether any role has one.
+
+    Copies that share their experts hold all layers or none.
+    """
+    has_any = False
     for role in range(4):
-        if caps_a[role] < caps_b[role] or floors_a[role] > floors_b[role] or fixed_a[role] > fixed_b[role]:
+        prefix = prefix_layers if role in (FIRST, BOTH) else 0
+        caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
+        if shares_experts and (role != BOTH or caps[role] < num_layers):
+            caps[role] = 0
+        has_any = has_any or caps[role] > 0
+    return has_any
+
+
+@kernel
+def _is_beaten(
+    out: Options, at: int, count: int, layer_s: float, fixed_s: FloatArray, floors: IntArray, caps: IntArray
+) -> bool:
+    """Return whether option ``at``, if it is one of ``count``, is as fast and roomy, and allows as few layers."""
+    if at in (-1, count) or out.layer_s[at] > layer_s:
+        return False
+    for role in range(4):
+        if out.max_layers[at, role] < caps[role] or out.min_layers[at, role] > floors[role]:
+            return False
+        if out.fixed_s[at, role] > fixed_s[role]:
             return False
     return True
 
