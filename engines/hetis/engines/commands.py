@@ -36,25 +36,16 @@ WORKER = ("hetis-worker",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """Addresses at which processes reach each other, and paths of their files.
+    """Addresses at which processes reach each other, and paths of their files."""
 
-    Attributes:
-        hosts: address or host name by node; any other node is reached by its own name.
-        worker_port: of the first worker process on a node; the others have the ports after it.
-        master_port: where processes of the engine on several nodes connect.
-        kv_port: where decode replicas ask a prefill replica for KV.
-        all_here: every process is on this machine, whatever node the plan says.
-        config_file: of the plugin.
-        key_file: key of vLLM and the workers, on every node.
-    """
-
+    # address or host name by node; any other node is reached by its own name
     hosts: Mapping[str, str] = field(default_factory=dict)
-    worker_port: int = WORKER_PORT
-    master_port: int = MASTER_PORT
-    kv_port: int = KV_PORT
-    all_here: bool = False
-    config_file: str = "hetis-launch/workers.yaml"
-    key_file: str = "hetis-launch/worker.key"
+    worker_port: int = WORKER_PORT  # of the first worker process on a node; the others have the ports after it
+    master_port: int = MASTER_PORT  # where processes of the engine on several nodes connect
+    kv_port: int = KV_PORT  # where decode replicas ask a prefill replica for KV
+    all_here: bool = False  # every process is on this machine, whatever node the plan says
+    config_file: str = "hetis-launch/workers.yaml"  # of the plugin
+    key_file: str = "hetis-launch/worker.key"  # key of vLLM and the workers, on every node
 
     def host(self, node: str) -> str:
         return LOOPBACK if self.all_here else self.hosts.get(node, node)
@@ -62,22 +53,15 @@ class Addresses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """The command that starts one process.
-
-    Attributes:
-        shown: program and options as users write them.
-        environment: variables needed in addition to the existing environment.
-        files: files that must exist before it starts, by path.
-        secrets: files that only its user may read, which must exist and are not in ``files``.
-        stops_s: time to end after being told to, before it is killed.
-    """
+    """The command that starts one process."""
 
     process: Process
-    shown: tuple[str, ...]
+    shown: tuple[str, ...]  # program and options as users write them
+    # variables needed in addition to the existing environment
     environment: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()
-    stops_s: float = STOPS_S
+    files: Mapping[str, str] = field(default_factory=dict)  # files that must exist before it starts, by path
+    secrets: tuple[str, ...] = ()  # files that only its user may read, which must exist and are not in ``files``
+    stops_s: float = STOPS_S  # time to end after being told to, before it is killed
 
     @property
     def line(self) -> str:

@@ -51,26 +51,17 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """Settings of the deployment that are not in the plan.
+    """Settings of the deployment that are not in the plan."""
 
-    Attributes:
-        name: of the replica; names of objects begin with it.
-        image: vLLM with the plugin.
-        worker_image: an image with `hetis[worker]`.
-        model_claim: a PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path.
-            Empty: the image has the model, or vLLM finds it.
-        key_secret: a Secret whose ``api-key`` clients must present.
-        is_open: no key is needed; either this or a secret.
-        worker_secret: a Secret whose ``worker-key`` vLLM and its workers share.
-    """
-
-    name: str
-    image: str
-    worker_image: str
-    worker_secret: str
+    name: str  # of the replica; names of objects begin with it
+    image: str  # vLLM with the plugin
+    worker_image: str  # an image with `hetis[worker]`
+    worker_secret: str  # a Secret whose ``worker-key`` vLLM and its workers share
+    # a PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
+    # the model, or vLLM finds it.
     model_claim: str = ""
-    key_secret: str = ""
-    is_open: bool = False
+    key_secret: str = ""  # a Secret whose ``api-key`` clients must present
+    is_open: bool = False  # no key is needed; either this or a secret
     namespace: str = ""
 
     def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:

@@ -38,24 +38,15 @@ class ProcessKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One process.
+    """One process."""
 
-    Attributes:
-        name: unique in the replica.
-        stage: the stage that it computes or holds KV for; the first one if the engine is one process.
-        node: where it runs.
-        gpus: its GPUs on the node, as the driver counts them, in the order of the ranks.
-        kv_bytes: memory for KV on each GPU, as planned.
-        sharing: number of the replica's processes that use these GPUs.
-    """
-
-    name: str
+    name: str  # unique in the replica
     kind: ProcessKind
-    stage: int
-    node: str
-    gpus: tuple[int, ...]
-    kv_bytes: int
-    sharing: int = 1
+    stage: int  # the stage that it computes or holds KV for; the first one if the engine is one process
+    node: str  # where it runs
+    gpus: tuple[int, ...]  # its GPUs on the node, as the driver counts them, in the order of the ranks
+    kv_bytes: int  # memory for KV on each GPU, as planned
+    sharing: int = 1  # number of the replica's processes that use these GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,44 +59,26 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A replica.
-
-    Attributes:
-        role: its role: unified, prefill or decode.
-        tensor_parallel: ranks of every stage, in each of the data-parallel copies.
-        data_parallel: copies that share their experts, each of which has its own requests; 1 without expert
-            parallelism.
-        layers: number of the model's layers in each stage.
-        servers: processes of the engine, the one with the scheduler first.
-        attention_workers: processes that hold KV.
-        workers: the same, as the scheduler sees them.
-        micro_batch: requests that decode in one iteration; 0 for a prefill replica.
-        seats: maximum number of concurrent requests, of each data-parallel copy.
-        chunk_tokens: prompt tokens per iteration, of each data-parallel copy; 0 for a decode replica.
-        kv_tokens: KV capacity in tokens, of each data-parallel copy.
-        kv_is_fp8: KV has one byte per number, otherwise as many as the model's numbers.
-        has_windows_in_some: layers with a sliding window and layers without have KV of their own kinds.
-        draft_tokens: tokens that multi-token prediction drafts for a request in an iteration.
-        context_tokens: the longest request that fits into the KV capacity. None: the model's context is no longer.
-        dtype: of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine.
-    """
+    """A replica."""
 
     engine: Engine
-    role: Role
-    tensor_parallel: int
-    layers: tuple[int, ...]
-    servers: tuple[Process, ...]
-    attention_workers: tuple[Process, ...]
-    workers: tuple[Worker, ...]
-    micro_batch: int
-    seats: int
-    chunk_tokens: int
-    kv_tokens: int
-    kv_is_fp8: bool = False
-    has_windows_in_some: bool = False
-    draft_tokens: int = 0
+    role: Role  # its role: unified, prefill or decode
+    tensor_parallel: int  # ranks of every stage, in each of the data-parallel copies
+    layers: tuple[int, ...]  # number of the model's layers in each stage
+    servers: tuple[Process, ...]  # processes of the engine, the one with the scheduler first
+    attention_workers: tuple[Process, ...]  # processes that hold KV
+    workers: tuple[Worker, ...]  # the same, as the scheduler sees them
+    micro_batch: int  # requests that decode in one iteration; 0 for a prefill replica
+    seats: int  # maximum number of concurrent requests, of each data-parallel copy
+    chunk_tokens: int  # prompt tokens per iteration, of each data-parallel copy; 0 for a decode replica
+    kv_tokens: int  # KV capacity in tokens, of each data-parallel copy
+    kv_is_fp8: bool = False  # KV has one byte per number, otherwise as many as the model's numbers
+    has_windows_in_some: bool = False  # layers with a sliding window and layers without have KV of their own kinds
+    draft_tokens: int = 0  # tokens that multi-token prediction drafts for a request in an iteration
+    # the longest request that fits into the KV capacity. None: the model's context is no longer.
     context_tokens: int | None = None
-    dtype: str = "auto"
+    dtype: str = "auto"  # of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine
+    # copies that share their experts, each of which has its own requests; 1 without expert parallelism
     data_parallel: int = 1
 
     @property

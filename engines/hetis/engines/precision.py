@@ -27,33 +27,21 @@ CAPABILITIES: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Least:
-    """The minimum compute capability for something.
+    """The minimum compute capability for something."""
 
-    Attributes:
-        capability: of CUDA. Infinite: no GPU has it.
-        source: where it is documented.
-        how: how it works on GPUs that do not compute in the format. Empty: nothing worth mentioning.
-    """
-
-    capability: float
-    source: str
-    how: str = ""
+    capability: float  # of CUDA. Infinite: no GPU has it.
+    source: str  # where it is documented
+    how: str = ""  # how it works on GPUs that do not compute in the format. Empty: nothing worth mentioning.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """The requirements of one version of an engine.
-
-    Attributes:
-        engine: minimum, whatever the precision.
-        weights: by precision, a name in `hetis.formats.dtypes.PRECISIONS`.
-        fp8_kv: by kind of attention.
-    """
+    """The requirements of one version of an engine."""
 
     version: str
-    engine: Least
-    weights: Mapping[str, Least]
-    fp8_kv: Mapping[AttentionKind, Least]
+    engine: Least  # minimum, whatever the precision
+    weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.dtypes.PRECISIONS`
+    fp8_kv: Mapping[AttentionKind, Least]  # by kind of attention
 
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"

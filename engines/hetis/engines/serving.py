@@ -29,27 +29,17 @@ DECIDED = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """An engine's settings that are not in the layout.
+    """An engine's settings that are not in the layout."""
 
-    Attributes:
-        model: as the engine takes it, a folder or a name.
-        program: the engine. If its last word is not ``serve``, it is the module of vLLM's front end.
-        options: of the engine, verbatim.
-        dtype: of model and KV; ``auto`` leaves it to the engine.
-        device: ``cuda`` or ``cpu``.
-        limits_kv: the ranks take no more memory for KV than planned.
-        executor: Unix socket for the node's agent. Empty: nobody steers the engine.
-        served_name: the clients' name for the model. Empty: ``model``.
-    """
-
-    model: str
+    model: str  # as the engine takes it, a folder or a name
+    # the engine. If its last word is not ``serve``, it is the module of vLLM's front end.
     program: tuple[str, ...] = SERVE
-    options: tuple[str, ...] = ()
-    dtype: str = "auto"
-    device: str = "cuda"
-    limits_kv: bool = False
-    executor: str = ""
-    served_name: str = ""
+    options: tuple[str, ...] = ()  # of the engine, verbatim
+    dtype: str = "auto"  # of model and KV; ``auto`` leaves it to the engine
+    device: str = "cuda"  # ``cuda`` or ``cpu``
+    limits_kv: bool = False  # the ranks take no more memory for KV than planned
+    executor: str = ""  # Unix socket for the node's agent. Empty: nobody steers the engine.
+    served_name: str = ""  # the clients' name for the model. Empty: ``model``.
 
     def gives(self, *names: str) -> bool:
         """Return whether one of these is among the verbatim options."""

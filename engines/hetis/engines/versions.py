@@ -26,18 +26,12 @@ class Engine(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """The part of an engine version's interface that is used.
-
-    Attributes:
-        origin: where it is documented, and how it was checked.
-        options: of its command line, with what the plan puts there.
-        variables: of its environment, likewise.
-    """
+    """The part of an engine version's interface that is used."""
 
     version: str
-    origin: str
-    options: Mapping[str, str]
-    variables: Mapping[str, str]
+    origin: str  # where it is documented, and how it was checked
+    options: Mapping[str, str]  # of its command line, with what the plan puts there
+    variables: Mapping[str, str]  # of its environment, likewise
 
 
 _VLLM = Recorded(

@@ -21,15 +21,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.profiler.engine_tables import (
-    NEAREST,
-    PUBLISHER,
-    SYSTEMS,
-    kernels_in,
-    make_file,
-    provenance_of,
-    rows_in,
-)
+from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in, make_file, provenance_of, rows_in
 from hetis.profiler.fit.layers import COLD_RATIO
 from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded

@@ -22,15 +22,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.profiler.engine_tables import (
-    NEAREST,
-    PUBLISHER,
-    SYSTEMS,
-    kernels_in,
-    make_file,
-    provenance_of,
-    rows_in,
-)
+from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in, make_file, provenance_of, rows_in
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType

@@ -34,19 +34,14 @@ _LINK_BYTES_PER_S = 25e9  # for typical messages: a wire factor is multiplied wi
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pairs:
-    """One operator: measured and fitted seconds, shape [rows], and each row's region.
+    """One operator: measured and fitted seconds, shape [rows], and each row's region."""
 
-    Attributes:
-        title: the operator and its shapes.
-        regions: (row label, column label) of each row; the first is empty if one axis is enough.
-        axes: meaning of the two labels.
-    """
-
-    title: str
+    title: str  # the operator and its shapes
     measured: FloatArray
     fitted: FloatArray
+    # (row label, column label) of each row; the first is empty if one axis is enough
     regions: tuple[tuple[str, str], ...]
-    axes: tuple[str, str]
+    axes: tuple[str, str]  # meaning of the two labels
 
     @property
     def residual(self) -> FloatArray:

@@ -27,20 +27,14 @@ class Arrivals(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Load:
-    """The traffic of a fleet.
+    """The traffic of a fleet."""
 
-    Attributes:
-        lengths: a trace, whose requests are taken in order and from the start again, or a distribution to draw from.
-        max_position: context of the model; longer requests are clipped in the same way as by `Workload.clipped_to`.
-        rate_rps: mean arrivals per second; None only if ``arrivals`` are saturated or as recorded.
-        gap_cv: coefficient of variation of drawn gaps: 0 evenly spaced, 1 Poisson, above 1 in bursts.
-    """
-
+    # a trace, whose requests are taken in order and from the start again, or a distribution to draw from
     lengths: Trace | Workload
-    max_position: int
+    max_position: int  # context of the model; longer requests are clipped in the same way as by `Workload.clipped_to`
     arrivals: Arrivals = Arrivals.DRAWN
-    rate_rps: float | None = None
-    gap_cv: float = 1.0
+    rate_rps: float | None = None  # mean arrivals per second; None only if ``arrivals`` are saturated or as recorded
+    gap_cv: float = 1.0  # coefficient of variation of drawn gaps: 0 evenly spaced, 1 Poisson, above 1 in bursts
 
     def __post_init__(self) -> None:
         if self.rate_rps is not None and not 0 < self.rate_rps < float("inf"):

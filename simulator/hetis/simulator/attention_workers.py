@@ -304,12 +304,7 @@ class SharedCard:
 
 
 class PoolCopy:
-    """The primary of one stage copy, device 0, and the cards of its pool.
-
-    Attributes:
-        homes: the head groups of every request here on each device, [D].
-        busy_s: seconds of attention on each device, [D].
-    """
+    """The primary of one stage copy, device 0, and the cards of its pool."""
 
     def __init__(
         self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], log: RequestLog,
@@ -321,8 +316,8 @@ class PoolCopy:
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
         self._growth = growth
-        self.homes: dict[int, IntArray] = {}
-        self.busy_s = np.zeros(len(names))
+        self.homes: dict[int, IntArray] = {}  # the head groups of every request here on each device, [D]
+        self.busy_s = np.zeros(len(names))  # seconds of attention on each device, [D]
         self.total_blocks = np.asarray(blocks, np.int64)
         self._next_card = 0
         self._dispatch: Callable[[DeviceLoad, Requests], IntArray | None] = self._as_planned

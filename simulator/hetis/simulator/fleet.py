@@ -286,7 +286,6 @@ class SimulatedFleet(Outside):
     Attributes:
         takers: replicas that take prompts: all except those that only decode, and prefill replicas without a route in
             the plan: a prompt there would wait forever.
-        held: requests that arrived, or returned, while no taker was up.
     """
 
     def __init__(
@@ -295,7 +294,7 @@ class SimulatedFleet(Outside):
         self.replicas, self.log, self.events, self.router = replicas, log, events, router
         self.transfers: KvTransfers | None = None
         self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
-        self.held: deque[int] = deque()
+        self.held: deque[int] = deque()  # requests that arrived, or returned, while no taker was up
         self._arrivals: Iterator[Request] = iter(())
         self._source: SaturatingSource | None = None
         for replica in replicas:

@@ -66,43 +66,34 @@ class RunCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """A run from ``window_start_s`` (the end of its warm-up) to ``window_end_s`` (the last arrival).
+    """A run from ``window_start_s`` (the end of its warm-up) to ``window_end_s`` (the last arrival)."""
 
-    Attributes:
-        steady: whether the load was carried: requests did not pile up in the window, and at most 5% of those that
-            arrived in it were never finished, rejected or not. If they piled up, latencies grow with the length of the
-            run, and are a property of the run, not of the load. None: the run is too short to tell.
-        growth: seconds by which TTFT grows per second of arrivals in the window (`steadiness.growth`).
-        arrival_rps, throughput_rps: requests that arrived and that finished in the window, per second of it.
-        prompt_tokens_per_s, output_tokens_per_s: rates for the requests that finished in it.
-        ttft_s: from arrival to the first output token, of requests that arrived in the window, as are all that follow.
-        tpot_s: from the first to the last output token over the tokens after the first, of requests with two or more.
-        mean_tpot_s: mean seconds per output token over *tokens*, which is the definition of a plan's TPOT.
-        end_to_end_s: from arrival to the last token; ``normalised_s`` the same per output token.
-        queueing_s: from arrival until the first chunk of the prompt was scheduled.
-        attainment: share of the requests that met both limits, each by itself; NaN without limits.
-        devices: per GPU; empty without samples.
-    """
-
+    # whether the load was carried: requests did not pile up in the window, and at most 5% of those that arrived in it
+    # were never finished, rejected or not. If they piled up, latencies grow with the length of the run, and are a
+    # property of the run, not of the load. None: the run is too short to tell.
     steady: bool | None
-    growth: Estimate
+    growth: Estimate  # seconds by which TTFT grows per second of arrivals in the window (`steadiness.growth`)
     window_start_s: float
     window_end_s: float
     end_s: float
+    # arrival_rps, throughput_rps: requests that arrived and that finished in the window, per second of it.
     arrival_rps: float
     throughput_rps: Estimate
+    # prompt_tokens_per_s, output_tokens_per_s: rates for the requests that finished in it.
     prompt_tokens_per_s: float
     output_tokens_per_s: float
+    # from arrival to the first output token, of requests that arrived in the window, as are all that follow
     ttft_s: Distribution
     ttft_p95_s: Estimate
+    # from the first to the last output token over the tokens after the first, of requests with two or more
     tpot_s: Distribution
-    mean_tpot_s: Estimate
-    end_to_end_s: Distribution
+    mean_tpot_s: Estimate  # mean seconds per output token over *tokens*, which is the definition of a plan's TPOT
+    end_to_end_s: Distribution  # from arrival to the last token; ``normalised_s`` the same per output token
     normalised_s: Distribution
-    queueing_s: Distribution
-    attainment: float
+    queueing_s: Distribution  # from arrival until the first chunk of the prompt was scheduled
+    attainment: float  # share of the requests that met both limits, each by itself; NaN without limits
     counts: RunCounts
-    devices: tuple[DeviceUse, ...]
+    devices: tuple[DeviceUse, ...]  # per GPU; empty without samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

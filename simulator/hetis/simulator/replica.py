@@ -73,22 +73,16 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """The composition of a replica's iterations.
+    """The composition of a replica's iterations."""
 
-    Attributes:
-        micro_batch: most decoding requests in one micro-batch; 0 for a prefill replica.
-        in_flight: number of micro-batches.
-        chunk_tokens: most prompt tokens in an iteration, of one prompt or several; 0 for a decode replica.
-        ahead: prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish
-            while a prompt is prefilled, so that as many requests decode as the plan assumes.
-        growing: requests of a micro-batch for each of which a block stays free when another one starts; None: as many
-            as it has seats.
-    """
-
-    micro_batch: int
-    in_flight: int
-    chunk_tokens: int
+    micro_batch: int  # most decoding requests in one micro-batch; 0 for a prefill replica
+    in_flight: int  # number of micro-batches
+    chunk_tokens: int  # most prompt tokens in an iteration, of one prompt or several; 0 for a decode replica
+    # prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish while a
+    # prompt is prefilled, so that as many requests decode as the plan assumes.
     ahead: int
+    # requests of a micro-batch for each of which a block stays free when another one starts; None: as many as it has
+    # seats
     growing: int | None = None
 
 
@@ -121,11 +115,6 @@ class ReplicaRun:
 
     Attributes:
         rate: requests/s that the plan assigns to it; for a prefill replica the rate of its routes, which may be 0.
-        stages: the copies of every stage.
-        batches: its micro-batches.
-        queue: requests that wait for their prompt to begin.
-        outstanding: requests given to it that are not done, including those that wait.
-        is_up: every stage has a copy that is up.
     """
 
     def __init__(
@@ -133,10 +122,10 @@ class ReplicaRun:
         stages: Sequence[Sequence[SimulatedStageCopy]],
     ) -> None:  # fmt: skip
         self.number, self.rate, self.batching, self.growth, self.log = number, rate, batching, growth, log
-        self.stages = tuple(tuple(copies) for copies in stages)
-        self.queue: deque[int] = deque()
-        self.outstanding = 0
-        self.is_up = True
+        self.stages = tuple(tuple(copies) for copies in stages)  # the copies of every stage
+        self.queue: deque[int] = deque()  # requests that wait for their prompt to begin
+        self.outstanding = 0  # requests given to it that are not done, including those that wait
+        self.is_up = True  # every stage has a copy that is up
         self.discipline: Discipline
         self.outside = Outside()
         self.kv = Holdings(log, growth)
@@ -147,7 +136,7 @@ class ReplicaRun:
         copies = min(len(copies) for copies in self.stages)
         growing = batching.micro_batch if batching.growing is None else batching.growing
         self._spare = -(-batching.in_flight // copies) * growing
-        self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
+        self.batches = [self.new_batch(index) for index in range(batching.in_flight)]  # its micro-batches
         self._idle = set(range(batching.in_flight))
 
     @property

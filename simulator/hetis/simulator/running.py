@@ -217,16 +217,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """All rates that were tried, from the lowest.
-
-    Attributes:
-        goodput_rps: the highest rate below which every tried rate is within the limits; 0: none is.
-        beyond_rps: the lowest rate that is not within them; None: none was found, the search was stopped.
-    """
+    """All rates that were tried, from the lowest."""
 
     points: tuple[Point, ...]
-    goodput_rps: float
-    beyond_rps: float | None
+    goodput_rps: float  # the highest rate below which every tried rate is within the limits; 0: none is
+    beyond_rps: float | None  # the lowest rate that is not within them; None: none was found, the search was stopped
 
 
 def sweep(

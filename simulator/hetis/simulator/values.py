@@ -71,40 +71,29 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of the simulation of a plan.
+    """Settings of the simulation of a plan."""
 
-    Attributes:
-        seed: seed of everything that is random (ties of the router).
-        discipline: ``apart``: the micro-batches of a replica stay separate and take turns at a stage's copies, as the
-            placement model assumes; ``greedy``: a stage takes all requests that wait for it at once.
-        chunks: ``planned``: an iteration carries up to the plan's C tokens of prompts whenever some wait; ``paced``: no
-            more than keep the seats filled on average, so that iterations are alike and pipelines with few
-            micro-batches do not wait for long ones. Prompts then take more iterations.
-        router: ``least-work``: a request goes to the replica with the least work waiting and running, over its planned
-            rate; prefill replicas and those that also decode take turns in proportion to their planned rates;
-            ``weighted``: to each in proportion to its planned rate, independent of its queue; ``fewest-requests`` and
-            ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for
-            decode replicas.
-        dispatch: head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them.
-        redispatch: head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``.
-        theta: deviation of a stage's attention time above which re-dispatch checks it.
-        faults: devices that fail and join.
-        sample_every_s: spacing of the series per device; None: no series.
-        trace: whether to record the work of every stage copy, for Perfetto.
-        horizon_s: the run ends at this time at the latest; None: when every request has finished.
-    """
-
-    seed: int = 0
+    seed: int = 0  # seed of everything that is random (ties of the router)
+    # ``apart``: the micro-batches of a replica stay separate and take turns at a stage's copies, as the placement model
+    # assumes; ``greedy``: a stage takes all requests that wait for it at once
     discipline: Literal["apart", "greedy"] = "apart"
+    # ``planned``: an iteration carries up to the plan's C tokens of prompts whenever some wait; ``paced``: no more than
+    # keep the seats filled on average, so that iterations are alike and pipelines with few micro-batches do not wait
+    # for long ones. Prompts then take more iterations.
     chunks: Literal["planned", "paced"] = "planned"
+    # ``least-work``: a request goes to the replica with the least work waiting and running, over its planned rate;
+    # prefill replicas and those that also decode take turns in proportion to their planned rates; ``weighted``: to each
+    # in proportion to its planned rate, independent of its queue; ``fewest-requests`` and ``fewest-tokens``: to the
+    # shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for decode replicas
     router: Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"] = "least-work"
+    # head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them
     dispatch: bool = True
-    redispatch: bool = True
-    theta: float = 0.5
-    faults: tuple[Fault, ...] = ()
-    sample_every_s: float | None = None
-    trace: bool = False
-    horizon_s: float | None = None
+    redispatch: bool = True  # head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``
+    theta: float = 0.5  # deviation of a stage's attention time above which re-dispatch checks it
+    faults: tuple[Fault, ...] = ()  # devices that fail and join
+    sample_every_s: float | None = None  # spacing of the series per device; None: no series
+    trace: bool = False  # whether to record the work of every stage copy, for Perfetto
+    horizon_s: float | None = None  # the run ends at this time at the latest; None: when every request has finished
 
     def __post_init__(self) -> None:
         for name in ("sample_every_s", "horizon_s"):
@@ -142,45 +131,31 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Results of a run: one entry per request that arrived, in their order; NaN (or -1) if it never happened.
+    """Results of a run: one entry per request that arrived, in their order; NaN (or -1) if it never happened."""
 
-    Attributes:
-        id: numbers of the requests, [requests], as are all arrays here.
-        arrival_s, admitted_s: ``admitted_s`` is when its first prefill chunk was scheduled for the first time.
-        first_token_s, finished_s: when the first and the last output token left the last stage.
-        replica: index into the plan of the replica that decodes it (or prefills it, before that is known).
-        preemptions: times it was evicted for lack of KV blocks, or for a lost device, and prefilled again.
-        moved_bytes: KV bytes of its head groups that re-dispatch moved.
-        iterations: iterations of micro-batches, over all replicas, whole round trips.
-        migrations: moves of head groups that were committed; ``migrated_bytes`` are their bytes.
-        kv_transfers: prompts whose KV went from a prefill to a decode replica.
-        rejected: requests that no replica can ever hold (their KV exceeds its room).
-        prefilled_tokens: tokens of all chunks, including prefill after an eviction.
-        generated_tokens: output tokens; for requests cut off by the end of the run, those up to their last eviction.
-        series: series per device, None unless `Settings.sample_every_s`.
-        end_s: virtual time at which the run ended.
-    """
-
-    id: IntArray
+    id: IntArray  # numbers of the requests, [requests], as are all arrays here
+    # arrival_s, admitted_s: ``admitted_s`` is when its first prefill chunk was scheduled for the first time.
     arrival_s: FloatArray
     admitted_s: FloatArray
+    # first_token_s, finished_s: when the first and the last output token left the last stage.
     first_token_s: FloatArray
     finished_s: FloatArray
     prompt_tokens: IntArray
     output_tokens: IntArray
-    replica: IntArray
-    preemptions: IntArray
-    moved_bytes: FloatArray
-    iterations: int
+    replica: IntArray  # index into the plan of the replica that decodes it (or prefills it, before that is known)
+    preemptions: IntArray  # times it was evicted for lack of KV blocks, or for a lost device, and prefilled again
+    moved_bytes: FloatArray  # KV bytes of its head groups that re-dispatch moved
+    iterations: int  # iterations of micro-batches, over all replicas, whole round trips
     num_preemptions: int
-    migrations: int
+    migrations: int  # moves of head groups that were committed; ``migrated_bytes`` are their bytes
     migrated_bytes: float
-    kv_transfers: int
-    rejected: int
-    series: Series | None
+    kv_transfers: int  # prompts whose KV went from a prefill to a decode replica
+    rejected: int  # requests that no replica can ever hold (their KV exceeds its room)
+    series: Series | None  # series per device, None unless `Settings.sample_every_s`
     trace_events: tuple[TraceEvent, ...]
-    end_s: float
-    prefilled_tokens: int = 0
+    end_s: float  # virtual time at which the run ended
+    prefilled_tokens: int = 0  # tokens of all chunks, including prefill after an eviction
+    # output tokens; for requests cut off by the end of the run, those up to their last eviction
     generated_tokens: int = 0
 
     @property
@@ -195,9 +170,6 @@ class RequestLog:
     """Requests by number, in their order of arrival; the attributes up to ``moved_bytes`` are those of `Run`.
 
     Attributes:
-        produced: output tokens so far, as of the last time the request started to decode.
-        target: tokens to prefill: the prompt, and the tokens produced before it was last evicted.
-        filled: tokens of them that are prefilled.
         prefix: tokens of the prompt in the prefix cache, from which a prefill starts, also after an eviction.
     """
 
@@ -218,9 +190,9 @@ class RequestLog:
         self.replica: list[int] = []
         self.preemptions: list[int] = []
         self.moved_bytes: list[float] = []
-        self.produced: list[int] = []
-        self.target: list[int] = []
-        self.filled: list[int] = []
+        self.produced: list[int] = []  # output tokens so far, as of the last time the request started to decode
+        self.target: list[int] = []  # tokens to prefill: the prompt, and the tokens produced before it was last evicted
+        self.filled: list[int] = []  # tokens of them that are prefilled
         self.prefix: list[int] = []
         self.iterations = self.num_preemptions = self.migrations = self.kv_transfers = self.rejected = 0
         self.prefilled = 0

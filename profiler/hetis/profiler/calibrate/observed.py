@@ -44,21 +44,13 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """All observations of a source in order of time.
+    """All observations of a source in order of time."""
 
-    Attributes:
-        what: the things observed, in the plural.
-        origin: the engine, for people who read the profile.
-        least: observations below which nothing is fitted.
-        left_out: the number of things that are no observations, by reason.
-        notes: what a reader of the result must know.
-        tp: tensor-parallel degree; None: the source does not say.
-    """
-
-    what: str
-    origin: str
-    least: int
+    what: str  # the things observed, in the plural
+    origin: str  # the engine, for people who read the profile
+    least: int  # observations below which nothing is fitted
     observations: tuple[Observation, ...]
+    # the number of things that are no observations, by reason
     left_out: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    tp: int | None = None
+    notes: tuple[str, ...] = ()  # what a reader of the result must know
+    tp: int | None = None  # tensor-parallel degree; None: the source does not say

@@ -12,14 +12,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.fit import waiting
-from hetis.profiler.cli.shared import (
-    ClusterOption,
-    gpu_type,
-    require_outputs,
-    save_profile,
-    seconds_text,
-    table_of,
-)
+from hetis.profiler.cli.shared import ClusterOption, gpu_type, require_outputs, save_profile, seconds_text, table_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,11 +32,7 @@ _USUAL_S = 60.0
 _SHORTEST_S, _LONGEST_S = 10.0, 24 * 3600.0
 _INTERVALS = 24
 _LEAST_INTERVAL_S = 1.0
-_WORDS = {
-    "kernels": "time of kernels, times",
-    "step": "host, each iteration",
-    "sequence": "host, each sequence",
-}
+_WORDS = {"kernels": "time of kernels, times", "step": "host, each iteration", "sequence": "host, each sequence"}
 
 
 def _seconds(text: str) -> float:

@@ -59,8 +59,7 @@ def run(
         ),
     ] = None,
     gpu: Annotated[
-        str,
-        typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type in the result."),
+        str, typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type in the result.")
     ] = "",
     cluster_out: Annotated[
         Path | None,

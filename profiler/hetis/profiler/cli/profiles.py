@@ -153,11 +153,7 @@ def plot(
 
 
 @verb()
-def check(
-    terminal: Terminal,
-    profile: GpuOrFileArgument,
-    cluster: ClusterOption = None,
-) -> ProfileExitCode:
+def check(terminal: Terminal, profile: GpuOrFileArgument, cluster: ClusterOption = None) -> ProfileExitCode:
     """Check a profile: its form, rates no GPU of that type can reach, memory it lacks, errors and regions.
 
     What is impossible ends with exit code 2; what is merely doubtful is a warning.

@@ -83,10 +83,7 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
     fits = sorted([*(fit for fit, _ in fitted), *kept], key=lambda fit: (order.index(fit.op), _scope_key(fit.scope)))
     return FittedProfile(
         profile=Profile(
-            gpu=gpu.name,
-            usable_bytes=modelled.usable_bytes,
-            reserve_bytes=modelled.reserve_bytes,
-            fits=tuple(fits),
+            gpu=gpu.name, usable_bytes=modelled.usable_bytes, reserve_bytes=modelled.reserve_bytes, fits=tuple(fits)
         ),
         report=FitReport(
             gpu=gpu.name,

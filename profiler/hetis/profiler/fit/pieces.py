@@ -21,25 +21,16 @@ _LEAST_LEFT = 0.05  # share of a time that must be left to fit besides given coe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointsFit:
-    """Pieces, and seconds predicted for points by fits that did not see them.
+    """Pieces, and seconds predicted for points by fits that did not see them."""
 
-    Attributes:
-        pieces: coefficients in the order of ``FEATURES[op]``.
-        single: the best single piece.
-        fitted: the points that ``pieces`` were fitted to.
-        judges: indices of the points that judge, shape [judges].
-        predicted: their seconds by pieces that did not see them, shape [judges]; with several turns, each turn's own.
-        predicted_single: the same by single pieces.
-        shapes: shapes unseen by every fit that they judge.
-    """
-
-    pieces: tuple[Coefficients, ...]
-    single: tuple[Coefficients, ...]
-    fitted: Mask
-    judges: Rows
+    pieces: tuple[Coefficients, ...]  # coefficients in the order of ``FEATURES[op]``
+    single: tuple[Coefficients, ...]  # the best single piece
+    fitted: Mask  # the points that ``pieces`` were fitted to
+    judges: Rows  # indices of the points that judge, shape [judges]
+    # their seconds by pieces that did not see them, shape [judges]; with several turns, each turn's own
     predicted: FloatArray
-    predicted_single: FloatArray
-    shapes: tuple[str, ...]
+    predicted_single: FloatArray  # the same by single pieces
+    shapes: tuple[str, ...]  # shapes unseen by every fit that they judge
 
 
 def fit_points(points: Points) -> PointsFit:

@@ -18,14 +18,10 @@ BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The points of a fit that a plan would ask it for: shapes with their own fit are excluded.
+    """The points of a fit that a plan would ask it for: shapes with their own fit are excluded."""
 
-    Attributes:
-        num_fitted: number of these points that it saw.
-        serving, one_piece, by_region: as in `OpReport`, for these points only.
-    """
-
-    num_fitted: int
+    num_fitted: int  # number of these points that it saw
+    # serving, one_piece, by_region: as in `OpReport`, for these points only.
     serving: ErrorStats
     one_piece: ErrorStats
     by_region: tuple[tuple[str, ErrorStats], ...]
@@ -33,17 +29,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpReport:
-    """One fit: what it saw, and its errors on what it did not see.
-
-    Attributes:
-        held_out_shapes: shapes of which the fit saw nothing; a sixth of the other shapes' points is held out too.
-        serving: errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens).
-        one_piece: the same for a single affine piece fitted to the same points (the form of Hetis, SC'25).
-        served: the same for the points that a plan would ask this fit for.
-        left_out: rows that no fit saw and no error counts, and why.
-        notes: what a reader of the fit must know.
-        remark: why the bar is missed, if it is.
-    """
+    """One fit: what it saw, and its errors on what it did not see."""
 
     op: Op
     scope: FitScope
@@ -51,17 +37,19 @@ class OpReport:
     num_pieces: int
     num_fitted: int
     num_held_out: int
+    # shapes of which the fit saw nothing; a sixth of the other shapes' points is held out too
     held_out_shapes: tuple[str, ...]
     fitted: ErrorStats
     held_out: ErrorStats
+    # errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens)
     serving: ErrorStats
-    one_piece: ErrorStats
+    one_piece: ErrorStats  # the same for a single affine piece fitted to the same points (the form of Hetis, SC'25)
     by_region: tuple[tuple[str, ErrorStats], ...]
     region: FitRegion
-    served: Served
-    left_out: tuple[LeftOut, ...] = ()
-    notes: tuple[str, ...] = ()
-    remark: str = ""
+    served: Served  # the same for the points that a plan would ask this fit for
+    left_out: tuple[LeftOut, ...] = ()  # rows that no fit saw and no error counts, and why
+    notes: tuple[str, ...] = ()  # what a reader of the fit must know
+    remark: str = ""  # why the bar is missed, if it is
 
     @property
     def bar(self) -> float | None:

@@ -27,19 +27,12 @@ _RANKS_95 = 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppingRule:
-    """Rule for when a surface is known well enough.
+    """Rule for when a surface is known well enough."""
 
-    Attributes:
-        uncertainty: largest relative error expected anywhere among the candidates.
-        min_points: per series, however smooth it looks: a fit holds some of them out.
-        max_points: per series, whatever remains unknown.
-        max_point_s: candidates expected to take longer than this per call are left out.
-    """
-
-    uncertainty: float = 0.05
-    min_points: int = 24
-    max_points: int = 120
-    max_point_s: float = 2.0
+    uncertainty: float = 0.05  # largest relative error expected anywhere among the candidates
+    min_points: int = 24  # per series, however smooth it looks: a fit holds some of them out
+    max_points: int = 120  # per series, whatever remains unknown
+    max_point_s: float = 2.0  # candidates expected to take longer than this per call are left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,19 +222,12 @@ def _log_evidence(covariance: FloatArray, y: FloatArray) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRule:
-    """Rule for when a point has been repeated enough.
+    """Rule for when a point has been repeated enough."""
 
-    Attributes:
-        spread: stop when the median is known this well, relative.
-        limit_s: stop after this long including warm-up, whether or not it is known well.
-        batch_s: calls are timed in batches at least this long, so that the timer's own error is negligible.
-        warm_up_s: calls before the first batch that counts.
-    """
-
-    spread: float = 0.02
-    limit_s: float = 1.0
-    batch_s: float = 2e-3
-    warm_up_s: float = 0.05
+    spread: float = 0.02  # stop when the median is known this well, relative
+    limit_s: float = 1.0  # stop after this long including warm-up, whether or not it is known well
+    batch_s: float = 2e-3  # calls are timed in batches at least this long, so that the timer's own error is negligible
+    warm_up_s: float = 0.05  # calls before the first batch that counts
     min_batches: int = 5
     max_batches: int = 100
     max_calls: int = 200  # per batch

@@ -24,19 +24,12 @@ _ODD_TOKENS = (3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)  # between th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredPoint:
-    """One thing to time.
+    """One thing to time."""
 
-    Attributes:
-        op: name of the table it belongs to, such as ``gemm``.
-        kernel: what computes it, such as ``torch sdpa``; points of two kernels never share a fit.
-        columns: the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens.
-        texts: its text columns, such as the path of a transfer.
-    """
-
-    op: str
-    kernel: str
-    columns: Mapping[str, int]
-    texts: Mapping[str, str] = field(default_factory=dict)
+    op: str  # name of the table it belongs to, such as ``gemm``
+    kernel: str  # what computes it, such as ``torch sdpa``; points of two kernels never share a fit
+    columns: Mapping[str, int]  # the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens
+    texts: Mapping[str, str] = field(default_factory=dict)  # its text columns, such as the path of a transfer
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -69,19 +62,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointSeries:
-    """Points that one smooth surface describes, because one kernel computes them all.
+    """Points that one smooth surface describes, because one kernel computes them all."""
 
-    Attributes:
-        name: shown in progress messages.
-        candidates: every point worth measuring, cheap ones first.
-        axes: the columns that vary; the surface is over their logarithms.
-        groups: groups of points, by key, that are only useful together, such as the products of a layer: measuring one
-            leads to the others of its group.
-    """
-
-    name: str
-    candidates: tuple[MeasuredPoint, ...]
-    axes: tuple[str, ...]
+    name: str  # shown in progress messages
+    candidates: tuple[MeasuredPoint, ...]  # every point worth measuring, cheap ones first
+    axes: tuple[str, ...]  # the columns that vary; the surface is over their logarithms
+    # groups of points, by key, that are only useful together, such as the products of a layer: measuring one leads to
+    # the others of its group
     groups: Mapping[tuple[object, ...], str] = field(default_factory=dict)
 
     def logs(self, points: Iterable[MeasuredPoint]) -> FloatArray:
@@ -91,25 +78,18 @@ class PointSeries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """The range of the candidates. Every list is ascending.
+    """The range of the candidates. Every list is ascending."""
 
-    Attributes:
-        tokens: tokens of a batch in the dense path.
-        prompts: tokens of one prefill chunk; pasts: tokens before it.
-        batches, contexts: of decode attention; kv_limit_bytes bounds their product.
-        messages: bytes of a copy or message on the device; links: of one that leaves the process.
-        tps: tensor parallel degrees.
-    """
-
-    tokens: Sequence[int]
-    prompts: Sequence[int]
+    tokens: Sequence[int]  # tokens of a batch in the dense path
+    prompts: Sequence[int]  # tokens of one prefill chunk; pasts: tokens before it
     pasts: Sequence[int]
+    # batches, contexts: of decode attention; kv_limit_bytes bounds their product.
     batches: Sequence[int]
     contexts: Sequence[int]
     kv_limit_bytes: int
-    messages: Sequence[int]
+    messages: Sequence[int]  # bytes of a copy or message on the device; links: of one that leaves the process
     links: Sequence[int]
-    tps: Sequence[int]
+    tps: Sequence[int]  # tensor parallel degrees
 
 
 def extent_of(*, on_cuda: bool, quick: bool) -> Extent:

@@ -10,19 +10,12 @@ from hetis.solver.model import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """A request to measure a device.
+    """A request to measure a device."""
 
-    Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:1``.
-        gpu: name of the GPU type in the result. Empty: the device's own name.
-        limit_s: stop choosing new points after this time.
-        journal: file that keeps the measurements; its points are not measured again if ``resume``.
-    """
-
-    device: str
-    gpu: str
+    device: str  # ``cpu``, ``cuda`` or ``cuda:1``
+    gpu: str  # name of the GPU type in the result. Empty: the device's own name.
     model: ModelSpec
     quick: bool
-    limit_s: float
-    journal: Path
+    limit_s: float  # stop choosing new points after this time
+    journal: Path  # file that keeps the measurements; its points are not measured again if ``resume``
     resume: bool

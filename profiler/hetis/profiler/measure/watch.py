@@ -48,36 +48,24 @@ _THROTTLED_SHARE = 0.01  # of the samples, or of the time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuAddress:
-    """The address of a GPU in terms that NVML knows too. Empty fields are unknown to CUDA.
+    """The address of a GPU in terms that NVML knows too. Empty fields are unknown to CUDA."""
 
-    Attributes:
-        uuid: hexadecimal digits and dashes, without a leading ``GPU-`` or ``MIG-``.
-        bus: ``00000000:3B:00.0``.
-    """
-
-    uuid: str = ""
-    bus: str = ""
+    uuid: str = ""  # hexadecimal digits and dashes, without a leading ``GPU-`` or ``MIG-``
+    bus: str = ""  # ``00000000:3B:00.0``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuNews:
-    """Observations of a GPU between `GpuWatch.begin` and `GpuWatch.news`.
+    """Observations of a GPU between `GpuWatch.begin` and `GpuWatch.news`."""
 
-    Attributes:
-        watched: whether NVML answered at all; otherwise only the variance of times is informative.
-        looks: number of clock samples, each taken with work queued.
-        reasons: reasons that lowered the clocks, with the number of samples.
-        held_s: seconds in the GPU's own counters, by what limited its clocks.
-        elapsed_s: between the two readings of those counters, on the host's clock.
-        other_processes: maximum number of other processes with a context on the GPU.
-    """
-
-    watched: bool = False
-    looks: int = 0
+    watched: bool = False  # whether NVML answered at all; otherwise only the variance of times is informative
+    looks: int = 0  # number of clock samples, each taken with work queued
+    # reasons that lowered the clocks, with the number of samples
     reasons: Mapping[str, int] = field(default_factory=dict)
+    # seconds in the GPU's own counters, by what limited its clocks
     held_s: Mapping[str, float] = field(default_factory=dict)
-    elapsed_s: float = 0.0
-    other_processes: int = 0
+    elapsed_s: float = 0.0  # between the two readings of those counters, on the host's clock
+    other_processes: int = 0  # maximum number of other processes with a context on the GPU
 
 
 class GpuWatch:
@@ -212,11 +200,7 @@ def _opened(address: GpuAddress | None, nvml: Any) -> tuple[Any, Any]:
 
 
 def disturbance_notes(
-    measured: Sequence[Measured],
-    *,
-    reference_s: tuple[float, float] | None,
-    others_share: float,
-    gpu: GpuNews | None,
+    measured: Sequence[Measured], *, reference_s: tuple[float, float] | None, others_share: float, gpu: GpuNews | None
 ) -> list[str]:
     """Return a sentence per sign.
 

@@ -41,21 +41,13 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
-    """The attention heads of one layer.
+    """The attention heads of one layer."""
 
-    Attributes:
-        head_groups: G, KV heads; the smallest thing that is placed is one of them with its query heads.
-        queries_per_group: r.
-        kv_bytes_per_token: of one head group in one layer.
-        exchange_bytes_per_head: e, bytes per token, layer and query head between primary and attention worker.
-        block_tokens: token slots of a KV block, which belongs to one head group.
-    """
-
-    head_groups: int
-    queries_per_group: int
-    kv_bytes_per_token: float
-    exchange_bytes_per_head: float
-    block_tokens: int = 16
+    head_groups: int  # G, KV heads; the smallest thing that is placed is one of them with its query heads
+    queries_per_group: int  # r
+    kv_bytes_per_token: float  # of one head group in one layer
+    exchange_bytes_per_head: float  # e, bytes per token, layer and query head between primary and attention worker
+    block_tokens: int = 16  # token slots of a KV block, which belongs to one head group
 
     def __post_init__(self) -> None:
         for name in ("head_groups", "queries_per_group", "block_tokens"):
@@ -80,44 +72,26 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Primary:
-    """The device of the dense layers: ``tp`` cards, and the network card through which it reaches the workers.
+    """The device of the dense layers: ``tp`` cards, and the network card through which it reaches the workers."""
 
-    Attributes:
-        device: its index among the stage's devices.
-        tp: n, tensor-parallel cards; a divisor or a multiple of the model's head groups.
-        nic_byte_s: gamma_0, seconds per byte exchanged with all workers together.
-        nic_s: beta_0, seconds per layer while any worker holds heads.
-    """
-
-    device: int
-    tp: int = 1
-    nic_byte_s: float = 0.0
-    nic_s: float = 0.0
+    device: int  # its index among the stage's devices
+    tp: int = 1  # n, tensor-parallel cards; a divisor or a multiple of the model's head groups
+    nic_byte_s: float = 0.0  # gamma_0, seconds per byte exchanged with all workers together
+    nic_s: float = 0.0  # beta_0, seconds per layer while any worker holds heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stage:
-    """The devices of one replica stage and the cost of attention on them, fixed during the replica's life.
+    """The devices of one replica stage and the cost of attention on them, fixed during the replica's life."""
 
-    Attributes:
-        heads: shape of the attention heads.
-        devices: names, D of them.
-        head_s: a_ik, seconds per query head, shape [D, K]. A device with fewer pieces repeats one.
-        kv_byte_s: b_ik, seconds per KV byte read, shape [D, K].
-        call_s: c_ik, seconds per call, shape [D, K].
-        transfer_byte_s: gamma_i, seconds per byte exchanged, shape [D]; unused for the primary.
-        transfer_s: beta_i, seconds per exchange, shape [D]; unused for the primary.
-        primary: None if all devices are attention workers and no network card is shared.
-    """
-
-    heads: HeadShape
-    devices: tuple[str, ...]
-    head_s: FloatArray
-    kv_byte_s: FloatArray
-    call_s: FloatArray
-    transfer_byte_s: FloatArray
-    transfer_s: FloatArray
-    primary: Primary | None = None
+    heads: HeadShape  # shape of the attention heads
+    devices: tuple[str, ...]  # names, D of them
+    head_s: FloatArray  # a_ik, seconds per query head, shape [D, K]. A device with fewer pieces repeats one.
+    kv_byte_s: FloatArray  # b_ik, seconds per KV byte read, shape [D, K]
+    call_s: FloatArray  # c_ik, seconds per call, shape [D, K]
+    transfer_byte_s: FloatArray  # gamma_i, seconds per byte exchanged, shape [D]; unused for the primary
+    transfer_s: FloatArray  # beta_i, seconds per exchange, shape [D]; unused for the primary
+    primary: Primary | None = None  # None if all devices are attention workers and no network card is shared
 
     def __post_init__(self) -> None:
         # Kernels are compiled for these types; for others they would be compiled again, which takes a minute.
@@ -212,17 +186,11 @@ class DeviceLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Requests:
-    """New requests in order of admission; if memory is short, the later ones are left out.
+    """New requests in order of admission; if memory is short, the later ones are left out."""
 
-    Attributes:
-        ids: J different names.
-        context_tokens: l_j, tokens that a decode step attends to and keeps, shape [J].
-        growth_tokens: tokens by which the context is expected to grow, for which memory is kept, shape [J].
-    """
-
-    ids: tuple[str, ...]
-    context_tokens: IntArray
-    growth_tokens: IntArray
+    ids: tuple[str, ...]  # J different names
+    context_tokens: IntArray  # l_j, tokens that a decode step attends to and keeps, shape [J]
+    growth_tokens: IntArray  # tokens by which the context is expected to grow, for which memory is kept, shape [J]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "context_tokens", _counts("context_tokens", self.context_tokens, MOST_TOKENS, least=1))
@@ -341,22 +309,14 @@ class Resource(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unplaced:
-    """A request that has to wait.
+    """A request that has to wait."""
 
-    Attributes:
-        request: its index in the problem.
-        id: its name.
-        resource: what it lacks after the requests admitted before it.
-        missing: KV blocks per layer for ``kv_blocks``, head groups without room for ``whole_groups``.
-        proved: no placement holds it in addition to those admitted before it. This is always true for ``kv_blocks``.
-            The fast path may overlook a packing of whole groups and then proves nothing; `solve_exactly` does, given
-            the time.
-    """
-
-    request: int
-    id: str
-    resource: Resource
-    missing: int
+    request: int  # its index in the problem
+    id: str  # its name
+    resource: Resource  # what it lacks after the requests admitted before it
+    missing: int  # KV blocks per layer for ``kv_blocks``, head groups without room for ``whole_groups``
+    # no placement holds it in addition to those admitted before it. This is always true for ``kv_blocks``. The fast
+    # path may overlook a packing of whole groups and then proves nothing; `solve_exactly` does, given the time.
     proved: bool
 
     def __str__(self) -> str:
@@ -371,45 +331,30 @@ class Unplaced:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ShadowPrices:
-    """Multipliers that prove the bound; `hetis.solver.dispatch.certificate` recomputes it from them.
+    """Multipliers that prove the bound; `hetis.solver.dispatch.certificate` recomputes it from them."""
 
-    Attributes:
-        piece: weight of every affine piece of every device, shape [D, K], >= 0. Those of the devices that are in use
-            at the bound, and ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
-        block_s: seconds of makespan that one more free KV block on the device saves, shape [D].
-        nic: weight of the primary's network card.
-        request_s: seconds of makespan that one more head group of the request would cost, shape [J].
-    """
-
+    # weight of every affine piece of every device, shape [D, K], >= 0. Those of the devices that are in use at the
+    # bound, and ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
     piece: FloatArray
-    block_s: FloatArray
-    nic: float
-    request_s: FloatArray
+    block_s: FloatArray  # seconds of makespan that one more free KV block on the device saves, shape [D]
+    nic: float  # weight of the primary's network card
+    request_s: FloatArray  # seconds of makespan that one more head group of the request would cost, shape [J]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DispatchPlan:
-    """A placement in whole head groups.
+    """A placement in whole head groups."""
 
-    Attributes:
-        groups: head groups of request j on device i, shape [J, D]; the rows of unplaced requests are 0.
-        makespan_s: seconds per layer of one decode iteration on the slowest device (or network card), including
-            running requests.
-        bound_s: no placement of the same requests is faster, as ``prices`` prove.
-        relaxed_s: makespan of the best fractional placement found; equal to ``bound_s`` up to rounding on the paths
-            ``chain`` and ``lp``.
-        path: how it was found.
-        unplaced: requests left out, in order.
-        prices: the multipliers behind the bound.
-    """
-
-    groups: IntArray
+    groups: IntArray  # head groups of request j on device i, shape [J, D]; the rows of unplaced requests are 0
+    # seconds per layer of one decode iteration on the slowest device (or network card), including running requests
     makespan_s: float
-    bound_s: float
+    bound_s: float  # no placement of the same requests is faster, as ``prices`` prove
+    # makespan of the best fractional placement found; equal to ``bound_s`` up to rounding on the paths ``chain`` and
+    # ``lp``
     relaxed_s: float
-    path: Path
-    unplaced: tuple[Unplaced, ...]
-    prices: ShadowPrices
+    path: Path  # how it was found
+    unplaced: tuple[Unplaced, ...]  # requests left out, in order
+    prices: ShadowPrices  # the multipliers behind the bound
 
     @property
     def gap(self) -> float:

@@ -26,21 +26,13 @@ class DeviceStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSnapshot:
-    """One device of a stage.
+    """One device of a stage."""
 
-    Attributes:
-        name: as in the stage.
-        total_blocks: KV blocks that a layer has there; for the primary, on all its cards together.
-        status: whether it takes head groups.
-        high_water: share of the blocks in use above which head groups should leave.
-        changed: it joined, came back, was lost or changed its speed since the last check by re-dispatch.
-    """
-
-    name: str
-    total_blocks: int
-    status: DeviceStatus = DeviceStatus.OK
-    high_water: float = 0.9
-    changed: bool = False
+    name: str  # as in the stage
+    total_blocks: int  # KV blocks that a layer has there; for the primary, on all its cards together
+    status: DeviceStatus = DeviceStatus.OK  # whether it takes head groups
+    high_water: float = 0.9  # share of the blocks in use above which head groups should leave
+    changed: bool = False  # it joined, came back, was lost or changed its speed since the last check by re-dispatch
 
     def __post_init__(self) -> None:
         if not 0 <= self.total_blocks <= MOST_BLOCKS:
@@ -67,25 +59,15 @@ class PreparedMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StateSnapshot:
-    """The contents of a stage at one moment, with requests in order of admission.
+    """The contents of a stage at one moment, with requests in order of admission."""
 
-    Attributes:
-        stage: devices and the cost of attention on them.
-        devices: one per device of the stage, in its order.
-        ids: names of the N running requests.
-        context_tokens: tokens that a decode step attends to, shape [N].
-        remaining_tokens: output tokens still expected, one per decode step, shape [N].
-        groups: head groups of each request on each device, shape [N, D].
-        moves: head groups under way.
-    """
-
-    stage: Stage
-    devices: tuple[DeviceSnapshot, ...]
-    ids: tuple[str, ...]
-    context_tokens: IntArray
-    remaining_tokens: IntArray
-    groups: IntArray
-    moves: tuple[PreparedMove, ...] = ()
+    stage: Stage  # devices and the cost of attention on them
+    devices: tuple[DeviceSnapshot, ...]  # one per device of the stage, in its order
+    ids: tuple[str, ...]  # names of the N running requests
+    context_tokens: IntArray  # tokens that a decode step attends to, shape [N]
+    remaining_tokens: IntArray  # output tokens still expected, one per decode step, shape [N]
+    groups: IntArray  # head groups of each request on each device, shape [N, D]
+    moves: tuple[PreparedMove, ...] = ()  # head groups under way
 
     def __post_init__(self) -> None:
         names = tuple(device.name for device in self.devices)

@@ -230,10 +230,7 @@ def _plan_of(requests: Requests, answer: PassResult, path: Path) -> DispatchPlan
         path=path,
         unplaced=unplaced,
         prices=ShadowPrices(
-            piece=answer.prices.piece,
-            block_s=answer.prices.block,
-            nic=answer.prices.nic,
-            request_s=answer.request,
+            piece=answer.prices.piece, block_s=answer.prices.block, nic=answer.prices.nic, request_s=answer.request
         ),
     )
 

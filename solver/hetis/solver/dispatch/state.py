@@ -15,13 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.dispatch.problem import MOST_TOKENS, DeviceLoad, DispatchPlan, IntArray, Requests, Stage
-from hetis.solver.dispatch.snapshot import (
-    DeviceSnapshot,
-    DeviceStatus,
-    PreparedMove,
-    StateSnapshot,
-    check_groups,
-)
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot, check_groups
 from hetis.solver.errors import InvalidProblemError
 
 
@@ -142,19 +136,12 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evicted:
-    """A request that lost KV and left the state, to be prefilled again with ``context_tokens``.
+    """A request that lost KV and left the state, to be prefilled again with ``context_tokens``."""
 
-    Attributes:
-        id: its name.
-        context_tokens: prompt and output so far.
-        remaining_tokens: output tokens still expected at that time.
-        lost_groups: head groups whose KV was on the lost device.
-    """
-
-    id: str
-    context_tokens: int
-    remaining_tokens: int
-    lost_groups: int
+    id: str  # its name
+    context_tokens: int  # prompt and output so far
+    remaining_tokens: int  # output tokens still expected at that time
+    lost_groups: int  # head groups whose KV was on the lost device
 
 
 class DispatchState:

@@ -89,26 +89,16 @@ class Search:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A published heuristic.
+    """A published heuristic."""
 
-    Attributes:
-        name: of the strategy.
-        summary: one sentence for people.
-        search: what it does; finding no replicas proves nothing.
-        max_gpus: the largest fleet it is meant for, as with more what it ``does`` would take too long.
-        finds: what it looks for, in the message that it found none.
-        splits_roles: whether it needs prefill and decode replicas.
-        notes: what was reconstructed.
-    """
-
-    name: str
-    summary: str
-    search: Callable[[Search], Found]
-    max_gpus: int
+    name: str  # of the strategy
+    summary: str  # one sentence for people
+    search: Callable[[Search], Found]  # what it does; finding no replicas proves nothing
+    max_gpus: int  # the largest fleet it is meant for, as with more what it ``does`` would take too long
     does: str
-    finds: str
-    splits_roles: bool = False
-    notes: str
+    finds: str  # what it looks for, in the message that it found none
+    splits_roles: bool = False  # whether it needs prefill and decode replicas
+    notes: str  # what was reconstructed
 
     def solve(self, problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
         """Return the plan that the heuristic finds; ``problem.family`` is the strategy's own.

@@ -27,9 +27,7 @@ def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draini
     usable = {DeviceStatus.OK, DeviceStatus.DRAINING} if on_draining else {DeviceStatus.OK}
     free = [device.total_blocks if device.status in usable else 0 for device in snapshot.devices]
     everything = Requests(
-        ids=snapshot.ids,
-        context_tokens=snapshot.context_tokens,
-        growth_tokens=np.zeros(len(snapshot.ids), np.int64),
+        ids=snapshot.ids, context_tokens=snapshot.context_tokens, growth_tokens=np.zeros(len(snapshot.ids), np.int64)
     )
     return dispatcher.dispatch(DeviceLoad.idle(np.array(free, np.int64)), everything, tolerance=0.01)
 
@@ -56,20 +54,14 @@ class TriggerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trigger:
-    """A reason to look, with its numbers.
+    """A reason to look, with its numbers."""
 
-    Attributes:
-        kind: what happened.
-        device: its name; None for ``deviation``, which concerns the stage.
-        value: excess of the makespan over the ideal as a ratio to it; share of blocks in use; head groups still on a
-            draining device; 0 for the others.
-        limit: the limit that ``value`` exceeds.
-    """
-
-    kind: TriggerKind
-    device: str | None
+    kind: TriggerKind  # what happened
+    device: str | None  # its name; None for ``deviation``, which concerns the stage
+    # excess of the makespan over the ideal as a ratio to it; share of blocks in use; head groups still on a draining
+    # device; 0 for the others
     value: float
-    limit: float
+    limit: float  # the limit that ``value`` exceeds
 
     def __str__(self) -> str:
         match self.kind:
