@@ -28,7 +28,7 @@ def chosen(router: LeastWork | Weighted, replicas: list[Replica], *, times: int)
     """Return how often each is chosen; prefill replicas finish at once, others keep all their requests."""
     counts = Counter[int]()
     for _ in range(times):
-        number = router.choose(cast(list[ReplicaRun], replicas)).number
+        number = router(cast(list[ReplicaRun], replicas)).number
         counts[number] += 1
         replica = next(one for one in replicas if one.number == number)
         replica.outstanding += replica.decodes

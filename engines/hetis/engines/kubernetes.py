@@ -159,9 +159,7 @@ class ReplicaObjects:
         return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
     def towards_front(self) -> dict[str, Any]:
-        """Return the policy that lets everyone reach the front end. Decode replicas fetch KV from a prefill replica on
-        ports that NIXL chooses.
-        """
+        """Return the policy for the front end, open to all: decode replicas fetch KV on ports that NIXL chooses."""
         ports: dict[str, Any] = {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
         if self._layout.role is not Role.UNIFIED:
             ports = {}

@@ -14,7 +14,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from hetis.simulator.events import Events, FleetLinks, transfer
 from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
@@ -28,11 +27,8 @@ from hetis.solver.problem import PlacementProblem
 LONG_QUEUE_TOKENS = 2048  # a batch of prompts, at the maximum size in Splitwise
 
 
-class Router(Protocol):
-    """Chooses among replicas that are up."""
-
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        """Return one of at least one replica that takes prompts."""
+Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
+"""Chooses one of at least one replica that is up and takes prompts."""
 
 
 class _Turns:
@@ -65,7 +61,7 @@ class LeastWork:
     def __init__(self, seed: int) -> None:
         self._turns = _Turns(seed)
 
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         kinds: dict[int, list[ReplicaRun]] = {}
         for replica in replicas:
             kinds.setdefault(int(replica.decodes), []).append(replica)
@@ -81,35 +77,31 @@ class Weighted:
     def __init__(self, seed: int) -> None:
         self._turns = _Turns(seed)
 
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+    def __call__(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         by_number = {replica.number: replica for replica in replicas}
         return by_number[self._turns.next({number: replica.rate for number, replica in by_number.items()})]
 
 
-class FewestRequests:
-    """The router to the replica with the fewest requests waiting and running, regardless of its speed: the controller
-    of AlpaServe, by which HexGen judges its plans."""
-
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        return min(replicas, key=lambda replica: replica.outstanding)
+def fewest_requests(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+    """Return the replica with the fewest requests waiting and running, regardless of its speed: the controller of
+    AlpaServe, by which HexGen judges its plans."""
+    return min(replicas, key=lambda replica: replica.outstanding)
 
 
-class FewestTokens:
-    """The router to the prefill replica with the fewest waiting prompt tokens, or to unified ones if it has a batch.
+def fewest_tokens(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+    """Return the prefill replica with the fewest waiting prompt tokens, or a unified one if it has a batch.
 
     Splitwise: the shortest queue of the prompt pool, and the mixed pool when all of them are long. Without prefill
     replicas, the shortest queue of the others.
     """
-
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        prompt = [replica for replica in replicas if not replica.decodes]
-        mixed = [replica for replica in replicas if replica.decodes]
-        for pool in (prompt, mixed):
-            waiting = {replica.number: replica.waiting_tokens() for replica in pool}
-            shortest = min(pool, key=lambda replica: waiting[replica.number], default=None)
-            if shortest is not None and waiting[shortest.number] <= LONG_QUEUE_TOKENS:
-                return shortest
-        return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
+    prompt = [replica for replica in replicas if not replica.decodes]
+    mixed = [replica for replica in replicas if replica.decodes]
+    for pool in (prompt, mixed):
+        waiting = {replica.number: replica.waiting_tokens() for replica in pool}
+        shortest = min(pool, key=lambda replica: waiting[replica.number], default=None)
+        if shortest is not None and waiting[shortest.number] <= LONG_QUEUE_TOKENS:
+            return shortest
+    return min(prompt or mixed, key=ReplicaRun.waiting_tokens)
 
 
 def router_of(settings: Settings) -> Router:
@@ -120,9 +112,9 @@ def router_of(settings: Settings) -> Router:
         case "weighted":
             return Weighted(settings.seed)
         case "fewest-requests":
-            return FewestRequests()
+            return fewest_requests
         case "fewest-tokens":
-            return FewestTokens()
+            return fewest_tokens
 
 
 def _work_s(replica: ReplicaRun) -> float:
@@ -344,7 +336,7 @@ class SimulatedFleet(Outside):
         if not up:
             self.held.append(request)
             return
-        self.router.choose(up if len(up) < len(self.takers) else self.takers).offer(now_s, request)
+        self.router(up if len(up) < len(self.takers) else self.takers).offer(now_s, request)
 
     def route_held(self, now_s: float) -> None:
         """Route the held requests after a replica has returned."""

@@ -167,37 +167,28 @@ def runner(
         made.close()
 
 
-@dataclass(slots=True)
-class _Process:
-    """The arguments with which a worker process was started."""
-
-    plan: Plan
-    problem: PlacementProblem
-    given: Synchronized[int]
-    stop: Event
-
-
-_this: list[_Process] = []  # empty in the process that submits jobs
+# The arguments with which this worker process was started; empty in the process that submits jobs.
+_this: list[tuple[Plan, PlacementProblem, Synchronized[int], Event]] = []
 
 
 def _begin(plan: Plan, problem: PlacementProblem, given: Synchronized[int], stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the submitting process sets `stop`
-    _this.append(_Process(plan, problem, given, stop))
+    _this.append((plan, problem, given, stop))
 
 
 def _run_here(job: Job) -> RunAnswer:
-    (this,) = _this
+    ((plan, problem, given_so_far, stop),) = _this
     stopped = False
 
     def keep_going(given: int) -> bool:
         nonlocal stopped
         if given % _LOOK_EVERY == 0:
-            with this.given.get_lock():
-                this.given.value += _LOOK_EVERY if given else 0
-            stopped = this.stop.is_set()
+            with given_so_far.get_lock():
+                given_so_far.value += _LOOK_EVERY if given else 0
+            stopped = stop.is_set()
         return not stopped
 
-    return run_job(this.plan, this.problem, job, keep_going)
+    return run_job(plan, problem, job, keep_going)
 
 
 MAX_ROUNDS = 24

@@ -156,9 +156,7 @@ def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport
 
 
 def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
-    """Return the errors of the fit of the same scope on points in the serving range from another source. Return None if
-    either is missing.
-    """
+    """Return the errors of the fit of the same scope on another source's points in the serving range, if there are."""
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (others.op, others.scope)), None)
     served = others.kept(within(SERVING[others.op], others.sizes, len(others)))
     if fit is None or not len(served):
@@ -167,9 +165,7 @@ def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
 
 
 def _on_few_heads(points: Points, fits: Sequence[Fit]) -> FewHeads | None:
-    """Return the errors of the fit of ``points`` for fewer query heads, where a plan would use it for them. Return None
-    if there are none.
-    """
+    """Return the errors of the fit of ``points`` for fewer query heads, where a plan would use it, if there are any."""
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (points.op, points.scope)), None)
     if fit is None or points.few_heads is None:
         return None

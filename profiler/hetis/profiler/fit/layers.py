@@ -54,9 +54,7 @@ class _Row:
 
 
 def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
-    """Add the points of 16-bit weights, and those of 8 and 4-bit weights in scopes of their own, each from its first
-    source.
-    """
+    """Add points of 16-bit weights, and of 8 and 4-bit ones in scopes of their own, each from its first source."""
     for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0)), (4, _NVFP4)):
         chosen = into.points
         for measurement in measurements:
@@ -182,9 +180,7 @@ def _chosen(tokens: set[float]) -> set[float]:
 
 
 class _Grid:
-    """Seconds of a matrix product, as measured, or interpolated bilinearly in (n, k) between the nearest measured
-    sizes.
-    """
+    """Seconds of a matrix product, as measured, or interpolated bilinearly in (n, k) between the nearest sizes."""
 
     def __init__(self, table: Table, weight_bits: int, gpu: GpuType) -> None:
         self.gpu = gpu

@@ -59,9 +59,7 @@ def fit_points(points: Points) -> PointsFit:
 
 
 def _fit_turn(points: Points, turn: Turn) -> tuple[tuple[Coefficients, ...], tuple[Coefficients, ...]]:
-    """Return the pieces and the best single piece. Pieces are added while each reduces the tuning error by half a
-    point.
-    """
+    """Return the pieces and the best single one. Pieces are added while each cuts the tuning error by half a point."""
     names = FEATURES[points.op]
     free = [column for column, name in enumerate(names) if name not in points.given]
     known = np.array([rounded(points.given.get(name, 0.0)) for name in names])

@@ -197,27 +197,14 @@ def mean_mape(stats: Sequence[ErrorStats]) -> float | None:
 
 
 def _op_data(report: OpReport) -> dict[str, Any]:
-    return {
+    data = asdict(report) | {
         "op": report.op.value,
         "scope": _set_fields(report.scope),
-        "region": {name: list(limits) for name, limits in _set_fields(report.region).items()},
-        "origin": report.origin,
-        "num_pieces": report.num_pieces,
-        "num_fitted": report.num_fitted,
-        "num_held_out": report.num_held_out,
-        "held_out_shapes": list(report.held_out_shapes),
-        "fitted": asdict(report.fitted),
-        "held_out": asdict(report.held_out),
-        "serving": asdict(report.serving),
-        "one_piece": asdict(report.one_piece),
+        "region": _set_fields(report.region),
         "by_region": {name: asdict(stats) for name, stats in report.by_region},
         "served": asdict(report.served) | {"by_region": {n: asdict(s) for n, s in report.served.by_region}},
-        "left_out": [asdict(rows) for rows in report.left_out],
-        "notes": list(report.notes),
-        "bar": report.bar,
-        "meets_bar": report.meets_bar,
-        "remark": report.remark,
     }
+    return data | {"bar": report.bar, "meets_bar": report.meets_bar, "remark": data.pop("remark")}
 
 
 def _set_fields(value: FitScope | FitRegion) -> dict[str, Any]:

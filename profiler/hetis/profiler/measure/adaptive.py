@@ -129,9 +129,7 @@ class Campaign:
         return [found for state in self.states for found in state.measured]
 
     def next(self) -> NextPoint | None:
-        """Return what to measure now, or None if every series is known well enough. Ties go to the series with fewest
-        points.
-        """
+        """Return what to measure now, or None if all is known well enough. Ties go to the series with fewest points."""
         choices = [(state, choice) for state in self.states if (choice := state.next()) is not None]
         if not choices:
             return None
@@ -205,9 +203,7 @@ def predict(
 
 
 def _kernel(a: FloatArray, b: FloatArray, length: float, variance: float) -> FloatArray:
-    """Return a linear kernel plus a Matern 5/2 one: twice differentiable, so that kinks of rooflines are not smoothed
-    away.
-    """
+    """Return a linear kernel plus a Matern 5/2 one: twice differentiable, so that it keeps the kinks of rooflines."""
     distance = np.sqrt(((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2)) * (math.sqrt(5.0) / length)
     smooth = (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
     result: FloatArray = variance * smooth + _LINEAR_VARIANCE * (1.0 + a @ b.T)

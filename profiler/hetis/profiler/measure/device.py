@@ -37,9 +37,7 @@ class OperandPool:
         self._data = torch.empty(0, dtype=torch.bfloat16, device=device)
 
     def views(self, elements: int) -> tuple[list[torch.Tensor], bool]:
-        """Return (disjoint views of ``elements`` each to use in turn, whether each has left the cache by its next
-        turn).
-        """
+        """Return (disjoint views of ``elements`` each to use in turn, whether each leaves the cache until its next)."""
         stride = -(-elements // _ALIGNMENT) * _ALIGNMENT
         sets = self.cache.sets(2 * elements)
         self._grow(stride * sets)
@@ -77,9 +75,7 @@ class CpuDevice:
         self.pool = OperandPool(self.torch_device, host.last_level_cache())
 
     def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
-        """Return a function for the seconds of n successive calls. The rotation continues across batches. Nothing is
-        queued.
-        """
+        """Return a function for the seconds of n calls. The rotation continues across batches; nothing is queued."""
         calls = operator.calls
         if operator.cold:
             self.pool.flush()  # evict what the previous point has left

@@ -76,9 +76,7 @@ class Kernels:
         return Operator(calls, cold)
 
     def _prefill(self, point: MeasuredPoint) -> Operator:
-        """Build prefill attention with warm operands: prompts are computed layer by layer, so their KV has just been
-        written.
-        """
+        """Build prefill attention with warm operands: each layer's KV has just been written when it is computed."""
         batch, tokens, past, heads, groups, width = (point.columns[name] for name in _PREFILL)
         q = self._tensor(batch, heads, tokens, width)
         k, v = (self._tensor(batch, groups, past + tokens, width) for _ in range(2))
@@ -94,9 +92,7 @@ class Kernels:
         return Operator([lambda: attention(q, k, v, enable_gqa=heads > groups, **masked)])
 
     def _decode(self, point: MeasuredPoint) -> Operator:
-        """Build decode attention. The query heads of a group are passed as rows of one head, so that its KV is read
-        once.
-        """
+        """Build decode attention, with a group's query heads as rows of one head, so that its KV is read once."""
         batch, context, heads, groups, width = (point.columns[name] for name in _DECODE)
         q = self._tensor(batch, groups, heads // groups, width)
         shape = (2, batch, groups, context, width)

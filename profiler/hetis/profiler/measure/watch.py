@@ -139,9 +139,7 @@ class GpuWatch:
         return version.decode() if isinstance(version, bytes) else str(version)
 
     def _read_counters(self) -> Mapping[str, float]:
-        """Return the seconds of violations since the driver started, by policy, without those that the GPU does not
-        count.
-        """
+        """Return the seconds of violations since the driver started, by policy, of those that the GPU counts."""
         found = {}
         for policy, name in _POLICIES.items():
             status = self._ask("nvmlDeviceGetViolationStatus", policy)

@@ -64,7 +64,8 @@ def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
                 if replica.expert_parallel:
                     yield f"replica {number} has copies that share their experts"
         case AtMost(of=of, most=most):
-            total = sum(_adds(of, name, fleet) for name in {name for name, _ in _duties(plan)})
+            names = {name for name, _ in _duties(plan)} & fleet.devices.keys()
+            total = float(len(names)) if of is Sum.GPUS else sum(map(fleet.usd_per_hour, names))
             if total > most * (1 + RELATIVE):
                 yield f"the plan takes {total:.9g}, must be at most {most:.9g}"
         case Replicas() if not constraint.allows(len(plan.replicas)):
@@ -80,19 +81,6 @@ def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
         for pool in replica.attention_workers:
             for name in pool.devices:
                 yield name, frozenset({Duty.WORKER, _of_role(replica)})
-
-
-def _adds(of: Sum, name: str, fleet: Fleet) -> float:
-    """Return what a device adds to a sum, 0 if it does not exist."""
-    device = fleet.devices.get(name)
-    if device is None or of is Sum.GPUS:
-        return float(device is not None)
-    index = device.index
-    for slots in device.group.gpus:
-        if index < slots.count:
-            return fleet.cluster.price_of(slots) or 0.0
-        index -= slots.count
-    raise AssertionError(f"{name} is beyond the GPUs of its node")
 
 
 def _of_role(replica: ReplicaPlan) -> Duty:

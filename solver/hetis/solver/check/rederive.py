@@ -129,6 +129,11 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     last = len(shape.stages) - 1
     stage_s, room, memory = [], math.inf, list[MemoryUse]()
     landing_s, slowest_landing_s, chunk_s, slowest_chunk_s = 0.0, 0.0, 0.0, 0.0
+
+    def must_hold(where: str, rule: Rule, gpu: str, num_bytes: float) -> None:
+        usable_bytes = setting.problem.profiles[gpu].usable_bytes
+        memory.append(MemoryUse(where=where, rule=rule, num_bytes=num_bytes, usable_bytes=usable_bytes))
+
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
         if stage.kv_link is not None and shape.slowest_link is not None:
@@ -140,35 +145,17 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
             slowed = _with_link(stage, shape.slowest_link)
             slowest_chunk_s += chunk_seconds(setting, slowed, is_first=is_first, is_last=is_last)
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
-        memory.append(
-            MemoryUse(
-                where=f"stage {i}",
-                rule=Rule.RANK_MEMORY,
-                num_bytes=rank_bytes(setting, stage, is_first=is_first, is_last=is_last),
-                usable_bytes=setting.problem.profiles[stage.gpu].usable_bytes,
-            )
-        )
-        if stage.pool is not None:
-            memory.append(
-                MemoryUse(
-                    where=f"attention workers of stage {i}",
-                    rule=Rule.WORKER_MEMORY,
-                    num_bytes=worker_bytes(setting, stage, stage.pool, is_first=is_first),
-                    usable_bytes=setting.problem.profiles[stage.pool.gpu].usable_bytes,
-                )
-            )
+        num_bytes = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
+        must_hold(f"stage {i}", Rule.RANK_MEMORY, stage.gpu, num_bytes)
+        if (pool := stage.pool) is not None:
+            num_bytes = worker_bytes(setting, stage, pool, is_first=is_first)
+            must_hold(f"attention workers of stage {i}", Rule.WORKER_MEMORY, pool.gpu, num_bytes)
     card_s = []
     for positions in shape.shared_by:
         card_s.append(busy_seconds(setting, shape, positions))
         room = min(room, kv_room_of_shared_card(setting, shape, positions))
-        memory.append(
-            MemoryUse(
-                where=f"attention workers of stages {', '.join(map(str, positions))}",
-                rule=Rule.WORKER_MEMORY,
-                num_bytes=shared_card_bytes(setting, shape, positions),
-                usable_bytes=setting.problem.profiles[shape.pool_of(positions[0]).gpu].usable_bytes,
-            )
-        )
+        where, gpu = f"attention workers of stages {', '.join(map(str, positions))}", shape.pool_of(positions[0]).gpu
+        must_hold(where, Rule.WORKER_MEMORY, gpu, shared_card_bytes(setting, shape, positions))
     return Derived(
         t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
         tpot_per_t=tpot_per_t(setting),
