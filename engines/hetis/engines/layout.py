@@ -182,14 +182,9 @@ def _beside_shared_experts(replica: ReplicaPlan, model: ModelSpec) -> int:
 
 
 def layout_of(
-    plan: Plan,
-    number: int,
-    model: ModelSpec,
-    *,
-    engine: Engine = Engine.VLLM_HETIS,
-    dtype: str = "auto",
+    plan: Plan, number: int, model: ModelSpec, *, engine: Engine = Engine.VLLM_HETIS, dtype: str = "auto",
     kv_tokens: int | None = None,
-) -> Layout:
+) -> Layout:  # fmt: skip
     """Return the layout of one replica.
 
     Args:
@@ -206,6 +201,7 @@ def layout_of(
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
     planned = _planned(plan, "model")
+    alone = tuple(one for one in plan.replicas if one.role is not Role.UNIFIED)  # they prefill or decode only
     layout = layout_of_replica(
         plan.replicas[number],
         model,
@@ -213,7 +209,7 @@ def layout_of(
         engine=engine,
         dtype=dtype,
         kv_tokens=kv_tokens,
-        partners=tuple(_partners(plan, number)),
+        partners=() if plan.replicas[number].role is Role.UNIFIED else alone,
     )
     if not (indices := _driver_indices(_planned(plan, "cluster"))):
         return layout
@@ -261,15 +257,9 @@ def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) ->
 
 
 def layout_of_replica(
-    replica: ReplicaPlan,
-    model: ModelSpec,
-    *,
-    planned: Mapping[str, Any] | None,
-    engine: Engine = Engine.VLLM_HETIS,
-    dtype: str = "auto",
-    kv_tokens: int | None = None,
-    partners: Sequence[ReplicaPlan] = (),
-) -> Layout:
+    replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
+    dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[ReplicaPlan] = (),
+) -> Layout:  # fmt: skip
     """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
 
     Args:
@@ -322,12 +312,6 @@ def layout_of_replica(
         dtype=common_dtype({stage.gpu for one in (replica, *partners) for stage in one.stages}),
         data_parallel=copies,
     )
-
-
-def _partners(plan: Plan, number: int) -> Iterator[ReplicaPlan]:
-    """Yield the plan's other replicas that prefill or decode alone, if this one does."""
-    if plan.replicas[number].role is not Role.UNIFIED:
-        yield from (one for one in plan.replicas if one.role is not Role.UNIFIED)
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:

@@ -101,12 +101,9 @@ def _partitions(features: FloatArray, seconds: FloatArray, num_pieces: int) -> I
 
 
 def _refit(
-    relative: FloatArray,
-    owner: NDArray[np.intp],
-    num_pieces: int,
-    importance: FloatArray,
+    relative: FloatArray, owner: NDArray[np.intp], num_pieces: int, importance: FloatArray,
     known: dict[bytes, Coefficients],
-) -> tuple[Coefficients, ...]:
+) -> tuple[Coefficients, ...]:  # fmt: skip
     """Refit each piece on its points. ``known`` holds pieces of earlier sets of points, which soon repeat."""
 
     def piece_of(mine: NDArray[np.bool_]) -> Coefficients:

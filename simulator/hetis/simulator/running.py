@@ -139,13 +139,9 @@ class Runner:
 
 @contextmanager
 def runner(
-    plan: Plan,
-    problem: PlacementProblem,
-    *,
-    processes: int = 1,
-    cancelled: threading.Event | None = None,
+    plan: Plan, problem: PlacementProblem, *, processes: int = 1, cancelled: threading.Event | None = None,
     report: Report = silent,
-) -> Iterator[Runner]:
+) -> Iterator[Runner]:  # fmt: skip
     """Yield a `Runner` for jobs of a plan.
 
     Args:
@@ -216,13 +212,9 @@ class Sweep:
 
 
 def sweep(
-    evaluate: Callable[[Sequence[float]], Sequence[Summary]],
-    limits: Limits,
-    *,
-    start_rps: float,
-    tolerance: float = 0.02,
-    at_once: int = 1,
-) -> Sweep:
+    evaluate: Callable[[Sequence[float]], Sequence[Summary]], limits: Limits, *, start_rps: float,
+    tolerance: float = 0.02, at_once: int = 1,
+) -> Sweep:  # fmt: skip
     """Bracket the highest rate within the limits by increasing steps up, then divide the bracket.
 
     If the first rate is too high already, an almost idle fleet is tried next: limits that it misses are missed at every

@@ -29,18 +29,10 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
 # Plans outside the searched family can run as well.
-_OF_THE_SEARCH = frozenset(
-    {
-        Rule.SETTING,
-        Rule.MAX_NUM_SEQS,
-        Rule.IN_FLIGHT,
-        Rule.EQUAL_LAYERS,
-        Rule.ONE_TYPE,
-        Rule.POOL_SIZE,
-        Rule.COPIES,
-        Rule.SHARED_POOL,
-    }
-)
+_OF_THE_SEARCH = frozenset((
+    Rule.SETTING, Rule.MAX_NUM_SEQS, Rule.IN_FLIGHT, Rule.EQUAL_LAYERS, Rule.ONE_TYPE, Rule.POOL_SIZE, Rule.COPIES,
+    Rule.SHARED_POOL,
+))  # fmt: skip
 
 
 PACE = 1.2  # prompt tokens of a paced iteration over those that keep the seats filled on average: lengths vary

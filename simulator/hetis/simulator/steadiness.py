@@ -1,6 +1,4 @@
-"""The steady part of a run (everything before is warm-up, which is not measured), and 95% confidence
-intervals.
-"""
+"""The steady part of a run (everything before is warm-up, which is not measured), and 95% confidence intervals."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.
         device="cuda:0", gpu="", model=TINY, quick=True, limit_s=300.0, journal=tmp_path / "j", resume=False
     )
     monkeypatch.setattr(
-        session, "sampling_rule", lambda quick: replace(RULE, limit_s=0.02, warm_up_s=0.0, max_batches=3)
+        session, "QUICK_RULES", (session.QUICK_RULES[0], replace(RULE, limit_s=0.02, warm_up_s=0.0, max_batches=3))
     )
     result = session.measure(request, news.append)
     tables = {(table.op.value, table.cold) for table in result.measurements.tables}
@@ -106,7 +106,7 @@ def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.
     assert news
 
 
-RULE = session.sampling_rule(quick=True)
+RULE = session.QUICK_RULES[1]
 
 
 def test_an_interrupted_run_does_not_go_on_upon_another_machine(

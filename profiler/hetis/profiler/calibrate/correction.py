@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 
 import numpy as np
@@ -101,7 +101,8 @@ def calibrate(observed: Observed, replica: Replica) -> Calibration:
     before, after = judged.predicted({}), judged.predicted(values)
     judgements = list(_judgements(judged, before, after))
     improves = bool(chosen) and judgements[-1].after.mape < judgements[-1].before.mape
-    was = {"kernels": 1.0, "step": float(np.median(table.step)), "sequence": _per_sequence(table)}
+    was = {"kernels": 1.0, "step": float(np.median(table.step))}
+    was["sequence"] = float(np.median(table.sample / np.maximum(table.sequences, 1e-9)))
     return Calibration(
         profile=corrected(replica, observed, values, judgements[-1], len(fitted.seconds)) if improves else None,
         parameters=tuple(
@@ -156,12 +157,7 @@ def corrected(
 
 
 def _scaled(piece: Piece, factor: float) -> Piece:
-    return Piece(
-        **{
-            name: float(f"{getattr(piece, name) * factor:.4g}")
-            for name in ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire")
-        }
-    )
+    return Piece(**{field.name: float(f"{getattr(piece, field.name) * factor:.4g}") for field in fields(Piece)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,26 +282,17 @@ def _non_negative(features: FloatArray, target: FloatArray, weights: FloatArray)
 
 
 def _judgements(table: _Table, before: FloatArray, after: FloatArray) -> list[Judgement]:
-    kinds = [str(kind) for kind in np.unique(table.kind)]
-    found = []
-    for kind in [*(kinds if len(kinds) > 1 else []), ""]:
+    def judgement(kind: str) -> Judgement:
         mine = table.kind == kind if kind else np.ones(len(table.kind), np.bool_)
-        found.append(
-            Judgement(
-                kind=kind,
-                count=int(mine.sum()),
-                mean_s=float(table.seconds[mine].mean()),
-                before=_errors(before[mine] / table.seconds[mine] - 1),
-                after=_errors(after[mine] / table.seconds[mine] - 1),
-            )
-        )
-    return found
+        seconds = table.seconds[mine]
+        errors = [_errors(predicted[mine] / seconds - 1) for predicted in (before, after)]
+        count, mean_s = int(mine.sum()), float(seconds.mean())
+        return Judgement(kind=kind, count=count, mean_s=mean_s, before=errors[0], after=errors[1])
+
+    kinds = [str(kind) for kind in np.unique(table.kind)]
+    return [judgement(kind) for kind in [*(kinds if len(kinds) > 1 else []), ""]]
 
 
 def _errors(errors: FloatArray) -> Errors:
     absolute = np.abs(errors)
     return Errors(mape=float(absolute.mean()), bias=float(errors.mean()), p90=float(np.quantile(absolute, 0.9)))
-
-
-def _per_sequence(table: _Table) -> float:
-    return float(np.median(table.sample / np.maximum(table.sequences, 1e-9)))

@@ -41,14 +41,9 @@ Scrape = tuple[float, dict[str, EngineState]]  # when, and the engines by their 
 
 
 def watch(
-    url: str,
-    *,
-    for_s: float,
-    every_s: float,
-    fetch: Callable[[str], str] | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> list[Scrape]:
+    url: str, *, for_s: float, every_s: float, fetch: Callable[[str], str] | None = None,
+    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+) -> list[Scrape]:  # fmt: skip
     """Return scrapes of ``url`` over ``for_s`` seconds. Only the first one must succeed.
 
     Args:

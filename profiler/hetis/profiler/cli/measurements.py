@@ -79,8 +79,7 @@ def run(
     from hetis.formats.measurements import save_measurements
     from hetis.formats.model import load_model
     from hetis.profiler.measure.journal import journal_of, points_in
-    from hetis.profiler.measure.request import RunRequest
-    from hetis.profiler.measure.session import measure
+    from hetis.profiler.measure.session import RunRequest, measure
 
     require_outputs(out, cluster_out)
     journal = journal_of(out)

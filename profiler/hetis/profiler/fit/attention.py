@@ -140,18 +140,10 @@ def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
 
 
 def _by_head_shape(
-    table: Table,
-    op: Op,
-    features: FloatArray,
-    sizes: Mapping[str, FloatArray],
-    *,
-    usable: NDArray[np.bool_],
-    warm: NDArray[np.bool_],
-    reason: str,
-    origin: str,
-    given: Mapping[str, float] | None = None,
+    table: Table, op: Op, features: FloatArray, sizes: Mapping[str, FloatArray], *, usable: NDArray[np.bool_],
+    warm: NDArray[np.bool_], reason: str, origin: str, given: Mapping[str, float] | None = None,
     notes: tuple[str, ...] = (),
-) -> Iterator[Points]:
+) -> Iterator[Points]:  # fmt: skip
     """Yield one set for each (head_dim, queries per group) with enough points, and one for all shapes of a head_dim."""
     heads, groups, head_dim = (table.numbers(name) for name in ("query_heads", "kv_heads", "head_dim"))
     queries = heads / groups

@@ -109,12 +109,7 @@ class FitReport:
             "by_region": {op.value: self._by_region(op) for op in ops},
             "fits": [_op_data(report) for report in self.ops],
             "other_sources": [
-                {
-                    "op": other.op.value,
-                    "scope": _set_fields(other.scope),
-                    "origin": other.origin,
-                    "serving": asdict(other.serving),
-                }
+                asdict(other) | {"op": other.op.value, "scope": _set_fields(other.scope)}
                 for other in self.other_sources
             ],
             "few_heads": [

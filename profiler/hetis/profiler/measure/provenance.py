@@ -1,13 +1,12 @@
-"""Provenance of measurements: measurer, software and host, and the watch over the device meanwhile. Needs torch."""
+"""Provenance of measurements: measurer, software and host. Needs torch."""
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,45 +15,10 @@ from hetis.formats.measurements import MeasuredBy
 from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
 from hetis.profiler.measure.device import CudaDevice, Device
-from hetis.profiler.measure.host import TIMES, HostWatch
-from hetis.profiler.measure.request import RunRequest
-from hetis.profiler.measure.watch import GpuNews, GpuWatch
+from hetis.profiler.measure.host import TIMES
 
-
-class DeviceWatch:
-    """Watches the device and the host while points are measured: a GPU through NVML, the host always."""
-
-    def __init__(self, device: Device) -> None:
-        self._gpu = GpuWatch(device.address, clock=time.monotonic) if isinstance(device, CudaDevice) else None
-        self._host = HostWatch()
-
-    def begin(self) -> None:
-        """Start counting observations from now on."""
-        self._host = HostWatch()
-        if self._gpu is not None:
-            self._gpu.begin()
-
-    def look(self) -> None:
-        """Sample the GPU. Call this while work is queued."""
-        if self._gpu is not None:
-            self._gpu.look()
-
-    def look_at_processes(self, own: Collection[int]) -> None:
-        """Check which other processes have the GPU open. ``own`` are our processes besides this one."""
-        if self._gpu is not None:
-            self._gpu.look_at_processes({os.getpid(), *own})
-
-    def others_share(self) -> float:
-        """Return the share of the host's cores that other processes took since `begin`."""
-        return self._host.share()
-
-    def gpu_news(self) -> GpuNews | None:
-        """Return what was seen of the GPU since `begin`, or None on a processor."""
-        return None if self._gpu is None else self._gpu.news()
-
-    def driver(self) -> str:
-        """Return the GPU's driver, or an empty string if there is none or it is unknown."""
-        return "" if self._gpu is None else self._gpu.driver()
+if TYPE_CHECKING:
+    from hetis.profiler.measure.session import RunRequest
 
 
 def gpu_name(wanted: str, device: Device) -> str:

@@ -6,20 +6,41 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.measure.adaptive import Campaign, SamplingRule, StoppingRule, sample
+from hetis.profiler.measure.host import HostWatch
 from hetis.profiler.measure.journal import Journal, read_journal
 from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample, extent_of, series_of
-from hetis.profiler.measure.request import RunRequest
-from hetis.profiler.measure.watch import disturbance_notes
+from hetis.profiler.measure.watch import GpuWatch, disturbance_notes
 from hetis.solver.errors import HetisError
+from hetis.solver.model import ModelSpec
 
 if TYPE_CHECKING:
     from hetis.profiler.measure.device import Device
+
+
+QUICK_RULES = (
+    StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25),
+    SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """A request to measure a device."""
+
+    device: str  # ``cpu``, ``cuda`` or ``cuda:1``
+    gpu: str  # name of the GPU type in the result. Empty: the device's own name.
+    model: ModelSpec
+    quick: bool
+    limit_s: float  # stop choosing new points after this time
+    journal: Path  # file that keeps the measurements; its points are not measured again if ``resume``
+    resume: bool
 
 
 class NotEnoughPointsError(HetisError):
@@ -58,10 +79,10 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
         NotEnoughPointsError: the limit was too short.
         KeyboardInterrupt: the journal holds what was measured.
     """
-    from hetis.profiler.measure.device import open_device
+    from hetis.profiler.measure.device import CpuDevice, open_device
     from hetis.profiler.measure.kernels import Kernels
     from hetis.profiler.measure.peers import PeerProcesses
-    from hetis.profiler.measure.provenance import DeviceWatch, cache_note, gpu_name, measured_by, settings_of
+    from hetis.profiler.measure.provenance import cache_note, gpu_name, measured_by, settings_of
 
     begin_s = time.monotonic()
     device = open_device(request.device)
@@ -70,12 +91,12 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     extent = extent_of(on_cuda=device.on_cuda, quick=request.quick)
     extent = replace(extent, kv_limit_bytes=min(extent.kv_limit_bytes, device.memory_bytes // 4))
     series = series_of(request.model, extent, paths=device.copies, peer_kernel=backend, peer_path=path)
-    watch = DeviceWatch(device)
+    watch = GpuWatch(None if isinstance(device, CpuDevice) else device.address, clock=time.monotonic)
     driver = watch.driver()
     settings = settings_of(request, gpu, device, driver)
     known = read_journal(request.journal, settings) if request.resume and request.journal.exists() else []
-    campaign = Campaign(series, stopping_rule(request.quick), known)
-    rule = sampling_rule(request.quick)
+    stopping, rule = QUICK_RULES if request.quick else (StoppingRule(), SamplingRule())
+    campaign = Campaign(series, stopping, known)
     kernels = Kernels(device, request.model, watch.look)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(request.journal, settings, known))
@@ -95,6 +116,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
         time_point(reference)  # an idle device takes a moment to raise its clocks, and libraries to initialise
         before = time_point(reference)
         watch.begin()
+        host = HostWatch()
         _run(campaign, time_point, report, journal, limit_s=request.limit_s, begin_s=begin_s)
         after = time_point(reference)
     if not campaign.is_started():
@@ -105,8 +127,8 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     disturbances = disturbance_notes(
         campaign.measured,
         reference_s=(before.seconds, after.seconds),
-        others_share=watch.others_share(),
-        gpu=watch.gpu_news(),
+        others_share=host.share(),
+        gpu=watch.news() if device.on_cuda else None,
     )
     if known:
         disturbances.append(
@@ -126,29 +148,10 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     )
 
 
-def stopping_rule(quick: bool) -> StoppingRule:
-    """Return the rule for when a surface is known well enough."""
-    return StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25) if quick else StoppingRule()
-
-
-def sampling_rule(quick: bool) -> SamplingRule:
-    """Return the rule for how long to stay at one point."""
-    return (
-        SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30)
-        if quick
-        else SamplingRule()
-    )
-
-
 def _run(
-    campaign: Campaign,
-    time_point: Callable[[MeasuredPoint], TimedSample],
-    report: Callable[[RunProgress], None],
-    journal: Journal,
-    *,
-    limit_s: float,
-    begin_s: float,
-) -> None:
+    campaign: Campaign, time_point: Callable[[MeasuredPoint], TimedSample], report: Callable[[RunProgress], None],
+    journal: Journal, *, limit_s: float, begin_s: float,
+) -> None:  # fmt: skip
     """Measure the points that the campaign asks for."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
     took_s: list[float] = []

@@ -94,17 +94,9 @@ class Setting:
         return self.chunk_iterations * with_chunk_s + self.plain_iterations * plain_s
 
     def seconds(
-        self,
-        gpu: str,
-        op: Op,
-        tp: int,
-        *,
-        flops: float = 0.0,
-        num_bytes: float = 0.0,
-        tokens: float = 0.0,
-        heads: float = 0.0,
-        wire_s: float = 0.0,
-    ) -> float:
+        self, gpu: str, op: Op, tp: int, *, flops: float = 0.0, num_bytes: float = 0.0, tokens: float = 0.0,
+        heads: float = 0.0, wire_s: float = 0.0,
+    ) -> float:  # fmt: skip
         """Return fit(op; features) of a GPU type; 0 for an operator that the profile does not have."""
         fit = self.problem.profiles[gpu].fit(op, self.model, tp)
         if fit is None:

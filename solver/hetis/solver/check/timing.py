@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
 
@@ -174,11 +174,8 @@ def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
 def _longest_of(copies: int) -> float:
     """Return the expected maximum of so many standard normal variables, integrated by the midpoint rule."""
     normal, step = NormalDist(), 1e-3
-    return sum(x * copies * normal.cdf(x) ** (copies - 1) * normal.pdf(x) * step for x in _midpoints(-8.0, 8.0, step))
-
-
-def _midpoints(low: float, high: float, step: float) -> Iterator[float]:
-    return (low + (i + 0.5) * step for i in range(round((high - low) / step)))
+    midpoints = (-8.0 + (i + 0.5) * step for i in range(round(16.0 / step)))
+    return sum(x * copies * normal.cdf(x) ** (copies - 1) * normal.pdf(x) * step for x in midpoints)
 
 
 def _chunk_spread(setting: Setting) -> float:

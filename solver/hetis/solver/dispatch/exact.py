@@ -99,12 +99,6 @@ def _pack(packing: Packing, *, time_limit_s: float, seed: int) -> tuple[bool | N
     return True, packed
 
 
-ROUNDS = 200  # of local search between reads of the clock
-ADMISSION_SHARE = 0.4  # largest share of the time limit
-SEARCH_SHARE = 0.2  # share of the time left after admission
-MOST_SEARCH_ROUNDS = 20_000  # without a clock
-
-
 def solve_exactly(
     problem: DispatchProblem, *, budget: Budget | None = None, gap_target: float = 1e-6, seed: int = 0
 ) -> DispatchPlan:

@@ -217,9 +217,8 @@ class RelaxationModel:
         piece = duals[self.J : self.memory].reshape(self.D, self.K)
         piece[~self.is_open] = 0.0
         block = duals[self.memory : self.card] / self.scale
-        return Multipliers(piece, block, float(duals[self.card]) if self.has_card else 0.0), duals[
-            : self.J
-        ] / self.scale
+        card = float(duals[self.card]) if self.has_card else 0.0
+        return Multipliers(piece, block, card), duals[: self.J] / self.scale
 
     def _entries(self, requests: IntArray, devices: IntArray) -> tuple[IntArray, FloatArray]:
         """Return rows and values of columns x_ij, each of which has K + 3 entries, [n, K + 3]."""

@@ -166,9 +166,8 @@ def _place_admitted(
     if len(order) == 0:
         nothing = Multipliers(np.zeros((num, pieces)), np.zeros(num), 0.0)
         floor_s = stage.floor_s
-        return PassResult(
-            all_groups, floor_s, floor_s, floor_s, True, admission, order, nothing, np.zeros(len(all_contexts))
-        )
+        none = np.zeros(len(all_contexts))
+        return PassResult(all_groups, floor_s, floor_s, floor_s, True, admission, order, nothing, none)
     contexts, blocks = all_contexts[order], all_blocks[order]
     demand = Demand(contexts.astype(np.float64), blocks.astype(np.float64), costs.head_groups)
     rows = rows_of(stage, free_blocks, demand)

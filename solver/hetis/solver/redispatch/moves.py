@@ -186,7 +186,9 @@ def paying(tables: RedispatchTables, steps: Iterable[RequestMoves]) -> tuple[lis
         gains, losing = judged(tables, x, kept)
         if not losing:
             return kept, gains
-        x = _taken_back(x, kept.pop(losing[0]))
+        step = kept.pop(losing[0])
+        back = tuple(MovedGroups(groups, target, source) for groups, source, target in step.parts)
+        x = applied(x, [RequestMoves(step.j, back)])
 
 
 def judged(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> tuple[list[float], list[int]]:
@@ -202,12 +204,6 @@ def judged(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves])
         if not pays(tables, step, value, seconds):
             losing.append((gain - per_decode_step_s(tables, step, seconds), position))
     return gains, [position for _, position in sorted(losing)]
-
-
-def _taken_back(x: IntArray, step: RequestMoves) -> IntArray:
-    return applied(
-        x, [RequestMoves(step.j, tuple(MovedGroups(groups, target, source) for groups, source, target in step.parts))]
-    )
 
 
 # --- the order of steps
@@ -313,12 +309,9 @@ def _start(tables: RedispatchTables, room: IntArray, freed: IntArray, step: Requ
 
 
 def _detour(
-    tables: RedispatchTables,
-    room: IntArray,
-    waiting: list[RequestMoves],
-    on_detour: set[tuple[int, int]],
+    tables: RedispatchTables, room: IntArray, waiting: list[RequestMoves], on_detour: set[tuple[int, int]],
     budget: float,
-) -> tuple[int, RequestMoves, RequestMoves] | None:
+) -> tuple[int, RequestMoves, RequestMoves] | None:  # fmt: skip
     """Return the detour that copies least, of steps whose departure frees blocks that another waits for.
 
     The result is the step's position among those that wait, the detour, and the onward step. No step takes two detours.
@@ -335,10 +328,8 @@ def _detour(
                 continue
             num_bytes = fits * float(tables.num_bytes[step.j])
             if num_bytes < least and num_bytes <= budget:
-                detour, onward = (
-                    RequestMoves(step.j, (MovedGroups(fits, source, third),)),
-                    RequestMoves(step.j, (MovedGroups(fits, third, target),)),
-                )
+                detour = RequestMoves(step.j, (MovedGroups(fits, source, third),))
+                onward = RequestMoves(step.j, (MovedGroups(fits, third, target),))
                 best, least = (place, detour, onward), num_bytes
             break
     return best
