@@ -78,8 +78,9 @@ def run(
     from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
     from hetis.formats.model import load_model
+    from hetis.profiler.measure.adaptive import RunRequest
     from hetis.profiler.measure.journal import journal_of, points_in
-    from hetis.profiler.measure.session import RunRequest, measure
+    from hetis.profiler.measure.session import measure
 
     require_outputs(out, cluster_out)
     journal = journal_of(out)

@@ -1,4 +1,4 @@
-"""Decides what to measure next, how often, and when to stop.
+"""What a run is asked for; decides what to measure next, how often, and when to stop.
 
 Pure: it knows points and samples, not torch; timers and clocks are arguments.
 """
@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from hetis.profiler.fitting import FloatArray
 from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries, TimedSample
+from hetis.solver.model import ModelSpec
 
 _FEW = 12  # points that a fit needs (hetis.profiler.fit)
 _LINEAR_VARIANCE = 4.0  # of slopes in log-log: sizes enter times with powers between 0 and 2
@@ -227,6 +229,25 @@ class SamplingRule:
     min_batches: int = 5
     max_batches: int = 100
     max_calls: int = 200  # per batch
+
+
+QUICK_RULES = (
+    StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25),
+    SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """A request to measure a device."""
+
+    device: str  # ``cpu``, ``cuda`` or ``cuda:1``
+    gpu: str  # name of the GPU type in the result. Empty: the device's own name.
+    model: ModelSpec
+    quick: bool
+    limit_s: float  # stop choosing new points after this time
+    journal: Path  # file that keeps the measurements; its points are not measured again if ``resume``
+    resume: bool
 
 
 def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:

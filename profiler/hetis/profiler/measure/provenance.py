@@ -6,7 +6,6 @@ import platform
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +13,9 @@ from hetis.formats.catalogue import UnknownNameError, find_gpu
 from hetis.formats.measurements import MeasuredBy
 from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
+from hetis.profiler.measure.adaptive import RunRequest
 from hetis.profiler.measure.device import CudaDevice, Device
 from hetis.profiler.measure.host import TIMES
-
-if TYPE_CHECKING:
-    from hetis.profiler.measure.session import RunRequest
 
 
 def gpu_name(wanted: str, device: Device) -> str:

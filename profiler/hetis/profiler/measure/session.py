@@ -6,41 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
-from hetis.profiler.measure.adaptive import Campaign, SamplingRule, StoppingRule, sample
+from hetis.profiler.measure.adaptive import QUICK_RULES, Campaign, RunRequest, SamplingRule, StoppingRule, sample
 from hetis.profiler.measure.host import HostWatch
 from hetis.profiler.measure.journal import Journal, read_journal
 from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample, extent_of, series_of
 from hetis.profiler.measure.watch import GpuWatch, disturbance_notes
 from hetis.solver.errors import HetisError
-from hetis.solver.model import ModelSpec
 
 if TYPE_CHECKING:
     from hetis.profiler.measure.device import Device
-
-
-QUICK_RULES = (
-    StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25),
-    SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """A request to measure a device."""
-
-    device: str  # ``cpu``, ``cuda`` or ``cuda:1``
-    gpu: str  # name of the GPU type in the result. Empty: the device's own name.
-    model: ModelSpec
-    quick: bool
-    limit_s: float  # stop choosing new points after this time
-    journal: Path  # file that keeps the measurements; its points are not measured again if ``resume``
-    resume: bool
 
 
 class NotEnoughPointsError(HetisError):
