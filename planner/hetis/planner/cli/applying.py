@@ -46,7 +46,6 @@ _KINDS = {
 }
 _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
 _NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
-_WITH_ANSWER = (plan_pb2.PLAN_STATE_READY,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +145,7 @@ class Problem:
             raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
 
     def documents(self) -> Iterator[tuple[str, Value]]:
-        """Read the files of the cluster and of profiles.
-
-        Raises:
-            DocumentError: one of them is not usable.
-        """
+        """Read the files of the cluster and of profiles. Raises DocumentError: one of them is not usable."""
         if self.inputs.cluster is not None and _is_file(self.inputs.cluster):
             yield self.inputs.cluster, load_cluster(self.inputs.cluster)
         for profile in self.inputs.profile or ():
@@ -175,11 +170,9 @@ class Problem:
         inputs, family, replicas, search = self.inputs, self.family, self.replicas, self.search
         time_limit = Duration()
         time_limit.FromNanoseconds(round(search.time_limit * 1e9))
+        profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in inputs.profile or ())
         spec = plan_pb2.PlanSpec(
-            profiles=[
-                full_name("profiles", id_of(load_profile(name).gpu) if _is_file(name) else name)
-                for name in inputs.profile or ()
-            ],
+            profiles=[full_name("profiles", name) for name in profiles],
             objective=self._objective(),
             strategy=family.strategy,
             roles=[TO_PROTO[role] for role in Role if role in (family.roles or ())],
@@ -205,9 +198,8 @@ class Problem:
         try:
             spec.model_name = find_model(inputs.model).model.name
         except UnknownNameError:  # a file, or the error with the nearest name
-            spec.model_document.CopyFrom(
-                _content(inputs.model, load_model(inputs.model), document_pb2.DOCUMENT_KIND_MODEL_SPEC)
-            )
+            found = load_model(inputs.model)
+            spec.model_document.CopyFrom(_content(inputs.model, found, document_pb2.DOCUMENT_KIND_MODEL_SPEC))
         if inputs.prefix_hit_rate is None and (name := _workload_name(inputs.workload)) is not None:
             spec.workload_name = name
         else:
@@ -218,14 +210,11 @@ class Problem:
     def _objective(self) -> plan_pb2.Objective:
         given = self.goal
         goal = plan_pb2.Objective(kind=_KINDS[given.objective], demand_rps=given.rate or 0.0)
-        if given.ttft == NO_LIMIT:
-            goal.ttft_unlimited = True
-        elif given.ttft is not None:
-            goal.ttft_limit_s = given.ttft
-        if given.tpot == NO_LIMIT:
-            goal.tpot_unlimited = True
-        elif given.tpot is not None:
-            goal.tpot_limit_s = given.tpot
+        for name, limit in (("ttft", given.ttft), ("tpot", given.tpot)):
+            if limit == NO_LIMIT:
+                setattr(goal, f"{name}_unlimited", True)
+            elif limit is not None:
+                setattr(goal, f"{name}_limit_s", limit)
         return goal
 
 
@@ -324,7 +313,7 @@ class Applying:
             terminal.say("the planner would take this plan; nothing was changed")
             return self._show(plan)
         terminal.say(f"{plan.name} made")
-        if plan.state not in _WITH_ANSWER:
+        if plan.state != plan_pb2.PLAN_STATE_READY:
             if asked.no_wait:
                 if asked.activate or asked.out:
                     terminal.warn("its search is not over: it was neither activated nor saved")

@@ -167,7 +167,6 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     Agents that start engines themselves say where these listen. Replicas that only prefill or decode are left out: a
     router would have to send a request to both.
     """
-
     from hetis.formats.files import write_atomically
 
     if asked.to is RouterFormat.LITELLM and not asked.model:
@@ -195,13 +194,9 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
 def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> str:
     from hetis.planner.export.routing import envoy_list, litellm_list, nginx_list
 
-    match to:
-        case RouterFormat.NGINX:
-            return nginx_list(servers)
-        case RouterFormat.ENVOY:
-            return envoy_list(servers)
-        case RouterFormat.LITELLM:
-            return litellm_list(servers, model)
+    if to is RouterFormat.LITELLM:
+        return litellm_list(servers, model)
+    return nginx_list(servers) if to is RouterFormat.NGINX else envoy_list(servers)
 
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:

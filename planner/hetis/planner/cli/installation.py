@@ -135,17 +135,13 @@ def _libraries() -> Iterator[Finding]:
     versions = installed_versions()
     missing = [library for library in LIBRARIES if library not in versions]
     found = ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions)
-    yield _finding(
-        "libraries",
-        not missing,
-        found if not missing else f"missing {', '.join(missing)}: pip install 'hetis[planner]'",
-    )
+    lacking = f"missing {', '.join(missing)}: pip install 'hetis[planner]'"
+    yield _finding("libraries", not missing, lacking if missing else found)
     if "highspy" in versions and "ortools" in versions:
         ortools, highs = _release(versions["ortools"]), _release(versions["highspy"])
         expected = HIGHS_IN_ORTOOLS.get(ortools)
-        detail = f"highspy {highs} beside ortools {ortools}" + (
-            "" if expected is None else f", which bundles {expected}"
-        )
+        bundled = "" if expected is None else f", which bundles {expected}"
+        detail = f"highspy {highs} beside ortools {ortools}{bundled}"
         yield _finding("HiGHS releases", expected in (None, highs), detail)
 
 
@@ -157,11 +153,9 @@ def _solver_orders() -> Iterator[Finding]:
     """Yield whether the solvers work in both import orders: both contain HiGHS, and neither must break the other."""
     if any(util.find_spec(name) is None for name in ("highspy", "ortools")):
         return
-    for name, first, second in (
-        ("highspy, ortools", _IMPORT_HIGHS, _IMPORT_CP_SAT),
-        ("ortools, highspy", _IMPORT_CP_SAT, _IMPORT_HIGHS),
-    ):
-        error = _failure_of(first + second + _SOLVE_WITH_HIGHS + _SOLVE_WITH_CP_SAT)
+    orders = {"highspy, ortools": _IMPORT_HIGHS + _IMPORT_CP_SAT, "ortools, highspy": _IMPORT_CP_SAT + _IMPORT_HIGHS}
+    for name, imports in orders.items():
+        error = _failure_of(imports + _SOLVE_WITH_HIGHS + _SOLVE_WITH_CP_SAT)
         yield _finding(f"import {name}", error is None, error or "both solve")
 
 

@@ -273,11 +273,7 @@ class GoalOptions:
     )
 
     def of(self, loaded: LoadedInputs) -> Objective:
-        """Return the objective for inputs.
-
-        Raises:
-            InvalidProblemError: it needs a demanded rate.
-        """
+        """Return the objective for inputs. Raises InvalidProblemError: it needs a demanded rate."""
         from hetis.planner.use_cases import place as placing
 
         placing.require_demand(self.objective, self.rate, loaded.inputs.workload)

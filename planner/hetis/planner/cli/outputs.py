@@ -93,11 +93,7 @@ def save(value: Value, path: Path) -> None:
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Write plans by name, as ``NAME.json``.
-
-    Raises:
-        DocumentError: a file cannot be written.
-    """
+    """Write plans by name, as ``NAME.json``. Raises DocumentError: a file cannot be written."""
     for name, plan in plans.items():
         path = _plan_file(folder, name)
         save(plan, path)
@@ -109,11 +105,7 @@ def _plan_file(folder: Path, name: str) -> Path:
 
 
 def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Write the page, on standard output for ``-``.
-
-    Raises:
-        DocumentError: the file cannot be written.
-    """
+    """Write the page, on standard output for ``-``. Raises DocumentError: the file cannot be written."""
     if path == STDOUT:
         terminal.write(page)
         return
@@ -169,20 +161,16 @@ def say_what_would_be_solved(
 
     def rows() -> list[Text]:
         solved_by = f"{', '.join(strategies)}{f' for {engine}' if engine else ''}"
-        return [
-            *(
-                Text.assemble(
-                    ("ok", "green"),
-                    f"  {inputs.model.name} on {inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')}) "
-                    f"for {inputs.workload.name}: {goal_line(objective).plain}",
-                )
-                for inputs, objective in problems
-            ),
-            Text(
-                f"    would be solved by {solved_by}, {plural(solves, 'time')} {seconds(time_limit_s)} at most; "
-                "nothing was"
-            ),
+        lines = [
+            Text.assemble(
+                ("ok", "green"),
+                f"  {inputs.model.name} on {inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')}) "
+                f"for {inputs.workload.name}: {goal_line(objective).plain}",
+            )
+            for inputs, objective in problems
         ]
+        times = f"{plural(solves, 'time')} {seconds(time_limit_s)} at most"
+        return [*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")]
 
     document = {
         "kind": "DryRun",

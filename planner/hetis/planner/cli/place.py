@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hetis.planner.use_cases.sources import LoadedInputs
     from hetis.solver.budget import Report
     from hetis.solver.errors import InfeasibleError
+    from hetis.solver.plan import Objective
     from hetis.solver.problem import PlacementProblem
 
 LAYERS_EXAMPLES = "Example: hetis-plan layers examples/layers-24.yaml"
@@ -163,7 +164,7 @@ def finish(
         )
     except InfeasibleError as error:
         if not terminal.prints_tables:
-            document = _infeasible_document(error, request, problem)
+            document = _infeasible_document(error, settings.strategy, problem.objective)
             terminal.emit(lambda: document, lambda: "")
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
@@ -189,7 +190,7 @@ def _print(terminal: Terminal, answer: PlacedPlan) -> None:
     from hetis.planner.report.studies import render_robustness
 
     def tables() -> RenderableType:
-        parts = [render_plan(answer.plan, wide=terminal.output is OutputFormat.WIDE)]
+        parts: list[RenderableType] = [render_plan(answer.plan, wide=terminal.output is OutputFormat.WIDE)]
         if answer.prices:
             parts.append(render_constraint_prices(answer.prices, answer.plan.result.unit))
         if answer.robustness is not None:
@@ -199,18 +200,15 @@ def _print(terminal: Terminal, answer: PlacedPlan) -> None:
     terminal.emit(lambda: to_data(answer.plan), tables)
 
 
-def _infeasible_document(
-    error: InfeasibleError, request: PlacementRequest, problem: PlacementProblem
-) -> dict[str, Any]:
+def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objective) -> dict[str, Any]:
     from hetis.planner.report.studies import infeasible_parts
     from hetis.solver.plan import Status
 
-    objective = problem.objective
     result = {"status": Status.INFEASIBLE.value, "objective": objective.kind.value}
     return {
         "apiVersion": "hetis/v1",
         "kind": "Plan",
-        "strategy": request.settings.strategy,
+        "strategy": strategy,
         "result": {**result, "value": None, "bound": None, "gap": None, "unit": objective.unit},
         **infeasible_parts(error),
         "replicas": [],

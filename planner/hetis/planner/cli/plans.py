@@ -141,13 +141,11 @@ def report(
     cancelled = threading.Event()
     curves = [_curve(terminal, one, cancelled) if asked.simulate else None for one in found]
     bought = [_market(terminal, one, cancelled, asked) if asked.buy_next else None for one in found]
-    page = plans_page(
-        [
-            ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
-            for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
-        ]
-    )
-    save_page(terminal, page, asked.out)
+    shown = [
+        ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
+        for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
+    ]
+    save_page(terminal, plans_page(shown), asked.out)
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
 
 

@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC
 from typing import Any, NamedTuple
 
@@ -62,17 +62,15 @@ def _readable(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    try:
+    with suppress(TypeError, ValueError):  # a UnicodeDecodeError is one
         return base64.b64decode(value, validate=True).decode("utf-8")
-    except (TypeError, ValueError):  # a UnicodeDecodeError is one
-        return value
+    return value
 
 
 def _content(value: Any) -> Any:
-    try:
+    with suppress(TypeError, ValueError):
         return json.loads(_text(value))
-    except (TypeError, ValueError):
-        return _text(value)
+    return _text(value)
 
 
 # --- tables
@@ -283,11 +281,8 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
     def remark(device: report_pb2.DeviceReport) -> Text:
         if device.unhealthy:
             return Text(device.unhealthy, style="red")
-        slowed = [
-            word(report_pb2.ThrottleReason, reason).lower()
-            for reason in device.throttle_reasons
-            if reason != report_pb2.THROTTLE_REASON_IDLE
-        ]
+        reasons = (reason for reason in device.throttle_reasons if reason != report_pb2.THROTTLE_REASON_IDLE)
+        slowed = [word(report_pb2.ThrottleReason, reason).lower() for reason in reasons]
         return Text(f"throttled: {', '.join(slowed)}" if slowed else "", style="yellow")
 
     for node in nodes:
@@ -309,19 +304,15 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
     return made
 
 
-def _time(line: audit_service_pb2.AuditedChange) -> str:
-    return line.time.ToDatetime(UTC).isoformat(timespec="milliseconds")
-
-
 def audit_data(line: audit_service_pb2.AuditedChange) -> dict[str, Any]:
     """Return a line of the audit log as plain data."""
     rest = ("epoch", "caller", "role", "method", "resource", "request_id", "plan", "outcome", "times", "hash")
-    return {"number": line.number, "time": _time(line)} | {name: getattr(line, name) for name in rest}
+    moment = line.time.ToDatetime(UTC).isoformat(timespec="milliseconds")
+    return {"number": line.number, "time": moment} | {name: getattr(line, name) for name in rest}
 
 
 def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableType:
     """Return lines of the audit log, refused ones red."""
-
     if not lines:
         return Text("no lines", style="dim")
     made = table("", "<time (UTC)", "'caller", "<method", "'resource", "'plan", "<outcome", fixed=True)
@@ -424,10 +415,9 @@ def line_of(plan: plan_pb2.Plan) -> str:
         return describe(_progress(plan.progress), plan.progress.unit)
     if plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE and plan.HasField("activation_progress"):
         far = plan.activation_progress
-        counts = {"serve": far.num_serving, "start": far.num_starting, "failed": far.num_failed} | {
-            "drain": far.num_draining
-        }
-        said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        counts = (far.num_serving, far.num_starting, far.num_failed, far.num_draining)
+        words = zip(counts, ("serve", "start", "failed", "drain"), strict=True)
+        said = ", ".join(f"{count} {what}" for count, what in words if count)
         return f"{plan.name} {word(plan_pb2.ActivationState, plan.activation)}: {said or 'no replica yet'}"
     return f"{plan.name} {word(plan_pb2.PlanState, plan.state)}"
 
@@ -443,10 +433,7 @@ def _progress(said: plan_pb2.SolveProgress) -> Progress:
 
 
 def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
-    """Return the exit code for a plan's outcome, and print the reason on stderr unless it is success.
-
-    ``activated``: whether it was also to come into force.
-    """
+    """Return the exit code for a plan's outcome, whose reason is printed; ``activated``: it was to come into force."""
     if plan.state == plan_pb2.PLAN_STATE_INFEASIBLE:
         terminal.error(f"no plan exists ({plan.name})", [f"- {reason}" for reason in plan.infeasible_reasons])
         return ExitCode.INFEASIBLE

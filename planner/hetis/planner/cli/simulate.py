@@ -138,16 +138,11 @@ class SimulateOptions:
 
     def refuse_contradictions(self) -> None:
         """Refuse options that contradict each other, before anything is read."""
-        given = {
-            "--rate": self.rate is not None,
-            "--recorded": self.recorded,
-            "--saturate": self.saturate,
-            "--sweep": self.sweep,
-        }
-        pairs = (("--saturate", "--rate"), ("--saturate", "--recorded"), ("--saturate", "--sweep"))
-        for one, other in (*pairs, ("--sweep", "--rate"), ("--sweep", "--recorded")):
-            if given[one] and given[other]:
-                raise typer.BadParameter(f"{one} and {other} cannot be combined")
+        others = {"--rate": self.rate is not None, "--recorded": self.recorded, "--sweep": self.sweep}
+        for one, given in (("--saturate", self.saturate), ("--sweep", self.sweep)):
+            for other, too in others.items():
+                if given and too and one != other:
+                    raise typer.BadParameter(f"{one} and {other} cannot be combined")
         if self.recorded and self.trace is None:
             raise typer.BadParameter("--recorded needs --trace: the plan holds lengths only")
         if self.cv != 1.0 and (self.recorded or self.saturate):

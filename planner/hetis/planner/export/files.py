@@ -36,31 +36,19 @@ def documents(values: Iterable[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """The files of a target.
+    """The files of a target."""
 
-    Attributes:
-        files: text by path; a path that ends in ``.sh`` is a program.
-        shown: the essential files, for standard output.
-        endpoints: of each replica, by its position in the plan.
-        start: instructions in Markdown.
-        not_carried: features of the plan that the target lacks.
-        left_out: why it cannot have a replica, by its position in the plan.
-    """
-
-    files: Mapping[str, str]
-    shown: tuple[str, ...]
-    endpoints: Mapping[int, str]
-    start: str
-    not_carried: tuple[str, ...] = ()
+    files: Mapping[str, str]  # text by path; a path that ends in ``.sh`` is a program
+    shown: tuple[str, ...]  # the essential files, for standard output
+    endpoints: Mapping[int, str]  # of each replica, by its position in the plan
+    start: str  # instructions in Markdown
+    not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
+    # Why it cannot have a replica, by its position in the plan
     left_out: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write every file atomically, and make scripts executable.
-
-    Raises:
-        DocumentError: one cannot be written.
-    """
+    """Write every file atomically, and make scripts executable. Raises DocumentError: one cannot be written."""
     for path, text in files.items():
         target = folder / path
         try:

@@ -40,45 +40,28 @@ class NotExportableError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The settings of an export besides the plan, by the names of their options.
+    """The settings of an export besides the plan, by the names of their options."""
 
-    Attributes:
-        model: in the engine's form: a folder, the same on every node, or a name; ``{weights}`` is the precision of a
-            replica's weights; empty: the planned one.
-        served_name: the name for clients; empty: ``model``.
-        engine: the serving engine; None: vLLM, with our plugin if the plan has attention workers.
-        engine_options: passed to the engine unchanged.
-        program: the command that starts the engine; empty: its default.
-        device: ``cpu`` is for trying out a plan.
-        dtype: of model and KV.
-        hosts: addresses or host names by node; other nodes are reached by their own names.
-        port: of the first replica's front end on a node; others have the following ones.
-        name: prefix of objects and jobs.
-        image: of the engine; empty: the one that its makers publish.
-        worker_image: of attention workers.
-        model_claim: a PersistentVolumeClaim with the models.
-        api_key_secret: a Secret with the ``api-key`` for clients.
-        worker_key_secret: a Secret with the attention workers' ``worker-key``.
-        insecure: whether no key is needed in the cluster.
-    """
-
+    # In the engine's form: a folder, the same on every node, or a name; ``{weights}`` is the precision of a replica's
+    # weights; empty: the planned one
     model: str = ""
-    served_name: str = ""
-    engine: Engine | None = None
-    engine_options: tuple[str, ...] = ()
-    program: str = ""
-    device: Device = Device.CUDA
-    dtype: str = "auto"
+    served_name: str = ""  # the name for clients; empty: ``model``
+    engine: Engine | None = None  # the serving engine; None: vLLM, with our plugin if the plan has attention workers
+    engine_options: tuple[str, ...] = ()  # passed to the engine unchanged
+    program: str = ""  # the command that starts the engine; empty: its default
+    device: Device = Device.CUDA  # ``cpu`` is for trying out a plan
+    dtype: str = "auto"  # of model and KV
+    # Addresses or host names by node; other nodes are reached by their own names
     hosts: Mapping[str, str] = field(default_factory=dict)
-    port: int = 8000
-    name: str = "hetis"
+    port: int = 8000  # of the first replica's front end on a node; others have the following ones
+    name: str = "hetis"  # prefix of objects and jobs
     namespace: str = ""
-    image: str = ""
-    worker_image: str = ""
-    model_claim: str = ""
-    api_key_secret: str = ""
-    worker_key_secret: str = ""
-    insecure: bool = False
+    image: str = ""  # of the engine; empty: the one that its makers publish
+    worker_image: str = ""  # of attention workers
+    model_claim: str = ""  # a PersistentVolumeClaim with the models
+    api_key_secret: str = ""  # a Secret with the ``api-key`` for clients
+    worker_key_secret: str = ""  # a Secret with the attention workers' ``worker-key``
+    insecure: bool = False  # whether no key is needed in the cluster
 
 
 @dataclass(frozen=True)
@@ -112,22 +95,15 @@ class LaunchableReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launchable:
-    """A plan whose replicas have one copy of each stage, those that can be launched, and why others cannot.
+    """A plan whose replicas have one copy of each stage, those that can be launched, and why others cannot."""
 
-    Attributes:
-        plan: with each replica of equal copies split into several replicas, and all others unchanged.
-        replicas: by their position in ``plan``.
-        left_out: why a replica cannot be launched, by its position.
-        changes: changes that made replicas launchable.
-    """
-
-    plan: Plan
+    plan: Plan  # with each replica of equal copies split into several replicas, and all others unchanged
     model: ModelSpec
     engine: Engine
     settings: Settings
-    replicas: Mapping[int, LaunchableReplica]
-    left_out: Mapping[int, tuple[str, ...]]
-    changes: tuple[str, ...]
+    replicas: Mapping[int, LaunchableReplica]  # by their position in ``plan``
+    left_out: Mapping[int, tuple[str, ...]]  # why a replica cannot be launched, by its position
+    changes: tuple[str, ...]  # changes that made replicas launchable
 
     @property
     def has_workers(self) -> bool:
@@ -320,12 +296,11 @@ def _copy_of(replica: ReplicaPlan, copy: int, count: int) -> ReplicaPlan:
         in_flight=-(-replica.in_flight // count),
         kv_tokens=replica.kv_tokens // count,
         stages=tuple(replace(s, copies=1, devices=_part(s.devices, copy, count)) for s in replica.stages),
-        attention_workers=tuple(_pool_of(pool, copy, count) for pool in replica.attention_workers),
+        attention_workers=tuple(
+            pool if pool.shared else replace(pool, devices=_part(pool.devices, copy, count))
+            for pool in replica.attention_workers
+        ),
     )
-
-
-def _pool_of(pool: AttentionWorkerPool, copy: int, count: int) -> AttentionWorkerPool:
-    return pool if pool.shared else replace(pool, devices=_part(pool.devices, copy, count))
 
 
 def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:

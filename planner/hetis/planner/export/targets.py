@@ -28,20 +28,13 @@ from hetis.solver.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """An export.
+    """An export."""
 
-    Attributes:
-        files: text by path.
-        shown: the essential files, for standard output.
-        lost: what is not carried of the plan, a sentence each.
-        rate: saturated requests/s that remain of ``planned``.
-    """
-
-    files: Mapping[str, str]
-    shown: tuple[str, ...]
-    lost: tuple[str, ...]
+    files: Mapping[str, str]  # text by path
+    shown: tuple[str, ...]  # the essential files, for standard output
+    lost: tuple[str, ...]  # what is not carried of the plan, a sentence each
     planned: float
-    rate: float
+    rate: float  # saturated requests/s that remain of ``planned``
 
 
 _WRITERS: Mapping[Target, Callable[[Launchable], Written]] = {
@@ -65,11 +58,7 @@ ENGINES: Mapping[Target, tuple[Engine, ...]] = {
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: Target, settings: Settings) -> Export:
-    """Return a plan as the files of a target.
-
-    Raises:
-        NotExportableError: no replica can be launched in this way.
-    """
+    """Return a plan as the files of a target. Raises NotExportableError: no replica can be launched in this way."""
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
     found = found.without(written.left_out)
@@ -183,7 +172,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     rows = []
     for number, one in launchable.replicas.items():
         layers = "+".join(map(str, one.layout.layers))
-        gpus = "; ".join(_gpus(p.node, p.gpus) for p in one.layout.processes)
+        gpus = "; ".join(f"{p.node}/{','.join(map(str, p.gpus))}" for p in one.layout.processes)
         rows.append(
             f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {gpus} "
             f"| {written.endpoints[number]} | {shares[number]:.1%} |"
@@ -238,7 +227,3 @@ def _ranks(layout: Layout) -> str:
     """Return the tensor-parallel ranks, and the copies that share their experts."""
     copies = layout.data_parallel
     return str(layout.tensor_parallel) if copies == 1 else f"{layout.tensor_parallel} × {copies} data-parallel"
-
-
-def _gpus(node: str, gpus: tuple[int, ...]) -> str:
-    return f"{node}/{','.join(map(str, gpus))}"

@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
 from hetis.planner.report.plan import goal_line, problem_title
-from hetis.planner.report.tables import facts, section, table
+from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.replan import Posed
@@ -34,12 +34,9 @@ _WORDS = {
 }
 
 
-def render_diff(diff: PlanDiff) -> RenderableType:
+@as_group
+def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if names allow it."""
-    return Group(*_sections(diff))
-
-
-def _sections(diff: PlanDiff) -> Iterator[RenderableType]:
     yield _figures(diff)
     for warning in diff.warnings:
         yield Text(warning, style="yellow")
@@ -168,12 +165,9 @@ def change_document(change: PlanChange) -> dict[str, Any]:
 MAX_STEPS = 40  # steps listed; -o json has all
 
 
-def render_replan(found: Replanning, posed: Posed, costs: ChangeCosts) -> RenderableType:
+@as_group
+def render_replan(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if names allow it."""
-    return Group(*_replan_sections(found, posed, costs))
-
-
-def _replan_sections(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[RenderableType]:
     yield problem_title(posed.loaded.inputs)
     yield goal_line(posed.problem.objective)
     yield facts(_facts(found, posed, costs))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +14,7 @@ from hetis.formats.documents import to_data
 from hetis.planner.report.changes import change_counts, change_document
 from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
-from hetis.planner.report.tables import bullets, grid, section, table
+from hetis.planner.report.tables import as_group, bullets, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, figures_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import json_value
@@ -33,26 +33,24 @@ _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
 
-def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
+@as_group
+def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if the names allow it."""
-    parts: list[RenderableType] = [
-        problem_title(inputs),
-        goal_line(objective),
-        Text(),
-        _table(compared, inputs, objective),
-    ]
+    yield problem_title(inputs)
+    yield goal_line(objective)
+    yield Text()
+    yield _table(compared, inputs, objective)
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
-        parts += [Text(f"\n{PUBLISHED_MEANS}", style="dim"), _published(published)]
+        yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
+        rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in published)
+        yield grid(False, True, rows=rows)
     without = [outcome for outcome in compared if outcome.plan is None]
     if without:
-        parts += [Text("\nWithout a plan", style="bold"), _reasons(without, _labels(compared))]
-    return Group(*parts)
-
-
-def _published(strategies: Iterable[str]) -> Table:
-    rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in strategies)
-    return grid(False, True, rows=rows)
+        label = _labels(compared)
+        yield Text("\nWithout a plan", style="bold")
+        reasons = ((one, "\n".join(one.reasons[:_LINES_PER_REASON])) for one in without)
+        yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {why}") for one, why in reasons))
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
@@ -114,10 +112,8 @@ def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
 
 def _best(compared: Sequence[Compared], objective: Objective) -> Compared | None:
     found = [(outcome.plan.result.value, outcome) for outcome in compared if outcome.plan is not None]
-    if not found:
-        return None
     pick = max if objective.maximises else min
-    return pick(found, key=lambda pair: pair[0])[1]
+    return pick(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:
@@ -127,7 +123,7 @@ def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:
     return [
         digits(figures.rate_rps),
         digits(plan.result.bound),
-        _gap(plan.result.gap),
+        percent(plan.result.gap) if plan.result.gap <= _WIDEST_GAP else f">{percent(_WIDEST_GAP)}",
         or_dash(figures.usd_per_hour),
         or_dash(figures.usd_per_million_output_tokens),
         digits(figures.ttft_s),
@@ -138,17 +134,8 @@ def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:
     ]
 
 
-def _gap(gap: float) -> str:
-    return percent(gap) if gap <= _WIDEST_GAP else f">{percent(_WIDEST_GAP)}"
-
-
 def _solve_time(solve_s: float) -> str:
     return f"{solve_s:.1f}" if solve_s < 99.95 else f"{solve_s:,.0f}"
-
-
-def _reasons(without: Sequence[Compared], label: Callable[[Compared], str]) -> Table:
-    reasons = ((one, "\n".join(one.reasons[:_LINES_PER_REASON])) for one in without)
-    return grid(False, True, rows=((f" {label(one)}", f"{one.status}: {why}") for one, why in reasons))
 
 
 # --- two fleets
@@ -159,12 +146,9 @@ _NOTE = (
 )
 
 
-def render_what_if(found: WhatIf) -> RenderableType:
+@as_group
+def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if names allow it."""
-    return Group(*_sections(found))
-
-
-def _sections(found: WhatIf) -> Iterator[RenderableType]:
     yield problem_title(found.before.loaded.inputs)
     yield goal_line(found.objective)
     for label, line in change_lines(found.change, found.before):
@@ -223,7 +207,7 @@ def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
         ("GPUs", [f"{side.loaded.inputs.cluster.num_gpus():,}" for side in sides]),
         ("fleet USD/h", [_money(side.usd_per_hour) for side in sides]),
         (_value_name(found.objective), ["-" if one is None else digits(one.value, 4) for one in results]),
-        ("bound", [_bound(side) for side in sides]),
+        ("bound", [digits(side.proven.bound, 4) for side in sides]),
         ("gap", ["-" if one is None else percent(one.gap) for one in results]),
         ("GPUs in use", ["-" if one is None else f"{one.gpus_used:,}" for one in figures]),
         ("used USD/h", ["-" if one is None else _money(one.usd_per_hour) for one in figures]),
@@ -235,10 +219,6 @@ def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
 
 def _figures(side: Side) -> Figures | None:
     return None if side.outcome.plan is None else figures_of(side.outcome.plan, side.loaded.inputs)
-
-
-def _bound(side: Side) -> str:
-    return digits(side.proven.bound, 4) if math.isfinite(side.proven.bound) else "unknown"
 
 
 def _money(usd: float | None) -> str:
@@ -268,10 +248,8 @@ def _signed(value: float) -> str:
 def _use_table(found: WhatIf) -> Table:
     """Return how many GPUs of every type exist and are used, before and after."""
     sides = [_counts(side) for side in (found.before, found.after)]
-    rows = (
-        (gpu, *(f"{count:,}" for side in sides for count in side.get(gpu, (0, 0))))
-        for gpu in dict.fromkeys([*sides[0], *sides[1]])
-    )
+    gpus = dict.fromkeys([*sides[0], *sides[1]])
+    rows = ((gpu, *(f"{count:,}" for side in sides for count in side.get(gpu, (0, 0)))) for gpu in gpus)
     return table("'GPU", "there", "used", "then there", "used", rows=rows)
 
 
@@ -313,12 +291,9 @@ def _side_document(side: Side, *, with_plan: bool = True) -> dict[str, Any]:
 # --- what to buy next
 
 
-def render_buy_next(found: BuyNext) -> RenderableType:
+@as_group
+def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     """Return the market as a table, the best purchase per dollar first."""
-    return Group(*_market_sections(found))
-
-
-def _market_sections(found: BuyNext) -> Iterator[RenderableType]:
     result, unit = found.before.outcome.plan, found.objective.unit
     yield problem_title(found.before.loaded.inputs)
     yield goal_line(found.objective)
@@ -342,16 +317,8 @@ def _market_sections(found: BuyNext) -> Iterator[RenderableType]:
 def _market_table(found: BuyNext) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("GPU", vertical="bottom", overflow="fold")
-    for name in (
-        "USD/h\neach",
-        "marginal\nprice",
-        f"{found.objective.unit}\nthen",
-        "gain",
-        "per GPU",
-        "per\nUSD/h",
-        "proven",
-        "",
-    ):
+    headings = ["USD/h\neach", "marginal\nprice", f"{found.objective.unit}\nthen", "gain", "per GPU", "per\nUSD/h"]
+    for name in (*headings, "proven", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for offer in found.offers:
         table.add_row(*offer_row(offer))

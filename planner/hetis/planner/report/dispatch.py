@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.tables import bullets, facts, first_rows, section, table
+from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table
 from hetis.planner.use_cases.dispatch import Dispatched, LoadedStage, Redispatched, StageTimes, expected_blocks
 from hetis.profiler.defaults import MODELLED
 from hetis.solver.dispatch.problem import Path, Resource, Unplaced
@@ -205,9 +205,30 @@ MAX_ROWS = 40  # requests, moves or devices shown; -o json has all
 BAR_WIDTH = 8
 
 
-def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:
+@as_group
+def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if the names allow it."""
-    return Group(*_sections(found, explanation))
+    plan, stage = found.plan, found.stage
+    num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
+    yield Text.assemble(
+        (stage.saved.name, "bold"),
+        f": {placed} of {plural(num, 'new request')} placed on {plural(len(stage.saved.devices), 'device')}",
+    )
+    yield facts(_facts(found))
+    if num:
+        yield section("Head groups", _requests(found))
+    if plan.unplaced:
+        yield section("Waiting", bullets(str(one) for one in plan.unplaced[:MAX_ROWS]))
+    expected = [int(blocks) for blocks in expected_blocks(found.reached)]
+    worth = [_worth(float(price)) for price in plan.prices.block_s]
+    title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
+    table = device_table(stage, found.before, found.after, blocks=expected, last=title)
+    yield section("Devices (KV blocks per layer, expected growth included)", table)
+    costs = costs_sentence(stage)
+    if costs is not None:
+        yield Text(f"\n{costs}", style="dim")
+    if explanation is not None:
+        yield section("Why", bullets(explanation))
 
 
 def device_table(
@@ -248,30 +269,6 @@ def per_layer(value_s: float, stage: LoadedStage) -> str:
     return f"{seconds(value_s)} per layer, {seconds(value_s * layers)} per step of {plural(layers, 'layer')}"
 
 
-def _sections(found: Dispatched, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
-    plan, stage = found.plan, found.stage
-    num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
-    yield Text.assemble(
-        (stage.saved.name, "bold"),
-        f": {placed} of {plural(num, 'new request')} placed on {plural(len(stage.saved.devices), 'device')}",
-    )
-    yield facts(_facts(found))
-    if num:
-        yield section("Head groups", _requests(found))
-    if plan.unplaced:
-        yield section("Waiting", bullets(str(one) for one in plan.unplaced[:MAX_ROWS]))
-    expected = [int(blocks) for blocks in expected_blocks(found.reached)]
-    worth = [_worth(float(price)) for price in plan.prices.block_s]
-    title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
-    table = device_table(stage, found.before, found.after, blocks=expected, last=title)
-    yield section("Devices (KV blocks per layer, expected growth included)", table)
-    costs = costs_sentence(stage)
-    if costs is not None:
-        yield Text(f"\n{costs}", style="dim")
-    if explanation is not None:
-        yield section("Why", bullets(explanation))
-
-
 def _facts(found: Dispatched) -> Iterator[tuple[str, Text | str]]:
     plan = found.plan
     yield "Makespan", Text(per_layer(plan.makespan_s, found.stage), style="bold green")
@@ -299,12 +296,9 @@ def _worth(price_s: float) -> str:
 # --- re-dispatch as tables
 
 
-def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:
+@as_group
+def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if the names allow it."""
-    return Group(*_redispatch_sections(found, explanation))
-
-
-def _redispatch_sections(found: Redispatched, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
     plan, stage = found.plan, found.stage
     moving = plural(len(plan.moves), "move") if plan.moves else "nothing moves"
     yield Text.assemble(

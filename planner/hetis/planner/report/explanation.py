@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hetis.planner.report.figures import percent, plural, seconds
 from hetis.planner.report.plan import device_table, headline, price_table
-from hetis.planner.report.tables import Unbroken, bullets, grid, section, table
+from hetis.planner.report.tables import Unbroken, as_group, bullets, grid, section, table
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
@@ -31,12 +31,9 @@ WIRE_MEANS = (
 BAR_WIDTH = 30
 
 
-def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> RenderableType:
+@as_group
+def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> Iterator[RenderableType]:
     """Return the view of ``hetis-plan explain``, at most 80 columns wide; ``wide`` shows every shape of replica."""
-    return Group(*_sections(plan, explanation, wide=wide))
-
-
-def _sections(plan: Plan, explanation: Explanation, *, wide: bool) -> Iterator[RenderableType]:
     yield headline(plan)
     groups = group_replicas(plan.replicas)
     shown = len(groups) if wide else MAX_SHAPES

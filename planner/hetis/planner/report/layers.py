@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.tables import facts, first_rows, section, table
+from hetis.planner.report.tables import as_group, facts, first_rows, section, table
 from hetis.planner.use_cases.layers import Layered, Stage, stages
 from hetis.solver.layers.plan import LayersPlan, Limit
 
@@ -20,9 +20,20 @@ MAX_STAGES = 60  # shown; -o json has all
 BAR_WIDTH = 6
 
 
-def render_layers(found: Layered) -> RenderableType:
+@as_group
+def render_layers(found: Layered) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if the names allow it."""
-    return Group(*_sections(found))
+    problem, plan = found.problem, found.plan
+    yield Text.assemble(
+        (problem.name, "bold"),
+        f": {plural(problem.num_layers, 'layer')} on {len(plan.nodes)} of {plural(problem.num_nodes, 'node')}, "
+        f"{plural(len(list(stages(plan))), 'stage')}",
+    )
+    yield facts(_facts(found))
+    yield section("Stages", _stage_table(found))
+    if plan.idle:
+        idle = Counter(name.rpartition("-")[0] for name in plan.idle)
+        yield Text(f"\nidle: {', '.join(f'{count} {kind}' for kind, count in idle.items())}", style="dim")
 
 
 def limit_sentence(found: Layered) -> str:
@@ -38,20 +49,6 @@ def limit_sentence(found: Layered) -> str:
             return f"compute: {judgement.limit_node} never rests"
         case Limit.LINK:
             return f"link: the card of {judgement.limit_node} never rests"
-
-
-def _sections(found: Layered) -> Iterator[RenderableType]:
-    problem, plan = found.problem, found.plan
-    yield Text.assemble(
-        (problem.name, "bold"),
-        f": {plural(problem.num_layers, 'layer')} on {len(plan.nodes)} of {plural(problem.num_nodes, 'node')}, "
-        f"{plural(len(list(stages(plan))), 'stage')}",
-    )
-    yield facts(_facts(found))
-    yield section("Stages", _stage_table(found))
-    if plan.idle:
-        idle = Counter(name.rpartition("-")[0] for name in plan.idle)
-        yield Text(f"\nidle: {', '.join(f'{count} {kind}' for kind, count in idle.items())}", style="dim")
 
 
 def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:

@@ -17,7 +17,7 @@ from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
-from hetis.planner.report.tables import Unbroken, bullets, facts, section, table
+from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, section, table
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
@@ -58,25 +58,9 @@ MAX_NUMBERS = 24  # characters for the numbers of equal replicas
 MAX_ROUTES = 12  # pairs of replica shapes; the rest is summarised in a line
 
 
-def render_plan(plan: Plan, *, wide: bool = False) -> RenderableType:
+@as_group
+def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
     """Return the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
-    return Group(*_sections(plan, wide=wide))
-
-
-def headline(plan: Plan) -> RenderableType:
-    """Return what was planned and its quality, which `explain` shows too."""
-    return Group(_title(plan), facts(_facts(plan)))
-
-
-def price_table(plan: Plan) -> Table:
-    """Return the device classes: their numbers and uses, and their marginal prices."""
-    zone = len({price.zone for price in plan.prices}) > 1
-    shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
-    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
-    return table(*heads, rows=(_price_row(price, plan, zone=zone) for price in plan.prices if price in shown))
-
-
-def _sections(plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     yield headline(plan)
     groups = group_replicas(plan.replicas)
     yield from _replicas(groups, plan, wide=wide)
@@ -93,6 +77,19 @@ def _sections(plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
     yield section("Family", Text(plan.family, style="dim"))
+
+
+def headline(plan: Plan) -> RenderableType:
+    """Return what was planned and its quality, which `explain` shows too."""
+    return Group(_title(plan), facts(_facts(plan)))
+
+
+def price_table(plan: Plan) -> Table:
+    """Return the device classes: their numbers and uses, and their marginal prices."""
+    zone = len({price.zone for price in plan.prices}) > 1
+    shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
+    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
+    return table(*heads, rows=(_price_row(price, plan, zone=zone) for price in plan.prices if price in shown))
 
 
 def _title(plan: Plan) -> Text:

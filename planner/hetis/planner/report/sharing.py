@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, percent
-from hetis.planner.report.tables import grid, section, table
+from hetis.planner.report.tables import as_group, grid, section, table
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
@@ -42,12 +42,9 @@ def claimant_names(found: Sharing) -> list[str]:
     ]
 
 
-def render_fair(found: Sharing) -> RenderableType:
+@as_group
+def render_fair(found: Sharing) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if names and GPU types allow it."""
-    return Group(*_sections(found))
-
-
-def _sections(found: Sharing) -> Iterator[RenderableType]:
     shares, properties = found.shares[0], found.properties[0]
     yield Text.assemble(("shares  ", "bold"), _RULES[shares.rule])
     yield Text.assemble(("value   ", "bold"), _value_line(found, shares))
@@ -118,14 +115,8 @@ def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> T
     ]
     if shares.rule is Rule.NON_COOPERATIVE:
         rows.append((True, "claiming larger speed-ups than one has never pays; claiming smaller ones can", ""))
-    return grid(
-        True,
-        True,
-        rows=(
-            (Text("yes" if holds else "no", style="green" if holds else "yellow"), so if holds else otherwise)
-            for holds, so, otherwise in rows
-        ),
-    )
+    yes, no = Text("yes", style="green"), Text("no", style="yellow")
+    return grid(True, True, rows=((yes, so) if holds else (no, otherwise) for holds, so, otherwise in rows))
 
 
 def _listed(names: list[str], most: int = 5) -> str:
@@ -248,12 +239,9 @@ _TENANT_RULES = {
 }
 
 
-def render_tenants(found: SharedFleet) -> RenderableType:
+@as_group
+def render_tenants(found: SharedFleet) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if names and GPU types allow it."""
-    return Group(*_tenant_sections(found))
-
-
-def _tenant_sections(found: SharedFleet) -> Iterator[RenderableType]:
     answer = found.answers[0]
     yield Text.assemble(("rule    ", "bold"), f"{answer.rule}: {_TENANT_RULES[answer.rule]}")
     yield Text.assemble(
@@ -318,19 +306,13 @@ def _over(a: float, b: float) -> float:
 def holds(found: SharedFleet) -> list[str]:
     """Return which properties the first answer has, with counter-examples for those it lacks."""
     answer = found.answers[0]
-    lines = []
-    worse = [share for share in answer.shares if share.over_part < 1.0 - EPSILON]
-    if worse:
-        lines += [
-            f"no: {s.name} serves {digits(s.rate, 4)}, its own part of the fleet would serve {digits(s.part, 4)}"
-            for s in worse
-        ]
-    else:
-        lines.append("yes: nobody is worse off than on its own part of the fleet")
-    lines.append(_equality(answer))
-    if found.envy is not None:
-        lines += _envy_lines(found)
-    return lines
+    worse = [
+        f"no: {s.name} serves {digits(s.rate, 4)}, its own part of the fleet would serve {digits(s.part, 4)}"
+        for s in answer.shares
+        if s.over_part < 1.0 - EPSILON
+    ]
+    lines = worse or ["yes: nobody is worse off than on its own part of the fleet"]
+    return [*lines, _equality(answer), *(() if found.envy is None else _envy_lines(found))]
 
 
 def _equality(answer: FleetShares) -> str:
@@ -371,15 +353,12 @@ def _tenant_rule_table(found: SharedFleet) -> Table:
     for answer in found.answers:
         lost = lost_to_fairness(found, answer)
         over = min(share.over_part for share in answer.shares)
+        gap = percent(answer.gap) if math.isfinite(answer.gap) else "-"
         made.add_row(
-            answer.rule.value, digits(answer.value, 4), "" if lost is None else percent(lost), _gap(answer.gap),
+            answer.rule.value, digits(answer.value, 4), "" if lost is None else percent(lost), gap,
             f"{answer.level:.1%}", f"{over:.2f}x" if math.isfinite(over) else "-",
         )  # fmt: skip
     return made
-
-
-def _gap(gap: float) -> str:
-    return percent(gap) if math.isfinite(gap) else "-"
 
 
 def tenants_document(found: SharedFleet) -> dict[str, Any]:

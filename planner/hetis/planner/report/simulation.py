@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.tables import facts, section, table
+from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import AGREES, Simulated
@@ -25,9 +25,21 @@ from hetis.solver.plan import Plan
 NAMED = 4  # devices
 
 
-def render_simulation(simulated: Simulated, plan: Plan) -> RenderableType:
+@as_group
+def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if the names allow it."""
-    return Group(*_sections(simulated, plan))
+    yield _title(simulated, plan)
+    yield facts(_facts(simulated, plan))
+    if simulated.sweep is not None:
+        yield section("Rates tried", _points(simulated))
+    yield section("Planned and simulated", _comparison(simulated))
+    at = ""
+    if (found := simulated.sweep) is not None:
+        at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
+    yield section(f"Latencies{at}", _latencies(simulated))
+    yield section("What happened", _events(simulated))
+    if simulated.summary.devices:
+        yield section("GPUs", _devices(simulated, plan))
 
 
 def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
@@ -68,21 +80,6 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
 def _engine_settings(simulated: Simulated) -> dict[str, Any]:
     question = simulated.question
     return {**engine_settings_data(question.engine_settings), "changes": list(question.changes)}
-
-
-def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
-    yield _title(simulated, plan)
-    yield facts(_facts(simulated, plan))
-    if simulated.sweep is not None:
-        yield section("Rates tried", _points(simulated))
-    yield section("Planned and simulated", _comparison(simulated))
-    at = ""
-    if (found := simulated.sweep) is not None:
-        at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
-    yield section(f"Latencies{at}", _latencies(simulated))
-    yield section("What happened", _events(simulated))
-    if simulated.summary.devices:
-        yield section("GPUs", _devices(simulated, plan))
 
 
 def _title(simulated: Simulated, plan: Plan) -> Text:

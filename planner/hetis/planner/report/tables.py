@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ParamSpec
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+P = ParamSpec("P")
+
+
+def as_group(parts: Callable[P, Iterator[RenderableType]]) -> Callable[P, Group]:
+    """Turn a function that yields parts into one that returns them in a group."""
+
+    @functools.wraps(parts)
+    def grouped(*args: P.args, **kwargs: P.kwargs) -> Group:
+        return Group(*parts(*args, **kwargs))
+
+    return grouped
 
 
 def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: bool = False) -> Table:

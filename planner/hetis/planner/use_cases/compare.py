@@ -18,7 +18,6 @@ from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
-from hetis.solver.workload import WorkloadMoments
 
 # Every plan of a strategy is also one of its container, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
@@ -60,25 +59,16 @@ class Compared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of a plan by which strategies are compared.
+    """The figures of a plan by which strategies are compared."""
 
-    Attributes:
-        rate_rps: goodput, or throughput if that is the objective.
-        prompt_tokens_per_s, output_tokens_per_s: at ``rate_rps``.
-        usd_per_hour: of the GPUs in use; None: some have no price.
-        usd_per_million_output_tokens: at ``rate_rps``.
-        ttft_s, tpot_s: of the slowest replica.
-        kv_tokens: KV capacity of the replicas that decode.
-    """
-
-    rate_rps: float
-    prompt_tokens_per_s: float
-    output_tokens_per_s: float
-    usd_per_hour: float | None
-    usd_per_million_output_tokens: float | None
-    ttft_s: float
-    tpot_s: float
-    kv_tokens: int
+    rate_rps: float  # goodput, or throughput if that is the objective
+    prompt_tokens_per_s: float  # at ``rate_rps``
+    output_tokens_per_s: float  # at ``rate_rps``
+    usd_per_hour: float | None  # of the GPUs in use; None: some have no price
+    usd_per_million_output_tokens: float | None  # at ``rate_rps``
+    ttft_s: float  # of the slowest replica
+    tpot_s: float  # of the slowest replica
+    kv_tokens: int  # KV capacity of the replicas that decode
     gpus_used: int
     gpus_idle: int
 
@@ -348,6 +338,7 @@ def diff_plans(before: str, after: str) -> PlanDiff:
     old, new = load_plan_and_problem(before), load_plan_and_problem(after)
     old_inputs, new_inputs = _inputs(old.plan, before), _inputs(new.plan, after)
     same_model = old_inputs.model == new_inputs.model
+    moments = old.problem.workload.moments(block_tokens=old.problem.assumptions.block_tokens)
     return PlanDiff(
         before=old.plan,
         after=new.plan,
@@ -355,16 +346,12 @@ def diff_plans(before: str, after: str) -> PlanDiff:
         figures_after=figures_of(new.plan, new_inputs),
         same_model=same_model,
         warnings=(*old.warnings, *new.warnings, *_differences(old_inputs, new_inputs, old.plan, new.plan)),
-        change=plan_change(old.plan, new.plan, new_inputs.model, _moments(old.problem), same_model=same_model),
+        change=plan_change(old.plan, new.plan, new_inputs.model, moments, same_model=same_model),
     )
 
 
 def _inputs(plan: Plan, name: str) -> Inputs:
     return inputs_from_documents(plan.inputs.get("documents"), name)
-
-
-def _moments(problem: PlacementProblem) -> WorkloadMoments:
-    return problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
 
 
 def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:

@@ -28,24 +28,17 @@ NOT_COMPILED = "its search is not compiled yet, --engine any does that"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineValue:
-    """The value of the best plan for another engine.
+    """The value of the best plan for another engine."""
 
-    Attributes:
-        engine: its name, or ``any``.
-        value: in the unit of the objective; None: no plan was found.
-        bound: none of its plans is better; None: nothing was proved.
-        lacks: the missing features: for a richer engine, those that its plan needs and the plan's own engine lacks;
-            for a poorer one, those that the plan needs and it lacks.
-        why_not: why there is no value, or no better one.
-        equal_stages: whether the value is that of the best replicas of equal stages, which the engine runs: no search
-            found a better plan.
-    """
-
-    engine: str
-    value: float | None
-    bound: float | None
+    engine: str  # its name, or ``any``
+    value: float | None  # in the unit of the objective; None: no plan was found
+    bound: float | None  # none of its plans is better; None: nothing was proved
+    # The missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for a poorer
+    # one, those that the plan needs and it lacks
     lacks: tuple[str, ...] = ()
-    why_not: str = ""
+    why_not: str = ""  # why there is no value, or no better one
+    # Whether the value is that of the best replicas of equal stages, which the engine runs: no search found a better
+    # plan
     equal_stages: bool = False
 
 

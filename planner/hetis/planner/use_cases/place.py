@@ -68,41 +68,29 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRequest:
-    """The request of ``place``: files, names or values, and options.
-
-    Attributes:
-        pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
-        prefix_hit_rate: of the workload; None: its own.
-        weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
-        mtp: drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some.
-        ttft_s: None is the default limit, infinity means no limit; ``tpot_s`` likewise.
-        engine_settings: those that engines are started with, whatever is planned.
-        verify: simulate the plan before it is shown.
-        other_engines: report the values of plans for other engines.
-        price_pins: report the cost of every constraint.
-        profile_error: study the plan under profiles that are off by up to this share; None: no study.
-    """
+    """The request of ``place``: files, names or values, and options."""
 
     cluster: str | Cluster
     model: str | ModelSpec
     workload: str | Workload
-    prefix_hit_rate: PrefixHitRate | None = None
+    prefix_hit_rate: PrefixHitRate | None = None  # of the workload; None: its own
     profiles: Sequence[str] = ()
-    pins: Sequence[str] = ()
-    forbids: Sequence[str] = ()
-    weights: str | None = None
-    kv: str | None = None
+    pins: Sequence[str] = ()  # ``--pin`` options
+    forbids: Sequence[str] = ()  # ``--forbid`` options
+    weights: str | None = None  # precision, names of `hetis.formats.dtypes`; None: the checkpoint's
+    kv: str | None = None  # precision, names of `hetis.formats.dtypes`; None: the checkpoint's
+    # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some
     mtp: str | None = None
     objective: ObjectiveKind = ObjectiveKind.GOODPUT
     demand_rps: float | None = None
-    ttft_s: float | None = None
+    ttft_s: float | None = None  # None is the default limit, infinity means no limit; ``tpot_s`` likewise
     tpot_s: float | None = None
     settings: Settings = Settings()
-    engine_settings: EngineSettings = NOTHING_SET
-    verify: bool = True
-    other_engines: bool = True
-    price_pins: bool = False
-    profile_error: float | None = None
+    engine_settings: EngineSettings = NOTHING_SET  # those that engines are started with, whatever is planned
+    verify: bool = True  # simulate the plan before it is shown
+    other_engines: bool = True  # report the values of plans for other engines
+    price_pins: bool = False  # report the cost of every constraint
+    profile_error: float | None = None  # study the plan under profiles that are off by up to this share; None: no study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

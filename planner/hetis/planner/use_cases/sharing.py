@@ -46,16 +46,11 @@ class LoadedTenants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedFleet:
-    """The fleet shared by the requested rule, and by others for comparison.
+    """The fleet shared by the requested rule, and by others for comparison."""
 
-    Attributes:
-        tenancy: the tenants with the families that were searched.
-        answers: for the requested rule, then for the others that finished in time.
-        envy: of the first answer, tenant by tenant; None if not requested or if no time was left.
-    """
-
-    tenancy: Tenancy
-    answers: tuple[FleetShares, ...]
+    tenancy: Tenancy  # the tenants with the families that were searched
+    answers: tuple[FleetShares, ...]  # for the requested rule, then for the others that finished in time
+    # Of the first answer, tenant by tenant; None if not requested or if no time was left
     envy: tuple[tuple[EnvyCell, ...], ...] | None
 
 
@@ -74,17 +69,13 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
     found: list[LoadedInputs] = []
     for index, tenant in enumerate(given):
         try:
-            found.append(_load(tenant, cluster, profiles))
+            found.append(load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles))
         except DocumentError as error:
             problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
     if problems:
         raise DocumentError(list(dict.fromkeys(problems)))
     tenancy = Tenancy(tenants=tuple(_tenant(tenant, one, strategy) for tenant, one in zip(given, found, strict=True)))
     return LoadedTenants(tenancy=tenancy, inputs=tuple(found))
-
-
-def _load(tenant: FleetTenant, cluster: str, profiles: Sequence[str]) -> LoadedInputs:
-    return load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles)
 
 
 def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
@@ -174,19 +165,14 @@ GAP = 0.005  # of the placements from which speed-ups are derived
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """Shares under each requested rule, and their properties.
-
-    Attributes:
-        derived: jobs (``tenant/job``) whose speed-ups come from our placements.
-        rounds: whole GPUs under the first rule, round by round.
-        claims: the most profitable false claims under the first rule, per claimant: inflated, deflated.
-    """
+    """Shares under each requested rule, and their properties."""
 
     problem: ShareProblem
     shares: tuple[Shares, ...]
     properties: tuple[Properties, ...]
-    derived: tuple[str, ...]
-    rounds: tuple[Round, ...]
+    derived: tuple[str, ...]  # jobs (``tenant/job``) whose speed-ups come from our placements
+    rounds: tuple[Round, ...]  # whole GPUs under the first rule, round by round
+    # The most profitable false claims under the first rule, per claimant: inflated, deflated
     claims: tuple[tuple[Claim, Claim], ...]
 
 

@@ -33,30 +33,21 @@ AGREES = 0.1  # tolerated difference of simulated / planned from 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """The simulation to run.
+    """The simulation to run."""
 
-    Attributes:
-        load: the traffic; a sweep ignores its rate and tries its own.
-        num_requests: per run.
-        seeds: one per run, in place of that of the settings.
-        sweeps: whether to search the highest rate within the limits, to a relative ``tolerance``.
-        precision: runs are lengthened until every interval is this narrow, relative; None: they are not.
-        keep_run: whether the answer contains the whole first run.
-        engine_settings: those that engines are started with instead of the plan's, see `at_settings`.
-        changes: what they change of the plan, in a few words each.
-    """
-
-    load: Load
-    num_requests: int
-    seeds: tuple[int, ...]
+    load: Load  # the traffic; a sweep ignores its rate and tries its own
+    num_requests: int  # per run
+    seeds: tuple[int, ...]  # one per run, in place of that of the settings
     settings: Settings
     limits: Limits
-    sweeps: bool = False
+    sweeps: bool = False  # whether to search the highest rate within the limits, to a relative ``tolerance``
     tolerance: float = 0.02
+    # Runs are lengthened until every interval is this narrow, relative; None: they are not
     precision: float | None = None
-    keep_run: bool = False
+    keep_run: bool = False  # whether the answer contains the whole first run
+    # Those that engines are started with instead of the plan's, see `at_settings`
     engine_settings: EngineSettings = NOTHING_SET
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # what they change of the plan, in a few words each
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:
@@ -65,26 +56,18 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """The answer to a question, with the plan's prediction.
+    """The answer to a question, with the plan's prediction."""
 
-    Attributes:
-        question: with the final number of requests.
-        summary: of all runs; for a sweep, at the highest rate within the limits, or at the lowest tried if none is.
-        runs: metrics of each, in the order of the seeds; empty for a sweep.
-        num_clipped: requests, over all runs, that were shortened to the model's context.
-        run: the first run, if it was to be kept.
-        precise: whether the intervals are as narrow as requested, if that was requested.
-    """
-
-    question: Question
+    question: Question  # with the final number of requests
     prediction: Prediction
+    # Of all runs; for a sweep, at the highest rate within the limits, or at the lowest tried if none is
     summary: Summary
-    runs: tuple[Metrics, ...]
-    num_clipped: int
-    run: Run | None
+    runs: tuple[Metrics, ...]  # metrics of each, in the order of the seeds; empty for a sweep
+    num_clipped: int  # requests, over all runs, that were shortened to the model's context
+    run: Run | None  # the first run, if it was to be kept
     sweep: Sweep | None
     complete: bool
-    precise: bool
+    precise: bool  # whether the intervals are as narrow as requested, if that was requested
 
 
 class NothingSimulatedError(Exception):

@@ -52,11 +52,7 @@ def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> Plan:
 
 
 def check_survival(problem: PlacementProblem, place: str) -> None:
-    """Check that a problem has a demand to keep, and allows the question.
-
-    Raises:
-        InvalidProblemError: it does not.
-    """
+    """Check that a problem has a demand to keep, and allows the question. Raises InvalidProblemError: it does not."""
     if problem.objective.maximises or problem.objective.demand_rps is None:
         raise InvalidProblemError("what survives is a demand: --survive goes with --objective cost or gpus and --rate")
     if place != "zone":
@@ -148,12 +144,13 @@ def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
 
 
 def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
-    left_out = (Exclude(gpus=Selection(unit=Unit.NODE, name=other)) for other in _node_names(problem) if other != node)
+    left_out = (
+        Exclude(gpus=Selection(unit=Unit.NODE, name=other))
+        for group in problem.cluster.node_groups
+        for other in map(group.node_name, range(group.count))
+        if other != node
+    )
     return replace(problem, constraints=(*problem.constraints, *left_out))
-
-
-def _node_names(problem: PlacementProblem) -> list[str]:
-    return [group.node_name(index) for group in problem.cluster.node_groups for index in range(group.count)]
 
 
 def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:

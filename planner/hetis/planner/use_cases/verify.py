@@ -44,43 +44,30 @@ ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER`
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """A plan's behaviour under Poisson arrivals at its planned rate.
-
-    Attributes:
-        num_requests: per run.
-        kept: whether the load was carried with no latency above its limit by more than chance.
-        steady: whether the queue did not grow; None: the run was too short to tell.
-        ttft_p95_s, tpot_mean_s: over all requests of the run, after the warm-up.
-        attainment: share of the requests within both limits.
-        kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept
-            them by more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept
-            them by more than chance. They are tried for plans of the highest rate, unless runs are too short to tell
-            whether queues grow, or slow (with attention workers).
-    """
+    """A plan's behaviour under Poisson arrivals at its planned rate."""
 
     rate_rps: float
-    num_requests: int
-    kept: bool
-    steady: bool | None
-    ttft_p95_s: float
-    tpot_mean_s: float
-    attainment: float
+    num_requests: int  # per run
+    kept: bool  # whether the load was carried with no latency above its limit by more than chance
+    steady: bool | None  # whether the queue did not grow; None: the run was too short to tell
+    ttft_p95_s: float  # over all requests of the run, after the warm-up
+    tpot_mean_s: float  # over all requests of the run, after the warm-up
+    attainment: float  # share of the requests within both limits
+    # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
+    # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
+    # than chance. They are tried for plans of the highest rate, unless runs are too short to tell whether queues grow,
+    # or slow (with attention workers).
     kept_rps: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A simulation at one rate.
-
-    Attributes:
-        kept: whether the limits were kept, up to chance: a plan may well use its limits up.
-        sure: whether by more than chance, so that other traffic at this rate keeps them, too.
-    """
+    """A simulation at one rate."""
 
     summary: Summary
     num_requests: int
-    kept: bool
-    sure: bool
+    kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
+    sure: bool  # whether by more than chance, so that other traffic at this rate keeps them, too
 
 
 def needs_verifying(plan: Plan) -> bool:
@@ -182,7 +169,8 @@ def simulated_at(
         found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
         if not found.complete:
             return None
-        kept, sure = _keeps(found.summary, limits), _is_sure(found.summary, limits)
+        kept = _keeps(found.summary, limits)
+        sure = found.summary.within(limits) and all(one.high <= one.limit for one in _limited(found.summary, limits))
         outcome = Outcome(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
         if not _is_close(found.summary, limits):
             break
@@ -294,10 +282,6 @@ def _keeps(summary: Summary, limits: Limits) -> bool:
         one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in _limited(summary, limits)
     )
     return summary.steady is not False and by_chance
-
-
-def _is_sure(summary: Summary, limits: Limits) -> bool:
-    return summary.within(limits) and all(one.high <= one.limit for one in _limited(summary, limits))
 
 
 class _Limited(NamedTuple):

@@ -79,18 +79,13 @@ class WhatIf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """A GPU type on the market, added to the fleet and solved again.
+    """A GPU type on the market, added to the fleet and solved again."""
 
-    Attributes:
-        addition: the type, the number added, and the price.
-        dual: estimated marginal value of one GPU of the type in the plan before; None: the fleet has none of it.
-        difference: the effect of all added GPUs together.
-    """
-
-    addition: Addition
+    addition: Addition  # the type, the number added, and the price
+    # Estimated marginal value of one GPU of the type in the plan before; None: the fleet has none of it
     dual: float | None
     after: Side
-    difference: Difference
+    difference: Difference  # the effect of all added GPUs together
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -348,11 +343,7 @@ def read_wanted(
 
 
 def additions(texts: Sequence[str], cluster: Cluster) -> tuple[Addition, ...]:
-    """Return the GPUs of ``--add`` options.
-
-    Raises:
-        DocumentError: with every option that cannot be parsed.
-    """
+    """Return the GPUs of ``--add`` options. Raises DocumentError: with every option that cannot be parsed."""
     return _every(texts, lambda text: _addition(text, cluster))
 
 

@@ -312,11 +312,7 @@ PACKAGE = "hetis.planner.report.page"
 
 
 def render_page(page: Page) -> str:
-    """Return the whole file.
-
-    Raises:
-        ModuleNotFoundError: jinja2 is not installed.
-    """
+    """Return the whole file. Raises ModuleNotFoundError: jinja2 is not installed."""
     return _template().render(page=page, css=_text("page.css"), script=_script(page.is_live))
 
 

@@ -112,25 +112,23 @@ def buy_next_page(found: BuyNext) -> str:
 def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
     """Return the page of a change's value and steps, then the new plan."""
     result, transition, unit = found.plan.result, found.transition, found.plan.result.unit
+    lost = f"{plural(len(found.lost), 'replica')} lost GPUs" if found.lost else "of goodput"
     tiles = (
-        Tile(label="Now", value=digits(transition.before), unit="requests/s", note=_lost(found)),
+        Tile(label="Now", value=digits(transition.before), unit="requests/s", note=lost),
         Tile(label="Then", value=digits(result.value), unit=unit, note="the new plan itself", tone="good"),
         Tile(label="Net", value=digits(found.value), unit=unit, note="with the cost of the change counted"),
         Tile(label="Proof", value=percent(found.gap), unit="gap", note=f"bound {digits(found.bound, 4)} {unit}"),
     )
-    blocks: list[Block] = [Tiles(tiles=tiles)]
-    blocks.append(
-        Grid(
-            title="Steps, in this order",
-            intro=change_cost_words(costs),
-            columns=columns("", "'action", "'what", "load", "takes up to", "capacity"),
-            rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
-            note=lowest_words(found, posed).strip(),
-        )
+    steps = Grid(
+        title="Steps, in this order",
+        intro=change_cost_words(costs),
+        columns=columns("", "'action", "'what", "load", "takes up to", "capacity"),
+        rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
+        note=lowest_words(found, posed).strip(),
     )
-    blocks.append(Sentences(title="Replicas", lines=(change_counts(found.change),)))
+    blocks = (Tiles(tiles=tiles), steps, Sentences(title="Replicas", lines=(change_counts(found.change),)))
     lead = _problem_line(posed.loaded.inputs, posed.problem.objective)
-    sections = [Section(anchor="change", heading="From the running plan to the next", lead=lead, blocks=tuple(blocks))]
+    sections = [Section(anchor="change", heading="From the running plan to the next", lead=lead, blocks=blocks)]
     sections.append(_section(ShownPlan(name="The new plan", plan=found.plan, problem=posed.problem), 1))
     return _page(f"Re-planned: {_title(posed.problem)}", sections)
 
@@ -138,9 +136,8 @@ def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
 def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem) -> str:
     """Return the page of a plan with the results of its simulation."""
     load = simulated.question.load
-    traffic = (
-        f"{load.lengths.name}, arrivals {load.arrivals.value}, {simulated.question.num_requests:,} requests a run."
-    )
+    requests = f"{simulated.question.num_requests:,} requests a run"
+    traffic = f"{load.lengths.name}, arrivals {load.arrivals.value}, {requests}."
     section = plan_section(
         "The plan under traffic", plan, problem, anchor="plan-1", panels=panels_of(simulated, plan), traffic=traffic
     )
@@ -273,10 +270,6 @@ def _problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> st
     gpus = plural(inputs.cluster.num_gpus(), "GPU")
     what = f"{inputs.model.name} on {inputs.cluster.name} ({gpus}) for {inputs.workload.name}"
     return f"{what}: {goal_line(objective).plain}"
-
-
-def _lost(found: Replanning) -> str:
-    return f"{plural(len(found.lost), 'replica')} lost GPUs" if found.lost else "of goodput"
 
 
 def _title(problem: PlacementProblem) -> str:

@@ -91,15 +91,10 @@ class Reach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """Engine settings that change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch.
+    """Engine settings that change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch."""
 
-    Attributes:
-        shape: a replica with these settings, and the best size of micro-batch by the problem's own profiles.
-        sizes: sizes of micro-batches that fit in memory, ascending, including that of ``shape``.
-    """
-
-    shape: ReplicaShape
-    sizes: tuple[int, ...]
+    shape: ReplicaShape  # a replica with these settings, and the best size of micro-batch by the problem's own profiles
+    sizes: tuple[int, ...]  # sizes of micro-batches that fit in memory, ascending, including that of ``shape``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

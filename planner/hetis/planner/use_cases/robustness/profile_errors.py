@@ -127,20 +127,13 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """The plan's result if its profiles are off by their stated errors.
+    """The plan's result if its profiles are off by their stated errors."""
 
-    Attributes:
-        rate: requests/s as the objective counts them; for cost and gpus the goodput.
-        ttft_s, tpot_s: of the worst replica, micro-batches as planned.
-        errors: the assumed errors by GPU type and operator; 0.1 is 10%.
-        assumed: GPU types and operators (``L4 step``) that state no error and were given `UNKNOWN_ERROR`.
-    """
-
-    rate: Range
-    ttft_s: Range
-    tpot_s: Range
-    errors: Mapping[str, Mapping[str, float]]
-    assumed: tuple[str, ...]
+    rate: Range  # requests/s as the objective counts them; for cost and gpus the goodput
+    ttft_s: Range  # of the worst replica, micro-batches as planned
+    tpot_s: Range  # of the worst replica, micro-batches as planned
+    errors: Mapping[str, Mapping[str, float]]  # the assumed errors by GPU type and operator; 0.1 is 10%
+    assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) that state no error and were given `UNKNOWN_ERROR`
 
 
 def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:

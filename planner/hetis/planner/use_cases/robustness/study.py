@@ -25,7 +25,7 @@ from hetis.planner.use_cases.robustness.profile_errors import (
 )
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import Family, PlacementProblem
 
 # --- alternative plans
@@ -42,38 +42,24 @@ class RunnerUp:
     chosen) and of families that lack something the plan has (attention workers; disaggregated prefill and decode; mixed
     GPU types; one of its TP sizes), if their replicas differ in more than micro-batches and chunks. Plans are compared
     within limits: `FixedPlan.within_limits`.
-
-    Attributes:
-        replicas: shapes in words, with the number of each.
-        rate: by the unchanged profiles, requests/s.
-        better: share of the samples in which it beats the plan.
-        mean_gain: its mean gain in these, as a share of the plan's rate.
-        most_gain: its highest gain.
     """
 
-    replicas: Mapping[str, int]
-    rate: float
-    better: float
-    mean_gain: float
-    most_gain: float
+    replicas: Mapping[str, int]  # shapes in words, with the number of each
+    rate: float  # by the unchanged profiles, requests/s
+    better: float  # share of the samples in which it beats the plan
+    mean_gain: float  # its mean gain in these, as a share of the plan's rate
+    most_gain: float  # its highest gain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regret:
-    """The regret: the share of the best rate that the plan loses for lack of the right coefficients.
+    """The regret: the share of the best rate that the plan loses for lack of the right coefficients."""
 
-    Attributes:
-        searches: number of perturbed profiles under which the search was repeated.
-        other_replicas: how many of these searches chose other replicas than the plan has.
-        mean, worst: compared with the better of the plan and what was found.
-        bound: the worst that is possible, by the bounds that the searches proved.
-    """
-
-    searches: int
-    other_replicas: int
-    mean: float
-    worst: float
-    bound: float
+    searches: int  # number of perturbed profiles under which the search was repeated
+    other_replicas: int  # how many of these searches chose other replicas than the plan has
+    mean: float  # compared with the better of the plan and what was found
+    worst: float  # compared with the better of the plan and what was found
+    bound: float  # the worst that is possible, by the bounds that the searches proved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +95,10 @@ def smaller_families(plan: Plan, family: Family) -> Iterator[tuple[Family, str]]
         yield replace(family, max_pool=0), plan.strategy
     if plan.kv_routes and Role.UNIFIED in family.roles:
         yield replace(family, roles=(Role.UNIFIED,)), plan.strategy
-    if any(len(_gpus(replica)) > 1 for replica in plan.replicas):
+    if any(
+        len({stage.gpu for stage in replica.stages} | {pool.gpu for pool in replica.attention_workers}) > 1
+        for replica in plan.replicas
+    ):
         yield family, "uniform"  # the only strategy without mixed types
     for tp in sorted({stage.tp * replica.attention_dp for replica in plan.replicas for stage in replica.stages}):
         if rest := tuple(size for size in family.tp_sizes if size != tp):
@@ -172,10 +161,6 @@ def regret(found: Sequence[Alternative], chosen: FixedPlan) -> Regret | None:
     )
 
 
-def _gpus(replica: ReplicaPlan) -> set[str]:
-    return {stage.gpu for stage in replica.stages} | {pool.gpu for pool in replica.attention_workers}
-
-
 # --- the study
 
 
@@ -209,33 +194,22 @@ class CornerReach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Robustness:
-    """The result of a study; rates in requests/s as the objective counts them, latencies in seconds.
+    """The result of a study; rates in requests/s as the objective counts them, latencies in seconds."""
 
-    Attributes:
-        error: every coefficient was off by up to this share.
-        samples: number of random draws from ``seed``.
-        rate, ttft_s, tpot_s: as planned.
-        missed: share of the samples in which a latency limit is missed as planned.
-        rate_within: with engine settings chosen again so that limits hold; ``worst`` over the samples only.
-        short: share of the samples in which the demanded rate is not reached within limits; None without a demand.
-        corners: the corner cases, as planned.
-        runner_up, regret: None if no other plan was searched for (objectives cost and gpus) or found.
-        complete: False if the time ended before everything was done.
-    """
-
-    error: float
-    samples: int
+    error: float  # every coefficient was off by up to this share
+    samples: int  # number of random draws from ``seed``
     seed: int
-    rate: Spread
-    ttft_s: Spread
-    tpot_s: Spread
-    missed: float
-    rate_within: Spread
+    rate: Spread  # as planned
+    ttft_s: Spread  # as planned
+    tpot_s: Spread  # as planned
+    missed: float  # share of the samples in which a latency limit is missed as planned
+    rate_within: Spread  # with engine settings chosen again so that limits hold; ``worst`` over the samples only
+    # Share of the samples in which the demanded rate is not reached within limits; None without a demand
     short: float | None
-    corners: tuple[CornerReach, ...]
-    runner_up: RunnerUp | None
-    regret: Regret | None
-    complete: bool
+    corners: tuple[CornerReach, ...]  # the corner cases, as planned
+    runner_up: RunnerUp | None  # None if no other plan was searched for (objectives cost and gpus) or found
+    regret: Regret | None  # None if no other plan was searched for (objectives cost and gpus) or found
+    complete: bool  # False if the time ended before everything was done
 
 
 def study(
@@ -273,7 +247,7 @@ def study(
         within.append(near.within_limits(drawn[-1]))
     edges = list(corners(profiles, error, gpus=fixed.gpus))
     at_corners = [fixed.as_planned(corner.profiles) for corner in edges]
-    small = _is_small(problem)
+    small = sum(1 for _ in islice(problem.cluster.devices(), SMALL_FLEET + 1)) <= SMALL_FLEET
     wanted = searches if searches is not None else SEARCHES if small else SEARCHES_OF_LARGE
     found = []
     if problem.objective.maximises:
@@ -320,10 +294,6 @@ def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> S
         )
 
     return search
-
-
-def _is_small(problem: PlacementProblem) -> bool:
-    return sum(1 for _ in islice(problem.cluster.devices(), SMALL_FLEET + 1)) <= SMALL_FLEET
 
 
 def _alternating(drawn: Sequence[Profiles], edges: Sequence[Corner], count: int) -> list[Profiles]:
