@@ -100,10 +100,8 @@ def fetched(client: Client, what: str, name: str) -> Any:
     """Read one resource, whole."""
     from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
 
-    own: dict[str, Any] = {
-        "plans": (client.plans, plan_service_pb2),
-        "profiles": (client.profiles, profile_service_pb2),
-    }
+    plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
+    own: dict[str, Any] = {"plans": plans, "profiles": profiles}
     service, requests = own.get(what, (client.clusters, cluster_service_pb2))
     kind = KINDS[what]
     answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name))
@@ -141,17 +139,12 @@ def watch(
     A plan is followed on stderr and printed at its end. A cluster is printed line by line as things happen, with
     `-o json` one JSON object per line. Both go on after a lost connection.
     """
-
-    if what.startswith("clusters/"):
-        return _watch_cluster(terminal, client, what)
-    return _watch_plan(terminal, client, full_name("plans", what))
-
-
-def _watch_plan(terminal: Terminal, client: Client, name: str) -> ExitCode:
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_pb2
 
-    plan = wait_for_plan(terminal, client, name)
+    if what.startswith("clusters/"):
+        return _watch_cluster(terminal, client, what)
+    plan = wait_for_plan(terminal, client, full_name("plans", what))
     terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan))
     return outcome(terminal, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
 

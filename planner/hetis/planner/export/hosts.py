@@ -131,11 +131,8 @@ def write_hetis_launch(launchable: Launchable) -> Written:
 
 def _launch_script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableReplica]]) -> str:
     lines = ["#!/usr/bin/env bash", f"# Everything of hetis' plan on {node}.", "set -euo pipefail"]
-    lines += [
-        'cd "$(dirname "${BASH_SOURCE[0]}")"',
-        "pids=()",
-        """trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT""",
-    ]
+    lines += ['cd "$(dirname "${BASH_SOURCE[0]}")"', "pids=()"]
+    lines += ["""trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT"""]
     for number, one in here:
         lines += [f"{shlex.join(words(launchable, number, one, node))} &", "pids+=($!)"]
     return "\n".join((*lines, 'wait "${pids[@]}"', ""))
@@ -147,10 +144,8 @@ def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str
     told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
     told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]
     told += [str(one.layout.kv_tokens), *_if_set("--dtype", settings.dtype, "auto")]
-    told += [
-        *_if_set("--device", settings.device.value, "cuda"),
-        *_if_set("--vllm", shlex.join(shlex.split(settings.program)), ""),
-    ]
+    told += _if_set("--device", settings.device.value, "cuda")
+    told += _if_set("--vllm", shlex.join(shlex.split(settings.program)), "")
     for name in dict.fromkeys(process.node for process in one.layout.processes):
         if name in settings.hosts:
             told += ["--node-address", f"{name}={settings.hosts[name]}"]

@@ -117,50 +117,27 @@ def _nginx(unified: Sequence[tuple[str, int]]) -> str:
 
 def envoy_list(servers: Sequence[tuple[str, int]]) -> str:
     """Return a cluster of Envoy, weighted by endpoint, as YAML."""
-    return yaml_text(_envoy(servers))
-
-
-def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
-    """Return the settings of LiteLLM's proxy as YAML; ``served`` is the name that clients use for the model."""
-    return yaml_text(_litellm(servers, served))
-
-
-def _envoy(unified: Sequence[tuple[str, int]]) -> dict[str, Any]:
 
     def address(endpoint: str) -> dict[str, Any]:
         host, _, port = endpoint.rpartition(":")
         return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
 
-    return {
+    endpoints = [
+        {"endpoint": {"address": address(endpoint)}, "load_balancing_weight": share} for endpoint, share in servers
+    ]
+    cluster = {
         "name": "hetis",
         "type": "STRICT_DNS",
         "lb_policy": "ROUND_ROBIN",
-        "load_assignment": {
-            "cluster_name": "hetis",
-            "endpoints": [
-                {
-                    "lb_endpoints": [
-                        {"endpoint": {"address": address(endpoint)}, "load_balancing_weight": share}
-                        for endpoint, share in unified
-                    ]
-                }
-            ],
-        },
+        "load_assignment": {"cluster_name": "hetis", "endpoints": [{"lb_endpoints": endpoints}]},
     }
+    return yaml_text(cluster)
 
 
-def _litellm(unified: Sequence[tuple[str, int]], served: str) -> dict[str, Any]:
-    return {
-        "model_list": [
-            {
-                "model_name": served,
-                "litellm_params": {
-                    "model": f"hosted_vllm/{served}",
-                    "api_base": f"http://{endpoint}/v1",
-                    "weight": share,
-                },
-            }
-            for endpoint, share in unified
-        ],
-        "router_settings": {"routing_strategy": "simple-shuffle"},
-    }
+def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
+    """Return the settings of LiteLLM's proxy as YAML; ``served`` is the name that clients use for the model."""
+    models = []
+    for endpoint, share in servers:
+        parameters = {"model": f"hosted_vllm/{served}", "api_base": f"http://{endpoint}/v1", "weight": share}
+        models.append({"model_name": served, "litellm_params": parameters})
+    return yaml_text({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle"}})

@@ -322,23 +322,14 @@ def write_dynamo(launchable: Launchable) -> Written:
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
     settings = launchable.settings
-    front = {
-        "name": "Frontend",
-        "type": "frontend",
-        "replicas": 1,
-        "podTemplate": {
-            "spec": {
-                "containers": [
-                    {
-                        "name": "main",
-                        "image": image_of(launchable),
-                        "command": ["python3", "-m", "dynamo.frontend"],
-                        "args": ["--http-port", "8000"],
-                    }
-                ]
-            }
-        },
+    container = {
+        "name": "main",
+        "image": image_of(launchable),
+        "command": ["python3", "-m", "dynamo.frontend"],
+        "args": ["--http-port", "8000"],
     }
+    template = {"spec": {"containers": [container]}}
+    front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
     where = {"namespace": settings.namespace} if settings.namespace else {}
     return {
         "apiVersion": "nvidia.com/v1beta1",

@@ -179,6 +179,9 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
         )
     lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
     planned, left = launchable.plan.served_rate(), launchable.rate()
+    lists = "; nginx, Envoy and LiteLLM take the lists beside it."
+    if launchable.has_roles:
+        lists = ", and the pairs that a request prefills and decodes in; other lists hold the replicas that do both."
     return "\n".join(
         (
             f"# A plan of hetis for {target}",
@@ -201,12 +204,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
             "## Routing",
             "",
-            "`router/weights.json` has the share of the requests that each replica should get"
-            + (
-                ", and the pairs that a request prefills and decodes in; other lists hold the replicas that do both."
-                if launchable.has_roles
-                else "; nginx, Envoy and LiteLLM take the lists beside it."
-            ),
+            f"`router/weights.json` has the share of the requests that each replica should get{lists}",
             "",
         )
     )

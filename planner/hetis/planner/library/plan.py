@@ -84,21 +84,20 @@ class Simulation:
             points = [(question.load.rate_rps, self.summary, self.kept)]
         else:
             points = [(point.rate_rps, point.summary, point.within) for point in swept.points]
-        return pandas.DataFrame(
-            [
-                {
-                    "rate_rps": rate_rps,
-                    "throughput_rps": summary.throughput_rps.value,
-                    "ttft_p95_s": summary.ttft_p95_s.value,
-                    "ttft_p95_half_width_s": summary.ttft_p95_s.half_width,
-                    "tpot_mean_s": summary.mean_tpot_s.value,
-                    "tpot_mean_half_width_s": summary.mean_tpot_s.half_width,
-                    "attainment": summary.attainment,
-                    "within": within,
-                }
-                for rate_rps, summary, within in points
-            ]
-        )
+        rows = [
+            {
+                "rate_rps": rate_rps,
+                "throughput_rps": summary.throughput_rps.value,
+                "ttft_p95_s": summary.ttft_p95_s.value,
+                "ttft_p95_half_width_s": summary.ttft_p95_s.half_width,
+                "tpot_mean_s": summary.mean_tpot_s.value,
+                "tpot_mean_half_width_s": summary.mean_tpot_s.half_width,
+                "attainment": summary.attainment,
+                "within": within,
+            }
+            for rate_rps, summary, within in points
+        ]
+        return pandas.DataFrame(rows)
 
     def __repr__(self) -> str:
         found = self.summary
@@ -327,11 +326,7 @@ def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
 
 
 def member(names: type[Name], text: str, what: str) -> Name:
-    """Return the member of ``names`` with this text.
-
-    Raises:
-        InvalidProblemError: there is none.
-    """
+    """Return the member of ``names`` with this text. Raises InvalidProblemError: there is none."""
     try:
         return names(text)
     except ValueError:
@@ -339,11 +334,7 @@ def member(names: type[Name], text: str, what: str) -> Name:
 
 
 def seconds_of(value: Quantity) -> float:
-    """Return the seconds of ``0.2`` or ``"200ms"``.
-
-    Raises:
-        InvalidProblemError: it is not a positive duration.
-    """
+    """Return the seconds of ``0.2`` or ``"200ms"``. Raises InvalidProblemError: it is not a positive duration."""
     try:
         seconds = parse_duration(value) if isinstance(value, str) else float(value)
     except ValueError as error:
@@ -367,11 +358,7 @@ def limit_of(value: Quantity | None) -> float | None:
 
 
 def ratio_of(value: Quantity) -> float:
-    """Return the ratio of ``0.01`` or ``"1%"``.
-
-    Raises:
-        InvalidProblemError: it is not a ratio.
-    """
+    """Return the ratio of ``0.01`` or ``"1%"``. Raises InvalidProblemError: it is not a ratio."""
     try:
         return parse_ratio(value) if isinstance(value, str) else float(value)
     except ValueError as error:

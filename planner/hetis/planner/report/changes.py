@@ -93,11 +93,8 @@ def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[
 
 def _row(change: ReplicaChange, before: Plan, after: Plan) -> list[str]:
     replica = after.replicas[change.after] if change.after is not None else before.replicas[change.before or 0]
-    rates = [
-        digits(plan.replicas[number].rate)
-        for plan, number in ((before, change.before), (after, change.after))
-        if number is not None
-    ]
+    sides = ((before, change.before), (after, change.after))
+    rates = (digits(plan.replicas[number].rate) for plan, number in sides if number is not None)
     return [
         "-" if change.before is None else f"#{change.before}",
         "-" if change.after is None else f"#{change.after}",
@@ -217,10 +214,9 @@ def change_cost_words(costs: ChangeCosts) -> str:
 def _steps(found: Replanning, posed: Posed) -> RenderableType:
     if not found.transition.steps:
         return Text("none: everything goes on as it is")
-    rows = enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1)
-    made = table(
-        "", "'", "'what", "load", "takes up to", "capacity", rows=((str(number), *row) for number, row in rows)
-    )
+    steps = enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1)
+    rows = ((str(number), *row) for number, row in steps)
+    made = table("", "'", "'what", "load", "takes up to", "capacity", rows=rows)
     if len(found.transition.steps) > MAX_STEPS:
         made.add_row("…", "", f"{len(found.transition.steps) - MAX_STEPS:,} more (-o json lists all)", "", "", "")
     return made
@@ -234,16 +230,11 @@ def step_rows(found: Replanning, posed: Posed) -> Iterator[list[str]]:
 def _step_row(step: Step, found: Replanning, posed: Posed) -> list[str]:
     starting = step.action is Action.START
     plan = found.plan if starting else posed.running
-    names = [f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas]
+    names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
     loads = sum(_load_of(found, i) for i in step.replicas) if starting else 0.0
     flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
-    return [
-        step.action.value,
-        "\n".join(names),
-        gigabytes(loads) if loads else "-",
-        seconds(step.seconds) if step.seconds else "-",
-        flow,
-    ]
+    takes = seconds(step.seconds) if step.seconds else "-"
+    return [step.action.value, names, gigabytes(loads) if loads else "-", takes, flow]
 
 
 def _load_of(found: Replanning, number: int) -> float:
@@ -256,10 +247,8 @@ def lowest_words(found: Replanning, posed: Posed) -> str:
     if not transition.steps:
         return ""
     lowest = f" Lowest on the way: {digits(transition.lowest, 4)} {_unit(posed)}"
-    if transition.best_lowest > transition.lowest * (1.0 + 1e-9):
-        proof = f"no order keeps more than {digits(transition.best_lowest, 4)}"
-    else:
-        proof = "no order keeps more"
+    more = transition.best_lowest > transition.lowest * (1.0 + 1e-9)
+    proof = f"no order keeps more{f' than {digits(transition.best_lowest, 4)}' if more else ''}"
     return f"{lowest}; {proof}. All steps take {seconds(transition.seconds)} one after another."
 
 

@@ -224,11 +224,7 @@ def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = Non
     title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
     table = device_table(stage, found.before, found.after, blocks=expected, last=title)
     yield section("Devices (KV blocks per layer, expected growth included)", table)
-    costs = costs_sentence(stage)
-    if costs is not None:
-        yield Text(f"\n{costs}", style="dim")
-    if explanation is not None:
-        yield section("Why", bullets(explanation))
+    yield from _ending(stage, explanation)
 
 
 def device_table(
@@ -261,6 +257,13 @@ def device_table(
         card = Text(bar(after.card_s / makespan_s if makespan_s else 0.0, BAR_WIDTH), style="green")
         made.add_row(Text("network card", style="dim"), seconds(before.card_s), seconds(after.card_s), card)
     return first_rows(made, len(stage.saved.devices), MAX_ROWS, "device")
+
+
+def _ending(stage: LoadedStage, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
+    if (costs := costs_sentence(stage)) is not None:
+        yield Text(f"\n{costs}", style="dim")
+    if explanation is not None:
+        yield section("Why", bullets(explanation))
 
 
 def per_layer(value_s: float, stage: LoadedStage) -> str:
@@ -317,11 +320,7 @@ def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None =
     yield section(
         "Devices (KV blocks per layer, in use now)", device_table(stage, found.before, found.after, blocks=used)
     )
-    costs = costs_sentence(stage)
-    if costs is not None:
-        yield Text(f"\n{costs}", style="dim")
-    if explanation is not None:
-        yield section("Why", bullets(explanation))
+    yield from _ending(stage, explanation)
 
 
 def _redispatch_facts(found: Redispatched) -> Iterator[tuple[str, Text | str]]:

@@ -127,9 +127,8 @@ def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
     )
     bars = grid(False, True, False, False, False, rows=rows, gap=1)
     shares = Group(legend(time_shares(parts[0])), _time_table(parts))
-    if any(part.kv_wire_s for part in parts):
-        return Group(bars, shares, Text(WIRE_MEANS, style="dim"))
-    return Group(bars, shares)
+    means = [Text(WIRE_MEANS, style="dim")] if any(part.kv_wire_s for part in parts) else []
+    return Group(bars, shares, *means)
 
 
 def _time_table(parts: list[StageTime]) -> Table:
@@ -161,12 +160,8 @@ def time_shares(part: StageTime) -> list[Share]:
 
 def _idle(groups: tuple[IdleGpus, ...]) -> Table:
     several_zones = len({idle.zone for idle in groups}) > 1
-    return bullets(
-        Text.assemble(
-            (f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several_zones else ''}", "bold"), f": {idle.reason}"
-        )
-        for idle in groups
-    )
+    names = (f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several_zones else ''}" for idle in groups)
+    return bullets(Text.assemble((name, "bold"), f": {idle.reason}") for name, idle in zip(names, groups, strict=True))
 
 
 class Share(NamedTuple):

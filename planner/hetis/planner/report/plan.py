@@ -234,11 +234,9 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
     if other.value is None:
         return f"does not run this plan ({lacks}); {other.why_not}"
     if other.equal_stages:
-        least = "at least" if plan.objective.maximises else "at most"
+        least = f"{'at least' if plan.objective.maximises else 'at most'} {digits(other.value, 4)} {plan.result.unit}"
         apart = f", without {lacks}" if lacks else ""
-        return (
-            f"{least} {digits(other.value, 4)} {plan.result.unit} by equal stages, {_beside(other.value, ours)}{apart}"
-        )
+        return f"{least} by equal stages, {_beside(other.value, ours)}{apart}"
     if other.why_not:
         return f"runs this plan; none better was looked for: {other.why_not}"
     words = _beside(other.value, ours)
@@ -428,13 +426,11 @@ def _named(group: ReplicaGroup) -> str:
 
 def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
     """Return what the objective would gain without each constraint, and without all."""
-    rows = (
-        (
-            str(price.constraints[0]) if len(price.constraints) == 1 else f"all {len(price.constraints)} together",
-            _interval(price),
-        )
-        for price in prices
-    )
+
+    def name(kept: Sequence[object]) -> str:
+        return str(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
+
+    rows = ((name(price.constraints), _interval(price)) for price in prices)
     return section("What the constraints cost", table("'without", f"gain, {unit}", rows=rows))
 
 
@@ -465,9 +461,8 @@ MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
 
 def render_replica(group: ReplicaGroup, palette: Mapping[str, str]) -> RenderableType:
     """Return headline, picture and stage table of a group of equal replicas."""
-    return Group(
-        _replica_headline(group), Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
-    )
+    below = Group(_picture(group.first, palette), _stages(group, palette))
+    return Group(_replica_headline(group), Padding(below, (0, 0, 0, 1)))
 
 
 def device_table(group: ReplicaGroup, plan: Plan) -> Table:
@@ -502,21 +497,16 @@ def _replica_headline(group: ReplicaGroup) -> Text:
 def _latencies(replica: ReplicaPlan) -> str:
     """Return the latencies that the role has."""
     ttft, tpot = f"TTFT {seconds(replica.ttft_s)}", f"TPOT {seconds(replica.tpot_s)}"
-    match replica.role:
-        case Role.PREFILL:
-            return f"{ttft} until the KV is there"
-        case Role.DECODE:
-            return tpot
-    return f"{ttft} · {tpot}"
+    by_role = {Role.PREFILL: f"{ttft} until the KV is there", Role.DECODE: tpot}
+    return by_role.get(replica.role, f"{ttft} · {tpot}")
 
 
 def _in_flight(replica: ReplicaPlan) -> str:
     chunks = f"chunks of {replica.chunk_tokens}"
     if replica.role is Role.PREFILL:
         return f"{plural(replica.in_flight, 'prompt')} in flight · {chunks}"
-    decoding = (
-        f"{replica.micro_batch * replica.in_flight} decoding = {replica.micro_batch} × {replica.in_flight} in flight"
-    )
+    size, count = replica.micro_batch, replica.in_flight
+    decoding = f"{size * count} decoding = {size} × {count} in flight"
     return decoding if replica.role is Role.DECODE else f"{decoding} · {chunks}"
 
 

@@ -46,6 +46,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
     """Return JSON values with every run and every device; null for missing numbers."""
     question, summary = simulated.question, simulated.summary
     load = question.load
+    engine_settings = {**engine_settings_data(question.engine_settings), "changes": list(question.changes)}
     return {
         "apiVersion": "hetis/v1",
         "kind": "Simulation",
@@ -61,7 +62,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
             "seeds": list(question.seeds),
         },
         "settings": {key: value for key, value in json_value(question.settings).items() if key != "seed"},
-        **({"engine_settings": _engine_settings(simulated)} if question.engine_settings else {}),
+        **({"engine_settings": engine_settings} if question.engine_settings else {}),
         "limits": json_value(question.limits),
         "complete": simulated.complete,
         "precise": simulated.precise,
@@ -75,11 +76,6 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         "runs": json_value(simulated.runs),
         "sweep": json_value(simulated.sweep),
     }
-
-
-def _engine_settings(simulated: Simulated) -> dict[str, Any]:
-    question = simulated.question
-    return {**engine_settings_data(question.engine_settings), "changes": list(question.changes)}
 
 
 def _title(simulated: Simulated, plan: Plan) -> Text:
@@ -104,7 +100,8 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
         yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves"
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
-    yield "Measured", f"{_measured(simulated)}{clipped}"
+    measured = f"{summary.counts.measured:,} requests over {seconds(summary.window_s)} per run"
+    yield "Measured", f"{measured}, after {seconds(summary.warm_up_s)} of warm-up{clipped}"
     settings = question.settings
     lockstep = sum(one.expert_parallel for one in plan.replicas)
     parts = [f"micro-batches {settings.discipline}"] if lockstep < len(plan.replicas) else []
@@ -175,12 +172,6 @@ def _goodput(simulated: Simulated) -> str:
     return f"{digits(found.goodput_rps, 4)} requests/s {within}{beyond}"
 
 
-def _measured(simulated: Simulated) -> str:
-    summary = simulated.summary
-    of = f"{summary.counts.measured:,} requests"
-    return f"{of} over {seconds(summary.window_s)} per run, after {seconds(summary.warm_up_s)} of warm-up"
-
-
 def _points(simulated: Simulated) -> Table:
     assert simulated.sweep is not None
     rows = (
@@ -210,14 +201,10 @@ def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
     Below saturation a plan promises to carry what arrives, so its throughput is compared with that.
     """
     summary, planned, load = simulated.summary, simulated.prediction, simulated.question.load
-    if simulated.sweep is None:
-        expected = planned.rate_rps
-        if load.arrivals is not Arrivals.SATURATED:
-            expected = min(expected, summary.arrival_rps)
-    else:
-        expected = min(planned.rate_rps, summary.arrival_rps)
+    below = load.arrivals is not Arrivals.SATURATED or simulated.sweep is not None
+    expected = min(planned.rate_rps, summary.arrival_rps) if below else planned.rate_rps
     rows = [("throughput", expected, summary.throughput_rps)]
-    if load.arrivals is not Arrivals.SATURATED or simulated.sweep is not None:
+    if below:
         rows.append(("ttft_p95", planned.ttft_s, summary.ttft_p95_s))
     rows.append(("tpot_mean", planned.tpot_s, summary.mean_tpot_s))
     return [(name, p, s, s.value / p if p and math.isfinite(p) else math.nan) for name, p, s in rows]

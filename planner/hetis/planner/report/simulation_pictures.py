@@ -73,16 +73,12 @@ def _of_sweep(swept: Sweep, limits: Limits) -> Iterator[Panel]:
         ("p95 TTFT", [point.summary.ttft_p95_s for point in swept.points], limits.ttft_s),
         ("mean TPOT", [point.summary.mean_tpot_s for point in swept.points], limits.tpot_s),
     ):
-        line = Line(
-            name=title,
-            x=rates,
-            y=np.array([estimate.value for estimate in estimates]),
-            spread=np.nan_to_num(np.array([estimate.half_width for estimate in estimates])),
-        )
+        half_widths = np.nan_to_num(np.array([estimate.half_width for estimate in estimates]))
+        line = Line(name=title, x=rates, y=np.array([estimate.value for estimate in estimates]), spread=half_widths)
         yield Panel(
             title=title,
             x_title="requests/s arriving",
-            y_title="requests/s" if limit is None and title == "Throughput" else "s",
+            y_title="requests/s" if title == "Throughput" else "s",
             lines=(line,),
             limits=(limit,) if limit is not None else (),
         )
@@ -120,10 +116,8 @@ def _of_run(simulated: Simulated, run: Run, plan: Plan) -> Iterator[Panel]:
         for number, device in enumerate(run.series.devices):
             members.setdefault(groups.get(device, device), []).append(number)
         for title, values in (("KV in use", run.series.kv_used_fraction), ("Busy", run.series.busy_fraction)):
-            lines = tuple(
-                Line(name=f"{len(of)} × {name}", x=run.series.times_s, y=values[:, of].mean(axis=1))
-                for name, of in members.items()
-            )
+            means = ((f"{len(of)} × {name}", values[:, of].mean(axis=1)) for name, of in members.items())
+            lines = tuple(Line(name=name, x=run.series.times_s, y=mean) for name, mean in means)
             yield Panel(title=title, x_title="s", y_title="share", lines=lines)
 
 
@@ -191,9 +185,8 @@ def _png(panels: Sequence[Panel], title: str) -> bytes:
                 axis.errorbar(line.x, line.y, yerr=line.spread, color=color, label=line.name, marker="o", capsize=2)
         for limit in panel.limits:
             axis.axhline(limit, color="#888888", linestyle=":", linewidth=1)
-        axis.set(
-            title=panel.title, xlabel=panel.x_title, ylabel=panel.y_title, xscale="log" if panel.log_x else "linear"
-        )
+        scale = "log" if panel.log_x else "linear"
+        axis.set(title=panel.title, xlabel=panel.x_title, ylabel=panel.y_title, xscale=scale)
         axis.set_ylim(bottom=0)
         if [line.name for line in panel.lines] != [panel.title]:
             axis.legend(fontsize="x-small")

@@ -41,8 +41,7 @@ def _parts(robustness: Robustness, objective: Objective) -> Iterator[RenderableT
 
 def _spreads(robustness: Robustness, objective: Objective) -> Table:
     def row(name: str, spread: Spread, words: Callable[[float], str]) -> list[str]:
-        values = (spread.planned, spread.p5, spread.median, spread.p95, spread.worst)
-        return [name, *map(words, values)]
+        return [name, *map(words, (spread.planned, spread.p5, spread.median, spread.p95, spread.worst))]
 
     def rate(value: float) -> str:
         return f"{digits(value)}/s"

@@ -97,22 +97,18 @@ class Unbroken:
         self._parts = [part + separator if number < last else part for number, part in enumerate(parts)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._lines(options.max_width)
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        widths = [_width(part) for part in self._parts]
-        most = sum(part.cell_len for part in self._parts)
-        return Measurement(max(widths, default=0), most).with_maximum(options.max_width)
-
-    def _lines(self, width: int) -> Iterator[Text]:
         line = Text(overflow="fold")
         for part in self._parts:
-            if line and line.cell_len + _width(part) > width:
+            if line and line.cell_len + _width(part) > options.max_width:
                 line.rstrip()
                 yield line
                 line = Text(overflow="fold")
             line.append_text(part)
         yield line
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        least, most = max(map(_width, self._parts), default=0), sum(part.cell_len for part in self._parts)
+        return Measurement(least, most).with_maximum(options.max_width)
 
 
 def _width(part: Text) -> int:

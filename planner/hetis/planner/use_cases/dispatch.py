@@ -374,18 +374,13 @@ def _known(gpu: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dispatched:
-    """New requests, in order of admission, placed on a stage by a plan with its proof.
-
-    ``before`` and ``after`` are the times of every device without and with them; ``reached`` is the state with them.
-    """
+class _Changed:
+    """A stage and a change of it; moving head groups count at their targets."""
 
     stage: LoadedStage
-    requests: NewRequests
-    plan: DispatchPlan
-    before: StageTimes
-    after: StageTimes
-    reached: StateSnapshot
+    before: StageTimes  # of every device without the change
+    after: StageTimes  # and with it
+    reached: StateSnapshot  # with the change
 
     @property
     def saved(self) -> SavedState:
@@ -394,25 +389,20 @@ class Dispatched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Redispatched:
-    """Moves of running requests' head groups by a plan, which also has refused ones and its proof.
+class Dispatched(_Changed):
+    """New requests, in order of admission, placed on a stage by a plan with its proof."""
 
-    ``triggers`` are those that would fire in a running stage; ``before`` and ``after`` the times of every device, where
-    moving head groups count at their targets; ``reached`` is the state after the moves.
-    """
+    requests: NewRequests
+    plan: DispatchPlan
 
-    stage: LoadedStage
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redispatched(_Changed):
+    """Moves of running requests' head groups by a plan, which also has refused ones and its proof."""
+
     problem: RedispatchProblem
-    triggers: tuple[Trigger, ...]
+    triggers: tuple[Trigger, ...]  # those that would fire in a running stage
     plan: RedispatchPlan
-    before: StageTimes
-    after: StageTimes
-    reached: StateSnapshot
-
-    @property
-    def saved(self) -> SavedState:
-        """The new state for its file."""
-        return self.stage.saved.after(self.reached)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

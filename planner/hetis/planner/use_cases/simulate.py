@@ -307,9 +307,8 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
             replicas[number] = _at(replicas[number], shape, settings, new, claimed)
         changes |= dict.fromkeys(_changes(first, replicas[group.numbers[0]], settings))
     routes = tuple(_route(route, plan, replicas) for route in plan.kv_routes)
-    return PlanAtSettings(
-        plan=replace(plan, replicas=tuple(replicas), kv_routes=routes), problem=at, changes=tuple(changes)
-    )
+    set_plan = replace(plan, replicas=tuple(replicas), kv_routes=routes)
+    return PlanAtSettings(plan=set_plan, problem=at, changes=tuple(changes))
 
 
 def _at(

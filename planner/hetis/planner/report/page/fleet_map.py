@@ -109,9 +109,8 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
 def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty], *, joined: bool) -> ZoneMap:
     cards = [card for group in groups for card in _cards(group, duties, joined=joined)]
     rest = len(cards) - MAX_NODES
-    return ZoneMap(
-        name=name, nodes=tuple(cards[:MAX_NODES]), rest=f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else ""
-    )
+    more = f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else ""
+    return ZoneMap(name=name, nodes=tuple(cards[:MAX_NODES]), rest=more)
 
 
 def _cards(group: NodeGroup, duties: Mapping[str, Duty], *, joined: bool) -> Iterator[NodeCard]:
@@ -128,9 +127,8 @@ def _cards(group: NodeGroup, duties: Mapping[str, Duty], *, joined: bool) -> Ite
     held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
     for (_, pattern), nodes in alike.items():
         name = nodes[0] if len(nodes) == 1 else f"{_nodes(nodes)} ({plural(len(nodes), 'equal node')})"
-        yield NodeCard(
-            name=name, gpus=held, cells=tuple(_cells(pattern, gpus, mixed=len(group.gpus) > 1, joined=joined))
-        )
+        cells = _cells(pattern, gpus, mixed=len(group.gpus) > 1, joined=joined)
+        yield NodeCard(name=name, gpus=held, cells=tuple(cells))
 
 
 def _nodes(nodes: list[str]) -> str:

@@ -303,21 +303,14 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
             every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
             last = stage.first_layer + stage.num_layers - 1
             kept = f"{stage.kv_head_groups_kept} of {every}" if pools else "all"
-            rows.append(
-                (
-                    f"R{group.numbers[0]}, stage {number + 1}",
-                    stage.gpu,
-                    one.parallel_sizes(stage),
-                    f"{stage.first_layer}–{last} ({stage.num_layers})",
-                    kept,
-                    abbreviate(stage.devices),
-                )
+            name, layers = (
+                f"R{group.numbers[0]}, stage {number + 1}",
+                f"{stage.first_layer}–{last} ({stage.num_layers})",
             )
+            rows.append((name, stage.gpu, one.parallel_sizes(stage), layers, kept, abbreviate(stage.devices)))
             for pool in pools:
-                held = f"{pool.kv_head_groups} of {every}"
-                rows.append(
-                    ("attention workers", pool.gpu, f"×{len(pool.devices)}", "", held, abbreviate(pool.devices))
-                )
+                held, cards = f"{pool.kv_head_groups} of {every}", f"×{len(pool.devices)}"
+                rows.append(("attention workers", pool.gpu, cards, "", held, abbreviate(pool.devices)))
     return Grid(
         title="Stages",
         columns=columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
@@ -434,15 +427,13 @@ def _prices(plan: Plan) -> Grid:
 
 
 def _runners_up(plan: Plan) -> Grid:
-    rows = tuple(
-        (shape_words(runner.shape), digits(runner.rate), reason_words(runner.reason, runner.rate))
-        for runner in plan.runners_up
-    )
     return Grid(
         title="Not chosen",
         intro="Replicas that came closest, each with its own saturated rate.",
         columns=columns("'a replica of", "requests/s", "'why not"),
-        rows=rows,
+        rows=tuple(
+            (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate)) for one in plan.runners_up
+        ),
     )
 
 
@@ -489,13 +480,8 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
             provenances = [fit.provenance for fit in profile.fits if fit.op is op]
             stated = [one.held_out_mape for one in provenances if one.held_out_mape is not None]
             assumed = _mapping(errors.get(gpu)).get(op.value)
-            error = (
-                percent(max(stated))
-                if stated
-                else f"{percent(assumed)} assumed"
-                if assumed is not None
-                else "not stated"
-            )
+            error = "not stated" if assumed is None else f"{percent(assumed)} assumed"
+            error = percent(max(stated)) if stated else error
             source = ", ".join(dict.fromkeys(one.source.value for one in provenances))
             whence = "; ".join(dict.fromkeys(one.origin for one in provenances))
             rows.append((gpu, op.value.replace("_", " "), source, error, whence))

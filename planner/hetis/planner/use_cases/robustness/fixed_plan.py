@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -48,11 +48,7 @@ class Group:
 
 def structure_of(plan: Plan) -> Mapping[str, int]:
     """Return the shapes of the replicas in words, with the number of each, without changeable batches and chunks."""
-    counts: dict[str, int] = {}
-    for replica in plan.replicas:
-        shape = describe(replica)
-        counts[shape] = counts.get(shape, 0) + 1
-    return dict(sorted(counts.items()))
+    return dict(sorted(Counter(map(describe, plan.replicas)).items()))
 
 
 def describe(replica: ReplicaPlan) -> str:
