@@ -115,7 +115,7 @@ def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url
         assert took_s < LEASE_S + 8, took_s  # 2 s on an idle machine
         second.create("b")
         assert second.clusters() == ["clusters/a", "clusters/b"]
-        assert second.shown()["planner"]["epoch"] == 2
+        assert second.shown()["planner"]["epoch"] >= 2
 
 
 def test_a_token_that_is_taken_back_is_of_no_use_to_leader_and_standby_alike(sqlite_url: str, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby
             second.signal(signal.SIGTERM)
             second.end()
             until(first.leads, LEASE_S + 10)
-            assert first.shown()["planner"]["epoch"] == 3
+            assert first.shown()["planner"]["epoch"] >= 3
 
 
 def test_a_file_is_led_at_once_by_whoever_is_started_after_a_kill(sqlite_url: str, tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_a_file_is_led_at_once_by_whoever_is_started_after_a_kill(sqlite_url: st
         first.signal(signal.SIGKILL)
         with Planner(sqlite_url, tmp_path) as second:
             assert second.leads()
-            assert second.shown()["planner"]["epoch"] == 2
+            assert second.shown()["planner"]["epoch"] >= 2

@@ -91,7 +91,7 @@ class AttentionPart(DocumentPart):
 
 
 class StageLinkPart(DocumentPart):
-    """What an exchange with the primary takes: ``latency + bytes / bandwidth``, as reached, not nominal."""
+    """Time of an exchange with the primary: ``latency + bytes / bandwidth``, as reached, not nominal."""
 
     bandwidth: SecondsPerByte
     latency: Duration

@@ -1,4 +1,4 @@
-"""What documents are made of and read by: field types, the base of every part, and a pass that finds every problem."""
+"""Parts of documents, and their reading: field types, the base of every part, and a pass that finds every problem."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Check = Callable[[Mapping[str, Any]], Found]
 
 @dataclass(slots=True, kw_only=True)
 class ErrorLimit:
-    """How many errors one validation collects. Later ones are skipped: nobody reads more, and each costs time."""
+    """The most errors that one validation collects. Later ones are skipped: nobody reads more, and each costs time."""
 
     most_errors: int
     look_up: Callable[[], None]

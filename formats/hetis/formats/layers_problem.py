@@ -60,7 +60,7 @@ class LinksPart(DocumentPart):
 
 
 class LayersProblemDocument(Document):
-    """Which contiguous layers should each of these nodes hold, so that most requests per second are served?"""
+    """The nodes for which to find contiguous layers, so that most requests per second are served."""
 
     kind: Literal["LayersProblem"]
     name: Title = "layers"

@@ -34,7 +34,7 @@ _PROVENANCE = ("tool", "engine", "engine_version", "source", "licence", "host", 
 
 
 class MeasuredOp(StrEnum):
-    """What one table measures. Every table has ``seconds`` (median, > 0) and may have ``spread``.
+    """One table of measurements. Every table has ``seconds`` (median, > 0) and may have ``spread``.
 
     =====================  ==========================================================================================
     ``gemm``               ``m, n, k``: an (m x k) by (k x n) product; ``weight_bits`` of the (k x n) matrix

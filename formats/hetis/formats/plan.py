@@ -26,7 +26,7 @@ RoleName = Literal["unified", "prefill", "decode"]
 
 
 class ResultPart(DocumentPart):
-    """How good the plan is; ``gap`` is ``|bound - value| / |value|``."""
+    """The quality of the plan; ``gap`` is ``|bound - value| / |value|``."""
 
     status: Literal["optimal", "feasible", "infeasible", "interrupted"]
     objective: ObjectiveName
@@ -38,7 +38,7 @@ class ResultPart(DocumentPart):
 
 
 class ObjectivePart(DocumentPart):
-    """What the plan is good for; a limit of null is lifted."""
+    """The objective of the plan; a limit of null is lifted."""
 
     kind: ObjectiveName
     ttft_limit_s: Annotated[float, Field(gt=0)] | None = None

@@ -51,7 +51,7 @@ class PiecePart(DocumentPart):
 
 
 class ScopePart(DocumentPart):
-    """What a fit is for; a field left out means any."""
+    """The scope of a fit; a field left out means any."""
 
     model: str | None = None
     tp: Annotated[int, Field(ge=1)] | None = None
@@ -64,7 +64,7 @@ Range = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_l
 
 
 class RegionPart(DocumentPart):
-    """What was measured, as ``[least, most]``: outside of it the fit is a guess. A field left out is not limited."""
+    """The measured range, as ``[least, most]``: outside of it the fit is a guess. A field left out is not limited."""
 
     tokens: Range | None = None
     batch: Range | None = None

@@ -67,7 +67,7 @@ class LoggedIteration:
 
 @dataclass(slots=True)
 class IterationLog:
-    """What a log says. None and empty: it does not; a log that begins later than its server lacks the settings."""
+    """Facts of a log. None and empty: it states none; a log that begins later than its server lacks the settings."""
 
     iterations: list[LoggedIteration] = field(default_factory=list)
     kv_tokens: int | None = None  # that fit in the KV cache of one engine

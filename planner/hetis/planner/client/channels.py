@@ -190,7 +190,7 @@ class _AsyncStream(_AnyStream):
 
 
 class _AnyLeaderChannel:
-    """What a channel to the leader does with and without an event loop. It is used by generated stubs.
+    """Behaviour of a channel to the leader with and without an event loop. It is used by generated stubs.
 
     A unary call reaches the leader even if that changes during the call: a planner that does not lead names the leader,
     and if one does not answer, the next is tried. The request and its ``request_id`` stay the same.

@@ -1,4 +1,4 @@
-"""What all resources share: the live fleet, and the hubs of watchers."""
+"""Parts that all resources share: the live fleet, and the hubs of watchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each head group of every running request of a rank lives, and the virtual sequences of a step.
+"""The device of each head group of every running request of a rank, and the virtual sequences of a step.
 
 Each (request, head group) is a sequence with one KV head and r query heads. vLLM passes a batch of R requests with T
 tokens in total. The queries of token t and group g are row ``t G + g`` of ``query.view(T G, r, d)``. A part of the

@@ -114,7 +114,7 @@ class _Remote:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Sorting:
-    """How rows are sorted by device."""
+    """The order of rows by device."""
 
     order: torch.Tensor  # rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker
     # Position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void

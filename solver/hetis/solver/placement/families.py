@@ -33,7 +33,7 @@ class Strategy:
 
     @property
     def has_engines(self) -> bool:
-        """Whether it plans for named engines: heuristics know none, and none has workers for decode replicas."""
+        """True if it plans for named engines: heuristics know none, and none has workers for decode replicas."""
         return not self.is_published and self.restrict(Family()).decode_keeps_heads
 
 

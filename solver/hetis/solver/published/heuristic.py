@@ -1,4 +1,4 @@
-"""What all heuristics share: a search over a fleet's GPUs, and its answer as a plan with a bound from dense work."""
+"""Shared by all heuristics: a search over a fleet's GPUs, and its answer as a plan with a bound from dense work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What shares give: envy, sharing incentive, waste, types that a job spans; false claims; and rounds of whole GPUs."""
+"""Properties of shares: envy, sharing incentive, waste, types a job spans; false claims; rounds of whole GPUs."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ class LaunchedReplica:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the replica serves or, if its front end is on another node, all its processes run."""
+        """True if the replica serves or, if its front end is on another node, all its processes run."""
         if self._front is None:
             return self.has_begun and self._processes.are_all_up
         return 0 < self._ready_life == self._processes.life

@@ -84,17 +84,17 @@ class NodeProcesses:
 
     @property
     def is_over(self) -> bool:
-        """Whether all processes have ended for good."""
+        """True if all processes have ended for good."""
         return self._thread.ident is not None and not self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the replica was given up after repeated failures or one that a restart cannot mend."""
+        """True if the replica was given up after repeated failures or one that a restart cannot mend."""
         return self._outcome is not None and not self._stop.times
 
     @property
     def failure(self) -> str:
-        """How a process last ended, with the last lines of its log; empty if none has."""
+        """The last end of a process in words, with the last lines of its log; empty if none has."""
         with self._lock:
             return self._failure
 
@@ -105,7 +105,7 @@ class NodeProcesses:
 
     @property
     def life(self) -> int:
-        """How often the front end was started, or 0 if it does not run now."""
+        """The number of starts of the front end, or 0 if it does not run now."""
         with self._lock:
             return self._lives if self._front in self._running else 0
 
