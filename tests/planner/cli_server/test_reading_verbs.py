@@ -7,14 +7,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.reading_verbs import interrupts_that_arrive
-from hetis.planner.cli.resource_views import COLUMNS, ago
+from hetis.planner.cli.resource_views import COLUMNS, ago, wait_for_plan
+from hetis.planner.client import Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner, refuse
@@ -263,3 +267,16 @@ def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPa
     assert dropped == [KeyboardInterrupt]
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_only_a_plan_of_which_a_planner_has_told_is_said_to_go_on(capsys: Captured, tells: bool) -> None:
+    class Interrupted:
+        def wait(self, name: str, *, news: Callable[[plan_pb2.Plan], None]) -> plan_pb2.Plan:
+            if tells:
+                news(plan_pb2.Plan(name=name))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_for_plan(Terminal(), cast(Client, Interrupted()), "plans/x", exists=False)
+    assert ("plans/x goes on without you" in capsys.readouterr().err) is tells

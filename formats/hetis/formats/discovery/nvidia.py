@@ -341,9 +341,9 @@ class _Nvml:
         addresses = ["UNKNOWN" if place is None else str(place.busId).upper() for place in places]
         found: list[int] = []
         for one, other in itertools.combinations(range(len(handles)), 2):
-            kind = self._nvml.NVML_P2P_CAPS_INDEX_NVLINK
-            status = self._ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
-            reaches = status == self._nvml.NVML_P2P_STATUS_OK
+            kind = getattr(self._nvml, "NVML_P2P_CAPS_INDEX_NVLINK", None)  # which a partial library may lack
+            status = None if kind is None else self._ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
+            reaches = status is not None and status == self._nvml.NVML_P2P_STATUS_OK
             links = remotes[one].count(addresses[other]) or min(len(remotes[one]), len(remotes[other]))
             if status is None or (reaches and not links):
                 return []
@@ -373,8 +373,9 @@ class _Nvml:
 
     def _remotes(self, handle: Any) -> list[str]:
         """Return the PCI address at the other end of every active NVLink."""
-        nvml, links = self._nvml, range(self._nvml.NVML_NVLINK_MAX_LINKS)
-        enabled = nvml.NVML_FEATURE_ENABLED
+        links, enabled = range(self._nvml.NVML_NVLINK_MAX_LINKS), getattr(self._nvml, "NVML_FEATURE_ENABLED", None)
+        if enabled is None:
+            return []
         active = [link for link in links if self._ask("nvmlDeviceGetNvLinkState", handle, link) == enabled]
         ends = [self._ask("nvmlDeviceGetNvLinkRemotePciInfo", handle, link) for link in active]
         return ["" if end is None else str(end.busId).upper() for end in ends]

@@ -71,7 +71,7 @@ def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
 
 
 def refuse_unwritable_page(path: Path) -> None:
-    """Refuse the same for a verb that prints nothing else."""
+    """Refuse the same for a verb that prints nothing else: DocumentError for the file, BadParameter without jinja2."""
     refuse_unwritable(path)
     refuse_missing_library("jinja2", extra="planner", wanted_by="a page")
 

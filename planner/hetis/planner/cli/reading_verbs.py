@@ -144,7 +144,7 @@ def watch(
 
     if what.startswith("clusters/"):
         return _watch_cluster(terminal, client, what)
-    plan = wait_for_plan(terminal, client, full_name("plans", what))
+    plan = wait_for_plan(terminal, client, full_name("plans", what), exists=False)
     terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan))
     return outcome(terminal, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
 

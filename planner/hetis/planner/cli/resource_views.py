@@ -360,18 +360,25 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
 # --- waiting
 
 
-def wait_for_plan(terminal: Terminal, client: Client, name: str) -> plan_pb2.Plan:
-    """Wait for the plan until nothing about it can change by itself.
+def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool = True) -> plan_pb2.Plan:
+    """Wait for the plan until nothing about it can change by itself. ``exists``: the planner has told of it before.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the plan goes on, and the user was told how to come back to it.
-        CallError: the planner has been gone for long; the same holds.
+        CallError: the planner has been gone for long; the same holds if it has told of the plan.
     """
+    was_seen = exists
     try:
         with news_on_stderr(terminal) as news:
-            return client.wait(name, news=news)
+
+            def tell(plan: plan_pb2.Plan) -> None:
+                nonlocal was_seen
+                was_seen = True
+                news(plan)
+
+            return client.wait(name, news=tell)
     except (KeyboardInterrupt, CallError) as error:
-        if isinstance(error, KeyboardInterrupt) or error.is_unreachable:
+        if was_seen and (isinstance(error, KeyboardInterrupt) or error.is_unreachable):
             terminal.say(f"{name} goes on without you")
             terminal.say(f"  come back: hetis-plan watch {name}")
             terminal.say(f"  stop it:   hetis-plan cancel {name}")

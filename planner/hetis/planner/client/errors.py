@@ -114,7 +114,8 @@ class Patience:
     """The limit on retries of a watch that gets no answer.
 
     Attributes:
-        limit_s: of the time without an answer; after it the watch ends with the error. 0: the first error ends it.
+        limit_s: of the waits without an answer (attempts take time besides); after it the watch ends with the error.
+            0: the first error ends it.
         jitter: returns a number from 0 to 1, so that many clients do not return at once.
     """
 

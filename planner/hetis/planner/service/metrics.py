@@ -40,8 +40,11 @@ class ServiceMetrics:
             registry=self.registry,
         )
         self._streams = counter("hetis_planner_streams_ended", "Streams that ended.", ["method", "code"])
-        message = "hetis_planner_quota_exceeded"
-        self._quotas = counter(message, "Calls refused because their caller had used up a quota.", ["caller", "quota"])
+        self._quotas = counter(
+            "hetis_planner_quota_exceeded",
+            "Calls refused because their caller had used up a quota.",
+            ["caller", "quota"],
+        )
         self._searches = gauge("hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"])
         self._running = gauge("hetis_planner_rpcs_running", "Calls and streams under way.", ["method"])
         self._epoch = gauge("hetis_planner_epoch", "Leadership term.")
@@ -58,8 +61,11 @@ class ServiceMetrics:
             "hetis_planner_token_expiry_seconds", "Unix time when the next token expires; 0: none does."
         )
         self._tokens_expired = gauge("hetis_planner_tokens_expired", "Tokens in the file that have expired.")
-        message = "hetis_planner_certificate_expiry_seconds"
-        self._certificate_expiry = gauge(message, "Unix time when the first certificate of a file expires.", ["file"])
+        self._certificate_expiry = gauge(
+            "hetis_planner_certificate_expiry_seconds",
+            "Unix time when the first certificate of a file expires.",
+            ["file"],
+        )
         self._connections_closed = counter(
             "hetis_planner_connections_closed", "Connections closed because their host had too many."
         )

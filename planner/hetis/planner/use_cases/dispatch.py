@@ -247,14 +247,14 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
     found = load_plan_and_problem(path)
     replicas = found.plan.replicas
     if replica >= len(replicas):
-        raise single_problem(path, f"has no replica {replica}, its {len(replicas)} replicas are counted from 0")
+        raise single_problem(path, f"has no replica {replica}: its replicas are 0 to {len(replicas) - 1}")
     if replicas[replica].role is Role.PREFILL:
         raise single_problem(
             path, f"replica {replica} is a prefill replica: it decodes nothing, so nothing is dispatched"
         )
     num_stages = len(replicas[replica].stages)
     if not 1 <= stage <= num_stages:
-        raise single_problem(path, f"replica {replica} has no stage {stage}, its {num_stages} are counted from 1")
+        raise single_problem(path, f"replica {replica} has no stage {stage}: its stages are 1 to {num_stages}")
     return with_costs(state_of_stage(found, replica, stage - 1), path, {})
 
 

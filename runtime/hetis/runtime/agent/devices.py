@@ -137,8 +137,10 @@ class SimulatedDevices:
         )
 
     def sample(self) -> list[report_pb2.DeviceReport]:
-        reports, size = report_pb2.DeviceReport, len(self.types)
-        return [reports(index=index, clock_hz=MAX_CLOCK_HZ, temperature_c=COOL_C) for index in range(size)]
+        return [
+            report_pb2.DeviceReport(index=index, clock_hz=MAX_CLOCK_HZ, temperature_c=COOL_C)
+            for index in range(len(self.types))
+        ]
 
     def close(self) -> None:
         pass

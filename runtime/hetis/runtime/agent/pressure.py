@@ -268,8 +268,10 @@ def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) ->
     """
     counts = [(one.total_blocks, one.used_blocks, one.evictable_blocks) for one in readings] or [(0, 0, 0)]
     total, used, evictable = (sum(map(_count, column)) for column in zip(*counts, strict=True))
-    reports = report_pb2.DeviceReport
-    return [reports(index=i, total_blocks=total, used_blocks=used, evictable_blocks=evictable) for i in devices]
+    return [
+        report_pb2.DeviceReport(index=i, total_blocks=total, used_blocks=used, evictable_blocks=evictable)
+        for i in devices
+    ]
 
 
 def _count(value: int | None, most: int = 2**64 - 1) -> int:

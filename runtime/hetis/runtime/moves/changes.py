@@ -258,8 +258,9 @@ class EngineChanges:
             return known
         other = next((found for found in self.known.values() if found.is_open), None)
         if other is not None:
-            number = other.change.change_id
-            raise refusal(ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT, f"change {number} is under way", change_id=number)
+            change_id = other.change.change_id
+            why = f"change {change_id} is under way"
+            raise refusal(ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT, why, change_id=change_id)
         timeout_s = change.prepare_timeout.ToNanoseconds() / 1e9
         taken = EngineChange(change=change, parts=tuple(parts), deadline_s=now_s + timeout_s)
         if taken.is_authority:

@@ -28,7 +28,8 @@ def register() -> None:
     from hetis.runtime.vllm.blocks import HeadGroupManager, HeadGroupSpec
     from hetis.runtime.vllm.settings import read_settings
 
-    assert read_settings() is not None, "the variable is set"
+    settings = read_settings()
+    assert settings is not None, "the variable is set"
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadGroupSpec, HeadGroupManager, uniform_type_base_spec=HeadGroupSpec)
     if current_platform.is_cpu():

@@ -179,7 +179,9 @@ class PeerWatches:
         self._watches.clear()
         for watch in watches:
             watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
+        for ended in await asyncio.gather(*watches, return_exceptions=True):
+            if isinstance(ended, Exception):  # not CancelledError, which is none: a fault of our own
+                _log.error("a watch of another engine ended", exc_info=ended)
 
     async def _watch(self, replica: str, address: str) -> None:
         async with grpc.aio.insecure_channel(address) as channel:
