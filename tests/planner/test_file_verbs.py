@@ -12,7 +12,7 @@ import yaml
 
 from hetis.formats.documents import kind_of, load
 from hetis.planner.cli.app import run
-from hetis.planner.cli.files import SAMPLES, Catalogue, Kind
+from hetis.planner.cli.files import SAMPLES, Catalogue, FileKind
 from tests.planner.command_line import EXAMPLES, invoke
 from tools.reference import FILE_EXAMPLES
 
@@ -49,7 +49,7 @@ def test_every_example_is_valid() -> None:
 def test_every_kind_of_file_but_plans_has_an_example_of_its_own() -> None:
     for kind, path in FILE_EXAMPLES.items():
         assert kind_of(load(EXAMPLES.parent / path)) == kind
-    assert {kind.value for kind in Kind} - FILE_EXAMPLES.keys() == {"Plan"}
+    assert {kind.value for kind in FileKind} - FILE_EXAMPLES.keys() == {"Plan"}
 
 
 def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
     assert "no such file" in result.stderr
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_every_kind_has_a_json_schema(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", FileKind)
+def test_every_kind_has_a_json_schema(kind: FileKind) -> None:
     result = invoke("schema", kind.value.lower())
     assert result.exit_code == 0
     jsonschema.Draft202012Validator.check_schema(json.loads(result.stdout))

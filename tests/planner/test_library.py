@@ -18,7 +18,7 @@ import pytest
 
 import hetis
 from hetis.planner.cli.export import ExportOptions
-from hetis.planner.export.replicas import Settings
+from hetis.planner.export.replicas import ExportSettings
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
 from tests.planner.html_pages import ReadPage
@@ -138,7 +138,7 @@ def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
 
 def test_an_export_has_the_options_of_the_command_line() -> None:
     """Three lists of them: a verb's parameters are read by typer, a library's and the settings by people."""
-    wanted = {field.name for field in fields(Settings)} - {"hosts"}
+    wanted = {field.name for field in fields(ExportSettings)} - {"hosts"}
     assert wanted == parameters(hetis.Plan.export) - {"self", "target", "folder", "force", "node_address"}
     theirs = parameters(ExportOptions)
     assert wanted == theirs - {"to", "out", "strict", "force", "node_address"} | {"engine_options"}

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 import yaml
 
-from hetis.planner.export import Target
+from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading
 from tests.planner.export.plans import PLANS
@@ -64,9 +64,9 @@ def _validators(folder: Path) -> Iterator[tuple[tuple[str, str], jsonschema.Draf
 
 
 @pytest.mark.parametrize("changes", [{}, CHANGES], ids=["plain", "all options"])
-@pytest.mark.parametrize("target", [Target.LWS, Target.LLM_D, Target.KSERVE, Target.DYNAMO])
+@pytest.mark.parametrize("target", [ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO])
 def test_whole_crds_take_every_object(
-    validators: Mapping[tuple[str, str], jsonschema.Draft202012Validator], target: Target, changes: dict[str, Any]
+    validators: Mapping[tuple[str, str], jsonschema.Draft202012Validator], target: ExportTarget, changes: dict[str, Any]
 ) -> None:
     num_checked = 0
     for name in PLANS:
@@ -86,7 +86,7 @@ def test_whole_crds_take_every_object(
 def test_what_a_crd_does_not_know_is_found(
     validators: Mapping[tuple[str, str], jsonschema.Draft202012Validator],
 ) -> None:
-    objects = reading.manifests(exported(PLANS["one GPU"], Target.LWS).files)
+    objects = reading.manifests(exported(PLANS["one GPU"], ExportTarget.LWS).files)
     [one] = [each for each in objects if each["kind"] == "LeaderWorkerSet"]
     validator = validators.get((one["apiVersion"], one["kind"]))
     if validator is None:

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 from hetis.engines.versions import Engine
-from hetis.planner.export import Target
-from hetis.planner.export.replicas import NotExportableError, Settings, launchable, with_single_copies
+from hetis.planner.export import ExportTarget
+from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, model_of, on, replica
 
-SETTINGS = Settings(
+SETTINGS = ExportSettings(
     model="/models/tiny",
     served_name="tiny",
     hosts={node: f"10.0.0.{i}" for i, node in enumerate("abcdef", 1)},
@@ -31,49 +31,52 @@ SETTINGS = Settings(
     worker_key_secret="worker",
     insecure=True,
 )
-READERS: Mapping[Target, Callable[[Mapping[str, str]], dict[str, reading.Read]]] = {
-    Target.VLLM: reading.read_shell,
-    Target.SGLANG: reading.read_shell,
-    Target.COMPOSE: reading.read_compose,
-    Target.KUBERNETES: reading.read_kubernetes,
-    Target.LWS: reading.read_lws,
-    Target.LLM_D: reading.read_llm_d,
-    Target.KSERVE: reading.read_kserve,
-    Target.DYNAMO: reading.read_dynamo,
-    Target.RAY: reading.read_ray,
-    Target.SLURM: reading.read_slurm,
+READERS: Mapping[ExportTarget, Callable[[Mapping[str, str]], dict[str, reading.Read]]] = {
+    ExportTarget.VLLM: reading.read_shell,
+    ExportTarget.SGLANG: reading.read_shell,
+    ExportTarget.COMPOSE: reading.read_compose,
+    ExportTarget.KUBERNETES: reading.read_kubernetes,
+    ExportTarget.LWS: reading.read_lws,
+    ExportTarget.LLM_D: reading.read_llm_d,
+    ExportTarget.KSERVE: reading.read_kserve,
+    ExportTarget.DYNAMO: reading.read_dynamo,
+    ExportTarget.RAY: reading.read_ray,
+    ExportTarget.SLURM: reading.read_slurm,
 }
 
 
-def exported(plan: Plan, target: Target, **changes: Any) -> Export:
+def exported(plan: Plan, target: ExportTarget, **changes: Any) -> Export:
     engines = ENGINES.get(target, ())
     engine = engines[0] if len(engines) == 1 else None
     return export_plan(plan, model_of(plan), target, replace(SETTINGS, **{"engine": engine, **changes}))
 
 
 # The parts of these plans that targets cannot carry: a part of the reason, and the replicas.
-LOST: Mapping[tuple[Target, str], tuple[str, tuple[str, ...]]] = {
-    **{(Target.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
-    **{(Target.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
-    (Target.RAY, "copies that share experts"): ("deploys copies that share experts in another way", ("r0",)),
-    **{(Target.DYNAMO, name): ("Dynamo's images lack our plugin", ("r0",)) for name in WITH_WORKERS},
+LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
+    **{(ExportTarget.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
+    **{(ExportTarget.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
+    (ExportTarget.RAY, "copies that share experts"): ("deploys copies that share experts in another way", ("r0",)),
+    **{(ExportTarget.DYNAMO, name): ("Dynamo's images lack our plugin", ("r0",)) for name in WITH_WORKERS},
     **{
         (target, "workers of stages"): ("pods cannot share a GPU", ("r0",))
-        for target in (Target.KUBERNETES, Target.LWS, Target.LLM_D, Target.KSERVE)
+        for target in (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE)
     },
-    (Target.SLURM, "workers of stages"): ("several ranks have KV on b/0, c/4", ("r0",)),
-    (Target.DYNAMO, "stages of two nodes"): ("it is on 2 nodes", ("r0",)),
-    (Target.DYNAMO, "three nodes twice"): ("it is on 3 nodes", ("r0", "r1")),
-    (Target.DYNAMO, "prefill and decode"): ("it is on 2 nodes", ("r0", "r1", "r2")),  # nothing prefills without it
-    (Target.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
-    (Target.RAY, "prefill and decode"): ("no partner is left", ("r2",)),
+    (ExportTarget.SLURM, "workers of stages"): ("several ranks have KV on b/0, c/4", ("r0",)),
+    (ExportTarget.DYNAMO, "stages of two nodes"): ("it is on 2 nodes", ("r0",)),
+    (ExportTarget.DYNAMO, "three nodes twice"): ("it is on 3 nodes", ("r0", "r1")),
+    (ExportTarget.DYNAMO, "prefill and decode"): (
+        "it is on 2 nodes",
+        ("r0", "r1", "r2"),
+    ),  # nothing prefills without it
+    (ExportTarget.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
+    (ExportTarget.RAY, "prefill and decode"): ("no partner is left", ("r2",)),
 }
-IN_CLUSTERS = {Target.KUBERNETES, Target.LWS, Target.LLM_D, Target.KSERVE, Target.DYNAMO}
+IN_CLUSTERS = {ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO}
 
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("target", READERS)
-def test_layers_and_gpus_are_read_back_as_planned(target: Target, name: str) -> None:
+def test_layers_and_gpus_are_read_back_as_planned(target: ExportTarget, name: str) -> None:
     whole, _ = with_single_copies(PLANS[name])
     expected = {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
     why, lost = LOST.get((target, name), ("", ()))
@@ -83,11 +86,11 @@ def test_layers_and_gpus_are_read_back_as_planned(target: Target, name: str) -> 
         return
     made = exported(PLANS[name], target)
     kept = {key: one for key, one in expected.items() if key not in lost}
-    if target in (Target.KSERVE, Target.RAY) and name == "prefill and decode":
+    if target in (ExportTarget.KSERVE, ExportTarget.RAY) and name == "prefill and decode":
         kept["r0's decode"] = kept.pop("r1")
     assert READERS[target](made.files) == kept
     assert {"README.md", "router/weights.json", *made.shown} <= made.files.keys()
-    assert ("10.0.0." in "".join(made.files.values())) == (target not in {*IN_CLUSTERS, Target.RAY})
+    assert ("10.0.0." in "".join(made.files.values())) == (target not in {*IN_CLUSTERS, ExportTarget.RAY})
     if lost:
         assert any(why in line for line in made.lost)
         assert made.rate < made.planned
@@ -98,7 +101,7 @@ def test_layers_and_gpus_are_read_back_as_planned(target: Target, name: str) -> 
 @pytest.mark.parametrize("name", PLANS)
 def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
     whole, _ = with_single_copies(PLANS[name])
-    made = exported(PLANS[name], Target.HETIS_LAUNCH)
+    made = exported(PLANS[name], ExportTarget.HETIS_LAUNCH)
     found = reading.read_hetis_launch(made.files, tmp_path)
     assert found == {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
 
@@ -116,13 +119,13 @@ def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
 
 def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> None:
     plan = made_of(*PLANS["unlike replicas"].replicas, UNEQUAL_COPIES)
-    made = exported(plan, Target.VLLM)
+    made = exported(plan, ExportTarget.VLLM)
     assert made.lost == ("replica 3: stage 1: it has 2 copies, vLLM has one of each stage",)
     assert (made.planned, made.rate) == (15.0, 10.0)
     assert sorted(reading.read_shell(made.files)) == ["r0", "r1", "r2"]
     assert "it has 2 copies" in made.files["README.md"]
     with pytest.raises(NotExportableError) as caught:
-        exported(made_of(UNEQUAL_COPIES), Target.VLLM)
+        exported(made_of(UNEQUAL_COPIES), ExportTarget.VLLM)
     assert caught.value.reasons == ("replica 0: stage 1: it has 2 copies, vLLM has one of each stage",)
 
 
@@ -130,7 +133,7 @@ def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> 
 def test_names_that_no_host_has_reach_no_file(node: str) -> None:
     good, bad = PLANS["one GPU"].replicas[0], replace(PLANS["one GPU"].replicas[0].stages[0], devices=(f"{node}/0",))
     plan = made_of(good, replace(good, stages=(bad,)))
-    for target in Target:
+    for target in ExportTarget:
         made = exported(plan, target)
         assert made.lost[0].startswith("replica 1: ")
         assert repr(node)[1:-1] in made.lost[0]
@@ -140,7 +143,7 @@ def test_names_that_no_host_has_reach_no_file(node: str) -> None:
 def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:
     split = PLANS["prefill and decode"]
     staged = replace(split.replicas[1], stages=PLANS["stages of two nodes"].replicas[0].stages)
-    made = exported(replace(split, replicas=(split.replicas[0], staged, split.replicas[2])), Target.VLLM)
+    made = exported(replace(split, replicas=(split.replicas[0], staged, split.replicas[2])), ExportTarget.VLLM)
     assert made.rate == 1.0
     [pair] = json.loads(made.files["router/weights.json"])["pairs"]
     assert (pair["prefill"], pair["decode"], pair["share"]) == ("r0", "r2", 1.0)
@@ -162,17 +165,17 @@ def test_replicas_of_a_node_have_ports_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("target", READERS)
-def test_router_weights_are_the_plans_rates(target: Target) -> None:
+def test_router_weights_are_the_plans_rates(target: ExportTarget) -> None:
     made = exported(PLANS["unlike replicas"], target)
     found = json.loads(made.files["router/weights.json"])
     assert [(one["share"], one["weight"]) for one in found["endpoints"]] == [(0.6, 600), (0.15, 150), (0.25, 250)]
     endpoints = list(dict.fromkeys(one["endpoint"] for one in found["endpoints"]))
-    weights = [600, 150, 250] if target is not Target.DYNAMO else [1000]  # its front stands for all replicas
+    weights = [600, 150, 250] if target is not ExportTarget.DYNAMO else [1000]  # its front stands for all replicas
     assert len(endpoints) == len(weights)
     litellm = yaml.safe_load(made.files["router/litellm.yaml"])["model_list"]
     assert [one["litellm_params"]["api_base"] for one in litellm] == [f"http://{e}/v1" for e in endpoints]
     assert [one["litellm_params"]["weight"] for one in litellm] == weights
-    if target is Target.RAY:  # its replicas are reached by paths, of which the others know nothing
+    if target is ExportTarget.RAY:  # its replicas are reached by paths, of which the others know nothing
         assert not {"router/nginx.conf", "router/envoy.yaml"} & made.files.keys()
         return
     nginx = re.findall(r"server (\S+) weight=(\d+);", made.files["router/nginx.conf"])
@@ -182,7 +185,7 @@ def test_router_weights_are_the_plans_rates(target: Target) -> None:
 
 
 def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
-    made = exported(PLANS["prefill and decode"], Target.VLLM)
+    made = exported(PLANS["prefill and decode"], ExportTarget.VLLM)
     found = json.loads(made.files["router/weights.json"])
     assert [(one["role"], one["share"]) for one in found["endpoints"]] == [
         ("prefill", 1.0),
@@ -199,18 +202,18 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
 def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     chooses = {
         **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin says"),
-        Target.SLURM: "which of them a step gets, Slurm says",
-        Target.RAY: "which of them a rank gets, Ray says",
+        ExportTarget.SLURM: "which of them a step gets, Slurm says",
+        ExportTarget.RAY: "which of them a rank gets, Ray says",
     }
-    for target in Target:
-        if target is not Target.SGLANG:
+    for target in ExportTarget:
+        if target is not ExportTarget.SGLANG:
             said = (f"node a has A100 and L4: {chooses[target]}",) if target in chooses else ()
             assert exported(PLANS["stages of a node"], target).lost == said
-    assert exported(PLANS["one GPU"], Target.KUBERNETES).lost == ()
+    assert exported(PLANS["one GPU"], ExportTarget.KUBERNETES).lost == ()
 
 
-@pytest.mark.parametrize("target", list(Target))
-def test_options_after_two_dashes_are_written_or_told_as_lost(target: Target) -> None:
+@pytest.mark.parametrize("target", list(ExportTarget))
+def test_options_after_two_dashes_are_written_or_told_as_lost(target: ExportTarget) -> None:
     made = exported(PLANS["one GPU"], target, engine_options=("--seed", "4711"))
     carried = any("4711" in text for name, text in made.files.items() if name != "README.md")
     assert carried != any("--seed 4711" in lost for lost in made.lost)
@@ -220,31 +223,37 @@ def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
     """Pods of one template are told apart by nodes; vLLM on Ray counts the ranks of a node one after the other."""
     stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))
     plan = made_of(replica(*stages, in_flight=3))
-    for target in (Target.LWS, Target.LLM_D, Target.KSERVE):
+    for target in (ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE):
         with pytest.raises(NotExportableError, match="several further stages are on b"):
             exported(plan, target)
-    for target in (Target.VLLM, Target.COMPOSE, Target.KUBERNETES, Target.SLURM, Target.RAY):
+    for target in (
+        ExportTarget.VLLM,
+        ExportTarget.COMPOSE,
+        ExportTarget.KUBERNETES,
+        ExportTarget.SLURM,
+        ExportTarget.RAY,
+    ):
         assert READERS[target](exported(plan, target).files) == {"r0": reading.planned(plan.replicas[0])}
     back = made_of(replica(stages[0], on("b/0", first=2, layers=1), on("a/1", first=3, layers=1), in_flight=3))
     with pytest.raises(NotExportableError, match="stages of a node are not next to each other"):
-        exported(back, Target.RAY)
+        exported(back, ExportTarget.RAY)
     order = made_of(replica(stages[0], on("c/0", first=2, layers=1), on("b/0", first=3, layers=1)))
     with pytest.raises(NotExportableError, match="stages would be on a, b, c"):
-        exported(order, Target.RAY)
+        exported(order, ExportTarget.RAY)
 
 
 def test_only_serve_starts_stages_on_several_nodes() -> None:
     with pytest.raises(NotExportableError, match="only `vllm serve` and `sglang serve` start stages on several nodes"):
-        exported(PLANS["stages of two nodes"], Target.VLLM, program="python -m front")
+        exported(PLANS["stages of two nodes"], ExportTarget.VLLM, program="python -m front")
 
 
 def test_nixl_without_an_address_is_told() -> None:
-    made = exported(PLANS["prefill and decode"], Target.VLLM, hosts={})
+    made = exported(PLANS["prefill and decode"], ExportTarget.VLLM, hosts={})
     assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
 
 
-@pytest.mark.parametrize("target", [Target.VLLM, Target.SGLANG, Target.HETIS_LAUNCH])
-def test_scripts_are_shell(target: Target, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.SGLANG, ExportTarget.HETIS_LAUNCH])
+def test_scripts_are_shell(target: ExportTarget, tmp_path: Path) -> None:
     for name in ("unlike replicas", "stages of two nodes", "prefill and decode"):
         for path, text in exported(PLANS[name], target).files.items():
             if path.endswith(".sh"):
@@ -254,7 +263,7 @@ def test_scripts_are_shell(target: Target, tmp_path: Path) -> None:
 
 def test_a_script_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> None:
     """Stand-ins for vLLM are used: one ends with a code, the other waits for SIGTERM."""
-    made = exported(PLANS["stages of two nodes"], Target.VLLM, hosts={"a": "127.0.0.1", "c": "127.0.0.1"})
+    made = exported(PLANS["stages of two nodes"], ExportTarget.VLLM, hosts={"a": "127.0.0.1", "c": "127.0.0.1"})
     text = made.files["a/r0.sh"]
     [line] = [line for line in text.splitlines() if line.startswith("env ")]
     script = f'trap "echo told > {tmp_path}/told; exit 0" TERM; echo up > {tmp_path}/up; sleep 100 & wait'
@@ -268,18 +277,18 @@ def test_a_script_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> No
 
 def test_compose_refuses_what_it_has_no_image_for() -> None:
     with pytest.raises(NotExportableError) as caught:
-        exported(PLANS["attention workers"], Target.COMPOSE, image="", worker_image="")
+        exported(PLANS["attention workers"], ExportTarget.COMPOSE, image="", worker_image="")
     assert [reason.partition(":")[0] for reason in caught.value.reasons] == [
         "--image is missing",
         "--worker-image is missing",
     ]
-    made = exported(PLANS["one GPU"], Target.COMPOSE, image="")
+    made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, image="")
     [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
     assert service["image"] == "vllm/vllm-openai:v0.32.0"
 
 
 def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
-    found = reading.read_shell(exported(CARDS_SHARED, Target.VLLM).files)
+    found = reading.read_shell(exported(CARDS_SHARED, ExportTarget.VLLM).files)
     assert found["r0"].workers == {"b/0", "b/1"}
 
 

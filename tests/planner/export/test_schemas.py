@@ -15,7 +15,7 @@ from kubernetes_validate.utils import all_versions, schema_contents
 from referencing import Registry, Resource
 
 from hetis.engines.versions import Engine
-from hetis.planner.export import Target
+from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading, schemas
 from tests.planner.export.plans import PLANS, WITH_WORKERS
@@ -49,7 +49,7 @@ def check_core(one: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", IN_PODS)
 def test_kubernetes_takes_every_object(name: str) -> None:
-    made = exported(PLANS[name], Target.KUBERNETES, namespace="serving")
+    made = exported(PLANS[name], ExportTarget.KUBERNETES, namespace="serving")
     found = reading.manifests(made.files)
     assert {"Service", "StatefulSet", "NetworkPolicy"} <= {one["kind"] for one in found}
     for one in found:
@@ -61,7 +61,7 @@ def test_kubernetes_takes_every_object(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_compose_takes_every_file(name: str) -> None:
-    made = exported(PLANS[name], Target.COMPOSE)
+    made = exported(PLANS[name], ExportTarget.COMPOSE)
     for path in made.shown:
         whole = yaml.safe_load(made.files[path])
         compose = compose_spec.PyCompose.from_json(json.dumps(whole))
@@ -70,7 +70,7 @@ def test_compose_takes_every_file(name: str) -> None:
 
 
 def test_what_compose_does_not_know_is_found() -> None:
-    made = exported(PLANS["one GPU"], Target.COMPOSE)
+    made = exported(PLANS["one GPU"], ExportTarget.COMPOSE)
     whole = yaml.safe_load(made.files["a/compose.yaml"])
     whole["services"]["r0-vllm"]["restart"] = "sometimes"
     with pytest.raises(ValueError, match="unknown variant `sometimes`"):
@@ -109,8 +109,8 @@ def check_object(one: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"model_claim": "models", "namespace": "serving", "api_key_secret": "api"}])
-@pytest.mark.parametrize("target", [Target.LWS, Target.LLM_D, Target.KSERVE, Target.DYNAMO])
-def test_operators_take_every_object(target: Target, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", [ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO])
+def test_operators_take_every_object(target: ExportTarget, changes: dict[str, Any]) -> None:
     kinds = set[str]()
     for name in PLANS:
         try:
@@ -125,17 +125,17 @@ def test_operators_take_every_object(target: Target, changes: dict[str, Any]) ->
 
 
 OWN_KINDS = {
-    Target.LWS: {"LeaderWorkerSet", "DisaggregatedSet"},
-    Target.LLM_D: {"LeaderWorkerSet"},
-    Target.KSERVE: {"LLMInferenceService", "LLMInferenceServiceConfig"},
-    Target.DYNAMO: {"DynamoGraphDeployment"},
+    ExportTarget.LWS: {"LeaderWorkerSet", "DisaggregatedSet"},
+    ExportTarget.LLM_D: {"LeaderWorkerSet"},
+    ExportTarget.KSERVE: {"LLMInferenceService", "LLMInferenceServiceConfig"},
+    ExportTarget.DYNAMO: {"DynamoGraphDeployment"},
 }
 
 
 def test_sglang_is_a_server_of_operators_too() -> None:
-    for target in (Target.KUBERNETES, Target.LWS, Target.KSERVE, Target.DYNAMO):
+    for target in (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.KSERVE, ExportTarget.DYNAMO):
         for name in ("stages of two nodes", "unlike replicas"):
-            if (target, name) != (Target.DYNAMO, "stages of two nodes"):
+            if (target, name) != (ExportTarget.DYNAMO, "stages of two nodes"):
                 made = exported(PLANS[name], target, engine=Engine.SGLANG, api_key_secret="api", insecure=False)
                 for one in reading.manifests(made.files):
                     check_object(one)
@@ -144,7 +144,7 @@ def test_sglang_is_a_server_of_operators_too() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(PLANS) - {"workers of stages"}))
 def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) -> None:
-    made = exported(PLANS[name], Target.LLM_D)
+    made = exported(PLANS[name], ExportTarget.LLM_D)
     for path, text in made.files.items():
         if path.startswith("values-"):
             values = yaml.safe_load(text)
@@ -165,13 +165,15 @@ def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) ->
 
 @pytest.mark.parametrize("name", sorted(set(PLANS) - WITH_WORKERS - {"copies that share experts"}))
 def test_ray_serve_takes_every_application(name: str) -> None:
-    serve = yaml.safe_load(exported(PLANS[name], Target.RAY).files["serve.yaml"])
+    serve = yaml.safe_load(exported(PLANS[name], ExportTarget.RAY).files["serve.yaml"])
     jsonschema.Draft202012Validator(schemas.SERVE).validate(serve)
 
 
 def test_a_field_that_operators_do_not_know_is_found() -> None:
     [one] = [
-        o for o in reading.manifests(exported(PLANS["one GPU"], Target.LWS).files) if o["kind"] == "LeaderWorkerSet"
+        o
+        for o in reading.manifests(exported(PLANS["one GPU"], ExportTarget.LWS).files)
+        if o["kind"] == "LeaderWorkerSet"
     ]
     one["spec"]["leaderWorkerTemplate"]["workersTemplate"] = {}
     with pytest.raises(jsonschema.ValidationError, match="workersTemplate"):

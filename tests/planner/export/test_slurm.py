@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.planner.export import Target
+from hetis.planner.export import ExportTarget
 from tests.planner.export.plans import PLANS
 from tests.planner.export.slurm_controller import Controller, Programs
 from tests.planner.export.test_export import exported
@@ -32,7 +32,7 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]
 
 def scripts(name: str, folder: Path) -> list[Path]:
     """Jobs of a plan, as files."""
-    made = exported(PLANS[name], Target.SLURM)
+    made = exported(PLANS[name], ExportTarget.SLURM)
     found = []
     for path in made.shown:
         (folder / path).write_text(made.files[path])

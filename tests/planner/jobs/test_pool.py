@@ -16,7 +16,7 @@ import pytest
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.messages import CalledOff, Crashed, FoundPlan, Infeasible, Outcome
-from hetis.planner.jobs.pool import Begun, News, PoolSettings, Search, SolverPool, SolverProcess
+from hetis.planner.jobs.pool import Begun, News, PooledSearch, PoolSettings, SolverPool, SolverProcess
 from hetis.solver.budget import Progress
 
 WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
@@ -38,24 +38,26 @@ async def pool_of(
         await pool.stop()
 
 
-def begin(pool: SolverPool, do: str, *, caller: str = "a", time_limit_s: float = FOREVER_S, **script: object) -> Search:
+def begin(
+    pool: SolverPool, do: str, *, caller: str = "a", time_limit_s: float = FOREVER_S, **script: object
+) -> PooledSearch:
     search = pool.reserve(caller)
     search.begin(json.dumps({"do": do, **script}).encode(), time_limit_s=time_limit_s)
     return search
 
 
-async def all_news(search: Search) -> list[News]:
+async def all_news(search: PooledSearch) -> list[News]:
     async with asyncio.timeout(30):
         return [news async for news in search.news()]
 
 
-async def outcome(search: Search) -> Outcome:
+async def outcome(search: PooledSearch) -> Outcome:
     last = (await all_news(search))[-1]
     assert not isinstance(last, Begun | Progress)
     return last
 
 
-async def begun(search: Search) -> None:
+async def begun(search: PooledSearch) -> None:
     async with asyncio.timeout(30):
         async for news in search.news():
             assert news is Begun.BEGUN
@@ -243,7 +245,7 @@ def test_callers_take_turns() -> None:
             await begun(first)
             order = list[str]()
 
-            async def note(caller: str, search: Search) -> None:
+            async def note(caller: str, search: PooledSearch) -> None:
                 await outcome(search)
                 order.append(caller)
 

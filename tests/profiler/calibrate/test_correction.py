@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.profiler.calibrate.correction import STOOD_STILL, Calibration, calibrate
-from hetis.profiler.calibrate.observed import Kind, Observation, Work
-from hetis.profiler.calibrate.replica import Replica
+from hetis.profiler.calibrate.observed import Observation, ObservedKind, ObservedWork
+from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op, Profile, Source
 from tests.profiler.calibrate.truth import Truth, observed, replica, works
@@ -50,7 +50,7 @@ def test_the_corrected_profile_predicts_what_the_fit_predicted() -> None:
     seen = observed(list(works(400)), Truth(noise=0.0))
     found = calibrate(seen, replica())
     assert found.profile is not None
-    again = Replica(replica().model, found.profile, tp=1, link=replica()._cost.intra)
+    again = CalibratedReplica(replica().model, found.profile, tp=1, link=replica()._cost.intra)
     predicted = np.array([again.price(one).seconds for one in seen.observations])
     measured = np.array([one.seconds for one in seen.observations])
     np.testing.assert_allclose(predicted, measured, rtol=2e-3)
@@ -77,7 +77,7 @@ def test_kinds_of_iterations_are_told_apart() -> None:
 
 
 def test_a_constant_load_tells_one_parameter_and_the_others_stay() -> None:
-    steady = [Work(decoding=32.0, attended_tokens=32 * 1000.0)] * 400
+    steady = [ObservedWork(decoding=32.0, attended_tokens=32 * 1000.0)] * 400
     found = calibrate(observed(steady, Truth()), replica())
     fitted = [one for one in found.parameters if one.margin is not None]
     assert len(fitted) == 1
@@ -89,13 +89,13 @@ def test_several_parameters_are_fitted_only_where_each_of_them_is_known() -> Non
     """Two dozen intervals of 20 to 40 requests on a busy host: many values of two parameters do about as well."""
     for seed in range(50):
         batches = np.random.default_rng(seed).integers(20, 40, 24)
-        steady = [Work(decoding=float(batch), attended_tokens=1000.0 * batch) for batch in batches]
+        steady = [ObservedWork(decoding=float(batch), attended_tokens=1000.0 * batch) for batch in batches]
         found = calibrate(observed(steady, Truth(noise=0.3), seed=seed, least=8), replica())
         assert sum(one.margin is not None for one in found.parameters) <= 1, seed
 
 
 def test_a_profile_that_is_right_is_left_alone() -> None:
-    before = replica().price(observed([Work(decoding=1.0, attended_tokens=1.0)], Truth()).observations[0])
+    before = replica().price(observed([ObservedWork(decoding=1.0, attended_tokens=1.0)], Truth()).observations[0])
     truth = Truth(kernels=1.0, step_s=before.step_s, sequence_s=0.0, noise=0.05)
     found = calibrate(observed(list(works(400)), truth), replica())
     assert found.profile is None
@@ -125,7 +125,7 @@ def test_too_few_are_refused_with_the_reasons() -> None:
 
 
 def test_only_what_took_part_is_corrected() -> None:
-    decodes = [work for work in works(800) if work.kind is Kind.DECODE]
+    decodes = [work for work in works(800) if work.kind is ObservedKind.DECODE]
     truth = Truth(kernels=2.0)
     before, after = replica().profile, calibrate(observed(decodes, truth), replica()).profile
     assert after is not None
@@ -164,7 +164,7 @@ def test_where_numbers_are_from_and_how_wrong_they_are_is_kept() -> None:
 def test_whatever_is_observed_makes_a_valid_result(rows: list[tuple[float, int, int, int]]) -> None:
     seen = []
     for seconds, decoding, context, chunk in rows:
-        work = Work(
+        work = ObservedWork(
             decoding=float(decoding), attended_tokens=float(decoding * context), prompts=float(chunk > 0),
             chunk_tokens=float(chunk),
         )  # fmt: skip

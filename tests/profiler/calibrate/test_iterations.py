@@ -9,7 +9,7 @@ import pytest
 from hetis.formats.errors import DocumentError
 from hetis.formats.vllm_logs import load_iteration_log, read_iterations
 from hetis.profiler.calibrate.iterations import NO_GAP, between_iterations_s, observed_in_log
-from hetis.profiler.calibrate.observed import Observed, Work
+from hetis.profiler.calibrate.observed import Observed, ObservedWork
 from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, line, text_of
 
 
@@ -18,7 +18,7 @@ def read(lines: Sequence[str], *, context: float | None = None, pp: int = 1, tp:
     return observed_in_log("x", log, context_tokens=context)
 
 
-def works(found: Observed) -> list[Work]:
+def works(found: Observed) -> list[ObservedWork]:
     return [work for one in found.observations for _, work in one.parts]
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.model import load_model
-from hetis.profiler.calibrate.observed import Observation, Work
-from hetis.profiler.calibrate.replica import Replica
+from hetis.profiler.calibrate.observed import Observation, ObservedWork
+from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.simulator.timing import StageTiming
@@ -29,7 +29,7 @@ LATENT = str(Path(__file__).parents[2] / "formats" / "huggingface" / "deepseek-a
 LINK = intra_link(find_gpu(GPU).gpu, None)
 
 
-def price_s(replica: Replica, work: Work) -> float:
+def price_s(replica: CalibratedReplica, work: ObservedWork) -> float:
     return replica.price(Observation(kind=work.kind, seconds=1.0, parts=((1.0, work),))).seconds
 
 
@@ -64,19 +64,19 @@ def test_an_iteration_costs_what_the_simulator_says(
     expected = StageTiming(problem, stage, is_first=True, is_last=True).seconds(
         decoding, attended, chunk, pairs, chunk + past if chunk else 0, decoding + (1 if chunk else 0)
     )
-    work = Work(
+    work = ObservedWork(
         decoding=decoding, attended_tokens=decoding * context, prompts=1 if chunk else 0, chunk_tokens=chunk,
         past_tokens=past if chunk else 0,
     )  # fmt: skip
-    assert price_s(Replica(spec, profile, tp=tp, link=LINK), work) == pytest.approx(expected, rel=1e-9)
+    assert price_s(CalibratedReplica(spec, profile, tp=tp, link=LINK), work) == pytest.approx(expected, rel=1e-9)
 
 
 def test_several_equal_prompts_attend_to_themselves_alone() -> None:
     """Two prompts of 1000 tokens make half the (query, key) pairs of one prompt of 2000."""
     profile = shipped_profile(GPU)
     assert profile is not None
-    replica = Replica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
-    one, two = (replica._prefill_s(Work(prompts=n, chunk_tokens=2000.0)) for n in (1.0, 2.0))
+    replica = CalibratedReplica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
+    one, two = (replica._prefill_s(ObservedWork(prompts=n, chunk_tokens=2000.0)) for n in (1.0, 2.0))
     assert two < one
 
 
@@ -85,14 +85,14 @@ def test_a_model_that_drafts_is_refused() -> None:
     assert profile is not None
     model = replace(load_model("Llama-3.1-8B"), draft=DraftShape(tokens=1, acceptance=0.5))
     with pytest.raises(InvalidProblemError, match="drafts tokens: calibrate with a server that does not"):
-        Replica(model, profile, tp=1, link=LINK)
+        CalibratedReplica(model, profile, tp=1, link=LINK)
 
 
 def test_the_mean_of_parts_is_weighted() -> None:
     profile = shipped_profile(GPU)
     assert profile is not None
-    replica = Replica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
-    light, heavy = Work(decoding=1.0, attended_tokens=1.0), Work(prompts=1.0, chunk_tokens=4000.0)
+    replica = CalibratedReplica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
+    light, heavy = ObservedWork(decoding=1.0, attended_tokens=1.0), ObservedWork(prompts=1.0, chunk_tokens=4000.0)
     both = Observation(kind=light.kind, seconds=1.0, parts=((0.75, light), (0.25, heavy)))
     expected = 0.75 * price_s(replica, light) + 0.25 * price_s(replica, heavy)
     assert replica.price(both).seconds == pytest.approx(expected)
@@ -109,4 +109,4 @@ def test_a_replica_that_cannot_be_is_refused(model: str, tp: int, said: str) -> 
     profile = shipped_profile(GPU)
     assert profile is not None
     with pytest.raises(InvalidProblemError, match=said):
-        Replica(load_model(model), profile, tp=tp, link=LINK)
+        CalibratedReplica(load_model(model), profile, tp=tp, link=LINK)

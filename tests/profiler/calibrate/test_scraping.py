@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hetis.formats.errors import DocumentError
 from hetis.profiler.calibrate import scraping
 from hetis.profiler.calibrate.intervals import observed_in_scrapes
-from hetis.profiler.calibrate.observed import Kind, Observed
+from hetis.profiler.calibrate.observed import Observed, ObservedKind
 from hetis.profiler.calibrate.scraping import UnreachableError, engines_in, fetch_text, metrics_address, watch
 from tests.profiler.calibrate.logs import SCRAPES, prom
 
@@ -75,7 +75,7 @@ def test_the_real_servers_metrics_make_an_interval() -> None:
     scrapes = [(float(i), engines_in(path.read_text(), "x")) for i, path in enumerate(SCRAPES)]
     assert list(scrapes[0][1]) == ["0"]
     (one,) = observed_in_scrapes("x", scrapes).observations
-    assert one.kind is Kind.INTERVAL
+    assert one.kind is ObservedKind.INTERVAL
     assert one.seconds == pytest.approx((2227.1796445099976 - 2185.4860858379993) / 200)
     (plain, without), (chunked, with_prompt) = one.parts
     assert (without.decoding, plain + chunked) == (pytest.approx(200 / 26), 1.0)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from hetis.formats.model import load_model
-from hetis.profiler.calibrate.observed import Observation, Observed, Work
-from hetis.profiler.calibrate.replica import Replica
+from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWork
+from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import shipped_profile
 from hetis.solver.cluster import Link
 
@@ -17,10 +17,10 @@ MODEL, GPU = "Llama-3.1-8B", "H100-SXM-80GB"
 
 
 @cache
-def replica(tp: int = 1) -> Replica:
+def replica(tp: int = 1) -> CalibratedReplica:
     profile = shipped_profile(GPU)
     assert profile is not None
-    return Replica(load_model(MODEL), profile, tp=tp, link=Link(bytes_per_s=450e9, latency_s=0.0))
+    return CalibratedReplica(load_model(MODEL), profile, tp=tp, link=Link(bytes_per_s=450e9, latency_s=0.0))
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Truth:
     sequence_s: float = 12e-6
     noise: float = 0.03
 
-    def seconds(self, work: Work, rng: random.Random) -> float:
+    def seconds(self, work: ObservedWork, rng: random.Random) -> float:
         price = replica().price(Observation(kind=work.kind, seconds=1.0, parts=((1.0, work),)))
         exact = self.kernels * price.kernels_s + self.step_s + self.sequence_s * price.sequences
         return exact * rng.lognormvariate(0.0, self.noise)
 
 
-def works(count: int, *, seed: int = 1, alone: float = 0.05) -> Iterator[Work]:
+def works(count: int, *, seed: int = 1, alone: float = 0.05) -> Iterator[ObservedWork]:
     """Iterations of a server with changing load; one in five has a prompt, the share ``alone`` nothing else."""
     rng = random.Random(seed)
     for _ in range(count):
@@ -46,7 +46,7 @@ def works(count: int, *, seed: int = 1, alone: float = 0.05) -> Iterator[Work]:
         kind = rng.random()
         chunk = float(rng.randrange(100, 4000)) if kind < 0.2 else 0.0
         decoding = 0.0 if kind < alone else batch
-        yield Work(
+        yield ObservedWork(
             decoding=decoding,
             attended_tokens=decoding * rng.randrange(500, 3000),
             prompts=1.0 if chunk else 0.0,
@@ -54,7 +54,7 @@ def works(count: int, *, seed: int = 1, alone: float = 0.05) -> Iterator[Work]:
         )
 
 
-def observed(found: Sequence[Work], truth: Truth, *, seed: int = 2, least: int = 40) -> Observed:
+def observed(found: Sequence[ObservedWork], truth: Truth, *, seed: int = 2, least: int = 40) -> Observed:
     rng = random.Random(seed)
     seen = [Observation(kind=work.kind, seconds=truth.seconds(work, rng), parts=((1.0, work),)) for work in found]
     return Observed(what="iterations", origin="vLLM of a test", least=least, observations=tuple(seen))

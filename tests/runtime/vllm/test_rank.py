@@ -23,7 +23,7 @@ from hetis.runtime.attention.kv import DeviceLostError, KvShape
 from hetis.runtime.vllm.head_map import VirtualBatch
 from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
-from hetis.runtime.vllm.workers import Workers
+from hetis.runtime.vllm.workers import ConnectedWorkers
 from tests.runtime.vllm.paced import FakeClock
 
 GROUPS, QUERIES, DIM, LAYERS, BLOCK = 3, 2, 8, 2, 4
@@ -120,7 +120,7 @@ class World:
         torch.manual_seed(seed)
         self.blocks = Blocks(400)
         self.devices = {n: Breakable(f"w{n}", SHAPE, 400) for n in (1, 2)}
-        self.workers = Workers(["w1", "w2"], lambda number: self.devices[number], epoch=1)
+        self.workers = ConnectedWorkers(["w1", "w2"], lambda number: self.devices[number], epoch=1)
         self.rank = Rank(
             SHAPE,
             {str(layer): layer for layer in range(LAYERS)},

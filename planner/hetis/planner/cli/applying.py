@@ -118,7 +118,7 @@ def _applied(updated: Any, *, read: Callable[[], Any], create: Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class FileProblem:
     """The options of ``apply`` that make a problem."""
 
     inputs: options.OptionalInputOptions
@@ -253,7 +253,7 @@ class Applying:
     asked: options.ApplyOptions
     _done: list[Applied] = field(default_factory=list)
 
-    def run(self, *, files: Sequence[str], problem: Problem) -> ExitCode:
+    def run(self, *, files: Sequence[str], problem: FileProblem) -> ExitCode:
         """Do everything, in the order of dependencies.
 
         Raises:

@@ -56,10 +56,10 @@ def apply(
 
     Ctrl-C while waiting stops nothing: the plan goes on, and how to come back to it is said.
     """
-    from hetis.planner.cli.applying import Applying, Problem
+    from hetis.planner.cli.applying import Applying, FileProblem
 
     options.engine_rules(family.engine, family.strategy, replicas.limits)
-    problem = Problem(
+    problem = FileProblem(
         inputs=inputs, goal=goal, survive=survive.survive, family=family, replicas=replicas, search=search
     )
     return Applying(terminal=terminal, client=client, asked=asked).run(files=what or [], problem=problem)

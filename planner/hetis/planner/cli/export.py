@@ -15,7 +15,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, panel, verb
 from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, server_verb
-from hetis.planner.export import Device, Target
+from hetis.planner.export import ExportDevice, ExportTarget
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -37,7 +37,7 @@ _cluster = panel("In a cluster")
 class ExportOptions:
     """The target that is to run the plan, and its settings."""
 
-    to: Target = option("--to: What is to run the plan.", ...)
+    to: ExportTarget = option("--to: What is to run the plan.", ...)
     out: str = option("--out DIR|-: A folder that is new or empty; -: what says it all, on stdout.", "-")
     strict: bool = option("--strict: Exit 5, and write nothing, when anything of the plan is not carried.", False)
     force: bool = option("--force: Write into a folder that is not empty.", False)
@@ -56,7 +56,7 @@ class ExportOptions:
         "",
         shown="vllm serve, or sglang serve",
     )
-    device: Device = option("--device: cpu: to try a plan; --to vllm and hetis-launch.", Device.CUDA)
+    device: ExportDevice = option("--device: cpu: to try a plan; --to vllm and hetis-launch.", ExportDevice.CUDA)
     node_address: list[str] | None = option(
         "--node-address NODE=HOST: Where a node is reached; repeatable. Default: by its own name."
     )
@@ -84,7 +84,7 @@ def export(
     """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
     from hetis.formats.documents import load_plan
     from hetis.planner.export.files import folder_refusals, write_files
-    from hetis.planner.export.replicas import Settings
+    from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted
 
     hosts, wrong = _hosts(asked.node_address or ())
@@ -93,7 +93,7 @@ def export(
         wrong += folder_refusals(folder, force=asked.force)
     own = ("to", "out", "strict", "force", "node_address")
     given = {name: value for name, value in vars(asked).items() if name not in own}
-    settings = Settings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
+    settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
     made = export_wanted(load_plan(plan), asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
     if asked.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]

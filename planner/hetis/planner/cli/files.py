@@ -172,7 +172,7 @@ def validate(
     return ExitCode.INVALID if any(result.problems for result in results) else ExitCode.OK
 
 
-class Kind(StrEnum):
+class FileKind(StrEnum):
     CLUSTER = "Cluster"
     MODEL_SPEC = "ModelSpec"
     WORKLOAD = "Workload"
@@ -185,20 +185,21 @@ class Kind(StrEnum):
     TENANTS = "Tenants"
 
 
-def _kind(text: str) -> Kind:
-    known = {kind.lower(): kind for kind in Kind}
-    return known.get(text.lower()) or Kind(values.one_of(text, list(Kind)))
+def _kind(text: str) -> FileKind:
+    known = {kind.lower(): kind for kind in FileKind}
+    return known.get(text.lower()) or FileKind(values.one_of(text, list(FileKind)))
 
 
 def _names(incomplete: str) -> list[str]:
-    return [kind.value for kind in Kind if kind.lower().startswith(incomplete.lower())]
+    return [kind.value for kind in FileKind if kind.lower().startswith(incomplete.lower())]
 
 
 @verb(output=OutputFormat.JSON)
 def schema(
     terminal: Terminal,
     kind: Annotated[
-        Kind, typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(Kind)}.")
+        FileKind,
+        typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(FileKind)}."),
     ],
 ) -> ExitCode:
     """Print the JSON Schema of a kind of file, for editors and other tools."""

@@ -45,7 +45,7 @@ _IMPORT_HIGHS = "import highspy\n"
 _IMPORT_CP_SAT = "from ortools.sat.python import cp_model\n"
 
 
-class Verdict(StrEnum):
+class CheckVerdict(StrEnum):
     OK = "ok"
     WARNING = "warning"
     FAILED = "failed"
@@ -61,14 +61,14 @@ def doctor(terminal: Terminal) -> ExitCode:
 
         from hetis.planner.report.tables import grid
 
-        styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "bold red"}
+        styles = {CheckVerdict.OK: "green", CheckVerdict.WARNING: "yellow", CheckVerdict.FAILED: "bold red"}
         rows = ((Text(f.verdict, style=styles[f.verdict]), f.subject, Text(f.detail)) for f in findings)
         return grid(True, True, True, rows=rows)
 
     terminal.emit(
         lambda: [{"subject": f.subject, "verdict": f.verdict.value, "detail": f.detail} for f in findings], table
     )
-    return ExitCode.INTERNAL if any(f.verdict is Verdict.FAILED for f in findings) else ExitCode.OK
+    return ExitCode.INTERNAL if any(f.verdict is CheckVerdict.FAILED for f in findings) else ExitCode.OK
 
 
 class Shell(StrEnum):
@@ -111,7 +111,7 @@ class Finding:
     """One finding of the examination."""
 
     subject: str
-    verdict: Verdict
+    verdict: CheckVerdict
     detail: str
 
 
@@ -120,8 +120,8 @@ def examine() -> tuple[Finding, ...]:
     return (_python(), *_libraries(), *_solver_orders(), _compiled_code_cache(), _cores(), _memory())
 
 
-def _finding(subject: str, ok: bool, detail: str, *, otherwise: Verdict = Verdict.FAILED) -> Finding:
-    return Finding(subject=subject, verdict=Verdict.OK if ok else otherwise, detail=detail)
+def _finding(subject: str, ok: bool, detail: str, *, otherwise: CheckVerdict = CheckVerdict.FAILED) -> Finding:
+    return Finding(subject=subject, verdict=CheckVerdict.OK if ok else otherwise, detail=detail)
 
 
 def _python() -> Finding:
@@ -185,7 +185,7 @@ def _compiled_code_cache() -> Finding:
         "numba cache",
         False,
         f"{folder} may not be written: every run compiles again; set NUMBA_CACHE_DIR to a folder of yours",
-        otherwise=Verdict.WARNING,
+        otherwise=CheckVerdict.WARNING,
     )
 
 
@@ -213,10 +213,12 @@ def _cores() -> Finding:
 def _memory() -> Finding:
     available = _available_bytes()
     if available is None:
-        return _finding("memory", False, "unknown", otherwise=Verdict.WARNING)
+        return _finding("memory", False, "unknown", otherwise=CheckVerdict.WARNING)
     detail = f"{available / 2**30:.1f} GiB available"
     enough = available >= MIN_MEMORY_BYTES
-    return _finding("memory", enough, detail if enough else f"{detail}, 10,000 GPUs want 2", otherwise=Verdict.WARNING)
+    return _finding(
+        "memory", enough, detail if enough else f"{detail}, 10,000 GPUs want 2", otherwise=CheckVerdict.WARNING
+    )
 
 
 def _available_bytes() -> int | None:

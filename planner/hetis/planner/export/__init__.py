@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class Target(StrEnum):
+class ExportTarget(StrEnum):
     """A target of an export."""
 
     VLLM = "vllm"
@@ -24,7 +24,7 @@ class Target(StrEnum):
     HETIS_LAUNCH = "hetis-launch"
 
 
-class Device(StrEnum):
+class ExportDevice(StrEnum):
     """A device type of engines."""
 
     CUDA = "cuda"

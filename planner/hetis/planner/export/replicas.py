@@ -16,7 +16,7 @@ from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, program_of
 from hetis.engines.versions import RECORDED, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
-from hetis.planner.export import Device
+from hetis.planner.export import ExportDevice
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
@@ -39,7 +39,7 @@ class NotExportableError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ExportSettings:
     """The settings of an export besides the plan, by the names of their options."""
 
     # In the engine's form: a folder, the same on every node, or a name; ``{weights}`` is the precision of a replica's
@@ -49,7 +49,7 @@ class Settings:
     engine: Engine | None = None  # the serving engine; None: vLLM, with our plugin if the plan has attention workers
     engine_options: tuple[str, ...] = ()  # passed to the engine unchanged
     program: str = ""  # the command that starts the engine; empty: its default
-    device: Device = Device.CUDA  # ``cpu`` is for trying out a plan
+    device: ExportDevice = ExportDevice.CUDA  # ``cpu`` is for trying out a plan
     dtype: str = "auto"  # of model and KV
     # Addresses or host names by node; other nodes are reached by their own names
     hosts: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Launchable:
     plan: Plan  # with each replica of equal copies split into several replicas, and all others unchanged
     model: ModelSpec
     engine: Engine
-    settings: Settings
+    settings: ExportSettings
     replicas: Mapping[int, LaunchableReplica]  # by their position in ``plan``
     left_out: Mapping[int, tuple[str, ...]]  # why a replica cannot be launched, by its position
     changes: tuple[str, ...]  # changes that made replicas launchable
@@ -158,7 +158,7 @@ class Launchable:
             yield from (f"replica {number}: {reason}" for reason in reasons)
 
 
-def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
+def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
     """Return the parts of a plan that an engine can launch.
 
     Raises:
@@ -231,7 +231,7 @@ def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
     return list(dict.fromkeys(weights_of(model.on(gpu)) for gpu in gpus))
 
 
-def _other_checkpoint(used: Sequence[str], asked: str, settings: Settings) -> Iterator[str]:
+def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings) -> Iterator[str]:
     """Yield a sentence if a checkpoint that the catalogue knows is another than asked for or counted on."""
     try:
         found = catalogue.find_model(settings.model).model

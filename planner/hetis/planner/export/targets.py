@@ -14,12 +14,12 @@ from hetis.engines.versions import RECORDED, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.planner.export import Device, Target
+from hetis.planner.export import ExportDevice, ExportTarget
 from hetis.planner.export.files import Written
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import write_ray
-from hetis.planner.export.replicas import Launchable, Settings, launchable, weights_used
+from hetis.planner.export.replicas import ExportSettings, Launchable, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
 from hetis.solver.model import ModelSpec
@@ -37,27 +37,27 @@ class Export:
     rate: float  # saturated requests/s that remain of ``planned``
 
 
-_WRITERS: Mapping[Target, Callable[[Launchable], Written]] = {
-    Target.VLLM: write_shell,
-    Target.SGLANG: write_shell,
-    Target.COMPOSE: write_compose,
-    Target.KUBERNETES: write_kubernetes,
-    Target.LWS: write_lws,
-    Target.LLM_D: write_llm_d,
-    Target.KSERVE: write_kserve,
-    Target.DYNAMO: write_dynamo,
-    Target.RAY: write_ray,
-    Target.SLURM: write_slurm,
-    Target.HETIS_LAUNCH: write_hetis_launch,
+_WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
+    ExportTarget.VLLM: write_shell,
+    ExportTarget.SGLANG: write_shell,
+    ExportTarget.COMPOSE: write_compose,
+    ExportTarget.KUBERNETES: write_kubernetes,
+    ExportTarget.LWS: write_lws,
+    ExportTarget.LLM_D: write_llm_d,
+    ExportTarget.KSERVE: write_kserve,
+    ExportTarget.DYNAMO: write_dynamo,
+    ExportTarget.RAY: write_ray,
+    ExportTarget.SLURM: write_slurm,
+    ExportTarget.HETIS_LAUNCH: write_hetis_launch,
 }
 # The engines that a target runs; all others take any engine.
-ENGINES: Mapping[Target, tuple[Engine, ...]] = {
-    Target.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
-    Target.SGLANG: (Engine.SGLANG,),
+ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
+    ExportTarget.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
+    ExportTarget.SGLANG: (Engine.SGLANG,),
 }
 
 
-def export_plan(plan: Plan, model: ModelSpec, target: Target, settings: Settings) -> Export:
+def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: ExportSettings) -> Export:
     """Return a plan as the files of a target. Raises NotExportableError: no replica can be launched in this way."""
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
@@ -83,8 +83,8 @@ _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
 def export_wanted(
     plan: Plan,
-    target: Target,
-    settings: Settings,
+    target: ExportTarget,
+    settings: ExportSettings,
     *,
     file: str = "export",
     spelled: Callable[[str], str] = str,
@@ -121,7 +121,7 @@ def export_wanted(
 
 
 def _wrong(
-    given: Settings, target: Target, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
+    given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
     """Yield what is wrong with the settings, a sentence each."""
     for node, host in given.hosts.items():
@@ -145,7 +145,7 @@ def _wrong(
         yield f"{spelled('namespace')} is {given.namespace!r}, must be 1 to 63 small letters, digits and -"
     if not 1 <= given.port <= _MAX_PORT:
         yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
-    if given.device is Device.CPU and target not in (Target.VLLM, Target.HETIS_LAUNCH):
+    if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
     try:
         shlex.split(given.program)

@@ -105,7 +105,7 @@ class Begun(Enum):
 News = Begun | Progress | Outcome
 
 
-class Search:
+class PooledSearch:
     """A search with its place in the pool and its outcome. `SolverPool.reserve` makes them."""
 
     def __init__(self, pool: SolverPool, caller: str) -> None:
@@ -172,7 +172,7 @@ class Slot:
         self._start_process, self._settings = start_process, settings
         self._process: SolverProcess | None = None
         self._is_ready = False
-        self._search: Search | None = None
+        self._search: PooledSearch | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._why_killed = ""
         self._is_searching = False
@@ -191,7 +191,7 @@ class Slot:
             _log.error("no solver process could be started: %s", crashed.message)
         self._set_timer(None, "")
 
-    async def finish(self, search: Search) -> Outcome:
+    async def finish(self, search: PooledSearch) -> Outcome:
         """Work on a search until it ends, and return its outcome."""
         try:
             outcome, was_heard = await self._attempt(search)
@@ -223,7 +223,7 @@ class Slot:
             await self._process.stop()
             self._process = None
 
-    async def _attempt(self, search: Search) -> tuple[Outcome, bool]:
+    async def _attempt(self, search: PooledSearch) -> tuple[Outcome, bool]:
         """Return the outcome, and whether the process had received the search before."""
         self._wait_for_preparation()
         if (crashed := await self._prepare()) is not None:
@@ -332,10 +332,10 @@ class SolverPool:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._places: set[Search] = set()  # reserved, waiting or running
-        self._waiting: dict[str, deque[Search]] = {}  # by caller, the caller whose turn is next first
+        self._places: set[PooledSearch] = set()  # reserved, waiting or running
+        self._waiting: dict[str, deque[PooledSearch]] = {}  # by caller, the caller whose turn is next first
         self._arrived = asyncio.Event()
-        self._running: dict[Search, tuple[Slot, float]] = {}  # its slot, and when it began
+        self._running: dict[PooledSearch, tuple[Slot, float]] = {}  # its slot, and when it began
         self._tasks: list[asyncio.Task[None]] = []
         self._slots = [Slot(start_process, settings) for _ in range(settings.num_processes)]
 
@@ -382,7 +382,7 @@ class SolverPool:
             counts["running" if search in self._running else "queued"] += 1
         return found
 
-    def reserve(self, caller: str, *, even_if_full: bool = False) -> Search:
+    def reserve(self, caller: str, *, even_if_full: bool = False) -> PooledSearch:
         """Reserve a place. Raises QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time when one may be free."""
         settings = self._settings
         if not even_if_full:
@@ -395,7 +395,7 @@ class SolverPool:
                 metadata={"queued": queued},
                 retry_after_s=self.retry_after_s(),
             )
-        search = Search(self, caller)
+        search = PooledSearch(self, caller)
         self._places.add(search)
         return search
 
@@ -426,14 +426,14 @@ class SolverPool:
 
     # --- for searches
 
-    def enqueue(self, search: Search) -> None:
+    def enqueue(self, search: PooledSearch) -> None:
         self._waiting.setdefault(search.caller, deque()).append(search)
         self._arrived.set()
 
-    def give_back(self, search: Search) -> None:
+    def give_back(self, search: PooledSearch) -> None:
         self._places.discard(search)
 
-    def call_off(self, search: Search) -> None:
+    def call_off(self, search: PooledSearch) -> None:
         if search in self._running:
             self._running[search][0].call_off()
         elif search in (waiting := self._waiting.get(search.caller, deque())):
@@ -452,7 +452,7 @@ class SolverPool:
             outcome = await slot.finish(search)
             self._end(search, outcome)
 
-    def _next(self) -> Search | None:
+    def _next(self) -> PooledSearch | None:
         """Return the search to run next, if any. Callers take turns, those with the fewest running searches first."""
         running = Counter(search.caller for search in self._running)
         for caller in [caller for caller, waiting in self._waiting.items() if not waiting]:
@@ -467,7 +467,7 @@ class SolverPool:
             self._waiting[caller] = waiting
         return search
 
-    def _end(self, search: Search, outcome: Outcome) -> None:
+    def _end(self, search: PooledSearch, outcome: Outcome) -> None:
         self._places.discard(search)
         self._running.pop(search, None)
         self._arrived.set()  # its caller may have another search that had to wait

@@ -241,9 +241,9 @@ class Plan:
                 on the target.
         """
         from hetis.engines.versions import Engine
-        from hetis.planner.export import Device, Target
+        from hetis.planner.export import ExportDevice, ExportTarget
         from hetis.planner.export.files import folder_refusals, write_files
-        from hetis.planner.export.replicas import Settings as ExportSettings
+        from hetis.planner.export.replicas import ExportSettings
         from hetis.planner.export.targets import export_wanted
 
         wrong = [] if folder is None else folder_refusals(Path(folder), force=force)
@@ -254,7 +254,7 @@ class Plan:
             served_name=served_name,
             dtype=dtype,
             program=program,
-            device=member(Device, device, "device"),
+            device=member(ExportDevice, device, "device"),
             hosts=node_address or {},
             port=port,
             name=name,
@@ -266,7 +266,7 @@ class Plan:
             worker_key_secret=worker_key_secret,
             insecure=insecure,
         )
-        made = export_wanted(self.value, member(Target, target, "target"), settings, more_wrong=wrong)
+        made = export_wanted(self.value, member(ExportTarget, target, "target"), settings, more_wrong=wrong)
         if folder is not None:
             write_files(Path(folder), made.files)
         return made

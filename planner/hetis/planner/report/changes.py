@@ -16,7 +16,7 @@ from hetis.planner.report.plan import goal_line, problem_title
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.replan import Posed
+from hetis.planner.use_cases.replan import PosedReplan
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.solve import Replanning
@@ -163,7 +163,7 @@ MAX_STEPS = 40  # steps listed; -o json has all
 
 
 @as_group
-def render_replan(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[RenderableType]:
+def render_replan(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterator[RenderableType]:
     """Return the table view, at most 80 columns wide if names allow it."""
     yield problem_title(posed.loaded.inputs)
     yield goal_line(posed.problem.objective)
@@ -177,12 +177,12 @@ def render_replan(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterat
     yield Text(lowest_words(found, posed))
 
 
-def _unit(posed: Posed) -> str:
+def _unit(posed: PosedReplan) -> str:
     kind = posed.problem.objective.kind
     return "requests/s" if kind is ObjectiveKind.THROUGHPUT else "requests/s of goodput"
 
 
-def _facts(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[tuple[str, RenderableType]]:
+def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterator[tuple[str, RenderableType]]:
     result, unit, transition = found.plan.result, found.plan.result.unit, found.transition
     lost = f", {plural(len(found.lost), 'replica')} lost GPUs" if found.lost else ""
     yield "Now", f"{digits(transition.before, 4)} {_unit(posed)}{lost}"
@@ -211,7 +211,7 @@ def change_cost_words(costs: ChangeCosts) -> str:
     )
 
 
-def _steps(found: Replanning, posed: Posed) -> RenderableType:
+def _steps(found: Replanning, posed: PosedReplan) -> RenderableType:
     if not found.transition.steps:
         return Text("none: everything goes on as it is")
     steps = enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1)
@@ -222,12 +222,12 @@ def _steps(found: Replanning, posed: Posed) -> RenderableType:
     return made
 
 
-def step_rows(found: Replanning, posed: Posed) -> Iterator[list[str]]:
+def step_rows(found: Replanning, posed: PosedReplan) -> Iterator[list[str]]:
     """Return the cells of every step, in order."""
     return (_step_row(step, found, posed) for step in found.transition.steps)
 
 
-def _step_row(step: Step, found: Replanning, posed: Posed) -> list[str]:
+def _step_row(step: Step, found: Replanning, posed: PosedReplan) -> list[str]:
     starting = step.action is Action.START
     plan = found.plan if starting else posed.running
     names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
@@ -241,7 +241,7 @@ def _load_of(found: Replanning, number: int) -> float:
     return next(change.load_bytes for change in found.change.replicas if change.after == number)
 
 
-def lowest_words(found: Replanning, posed: Posed) -> str:
+def lowest_words(found: Replanning, posed: PosedReplan) -> str:
     """Return the lowest capacity on the way, and whether another order would keep more; empty without steps."""
     transition = found.transition
     if not transition.steps:
@@ -252,7 +252,7 @@ def lowest_words(found: Replanning, posed: Posed) -> str:
     return f"{lowest}; {proof}. All steps take {seconds(transition.seconds)} one after another."
 
 
-def replan_document(found: Replanning, posed: Posed, costs: ChangeCosts) -> dict[str, Any]:
+def replan_document(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> dict[str, Any]:
     """Return the answer as plain data, with the plan in full."""
     unit = found.plan.result.unit
     return {

@@ -19,7 +19,7 @@ from hetis.planner.use_cases.compare import Compared, Figures, figures_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sources import Inputs
-from hetis.planner.use_cases.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
+from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import Difference, NodeShape, Verdict
 from hetis.solver.cluster import Link
 from hetis.solver.placement.families import STRATEGIES
@@ -325,7 +325,7 @@ def _market_table(found: BuyNext) -> Table:
     return table
 
 
-def offer_row(offer: Offer) -> list[str]:
+def offer_row(offer: ListedOffer) -> list[str]:
     """Return the cells of a GPU type on the market."""
     plan, found = offer.after.outcome.plan, offer.difference.found
     per_gpu = found / offer.addition.count
@@ -370,7 +370,7 @@ def buy_next_document(found: BuyNext) -> dict[str, Any]:
     }
 
 
-def _offer_document(offer: Offer, objective: Objective) -> dict[str, Any]:
+def _offer_document(offer: ListedOffer, objective: Objective) -> dict[str, Any]:
     price, count, gain = offer.usd_per_hour, offer.addition.count, offer.difference.found
     return {
         "gpu": offer.addition.gpu.name,

@@ -13,7 +13,7 @@ from rich.text import Text
 from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.tables import as_group, facts, first_rows, section, table
-from hetis.planner.use_cases.layers import Layered, Stage, stages
+from hetis.planner.use_cases.layers import Layered, LayerStage, stages
 from hetis.solver.layers.plan import LayersPlan, Limit
 
 MAX_STAGES = 60  # shown; -o json has all
@@ -78,7 +78,7 @@ def _stage_table(found: Layered) -> RenderableType:
     return first_rows(made, len(every), MAX_STAGES, "stage")
 
 
-def _stage_row(stage: Stage, found: Layered) -> tuple[str | Text, ...]:
+def _stage_row(stage: LayerStage, found: Layered) -> tuple[str | Text, ...]:
     kinds = Counter(load.node.kind for load in stage.loads)
     fill = max(load.kv_fill for load in stage.loads)
     visit_s = stage.round_trip_s / stage.visits

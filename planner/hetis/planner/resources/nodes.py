@@ -181,7 +181,7 @@ Kind = cluster_pb2.InventoryDifferenceKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundNode:
+class ReportedNode:
     """A node whose agent is connected. ``unhealthy``: why the devices with these indices cannot be used."""
 
     inventory: inventory_pb2.NodeInventory
@@ -189,7 +189,7 @@ class FoundNode:
 
 
 def inventory_message(
-    cluster: str, declared: Cluster, found: Mapping[str, FoundNode], *, cluster_etag: str
+    cluster: str, declared: Cluster, found: Mapping[str, ReportedNode], *, cluster_etag: str
 ) -> cluster_pb2.Inventory:
     """Return the found inventory and its differences from the declared one, at most 10,000.
 
@@ -207,7 +207,7 @@ def inventory_message(
     )
 
 
-def differences(declared: Cluster, found: Mapping[str, FoundNode]) -> Iterator[cluster_pb2.InventoryDifference]:
+def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterator[cluster_pb2.InventoryDifference]:
     """Yield every difference in the order of the document; nodes that it does not name come last."""
     known = set[str]()
     for group, node in _nodes(declared):
@@ -224,7 +224,7 @@ def differences(declared: Cluster, found: Mapping[str, FoundNode]) -> Iterator[c
 
 
 def _device_differences(
-    node: str, declared: Sequence[str], found: FoundNode, gpu_types: Mapping[str, GpuType]
+    node: str, declared: Sequence[str], found: ReportedNode, gpu_types: Mapping[str, GpuType]
 ) -> Iterator[cluster_pb2.InventoryDifference]:
     devices = {device.index: device for device in found.inventory.devices}
     for index in sorted(range(len(declared)) | devices.keys() if devices else range(len(declared))):
@@ -268,7 +268,7 @@ def _gpus_of(group: NodeGroup) -> list[str]:
     return [slots.gpu for slots in group.gpus for _ in range(slots.count)]
 
 
-def _found_document(declared: Cluster, found: Mapping[str, FoundNode]) -> document_pb2.Document:
+def _found_document(declared: Cluster, found: Mapping[str, ReportedNode]) -> document_pb2.Document:
     types = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()} | dict(declared.gpu_types)
     groups = list(_found_groups(declared, found, types))
     names = {group.node_name(index) for group in groups for index in range(group.count)}
@@ -282,7 +282,7 @@ def _found_document(declared: Cluster, found: Mapping[str, FoundNode]) -> docume
 
 
 def _found_groups(
-    declared: Cluster, found: Mapping[str, FoundNode], types: Mapping[str, GpuType]
+    declared: Cluster, found: Mapping[str, ReportedNode], types: Mapping[str, GpuType]
 ) -> Iterator[NodeGroup]:
     """Yield the found node groups: those found as declared stay groups, other nodes form one group each."""
     known = set[str]()
@@ -301,7 +301,7 @@ def _found_groups(
             yield NodeGroup(name=node, gpus=slots)
 
 
-def _types_of(node: FoundNode) -> list[str]:
+def _types_of(node: ReportedNode) -> list[str]:
     return [device.gpu_type for device in sorted(node.inventory.devices, key=lambda device: device.index)]
 
 
@@ -355,7 +355,7 @@ class Nodes:
         check(request, name=names.INVENTORY)
         views = await self._reader.read(cluster_of(request.name))
         found = {
-            node: FoundNode(
+            node: ReportedNode(
                 inventory=live.inventory,
                 unhealthy={device.index: device.unhealthy for device in live.devices if device.unhealthy},
             )

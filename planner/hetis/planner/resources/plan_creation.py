@@ -30,7 +30,7 @@ from hetis.planner.jobs.messages import (
     Unsound,
     posed_from_json,
 )
-from hetis.planner.jobs.pool import Begun, Search, SolverPool
+from hetis.planner.jobs.pool import Begun, PooledSearch, SolverPool
 from hetis.planner.resources.plan_documents import SEARCHING, ImportedPlan, checked, read_plan, require_gpus
 from hetis.planner.resources.plan_specs import (
     SPEC,
@@ -72,7 +72,7 @@ class PlanSearches:
     _hubs: Hubs
     _pool: SolverPool
     _clock: Callable[[], float] = time.time
-    _searches: dict[str, Search] = field(default_factory=dict)
+    _searches: dict[str, PooledSearch] = field(default_factory=dict)
     _progress: dict[str, plan_pb2.SolveProgress] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -80,7 +80,7 @@ class PlanSearches:
         """Return the latest progress of a running search, or None."""
         return self._progress.get(plan)
 
-    def begin(self, plan: str, search: Search, posed: PosedProblem, posed_json: bytes) -> None:
+    def begin(self, plan: str, search: PooledSearch, posed: PosedProblem, posed_json: bytes) -> None:
         """Begin the search for a plan that is in the store already."""
         self._searches[plan] = search
         search.begin(posed_json, time_limit_s=posed.settings.time_limit_s)
@@ -124,7 +124,7 @@ class PlanSearches:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _follow(self, plan: str, search: Search, posed: PosedProblem) -> None:
+    async def _follow(self, plan: str, search: PooledSearch, posed: PosedProblem) -> None:
         record: PlanRecord | None = None
         try:
             async for news in search.news():
@@ -355,7 +355,7 @@ class PlanCreation:
         async def begin() -> None:
             nonlocal is_begun
             self._hubs.plans.publish(record.name, basic_view(record), now_s=self._clock())
-            if isinstance(answer, SearchableProblem) and isinstance(place, Search):
+            if isinstance(answer, SearchableProblem) and isinstance(place, PooledSearch):
                 self._searches.begin(record.name, place, answer.problem, answer.json)
                 is_begun = True
 
@@ -363,12 +363,12 @@ class PlanCreation:
             try:
                 return await change_once(self._store, request, pb2.CreatePlanResponse, insert, begin)
             finally:
-                if isinstance(place, Search) and not is_begun:
+                if isinstance(place, PooledSearch) and not is_begun:
                     place.abandon()
 
         return await to_the_end(change())
 
-    def _place(self, answer: SearchableProblem | ImportedPlan) -> Search | ServiceError | None:
+    def _place(self, answer: SearchableProblem | ImportedPlan) -> PooledSearch | ServiceError | None:
         """Reserve a place, or return why there is none: a repeated request is answered even if the queue is full."""
         if isinstance(answer, ImportedPlan):
             return None

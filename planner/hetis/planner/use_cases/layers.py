@@ -26,7 +26,7 @@ class Layered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class LayerStage:
     """Nodes that hold the same layers."""
 
     first_layer: int
@@ -79,11 +79,11 @@ def place_layers(
     return Layered(problem=problem, plan=plan, max_flow=max_flow)
 
 
-def stages(plan: LayersPlan) -> Iterator[Stage]:
+def stages(plan: LayersPlan) -> Iterator[LayerStage]:
     """Yield the plan's stages by first layer, shorter ones first."""
     key = _range_of
     for (first, held), loads in itertools.groupby(sorted(plan.judgement.loads, key=key), key):
-        yield Stage(first_layer=first, num_layers=held, loads=tuple(loads))
+        yield LayerStage(first_layer=first, num_layers=held, loads=tuple(loads))
 
 
 def _range_of(load: NodeLoad) -> tuple[int, int]:

@@ -30,7 +30,7 @@ NOTE = "re-planned from a running plan; value and bound are those of the fleet, 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Posed:
+class PosedReplan:
     """A re-planning request. ``warnings`` point out oddities of the running plan."""
 
     running: Plan
@@ -43,7 +43,7 @@ class Posed:
 def load_replanning(
     *, running: str, cluster: str, workload: str | None, model: str | None, profiles: Sequence[str],
     rate_rps: float | None, settings: Settings, prefix_hit_rate: PrefixHitRate | None = None,
-) -> Posed:  # fmt: skip
+) -> PosedReplan:  # fmt: skip
     """Read the running plan and the new fleet.
 
     Model, objective, strategy and roles are the plan's, and so are profiles and traffic unless others are given.
@@ -107,7 +107,7 @@ def load_replanning(
     warnings += dropped
     if engine != family.engine:
         warnings.append("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica")
-    return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
+    return PosedReplan(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
 
 
 def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, Constraints]:
@@ -139,7 +139,9 @@ def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str,
     return {**saved, "profiles": named, **({} if workload is None else {"workload": workload})}
 
 
-def replan(posed: Posed, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report) -> Replanning:
+def replan(
+    posed: PosedReplan, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report
+) -> Replanning:
     """Solve, complete the plan with its inputs and notes, and check plan and change.
 
     Raises:

@@ -78,7 +78,7 @@ class WhatIf:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class ListedOffer:
     """A GPU type on the market, added to the fleet and solved again."""
 
     addition: Addition  # the type, the number added, and the price
@@ -101,7 +101,7 @@ class BuyNext:
     shape: NodeShape
     count: int
     before: Side
-    offers: tuple[Offer, ...]
+    offers: tuple[ListedOffer, ...]
     left_out: tuple[str, ...]  # types for which no time was left, or that were cancelled
 
 
@@ -164,10 +164,10 @@ def buy_next(
             left_out.append(name)
             continue
         gain = _difference(before, after, objective)
-        offers.append(Offer(addition=addition, dual=duals.get(name), after=after, difference=gain))
+        offers.append(ListedOffer(addition=addition, dual=duals.get(name), after=after, difference=gain))
     sign = 1.0 if objective.maximises else -1.0
 
-    def worth(offer: Offer) -> tuple[float, float]:
+    def worth(offer: ListedOffer) -> tuple[float, float]:
         found = sign * offer.difference.found / offer.addition.count
         return -_per_dollar(found, offer.usd_per_hour), -found
 
@@ -309,7 +309,7 @@ DEFAULT_GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class WantedShape:
     """The parsed options."""
 
     change: FleetChange
@@ -326,7 +326,7 @@ def read_wanted(
     gpus_per_node: int | None,
     zone: str | None,
     nic: Link | None,
-) -> Wanted:
+) -> WantedShape:
     """Parse all options for another fleet. ``market`` is its text and the number of GPUs, or None if not requested.
 
     Raises:
@@ -339,7 +339,7 @@ def read_wanted(
     offers = attempt(lambda: market_of(market[0], cluster, market[1]), problems) if market is not None else ()
     if problems or shape is None:
         raise DocumentError(problems)
-    return Wanted(change=FleetChange(add=added or (), remove=removed or (), shape=shape), market=offers or ())
+    return WantedShape(change=FleetChange(add=added or (), remove=removed or (), shape=shape), market=offers or ())
 
 
 def additions(texts: Sequence[str], cluster: Cluster) -> tuple[Addition, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetis.profiler.calibrate.observed import Observed
-from hetis.profiler.calibrate.replica import Replica
+from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
 
@@ -81,7 +81,7 @@ class Calibration:
     left_out: Mapping[str, int]
 
 
-def calibrate(observed: Observed, replica: Replica) -> Calibration:
+def calibrate(observed: Observed, replica: CalibratedReplica) -> Calibration:
     """Fit a correction of the replica's profile, and judge it.
 
     Raises:
@@ -116,7 +116,7 @@ def calibrate(observed: Observed, replica: Replica) -> Calibration:
 
 
 def corrected(
-    replica: Replica, observed: Observed, values: Mapping[str, float], judged: Judgement, num_fitted: int
+    replica: CalibratedReplica, observed: Observed, values: Mapping[str, float], judged: Judgement, num_fitted: int
 ) -> Profile:
     """Return the profile with these parameters.
 
@@ -192,7 +192,7 @@ class _Table:
         return predicted
 
 
-def _table(observed: Observed, replica: Replica) -> _Table:
+def _table(observed: Observed, replica: CalibratedReplica) -> _Table:
     prices = [replica.price(one) for one in observed.observations]
     return _Table(
         seconds=np.array([one.seconds for one in observed.observations]),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from hetis.formats.errors import single_problem
-from hetis.profiler.calibrate.observed import Kind, Observation, Observed, Work
+from hetis.profiler.calibrate.observed import Observation, Observed, ObservedKind, ObservedWork
 from hetis.profiler.calibrate.scraping import EngineState, Scrape
 
 LEAST = 8
@@ -63,20 +63,20 @@ def _observation(url: str, before: EngineState, after: EngineState, context_toke
     if context is None:
         raise single_problem(url, "does not say how full the KV cache is: --context gives the tokens of a request")
     decoding = max(1.0, decoded / iterations)
-    decode = Work(decoding=decoding, attended_tokens=decoding * context)
+    decode = ObservedWork(decoding=decoding, attended_tokens=decoding * context)
     prompt_tokens = max(0.0, tokens - generated)  # without those that a prefix cache had
     with_prompt = min(iterations, first_tokens) if prompt_tokens > 0 else 0.0
     share = with_prompt / iterations
     parts = [(1.0 - share, decode)] if share < 1 else []
     if share > 0:
-        chunk = Work(
+        chunk = ObservedWork(
             decoding=decoding,
             attended_tokens=decoding * context,
             prompts=max(1.0, first_tokens / with_prompt),
             chunk_tokens=prompt_tokens / with_prompt,
         )
         parts.append((share, chunk))
-    return Observation(kind=Kind.INTERVAL, seconds=waited_s / decoded, parts=tuple(parts))
+    return Observation(kind=ObservedKind.INTERVAL, seconds=waited_s / decoded, parts=tuple(parts))
 
 
 def _context(before: EngineState, after: EngineState) -> float | None:

@@ -15,7 +15,7 @@ from math import sqrt
 
 from hetis.formats.errors import single_problem
 from hetis.formats.vllm_logs import IterationLog, LoggedIteration
-from hetis.profiler.calibrate.observed import Observation, Observed, Work
+from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWork
 
 FIRST = 10  # iterations of an engine in which it still loads and compiles kernels
 LEAST = 40
@@ -186,7 +186,7 @@ def _reason(one: LoggedIteration) -> str:
     return ""
 
 
-def _work(one: LoggedIteration, state: _State, log: IterationLog, context_tokens: float | None) -> Work:
+def _work(one: LoggedIteration, state: _State, log: IterationLog, context_tokens: float | None) -> ObservedWork:
     decoding = float(one.generation_requests)
     past = state.past_tokens if one.context_requests else 0.0
     if context_tokens is not None:
@@ -196,7 +196,7 @@ def _work(one: LoggedIteration, state: _State, log: IterationLog, context_tokens
         empty = decoding * ((log.block_tokens or BLOCK_TOKENS) - 1) / 2
         held = (state.held or 0.0) * (log.kv_tokens or 0)
         attended = max(decoding, held - state.past_tokens - empty)
-    return Work(
+    return ObservedWork(
         decoding=decoding,
         attended_tokens=attended if decoding else 0.0,
         prompts=float(one.context_requests),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 
-class Kind(StrEnum):
+class ObservedKind(StrEnum):
     """Kinds of observations, whose errors are told apart."""
 
     DECODE = "decode"
@@ -17,7 +17,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class ObservedWork:
     """The contents of an iteration. Numbers need not be whole, since there are means of several iterations."""
 
     decoding: float = 0.0  # requests with one token each
@@ -27,19 +27,19 @@ class Work:
     past_tokens: float = 0.0  # of one of these prompts, computed in earlier iterations
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ObservedKind:
         if not self.chunk_tokens:
-            return Kind.DECODE
-        return Kind.MIXED if self.decoding else Kind.PREFILL
+            return ObservedKind.DECODE
+        return ObservedKind.MIXED if self.decoding else ObservedKind.PREFILL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """Seconds of an iteration, or mean seconds of several. ``parts`` are shares and works; the shares sum to one."""
 
-    kind: Kind
+    kind: ObservedKind
     seconds: float
-    parts: tuple[tuple[float, Work], ...]
+    parts: tuple[tuple[float, ObservedWork], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hetis.profiler.calibrate.observed import Observation, Work
+from hetis.profiler.calibrate.observed import Observation, ObservedWork
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.errors import InvalidProblemError
@@ -30,7 +30,7 @@ class Price:
         return self.kernels_s + self.step_s + self.sample_s
 
 
-class Replica:
+class CalibratedReplica:
     """A model on one tensor-parallel group, priced with the formulas of docs/cost-model.md."""
 
     def __init__(self, model: ModelSpec, profile: Profile, *, tp: int, link: Link) -> None:
@@ -76,7 +76,7 @@ class Replica:
             sequences=sum(share * price.sequences for share, price in prices),
         )
 
-    def _price(self, work: Work) -> Price:
+    def _price(self, work: ObservedWork) -> Price:
         tokens, sequences = work.decoding + work.chunk_tokens, work.decoding + work.prompts
         step, sample = self.fit(Op.STEP), self.fit(Op.SAMPLE)
         return Price(
@@ -97,7 +97,7 @@ class Replica:
             self._by_sequences[sequences] = float(cost.head_s(sequences))
         return self._by_tokens[tokens] + self._by_sequences[sequences]
 
-    def _decode_s(self, work: Work) -> float:
+    def _decode_s(self, work: ObservedWork) -> float:
         if not work.decoding:
             return 0.0
         model, rank, fit = self.model, self._rank, self.fit(Op.DECODE_ATTENTION)
@@ -110,7 +110,7 @@ class Replica:
             heads=work.decoding * rank.groups * rank.queries_per_group,
         )
 
-    def _prefill_s(self, work: Work) -> float:
+    def _prefill_s(self, work: ObservedWork) -> float:
         """Return the seconds of the chunks' attention; one of several equal chunks has a past."""
         if not work.chunk_tokens:
             return 0.0

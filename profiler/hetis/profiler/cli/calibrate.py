@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hetis.profiler.calibrate.correction import Calibration, Parameter
     from hetis.profiler.calibrate.observed import Observed
-    from hetis.profiler.calibrate.replica import Replica
+    from hetis.profiler.calibrate.replica import CalibratedReplica
     from hetis.solver.model import ModelSpec
     from hetis.solver.profile import Profile
 
@@ -170,14 +170,16 @@ def _model(name: str, weights: str | None, kv: str | None, gpu: str) -> ModelSpe
         raise InvalidProblemError(f"precision: {error}") from None
 
 
-def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -> Replica:
+def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -> CalibratedReplica:
     """Return the replica that the server is. Only several GPUs have a link, which the GPU's type says."""
-    from hetis.profiler.calibrate.replica import Replica
+    from hetis.profiler.calibrate.replica import CalibratedReplica
     from hetis.solver.cluster import Link
     from hetis.solver.cost import intra_link
 
     alone = Link(bytes_per_s=1.0, latency_s=0.0)
-    return Replica(spec, profile, tp=tp, link=intra_link(gpu_type(profile.gpu, cluster), None) if tp > 1 else alone)
+    return CalibratedReplica(
+        spec, profile, tp=tp, link=intra_link(gpu_type(profile.gpu, cluster), None) if tp > 1 else alone
+    )
 
 
 def _logged(path: str, context: float | None) -> Observed:
@@ -198,7 +200,7 @@ def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float
     return observed_in_scrapes(url, scrapes, context_tokens=context)
 
 
-def _document(found: Calibration, observed: Observed, replica: Replica, out: Path) -> dict[str, Any]:
+def _document(found: Calibration, observed: Observed, replica: CalibratedReplica, out: Path) -> dict[str, Any]:
     """Return all numbers; ``errors`` has kind ``all`` last, ``margin`` is half of a 95% interval or null."""
     return {
         "out": None if found.profile is None else str(out),
@@ -216,7 +218,7 @@ def _document(found: Calibration, observed: Observed, replica: Replica, out: Pat
     }
 
 
-def _table(found: Calibration, observed: Observed, replica: Replica) -> RenderableType:
+def _table(found: Calibration, observed: Observed, replica: CalibratedReplica) -> RenderableType:
     """Return the held-out errors before and after by kind, the parameters, and what was left out."""
     from rich.console import Group
     from rich.text import Text

@@ -64,7 +64,7 @@ class Form(StrEnum):
     JSON = "json"
 
 
-class Device(StrEnum):
+class LaunchDevice(StrEnum):
     """The kind of device that processes compute on."""
 
     CUDA = "cuda"
@@ -81,7 +81,7 @@ class Dtype(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replica:
+class LaunchReplica:
     """The options that say what is to run, which every command has."""
 
     plan: Annotated[Path | None, Option(help="A plan of `hetis-plan place`. Required.")] = None
@@ -95,7 +95,7 @@ class Replica:
         Option(min=1, help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it."),
     ] = None
     dtype: Annotated[Dtype, Option(help="Of model and KV.")] = Dtype.AUTO
-    device: Annotated[Device, Option(help="What vLLM and workers compute on.")] = Device.CUDA
+    device: Annotated[LaunchDevice, Option(help="What vLLM and workers compute on.")] = LaunchDevice.CUDA
     engine: Annotated[Engine, Option(help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")] = (
         Engine.VLLM_HETIS
     )
@@ -110,7 +110,7 @@ class Replica:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedReplica(Replica):
+class PlacedReplica(LaunchReplica):
     """The options that say where processes reach each other, too."""
 
     executor: Annotated[str, Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")] = ""
@@ -150,7 +150,7 @@ class PlacedReplica(Replica):
         )
 
 
-def command(options: type[Replica]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(options: type[LaunchReplica]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make ``f(options, ...)`` a command whose options are the fields of ``options`` and the further parameters."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -228,9 +228,9 @@ def ray(
     raise SystemExit(run_on_ray(layout, serving, addresses, address=address, start_s=start_timeout))
 
 
-@command(Replica)
+@command(LaunchReplica)
 def kubernetes(
-    replica: Replica,
+    replica: LaunchReplica,
     name: Annotated[str, Option(help="Of the replica; names of objects begin with it.")] = "hetis",
     namespace: Annotated[str, Option(help="Default: kubectl's.")] = "",
     image: Annotated[str, Option(help="vLLM with the plugin. Required.")] = "",
@@ -280,7 +280,7 @@ def main() -> None:
 
 
 def _read(
-    given: Replica, *, executor: str = "", set_here: Sequence[str] = (), wrong: Sequence[str] = ()
+    given: LaunchReplica, *, executor: str = "", set_here: Sequence[str] = (), wrong: Sequence[str] = ()
 ) -> tuple[Layout, Serving]:
     """Return the layout of the replica that the options name, and the settings to serve it with.
 

@@ -23,7 +23,7 @@ from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
 from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL
-from hetis.runtime.vllm.workers import Workers
+from hetis.runtime.vllm.workers import ConnectedWorkers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -171,7 +171,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         spec.head_groups,
         cache.num_blocks,
         spec.block_size,
-        Workers([worker.name for worker in settings.workers], join, epoch=epoch),
+        ConnectedWorkers([worker.name for worker in settings.workers], join, epoch=epoch),
         BlockStore(layers, spec.block_size),
         copy_bytes_per_step=settings.redispatch.copy_bytes_per_step,
         calibrations=calibrations,

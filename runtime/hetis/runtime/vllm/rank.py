@@ -26,7 +26,7 @@ from hetis.runtime.vllm.costs import OVER_READING, Calibration, LayerTime, token
 from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan
-from hetis.runtime.vllm.workers import Workers
+from hetis.runtime.vllm.workers import ConnectedWorkers
 
 _rank: Rank | None = None
 
@@ -146,7 +146,7 @@ class Rank:
         head_groups: int,
         num_blocks: int,
         block_tokens: int,
-        workers: Workers,
+        workers: ConnectedWorkers,
         store: BlockStore,
         *,
         copy_bytes_per_step: int,

@@ -17,7 +17,7 @@ AGAIN_S = 1.0  # between two attempts to join a worker
 Join = Callable[[int], AttentionDevice]
 
 
-class Workers:
+class ConnectedWorkers:
     """Workers by their number among the devices, from 1 on; number 0 is the rank itself."""
 
     def __init__(

@@ -16,8 +16,8 @@ from hetis.engines.commands import Command
 from hetis.engines.versions import Engine
 from hetis.formats.dtypes import with_precision
 from hetis.planner.convert.plans import replica_to_proto
-from hetis.planner.export.replicas import NotExportableError, Settings, launchable
-from hetis.runtime.agent.launched.parts import NodePart, part_of, replica_of
+from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
+from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.solver.plan import Plan
 from hetis.v1.failure_pb2 import ErrorReason
@@ -40,7 +40,7 @@ OWN = {
 OWN_VARIABLES = {"VLLM_NIXL_SIDE_CHANNEL_PORT", "HETIS_VLLM_CONFIG"}
 
 
-def part(replica: object = None, node: str = "a", **settings: object) -> NodePart:
+def part(replica: object = None, node: str = "a", **settings: object) -> LaunchedPart:
     return part_of(assigned(replica, node=node), settings_of(**settings), node=node, folder=FOLDER)  # type: ignore[arg-type]
 
 
@@ -64,7 +64,7 @@ def essence(command: Command) -> tuple[str, list[str], dict[str, str]]:
 def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engine: Engine) -> None:
     plan, hosts = PLANS[name], {node: f"10.0.0.{i}" for i, node in enumerate("abcdefgh", 1)}
     try:
-        made = launchable(plan, MODEL, Settings(model="tiny", served_name="tiny", engine=engine, hosts=hosts))
+        made = launchable(plan, MODEL, ExportSettings(model="tiny", served_name="tiny", engine=engine, hosts=hosts))
     except NotExportableError:
         made = None
     settings = settings_of(engine=engine.value, addresses=hosts)
@@ -89,7 +89,7 @@ def test_the_message_of_a_replica_is_read_back_as_it_was(name: str) -> None:
         assert replica_of(replica_to_proto(replica)) == replica
 
 
-def ports_of(found: NodePart) -> set[int]:
+def ports_of(found: LaunchedPart) -> set[int]:
     lines = " ".join(command.line for command in found.commands)
     named = re.findall(r"--(?:port|master-port|disaggregation-bootstrap-port) (\d+)|_PORT=(\d+)", lines)
     return {int(first or second) for first, second in named}

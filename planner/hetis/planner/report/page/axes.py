@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hetis.planner.report.figures import digits
-from hetis.planner.report.page.blocks import COLORS, Chart, Curve, Limit, Tick
+from hetis.planner.report.page.blocks import COLORS, Chart, CurveBlock, LimitBlock, Tick
 from hetis.planner.report.simulation_pictures import Line, Panel
 from hetis.simulator.values import FloatArray
 
@@ -33,7 +33,7 @@ def chart_of(panel: Panel) -> Chart:
     def y_at(values: FloatArray) -> FloatArray:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y_axis.shares(values)
 
-    def curve(number: int, line: Line) -> Curve:
+    def curve(number: int, line: Line) -> CurveBlock:
         kept = np.isfinite(line.x) & np.isfinite(line.y)
         chosen = np.flatnonzero(kept)
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_POINTS)).astype(np.int64)]
@@ -44,7 +44,7 @@ def chart_of(panel: Panel) -> Chart:
             upper, lower = y_at(line.y[chosen] + half), y_at(np.maximum(line.y[chosen] - half, 0.0))
             spread = _path(np.concatenate([x, x[::-1]]), np.concatenate([upper, lower[::-1]])) + "Z"
             dots = [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)][:MAX_DOTS]
-        return Curve(name=line.name, color=number % COLORS, path=_path(x, y), spread=spread, dots=tuple(dots))
+        return CurveBlock(name=line.name, color=number % COLORS, path=_path(x, y), spread=spread, dots=tuple(dots))
 
     return Chart(
         title=panel.title,
@@ -55,7 +55,7 @@ def chart_of(panel: Panel) -> Chart:
         x_ticks=tuple(Tick(at=_one(x_at, value), text=text) for value, text in x_axis.ticks()),
         y_ticks=tuple(Tick(at=_one(y_at, value), text=text) for value, text in y_axis.ticks()),
         curves=tuple(curve(number, line) for number, line in enumerate(panel.lines) if len(line.x)),
-        limits=tuple(Limit(at=_one(y_at, limit), text=f"limit {digits(limit)}") for limit in panel.limits),
+        limits=tuple(LimitBlock(at=_one(y_at, limit), text=f"limit {digits(limit)}") for limit in panel.limits),
     )
 
 

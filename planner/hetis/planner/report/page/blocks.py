@@ -41,14 +41,14 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class TableColumn:
     name: str
     numeric: bool = True
 
 
-def columns(*names: str) -> tuple[Column, ...]:
+def columns(*names: str) -> tuple[TableColumn, ...]:
     """Return columns by name; those of text begin with a quote."""
-    return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
+    return tuple(TableColumn(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class Grid:
 
     kind: ClassVar[str] = "grid"
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[TableColumn, ...]
     rows: tuple[tuple[str, ...], ...]
     intro: str = ""
     note: str = ""
@@ -133,7 +133,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class ChangeStep:
     """A bar that begins where the previous one ended."""
 
     label: str
@@ -147,7 +147,7 @@ class Step:
 class Waterfall:
     title: str
     note: str
-    steps: tuple[Step, ...]
+    steps: tuple[ChangeStep, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +203,7 @@ class FleetMap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
+class CurveBlock:
     """A line in the coordinates of its chart. ``spread`` is the outline of the interval around it."""
 
     name: str
@@ -220,7 +220,7 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
+class LimitBlock:
     at: float
     text: str
 
@@ -236,8 +236,8 @@ class Chart:
     height: int
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    curves: tuple[Curve, ...]
-    limits: tuple[Limit, ...] = ()
+    curves: tuple[CurveBlock, ...]
+    limits: tuple[LimitBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,7 +277,7 @@ class Strips:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Links:
+class LinksBlock:
     """Links to other pages of the same server: names and paths."""
 
     kind: ClassVar[str] = "links"
@@ -285,7 +285,7 @@ class Links:
     links: tuple[tuple[str, str], ...]
 
 
-Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | Links | Waterfalls
+Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | LinksBlock | Waterfalls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

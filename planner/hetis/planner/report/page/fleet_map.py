@@ -18,7 +18,7 @@ MAX_NAMED = COLORS  # replicas with a colour of their own; if there are more, eq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Duty:
+class GpuDuty:
     """The use of a GPU, with the texts of its cell."""
 
     role: str
@@ -26,7 +26,7 @@ class Duty:
     lines: tuple[str, ...]
 
 
-IDLE = Duty(role="idle", color=PLAIN, lines=("idle",))
+IDLE = GpuDuty(role="idle", color=PLAIN, lines=("idle",))
 
 
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
@@ -60,7 +60,7 @@ def replica_name(number: int, role: Role) -> str:
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
-def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, Duty]]:
+def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, GpuDuty]]:
     for color, group in enumerate(groups):
         for number in group.numbers:
             replica = plan.replicas[number]
@@ -68,18 +68,18 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
             yield from replica_duties(replica, name, (number if named else color) % COLORS)
 
 
-def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, Duty]]:
+def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, GpuDuty]]:
     """Yield every GPU of a replica with its use."""
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
-        duty = Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
+        duty = GpuDuty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
         yield from ((device, duty) for device in stage.devices)
         for pool in pools:
             every = stage.kv_head_groups_kept + sum(one.kv_head_groups for one in pools)
             stages = "all stages" if pool.shared else f"stage {number + 1}"
             together = f", {len(pool.devices)} cards" if len(pool.devices) > 1 else ""
             lines = (f"{name} {stages}", f"attention{together}", f"{pool.kv_head_groups} of {every} heads")
-            helping = Duty(role="worker", color=color, lines=lines)
+            helping = GpuDuty(role="worker", color=color, lines=lines)
             yield from ((device, helping) for device in pool.devices)
 
 
@@ -106,20 +106,20 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
         yield f"{shape_letter(color)}: {equal}{role}", color
 
 
-def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty], *, joined: bool) -> ZoneMap:
+def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, GpuDuty], *, joined: bool) -> ZoneMap:
     cards = [card for group in groups for card in _cards(group, duties, joined=joined)]
     rest = len(cards) - MAX_NODES
     more = f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else ""
     return ZoneMap(name=name, nodes=tuple(cards[:MAX_NODES]), rest=more)
 
 
-def _cards(group: NodeGroup, duties: Mapping[str, Duty], *, joined: bool) -> Iterator[NodeCard]:
+def _cards(group: NodeGroup, duties: Mapping[str, GpuDuty], *, joined: bool) -> Iterator[NodeCard]:
     """Yield a card for all nodes of the group whose GPUs do the same, or one per node unless ``joined``.
 
     Cards are in the order of their first nodes.
     """
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
-    alike: dict[tuple[int, tuple[Duty, ...]], list[str]] = {}
+    alike: dict[tuple[int, tuple[GpuDuty, ...]], list[str]] = {}
     for number in range(group.count):
         node = group.node_name(number)
         pattern = tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus)))
@@ -136,7 +136,7 @@ def _nodes(nodes: list[str]) -> str:
     return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
 
 
-def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
+def _cells(pattern: tuple[GpuDuty, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
     """Yield a cell for every GPU, or if ``joined`` one for neighbours in a row that do the same."""
     alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
     first = 0

@@ -28,7 +28,7 @@ from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import goal_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.use_cases.compare import Compared, figures_of
-from hetis.planner.use_cases.replan import Posed
+from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs, engine_of_plan
 from hetis.planner.use_cases.verify import Curve
@@ -109,7 +109,7 @@ def buy_next_page(found: BuyNext) -> str:
     return _page(f"What to buy next: {inputs.model.name} on {inputs.cluster.name}", sections)
 
 
-def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
+def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> str:
     """Return the page of a change's value and steps, then the new plan."""
     result, transition, unit = found.plan.result, found.transition, found.plan.result.unit
     lost = f"{plural(len(found.lost), 'replica')} lost GPUs" if found.lost else "of goodput"

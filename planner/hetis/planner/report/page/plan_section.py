@@ -13,6 +13,7 @@ from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import (
     PLAIN,
     Block,
+    ChangeStep,
     Charts,
     Grid,
     Scale,
@@ -22,7 +23,6 @@ from hetis.planner.report.page.blocks import (
     Sentences,
     Stack,
     StackRow,
-    Step,
     Tile,
     Tiles,
     Waterfall,
@@ -343,11 +343,11 @@ def _memory(explanation: Explanation) -> Waterfalls:
     )
     falls = []
     for gpu, part in tightest.items():
-        steps, begin = list[Step](), 0.0
+        steps, begin = list[ChangeStep](), 0.0
         for name, amount in _amounts(part).items():
             share = amount / part.nominal_bytes if part.nominal_bytes else 0.0
             text = f"{amount / 2**30:.1f} GiB"
-            steps.append(Step(label=name, text=text, begin=begin, share=share, color=_MEMORY_COLORS[name]))
+            steps.append(ChangeStep(label=name, text=text, begin=begin, share=share, color=_MEMORY_COLORS[name]))
             begin += share
         note = f"{gigabytes(part.nominal_bytes)}; {_part_label(part)}, {plural(part.num_devices, 'card')}"
         falls.append(Waterfall(title=gpu, note=note, steps=tuple(steps)))

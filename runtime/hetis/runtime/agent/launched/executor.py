@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.engines.commands import SERVER_STOPS_S
-from hetis.runtime.agent.launched.parts import EngineSettings, NodePart, part_of
+from hetis.runtime.agent.launched.parts import EngineSettings, LaunchedPart, part_of
 from hetis.runtime.agent.launched.processes import NodeProcesses, end_leftovers
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.agent.pressure import EngineNews, ScrapeState, device_reports, replica_report, scrape
@@ -238,7 +238,7 @@ class LaunchedReplica:
     def __init__(
         self,
         name: str,
-        part: NodePart,
+        part: LaunchedPart,
         settings: EngineSettings,
         *,
         node: str,

@@ -155,7 +155,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodePart:
+class LaunchedPart:
     """The processes of a replica on one node."""
 
     commands: tuple[Command, ...]  # how each is started, the front first where it is here
@@ -166,7 +166,7 @@ class NodePart:
     folder: Path  # for its files and logs
 
 
-def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, folder: Path) -> NodePart:
+def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, folder: Path) -> LaunchedPart:
     """Return the part of a replica on a node.
 
     Ports follow from the replica's first GPU: no two replicas of a node have one in common, so that all nodes know the
@@ -201,7 +201,7 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     ours, own_variables = [one for one in commands if one.process.node == node], settings.environment
     here = tuple(replace(one, environment={**own_variables, **one.environment}) for one in ours)
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
-    return NodePart(
+    return LaunchedPart(
         commands=here,
         gpus=frozenset(gpu for one in here for gpu in one.process.gpus),
         ranks=tuple(gpu for process in servers for gpu in process.gpus),

@@ -19,7 +19,7 @@ from hetis.engines.commands import Command
 from hetis.engines.errors import OptionError
 from hetis.engines.layout import ProcessKind
 from hetis.runtime.agent.disk import machine_boot_id
-from hetis.runtime.agent.launched.parts import NodePart
+from hetis.runtime.agent.launched.parts import LaunchedPart
 from hetis.runtime.launch.processes import FAILED, Running, Started, StopRequests, prepare, start, supervise
 
 OLD_LOGS = 3  # of earlier starts, beside the present one
@@ -45,7 +45,7 @@ class NodeProcesses:
     def __init__(
         self,
         name: str,
-        part: NodePart,
+        part: LaunchedPart,
         *,
         sessions: Path,
         ready_s: float,
