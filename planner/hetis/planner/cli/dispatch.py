@@ -141,7 +141,7 @@ def announce_compilation(terminal: Terminal) -> None:
 
 
 @group
-class SearchOptions:
+class RedispatchOptions:
     """The running stage, and when a move pays."""
 
     state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
@@ -174,7 +174,7 @@ class MoveOptions(StateOptions):
 
 
 @verb()
-def redispatch(terminal: Terminal, *, asked: SearchOptions, answer: MoveOptions) -> ExitCode:
+def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOptions) -> ExitCode:
     """Find the moves of running head groups that pay, in an order that memory allows.
 
     Moves are found whether or not a trigger has fired; the report says which ones would make a running stage look.
