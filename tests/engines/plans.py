@@ -82,6 +82,12 @@ def sharing() -> Plan:
     return plan_of(stage_of(num_layers=3), stage_of(first_layer=3, num_layers=1, devices=("c/0",)), pools=shared)
 
 
+def sharing_experts() -> Plan:
+    """Return two copies of two ranks on a that share their experts, for `WITH_EXPERTS`."""
+    four = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
+    return plan_of(four, in_flight=2, micro_batch=4, chunk_tokens=32, kv_tokens=2048, expert_parallel=True)
+
+
 def staged() -> Plan:
     """Return two ranks on a with a worker on b, then two ranks on c with a worker next to them."""
     return plan_of(

@@ -26,7 +26,7 @@ from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
-from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
+from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing, sharing_experts, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
@@ -37,8 +37,7 @@ SLIDING = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, replace(MODEL, slidin
 DRAFTING = layout_of(
     plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5))
 )  # fmt: skip
-FOUR = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
-SHARED = plan_of(FOUR, in_flight=2, micro_batch=4, chunk_tokens=32, kv_tokens=2048, expert_parallel=True)
+SHARED = sharing_experts()
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 

@@ -13,18 +13,17 @@ from hetis.engines.layout import layout_of
 from hetis.engines.serving import Serving, program_of
 from hetis.engines.versions import RECORDED, Engine
 from hetis.solver.plan import Plan, Role
-from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, stage_of, staged
+from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing_experts, stage_of, staged
 
 WHOLE = stage_of(kv_head_groups_kept=8)
 PAIR = stage_of(num_layers=3, tp=2, devices=("a/1", "a/0"), kv_head_groups_kept=4)
 TAIL = stage_of(first_layer=3, num_layers=1, tp=2, devices=("c/0", "c/1"), kv_head_groups_kept=4)
-FOUR = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
 PLANS = {
     "whole": plan_of(WHOLE),
     "staged": plan_of(PAIR, TAIL, in_flight=2),
     "prefill": plan_of(PAIR, TAIL, role=Role.PREFILL, micro_batch=0, in_flight=2),
     "decode": plan_of(WHOLE, role=Role.DECODE, chunk_tokens=0),
-    "experts": plan_of(FOUR, in_flight=2, micro_batch=4, chunk_tokens=32, kv_tokens=2048, expert_parallel=True),
+    "experts": sharing_experts(),
 }
 WITH_WORKERS = {"workers": plan_of(stage_of(), pools=(POOL,)), "workers of stages": staged()}
 

@@ -343,7 +343,7 @@ class _Nvml:
         for one, other in itertools.combinations(range(len(handles)), 2):
             kind = getattr(self._nvml, "NVML_P2P_CAPS_INDEX_NVLINK", None)  # which a partial library may lack
             status = None if kind is None else self._ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
-            reaches = status is not None and status == self._nvml.NVML_P2P_STATUS_OK
+            reaches = status == self._nvml.NVML_P2P_STATUS_OK
             links = remotes[one].count(addresses[other]) or min(len(remotes[one]), len(remotes[other]))
             if status is None or (reaches and not links):
                 return []
