@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,38 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def free_ports(count: int = 1) -> int:
+    """Return the first of ``count`` consecutive ports that nothing listens on.
+
+    The kernel gives none of them away before a server takes it: they lie below those of outgoing connections, where a
+    port that was free a second ago may be the near end of someone's connection.
+    """
+    ephemeral = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32_768
+    while True:
+        first = random.randrange(10_000, max(ephemeral, 12_000) - count)
+        if all(_can_listen(port) for port in range(first, first + count)):
+            return first
+
+
+def listens(port: int) -> bool:
+    """Return whether a server listens on the port of this machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _can_listen(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 class ProcessError(Exception):

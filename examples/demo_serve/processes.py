@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import sys
 import urllib.error
 import urllib.request
@@ -24,7 +23,7 @@ import grpc
 import yaml
 from google.protobuf.duration_pb2 import Duration
 
-from examples.processes import DemoProcesses, ProcessError
+from examples.processes import DemoProcesses, ProcessError, free_ports
 from hetis.planner.client import Client, document_of_file
 from hetis.v1 import (
     cluster_pb2,
@@ -59,7 +58,8 @@ class Processes(DemoProcesses):
 
     def __init__(self, folder: Path, workers: tuple[str, ...]) -> None:
         super().__init__(folder)
-        self._ports = {name: _free_port() for name in workers}
+        first = free_ports(len(workers))
+        self._ports = {name: first + place for place, name in enumerate(workers)}
         self._key = folder / "worker.key"
         self._key.touch(mode=0o600)
         self._key.write_text(secrets.token_hex(16))
@@ -83,7 +83,7 @@ class Processes(DemoProcesses):
 
     def start_server(self, python: Path, model: Path, *options: str) -> str:
         """Start vLLM and return its address once it serves. Raises ProcessError if it does not."""
-        port = _free_port()
+        port = free_ports()
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
@@ -144,12 +144,6 @@ def _is_healthy(url: str) -> bool:
 
 def _file(name: str) -> str:
     return name.replace("/", "-")
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 CLUSTER, PLAN = "clusters/demo", "plans/demo"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Self
 import openai
 import yaml
 
-from examples.processes import DemoProcesses, ProcessError
+from examples.processes import DemoProcesses, ProcessError, free_ports, listens
 
 START_S = 900.0  # vLLM compiles at its first start, which takes minutes on a busy machine
 KV_TOKENS = 20_000  # the plan has the room of real GPUs
@@ -119,7 +118,7 @@ class Processes(DemoProcesses):
 
     def start_router(self, nginx: Path, server: str) -> str:
         """Start nginx in front of the serving replicas; return its address."""
-        port = free_ports(1)
+        port = free_ports()
         user = "user root;\n" if os.geteuid() == 0 else ""
         (self.folder / "nginx.conf").write_text(
             _NGINX.format(folder=self.folder, port=port, user=user), encoding="utf-8"
@@ -131,7 +130,7 @@ class Processes(DemoProcesses):
         self._start("upstreams", [*command, "--out", str(upstreams), "--run", reload])
         self.wait_until(upstreams.exists, "the list of servers is there")
         self._start("nginx", [*run, "-e", "stderr"])
-        self.wait_until(lambda: _listens(port), "nginx listens")
+        self.wait_until(lambda: listens(port), "nginx listens")
         return f"http://127.0.0.1:{port}"
 
     def hetis_plan(self, *words: str) -> str:
@@ -146,23 +145,6 @@ class Processes(DemoProcesses):
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
         """Wait like `DemoProcesses.wait_until`, with time for vLLM to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
-
-
-def free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive free ports."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            first = int(found.getsockname()[1])
-        if first + count <= 65_535 and not any(_listens(port) for port in range(first, first + count)):
-            return first
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 CLIENTS = 3

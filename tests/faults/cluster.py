@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ import grpc
 import sqlalchemy as sa
 import yaml
 
+from examples.processes import free_ports
 from hetis.planner.client import CallError, Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
@@ -64,12 +64,6 @@ def _environment() -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 class Planner:
     """A `hetis-planner` that may be killed and restarted, and its connection to the store."""
 
@@ -80,7 +74,8 @@ class Planner:
         self.name = name
         self.network = Proxy((found.host, found.port))
         host, port = self.network.address
-        self.address, self.page = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        own = free_ports(2)
+        self.address, self.page = f"127.0.0.1:{own}", f"127.0.0.1:{own + 1}"
         self._log = folder / f"{name}.log"
         self._options = [
             *("--listen", self.address, "--status-page", self.page),

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import IO
 
 import pytest
 
+from examples.processes import free_ports
 from hetis.planner.store import Store
 from hetis.runtime.agent.executor import SocketExecutor
 from hetis.runtime.moves.refusals import RefusedError
@@ -53,9 +53,7 @@ class Fleet:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._readers: list[threading.Thread] = []
         self._number = 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_ports()
         (folder / "control.json").write_text(json.dumps(LOAD), encoding="utf-8")
 
     def start_engine(self, node: str) -> None:
@@ -117,13 +115,8 @@ class Fleet:
     def peer_port(self, node: str) -> int:
         """Fixed, as that of an engine in a data centre."""
         if not hasattr(self, "_ports"):
-            self._ports: dict[str, int] = {}
-            sockets = [socket.socket() for _ in NODES]
-            for one, free in zip(NODES, sockets, strict=True):
-                free.bind(("127.0.0.1", 0))
-                self._ports[one] = free.getsockname()[1]
-            for free in sockets:
-                free.close()
+            first = free_ports(len(NODES))
+            self._ports = {one: first + place for place, one in enumerate(NODES)}
         return self._ports[node]
 
     def _start(self, name: str, command: list[str], stdout: int | None = None) -> subprocess.Popen[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import subprocess
 import sys
 import uuid
@@ -17,6 +16,7 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
+from examples.processes import free_ports
 from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience, document_of_file
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (
@@ -179,14 +179,8 @@ def test_an_error_that_grpc_raises_itself_has_no_reason(planner: FakePlanner) ->
     assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
 
 
-def unused_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_nobody_there_is_unreachable() -> None:
-    with Client(f"127.0.0.1:{unused_port()}") as client, pytest.raises(CallError) as caught:
+    with Client(f"127.0.0.1:{free_ports()}") as client, pytest.raises(CallError) as caught:
         client.plans.GetPlan(GET, timeout=5)
     assert caught.value.is_unreachable
 
@@ -308,7 +302,7 @@ def test_a_document_comes_whole_although_the_connection_breaks(planner: FakePlan
 
 
 def test_a_watch_goes_on_when_the_planner_was_restarted() -> None:
-    planner, port = FakePlanner(), unused_port()
+    planner, port = FakePlanner(), free_ports()
     planner.plans["plans/night"] = plan_pb2.Plan(name="plans/night", state=plan_pb2.PLAN_STATE_QUEUED)
     planner.searches = [(0.0, searching(1.2, 1.7)), (0.3, ready())]
     with Client(f"127.0.0.1:{port}") as client:

@@ -10,12 +10,12 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
+from examples.processes import free_ports
 from hetis.formats.endpoints import Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
 from hetis.planner.client.channels import Attempts, search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
-from tests.planner.client.test_client import unused_port
 
 GET = plan_service_pb2.GetPlanRequest(name="plans/night")
 WATCH = plan_service_pb2.WatchPlanRequest(name="plans/night")
@@ -115,14 +115,14 @@ def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner,
 def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner]) -> None:
     leader, standby = pair
     standby.fail = standing_by("")  # it does not know
-    both(f"127.0.0.1:{unused_port()},{standby.address},{leader.address}", CREATE)
+    both(f"127.0.0.1:{free_ports()},{standby.address},{leader.address}", CREATE)
     assert leader.calls["CreateCluster"] == 1
 
 
 def test_a_call_goes_on_while_there_is_no_leader_with_one_request_id(pair: tuple[FakePlanner, FakePlanner]) -> None:
     """The leader is dead, and the standby names it until it takes over: no call is refused for that."""
     _, standby = pair
-    standby.fail = standing_by(f"127.0.0.1:{unused_port()}")
+    standby.fail = standing_by(f"127.0.0.1:{free_ports()}")
     waits = list[float]()
 
     def sleep(wait_s: float) -> None:
@@ -130,7 +130,7 @@ def test_a_call_goes_on_while_there_is_no_leader_with_one_request_id(pair: tuple
         if len(waits) == 5:
             standby.fail = lambda method, context: None
 
-    with Client(f"127.0.0.1:{unused_port()},{standby.address}", sleep=sleep) as client:
+    with Client(f"127.0.0.1:{free_ports()},{standby.address}", sleep=sleep) as client:
         client.clusters.CreateCluster(CREATE, timeout=30)
     assert len(waits) == 5
     assert waits[0] <= 0.1
@@ -139,7 +139,7 @@ def test_a_call_goes_on_while_there_is_no_leader_with_one_request_id(pair: tuple
 
 
 def test_nobody_there_is_an_error_at_the_deadline() -> None:
-    with Client(f"127.0.0.1:{unused_port()},127.0.0.1:{unused_port()}") as client, pytest.raises(CallError) as caught:
+    with Client(f"127.0.0.1:{free_ports()},127.0.0.1:{free_ports()}") as client, pytest.raises(CallError) as caught:
         client.plans.GetPlan(GET, timeout=1)
     assert caught.value.is_unreachable
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+
+from examples.processes import free_ports
 
 _LIBRARIES = Path("usr/lib/x86_64-linux-gnu")
 _READY = "Running as primary controller"
@@ -86,16 +87,13 @@ class Controller:
         self._programs, self._folder, self._gpus = programs, folder, gpus
         (folder / "state").mkdir()
         (folder / "plugstack.conf").touch()
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            other.bind(("127.0.0.1", 0))
-            ports = one.getsockname()[1], other.getsockname()[1]
+        port = free_ports(2)
         nodes = (f"NodeName={name} NodeAddr=127.0.0.1 CPUs=64 Gres=gpu:{n} State=CLOUD" for name, n in gpus.items())
         configuration = folder / "slurm.conf"
         configuration.write_text(
             _CONFIGURATION.format(
-                port=ports[0],
-                slurmd_port=ports[1],
+                port=port,
+                slurmd_port=port + 1,
                 user=getpass.getuser(),
                 folder=folder,
                 plugins=programs.plugins,

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from examples.demo_serve.checkpoint import make_checkpoint
+from examples.processes import free_ports
 from hetis.formats.documents import load_model, to_data
 from hetis.formats.plan import plan_to_data
 from hetis.planner.cli.app import run
@@ -28,7 +29,7 @@ from hetis.solver.plan import Plan, StagePlan
 from tests.command_line import environment
 from tests.engines.plans import plan_of, stage_of
 from tests.planner.export.plans import made_of
-from tests.runtime.launch.test_command import PROMPTS, REAL, alone, answers, check_openai_client, free_ports, vllm_of
+from tests.runtime.launch.test_command import PROMPTS, REAL, alone, answers, check_openai_client, vllm_of
 from tests.runtime.launch.vllm_python import needs_vllm
 
 FORKING = Path(__file__).with_name("forking_vllm.py")
@@ -79,7 +80,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("exported")
     model = make_checkpoint(folder / "tiny", sizes=REAL)
     (folder / "plan.json").write_text(json.dumps(plan_to_data(planned(model))), encoding="utf-8")
-    port = free_ports(1)
+    port = free_ports()
     words = ["export", str(folder / "plan.json"), "--to", "vllm", "--out", str(folder / "out"), "--strict"]
     words += ["--model", str(model), "--served-name", "tiny", "--dtype", "float32", "--device", "cpu"]
     words += ["--program", vllm_of(str(FORKING)), "--port", str(port)]

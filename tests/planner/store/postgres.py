@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from examples.processes import free_ports
 
 
 def find_binaries() -> tuple[str, str] | None:
@@ -32,7 +33,7 @@ def running_server() -> Iterator[str]:
     assert binaries is not None
     initdb, postgres = binaries
     account = _account()
-    with tempfile.TemporaryDirectory(prefix="hetis-postgres-") as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory(prefix="hetis-postgres-") as folder:
         if account:
             os.chown(folder, account.pw_uid, account.pw_gid)
         as_account: dict[str, Any] = {"user": account.pw_uid, "group": account.pw_gid} if account else {}
@@ -40,9 +41,7 @@ def running_server() -> Iterator[str]:
         data = f"{folder}/data"
         arguments = ["-D", data, "-U", "hetis", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
         subprocess.run([initdb, *arguments], check=True, capture_output=True, timeout=120, **as_account)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+        port = free_ports()
         settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "port": port}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with open(f"{folder}/log", "wb") as log:

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 import yaml
 
 from examples.demo_serve.checkpoint import Sizes, make_checkpoint
+from examples.processes import free_ports
 from hetis.engines.errors import OptionError
 from hetis.runtime.launch.main import checked_hosts, main
 from hetis.solver.plan import AttentionWorkerPool, Plan
@@ -40,17 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_plan(folder)
     write_config(folder / "models" / "tiny")
     return folder
-
-
-def free_ports(count: int) -> int:
-    """The first of so many in a row."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            first: int = found.getsockname()[1]
-        with suppress(OSError, OverflowError):
-            for port in range(first, first + count):
-                socket.create_server(("127.0.0.1", port)).close()
-            return first
 
 
 def answers(url: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.processes import free_ports
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.fleet.replica import devices_of, nodes_of
@@ -17,7 +18,6 @@ from hetis.solver.plan import ReplicaPlan
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, EnginePeer
 from tests.engines.plans import MODEL, plan_of, stage_of
-from tests.runtime.launch.test_command import free_ports
 
 LOAD, SERVE, DRAIN = (
     AssignmentGoal.ASSIGNMENT_GOAL_LOAD,
