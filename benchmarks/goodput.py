@@ -35,7 +35,6 @@ from hetis.planner.use_cases.verify import (
     verified_plan,
 )
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits
 from hetis.simulator.running import silent
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
@@ -112,13 +111,12 @@ def judged(case: Case) -> Row:
     assert objective.ttft_limit_s is not None, "drawn"
     assert objective.tpot_limit_s is not None, "drawn"
     kept_rps = found.kept_rps or 0.0
-    limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
     other = (
         simulated_at(
             plan,
             case.problem,
             kept_rps,
-            limits,
+            objective,
             seed=OTHER_SEED,
             cancelled=never,
             report=silent,
@@ -149,7 +147,6 @@ def judged(case: Case) -> Row:
 
 def best_rate(case: Case) -> float:
     """Return the highest simulated rate within the limits, or 0 if there is none."""
-    objective = case.plan.objective
     load = Load(
         lengths=case.problem.workload,
         max_position=case.problem.model.max_position,
@@ -158,7 +155,7 @@ def best_rate(case: Case) -> float:
     )
     question = Question(
         load=load, num_requests=num_requests_of(case.plan), seeds=(OTHER_SEED,), settings=AS_PLANNED, sweeps=True,
-        limits=Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s), tolerance=TOLERANCE,
+        limits=case.plan.objective, tolerance=TOLERANCE,
     )  # fmt: skip
     found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)
     assert found.sweep is not None, "rates were swept"

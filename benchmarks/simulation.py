@@ -43,12 +43,12 @@ from benchmarks.measuring.saturating import (
 )
 from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
-from hetis.simulator.metrics import Limits, measure, prediction_of
+from hetis.simulator.metrics import measure, prediction_of
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.redispatch.solve import compile_redispatch
@@ -182,7 +182,7 @@ def _ttft_p95_s(part: Plan, case: Case, count: int, load: float) -> float | None
     problem, rate_rps = case.problem, load * prediction_of(part).rate_rps
     arriving = Load(lengths=problem.workload, max_position=problem.model.max_position, rate_rps=rate_rps)
     run = simulate(part, problem, requests_of(draw_traffic(arriving, count, seed=SEED)), AS_PLANNED)
-    found = measure(run, Limits(ttft_s=None, tpot_s=None), saturated=False)
+    found = measure(run, Objective(ttft_limit_s=None, tpot_limit_s=None), saturated=False)
     return found.ttft_p95_s.value if found.steady else None
 
 

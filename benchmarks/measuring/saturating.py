@@ -16,8 +16,8 @@ from benchmarks.measuring.instances import problem
 from hetis.formats.documents import from_data
 from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits, Metrics, Summary, summarise
-from hetis.simulator.running import Job, Runner, runner
+from hetis.simulator.metrics import Metrics, Summary, summarise
+from hetis.simulator.running import SimulationJob, SimulationRunner, runner
 from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Request, Run, Settings
@@ -231,7 +231,7 @@ class Server:
         turns: how often a run, of at least ``at_least`` requests, refills the requests that the plan holds.
     """
 
-    runs: Runner
+    runs: SimulationRunner
     lengths: Workload
     seeds: int
     turns: int
@@ -253,16 +253,14 @@ class Server:
         return Load(lengths=self.lengths, max_position=context, arrivals=arrivals, rate_rps=rate_rps)
 
     def _measured(self, load: Load, settings: Settings | None, num: int) -> list[Metrics]:
-        objective = self.runs.problem.objective
-        limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
         count = max(self.at_least, self.turns * seats_of(self.runs.plan))
         jobs = [
-            Job(
+            SimulationJob(
                 load=load,
                 num_requests=count,
                 seed=seed,
                 settings=replace(settings or Settings(), seed=seed),
-                limits=limits,
+                limits=self.runs.problem.objective,
             )
             for seed in range(num)
         ]

@@ -27,10 +27,10 @@ from hetis.planner.use_cases.verify import (
     verification_of,
     verified,
 )
-from hetis.simulator.metrics import Limits, Summary
+from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke
 from tests.planner.test_reports import text_of
@@ -60,7 +60,7 @@ def pair(placed: Path) -> Placed:
 
 @pytest.fixture(scope="module")
 def one_run(pair: Placed) -> Summary:
-    limits = Limits(ttft_s=None, tpot_s=None)
+    limits = Objective(ttft_limit_s=None, tpot_limit_s=None)
     found = simulated_at(*pair, 1.0, limits, seed=0, cancelled=threading.Event(), report=silent)
     assert found is not None
     return found.summary
@@ -171,7 +171,7 @@ def test_a_longer_run_decides_where_the_limit_is_close(
     long_s: tuple[float, float] | None, asked: int, kept: bool, sure: bool,
 ) -> None:  # fmt: skip
     plan, problem = pair
-    limits, numbers = Limits(ttft_s=1.0, tpot_s=None), list[int]()
+    limits, numbers = Objective(ttft_limit_s=1.0, tpot_limit_s=None), list[int]()
 
     def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
         numbers.append(question.num_requests)

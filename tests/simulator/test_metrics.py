@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from hetis.simulator.arrivals import Arrivals, Load, Saturation, draw_traffic, requests_of
-from hetis.simulator.metrics import Limits, Prediction, measure, prediction_of, summarise
+from hetis.simulator.metrics import Prediction, measure, prediction_of, summarise
 from hetis.simulator.values import Request, Run, Settings
+from hetis.solver.plan import Objective
 from hetis.solver.workload import LengthBin, Workload
 from tests.planner import plans
 from tests.simulator.fake_runs import queue_run, run_of
 
-LIMITS = Limits(ttft_s=1.0, tpot_s=0.05)
+LIMITS = Objective(ttft_limit_s=1.0, tpot_limit_s=0.05)
 NOTHING = math.nan
 
 
@@ -35,7 +36,7 @@ def even_run() -> Run:
 
 
 def test_every_latency_by_hand() -> None:
-    found = measure(even_run(), Limits(ttft_s=1.0, tpot_s=0.2), saturated=False)
+    found = measure(even_run(), Objective(ttft_limit_s=1.0, tpot_limit_s=0.2), saturated=False)
     for distribution, value in (
         (found.queueing_s, 0.2),
         (found.ttft_s, 0.5),
@@ -64,9 +65,9 @@ def test_the_warm_up_is_measured_by_nothing() -> None:
 
 
 def test_a_run_that_misses_a_limit_attains_nothing() -> None:
-    assert measure(even_run(), Limits(ttft_s=0.4, tpot_s=None), saturated=False).attainment == 0.0
-    assert measure(even_run(), Limits(ttft_s=None, tpot_s=0.09), saturated=False).attainment == 0.0
-    assert math.isnan(measure(even_run(), Limits(ttft_s=None, tpot_s=None), saturated=False).attainment)
+    assert measure(even_run(), Objective(ttft_limit_s=0.4, tpot_limit_s=None), saturated=False).attainment == 0.0
+    assert measure(even_run(), Objective(ttft_limit_s=None, tpot_limit_s=0.09), saturated=False).attainment == 0.0
+    assert math.isnan(measure(even_run(), Objective(ttft_limit_s=None, tpot_limit_s=None), saturated=False).attainment)
 
 
 def test_mean_tpot_weighs_tokens_and_percentiles_weigh_requests() -> None:
@@ -222,7 +223,7 @@ def test_a_run_of_which_nothing_finished_has_metrics() -> None:
     found = measure(run_of(rows, end_s=200.0), LIMITS, saturated=False)
     assert not found.steady
     assert math.isnan(found.ttft_s.p95)
-    assert not summarise([found]).within(Limits(ttft_s=None, tpot_s=None))
+    assert not summarise([found]).within(Objective(ttft_limit_s=None, tpot_limit_s=None))
 
 
 def test_intervals_over_seeds_come_from_the_runs() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from hetis.simulator import running
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits
-from hetis.simulator.running import Job, runner
+from hetis.simulator.running import SimulationJob, runner
 from hetis.simulator.values import Request, Run, Settings
+from hetis.solver.plan import Objective
 from hetis.solver.workload import LengthBin, Workload
 from tests.simulator.fake_runs import queue_run
 
@@ -26,14 +26,14 @@ def queue_instead_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "simulate", simulate)
 
 
-def job(seed: int = 0, arrivals: Arrivals = Arrivals.DRAWN, keep_run: bool = False) -> Job:
+def job(seed: int = 0, arrivals: Arrivals = Arrivals.DRAWN, keep_run: bool = False) -> SimulationJob:
     rate = None if arrivals is Arrivals.SATURATED else 4.0
-    return Job(
+    return SimulationJob(
         load=Load(lengths=LENGTHS, max_position=1000, arrivals=arrivals, rate_rps=rate),
         num_requests=500,
         seed=seed,
         settings=Settings(seed=seed),
-        limits=Limits(ttft_s=None, tpot_s=None),
+        limits=Objective(ttft_limit_s=None, tpot_limit_s=None),
         keep_run=keep_run,
     )
 

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
-from hetis.simulator.metrics import Limits, Summary, measure, summarise
+from hetis.simulator.metrics import Summary, measure, summarise
 from hetis.simulator.running import IDLE, sweep
 from hetis.simulator.steadiness import Estimate
+from hetis.solver.plan import Objective
 from hetis.solver.workload import LengthBin, Workload
 from tests.simulator.fake_runs import queue_run
 
-LIMITS = Limits(ttft_s=2.0, tpot_s=None)
+LIMITS = Objective(ttft_limit_s=2.0, tpot_limit_s=None)
 _LOAD = Load(
     lengths=Workload(name="w", bins=(LengthBin(prompt_tokens=10, output_tokens=2, weight=1.0),)),
     max_position=100,
@@ -92,5 +93,5 @@ def test_a_load_that_is_not_carried_is_not_within() -> None:
     def overloaded(rates: Sequence[float]) -> list[Summary]:
         return [replace(SUMMARY, steady=rate < 0.5) for rate in rates]
 
-    found = sweep(overloaded, Limits(ttft_s=None, tpot_s=None), start_rps=1.0)
+    found = sweep(overloaded, Objective(ttft_limit_s=None, tpot_limit_s=None), start_rps=1.0)
     assert 0.48 < found.goodput_rps < 0.5

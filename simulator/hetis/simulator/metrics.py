@@ -21,7 +21,7 @@ from hetis.simulator.steadiness import (
     within_run,
 )
 from hetis.simulator.values import BoolArray, FloatArray, IntArray, Run
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import Objective, Plan, Role
 
 PERCENTS = (50, 90, 95, 99)
 
@@ -97,18 +97,6 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Latency limits of an objective: on the p95 TTFT and on the mean TPOT; None: no limit."""
-
-    ttft_s: float | None
-    tpot_s: float | None
-
-    def met_by(self, *, ttft_s: float, tpot_s: float) -> bool:
-        """Return whether both limits are met; an unknown latency (NaN) meets none."""
-        return all(limit is None or value <= limit for value, limit in ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Predictions of a plan: its saturated rate, the worst p95 TTFT of its replicas, their mean TPOT by rate."""
 
@@ -129,7 +117,7 @@ def prediction_of(plan: Plan) -> Prediction:
     )
 
 
-def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
+def measure(run: Run, limits: Objective, *, saturated: bool) -> Metrics:
     """Return the metrics of a run.
 
     The end of the warm-up is determined from the end-to-end latencies in their order of arrival, and is not before the
@@ -243,12 +231,12 @@ def _distribution(values: FloatArray) -> Distribution:
     return Distribution(mean=float(values.mean()), p50=p50, p90=p90, p95=p95, p99=p99, max=float(values.max()))
 
 
-def _attainment(limits: Limits, ttft: FloatArray, tpot: FloatArray, arrived: int) -> float:
+def _attainment(limits: Objective, ttft: FloatArray, tpot: FloatArray, arrived: int) -> float:
     """Return the share of requests within the limits; those of the window that never finished met none."""
-    if (limits.ttft_s is None and limits.tpot_s is None) or not arrived:
+    if (limits.ttft_limit_s is None and limits.tpot_limit_s is None) or not arrived:
         return math.nan
     kept = np.ones(len(ttft), bool)
-    for values, limit in ((ttft, limits.ttft_s), (tpot, limits.tpot_s)):
+    for values, limit in ((ttft, limits.ttft_limit_s), (tpot, limits.tpot_limit_s)):
         if limit is not None:
             kept &= values <= limit
     return float(kept.sum()) / arrived
@@ -295,10 +283,11 @@ class Summary:
     counts: RunCounts
     devices: tuple[DeviceUse, ...]
 
-    def within(self, limits: Limits) -> bool:
-        """Return whether the load is carried, if that is known, and both latencies are within their limits."""
+    def within(self, limits: Objective) -> bool:
+        """Return whether the load is carried, if that is known, and both latencies are known to keep their limits."""
         carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
-        return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
+        pairs = ((self.ttft_p95_s, limits.ttft_limit_s), (self.mean_tpot_s, limits.tpot_limit_s))
+        return carried and all(limit is None or estimate.value <= limit for estimate, limit in pairs)
 
     def precision(self) -> float:
         """Return the widest of the three intervals over its value; infinite if one is not known."""

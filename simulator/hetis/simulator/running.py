@@ -17,10 +17,10 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 
 from hetis.simulator.arrivals import Arrivals, KeepGoing, Load, Saturation, draw_traffic, requests_of
-from hetis.simulator.metrics import Limits, Metrics, Summary, measure
+from hetis.simulator.metrics import Metrics, Summary, measure
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Run, Settings
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
 _LOOK_EVERY = 64  # requests between two checks of whether to stop
@@ -35,14 +35,14 @@ def silent(_given: int, _total: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class SimulationJob:
     """One run: ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer also has every request."""
 
     load: Load
     num_requests: int
     seed: int
     settings: Settings
-    limits: Limits
+    limits: Objective
     keep_run: bool = False
 
 
@@ -55,7 +55,7 @@ class RunAnswer:
     run: Run | None = None
 
 
-def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoing) -> RunAnswer:
+def run_job(plan: Plan, problem: PlacementProblem, job: SimulationJob, keep_going: KeepGoing) -> RunAnswer:
     """Simulate one job in this process; traffic ends once ``keep_going`` is False, and earlier requests are served."""
     traffic = draw_traffic(job.load, job.num_requests, seed=job.seed)
     saturated = job.load.arrivals is Arrivals.SATURATED
@@ -66,7 +66,7 @@ def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoi
 
 
 @dataclass(slots=True, kw_only=True)
-class Runner:
+class SimulationRunner:
     """Runs jobs of one plan; made by `runner`, which also ends its processes.
 
     ``cancelled`` stops all traffic when it is set: started jobs return their results so far, others nothing.
@@ -83,7 +83,7 @@ class Runner:
     _total: int = field(default=0)
     _done_before: int = field(default=0)
 
-    def run(self, jobs: Sequence[Job]) -> list[RunAnswer]:
+    def run(self, jobs: Sequence[SimulationJob]) -> list[RunAnswer]:
         """Return answers in the order of the jobs; fewer of them after ``cancelled``."""
         self._total += sum(job.num_requests for job in jobs)
         if self._pool is None and (len(jobs) == 1 or self.processes == 1):
@@ -95,7 +95,7 @@ class Runner:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _here(self, jobs: Sequence[Job]) -> Iterator[RunAnswer]:
+    def _here(self, jobs: Sequence[SimulationJob]) -> Iterator[RunAnswer]:
         for job in jobs:
             if self.cancelled.is_set():
                 return
@@ -108,7 +108,7 @@ class Runner:
             yield run_job(self.plan, self.problem, job, keep_going)
             self._done_before += job.num_requests
 
-    def _apart(self, jobs: Sequence[Job]) -> list[RunAnswer]:
+    def _apart(self, jobs: Sequence[SimulationJob]) -> list[RunAnswer]:
         pool = self._started()
         futures: list[Future[RunAnswer]] = [pool.submit(_run_here, job) for job in jobs]
         waiting: set[Future[RunAnswer]] = set(futures)
@@ -141,8 +141,8 @@ class Runner:
 def runner(
     plan: Plan, problem: PlacementProblem, *, processes: int = 1, cancelled: threading.Event | None = None,
     report: Report = silent,
-) -> Iterator[Runner]:  # fmt: skip
-    """Yield a `Runner` for jobs of a plan.
+) -> Iterator[SimulationRunner]:  # fmt: skip
+    """Yield a `SimulationRunner` for jobs of a plan.
 
     Args:
         processes: number of parallel processes; 0: one per core. A single job is run in this process. More than one
@@ -150,7 +150,7 @@ def runner(
         cancelled: may be set from a signal handler or another thread.
         report: called a few times a second from the thread that runs jobs.
     """
-    made = Runner(
+    made = SimulationRunner(
         plan=plan,
         problem=problem,
         processes=processes or os.cpu_count() or 1,
@@ -172,7 +172,7 @@ def _begin(plan: Plan, problem: PlacementProblem, given: Synchronized[int], stop
     _this.append((plan, problem, given, stop))
 
 
-def _run_here(job: Job) -> RunAnswer:
+def _run_here(job: SimulationJob) -> RunAnswer:
     ((plan, problem, given_so_far, stop),) = _this
     stopped = False
 
@@ -203,7 +203,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
+class RateSweep:
     """All rates that were tried, from the lowest."""
 
     points: tuple[Point, ...]
@@ -212,9 +212,9 @@ class Sweep:
 
 
 def sweep(
-    evaluate: Callable[[Sequence[float]], Sequence[Summary]], limits: Limits, *, start_rps: float,
+    evaluate: Callable[[Sequence[float]], Sequence[Summary]], limits: Objective, *, start_rps: float,
     tolerance: float = 0.02, at_once: int = 1,
-) -> Sweep:  # fmt: skip
+) -> RateSweep:  # fmt: skip
     """Bracket the highest rate within the limits by increasing steps up, then divide the bracket.
 
     If the first rate is too high already, an almost idle fleet is tried next: limits that it misses are missed at every
@@ -240,14 +240,14 @@ def sweep(
         done = high is not None and (high - low <= tolerance * high or high <= IDLE * start_rps)
         if done or len(answers) < len(rates):
             break
-    return Sweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
+    return RateSweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
 
 
-def judged_rates(summaries: Mapping[float, Summary], limits: Limits) -> Sweep:
+def judged_rates(summaries: Mapping[float, Summary], limits: Objective) -> RateSweep:
     """Return the same answer from rates that were chosen beforehand, and the result at each."""
     tried = {rate: _judged(rate, summary, limits) for rate, summary in summaries.items()}
     low, high = _bracket(tried)
-    return Sweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
+    return RateSweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
 
 
 def _next_rates(low: float, high: float | None, *, start_rps: float, tried: int, at_once: int) -> list[float]:
@@ -268,9 +268,9 @@ def _bracket(tried: dict[float, Point]) -> tuple[float, float | None]:
     return low, None
 
 
-def _judged(rate_rps: float, summary: Summary, limits: Limits) -> Point:
+def _judged(rate_rps: float, summary: Summary, limits: Objective) -> Point:
     within = summary.within(limits)
-    pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
+    pairs = ((summary.ttft_p95_s, limits.ttft_limit_s), (summary.mean_tpot_s, limits.tpot_limit_s))
     known = [(estimate, limit) for estimate, limit in pairs if limit is not None]
     below = all(estimate.is_below(limit) for estimate, limit in known)
     above = any(estimate.is_above(limit) for estimate, limit in known)

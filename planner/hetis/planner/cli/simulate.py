@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hetis.formats.traces import Trace
     from hetis.planner.use_cases.simulate import Question, Simulated
     from hetis.planner.use_cases.sources import PlanAndProblem
-    from hetis.simulator.metrics import Limits
     from hetis.simulator.values import Fault
     from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
@@ -248,15 +247,17 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Simula
     return lengths
 
 
-def _limits(objective: Objective, asked: SimulateOptions) -> Limits:
-    from hetis.simulator.metrics import Limits
-
+def _limits(objective: Objective, asked: SimulateOptions) -> Objective:
     def limit(given: float | None, planned: float | None) -> float | None:
         if given is None:
             return planned
         return None if given == values.NO_LIMIT else given
 
-    return Limits(ttft_s=limit(asked.ttft, objective.ttft_limit_s), tpot_s=limit(asked.tpot, objective.tpot_limit_s))
+    return replace(
+        objective,
+        ttft_limit_s=limit(asked.ttft, objective.ttft_limit_s),
+        tpot_limit_s=limit(asked.tpot, objective.tpot_limit_s),
+    )
 
 
 def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:

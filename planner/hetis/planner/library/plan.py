@@ -29,7 +29,7 @@ from hetis.planner.use_cases.simulate import (
 )
 from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits, Summary
+from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
@@ -191,7 +191,7 @@ class Plan:
             num_requests=num_requests,
             seeds=tuple(range(seed, seed + seeds)),
             settings=Settings(sample_every_s=None if sweep else sample_spacing_s(plan, load, num_requests)),
-            limits=Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s),
+            limits=plan.objective,
             sweeps=sweep,
             tolerance=ratio_of(tolerance),
             engine_settings=given,

@@ -164,7 +164,8 @@ def _arrivals(simulated: Simulated) -> str:
 def _goodput(simulated: Simulated) -> str:
     found, limits = simulated.sweep, simulated.question.limits
     assert found is not None
-    wanted = [f"{name} {seconds(x)}" for name, x in (("p95 TTFT", limits.ttft_s), ("mean TPOT", limits.tpot_s)) if x]
+    pairs = (("p95 TTFT", limits.ttft_limit_s), ("mean TPOT", limits.tpot_limit_s))
+    wanted = [f"{name} {seconds(limit)}" for name, limit in pairs if limit]
     within = f"within {' and '.join(wanted)}" if wanted else "carried"
     if not found.goodput_rps:
         return f"none: even {digits(found.points[0].rate_rps)} requests/s is not {within}"

@@ -10,10 +10,9 @@ import numpy as np
 
 from hetis.planner.use_cases.grouping import device_groups
 from hetis.planner.use_cases.simulate import Simulated
-from hetis.simulator.metrics import Limits
-from hetis.simulator.running import Sweep
+from hetis.simulator.running import RateSweep
 from hetis.simulator.values import FloatArray, Run
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Objective, Plan
 
 _HEIGHT = 300  # per panel, in pixels
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe and Ito
@@ -61,17 +60,17 @@ def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
     return (*swept, *(() if simulated.run is None else _of_run(simulated, simulated.run, plan)))
 
 
-def panels_of_sweep(swept: Sweep, limits: Limits) -> tuple[Panel, ...]:
+def panels_of_sweep(swept: RateSweep, limits: Objective) -> tuple[Panel, ...]:
     """Return throughput and latencies over the rates that were tried, with the limits across."""
     return tuple(_of_sweep(swept, limits))
 
 
-def _of_sweep(swept: Sweep, limits: Limits) -> Iterator[Panel]:
+def _of_sweep(swept: RateSweep, limits: Objective) -> Iterator[Panel]:
     rates = np.array([point.rate_rps for point in swept.points])
     for title, estimates, limit in (
         ("Throughput", [point.summary.throughput_rps for point in swept.points], None),
-        ("p95 TTFT", [point.summary.ttft_p95_s for point in swept.points], limits.ttft_s),
-        ("mean TPOT", [point.summary.mean_tpot_s for point in swept.points], limits.tpot_s),
+        ("p95 TTFT", [point.summary.ttft_p95_s for point in swept.points], limits.ttft_limit_s),
+        ("mean TPOT", [point.summary.mean_tpot_s for point in swept.points], limits.tpot_limit_s),
     ):
         half_widths = np.nan_to_num(np.array([estimate.half_width for estimate in estimates]))
         line = Line(name=title, x=rates, y=np.array([estimate.value for estimate in estimates]), spread=half_widths)
@@ -102,7 +101,7 @@ def _of_run(simulated: Simulated, run: Run, plan: Plan) -> Iterator[Panel]:
         x_title="arrival, s",
         y_title="s",
         lines=(_thinned("TTFT", run.arrival_s, run.first_token_s - run.arrival_s),),
-        limits=(limits.ttft_s,) if limits.ttft_s is not None else (),
+        limits=(limits.ttft_limit_s,) if limits.ttft_limit_s is not None else (),
     )
     yield Panel(
         title="Requests",

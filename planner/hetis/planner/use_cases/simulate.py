@@ -13,14 +13,14 @@ from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits, Metrics, Prediction, Summary, prediction_of, summarise
-from hetis.simulator.running import MAX_ROUNDS, Job, Report, Runner, Sweep, runner, sweep
+from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of, summarise
+from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
 from hetis.simulator.simulate import batch_with_room, check_simulable
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
+from hetis.solver.plan import KvRoute, Objective, Plan, ReplicaPlan, Role
 from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -39,7 +39,7 @@ class Question:
     num_requests: int  # per run
     seeds: tuple[int, ...]  # one per run, in place of that of the settings
     settings: Settings
-    limits: Limits
+    limits: Objective
     sweeps: bool = False  # whether to search the highest rate within the limits, to a relative ``tolerance``
     tolerance: float = 0.02
     # Runs are lengthened until every interval is this narrow, relative; None: they are not
@@ -65,7 +65,7 @@ class Simulated:
     runs: tuple[Metrics, ...]  # metrics of each, in the order of the seeds; empty for a sweep
     num_clipped: int  # requests, over all runs, that were shortened to the model's context
     run: Run | None  # the first run, if it was to be kept
-    sweep: Sweep | None
+    sweep: RateSweep | None
     complete: bool
     precise: bool  # whether the intervals are as narrow as requested, if that was requested
 
@@ -177,7 +177,7 @@ def answer(
         return found
 
 
-def _run(runs: Runner, question: Question) -> Simulated:
+def _run(runs: SimulationRunner, question: Question) -> Simulated:
     jobs = _jobs(question, question.load)
     jobs[0] = replace(jobs[0], keep_run=question.keep_run)
     answers = runs.run(jobs)
@@ -198,7 +198,7 @@ def _run(runs: Runner, question: Question) -> Simulated:
     )
 
 
-def _swept(runs: Runner, question: Question, begins: Callable[[str], None]) -> Simulated:
+def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:
     clipped: list[int] = []  # per load: all rates draw the same requests
     rounds = itertools.count(1)
 
@@ -236,9 +236,9 @@ def _swept(runs: Runner, question: Question, begins: Callable[[str], None]) -> S
     )
 
 
-def _jobs(question: Question, load: Load) -> list[Job]:
+def _jobs(question: Question, load: Load) -> list[SimulationJob]:
     return [
-        Job(
+        SimulationJob(
             load=load,
             num_requests=question.num_requests,
             seed=seed,

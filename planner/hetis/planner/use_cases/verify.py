@@ -18,8 +18,8 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.metrics import Limits, Summary
-from hetis.simulator.running import Report, Sweep, judged_rates
+from hetis.simulator.metrics import Summary
+from hetis.simulator.running import RateSweep, Report, judged_rates
 from hetis.simulator.values import Settings
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Objective, Plan, SolveResult, Status
@@ -85,7 +85,7 @@ def verified(
     """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
-    limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
+    limits = plan.objective
     found = _verify(plan, problem, limits, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
     return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
 
@@ -152,7 +152,7 @@ def enough_of(plan: Plan) -> int:
 
 
 def simulated_at(
-    plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Limits, *, seed: int, cancelled: threading.Event,
+    plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, cancelled: threading.Event,
     report: Report, lengths: tuple[int, ...] = (),
 ) -> Outcome | None:  # fmt: skip
     """Simulate a plan at a rate; None: it was cancelled.
@@ -178,7 +178,7 @@ def simulated_at(
 
 
 def _verify(
-    plan: Plan, problem: PlacementProblem, limits: Limits, *, at_least_rps: float, seed: int,
+    plan: Plan, problem: PlacementProblem, limits: Objective, *, at_least_rps: float, seed: int,
     cancelled: threading.Event, report: Report,
 ) -> Verification | None:  # fmt: skip
     planned_rps, long, longer = default_rate(plan, problem), enough_of(plan), longest_of(plan)
@@ -264,7 +264,7 @@ def _kept_below(
     return next((rate for rate in rates if rate >= at_least_rps and is_sure(rate)), None)
 
 
-def _is_close(summary: Summary, limits: Limits) -> bool:
+def _is_close(summary: Summary, limits: Objective) -> bool:
     """Return whether a longer run may say something else about the limits.
 
     Queues of a busy plan need time to fill up, so that the p95 TTFT of a run that starts empty is on the low side.
@@ -275,7 +275,7 @@ def _is_close(summary: Summary, limits: Limits) -> bool:
     return any(one.low <= one.limit < one.high / closeness[one.name] for one in _limited(summary, limits))
 
 
-def _keeps(summary: Summary, limits: Limits) -> bool:
+def _keeps(summary: Summary, limits: Objective) -> bool:
     if summary.within(limits):
         return True
     by_chance = all(
@@ -294,10 +294,10 @@ class _Limited(NamedTuple):
     limit: float
 
 
-def _limited(summary: Summary, limits: Limits) -> Iterator[_Limited]:
+def _limited(summary: Summary, limits: Objective) -> Iterator[_Limited]:
     for name, estimate, limit in (
-        (TTFT, summary.ttft_p95_s, limits.ttft_s),
-        (TPOT, summary.mean_tpot_s, limits.tpot_s),
+        (TTFT, summary.ttft_p95_s, limits.ttft_limit_s),
+        (TPOT, summary.mean_tpot_s, limits.tpot_limit_s),
     ):
         if limit is not None:
             half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing
@@ -314,8 +314,8 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # of the planned rate; above
 class Curve:
     """The results of a simulation at every rate, with its limits and number of requests."""
 
-    sweep: Sweep
-    limits: Limits
+    sweep: RateSweep
+    limits: Objective
     num_requests: int
 
 
@@ -328,7 +328,7 @@ def latency_curve(
     """
     if not plan.replicas:
         return None
-    limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
+    limits = plan.objective
     planned_rps, num_requests = default_rate(plan, problem), num_requests_of(plan)
     found: dict[float, Summary] = {}
     for number, share in enumerate(SHARES):
