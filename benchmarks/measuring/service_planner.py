@@ -29,7 +29,7 @@ import numpy.typing as npt
 from benchmarks.measuring.instances import fleet
 from hetis.formats.documents import load_model, load_workload
 from hetis.planner.convert.documents import document_of
-from hetis.planner.use_cases.place import Settings, make_plan
+from hetis.planner.use_cases.place import PlacementSettings, make_plan
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
@@ -266,7 +266,7 @@ def cell_fleet(num_nodes: int) -> CellFleet:
 def cell_plan() -> Plan:
     """Return the plan of one cell: a replica with the H100 node as primary and all eight P100 as attention workers."""
     inputs = _inputs(_cluster(1, 0))
-    settings = Settings()
+    settings = PlacementSettings()
     loaded = LoadedInputs(inputs=inputs, origins={})
     plan = make_plan(
         loaded,

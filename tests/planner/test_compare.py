@@ -16,7 +16,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.compare import compare_strategies, figures_of
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
@@ -47,7 +47,7 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
     def answer_with(outcomes: Mapping[str, Outcome]) -> list[str]:
         asked: list[str] = []
 
-        def make_plan(_loaded: object, problem: object, settings: Settings, **_options: object) -> Plan:
+        def make_plan(_loaded: object, problem: object, settings: PlacementSettings, **_options: object) -> Plan:
             asked.append(settings.strategy)
             outcome = outcomes[settings.strategy]
             if isinstance(outcome, Exception):
@@ -62,7 +62,7 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
 
 def compared(strategies: list[str], budget: Budget | None = None) -> dict[str, comparing.Compared]:
     found = compare_strategies(
-        LOADED, Objective(), Settings(), strategies, budget=lambda: budget or Budget(), report=silent
+        LOADED, Objective(), PlacementSettings(), strategies, budget=lambda: budget or Budget(), report=silent
     )
     return {outcome.strategy: outcome for outcome in found}
 
@@ -271,7 +271,7 @@ def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: p
     monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
     values = {None: 2.0, "vllm": 2.4, "vllm-hetis": 3.0}
 
-    def make_plan(_loaded: object, problem: PlacementProblem, settings: Settings, **_options: object) -> Plan:
+    def make_plan(_loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_options: object) -> Plan:
         assert problem.family.engine == settings.engine
         name = None if settings.engine is None else settings.engine.name
         return plan_of(settings.strategy, values[name], 3.5, problem.objective)
@@ -279,7 +279,7 @@ def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: p
     monkeypatch.setattr(comparing, "make_plan", make_plan)
     engines = {name: engine_rules(name, "hetis") for name in ("any", "vllm", "vllm-hetis")}
     found = comparing.compare_engines(
-        LOADED, Objective(), Settings(), ["hetis", "hexgen-paper"], engines, budget=Budget, report=silent
+        LOADED, Objective(), PlacementSettings(), ["hetis", "hexgen-paper"], engines, budget=Budget, report=silent
     )
     rows = {(o.strategy, o.engine): o.plan.result.value if o.plan is not None else o.reasons for o in found}
     assert rows == {

@@ -13,7 +13,7 @@ import pytest
 import hetis.solver.planning as planning
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
-from hetis.planner.use_cases.place import Settings, objective, search
+from hetis.planner.use_cases.place import PlacementSettings, objective, search
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
@@ -46,7 +46,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedInputs:
 def placed(loaded: LoadedInputs, engine: str, **limits: int) -> tuple[Plan, list[EngineValue]]:
     """A plan for an engine, and what it says of the others."""
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
-    settings = Settings(engine=engine_rules(engine, "hetis", ReplicaLimits(**limits)))
+    settings = PlacementSettings(engine=engine_rules(engine, "hetis", ReplicaLimits(**limits)))
     problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
     asked = {"seed": 0, "time_limit_s": 600.0, "cancelled": threading.Event(), "report": silent}
@@ -86,7 +86,7 @@ def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypa
 
 def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
-    settings = Settings(engine=engine_rules("vllm-hetis", "hetis"))
+    settings = PlacementSettings(engine=engine_rules("vllm-hetis", "hetis"))
     problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
     told = with_engine_values(

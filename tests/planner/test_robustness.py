@@ -15,9 +15,9 @@ import pytest
 from hetis.formats.documents import load_cluster, load_model, load_plan, load_workload, to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.place import Settings, make_plan, objective
+from hetis.planner.use_cases.place import PlacementSettings, make_plan, objective
 from hetis.planner.use_cases.robustness import study as robustness
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach, structure_of
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, structure_of
 from hetis.planner.use_cases.robustness.profile_errors import (
     PROFILE_ERRORS,
     corners,
@@ -170,7 +170,7 @@ def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
     ):
         derived = rederivation.of(replace(group.shape, micro_batch=b, in_flight=m, chunk_tokens=c))
         is_allowed = m == 1 or m >= sum(stage.copies for stage in group.shape.stages)
-        reach = Reach(
+        reach = Performance(
             rate=0.9 * len(plan.replicas) * derived.rate,
             ttft_s=derived.ttft_s(derived.t_s),
             tpot_s=derived.t_s * derived.tpot_per_t,
@@ -499,7 +499,7 @@ def test_a_plan_carries_its_range_and_still_passes_its_checks() -> None:
     loaded = load_inputs(cluster=str(EXAMPLES / "h100-p100.yaml"), model="Llama-2-70B", workload="azure_conv_2023")
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=None, tpot_s=None, demand_rps=None)
     problem = loaded.inputs.problem(goal, "hetis")
-    plan = make_plan(loaded, problem, Settings(), budget=Budget(), report=silent)
+    plan = make_plan(loaded, problem, PlacementSettings(), budget=Budget(), report=silent)
     assert predicted_of(plan) is not None
     assert not check_plan(plan, problem)
     assert json.loads(json.dumps(to_data(plan), allow_nan=False)) == to_data(plan)

@@ -14,7 +14,7 @@ from hetis.formats.documents import load_plan
 from hetis.planner.report.figures import digits
 from hetis.planner.report.plan import headline
 from hetis.planner.use_cases import verify
-from hetis.planner.use_cases.place import Settings, missed
+from hetis.planner.use_cases.place import PlacementSettings, missed
 from hetis.planner.use_cases.simulate import Question, default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verify import (
@@ -92,7 +92,7 @@ def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
     assert not found.kept
     assert found.kept_rps is None
     assert any(clause.startswith("TTFT p95") for clause in misses(found, hasty))
-    assert any("TTFT p95" in sentence for sentence in missed(again(hasty, problem), Settings()))
+    assert any("TTFT p95" in sentence for sentence in missed(again(hasty, problem), PlacementSettings()))
 
 
 def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:

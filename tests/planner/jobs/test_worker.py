@@ -15,7 +15,7 @@ from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.messages import FoundPlan, Infeasible, PosedProblem, posed_from_json
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
-from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
@@ -29,7 +29,7 @@ PAPER = str(Path(__file__).parents[3] / "examples" / "paper.yaml")
 @pytest.fixture(scope="module")
 def posed() -> PosedProblem:
     loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="azure_conv_2023")
-    return PosedProblem(loaded=loaded, objective=Objective(), settings=Settings())
+    return PosedProblem(loaded=loaded, objective=Objective(), settings=PlacementSettings())
 
 
 def search_for(posed: PosedProblem) -> list[News]:

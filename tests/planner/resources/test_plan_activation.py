@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from hetis.formats.documents import dump
-from hetis.planner.use_cases.place import Settings, make_plan, objective
+from hetis.planner.use_cases.place import PlacementSettings, make_plan, objective
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import ObjectiveKind, Plan, Role
@@ -36,7 +36,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     def solve(model: str, kind: ObjectiveKind = ObjectiveKind.GOODPUT) -> Plan:
         loaded = load_inputs(cluster=str(file), model=model, workload="azure_conv_2023")
         goal = objective(kind, ttft_s=None, tpot_s=None, demand_rps=None)
-        settings = Settings(roles=(Role.UNIFIED,))
+        settings = PlacementSettings(roles=(Role.UNIFIED,))
         problem = loaded.inputs.problem(goal, "hetis", settings.roles)
         return make_plan(loaded, problem, settings, budget=Budget(), report=silent)
 

@@ -15,7 +15,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.dispatch import LoadedStage
+    from hetis.planner.use_cases.dispatch import CostedStage
 
 DISPATCH_EXAMPLES = """\
 Examples:
@@ -66,7 +66,7 @@ class RequestOptions:
     time_limit: float = _search("--time-limit TIME: How long --exact may take.", "10s", parser=values.positive_duration)
     seed: int = options.seed_option()
 
-    def load(self) -> LoadedStage:
+    def load(self) -> CostedStage:
         """Load the stage of a state file or of a plan, whichever was given.
 
         Raises:

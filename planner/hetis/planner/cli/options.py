@@ -23,7 +23,7 @@ from hetis.planner.cli import values
 from hetis.solver.plan import ObjectiveKind, Role
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.place import Settings
+    from hetis.planner.use_cases.place import PlacementSettings
     from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits
     from hetis.solver.plan import Objective
     from hetis.solver.problem import EngineRules, EngineSettings
@@ -379,7 +379,7 @@ class SearchOptions:
     seed: int = seed_option()
     threads: int = threads_option()
 
-    def settings(self, family: FamilyOptions, replicas: ReplicaOptions, **more: Any) -> Settings:
+    def settings(self, family: FamilyOptions, replicas: ReplicaOptions, **more: Any) -> PlacementSettings:
         """Return the settings of a search in a family of plans.
 
         Raises:
@@ -392,11 +392,13 @@ class SearchOptions:
             **more,
         )
 
-    def settings_of(self, **more: Any) -> Settings:
+    def settings_of(self, **more: Any) -> PlacementSettings:
         """Return the settings of a search."""
-        from hetis.planner.use_cases.place import Settings
+        from hetis.planner.use_cases.place import PlacementSettings
 
-        return Settings(time_limit_s=self.time_limit, gap_target=self.gap, seed=self.seed, threads=self.threads, **more)
+        return PlacementSettings(
+            time_limit_s=self.time_limit, gap_target=self.gap, seed=self.seed, threads=self.threads, **more
+        )
 
 
 class Survived(StrEnum):

@@ -69,7 +69,7 @@ def share(
     from hetis.planner.cli.outputs import refuse_unwritable_plans, save_plans, say_what_would_be_solved
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.sharing import render_tenants, tenants_document
-    from hetis.planner.use_cases.place import Settings
+    from hetis.planner.use_cases.place import PlacementSettings
     from hetis.planner.use_cases.sharing import load_tenancy, share_out_fleet
     from hetis.solver.budget import Budget
     from hetis.solver.errors import NoPlanFoundError
@@ -89,7 +89,7 @@ def share(
         )  # fmt: skip
     first = TenantRule(asked.rule.value)
     rules = (first, *(other for other in TenantRule if other is not first and asked.others))
-    settings = Settings(
+    settings = PlacementSettings(
         strategy=asked.strategy, time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
         threads=asked.threads,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hetis.planner.use_cases.dispatch import LoadedStage, state_of_stage, with_costs
+from hetis.planner.use_cases.dispatch import CostedStage, state_of_stage, with_costs
 from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, IntArray, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
@@ -114,7 +114,7 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
 
 
 def _stage(
-    loaded: LoadedStage, position: int, copy: int, gpus: Sequence[Sequence[str]], micro_batches: int
+    loaded: CostedStage, position: int, copy: int, gpus: Sequence[Sequence[str]], micro_batches: int
 ) -> stage_pb2.StageModel:
     """Return one copy's model with ``gpus`` for its devices, in the order of the loaded stage, the first copy."""
     costs, saved = loaded.snapshot.stage, loaded.saved

@@ -11,7 +11,7 @@ from typing import Any
 
 from hetis.formats.files import canonical_json
 from hetis.planner.jobs.frames import JobFrame
-from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import (
     ENGINE_SETTINGS,
@@ -139,7 +139,7 @@ class PosedProblem:
 
     loaded: LoadedInputs
     objective: Objective
-    settings: Settings
+    settings: PlacementSettings
 
     def inputs_for_engine(self) -> LoadedInputs:
         """Return the inputs on GPUs that run the model in its precision; raises InvalidProblemError without any."""
@@ -176,7 +176,7 @@ def posed_from_json(text: bytes) -> PosedProblem:
             inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
         ).at(engine_settings_from_data(data.get(ENGINE_SETTINGS, {}))),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
-        settings=Settings(
+        settings=PlacementSettings(
             **(settings | {"roles": tuple(map(Role, settings.get("roles", ()))), "engine": _engine(settings)})
         ),
     )

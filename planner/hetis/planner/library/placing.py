@@ -110,7 +110,7 @@ def place(
         demand_rps=rate,
         ttft_s=limit_of(ttft),
         tpot_s=limit_of(tpot),
-        settings=placing.Settings(
+        settings=placing.PlacementSettings(
             strategy=_strategy(strategy),
             roles=ordered(member(Role, role, "role") for role in roles),
             engine=engine_rules(engine, strategy, limits),

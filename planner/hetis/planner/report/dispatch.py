@@ -13,7 +13,7 @@ from rich.text import Text
 from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table
-from hetis.planner.use_cases.dispatch import Dispatched, LoadedStage, Redispatched, StageTimes, expected_blocks
+from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatched, StepTimes, expected_blocks
 from hetis.profiler.defaults import MODELLED
 from hetis.solver.dispatch.problem import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
@@ -40,7 +40,7 @@ def explain_redispatch(found: Redispatched) -> tuple[str, ...]:
     return tuple(_redispatch_sentences(found))
 
 
-def costs_sentence(stage: LoadedStage) -> str | None:
+def costs_sentence(stage: CostedStage) -> str | None:
     """Return a sentence on devices with modelled costs, or None if all costs are given or measured."""
     modelled = [device for device in stage.saved.devices if stage.origins[device.name] == MODELLED]
     if not modelled:
@@ -49,7 +49,7 @@ def costs_sentence(stage: LoadedStage) -> str | None:
     return f"modelled, not measured: attention costs of {gpus} ({plural(len(modelled), 'device')})"
 
 
-def bottleneck_sentence(stage: LoadedStage, times: StageTimes) -> str:
+def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
     """Return a sentence on the slowest device and where its time goes."""
     if times.makespan_s == 0:
         return "Nothing runs."
@@ -228,9 +228,9 @@ def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = Non
 
 
 def device_table(
-    stage: LoadedStage,
-    before: StageTimes,
-    after: StageTimes,
+    stage: CostedStage,
+    before: StepTimes,
+    after: StepTimes,
     *,
     blocks: Sequence[int],
     last: tuple[str, Sequence[str]] | None = None,
@@ -259,14 +259,14 @@ def device_table(
     return first_rows(made, len(stage.saved.devices), MAX_ROWS, "device")
 
 
-def _ending(stage: LoadedStage, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
+def _ending(stage: CostedStage, explanation: tuple[str, ...] | None) -> Iterator[RenderableType]:
     if (costs := costs_sentence(stage)) is not None:
         yield Text(f"\n{costs}", style="dim")
     if explanation is not None:
         yield section("Why", bullets(explanation))
 
 
-def per_layer(value_s: float, stage: LoadedStage) -> str:
+def per_layer(value_s: float, stage: CostedStage) -> str:
     """Return the time of one layer, and of a decode step through all layers of the stage."""
     layers = stage.saved.num_layers
     return f"{seconds(value_s)} per layer, {seconds(value_s * layers)} per step of {plural(layers, 'layer')}"
@@ -477,11 +477,11 @@ def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None
     }
 
 
-def _state(stage: LoadedStage) -> dict[str, Any]:
+def _state(stage: CostedStage) -> dict[str, Any]:
     return {"name": stage.saved.name, "num_layers": stage.saved.num_layers, "origin": stage.file}
 
 
-def _devices(stage: LoadedStage, before: StageTimes, after: StageTimes, reached: StateSnapshot) -> list[dict[str, Any]]:
+def _devices(stage: CostedStage, before: StepTimes, after: StepTimes, reached: StateSnapshot) -> list[dict[str, Any]]:
     first = stage.snapshot
     used = (first.used_blocks(), reached.used_blocks())
     expected = (expected_blocks(first), expected_blocks(reached))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.tables import facts, section, table
-from hetis.planner.use_cases.robustness.study import Regret, Robustness, RunnerUp, Spread
+from hetis.planner.use_cases.robustness.study import Regret, Robustness, RunnerUpPlan, Spread
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind
 
@@ -79,7 +79,7 @@ def _regret(regret: Regret) -> str:
     )
 
 
-def _runner_up(runner_up: RunnerUp, planned: float) -> str:
+def _runner_up(runner_up: RunnerUpPlan, planned: float) -> str:
     shapes = [f"{count} × ({shape})" for shape, count in runner_up.replicas.items()]
     more = f" and {plural(len(shapes) - MAX_SHAPES, 'more shape')}" if len(shapes) > MAX_SHAPES else ""
     text = f"{digits(runner_up.rate)} requests/s"

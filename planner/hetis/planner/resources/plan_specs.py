@@ -19,7 +19,7 @@ from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
 from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.requests import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
-from hetis.planner.use_cases.place import PLACES, Settings
+from hetis.planner.use_cases.place import PLACES, PlacementSettings
 from hetis.planner.use_cases.precision import in_precision
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
 from hetis.profiler.defaults import default_profile
@@ -59,7 +59,7 @@ class ReadSpec:
     model: ModelSpec
     workload: Workload
     objective: Objective
-    settings: Settings
+    settings: PlacementSettings
     engine_settings: EngineSettings
 
     def origins(self) -> dict[str, str]:
@@ -226,10 +226,10 @@ class _SpecReader:
                 self.require(False, "workload_name", "is missing: name a workload, or send workload_document")
         return None
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> PlacementSettings:
         from hetis.solver.placement.families import STRATEGIES
 
-        spec, limits, defaults = self.spec, self.limits, Settings()
+        spec, limits, defaults = self.spec, self.limits, PlacementSettings()
         strategy = spec.strategy or DEFAULT_STRATEGY
         is_known = self.choice("strategy", strategy, STRATEGIES)
         roles = self._roles()
@@ -251,7 +251,7 @@ class _SpecReader:
             time_limit_s = names.seconds_of(spec.time_limit)
             message = f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s"
             self.require(LEAST_TIME_S <= time_limit_s <= limits.time_s, "time_limit", message)
-        return Settings(
+        return PlacementSettings(
             strategy=strategy,
             roles=roles,
             engine=engine,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import Settings, make_plan
+from hetis.planner.use_cases.place import PlacementSettings, make_plan
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, inputs_from_documents, load_plan_and_problem
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
@@ -76,7 +76,7 @@ class Figures:
 def compare_strategies(
     loaded: LoadedInputs,
     objective: Objective,
-    settings: Settings,
+    settings: PlacementSettings,
     strategies: Sequence[str],
     *,
     budget: Callable[[], Budget],
@@ -114,7 +114,7 @@ def compare_strategies(
 def compare_engines(
     loaded: LoadedInputs,
     objective: Objective,
-    settings: Settings,
+    settings: PlacementSettings,
     strategies: Sequence[str],
     engines: Mapping[str, EngineRules | None],
     *,
@@ -163,7 +163,9 @@ def _containers(strategy: str) -> list[str]:
     return found
 
 
-def planned(loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report) -> Compared:
+def planned(
+    loaded: LoadedInputs, objective: Objective, settings: PlacementSettings, budget: Budget, report: Report
+) -> Compared:
     """Return the outcome of one strategy: its plan, or why there is none."""
     name = settings.strategy
     if settings.engine is not None and not STRATEGIES[name].has_engines:

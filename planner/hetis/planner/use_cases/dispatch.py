@@ -61,7 +61,7 @@ class DeviceTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageTimes:
+class StepTimes:
     """The times of every device, and of the primary's network card, which is 0 while no worker holds heads."""
 
     devices: tuple[DeviceTime, ...]
@@ -79,7 +79,7 @@ class StageTimes:
         return slowest if seconds[slowest] >= self.card_s and seconds[slowest] > 0 else None
 
 
-def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StageTimes:
+def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StepTimes:
     """Return the times under a load: query heads and KV bytes read per layer on each device, shape [D]."""
     from hetis.solver.dispatch.tables import costs_of
 
@@ -94,10 +94,10 @@ def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StageTim
         )
     on_workers = int(heads.sum()) - (int(heads[costs.primary]) if costs.primary >= 0 else 0)
     card_s = costs.nic_s + costs.nic_head_s * on_workers if costs.primary >= 0 and on_workers else 0.0
-    return StageTimes(devices=tuple(devices), card_s=card_s)
+    return StepTimes(devices=tuple(devices), card_s=card_s)
 
 
-def times_of(snapshot: StateSnapshot, *, arrived: bool = False) -> StageTimes:
+def times_of(snapshot: StateSnapshot, *, arrived: bool = False) -> StepTimes:
     """Return the times of the running requests; with ``arrived``, moving head groups count at their targets."""
     groups = arrived_groups(snapshot) if arrived else snapshot.groups
     heads = snapshot.stage.heads
@@ -127,7 +127,7 @@ GIVEN = "given"  # costs from the state file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedStage:
+class CostedStage:
     """A stage with known costs: its name in messages, and its state as in its file and for the solver.
 
     ``origins`` are those of the costs of each device: `GIVEN`, `MODELLED`, or the file of a profile.
@@ -139,7 +139,7 @@ class LoadedStage:
     origins: Mapping[str, str]
 
 
-def load_stage(path: str, *, profiles: Sequence[str] = ()) -> LoadedStage:
+def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
     """Read a state; GPU types without a profile file get a modelled one.
 
     Raises:
@@ -162,7 +162,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> LoadedStage:
     return with_costs(saved, path, measured)
 
 
-def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, Profile]]) -> LoadedStage:
+def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, Profile]]) -> CostedStage:
     """Add the costs of the GPU types in a state. ``measured``: file and profile by GPU type.
 
     Raises:
@@ -176,7 +176,7 @@ def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, P
         origin, profile = measured.get(device.gpu) or default_profile(catalogue.find_gpu(device.gpu).gpu)
         origins[device.name] = origin
         costs[device.name] = _pieces_of(saved, device, profile)
-    return LoadedStage(file=file, saved=saved, snapshot=saved.snapshot(costs), origins=origins)
+    return CostedStage(file=file, saved=saved, snapshot=saved.snapshot(costs), origins=origins)
 
 
 def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int) -> Pieces:
@@ -194,7 +194,7 @@ def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int)
     )
 
 
-def load_new_requests(stage: LoadedStage, *, file: str | None, words: Sequence[str]) -> NewRequests:
+def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[str]) -> NewRequests:
     """Return the requests of a file, then those given as ``CONTEXT/OUTPUT``.
 
     Raises:
@@ -233,7 +233,7 @@ def _pieces_of(saved: SavedState, device: SavedDevice, profile: Profile) -> Piec
 # --- a stage of a placement plan as an empty state
 
 
-def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
+def load_stage_of_plan(path: str, *, replica: int, stage: int) -> CostedStage:
     """Return the first copy of a stage, with nothing running.
 
     Attention costs, links and KV memory are those that the plan was made with. KV memory is the share of one
@@ -377,9 +377,9 @@ def _known(gpu: str) -> str | None:
 class _Changed:
     """A stage and a change of it; moving head groups count at their targets."""
 
-    stage: LoadedStage
-    before: StageTimes  # of every device without the change
-    after: StageTimes  # and with it
+    stage: CostedStage
+    before: StepTimes  # of every device without the change
+    after: StepTimes  # and with it
     reached: StateSnapshot  # with the change
 
     @property
@@ -426,7 +426,7 @@ def is_compiled() -> bool:
 
 
 def dispatch_requests(
-    stage: LoadedStage, requests: NewRequests, *, exact: bool = False, budget: Budget | None = None, seed: int = 0
+    stage: CostedStage, requests: NewRequests, *, exact: bool = False, budget: Budget | None = None, seed: int = 0
 ) -> Dispatched:
     """Place new requests. If ``exact``, search whole head groups until proven optimal or the budget is spent."""
     from hetis.solver.dispatch.exact import solve_exactly
@@ -448,7 +448,7 @@ def dispatch_requests(
     )
 
 
-def redispatch_stage(stage: LoadedStage, settings: RedispatchSettings) -> Redispatched:
+def redispatch_stage(stage: CostedStage, settings: RedispatchSettings) -> Redispatched:
     """Find the moves that pay, whether or not a trigger has fired."""
     from hetis.solver.dispatch.solve import Dispatcher
     from hetis.solver.redispatch.solve import Redispatcher

@@ -47,7 +47,7 @@ KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class PlacementSettings:
     """Settings of the search, all of which go into ``plan.inputs``.
 
     ``roles``: those that replicas may have; empty: all of the strategy. ``engine``: the one whose rules plans keep to;
@@ -85,7 +85,7 @@ class PlacementRequest:
     demand_rps: float | None = None
     ttft_s: float | None = None  # None is the default limit, infinity means no limit; ``tpot_s`` likewise
     tpot_s: float | None = None
-    settings: Settings = Settings()
+    settings: PlacementSettings = PlacementSettings()
     engine_settings: EngineSettings = NOTHING_SET  # those that engines are started with, whatever is planned
     verify: bool = True  # simulate the plan before it is shown
     other_engines: bool = True  # report the values of plans for other engines
@@ -184,7 +184,7 @@ def place(
 def make_plan(
     loaded: LoadedInputs,
     problem: PlacementProblem,
-    settings: Settings,
+    settings: PlacementSettings,
     *,
     budget: Budget,
     report: Report,
@@ -225,8 +225,8 @@ def make_plan(
 
 
 def simulated_plan(
-    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: Settings, *, budget: Callable[[], Budget],
-    cancelled: threading.Event, report: Report,
+    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *,
+    budget: Callable[[], Budget], cancelled: threading.Event, report: Report,
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; where it misses a limit, search again for a tighter one (`verified_plan`).
 
@@ -254,8 +254,9 @@ def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
 
 
 def search(
-    problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report, market: Market | None = None
-) -> Plan:
+    problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, report: Report,
+    market: Market | None = None,
+) -> Plan:  # fmt: skip
     """Find the best plan of the strategy's family and bind it to named GPUs, in `hetis.solver.planning`.
 
     Raises:
@@ -277,7 +278,7 @@ def search(
     )
 
 
-def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: Settings) -> Plan:
+def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings) -> Plan:
     """Add to a plan its inputs, and notes on its links and profiles."""
     from hetis.solver.placement.explanation import link_sentences
 
@@ -324,7 +325,7 @@ def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Work
         raise InvalidProblemError(f"objective {kind} needs a demanded rate: --rate{hint}")
 
 
-def missed(plan: Plan, settings: Settings) -> list[str]:
+def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
     """Return the requirements of ``--strict`` that the plan does not meet."""
     result, found = plan.result, []
     if result.gap == float("inf"):
@@ -340,7 +341,7 @@ def missed(plan: Plan, settings: Settings) -> list[str]:
     return found
 
 
-def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem) -> dict[str, Any]:
+def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem) -> dict[str, Any]:
     """Return ``plan.inputs`` for a plan made in this way."""
     return {
         "versions": installed_versions(),
@@ -360,7 +361,9 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
     }
 
 
-def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings, cancelled: threading.Event) -> Plan:
+def _with_equal_stages(
+    plan: Plan, problem: PlacementProblem, settings: PlacementSettings, cancelled: threading.Event
+) -> Plan:
     """Return the plan with the value of equal stages, which is what engines do without a planner."""
     from hetis.solver.placement.solve import equal_stages_value
 
@@ -396,7 +399,7 @@ def _simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]
 
 
 def _constraint_prices(
-    plan: Plan, problem: PlacementProblem, settings: Settings, budget: Budget, report: Report
+    plan: Plan, problem: PlacementProblem, settings: PlacementSettings, budget: Budget, report: Report
 ) -> tuple[ConstraintPrice, ...]:
     """Return the cost of every constraint; empty if the problem has none."""
     if not problem.constraints:

@@ -10,7 +10,7 @@ from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, PlacementSettings, inputs_of_plan
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
@@ -36,13 +36,13 @@ class PosedReplan:
     running: Plan
     loaded: LoadedInputs
     problem: PlacementProblem
-    settings: Settings
+    settings: PlacementSettings
     warnings: tuple[str, ...]
 
 
 def load_replanning(
     *, running: str, cluster: str, workload: str | None, model: str | None, profiles: Sequence[str],
-    rate_rps: float | None, settings: Settings, prefix_hit_rate: PrefixHitRate | None = None,
+    rate_rps: float | None, settings: PlacementSettings, prefix_hit_rate: PrefixHitRate | None = None,
 ) -> PosedReplan:  # fmt: skip
     """Read the running plan and the new fleet.
 

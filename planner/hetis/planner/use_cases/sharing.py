@@ -15,7 +15,7 @@ from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenant, ShareInputs, parse_tenants
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, PlacementSettings, inputs_of_plan, objective
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
 from hetis.planner.use_cases.sources import LoadedInputs, attempt, load_inputs
 from hetis.profiler.defaults import default_profile
@@ -94,7 +94,7 @@ def _tenant(tenant: FleetTenant, loaded: LoadedInputs, strategy: str) -> Tenant:
 
 
 def share_out_fleet(
-    loaded: LoadedTenants, rules: Sequence[TenantRule], settings: Settings, *, with_envy: bool, budget: Budget,
+    loaded: LoadedTenants, rules: Sequence[TenantRule], settings: PlacementSettings, *, with_envy: bool, budget: Budget,
     report: Report,
 ) -> SharedFleet:  # fmt: skip
     """Share the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
@@ -129,7 +129,7 @@ def share_out_fleet(
 
 
 def _finished(
-    search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: Settings, report: Report
+    search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: PlacementSettings, report: Report
 ) -> FleetShares:
     """Return the checked answer by a rule, with completed plans."""
     from hetis.solver.tenants.check import check_fleet_shares

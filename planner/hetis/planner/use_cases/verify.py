@@ -61,7 +61,7 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class TriedRate:
     """A simulation at one rate."""
 
     summary: Summary
@@ -154,7 +154,7 @@ def enough_of(plan: Plan) -> int:
 def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, cancelled: threading.Event,
     report: Report, lengths: tuple[int, ...] = (),
-) -> Outcome | None:  # fmt: skip
+) -> TriedRate | None:  # fmt: skip
     """Simulate a plan at a rate; None: it was cancelled.
 
     ``lengths`` are requests of the first run and of longer ones, each of which is made if the limits are close; empty:
@@ -171,7 +171,7 @@ def simulated_at(
             return None
         kept = _keeps(found.summary, limits)
         sure = found.summary.within(limits) and all(one.high <= one.limit for one in _limited(found.summary, limits))
-        outcome = Outcome(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
+        outcome = TriedRate(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
         if not _is_close(found.summary, limits):
             break
     return outcome
@@ -184,7 +184,7 @@ def _verify(
     planned_rps, long, longer = default_rate(plan, problem), enough_of(plan), longest_of(plan)
 
     @cache
-    def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> Outcome:
+    def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> TriedRate:
         found = simulated_at(
             plan, problem, rate_rps, limits, seed=traffic, lengths=lengths, cancelled=cancelled, report=report
         )
@@ -236,7 +236,7 @@ class _CancelledError(Exception):
     """A simulation was cancelled."""
 
 
-def _may_keep_more(plan: Plan, at_plan: Outcome) -> bool:
+def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:
     """Return whether simulating a higher rate is of use: for a plan of the highest rate, in seconds, if it can tell."""
     return plan.objective.demand_rps is None and at_plan.summary.steady is True and not _has_workers(plan)
 

@@ -19,7 +19,7 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, attempt
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
@@ -108,7 +108,7 @@ class BuyNext:
 def what_if(
     loaded: LoadedInputs,
     objective: Objective,
-    settings: Settings,
+    settings: PlacementSettings,
     change: FleetChange,
     *,
     budget: Callable[[], Budget],
@@ -137,7 +137,7 @@ def what_if(
 def buy_next(
     loaded: LoadedInputs,
     objective: Objective,
-    settings: Settings,
+    settings: PlacementSettings,
     market: Sequence[Addition],
     shape: NodeShape,
     *,
@@ -197,7 +197,7 @@ def buy_next_to_plan(
     )  # fmt: skip
     origins = plan.inputs.get("origins")
     loaded = LoadedInputs(inputs=inputs, origins=origins if isinstance(origins, Mapping) else {})
-    settings = Settings(
+    settings = PlacementSettings(
         strategy=plan.strategy, roles=problem.family.roles, engine=problem.family.engine, time_limit_s=time_limit_s
     )
     return buy_next(loaded, plan.objective, settings, market, shape, budget=budget, report=report)
@@ -220,7 +220,7 @@ def _duals(side: Side) -> dict[str, float]:
 
 
 def _solver(
-    objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report, *, count: int
+    objective: Objective, settings: PlacementSettings, budget: Callable[[], Budget], report: Report, *, count: int
 ) -> Solve:
     """Return a function that solves for each of ``count`` fleets and numbers them in its progress."""
     numbers = itertools.count(1)

@@ -96,7 +96,7 @@ MAX_WORKERS = 8  # per stage: with more, exchanging heads takes longer than thei
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class KnownEngine:
     """An engine that plans can be made for.
 
     Attributes:
@@ -115,20 +115,20 @@ class Engine:
 
 
 ANY_ENGINE, DEFAULT_ENGINE = "any", "vllm-hetis"
-ENGINES: Mapping[str, Engine] = {
+ENGINES: Mapping[str, KnownEngine] = {
     engine.name: engine
     for engine in (
-        Engine(
+        KnownEngine(
             name="vllm-hetis", version="0.32", max_pool=MAX_WORKERS,
             summary="vLLM with the plugin of this project: attention workers",
             source="docs/vllm.md; launch layouts of hetis-launch",
         ),
-        Engine(
+        KnownEngine(
             name="vllm", version="0.32", max_pool=0,
             summary="vLLM as it is: uneven pipelines of unlike GPUs",
             source="VLLM_PP_LAYER_PARTITION; one tensor-parallel size; batch queue as deep as the pipeline",
         ),
-        Engine(
+        KnownEngine(
             name="sglang", version="0.5", max_pool=0,
             summary="SGLang as it is: uneven pipelines of unlike GPUs",
             source="SGLANG_PP_LAYER_PARTITION; --tp-size and --pp-size of a server",

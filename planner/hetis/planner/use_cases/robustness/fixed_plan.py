@@ -70,8 +70,8 @@ NEAREST = 8  # engine settings kept for many samples, see `FixedPlan.near`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
-    """The result of a plan: its rate in requests/s (goodput or saturated, by its objective) and worst latencies."""
+class Performance:
+    """A plan's rate in requests/s (goodput or saturated, by its objective) and worst latencies."""
 
     rate: float
     ttft_s: float  # p95, of the worst replica
@@ -86,7 +86,7 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class EngineChoice:
     """Engine settings that change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch."""
 
     shape: ReplicaShape  # a replica with these settings, and the best size of micro-batch by the problem's own profiles
@@ -94,12 +94,9 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Pace:
+class _Pace(Performance):
     """The pace of one replica at one micro-batch size."""
 
-    rate: float
-    ttft_s: float
-    tpot_s: float
     micro_batch: int
 
 
@@ -122,7 +119,7 @@ class FixedPlan:
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)
         self.groups = tuple(self._groups(plan, self._under(made_with or {})))
-        self._engines: dict[Group, tuple[Engine, ...]] = {}  # filled on first use
+        self._engines: dict[Group, tuple[EngineChoice, ...]] = {}  # filled on first use
         self.structure = structure_of(plan)
 
     @property
@@ -131,12 +128,12 @@ class FixedPlan:
         stages = [stage for group in self.groups for stage in group.shape.stages]
         return frozenset(s.gpu for s in stages) | {s.pool.gpu for s in stages if s.pool is not None}
 
-    def as_planned(self, profiles: Profiles) -> Reach:
+    def as_planned(self, profiles: Profiles) -> Performance:
         """Return the result with the plan's micro-batches, which may miss limits."""
         problem = self._under(profiles)
         return self._sum((group, self._pace(problem, group, group.shape)) for group in self.groups)
 
-    def within_limits(self, profiles: Profiles) -> Reach:
+    def within_limits(self, profiles: Profiles) -> Performance:
         """Return the result with the engine settings that give the highest rate within the limits.
 
         They are chosen for each replica. One that meets the limits with no setting serves nothing and has no latency.
@@ -152,7 +149,7 @@ class FixedPlan:
         narrowed = copy(self)
         narrowed._engines = {}
         for group in self.groups:
-            kept: dict[Engine, None] = {}
+            kept: dict[EngineChoice, None] = {}
             for profiles in some:
                 problem, engines = self._under(profiles), self._engines_of(group)
                 rates = {engine: self._best_of(problem, group, engine).rate for engine in engines}
@@ -227,12 +224,12 @@ class FixedPlan:
                 count=len(group.numbers), shape=shape, claimed=claimed, zones=zones, kv_zones=group.first.kv_zones
             )
 
-    def _engines_of(self, group: Group) -> tuple[Engine, ...]:
+    def _engines_of(self, group: Group) -> tuple[EngineChoice, ...]:
         if group not in self._engines:
             self._engines[group] = tuple(self._new_engines(group))
         return self._engines[group]
 
-    def _new_engines(self, group: Group) -> Iterator[Engine]:
+    def _new_engines(self, group: Group) -> Iterator[EngineChoice]:
         """Yield every setting of the family that fits in memory, the planned one first."""
         planned, family, settings = group.shape, self._problem.family, self._problem.family.engine_settings
         copies = sum(stage.copies for stage in planned.stages)
@@ -248,7 +245,7 @@ class FixedPlan:
             if (m, c) == (planned.in_flight, planned.chunk_tokens):
                 fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
             if fits:
-                engine = Engine(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
+                engine = EngineChoice(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
                 # The rate may have several maxima: take the best of a few sizes, and climb from there.
                 starts = [replace(engine, shape=replace(shape, micro_batch=b)) for b in engine.sizes[::COARSE]]
                 at_starts = [self._pace(self._problem, group, start.shape) for start in starts]
@@ -278,7 +275,7 @@ class FixedPlan:
     def _best(self, problem: PlacementProblem, group: Group) -> _Pace:
         return max((self._best_of(problem, group, e) for e in self._engines_of(group)), key=lambda pace: pace.rate)
 
-    def _best_of(self, problem: PlacementProblem, group: Group, engine: Engine) -> _Pace:
+    def _best_of(self, problem: PlacementProblem, group: Group, engine: EngineChoice) -> _Pace:
         """Move the size from the engine's down until the limits hold, or up while the rate grows."""
 
         def at(size: int) -> _Pace:
@@ -297,12 +294,12 @@ class FixedPlan:
         return pace
 
     def _is_within(self, pace: _Pace) -> bool:
-        return not Reach(rate=pace.rate, ttft_s=pace.ttft_s, tpot_s=pace.tpot_s).misses(self._problem.objective)
+        return not pace.misses(self._problem.objective)
 
-    def _sum(self, paces: Iterator[tuple[Group, _Pace]]) -> Reach:
+    def _sum(self, paces: Iterator[tuple[Group, _Pace]]) -> Performance:
         found = list(paces)
         unified, routed = self._traffic.served([(group, pace.rate) for group, pace in found])
-        return Reach(
+        return Performance(
             rate=self._share * (unified + routed),
             ttft_s=max((pace.ttft_s for _, pace in found), default=0.0),
             tpot_s=max((pace.tpot_s for _, pace in found), default=0.0),

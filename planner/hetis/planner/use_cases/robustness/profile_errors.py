@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Profiles, Reach
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles
 from hetis.profiler.ranges import range_factors, stated_error
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role
@@ -153,7 +153,7 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
     if not all(map(_states_errors, profiles.values())):
         return None
 
-    def reach(end: int) -> Reach:
+    def reach(end: int) -> Performance:
         return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[end]))
 
     errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
@@ -195,7 +195,7 @@ _UNITS = {"kv_bytes": 1e6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
+class FitUse:
     """A fit with the sizes at which a plan uses it."""
 
     gpu: str
@@ -229,7 +229,7 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
     return tuple(f"outside the region of its fit: {sentence}" for _, sentence in by_op.values())
 
 
-def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[Use]:
+def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[FitUse]:
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
     decoding = b * model.step_tokens  # their tokens, drafts included
     attended = model.attended_tokens(moments.resident_context)
@@ -243,35 +243,36 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
 
     for position, stage in enumerate(replica.stages):
         for tokens in sorted({decoding, decoding + C} - {0}):
-            yield Use(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
+            yield FitUse(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
             num_bytes = float(tokens * model.hidden * model.activation_bytes)
             if stage.tp > 1:
                 sizes = {"num_bytes": num_bytes, "tokens": float(tokens)}
-                yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
+                yield FitUse(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
             if replica.expert_parallel:  # tokens of all copies are exchanged, half of the message at a time
                 ranks, all_tokens = stage.tp * stage.copies, stage.copies * tokens
                 sizes = {"num_bytes": stage.copies * num_bytes / 2, "tokens": all_tokens / 2}
-                yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=ranks, sizes=sizes)
+                yield FitUse(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=ranks, sizes=sizes)
             if position > 0:
-                yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
+                yield FitUse(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
         if C:
             kv_bytes = context * max(1.0, model.head_groups / stage.tp) * kvb
             prefill = {"tokens": float(C), "past_tokens": past, "context_tokens": context, "kv_bytes": kv_bytes}
-            yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
+            yield FitUse(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
         if b and stage.kv_head_groups_kept:
             sizes = decode(b * stage.kv_head_groups_kept)
-            yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=sizes)
+            yield FitUse(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=sizes)
         if replica.role is Role.PREFILL:
             sent = {"num_bytes": C * model.head_groups * kvb}
-            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=sent)
+            yield FitUse(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=sent)
         if replica.role is Role.DECODE and stage.kv_head_groups_kept:
             kept = min(stage.tp, model.head_groups) * stage.kv_head_groups_kept
             received = {"num_bytes": moments.mean_prompt * kept * kvb}
-            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=received)
+            yield FitUse(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=received)
     for pool in replica.attention_workers:
         stage = replica.stages[pool.stage]
         cards = len(pool.devices) / stage.copies
-        yield Use(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=decode(b * pool.kv_head_groups * stage.tp / cards))
+        sizes = decode(b * pool.kv_head_groups * stage.tp / cards)
+        yield FitUse(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=sizes)
 
 
 def _span(low: float, high: float) -> str:

@@ -13,7 +13,7 @@ from itertools import chain, islice, zip_longest
 import numpy as np
 
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Profiles, Reach
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles
 from hetis.planner.use_cases.robustness.profile_errors import (
     PROFILE_ERRORS,
     Corner,
@@ -35,7 +35,7 @@ Search = Callable[[PlacementProblem, str, Budget], Plan]  # problem, strategy, b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerUp:
+class RunnerUpPlan:
     """The best other plan found, judged by the unchanged profiles; it is not proven to be the second best.
 
     Candidates are the plans of searches under perturbed profiles (what somebody with slightly other numbers would have
@@ -111,8 +111,8 @@ def runner_up(
     problem: PlacementProblem,
     around: Sequence[Profiles],
     samples: Sequence[Profiles],
-    reached: Sequence[Reach],
-) -> RunnerUp | None:
+    reached: Sequence[Performance],
+) -> RunnerUpPlan | None:
     """Return the best of ``found`` with other replicas, or None.
 
     ``reached`` is the plan's result under each of the samples, with engine settings near those that are best ``around``
@@ -130,7 +130,7 @@ def runner_up(
         for profiles, mine in zip(samples, reached, strict=True)
     ]
     positive = [gain for gain in gains if gain > 1e-9]
-    return RunnerUp(
+    return RunnerUpPlan(
         replicas=best.structure,
         rate=rate,
         better=len(positive) / len(gains),
@@ -182,7 +182,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CornerReach:
+class CornerResult:
     """The result of the unchanged plan in a corner case, and whether it misses a limit there."""
 
     name: str
@@ -206,8 +206,8 @@ class Robustness:
     rate_within: Spread  # with engine settings chosen again so that limits hold; ``worst`` over the samples only
     # Share of the samples in which the demanded rate is not reached within limits; None without a demand
     short: float | None
-    corners: tuple[CornerReach, ...]  # the corner cases, as planned
-    runner_up: RunnerUp | None  # None if no other plan was searched for (objectives cost and gpus) or found
+    corners: tuple[CornerResult, ...]  # the corner cases, as planned
+    runner_up: RunnerUpPlan | None  # None if no other plan was searched for (objectives cost and gpus) or found
     regret: Regret | None  # None if no other plan was searched for (objectives cost and gpus) or found
     complete: bool  # False if the time ended before everything was done
 
@@ -240,7 +240,7 @@ def study(
     around = [scaled(profiles, factor) for factor in (1.0, 1.0 + error, 1.0 - error)]
     near = fixed.near(around)
     rng = np.random.default_rng(seed)
-    drawn, planned, within = list[Profiles](), list[Reach](), list[Reach]()
+    drawn, planned, within = list[Profiles](), list[Performance](), list[Performance]()
     while len(drawn) < samples and not (drawn and budget.is_spent()):
         drawn.append(perturbed(profiles, error, rng))
         planned.append(fixed.as_planned(drawn[-1]))
@@ -268,7 +268,7 @@ def study(
         rate_within=_spread(lambda reach: reach.rate, now_within, within, [], worst=min),
         short=None if demand is None else _share(reach.rate < demand * (1 - 1e-9) for reach in within),
         corners=tuple(
-            CornerReach(
+            CornerResult(
                 name=corner.name,
                 rate=reach.rate,
                 ttft_s=reach.ttft_s,
@@ -303,10 +303,10 @@ def _alternating(drawn: Sequence[Profiles], edges: Sequence[Corner], count: int)
 
 
 def _spread(
-    of: Callable[[Reach], float],
-    now: Reach,
-    samples: Sequence[Reach],
-    at_corners: Sequence[Reach],
+    of: Callable[[Performance], float],
+    now: Performance,
+    samples: Sequence[Performance],
+    at_corners: Sequence[Performance],
     *,
     worst: Callable[[list[float]], float],
 ) -> Spread:
