@@ -55,7 +55,9 @@ def test_a_plan_is_printed_and_saved(solver: Solver, tmp_path: Path, capsys: pyt
 
 
 def test_the_problem_has_the_hit_rate_that_was_given() -> None:
-    request = PlacementRequest(cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4)
+    request = PlacementRequest(
+        cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4, objective=Objective()
+    )
     loaded = placing.load(request)
     assert loaded.inputs.workload.prefix_hit_rate == 0.4
     assert placing.pose(request, loaded).workload.prefix_hit_rate == 0.4

@@ -101,13 +101,14 @@ def what_if(
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import comparison as report
     from hetis.planner.use_cases import what_if as asking
+    from hetis.planner.use_cases.place import load
     from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
     refuse_page(answer.html)
-    loaded = inputs.load(replicas)
-    objective, settings = goal.of(loaded), search.settings(family, replicas)
+    request, settings = inputs.request(goal, replicas), search.settings(family, replicas)
+    loaded, objective = load(request), request.objective
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)

@@ -23,9 +23,8 @@ from hetis.planner.cli import values
 from hetis.solver.plan import ObjectiveKind, Role
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.place import PlacementSettings
-    from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits
-    from hetis.solver.plan import Objective
+    from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
+    from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.problem import EngineRules, EngineSettings
 
 T = TypeVar("T")
@@ -231,26 +230,28 @@ class InputOptions(OptionalInputOptions):
     )
     profile: list[str] | None = profile_option()
 
-    def load(self, replicas: ReplicaOptions, constraints: ConstraintOptions | None = None) -> LoadedInputs:
-        """Read the files and names.
+    def request(
+        self, goal: GoalOptions, replicas: ReplicaOptions, constraints: ConstraintOptions | None = None, **more: Any
+    ) -> PlacementRequest:
+        """Return the request of these options; ``more`` are its other fields."""
+        from hetis.planner.use_cases.place import PlacementRequest, objective
 
-        Raises:
-            DocumentError: with every problem of all of them.
-            InvalidProblemError: a precision is unknown, or a GPU type has no profile.
-        """
-        from hetis.planner.use_cases.precision import in_precision
-        from hetis.planner.use_cases.sources import load_inputs
-
-        loaded = load_inputs(
+        constraints = constraints or ConstraintOptions()
+        return PlacementRequest(
             cluster=self.cluster,
             model=self.model,
             workload=self.workload,
-            profiles=self.profile or (),
             prefix_hit_rate=self.prefix_hit_rate,
+            profiles=self.profile or (),
+            weights=self.weights,
+            kv=self.kv,
+            mtp=self.mtp,
+            pins=constraints.pin or (),
+            forbids=constraints.forbid or (),
+            objective=objective(goal.objective, ttft_s=goal.ttft, tpot_s=goal.tpot, demand_rps=goal.rate),
+            engine_settings=replicas.engine_settings,
+            **more,
         )
-        if constraints is not None:
-            loaded = loaded.with_constraints(pins=constraints.pin or (), forbids=constraints.forbid or ())
-        return in_precision(loaded, weights=self.weights, kv=self.kv, mtp=self.mtp).at(replicas.engine_settings)
 
 
 @group
@@ -271,13 +272,6 @@ class GoalOptions:
         parser=values.tpot_limit,
         shown="100ms; throughput: none",
     )
-
-    def of(self, loaded: LoadedInputs) -> Objective:
-        """Return the objective for inputs. Raises InvalidProblemError: it needs a demanded rate."""
-        from hetis.planner.use_cases import place as placing
-
-        placing.require_demand(self.objective, self.rate, loaded.inputs.workload)
-        return placing.objective(self.objective, ttft_s=self.ttft, tpot_s=self.tpot, demand_rps=self.rate)
 
 
 @group
@@ -364,10 +358,11 @@ class ReplicaOptions:
 
     @property
     def engine_settings(self) -> EngineSettings:
-        from hetis.solver.problem import EngineSettings
+        from hetis.planner.use_cases.sources import engine_settings
 
-        chunks = tuple(sorted(self.chunk_tokens or ()))
-        return EngineSettings(max_num_seqs=self.max_num_seqs, chunk_tokens=chunks, kv_blocks=self.kv_blocks)
+        return engine_settings(
+            max_num_seqs=self.max_num_seqs, chunk_tokens=self.chunk_tokens or (), kv_blocks=self.kv_blocks
+        )
 
 
 @group
@@ -385,9 +380,11 @@ class SearchOptions:
         Raises:
             BadParameter: the options contradict each other.
         """
+        from hetis.planner.use_cases.sources import ordered
+
         return self.settings_of(
             strategy=family.strategy,
-            roles=tuple(role for role in Role if role in (family.roles or ())),
+            roles=ordered(family.roles or ()),
             engine=engine_rules(family.engine, family.strategy, replicas.limits),
             **more,
         )

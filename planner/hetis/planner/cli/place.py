@@ -88,32 +88,20 @@ def place(
     Ctrl-C once prints and saves the best plan so far; twice leaves at once.
     """
     from hetis.planner.cli.outputs import refuse_page, refuse_unwritable, say_what_would_be_solved
-    from hetis.planner.use_cases.place import PlacementRequest, load, pose
+    from hetis.planner.use_cases.place import load, pose
 
     refuse_unwritable(results.out)
     refuse_page(results.html, beside=results.out)
-    request = PlacementRequest(
-        cluster=inputs.cluster,
-        model=inputs.model,
-        workload=inputs.workload,
-        prefix_hit_rate=inputs.prefix_hit_rate,
-        profiles=inputs.profile or (),
-        weights=inputs.weights,
-        kv=inputs.kv,
-        mtp=inputs.mtp,
-        pins=constraints.pin or (),
-        forbids=constraints.forbid or (),
-        objective=goal.objective,
-        demand_rps=goal.rate,
-        ttft_s=goal.ttft,
-        tpot_s=goal.tpot,
+    request = inputs.request(
+        goal,
+        replicas,
+        constraints,
         settings=search.settings(
             family,
             replicas,
             simplest_within=preferences.simplest_within,
             survive="" if preferences.survive is None else preferences.survive.value,
         ),
-        engine_settings=replicas.engine_settings,
         verify=results.verify,
         other_engines=results.other_engines,
         price_pins=preferences.price_pins,
@@ -272,6 +260,7 @@ def compare(
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.use_cases.compare import compare_engines
+    from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.budget import Budget
     from hetis.solver.placement.families import ANY_ENGINE
@@ -291,8 +280,8 @@ def compare(
         plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
         refuse_unwritable_plans(results.out, plans)
     refuse_page(results.html)
-    loaded = inputs.load(replicas, constraints)
-    objective, settings = goal.of(loaded), search.settings_of()
+    request, settings = inputs.request(goal, replicas, constraints), search.settings_of()
+    loaded, objective = load(request), request.objective
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),

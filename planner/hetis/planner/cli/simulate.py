@@ -173,8 +173,8 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     Ctrl-C once gives the figures of what was simulated by then; twice leaves at once.
     """
     from hetis.planner.use_cases import simulate as simulating
-    from hetis.planner.use_cases.simulate import at_settings, one_chunk_settings
-    from hetis.planner.use_cases.sources import load_plan_and_problem
+    from hetis.planner.use_cases.simulate import at_settings
+    from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
     from hetis.planner.use_cases.verify import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
@@ -198,8 +198,8 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         gap_cv=asked.cv,
     )
     # The traffic stays that of the plan as it is.
-    given = one_chunk_settings(
-        max_num_seqs=asked.max_num_seqs, chunk_tokens=asked.chunk_tokens, kv_blocks=asked.kv_blocks
+    given = engine_settings(
+        max_num_seqs=asked.max_num_seqs, chunk_tokens=(asked.chunk_tokens,), kv_blocks=asked.kv_blocks
     )
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)

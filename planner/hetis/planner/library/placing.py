@@ -13,13 +13,12 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_plan_and_problem, ordered
+from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ObjectiveKind, Role
-from hetis.solver.problem import EngineSettings
 from hetis.solver.workload import Workload
 
 Path = str | os.PathLike[str]
@@ -94,7 +93,6 @@ def place(
         HetisError: an input is not usable; the message names it.
     """
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
-    chunks = tuple(sorted(set(chunk_tokens)))
     request = placing.PlacementRequest(
         cluster=_text_or_value(cluster),
         model=_text_or_value(model),
@@ -106,10 +104,12 @@ def place(
         weights=weights,
         kv=kv,
         mtp=mtp,
-        objective=member(ObjectiveKind, objective, "objective"),
-        demand_rps=rate,
-        ttft_s=limit_of(ttft),
-        tpot_s=limit_of(tpot),
+        objective=placing.objective(
+            member(ObjectiveKind, objective, "objective"),
+            ttft_s=limit_of(ttft),
+            tpot_s=limit_of(tpot),
+            demand_rps=rate,
+        ),
         settings=placing.PlacementSettings(
             strategy=_strategy(strategy),
             roles=ordered(member(Role, role, "role") for role in roles),
@@ -121,7 +121,7 @@ def place(
             simplest_within=ratio_of(simplest_within),
             survive=_lost(survive),
         ),
-        engine_settings=EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks),
+        engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
         verify=verify,
         other_engines=other_engines,
     )

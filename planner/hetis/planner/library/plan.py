@@ -24,9 +24,9 @@ from hetis.planner.use_cases.simulate import (
     answer,
     at_settings,
     default_requests,
-    one_chunk_settings,
     sample_spacing_s,
 )
+from hetis.planner.use_cases.sources import engine_settings
 from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
@@ -183,7 +183,7 @@ class Plan:
             arrivals=Arrivals.DRAWN,
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
         )
-        given = one_chunk_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks)
+        given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
         started = at_settings(self.value, self.problem, given)
         plan, num_requests = started.plan, requests or default_requests(started.plan, load)
         question = Question(

@@ -81,10 +81,7 @@ class PlacementRequest:
     kv: str | None = None  # precision, names of `hetis.formats.dtypes`; None: the checkpoint's
     # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some
     mtp: str | None = None
-    objective: ObjectiveKind = ObjectiveKind.GOODPUT
-    demand_rps: float | None = None
-    ttft_s: float | None = None  # None is the default limit, infinity means no limit; ``tpot_s`` likewise
-    tpot_s: float | None = None
+    objective: Objective
     settings: PlacementSettings = PlacementSettings()
     engine_settings: EngineSettings = NOTHING_SET  # those that engines are started with, whatever is planned
     verify: bool = True  # simulate the plan before it is shown
@@ -114,21 +111,20 @@ def load(request: PlacementRequest) -> LoadedInputs:
         prefix_hit_rate=request.prefix_hit_rate,
     ).with_constraints(pins=request.pins, forbids=request.forbids)  # fmt: skip
     loaded = loaded.at(request.engine_settings)
-    require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
+    _require_demand(request.objective, loaded.inputs.workload)
     loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
     return for_engine(loaded, request.settings.engine)
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
-    """Make the problem: the inputs, the objective with its limits, the strategy's family of plans.
+    """Make the problem: the inputs, the objective, the strategy's family of plans.
 
     Raises:
         InvalidProblemError: the inputs contradict each other, the strategy has not all of these roles, or there is no
             demand that could survive a loss.
     """
-    goal = objective(request.objective, ttft_s=request.ttft_s, tpot_s=request.tpot_s, demand_rps=request.demand_rps)
     settings = request.settings
-    problem = loaded.inputs.problem(goal, settings.strategy, settings.roles, settings.engine)
+    problem = loaded.inputs.problem(request.objective, settings.strategy, settings.roles, settings.engine)
     if settings.survive:
         check_survival(problem, settings.survive)
     return problem
@@ -314,15 +310,15 @@ def objective(
     )
 
 
-def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Workload) -> None:
+def _require_demand(goal: Objective, workload: Workload) -> None:
     """Refuse to guess the traffic for which the least cost or the fewest GPUs are wanted.
 
     Raises:
         InvalidProblemError: no rate is demanded; names the rate of the trace, if it has one.
     """
-    if kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and demand_rps is None:
+    if not goal.maximises and goal.demand_rps is None:
         hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
-        raise InvalidProblemError(f"objective {kind} needs a demanded rate: --rate{hint}")
+        raise InvalidProblemError(f"objective {goal.kind} needs a demanded rate: --rate{hint}")
 
 
 def missed(plan: Plan, settings: PlacementSettings) -> list[str]:

@@ -261,12 +261,6 @@ class PlanAtSettings:
     changes: tuple[str, ...]
 
 
-def one_chunk_settings(*, max_num_seqs: int | None, chunk_tokens: int | None, kv_blocks: int | None) -> EngineSettings:
-    """Return the settings that an engine is started with, which has one size of chunks."""
-    chunks = () if chunk_tokens is None else (chunk_tokens,)
-    return EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks)
-
-
 def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings) -> PlanAtSettings:
     """Return the plan with its engines started with these settings, where they are given.
 

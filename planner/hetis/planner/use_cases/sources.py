@@ -369,6 +369,14 @@ def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSetting
         raise single_problem(path, message) from None
 
 
+def engine_settings(
+    *, max_num_seqs: int | None, chunk_tokens: Iterable[int | None], kv_blocks: int | None
+) -> EngineSettings:
+    """Return the settings of options; sizes of chunks in any order, where None is none."""
+    chunks = sorted({size for size in chunk_tokens if size is not None})
+    return EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks)
+
+
 def engine_settings_from_data(data: Any) -> EngineSettings:
     """Return the settings that `engine_settings_data` wrote.
 
