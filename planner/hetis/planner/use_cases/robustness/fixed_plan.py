@@ -86,7 +86,7 @@ class Performance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineChoice:
+class EngineTuning:
     """Engine settings that change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch."""
 
     shape: ReplicaShape  # a replica with these settings, and the best size of micro-batch by the problem's own profiles
@@ -119,7 +119,7 @@ class FixedPlan:
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)
         self.groups = tuple(self._groups(plan, self._under(made_with or {})))
-        self._engines: dict[Group, tuple[EngineChoice, ...]] = {}  # filled on first use
+        self._engines: dict[Group, tuple[EngineTuning, ...]] = {}  # filled on first use
         self.structure = structure_of(plan)
 
     @property
@@ -149,7 +149,7 @@ class FixedPlan:
         narrowed = copy(self)
         narrowed._engines = {}
         for group in self.groups:
-            kept: dict[EngineChoice, None] = {}
+            kept: dict[EngineTuning, None] = {}
             for profiles in some:
                 problem, engines = self._under(profiles), self._engines_of(group)
                 rates = {engine: self._best_of(problem, group, engine).rate for engine in engines}
@@ -224,12 +224,12 @@ class FixedPlan:
                 count=len(group.numbers), shape=shape, claimed=claimed, zones=zones, kv_zones=group.first.kv_zones
             )
 
-    def _engines_of(self, group: Group) -> tuple[EngineChoice, ...]:
+    def _engines_of(self, group: Group) -> tuple[EngineTuning, ...]:
         if group not in self._engines:
             self._engines[group] = tuple(self._new_engines(group))
         return self._engines[group]
 
-    def _new_engines(self, group: Group) -> Iterator[EngineChoice]:
+    def _new_engines(self, group: Group) -> Iterator[EngineTuning]:
         """Yield every setting of the family that fits in memory, the planned one first."""
         planned, family, settings = group.shape, self._problem.family, self._problem.family.engine_settings
         copies = sum(stage.copies for stage in planned.stages)
@@ -245,7 +245,7 @@ class FixedPlan:
             if (m, c) == (planned.in_flight, planned.chunk_tokens):
                 fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
             if fits:
-                engine = EngineChoice(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
+                engine = EngineTuning(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
                 # The rate may have several maxima: take the best of a few sizes, and climb from there.
                 starts = [replace(engine, shape=replace(shape, micro_batch=b)) for b in engine.sizes[::COARSE]]
                 at_starts = [self._pace(self._problem, group, start.shape) for start in starts]
@@ -275,7 +275,7 @@ class FixedPlan:
     def _best(self, problem: PlacementProblem, group: Group) -> _Pace:
         return max((self._best_of(problem, group, e) for e in self._engines_of(group)), key=lambda pace: pace.rate)
 
-    def _best_of(self, problem: PlacementProblem, group: Group, engine: EngineChoice) -> _Pace:
+    def _best_of(self, problem: PlacementProblem, group: Group, engine: EngineTuning) -> _Pace:
         """Move the size from the engine's down until the limits hold, or up while the rate grows."""
 
         def at(size: int) -> _Pace:
