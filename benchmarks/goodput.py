@@ -9,7 +9,7 @@ share of the limit is ``tightened``. ``kept`` says whether p95 TTFT and mean TPO
 their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``kept_rps`` is the highest
 rate that the plan is said to keep, lower than the planned one if that misses a limit, and ``kept_again`` whether other
 traffic at this rate, by another seed, keeps the limits. ``best_rps`` is the highest rate that keeps the limits, found
-by a sweep; ``planned_over_best`` and ``kept_over_best`` are the two rates over it. The last rows summarise.
+by a sweep in runs as long as the longest that `place` makes; ``planned_over_best`` and ``kept_over_best`` are the two rates over it. The last rows summarise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from hetis.planner.use_cases.verify import (
     AS_PLANNED,
     enough_of,
     longest_of,
-    num_requests_of,
     simulated_at,
     tightening_of,
     verification_of,
@@ -154,7 +153,7 @@ def best_rate(case: Case) -> float:
         rate_rps=case.plan.result.value,
     )
     question = Question(
-        load=load, num_requests=num_requests_of(case.plan), seeds=(OTHER_SEED,), settings=AS_PLANNED, sweeps=True,
+        load=load, num_requests=longest_of(case.plan), seeds=(OTHER_SEED,), settings=AS_PLANNED, sweeps=True,
         limits=case.plan.objective, tolerance=TOLERANCE,
     )  # fmt: skip
     found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -128,11 +129,11 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
 @pytest.mark.parametrize(
     ("short_rps", "long_rps", "at_least_rps", "found"),
     [
-        (70.0, 70.0, 0.0, 68.75),  # 50, then 4 halvings of 50 to 100
-        (70.0, 66.0, 0.0, 66.0),  # the longer run is not within its limits at 68.75
+        (70.0, 70.0, 0.0, 68.75),  # 50, then 5 halvings of 50 to 100
+        (70.0, 66.0, 0.0, 64.69),  # the longer run is not within its limits at 68.75
         (70.0, 30.0, 0.0, None),  # short runs lead too far astray
         (10.0, 10.0, 0.0, None),
-        (20.0, 20.0, 0.0, 19.53),
+        (20.0, 20.0, 0.0, 19.92),
         (70.0, 70.0, 60.0, 70.0),  # from 60 on
         (70.0, 70.0, 80.0, None),
         (70.0, 70.0, 100.0, None),
@@ -220,3 +221,22 @@ def test_no_verify_leaves_it_out(placed: Path) -> None:
     cluster = str(placed.with_name("cluster.yaml"))
     asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "-o", "json", "-q"]
     assert VERIFICATION not in json.loads(invoke(*asked, "--no-verify").stdout)["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("steady", "growth_s", "calm"),
+    [
+        (True, (0.0, 0.5), True),  # seconds of wait per second, and the half width
+        (True, (0.03, 0.0), False),
+        (False, (0.0, 0.0), False),
+        (None, (0.005, 0.01), True),  # short, and clear nevertheless
+        (None, (0.005, 0.02), False),
+        (None, (0.0, math.nan), False),  # the interval is not known
+    ],
+)
+def test_a_wait_that_grows_by_chance_at_most_is_calm(
+    one_run: Summary, steady: bool | None, growth_s: tuple[float, float], calm: bool
+) -> None:
+    value, half_width = growth_s
+    summary = replace(one_run, steady=steady, growth=Estimate(value=value, half_width=half_width))
+    assert verify._is_calm(summary) is calm

@@ -27,7 +27,7 @@ from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
 TURNS = 8  # how often a run replaces all the requests that a plan holds at once
-FEWEST, MOST = 1_000, 40_000  # requests per run
+FEWEST, MOST = 1_000, 100_000  # requests per run: few of thousands of seats never fill, and then TPOT looks too good
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
 FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, as its heads are dispatched
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
@@ -35,8 +35,8 @@ CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
 DOWN = 3  # halvings of the planned rate that are tried where it is too much
-HALVINGS = 4  # of the interval between the highest of these that is kept and the next
-LESS = 0.96  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
+HALVINGS = 5  # of the interval between the highest of these that is kept and the next
+LESS = 0.97  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
 MORE = (1.1, 1.05)  # of the planned rate are tried where that is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at those rates
 ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER` times the ordinary length
@@ -55,8 +55,7 @@ class Verification:
     attainment: float  # share of the requests within both limits
     # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
     # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
-    # than chance. They are tried for plans of the highest rate, unless runs are too short to tell whether queues grow,
-    # or slow (with attention workers).
+    # than chance. They are tried for plans of the highest rate, unless runs are slow (with attention workers).
     kept_rps: float | None
 
 
@@ -198,7 +197,7 @@ def _verify(
 
     def is_calm(rate_rps: float) -> bool:
         runs = (simulate(rate_rps, long, longer, traffic=traffic) for traffic in (seed, seed + 1))
-        return all(run.sure and run.summary.steady is True and run.summary.growth.value <= CALM for run in runs)
+        return all(run.sure and _is_calm(run.summary) for run in runs)
 
     kept_rps: float | None = planned_rps
     try:
@@ -238,7 +237,15 @@ class _CancelledError(Exception):
 
 def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:
     """Return whether simulating a higher rate is of use: for a plan of the highest rate, in seconds, if it can tell."""
-    return plan.objective.demand_rps is None and at_plan.summary.steady is True and not _has_workers(plan)
+    return plan.objective.demand_rps is None and _is_calm(at_plan.summary) and not _has_workers(plan)
+
+
+def _is_calm(summary: Summary) -> bool:
+    """Return whether the wait hardly grows; in a run too short to tell whether it does, not by chance either."""
+    growth = summary.growth
+    if summary.steady is None:
+        return growth.is_below(CALM)
+    return summary.steady and growth.value <= CALM
 
 
 def _kept_below(
@@ -307,6 +314,7 @@ def _limited(summary: Summary, limits: Objective) -> Iterator[_Limited]:
 # --- latencies as a function of the rate
 
 
+MOST_OF_CURVE = 40_000  # requests per rate
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # of the planned rate; above it queues grow
 
 
@@ -329,7 +337,7 @@ def latency_curve(
     if not plan.replicas:
         return None
     limits = plan.objective
-    planned_rps, num_requests = default_rate(plan, problem), num_requests_of(plan)
+    planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(plan))
     found: dict[float, Summary] = {}
     for number, share in enumerate(SHARES):
         load = Load(
