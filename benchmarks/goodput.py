@@ -3,13 +3,14 @@
     python -m benchmarks.goodput [--quick] [--json] [--cases N] [--seed S]
 
 A case draws a fleet of two to four GPU types, a model, a trace or mean lengths, and limits on TTFT and TPOT. A fleet
-without a plan is drawn again. The case gets the default plan of `hetis-plan place`, which is then simulated as `place`
-does, with Poisson arrivals at the planned rate; where it misses a limit, ``place`` plans again for a tighter one, whose
-share of the limit is ``tightened``. ``kept`` says whether p95 TTFT and mean TPOT of the plan that is shown stay within
-their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``kept_rps`` is the highest
-rate that the plan is said to keep, lower than the planned one if that misses a limit, and ``kept_again`` whether other
-traffic at this rate, by another seed, keeps the limits. ``best_rps`` is the highest rate that keeps the limits, found
-by a sweep in runs as long as the longest that `place` makes; ``planned_over_best`` and ``kept_over_best`` are the two rates over it. The last rows summarise.
+without a plan is drawn again. The case gets the default plan of `hetis-plan place`, which is then simulated as
+`place` does, with Poisson arrivals at the planned rate; where it misses a limit, ``place`` plans again for a tighter
+one, whose share of the limit is ``tightened``. ``kept`` says whether p95 TTFT and mean TPOT of the plan that is shown
+stay within their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``kept_rps``
+is the highest rate that the plan is said to keep, lower than the planned one if that misses a limit, and
+``kept_again`` whether other traffic at this rate, by another seed, keeps the limits. ``best_rps`` is the highest rate
+that keeps the limits, found by a sweep in runs as long as the longest that `place` makes; ``planned_over_best`` and
+``kept_over_best`` are the two rates over it. The last rows summarise.
 """
 
 from __future__ import annotations
