@@ -222,7 +222,7 @@ def predict(
     engine = Engine(
         chunk_tokens=settings.chunk_tokens, seats=seats, mixes=MIXES[point.engine],
         poll_iterations=settings.poll_iterations, wait_iterations=settings.wait_iterations,
-        wait_tokens=settings.wait_tokens, draft_tokens=settings.draft_tokens,
+        wait_tokens=settings.wait_tokens, waits_by_turns=settings.waits_by_turns, draft_tokens=settings.draft_tokens,
         tokens_per_iteration=1.0 + accepted(point), layers=point.model.num_layers, reading_s=reading_s,
     )  # fmt: skip
 

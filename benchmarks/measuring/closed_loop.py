@@ -49,8 +49,9 @@ class Engine:
 
     It carries at most ``chunk_tokens`` tokens and ``seats`` requests with KV. Prompts may join decoding requests or
     not. New requests are looked for after every iteration with prompts, and after ``poll_iterations`` others. While
-    requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens. Before all
-    that, the server reads one prompt after another, each token in ``reading_s`` seconds.
+    requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens. These
+    iterations are counted from the last iteration with prompts if the engine ``waits_by_turns``, and from the arrival
+    otherwise. Before all that, the server reads one prompt after another, each token in ``reading_s`` seconds.
 
     Every decoding request drafts ``draft_tokens`` with one more layer beside the model's ``layers``. The model then
     computes them with the request's own token; ``tokens_per_iteration`` of all are kept, on average.
@@ -62,6 +63,7 @@ class Engine:
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
+    waits_by_turns: bool = False
     draft_tokens: int = 0
     tokens_per_iteration: float = 1.0
     layers: int = 1
@@ -118,10 +120,12 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
                 now_s = arrived[0].read_s
                 continue
         holds_back = bool(num and waiting) and not prefilling and waited < engine.wait_iterations
-        if holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens:
+        if holds_back and (
+            engine.waits_by_turns or num + sum(request.prompt for request in waiting) < engine.wait_tokens
+        ):
             chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
         else:
-            holds_back, waited = False, 0
+            holds_back = False
             chunk, tokens, pairs, read = _chunk(waiting, prefilling, engine, num, attended)
         if not chunk:
             steps = finishing[0][0] - step
@@ -132,11 +136,13 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             if holds_back:
                 steps = min(steps, engine.wait_iterations - waited)
                 waited += steps
+            elif engine.waits_by_turns and num:
+                waited = (waited + steps) % engine.wait_iterations
             middle = attended(context / num + gain * (steps - 1) / 2)
             now_s += steps * engine.decode_s(seconds, num, num * middle)
             unpolled = (unpolled + steps - 1) % engine.poll_iterations + 1
         else:
-            steps, unpolled = 1, engine.poll_iterations
+            steps, unpolled, waited = 1, engine.poll_iterations, 0
             beside = num if engine.mixes else 0
             drafted = beside * (1 + engine.draft_tokens)
             last = sum(request.filled == request.prompt for request in chunk)

@@ -48,7 +48,8 @@ class Settings:
             None: no limit below the requests in flight.
         poll_iterations: decoding iterations between two looks for new requests (SGLang's scheduler_recv_interval).
         wait_iterations, wait_tokens: new prompts wait for so many iterations, or until an iteration has so many tokens
-            (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio, and its attention_dp_config).
+            (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
+        waits_by_turns: whether these iterations are counted from the last prompts on (its attention_dp_config).
         graphs: which iterations run in CUDA graphs.
         draft_tokens: tokens that the model's own prediction layer drafts in an iteration
             (num_nextn_predict_layers of TensorRT-LLM's MTP, speculative_num_steps of SGLang's).
@@ -64,6 +65,7 @@ class Settings:
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
+    waits_by_turns: bool = False
     graphs: Graphs = Graphs.DECODE
     draft_tokens: int = 0
     static_share: float | None = None
@@ -144,7 +146,7 @@ def _trtllm(run: Run) -> tuple[Settings, ...]:
             wait_tokens=int(0.9 * 16384) if waits else 0,
         )
     elif "gpt-oss" in run.model:
-        settings = Settings(chunk_tokens=20000, stream_interval=20, wait_iterations=balance, wait_tokens=20000)
+        settings = Settings(chunk_tokens=20000, stream_interval=20, wait_iterations=balance, waits_by_turns=balance > 0)
     elif run.image == _MTP_IMAGE or (run.image == _SHARED_IMAGE and run.date >= _FIRST_MTP_DATE):
         drafts = 1 if run.copies > 1 else 3
         # Without a lower limit: prompts of 8,192 tokens are computed one by one.
@@ -155,7 +157,7 @@ def _trtllm(run: Run) -> tuple[Settings, ...]:
             seats=run.requests,
             draft_tokens=drafts,
             wait_iterations=balance,
-            wait_tokens=chunk_tokens,
+            waits_by_turns=balance > 0,
             graphs=_graphs(run, drafts=True),
             free_share=0.7 if run.copies > 1 and run.precision == "fp8" else 0.8,
         )
@@ -166,7 +168,8 @@ def _trtllm(run: Run) -> tuple[Settings, ...]:
             chunk_tokens=chunk_tokens,
             stream_interval=10,
             wait_iterations=balance or (40 if waits else 0),
-            wait_tokens=chunk_tokens if balance else int(0.8 * chunk_tokens) if waits else 0,
+            wait_tokens=int(0.8 * chunk_tokens) if waits else 0,
+            waits_by_turns=balance > 0,
             graphs=_graphs(run, drafts=False),
             free_share=0.75 if run.precision == "fp8" and run.tp == 4 else 0.8,
         )
@@ -174,12 +177,16 @@ def _trtllm(run: Run) -> tuple[Settings, ...]:
 
 
 def _balance_iterations(run: Run) -> int:
-    """Return how long the prompts of one copy wait until all others have one, too, on average and at the most.
+    """Return the iterations from one with prompts to the next: until all copies have one, on average, or the timeout.
 
     A copy has a new prompt when one of its requests ends, each of them once in as many iterations as it has tokens.
+    TensorRT-LLM counts every iteration in which not all copies have a prompt, whether any of them has one or not, and
+    looks at no number of tokens (`_balance_adp_requests` of its `py_executor`).
     """
-    others = sum(1.0 / k for k in range(1, run.copies))
-    return min(_BALANCE_ITERATIONS, round(others * run.output_tokens / run.requests))
+    if run.copies == 1:
+        return 0
+    turns = sum(1.0 / k for k in range(1, run.copies + 1))
+    return min(_BALANCE_ITERATIONS, round(turns * run.output_tokens / run.requests))
 
 
 def _graphs(run: Run, drafts: bool) -> Graphs:

@@ -177,7 +177,7 @@ def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
     def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
         return 3.0 if tokens else 1.0
 
-    def times(**how: int) -> tuple[float, float]:
+    def times(**how: Any) -> tuple[float, float]:
         load = Load(in_flight=2, total=3, prompt_tokens=4, output_tokens=4)
         return closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=True, **how), seconds, lambda context: context)
 
@@ -189,6 +189,9 @@ def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
     assert times(wait_iterations=1, wait_tokens=100) == pytest.approx((20 / 3, 17 / 9))
     # The prompt and the request that decodes are enough.
     assert times(wait_iterations=1, wait_tokens=5) == times()
+    # By turns, tokens are not looked at: the second waits for two iterations after the first prompt, until 5 s, and
+    # is done at 11 s, with a part of the third's prompt, which arrived at 8 s and is done at 14 s.
+    assert times(wait_iterations=2, waits_by_turns=True) == pytest.approx((20 / 3, 13 / 9))
 
 
 def test_drafts_are_computed_with_the_request_s_own_token_and_half_of_all_are_kept() -> None:
@@ -241,13 +244,12 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     assert settings(engine="trtllm", requests=64, precision="fp4").wait_iterations == 0
     assert settings(engine="trtllm", requests=64, prompt_tokens=8192).chunk_tokens == 8320
     mtp = {"engine": "trtllm", "image": "1.2.0rc6.post3", "requests": 4}
-    assert settings(**mtp) == Settings(
-        chunk_tokens=1152, stream_interval=10, seats=4, wait_tokens=1152, draft_tokens=3, free_share=0.8
-    )
+    assert settings(**mtp) == Settings(chunk_tokens=1152, stream_interval=10, seats=4, draft_tokens=3, free_share=0.8)
     assert settings(**mtp | {"requests": 64}).graphs is Graphs.ALL
-    # Eight copies wait for each other's prompts: 1024 / 4 (1 + 1/2 + ... + 1/7) iterations, but 60 at the most.
+    # Eight copies wait for each other's prompts: 1024 / 4 (1 + 1/2 + ... + 1/8) iterations, but 60 at the most.
     assert (settings(**mtp, copies=8).draft_tokens, settings(**mtp, copies=8).wait_iterations) == (1, 60)
-    assert settings(engine="trtllm", copies=2, requests=32).wait_iterations == 32
+    pair = settings(engine="trtllm", copies=2, requests=32)
+    assert (pair.wait_iterations, pair.waits_by_turns) == (48, True)
     # The image of scripts without drafts ran those with them, too, from the day on that they were merged.
     shared = {"engine": "trtllm", "image": "1.1.0rc2.post2"}
     assert [settings(**shared, date=day).draft_tokens for day in ("2025-12-15", "2026-01-14")] == [0, 3]
