@@ -10,6 +10,19 @@ import pytest
 from tests.docs.pages import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+ROOTS = (
+    "solver",
+    "formats",
+    "proto",
+    "profiler",
+    "simulator",
+    "engines",
+    "planner",
+    "runtime",
+    "tools",
+    "tests",
+    "benchmarks",
+)
 _NAMED = re.compile(r"`([\w.-]+(?:/[\w.*-]*)*)`")
 
 
@@ -41,3 +54,22 @@ def test_paths_that_a_page_names_lead_to_files(page: Path) -> None:
 def test_a_path_that_leads_nowhere_is_found() -> None:
     text = "`tests/faults/`, `tests/faults/test_no_such.py`, `test_lease.py`, `test_nothing.py`, `and/or`, `docs/*.md`"
     assert missing(text) == ["tests/faults/test_no_such.py", "test_nothing.py"]
+
+
+def test_the_map_of_the_architecture_names_what_there_is() -> None:
+    """Files by the ends of their paths, and classes, functions and constants by a definition somewhere in the tree."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Where to change what")[2]
+    files = {path.as_posix(): path for root in ROOTS for path in (ROOT / root).rglob("*") if path.is_file()}
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for name, path in files.items() if name.endswith((".py", ".proto"))
+    )
+    for name in dict.fromkeys(re.findall(r"`([^`]+)`", text)):
+        if re.fullmatch(r"[\w/]+\.(py|proto|j2|css)", name):
+            first, _, rest = name.partition("/")
+            ends = {name, f"{first}/hetis/{first}/{rest}"}
+            assert any(path.endswith(f"/{end}") for path in files for end in ends), name
+        elif re.fullmatch(r"_?[A-Z][\w.]*|_?[a-z]+_[a-z_]+|\w+\.[a-z_]+", name):
+            for part in name.split("."):
+                assert re.search(
+                    rf"^\s*(?:def|class|message|async def) {part}\b|^\s*{part}\b ?[:=]", code, re.MULTILINE
+                ), name
