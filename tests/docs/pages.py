@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
+_OUTPUT = re.compile(r"^<!-- output of (?P<line>[^\n]+) -->\n```\w*\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
 _HERE = re.compile(r"(<<-? ?'?(?P<end>\w+)'?[^\n]*\n).*?^(?P=end)$", re.DOTALL | re.MULTILINE)
 _SEPARATORS = {"|", "&&", "||", ";", "&"}
 
@@ -46,6 +47,15 @@ class CommandLine:
 def fences(text: str) -> Iterator[tuple[str, str]]:
     """Yield kind and text of every fenced block."""
     return ((found["kind"], found["text"]) for found in _FENCE.finditer(text))
+
+
+def outputs() -> dict[CommandLine, list[str]]:
+    """Return what pages show of the output of command lines, by ``<!-- output of LINE -->`` before the block."""
+    found: dict[CommandLine, list[str]] = {}
+    for page in PAGES:
+        for shown in _OUTPUT.finditer(page.read_text(encoding="utf-8")):
+            found.setdefault(CommandLine(page.name, shown["line"]), []).append(shown["text"])
+    return found
 
 
 def command_lines() -> Iterator[CommandLine]:

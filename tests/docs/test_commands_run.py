@@ -15,13 +15,14 @@ from signal import SIGINT
 import pytest
 
 from hetis.planner.cli.exit_codes import ExitCode
-from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines
+from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines, outputs
 from tests.docs.sessions import Session
 from tests.formats.test_trace_forms import AIPERF
 from tests.planner.command_line import hetis_plan_here
 from tests.planner.test_command_line_manners import tour
 
 LINES = list(command_lines())
+NUMBERS = re.compile(r"\d[\d.,]*")
 
 # Prefixes of lines that no test runs, with the reason.
 NOT_RUN = {
@@ -155,6 +156,17 @@ def test_offline_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     for line in lines:
         (codes,) = [codes for pattern, codes in CODES.items() if re.search(pattern, line.line)] or [(ExitCode.OK,)]
         session.run(line.line, codes=codes)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("line", outputs(), ids=str)
+def test_figures_in_shown_outputs_are_what_the_command_says(line: CommandLine, tmp_path: Path) -> None:
+    """A page may cut and fold an output: its numbers are among those of the command, in the same order."""
+    printed = Session(tmp_path).run(line.line)
+    for shown in outputs()[line]:
+        said = iter(NUMBERS.findall(printed))
+        for number in NUMBERS.findall(shown):
+            assert number in said, f"{line.page} shows {number}, which {line.line} does not say there:\n{printed}"
 
 
 # --- with a planner
