@@ -704,6 +704,7 @@ FIGURES = [
         "staging",
         ("for decoding is #% of it too large in the median", cells((f"{DECODE}: error", "p50"), scale=100)),
         ("in the worst twentieth by #%", cells((f"{DECODE}: error", "p5"), scale=-100)),
+        ("hold #% less than planned", cells(("prefill, at the planned utilisation: error", "p50"), scale=100)),
         ("it is #% too small", cells(("decode, always waiting: error", "p50"), scale=-100)),
     ),
     *_of(
