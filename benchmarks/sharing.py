@@ -30,15 +30,14 @@ from hetis.planner.use_cases.sharing import load_tenancy
 from hetis.solver.budget import Budget, silent
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tables import FloatArray
-from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem
-from hetis.solver.shares.problem import Tenant as Claimant
+from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant
 from hetis.solver.shares.solve import solve_shares
 from hetis.solver.tenants.problem import FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.tenants.solve import PART_SECONDS, FleetSearch
 
 GAP = 0.01
 EPSILON = 1e-6
-LINEAR = (Rule.COOPERATIVE, Rule.NON_COOPERATIVE, Rule.EQUAL)
+LINEAR = (FairnessRule.COOPERATIVE, FairnessRule.NON_COOPERATIVE, FairnessRule.EQUAL)
 # Efficiency comes last, because it may reuse the solutions of all other rules.
 RULES = (TenantRule.MAX_MIN, TenantRule.EQUAL_THROUGHPUT, TenantRule.SHARING_INCENTIVE, TenantRule.EFFICIENCY)
 
@@ -173,8 +172,8 @@ def linear_problem(search: FleetSearch) -> ShareProblem:
             here = np.array([row[0] == g for row in costs.resources.rows])
             only = np.where(here, search.limits, 0)
             speedups.append(_alone(search, solver.tenant, only) / c.available)
-        job = Job(name="serve", speedups=tuple(speedups))
-        tenants.append(Claimant(name=solver.tenant.name, weight=solver.tenant.weight, jobs=(job,)))
+        job = ShareJob(name="serve", speedups=tuple(speedups))
+        tenants.append(ShareTenant(name=solver.tenant.name, weight=solver.tenant.weight, jobs=(job,)))
     gpus = tuple(GpuShare(gpu=f"{g} {c.gpu}", count=c.available) for g, c in enumerate(costs.classes))
     return ShareProblem(gpus=gpus, tenants=tuple(tenants))
 
@@ -185,7 +184,7 @@ def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
     return found.rate if found is not None else 0.0
 
 
-def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rule, best: float) -> Row:
+def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: FairnessRule, best: float) -> Row:
     """Return the row of the linear shares in whole GPUs, at the rates that are really reached there."""
     shares = solve_shares(problem, rule)
     whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
@@ -202,10 +201,10 @@ def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rul
     )
     names = [tenant.name for tenant in tenants]
     broken = []
-    if rule is Rule.NON_COOPERATIVE:
+    if rule is FairnessRule.NON_COOPERATIVE:
         per_part = outcome.normalised / weights
         broken.append(f"equal: broken, {per_part.min():.1%} to {per_part.max():.1%} of the rate alone")
-    if rule is Rule.COOPERATIVE:
+    if rule is FairnessRule.COOPERATIVE:
         envied = _worst_envy(outcome.envy) > 1.0 + EPSILON
         broken.append(f"no envy: broken, {_who_envies(outcome.envy, names)}" if envied else "no envy: held")
     if not _no_worse(outcome):

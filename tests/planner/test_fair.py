@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.cli.sharing import FairRule
-from hetis.solver.shares.problem import Rule
+from hetis.solver.shares.problem import FairnessRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
 SMALL = """apiVersion: hetis/v1
@@ -52,11 +52,11 @@ def test_the_rule_that_is_asked_for_comes_first(tmp_path: Path) -> None:
     result = invoke("fair", written(tmp_path, SMALL), "--rule", "non-cooperative", "-q", "-o", "json")
     rules = [rule["rule"] for rule in json.loads(result.stdout)["rules"]]
     assert rules[0] == "non-cooperative"
-    assert sorted(rules) == sorted(rule.value for rule in Rule)
+    assert sorted(rules) == sorted(rule.value for rule in FairnessRule)
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:
-    assert [rule.value for rule in FairRule] == [rule.value for rule in Rule]
+    assert [rule.value for rule in FairRule] == [rule.value for rule in FairnessRule]
 
 
 def test_everything_wrong_with_a_file_is_told_at_once_with_its_line(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hetis.solver.advice import (
     Addition,
     Change,
+    ChangeVerdict,
     NodeShape,
     Proven,
-    Verdict,
     difference,
     usd_per_hour_of,
     with_added,
@@ -39,17 +39,17 @@ def test_the_true_difference_lies_in_the_interval(
     found = difference(*sides, maximises=maximises, change=change)
     true, slack = best1 - best0, 1e-9 * (best0 + best1)
     assert found.low - slack <= true <= found.high + slack
-    if found.verdict is Verdict.BETTER:
+    if found.verdict is ChangeVerdict.BETTER:
         assert true > 0 if maximises else true < 0
-    if found.verdict is Verdict.WORSE:
+    if found.verdict is ChangeVerdict.WORSE:
         assert true < 0 if maximises else true > 0
 
 
 def test_a_difference_smaller_than_the_gaps_is_undecided() -> None:
     before, after = Proven(value=10.0, bound=10.3), Proven(value=10.1, bound=10.4)
-    assert difference(before, after, maximises=True, change=Change.OTHER).verdict is Verdict.UNDECIDED
+    assert difference(before, after, maximises=True, change=Change.OTHER).verdict is ChangeVerdict.UNDECIDED
     grown = difference(before, after, maximises=True, change=Change.GROWN)
-    assert grown.verdict is Verdict.UNDECIDED
+    assert grown.verdict is ChangeVerdict.UNDECIDED
     assert grown.low == 0.0  # more GPUs take nothing away
 
 
@@ -57,7 +57,7 @@ def test_a_side_without_a_bound_leaves_its_end_open() -> None:
     found = difference(
         Proven(value=1.0, bound=1.0), Proven(value=0.0, bound=float("inf")), maximises=True, change=Change.OTHER
     )
-    assert (found.low, found.high, found.verdict) == (-1.0, float("inf"), Verdict.UNDECIDED)
+    assert (found.low, found.high, found.verdict) == (-1.0, float("inf"), ChangeVerdict.UNDECIDED)
 
 
 def test_two_fleets_without_a_plan_are_the_same() -> None:

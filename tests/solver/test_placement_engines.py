@@ -19,7 +19,7 @@ from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
 from hetis.solver.placement.master import Columns, Master
-from hetis.solver.placement.options import EVERYTHING, list_options
+from hetis.solver.placement.options import EVERYTHING, TimeLimits, list_options
 from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
@@ -119,7 +119,7 @@ def test_stages_take_what_the_options_of_other_families_take(problem: PlacementP
     for x, mix in enumerate(costs.mixes):
         least, uneven = (0.0, 0.0) if depth == 1 else costs.regimes(mix.role)[1]
         cap = float(t.trip_cap[x, f]) / depth
-        o = list_options(t, x, f, 1, 2, least, uneven, cap, np.inf, EVERYTHING, *free)
+        o = list_options(t, x, f, 1, 2, TimeLimits(least, uneven, cap, np.inf), EVERYTHING, *free)
         for i in range(len(o.rank)):
             q, cards, k = int(o.pool_class[i]), int(o.pool_cards[i]), int(o.pool_groups[i])
             if o.rank[i] not in shape.ranks or (q >= 0 and mix.role is not Role.UNIFIED):

@@ -38,7 +38,7 @@ class Change(StrEnum):
     OTHER = "other"
 
 
-class Verdict(StrEnum):
+class ChangeVerdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     SAME = "same"
@@ -63,7 +63,7 @@ class Difference:
     low: float
     high: float
     found: float
-    verdict: Verdict
+    verdict: ChangeVerdict
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
@@ -95,14 +95,14 @@ def _less(a: float, b: float, unknown: float) -> float:
     return unknown if math.isinf(a) and a == b else a - b
 
 
-def _verdict(low: float, high: float, exact: float, *, maximises: bool) -> Verdict:
+def _verdict(low: float, high: float, exact: float, *, maximises: bool) -> ChangeVerdict:
     if max(abs(low), abs(high)) <= exact:
-        return Verdict.SAME
+        return ChangeVerdict.SAME
     if low > 0.0:
-        return Verdict.BETTER if maximises else Verdict.WORSE
+        return ChangeVerdict.BETTER if maximises else ChangeVerdict.WORSE
     if high < 0.0:
-        return Verdict.WORSE if maximises else Verdict.BETTER
-    return Verdict.UNDECIDED
+        return ChangeVerdict.WORSE if maximises else ChangeVerdict.BETTER
+    return ChangeVerdict.UNDECIDED
 
 
 # --- fleets with nodes added or removed; every node that stays keeps its name

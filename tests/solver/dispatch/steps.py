@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.admission import FEW, Packing, admit, cannot_fit, pack_few, repack
+from hetis.solver.dispatch.admission import FEW, PackingProblem, admit, cannot_fit, pack_few, repack
 from hetis.solver.dispatch.certificate import Multipliers, normalise, proven_bound, request_prices
 from hetis.solver.dispatch.exact import _Milp, admit_exactly
 from hetis.solver.dispatch.local_search import improve, marginal_device, perturb, place_rest, round_down
@@ -331,7 +331,7 @@ def packed(seed: int) -> list[float]:
         ratio = float(rng.choice([0.8, 1.05, 1.2, 1.4]))
         free_blocks = np.floor(ratio * needed * rng.dirichlet(np.full(num, 4.0))).astype(np.int64)
         free_blocks[rng.random(num) < 0.1] = -1
-    packing = Packing(free_blocks, unit, primary, blocks, head_groups)
+    packing = PackingProblem(free_blocks, unit, primary, blocks, head_groups)
     answer = numbers_of(*admit(packing))
     members = rng.permutation(len(blocks))
     for most_work in (20, 1000, 10**6):
@@ -359,7 +359,7 @@ def admitted_at_length(seed: int) -> list[float]:
     num, num_requests = 24, 40
     blocks = rng.integers(2000, 6000, num_requests)
     free_blocks = np.floor(4 * blocks.sum() * rng.dirichlet(np.full(num, 30.0))).astype(np.int64)
-    return numbers_of(*admit(Packing(free_blocks, np.ones(num, np.int64), -1, blocks, 4)))
+    return numbers_of(*admit(PackingProblem(free_blocks, np.ones(num, np.int64), -1, blocks, 4)))
 
 
 def admitted_exactly(seed: int) -> list[float]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, Packing, admit
+from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, PackingProblem, admit
 from hetis.solver.dispatch.exact import admit_exactly, solve_exactly
 from hetis.solver.dispatch.problem import (
     DeviceLoad,
@@ -117,7 +117,9 @@ def test_two_or_three_requests_are_refused_only_if_they_do_not_fit(
 ) -> None:
     unit = [min(tp, head_groups) if i == primary else 1 for i in range(len(free))]
     primary = primary if primary < len(free) else -1
-    verdict, missing, reserved = admit(Packing(np.array(free), np.array(unit), primary, np.array(blocks), head_groups))
+    verdict, missing, reserved = admit(
+        PackingProblem(np.array(free), np.array(unit), primary, np.array(blocks), head_groups)
+    )
     admitted = list[int]()
     for j, blocks_of_group in enumerate(blocks):
         together = [*(blocks[k] for k in admitted), blocks_of_group]
@@ -135,7 +137,7 @@ def test_two_or_three_requests_are_refused_only_if_they_do_not_fit(
 
 def test_what_is_left_of_two_full_devices_is_found() -> None:
     # 4 groups of 5 blocks and 4 of 3 fill 17 and 15 blocks: only as 1 and 4, or as 5 3 3 3 3 and 5 5 5.
-    verdict, _, reserved = admit(Packing(np.array([17, 15]), np.ones(2, np.int64), -1, np.array([5, 3]), 4))
+    verdict, _, reserved = admit(PackingProblem(np.array([17, 15]), np.ones(2, np.int64), -1, np.array([5, 3]), 4))
     assert verdict.tolist() == [PLACED, PLACED]
     assert reserved.tolist() == [[1, 3], [4, 0]]
 
@@ -154,7 +156,7 @@ def test_the_fast_path_overlooks_next_to_nothing(
         )
         blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
         unit = np.ones(num_devices, np.int64)
-        verdict = admit(Packing(problem.load.free_blocks, unit, -1, blocks, head_groups)).verdict
+        verdict = admit(PackingProblem(problem.load.free_blocks, unit, -1, blocks, head_groups)).verdict
         exact = admit_exactly(problem, budget=Budget()) if np.any(verdict == NOT_FOUND) else None
         if exact is not None:
             assert not np.any(exact.verdict == NOT_FOUND)

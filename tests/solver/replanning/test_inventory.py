@@ -17,7 +17,7 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import Candidate, ColumnList, Inventory, Row, inventory_of
+from hetis.solver.replanning.net_master import Candidate, ColumnList, InventoryRows, Row, inventory_of
 from hetis.solver.replanning.running import Option, places_of
 from hetis.solver.replanning.solve import name_gpus
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
@@ -54,13 +54,13 @@ def named_groups(draw: st.DrawFn) -> list[Option]:
     return options
 
 
-def counted(inventory: Inventory, use: Mapping[Row, int]) -> IntArray:
+def counted(inventory: InventoryRows, use: Mapping[Row, int]) -> IntArray:
     listed = ColumnList(inventory.rows, COSTS.routes)
     listed.add(use, 0.0)
     return listed.columns().uses[0]
 
 
-def rows_admit(inventory: Inventory, going_on: list[Option], new: list[int]) -> bool:
+def rows_admit(inventory: InventoryRows, going_on: list[Option], new: list[int]) -> bool:
     """Return whether the rows hold, with the most room in shared nodes that their whole variables can say."""
     total = np.zeros(len(inventory.limits), dtype=np.int64)
     for use in itertools.chain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.shares.problem import GpuShare, Job, ShareProblem, Tenant
+from hetis.solver.shares.problem import GpuShare, ShareJob, ShareProblem, ShareTenant
 
 
 def random_problem(generator: np.random.Generator, *, most_tenants: int = 6, most_types: int = 4) -> ShareProblem:
@@ -14,11 +14,11 @@ def random_problem(generator: np.random.Generator, *, most_tenants: int = 6, mos
     return ShareProblem(
         gpus=tuple(GpuShare(gpu=f"g{j}", count=int(generator.integers(1, 17))) for j in range(types)),
         tenants=tuple(
-            Tenant(
+            ShareTenant(
                 name=f"t{i}",
                 weight=float(generator.choice([0.5, 1.0, 1.0, 2.0])),
                 jobs=tuple(
-                    Job(name=f"j{k}", speedups=_speedups(generator, types), min_gpus=int(generator.integers(1, 3)))
+                    ShareJob(name=f"j{k}", speedups=_speedups(generator, types), min_gpus=int(generator.integers(1, 3)))
                     for k in range(int(generator.choice([1, 1, 2])))
                 ),
             )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from hetis.solver.shares.check import check_shares
-from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem, Tenant, tenant_values
+from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, ShareTenant, tenant_values
 from hetis.solver.shares.properties import best_claim, properties_of
 from hetis.solver.shares.solve import (
     cooperative,
@@ -24,7 +24,9 @@ from tests.solver.shares.instances import problems, random_problem
 def one_job_each(gpus: dict[str, int], *speedups: tuple[float, ...]) -> ShareProblem:
     return ShareProblem(
         gpus=tuple(GpuShare(gpu=gpu, count=count) for gpu, count in gpus.items()),
-        tenants=tuple(Tenant(name=f"t{i}", jobs=(Job(name="only", speedups=each),)) for i, each in enumerate(speedups)),
+        tenants=tuple(
+            ShareTenant(name=f"t{i}", jobs=(ShareJob(name="only", speedups=each),)) for i, each in enumerate(speedups)
+        ),
     )
 
 
@@ -43,10 +45,10 @@ def test_cooperative_shares_are_without_envy_and_pay_on_a_thousand_random_proble
 @settings(max_examples=30, deadline=None)
 @given(problems)
 def test_every_rule_keeps_to_the_fleet_and_proves_its_value(problem: ShareProblem) -> None:
-    for rule in Rule:
+    for rule in FairnessRule:
         shares = solve_shares(problem, rule)
         assert not check_shares(problem, shares), rule
-        if rule in (Rule.COOPERATIVE, Rule.NON_COOPERATIVE, Rule.EQUAL):
+        if rule in (FairnessRule.COOPERATIVE, FairnessRule.NON_COOPERATIVE, FairnessRule.EQUAL):
             assert shares.gap < 1e-6
         assert shares.value <= shares.bound * (1 + 1e-9)
 
@@ -87,9 +89,9 @@ def test_a_weight_of_two_is_two_clones() -> None:
 
 def test_jobs_of_a_tenant_share_its_weight() -> None:
     gpus = (GpuShare(gpu="slow", count=8), GpuShare(gpu="fast", count=4))
-    jobs = (Job(name="a", speedups=(1.0, 2.0)), Job(name="b", speedups=(1.0, 6.0)))
-    other = Tenant(name="other", jobs=(Job(name="only", speedups=(1.0, 3.0)),))
-    problem = ShareProblem(gpus=gpus, tenants=(Tenant(name="two", jobs=jobs), other))
+    jobs = (ShareJob(name="a", speedups=(1.0, 2.0)), ShareJob(name="b", speedups=(1.0, 6.0)))
+    other = ShareTenant(name="other", jobs=(ShareJob(name="only", speedups=(1.0, 3.0)),))
+    problem = ShareProblem(gpus=gpus, tenants=(ShareTenant(name="two", jobs=jobs), other))
     shares = cooperative(problem)
     assert problem.weights.tolist() == [0.5, 0.5, 1.0]
     assert tenant_values(problem, shares.amounts).sum() == pytest.approx(shares.value)
@@ -100,15 +102,18 @@ def test_claiming_more_never_pays_in_the_non_cooperative_mode_and_claiming_less_
     deflated = 0
     for _ in range(15):
         problem = random_problem(generator, most_tenants=4)
-        assert best_claim(problem, Rule.NON_COOPERATIVE, 0, inflate=True, tries=6).gain < 1e-6
-        deflated += best_claim(problem, Rule.NON_COOPERATIVE, 0, inflate=False, tries=6).gain > 1e-6
+        assert best_claim(problem, FairnessRule.NON_COOPERATIVE, 0, inflate=True, tries=6).gain < 1e-6
+        deflated += best_claim(problem, FairnessRule.NON_COOPERATIVE, 0, inflate=False, tries=6).gain > 1e-6
     assert deflated > 5
 
 
 def test_the_cooperative_mode_can_be_gamed_by_claiming_more() -> None:
     # Why provider-side profiling is needed: docs/fair.md.
     generator = np.random.default_rng(5)
-    gains = [best_claim(random_problem(generator), Rule.COOPERATIVE, 0, inflate=True, tries=8).gain for _ in range(15)]
+    gains = [
+        best_claim(random_problem(generator), FairnessRule.COOPERATIVE, 0, inflate=True, tries=8).gain
+        for _ in range(15)
+    ]
     assert max(gains) > 0.01
 
 

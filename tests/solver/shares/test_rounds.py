@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.shares.problem import GpuShare, Job, ShareProblem, Tenant
+from hetis.solver.shares.problem import GpuShare, ShareJob, ShareProblem, ShareTenant
 from hetis.solver.shares.properties import next_round
 from hetis.solver.shares.solve import cooperative
 from tests.solver.shares.instances import problems
@@ -33,7 +33,9 @@ def test_over_many_rounds_everybody_who_can_run_has_his_share(problem: ShareProb
     single = ShareProblem(
         gpus=problem.gpus,
         tenants=tuple(
-            Tenant(name=t.name, weight=t.weight, jobs=tuple(Job(name=j.name, speedups=j.speedups) for j in t.jobs))
+            ShareTenant(
+                name=t.name, weight=t.weight, jobs=tuple(ShareJob(name=j.name, speedups=j.speedups) for j in t.jobs)
+            )
             for t in problem.tenants
         ),
     )
@@ -48,7 +50,7 @@ def test_over_many_rounds_everybody_who_can_run_has_his_share(problem: ShareProb
 def test_who_waits_for_a_job_that_needs_two_gpus_gets_them_every_other_round() -> None:
     problem = ShareProblem(
         gpus=(GpuShare(gpu="only", count=2),),
-        tenants=tuple(Tenant(name=n, jobs=(Job(name="j", speedups=(1.0,), min_gpus=2),)) for n in ("a", "b")),
+        tenants=tuple(ShareTenant(name=n, jobs=(ShareJob(name="j", speedups=(1.0,), min_gpus=2),)) for n in ("a", "b")),
     )
     owed, taken = np.zeros((2, 1)), []
     for _ in range(6):

@@ -118,7 +118,7 @@ def share(
 
 
 class FairRule(StrEnum):
-    """Rules by name; a test keeps this in step with `hetis.solver.shares.problem.Rule`."""
+    """Rules by name; a test keeps this in step with `hetis.solver.shares.problem.FairnessRule`."""
 
     COOPERATIVE = "cooperative"
     NON_COOPERATIVE = "non-cooperative"
@@ -157,11 +157,11 @@ def fair(
     from hetis.planner.report.sharing import fair_document, render_fair
     from hetis.planner.use_cases.sharing import share_out
     from hetis.solver.budget import Budget
-    from hetis.solver.shares.problem import Rule
+    from hetis.solver.shares.problem import FairnessRule
 
     inputs = load_share_problem(file)
-    first = Rule(asked.rule.value)
-    rules = (first, *(other for other in Rule if other is not first))
+    first = FairnessRule(asked.rule.value)
+    rules = (first, *(other for other in FairnessRule if other is not first))
     budget = Budget(clock=time.monotonic)
     found = work_interruptibly(
         terminal,

@@ -20,7 +20,7 @@ from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
-from hetis.solver.advice import Difference, NodeShape, Verdict
+from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
@@ -231,9 +231,9 @@ def verdict_words(difference: Difference, objective: Objective) -> str:
     span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
     found = f"the plans found differ by {_signed(difference.found)} {unit}"
     match difference.verdict:
-        case Verdict.SAME:
+        case ChangeVerdict.SAME:
             return "proven: none"
-        case Verdict.BETTER | Verdict.WORSE:
+        case ChangeVerdict.BETTER | ChangeVerdict.WORSE:
             return f"proven: {difference.verdict.value}, {span}; {found}"
     advice = "" if difference.low == difference.high else "; a smaller --gap or a longer --time-limit narrows that"
     return f"undecided: {span}, which the gaps leave open ({found}){advice}"
@@ -339,7 +339,7 @@ def offer_row(offer: ListedOffer) -> list[str]:
         _signed(per_gpu),
         "-" if not price else _signed(per_gpu / price),
         _proven(offer.difference),
-        "?" if offer.difference.verdict is Verdict.UNDECIDED else "",
+        "?" if offer.difference.verdict is ChangeVerdict.UNDECIDED else "",
     ]
 
 
@@ -350,7 +350,7 @@ def _price(dual: float | None) -> str:
 
 
 def _proven(difference: Difference) -> str:
-    if difference.verdict is Verdict.SAME:
+    if difference.verdict is ChangeVerdict.SAME:
         return "0"
     low, high = _signed(difference.low), _signed(difference.high)
     return low if low == high else f"{low}…{high}"

@@ -16,7 +16,7 @@ from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
 from hetis.solver.placement.tables import FloatArray
-from hetis.solver.shares.problem import Rule, Shares, tenant_values
+from hetis.solver.shares.problem import FairnessRule, Shares, tenant_values
 from hetis.solver.shares.properties import Properties
 from hetis.solver.tenants.problem import FleetShares, TenantRule
 
@@ -25,11 +25,11 @@ MAX_ENVY = 12  # claimants whose envy is shown as a matrix; -o json has all
 MAX_ROUNDS = 20
 
 _RULES = {
-    Rule.COOPERATIVE: "the most total value without envy (OEF, cooperative)",
-    Rule.NON_COOPERATIVE: "the most total value at equal value per part (OEF, non-cooperative)",
-    Rule.MAX_MIN: "the largest least gain over an equal split (Gavel's max-min)",
-    Rule.TRADING: "an equal split, then trades of fast for slow GPUs (Gandiva_fair)",
-    Rule.EQUAL: "the same part of every GPU type for everybody",
+    FairnessRule.COOPERATIVE: "the most total value without envy (OEF, cooperative)",
+    FairnessRule.NON_COOPERATIVE: "the most total value at equal value per part (OEF, non-cooperative)",
+    FairnessRule.MAX_MIN: "the largest least gain over an equal split (Gavel's max-min)",
+    FairnessRule.TRADING: "an equal split, then trades of fast for slow GPUs (Gandiva_fair)",
+    FairnessRule.EQUAL: "the same part of every GPU type for everybody",
 }
 
 
@@ -66,7 +66,7 @@ def render_fair(found: Sharing) -> Iterator[RenderableType]:
 
 
 def _value_line(found: Sharing, shares: Shares) -> str:
-    equal = next(answer.value for answer in found.shares if answer.rule is Rule.EQUAL)
+    equal = next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
     over = f", {shares.value / equal:.3f} times an equal split"
     return f"{digits(shares.value, 4)} GPUs of everybody's slowest type{over}; {_proof(shares)}"
 
@@ -113,7 +113,7 @@ def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> T
         (properties.is_efficient, "efficient: nobody can have more without another having less", inefficient),
         (not apart, "everybody's GPU types are adjacent in speed", f"types are apart for {_listed(apart)}"),
     ]
-    if shares.rule is Rule.NON_COOPERATIVE:
+    if shares.rule is FairnessRule.NON_COOPERATIVE:
         rows.append((True, "claiming larger speed-ups than one has never pays; claiming smaller ones can", ""))
     yes, no = Text("yes", style="green"), Text("no", style="yellow")
     return grid(True, True, rows=((yes, so) if holds else (no, otherwise) for holds, so, otherwise in rows))
@@ -142,7 +142,7 @@ def _claim_table(found: Sharing) -> Table:
 
 
 def _rule_table(found: Sharing) -> Table:
-    equal = next(answer.value for answer in found.shares if answer.rule is Rule.EQUAL)
+    equal = next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
     rows = (
         (
             answer.rule.value,

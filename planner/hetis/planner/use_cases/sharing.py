@@ -25,8 +25,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem, Shares
-from hetis.solver.shares.problem import Tenant as ShareTenant
+from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
 from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
 from hetis.solver.shares.solve import solve_shares
 from hetis.solver.tenants.problem import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
@@ -177,8 +176,8 @@ class Sharing:
 
 
 def share_out(
-    inputs: ShareInputs, rules: tuple[Rule, ...], *, budget: Budget, tell: Callable[[str], None], rounds: int = 0,
-    claims: int = 0,
+    inputs: ShareInputs, rules: tuple[FairnessRule, ...], *, budget: Budget, tell: Callable[[str], None],
+    rounds: int = 0, claims: int = 0,
 ) -> Sharing:  # fmt: skip
     """Share the fleet under every rule and check the answers.
 
@@ -211,7 +210,7 @@ def _rounds(problem: ShareProblem, shares: Shares, count: int) -> tuple[Round, .
 
 
 def _claims(
-    problem: ShareProblem, rule: Rule, tries: int, tell: Callable[[str], None]
+    problem: ShareProblem, rule: FairnessRule, tries: int, tell: Callable[[str], None]
 ) -> tuple[tuple[Claim, Claim], ...]:
     if tries == 0:
         return ()
@@ -246,7 +245,9 @@ def share_problem(
                 speedups = known[pair]
                 derived.append(name)
             assert speedups is not None, "a file gives speed-ups, or a model and its workload"
-            jobs.append(Job(name=job.name, speedups=tuple(speedups[gpu] for gpu in inputs.gpus), min_gpus=job.min_gpus))
+            jobs.append(
+                ShareJob(name=job.name, speedups=tuple(speedups[gpu] for gpu in inputs.gpus), min_gpus=job.min_gpus)
+            )
         tenants.append(ShareTenant(name=tenant.name, weight=tenant.weight, jobs=tuple(jobs)))
     gpus = tuple(GpuShare(gpu=gpu, count=count) for gpu, count in inputs.gpus.items())
     return ShareProblem(gpus=gpus, tenants=tuple(tenants)), tuple(derived)

@@ -25,7 +25,7 @@ MOST_SWAPS = 8  # to gather room for one group on one device
 FEW = 3  # requests up to which packing is exact
 
 
-class Packing(NamedTuple):
+class PackingProblem(NamedTuple):
     """The requests to be packed, in order of admission, each in whole head groups."""
 
     free_blocks: IntArray  # [D] KV blocks; negative numbers count as 0
@@ -44,7 +44,7 @@ class Admission(NamedTuple):
 
 
 @kernel
-def cannot_fit(packing: Packing, members: IntArray, most_work: int) -> tuple[int, int]:
+def cannot_fit(packing: PackingProblem, members: IntArray, most_work: int) -> tuple[int, int]:
     """Return groups that certainly find no room if all ``members`` must, and the work done; 0 groups prove nothing.
 
     For the size of each member, the last one's first, this compares the groups of at least that size with the number
@@ -66,7 +66,7 @@ def cannot_fit(packing: Packing, members: IntArray, most_work: int) -> tuple[int
 
 
 @kernel
-def pack_few(packing: Packing, members: IntArray, x: IntArray, most_work: int) -> tuple[int, int]:
+def pack_few(packing: PackingProblem, members: IntArray, x: IntArray, most_work: int) -> tuple[int, int]:
     """Pack two or three ``members`` or prove that they do not fit; write a packing to their rows of ``x`` [J, D].
 
     This is a dynamic program over devices for the most groups of the last member that find room, given numbers of the
@@ -122,7 +122,7 @@ def pack_few(packing: Packing, members: IntArray, x: IntArray, most_work: int) -
 
 
 @kernel
-def repack(packing: Packing, members: IntArray, x: IntArray, most_work: int) -> tuple[int, int]:
+def repack(packing: PackingProblem, members: IntArray, x: IntArray, most_work: int) -> tuple[int, int]:
     """Look for a packing of all ``members`` and write it to ``x`` [J, D], leaving other rows unchanged.
 
     Returns the fewest groups that were left without room (0: ``x`` is complete, otherwise it is useless) and the work
@@ -158,7 +158,9 @@ def repack(packing: Packing, members: IntArray, x: IntArray, most_work: int) -> 
 
 
 @kernel
-def _best_fit(packing: Packing, room: IntArray, order: IntArray, share: float, x: IntArray, left: IntArray) -> int:
+def _best_fit(
+    packing: PackingProblem, room: IntArray, order: IntArray, share: float, x: IntArray, left: IntArray
+) -> int:
     """Place groups in ``order``, each where the least room remains, and count those without room in ``left`` [J].
 
     On a device that takes several groups at once, a request gets what it needs there and ``share`` of the rest.
@@ -197,7 +199,7 @@ def _best_fit(packing: Packing, room: IntArray, order: IntArray, share: float, x
 
 @kernel
 def _gather_room(
-    packing: Packing, room: IntArray, order: IntArray, request: int, x: IntArray, most_work: int
+    packing: PackingProblem, room: IntArray, order: IntArray, request: int, x: IntArray, most_work: int
 ) -> tuple[bool, int]:
     """Place one group of ``request`` on a device that first gives groups away or swaps them for smaller ones."""
     unit, blocks = packing.unit, packing.blocks
@@ -247,7 +249,7 @@ def _gather_room(
 
 
 @kernel
-def admit(packing: Packing) -> Admission:
+def admit(packing: PackingProblem) -> Admission:
     """Reserve whole groups for each request in order.
 
     What is missing is blocks if all devices together have too few, otherwise groups that found no device with room for
@@ -262,7 +264,7 @@ def admit(packing: Packing) -> Admission:
 
 
 @kernel
-def admit_from(first: int, packing: Packing, room: IntArray, admission: Admission) -> None:
+def admit_from(first: int, packing: PackingProblem, room: IntArray, admission: Admission) -> None:
     """Do what `admit` does from request ``first`` on; ``room`` [D] is what the requests before it leave."""
     blocks, (verdict, missing, reserved) = packing.blocks, admission
     total, work = room.sum(), 0
@@ -309,7 +311,7 @@ def admit_from(first: int, packing: Packing, room: IntArray, admission: Admissio
 
 
 @kernel
-def _first_fit(packing: Packing, room: IntArray, request: int, reserved: IntArray) -> int:
+def _first_fit(packing: PackingProblem, room: IntArray, request: int, reserved: IntArray) -> int:
     """Reserve the groups of one request where there is room, or nothing; ``reserved`` [D] is 0 before.
 
     Returns how many found none.

@@ -9,7 +9,7 @@ import highspy
 import numpy as np
 
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, Admission, Packing, admit, admit_from
+from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, Admission, PackingProblem, admit, admit_from
 from hetis.solver.dispatch.local_search import perturb
 from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, FloatArray, IntArray, Path
 from hetis.solver.dispatch.solve import Dispatcher
@@ -44,7 +44,7 @@ def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) ->
     """
     costs = costs_of(problem.stage)
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
-    packing = Packing(problem.load.free_blocks, costs.unit, costs.primary, blocks, costs.head_groups)
+    packing = PackingProblem(problem.load.free_blocks, costs.unit, costs.primary, blocks, costs.head_groups)
     admission = verdict, missing, reserved = admit(packing)
     decided = 0
     while not budget.is_spent():
@@ -68,7 +68,7 @@ def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) ->
     return admission
 
 
-def _pack(packing: Packing, *, time_limit_s: float, seed: int) -> tuple[bool | None, IntArray | None]:
+def _pack(packing: PackingProblem, *, time_limit_s: float, seed: int) -> tuple[bool | None, IntArray | None]:
     """Return whether whole groups of all requests fit (None: unknown), and a packing [J, D] if one was found."""
     unit, blocks, head_groups = packing.unit, packing.blocks, packing.head_groups
     J, D = len(blocks), len(unit)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, Admission, Packing, admit
+from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, Admission, PackingProblem, admit
 from hetis.solver.dispatch.certificate import Multipliers, normalise, proven_bound, request_prices
 from hetis.solver.dispatch.local_search import improve, perturb, place_rest, round_down
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
@@ -148,7 +148,7 @@ def _admit_and_place(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, contexts: IntArray, blocks: IntArray
 ) -> PassResult:
     """Do everything in one pass."""
-    admission = admit(Packing(free_blocks, costs.unit, costs.primary, blocks, costs.head_groups))
+    admission = admit(PackingProblem(free_blocks, costs.unit, costs.primary, blocks, costs.head_groups))
     return _place_admitted(costs, heads, kv_bytes, free_blocks, contexts, blocks, admission)
 
 

@@ -59,7 +59,7 @@ class LayerPlacement(NamedTuple):
     tilt: FloatArray
 
 
-class Sweep(NamedTuple):
+class FlowSweep(NamedTuple):
     """Reusable arrays for a sweep over n nodes. Requests enter node i for the e-th time at ``entry[i, e]``.
 
     ``share[i, e]`` is the share of all requests that do so, ``arrived[l]`` the share whose next layer is l.
@@ -101,10 +101,10 @@ def tabulate(problem: LayersProblem) -> LayerTables:
     )  # fmt: skip
 
 
-def new_sweep(num_nodes: int, num_layers: int) -> Sweep:
+def new_sweep(num_nodes: int, num_layers: int) -> FlowSweep:
     """Return empty arrays for a sweep."""
     shape = (num_nodes, num_layers)
-    return Sweep(
+    return FlowSweep(
         np.ones(num_nodes), np.zeros(num_nodes, np.int64), np.zeros(shape, np.int64), np.zeros(shape),
         np.zeros(num_layers + 1), np.zeros(num_layers, np.int64), np.zeros(num_nodes, np.int64),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def copy_of(placement: LayerPlacement) -> LayerPlacement:
 
 
 @kernel
-def share_requests(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: Sweep) -> bool:
+def share_requests(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: FlowSweep) -> bool:
     """Fill ``sweep``, weighing nodes by tilted KV room (``flow_only``: by rate); False if a layer is missing."""
     first, held, weight = placement.first, placement.held, sweep.weight
     n = first.shape[0]
@@ -160,7 +160,7 @@ def share_requests(placement: LayerPlacement, tables: LayerTables, flow_only: bo
 
 
 @kernel
-def _enter(i: int, layer: int, share: float, end: int, sweep: Sweep) -> None:
+def _enter(i: int, layer: int, share: float, end: int, sweep: FlowSweep) -> None:
     sweep.entry[i, sweep.entries[i]] = layer
     sweep.share[i, sweep.entries[i]] = share
     sweep.entries[i] += 1
@@ -180,7 +180,7 @@ def seconds_at(batch: float, sizes: FloatArray, seconds: FloatArray) -> float:
 
 
 @kernel
-def rate_of(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: Sweep) -> float:
+def rate_of(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: FlowSweep) -> float:
     """Return requests per second, 0 if a layer is missing; ``flow_only``: by measured token rates and cards alone."""
     if not share_requests(placement, tables, flow_only, sweep):
         return 0.0
@@ -233,7 +233,7 @@ def rate_of(placement: LayerPlacement, tables: LayerTables, flow_only: bool, swe
 
 @kernel
 def anneal(
-    placement: LayerPlacement, best: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: Sweep,
+    placement: LayerPlacement, best: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: FlowSweep,
     num_moves: int, hot: float, cold: float, wild: bool, seed: int,
 ) -> float:  # fmt: skip
     """Change ``placement`` by random moves and ``best`` to the best one found; return the rate of ``best``.
@@ -262,7 +262,7 @@ def anneal(
 
 
 @kernel
-def polish(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: Sweep, num_rounds: int) -> float:
+def polish(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: FlowSweep, num_rounds: int) -> float:
     """Tilt weights one by one, in ever smaller steps, as long as that pays; return the rate."""
     rate = rate_of(placement, tables, flow_only, sweep)
     step = 0.5

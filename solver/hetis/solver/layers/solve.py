@@ -11,9 +11,9 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
 from hetis.solver.layers.annealing import (
+    FlowSweep,
     LayerPlacement,
     LayerTables,
-    Sweep,
     anneal,
     copy_of,
     new_sweep,
@@ -49,7 +49,7 @@ def solve_layers(
         InfeasibleError: all nodes together cannot hold the layers.
         NoPlanFoundError: the budget was spent before the first placement.
     """
-    return _Search(problem, budget or Budget(), report, flow_only=False).plan(seed)
+    return _LayersSearch(problem, budget or Budget(), report, flow_only=False).plan(seed)
 
 
 def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0) -> LayersPlan:
@@ -60,10 +60,10 @@ def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed
     Raises:
         InfeasibleError, NoPlanFoundError: as `solve_layers`.
     """
-    return _Search(problem, budget or Budget(), silent, flow_only=True).plan(seed)
+    return _LayersSearch(problem, budget or Budget(), silent, flow_only=True).plan(seed)
 
 
-class _Search:
+class _LayersSearch:
     """One search: its problem, its working arrays, and its caller's budget and report."""
 
     def __init__(self, problem: LayersProblem, budget: Budget, report: Report, *, flow_only: bool) -> None:
@@ -171,7 +171,7 @@ class _Search:
 
 
 def named(
-    problem: LayersProblem, placement: LayerPlacement, tables: LayerTables, sweep: Sweep, *, flow_only: bool = False
+    problem: LayersProblem, placement: LayerPlacement, tables: LayerTables, sweep: FlowSweep, *, flow_only: bool = False
 ) -> Placed:
     """Return nodes by first layer, links, and names of idle nodes, which are those that no request enters."""
     assert share_requests(placement, tables, flow_only, sweep), "every layer is on some node"
@@ -186,7 +186,7 @@ def named(
     return tuple(nodes.values()), tuple(_links(problem.num_layers, nodes, sweep)), idle
 
 
-def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: Sweep) -> Iterator[LinkShare]:
+def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: FlowSweep) -> Iterator[LinkShare]:
     """Yield the links at every layer where requests leave nodes and enter others."""
     visits = {i: float(sweep.share[i, : sweep.entries[i]].sum()) for i in nodes}
     for layer in range(num_layers + 1):

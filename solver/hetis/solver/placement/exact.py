@@ -44,7 +44,15 @@ from hetis.solver.placement.frontier import (
 )
 from hetis.solver.placement.generation import LEAST_MILP_SECONDS, MILP_SECONDS, NO_LINKS, Pool, parts_inside
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Verdict
-from hetis.solver.placement.options import EVERYTHING, Options, chunk_cap, interval_cap, list_options, stage_rows
+from hetis.solver.placement.options import (
+    EVERYTHING,
+    Options,
+    TimeLimits,
+    chunk_cap,
+    interval_cap,
+    list_options,
+    stage_rows,
+)
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
 from hetis.solver.placement.pricing import Part, whole
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
@@ -214,8 +222,8 @@ class ExactSearch:
         sizes = part.max_copies, part.max_pool
         key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness, sizes)
         if key not in self._options:
-            limits = (*c.regime, chunk_cap_s, c.unevenness)
-            options = list_options(tables, c.mix, c.in_flight_index, *sizes, *limits, EVERYTHING, *self._free)
+            limits = TimeLimits(*c.regime, chunk_cap_s, c.unevenness)
+            options = list_options(tables, c.mix, c.in_flight_index, *sizes, limits, EVERYTHING, *self._free)
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 

@@ -13,7 +13,16 @@ import numpy as np
 
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray, Tables
+from hetis.solver.placement.tables import (
+    BOTH,
+    FIRST,
+    LAST,
+    PLAIN,
+    BoolArray,
+    CoverTables,
+    FloatArray,
+    Tables,
+)
 
 ROUNDING = 1e-9  # tolerance for rounding in floor and ceil, far below one layer or one head group
 
@@ -241,25 +250,269 @@ def chunk_cap(t: Tables, x: int, f: int, copies: int) -> float:
     return float("inf") if t.in_flight[f] == 1 else float(t.trip_cap[x, f]) / copies
 
 
+class FixedTimes(NamedTuple):
+    """Seconds of a stage besides its repeated layers, in a mean iteration or in one with a chunk (see `Tables`)."""
+
+    hop_s: float
+    step_s: float
+    last_s: float
+    prefix_delta_s: float
+
+
 @kernel
-def fill_fixed(
-    fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, hop_s: float, step_s: float,
-    last_s: float, prefix_delta_s: float,
-) -> None:  # fmt: skip
+def fill_fixed(fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, times: FixedTimes) -> None:
     """Fill the seconds that a stage takes besides its repeated layers; [4] by role."""
-    prefix_s = prefix_layers * max(compute_s + prefix_delta_s, wire_s)
-    fixed_s[PLAIN] = step_s + hop_s
-    fixed_s[FIRST] = step_s + prefix_s
-    fixed_s[LAST] = step_s + hop_s + last_s
-    fixed_s[BOTH] = step_s + prefix_s + last_s
+    prefix_s = prefix_layers * max(compute_s + times.prefix_delta_s, wire_s)
+    fixed_s[PLAIN] = times.step_s + times.hop_s
+    fixed_s[FIRST] = times.step_s + prefix_s
+    fixed_s[LAST] = times.step_s + times.hop_s + times.last_s
+    fixed_s[BOTH] = times.step_s + prefix_s + times.last_s
+
+
+# --- listing the options of a configuration: for every rank type and copies, without a pool and then with every pool
+
+
+class TimeLimits(NamedTuple):
+    """Limits on a stage's seconds, and the slack by which these are stretched (see `stretch`).
+
+    A stage with c copies takes at most ``c chunk_cap_s`` in an iteration with a chunk, and at most ``unevenness`` times
+    what it takes in a mean one.
+    """
+
+    least_slack: float
+    slack_unevenness: float
+    chunk_cap_s: float
+    unevenness: float
+
+
+class Ranks(NamedTuple):
+    """The ranks of a stage, c copies of rank type s, in one configuration: what does not depend on the pool."""
+
+    s: int
+    copies: int
+    tp: int
+    groups: int
+    shares_experts: bool
+    room: float  # bytes of a plain stage's rank
+    first_bytes: float
+    last_bytes: float
+    tied_bytes: float
+    layer_bytes: float
+    state_bytes: float  # of a layer on a rank
+    requests: int  # of a copy
+    tokens: float  # of KV, of a copy
+    kv_bytes: float  # of a head group and layer
+    prompt_bytes: float  # the part of these that stays on a rank in any case
+    prefix_layers: int
+    draft_layers: int
+    num_layers: int
+    mix: Iterations
+    layer_s: float  # without decode attention
+    chunk_layer_s: float
+    own_s: float  # decode attention without a pool
+    wire_s: float  # without a pool
+    fixed: FixedTimes
+    chunk_fixed: FixedTimes
+
+
+class PoolTimes(NamedTuple):
+    """The times of a mix's stages with a pool, by `pool_entry`; see `Tables`."""
+
+    layer_s: FloatArray
+    chunk_layer_s: FloatArray
+    wire_s: FloatArray
+    receives: bool
+    kv_group_bytes: float
+
+
+class Layer(NamedTuple):
+    """Seconds of a repeated layer, and the layers that fit on the cards of the pool."""
+
+    compute_s: float
+    wire_s: float  # to receive its KV
+    chunk_s: float  # in an iteration with a chunk
+    on_cards: float
+
+
+@kernel
+def list_options(
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: TimeLimits, reach: Reach,
+    group_price: FloatArray, card_price: FloatArray,
+) -> Options:  # fmt: skip
+    """Return every useful stage option of a configuration that fits in memory, without obviously dominated ones.
+
+    `Reach` says what is useful at ``group_price`` [S] and ``card_price`` [N]. An option with a pool is dropped if the
+    stage without one, or the fastest or the roomiest smaller pool of the same class, is as fast and has as much room,
+    because the option would only cost more (unless cards count, see `Tables`).
+    """
+    out, count = _empty_options(256), 0
+    # What is worked out about one stage; [4] by role.
+    on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
+    caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
+    fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
+    times = PoolTimes(t.pool_s[x], t.chunk.pool_s[x], t.pool_wire_s, t.receives[x], t.kv_group_bytes)
+    gives_all, counts, num_sizes = t.gives_all[x], t.keeps_idle_cards, t.pool_sizes.shape[0]
+    has_chunk_limits = limits.chunk_cap_s < np.inf or limits.unevenness < np.inf
+    least, unevenness = 1.0 + limits.least_slack, limits.unevenness * (1.0 + ROUNDING)
+    shapes = _shapes(t.rank_class, t.rank_tp, t.rank_dp, t.available, t.in_flight[f], max_copies)
+    pools = np.empty((1 + t.available.shape[0] * num_sizes, 3), np.int64)
+    for j in range(shapes.shape[0]):
+        s, c = shapes[j, 0], shapes[j, 1]
+        ranks = _ranks(t, x, f, s, c)
+        _fill_on_rank(on_rank, ranks)
+        without = first = fastest = roomiest = -1
+        for i in range(_fill_pools(pools, t, x, ranks, max_pool, reach, group_price[s], card_price)):
+            q, p, size = pools[i, 0], pools[i, 1], pools[i, 2]
+            price = c * (group_price[s] + (p * card_price[q] if q >= 0 else 0.0))
+            if i == 0 or q != pools[i - 1, 0]:
+                first = fastest = roomiest = count
+            # From the roomiest split to the fastest: a split that is neither is already dominated.
+            most_groups = ranks.groups if q >= 0 else 0
+            for k in range(most_groups, most_groups - 1 if gives_all or q < 0 else 0, -1):
+                if q < 0:
+                    layer = _layer_alone(ranks)
+                else:
+                    entry = t.pool_start[s, q] + (k - 1) * num_sizes + size
+                    layer = _layer_with_pool(ranks, times, entry, k, p, t.worker_room_bytes[q])
+                if not _fill_caps(caps, on_rank, k, layer.on_cards, ranks):
+                    continue
+                fill_fixed(fixed_s, ranks.prefix_layers, layer.compute_s, layer.wire_s, ranks.fixed)
+                layer_s = max(layer.compute_s, layer.wire_s)
+                if has_chunk_limits:
+                    fill_fixed(chunk_fixed_s, ranks.prefix_layers, layer.chunk_s, 0.0, ranks.chunk_fixed)
+                    longest_s, n_it = c * limits.chunk_cap_s, ranks.mix.number
+                    if not _limit_layers(
+                        floors, caps, layer_s, fixed_s, layer.chunk_s, chunk_fixed_s, longest_s, n_it, unevenness
+                    ):
+                        continue
+                longer = stretch(ranks.mix, layer_s, layer.chunk_s, limits.least_slack, limits.slack_unevenness)
+                layer_s, rest_s = layer_s * longer, _stretch_fixed(fixed_s, longer) / least
+                if not is_useful(reach, price, c, layer_s / least, rest_s, float(_most(caps))):
+                    continue
+                if (
+                    q >= 0
+                    and not counts
+                    and (
+                        _is_beaten(out, without, count, layer_s, fixed_s, floors, caps)
+                        or _is_beaten(out, fastest, count, layer_s, fixed_s, floors, caps)
+                        or _is_beaten(out, roomiest, count, layer_s, fixed_s, floors, caps)
+                    )
+                ):
+                    continue
+                if count == out.layer_s.size:
+                    out = selected(out, np.arange(2 * count) % count)
+                _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
+                if q < 0:
+                    without = count
+                if count == first or layer_s < out.layer_s[fastest]:
+                    fastest = count
+                if count == first or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
+                    roomiest = count
+                count += 1
+    return selected(out, slice(0, count))
+
+
+@kernel
+def _shapes(
+    rank_class: IntArray, rank_tp: IntArray, rank_dp: IntArray, available: IntArray, in_flight: int, max_copies: int
+) -> IntArray:
+    """Return the rank types with the copies that stages may have, as rows of (s, c)."""
+    most = copies_limit(in_flight, max_copies)
+    rows, count = np.empty((rank_class.shape[0] * most, 2), np.int64), 0
+    for s in range(rank_class.shape[0]):
+        if rank_dp[s] > 1 and in_flight > 1:
+            continue  # copies that share their experts are one replica, of one stage
+        for c in range(1, min(most, available[rank_class[s]] // rank_tp[s]) + 1):
+            rows[count, 0], rows[count, 1] = s, c
+            count += 1
+    return rows[:count]
+
+
+@kernel
+def _ranks(t: Tables, x: int, f: int, s: int, c: int) -> Ranks:
+    """Return the numbers of a stage with c copies of rank type s."""
+    tokens, prompts = t.kv_tokens[x, f, c - 1], t.prompt_tokens[x, f, c - 1]
+    return Ranks(
+        s, c, t.rank_tp[s], t.rank_groups[s], t.rank_dp[s] > 1, t.room_bytes[s] - t.act_bytes[x, s],
+        t.first_bytes[s], t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s], t.layer_bytes[s],
+        t.state_bytes[x, f, c - 1] / t.rank_tp[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
+        tokens * t.kv_group_bytes, prompts * t.kv_group_bytes, t.prefix_layers, t.draft_layers, t.num_layers,
+        iterations_of(t, x, f), t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, t.rank_groups[s]],
+        t.wire_s[x, s], FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s]),
+        FixedTimes(t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]),
+    )  # fmt: skip
+
+
+@kernel
+def _fill_on_rank(on_rank: FloatArray, ranks: Ranks) -> None:
+    """Fill in the layers that fit on a rank that gives k head groups away, in every role; [k, 4]."""
+    for role in range(4):
+        room = room_of_role(ranks.room, ranks.first_bytes, ranks.last_bytes, ranks.tied_bytes, role)
+        others = ranks.prefix_layers if role in (FIRST, BOTH) else 0
+        if role in (LAST, BOTH):
+            others += ranks.draft_layers
+        for k in range(ranks.groups + 1):
+            kept = kept_of_groups(ranks.groups, k, ranks.kv_bytes, ranks.prompt_bytes) + ranks.state_bytes
+            on_rank[k, role] = layers_in_room(room, ranks.layer_bytes, kept, others, ranks.num_layers)
+
+
+@kernel
+def _fill_pools(
+    pools: IntArray, t: Tables, x: int, ranks: Ranks, max_pool: int, reach: Reach, group_price: float,
+    card_price: FloatArray,
+) -> int:  # fmt: skip
+    """Fill in the pools that may make a useful stage of these ranks, and return their number.
+
+    Rows are (q, p, index of p in the tables), by class and then size; the first is (-1, 0, 0), no pool, if allowed.
+    """
+    count, fixed, c, n = 0, ranks.fixed, ranks.copies, ranks.tp
+    if not t.gives_all[x]:
+        pools[0, 0], pools[0, 1], pools[0, 2], count = -1, 0, 0, 1
+    rest_s = fixed.step_s + min(fixed.hop_s, ranks.prefix_layers * (ranks.layer_s + fixed.prefix_delta_s))
+    for q in range(t.available.shape[0]):
+        if not has_pools(max_pool, t.micro_batch[x], t.pool_start[ranks.s, q]):
+            continue
+        most_cards = pool_limit(c, c * n if q == t.rank_class[ranks.s] else 0, t.available[q], max_pool)
+        start, card_bytes, card = t.least_pool_start[ranks.s, q], t.worker_room_bytes[q], card_price[q]
+        for size in range(t.pool_sizes.shape[0]):
+            p = t.pool_sizes[size]
+            if p > most_cards:
+                break
+            if reach.spare < np.inf:
+                most = roomiest_split(
+                    ranks.room, ranks.layer_bytes, ranks.groups, n, p * card_bytes, ranks.kv_bytes, ranks.prompt_bytes,
+                    ranks.num_layers,
+                )  # fmt: skip
+                least_s = ranks.layer_s + t.least_pool_s[x, start + size]
+                if not is_useful(reach, c * (group_price + p * card), c, least_s, rest_s, most):
+                    continue
+            pools[count, 0], pools[count, 1], pools[count, 2] = q, p, size
+            count += 1
+    return count
+
+
+@kernel
+def _layer_alone(ranks: Ranks) -> Layer:
+    """Return a layer of a stage without a pool."""
+    chunk_s = ranks.chunk_layer_s + ranks.own_s / ranks.mix.number
+    return Layer(ranks.layer_s + ranks.own_s, ranks.wire_s, chunk_s, np.inf)
+
+
+@kernel
+def _layer_with_pool(ranks: Ranks, times: PoolTimes, entry: int, k: int, cards: int, card_bytes: float) -> Layer:
+    """Return a layer of a stage that gives k head groups of every rank to ``cards`` per copy."""
+    wire_s = times.wire_s[entry] if times.receives else 0.0
+    on_cards = layers_on_card(card_bytes, times.kv_group_bytes, ranks.tp, k, cards, ranks.requests, ranks.tokens)
+    chunk_s = ranks.chunk_layer_s + times.chunk_layer_s[entry]
+    return Layer(ranks.layer_s + times.layer_s[entry], wire_s, chunk_s, on_cards)
 
 
 @kernel
 def _limit_layers(
     floors: IntArray, caps: IntArray, layer_s: float, fixed_s: FloatArray, chunk_layer_s: float,
     chunk_fixed_s: FloatArray, longest_s: float, iterations: float, unevenness: float,
-) -> None:  # fmt: skip
-    """Narrow ``caps`` and ``floors`` [4] to stages within both time limits.
+) -> bool:  # fmt: skip
+    """Narrow ``caps`` and ``floors`` [4] to stages within both time limits, and return whether any role has layers.
 
     A stage may take at most ``longest_s`` seconds in an iteration with a chunk, and at most ``unevenness`` times a mean
     iteration.
@@ -281,140 +534,23 @@ def _limit_layers(
                     floors[role] = max(1, int(np.ceil(least)))
             elif slope < 0.0:
                 caps[role] = int(max(0.0, min(float(caps[role]), rise / slope + ROUNDING)))
+    return _most(caps) > 0
 
 
 @kernel
-def list_options(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, least_slack: float, slack_unevenness: float,
-    chunk_cap_s: float, unevenness: float, reach: Reach, group_price: FloatArray, card_price: FloatArray,
-) -> Options:  # fmt: skip
-    """Return every useful stage option of a configuration that fits in memory, without obviously dominated ones.
+def _most(caps: IntArray) -> int:
+    """Return the largest of the roles' numbers; `max` of an array would count references."""
+    most: int = max(max(caps[0], caps[1]), max(caps[2], caps[3]))
+    return most
 
-    A stage with c copies takes at most ``c chunk_cap_s`` seconds in an iteration with a chunk, and at most
-    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option. `Reach` says what
-    is useful at ``group_price`` [S] and ``card_price`` [N]. An option with a pool is dropped if the stage without one,
-    or the fastest or the roomiest smaller pool of the same class, is as fast and has as much room, because the option
-    would only cost more (unless cards count, see `Tables`).
-    """
-    out, count = _empty_options(256), 0
-    caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
-    fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
-    on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
-    has_chunk_limits = chunk_cap_s < np.inf or unevenness < np.inf
-    slack, least = 1.0 + ROUNDING, 1.0 + least_slack
-    n_it, mix, num_layers = t.iterations[x], iterations_of(t, x, f), t.num_layers
-    num_classes, num_sizes, counts = t.available.shape[0], t.pool_sizes.shape[0], t.keeps_idle_cards
-    pool_sizes, kv_group_bytes, prefix_layers = t.pool_sizes, t.kv_group_bytes, t.prefix_layers
-    pool_s, chunk_pool_s, pool_wire_s, least_pool_s = t.pool_s, t.chunk.pool_s, t.pool_wire_s, t.least_pool_s
-    receives, in_flight, micro_batch = t.receives[x], t.in_flight[f], t.micro_batch[x]
-    most_copies, gives_all = copies_limit(in_flight, max_copies), t.gives_all[x]
-    for s in range(t.rank_class.shape[0]):
-        g, n, groups, layer_bytes = t.rank_class[s], t.rank_tp[s], t.rank_groups[s], t.layer_bytes[s]
-        base_s, base_chunk_s, own_s = t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, groups]
-        wire_of_rank_s, step_s, hop_s, last_s = t.wire_s[x, s], t.step_s[x, s], t.hop_s[x, s], t.last_s[x, s]
-        prefix_delta_s = t.prefix_delta_s[x, s]
-        chunk_hop_s, chunk_step_s = t.chunk.hop_s[x, s], t.chunk.step_s[x, s]
-        chunk_last_s, chunk_prefix_s = t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]
-        least_rest_s = step_s + min(hop_s, prefix_layers * (base_s + prefix_delta_s))
-        plain_room, first_bytes = t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s]
-        last_bytes, tied_bytes = t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s]
-        for c in range(1, most_copies + 1):
-            if c * n > t.available[g]:
-                break
-            if t.rank_dp[s] > 1 and in_flight > 1:
-                break  # copies that share their experts are one replica, of one stage
-            requests = (in_flight + c - 1) // c * micro_batch
-            tokens = t.kv_tokens[x, f, c - 1]
-            kv_bytes, prompt_bytes = tokens * kv_group_bytes, t.prompt_tokens[x, f, c - 1] * kv_group_bytes
-            state = t.state_bytes[x, f, c - 1] / n
-            for role in range(4):
-                room = room_of_role(plain_room, first_bytes, last_bytes, tied_bytes, role)
-                others = prefix_layers if role in (FIRST, BOTH) else 0
-                if role in (LAST, BOTH):
-                    others += t.draft_layers
-                for k in range(groups + 1):
-                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes) + state
-                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, others, num_layers)
-            before_k = groups - 1 if gives_all else 0  # below the fewest head groups that a pool may take
-            without = -1  # the option without a pool, if it is listed
-            for q in range(-1, num_classes):
-                if gives_all if q < 0 else not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
-                    continue
-                cards_limit, start, least_start, card_bytes, card = 0, 0, 0, 0.0, 0.0
-                if q >= 0:
-                    cards_limit = pool_limit(c, c * n if q == g else 0, t.available[q], max_pool)
-                    start, least_start = t.pool_start[s, q], t.least_pool_start[s, q]
-                    card_bytes, card = t.worker_room_bytes[q], card_price[q]
-                first_of_group = fastest = roomiest = count
-                for size in range(num_sizes if q >= 0 else 1):
-                    p = pool_sizes[size] if q >= 0 else 0
-                    if p > cards_limit:
-                        break
-                    price = c * (group_price[s] + p * card)
-                    if q >= 0 and reach.spare < np.inf:
-                        most = roomiest_split(
-                            plain_room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
-                        )  # fmt: skip
-                        least_s = base_s + least_pool_s[x, least_start + size]
-                        if not is_useful(reach, price, c, least_s, least_rest_s, most):
-                            continue
-                    # From the roomiest split to the fastest: a split that is neither is already dominated.
-                    for k in range(groups if q >= 0 else 0, before_k if q >= 0 else -1, -1):
-                        compute_s, wire_s, chunk_layer_s, on_card = base_s, wire_of_rank_s, base_chunk_s, np.inf
-                        if q < 0:
-                            compute_s += own_s
-                            chunk_layer_s += own_s / n_it
-                        else:
-                            entry = start + (k - 1) * num_sizes + size
-                            compute_s += pool_s[x, entry]
-                            chunk_layer_s += chunk_pool_s[x, entry]
-                            wire_s = pool_wire_s[entry] if receives else 0.0
-                            on_card = layers_on_card(card_bytes, kv_group_bytes, n, k, p, requests, tokens)
-                        layer_s = max(compute_s, wire_s)
-                        if not _fill_caps(caps, on_rank, k, on_card, prefix_layers, num_layers, t.rank_dp[s] > 1):
-                            continue
-                        fill_fixed(
-                            fixed_s, prefix_layers, compute_s, wire_s, hop_s, step_s, last_s, prefix_delta_s
-                        )  # fmt: skip
-                        if has_chunk_limits:
-                            fill_fixed(
-                                chunk_fixed_s, prefix_layers, chunk_layer_s, 0.0, chunk_hop_s, chunk_step_s,
-                                chunk_last_s, chunk_prefix_s,
-                            )  # fmt: skip
-                            _limit_layers(
-                                floors, caps, layer_s, fixed_s, chunk_layer_s, chunk_fixed_s, c * chunk_cap_s, n_it,
-                                unevenness * slack,
-                            )  # fmt: skip
-                            if not caps.any():
-                                continue
-                        longer = stretch(mix, layer_s, chunk_layer_s, least_slack, slack_unevenness)
-                        layer_s *= longer
-                        for role in range(4):
-                            fixed_s[role] *= longer
-                        rest_s = min(min(fixed_s[0], fixed_s[1]), min(fixed_s[2], fixed_s[3])) / least
-                        if not is_useful(reach, price, c, layer_s / least, rest_s, float(caps.max())):
-                            continue
-                        if (
-                            not counts
-                            and q >= 0
-                            and (
-                                _is_beaten(out, without, count, layer_s, fixed_s, floors, caps)
-                                or _is_beaten(out, fastest, count, layer_s, fixed_s, floors, caps)
-                                or _is_beaten(out, roomiest, count, layer_s, fixed_s, floors, caps)
-                            )
-                        ):
-                            continue
-                        if count == out.layer_s.size:
-                            out = selected(out, np.arange(2 * count) % count)
-                        _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
-                        if q < 0:
-                            without = count
-                        if count == first_of_group or layer_s < out.layer_s[fastest]:
-                            fastest = count
-                        if count == first_of_group or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
-                            roomiest = count
-                        count += 1
-    return selected(out, slice(0, count))
+
+@kernel
+def _stretch_fixed(fixed_s: FloatArray, longer: float) -> float:
+    """Multiply the fixed seconds of every role by ``longer``, and return the least."""
+    for role in range(4):
+        fixed_s[role] *= longer
+    least: float = min(min(fixed_s[0], fixed_s[1]), min(fixed_s[2], fixed_s[3]))
+    return least
 
 
 @kernel
@@ -432,24 +568,16 @@ def _write(
 
 
 @kernel
-def _fill_caps(
-    caps: IntArray,
-    on_rank: FloatArray,
-    k: int,
-    on_card: float,
-    prefix_layers: int,
-    num_layers: int,
-    shares_experts: bool,
-) -> bool:
+def _fill_caps(caps: IntArray, on_rank: FloatArray, k: int, on_cards: float, ranks: Ranks) -> bool:
     """Fill in the most layers of each role with k head groups in the pool, and return whether any role has one.
 
     Copies that share their experts hold all layers or none.
     """
     has_any = False
     for role in range(4):
-        prefix = prefix_layers if role in (FIRST, BOTH) else 0
-        caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
-        if shares_experts and (role != BOTH or caps[role] < num_layers):
+        prefix = ranks.prefix_layers if role in (FIRST, BOTH) else 0
+        caps[role] = int(max(0.0, min(on_rank[k, role], on_cards - prefix)))
+        if ranks.shares_experts and (role != BOTH or caps[role] < ranks.num_layers):
             caps[role] = 0
         has_any = has_any or caps[role] > 0
     return has_any

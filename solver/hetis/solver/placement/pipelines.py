@@ -22,7 +22,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
-from hetis.solver.placement.options import ROUNDING, fill_fixed, iterations_of, layers_on_rank, stretch
+from hetis.solver.placement.options import ROUNDING, FixedTimes, fill_fixed, iterations_of, layers_on_rank, stretch
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
@@ -503,14 +503,12 @@ def best_equal_split(
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
         chunk_w = t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x]
-        fill_fixed(
-            fixed_s, t.prefix_layers, compute_s, t.wire_s[x, s], t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s],
-            t.prefix_delta_s[x, s],
-        )  # fmt: skip
-        fill_fixed(
-            chunk_fixed_s, t.prefix_layers, chunk_w, 0.0, t.chunk.hop_s[x, s], t.chunk.step_s[x, s],
-            t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s],
-        )  # fmt: skip
+        times = FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s])
+        chunk_times = FixedTimes(
+            t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]
+        )
+        fill_fixed(fixed_s, t.prefix_layers, compute_s, t.wire_s[x, s], times)
+        fill_fixed(chunk_fixed_s, t.prefix_layers, chunk_w, 0.0, chunk_times)
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
             if 1 < m < num_stages or (depth_in_flight and m != num_stages):

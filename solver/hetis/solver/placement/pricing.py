@@ -25,6 +25,7 @@ from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import (
     NO_STAGES,
+    TimeLimits,
     interval_cap,
     list_options,
     option_prices,
@@ -69,7 +70,8 @@ def best_replica(
     This is not a kernel: the machine code of a kernel contains that of those it calls, and compiling it took a minute.
     """
     options = list_options(
-        t, x, f, max_copies, max_pool, limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness,
+        t, x, f, max_copies, max_pool,
+        TimeLimits(limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness),
         reach_of(t.num_layers, limits, proof, floor), group_price, card_price,
     )  # fmt: skip
     prices = option_prices(options, group_price, card_price)

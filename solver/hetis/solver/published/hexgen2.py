@@ -99,7 +99,8 @@ class Evaluated:
 
 def search_hexgen2(search: Search) -> Found:
     """Return the plan that HexGen-2's heuristic finds."""
-    networks = [Network(search, sends_afar) for sends_afar in ((False, True) if len(search.zones) > 1 else (False,))]
+    afar = (False, True) if len(search.zones) > 1 else (False,)
+    networks = [FlowNetwork(search, sends_afar) for sends_afar in afar]
     weights = bandwidths(search.costs.problem.cluster)
     counts = _group_counts(search)
     starts = [_arranged(search, weights, groups, headroom) for headroom, groups in counts]
@@ -152,7 +153,9 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
         yield dict(counts)
 
 
-def _first_to_serve(networks: Sequence[Network], starts: Iterable[Arrangement]) -> list[tuple[Network, Evaluated]]:
+def _first_to_serve(
+    networks: Sequence[FlowNetwork], starts: Iterable[Arrangement]
+) -> list[tuple[FlowNetwork, Evaluated]]:
     """Evaluate the first arrangement that serves requests on every network, one group on the other side if needed."""
     for start in starts:
         changed = (g for g, role in enumerate(start.roles) if start.roles.count(role) > 1)
@@ -361,7 +364,7 @@ def maximum_flow(
     return dict(sorted(routes.items()))
 
 
-class Network:
+class FlowNetwork:
     """The evaluation of arrangements, and their improvement; prefill replicas may send to all zones, or not."""
 
     def __init__(self, search: Search, sends_afar: bool, replicas: ReplicaSearch | None = None) -> None:
@@ -423,7 +426,7 @@ class Network:
     def improved_from_without_limits(self, start: Arrangement) -> Evaluated:
         """Improve without the latency limits, then with them, since no swap leaves an arrangement without flow."""
         free = ReplicaSearch(self.search.costs, keeps_limits=False)
-        relaxed = Network(replace(self.search, report=silent), self._sends_afar, free)
+        relaxed = FlowNetwork(replace(self.search, report=silent), self._sends_afar, free)
         return self.improved(self.evaluated(relaxed.improved(relaxed.evaluated(start)).arrangement))
 
 

@@ -79,10 +79,11 @@ class Redispatcher:
         The result is stable: the same search from where the moves lead finds nothing more, so re-dispatch of an
         unchanged stage stays quiet.
         """
-        return _Search(problem, ideal_dispatch(problem.snapshot, self.dispatcher, on_draining=True), self._lp).plan()
+        ideal = ideal_dispatch(problem.snapshot, self.dispatcher, on_draining=True)
+        return _MoveSearch(problem, ideal, self._lp).plan()
 
 
-class _Search:
+class _MoveSearch:
     """The search for the moves of one problem."""
 
     def __init__(self, problem: RedispatchProblem, ideal: DispatchPlan, lp: MoveLp) -> None:

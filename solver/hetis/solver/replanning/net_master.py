@@ -5,7 +5,7 @@ A replica that starts does not serve until the start is done: it counts ``1 - st
 flight on it need not start again: keeping it is worth its rate and on average half the service of each of these.
 
     max   sum over kept, reset, repaired, shrunk o of net_o x_o + sum over new k of net_k n_k + sum over kept of s_r
-    s.t.  rows of `Inventory`, and the flows of prefill and decode replicas at their net rates
+    s.t.  rows of `InventoryRows`, and the flows of prefill and decode replicas at their net rates
 
 It is solved by the master of placement, which does not know where its columns come from.
 
@@ -47,7 +47,7 @@ Row = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
+class InventoryRows:
     """Rows with their limits, and the data that every column shares."""
 
     costs: CostTables
@@ -104,7 +104,7 @@ class Inventory:
 def inventory_of(
     costs: CostTables, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int],
     max_moves: int | None,
-) -> Inventory:  # fmt: skip
+) -> InventoryRows:  # fmt: skip
     """Return the rows for these options; ``stays`` are the running replicas for which staying is worth something."""
     owners: dict[Slot, set[int]] = {}
     for option in options:
@@ -125,7 +125,7 @@ def inventory_of(
     if max_moves is not None:
         limits["moves",] = max_moves
     rows = {row: number for number, row in enumerate(limits)}
-    return Inventory(costs, places, rows, np.array(list(limits.values()), dtype=np.int64), sizes, shared)
+    return InventoryRows(costs, places, rows, np.array(list(limits.values()), dtype=np.int64), sizes, shared)
 
 
 def _by_slot(devices: Iterable[str], places: Mapping[str, Place]) -> Counter[Slot]:
@@ -191,7 +191,7 @@ class NetMaster:
     """
 
     def __init__(
-        self, inventory: Inventory, change_costs: ChangeCosts, demand: float | None, stay_rates: dict[int, float],
+        self, inventory: InventoryRows, change_costs: ChangeCosts, demand: float | None, stay_rates: dict[int, float],
         stay_shares: dict[int, float],
     ) -> None:  # fmt: skip
         self.inventory, self.change_costs, self.costs = inventory, change_costs, inventory.costs

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from hetis.solver.shares.problem import FloatArray, Rule, ShareProblem, Shares
+from hetis.solver.shares.problem import FairnessRule, FloatArray, ShareProblem, Shares
 
 TOLERANCE = 1e-6
 
@@ -41,13 +41,13 @@ def _worth(problem: ShareProblem, claimant: int, share: FloatArray) -> float:
 def _unfair(problem: ShareProblem, shares: Shares, values: list[float], names: list[str]) -> list[str]:
     parts = [value / weight for value, weight in zip(values, problem.weights, strict=True)]
     found = []
-    if shares.rule is Rule.COOPERATIVE:
+    if shares.rule is FairnessRule.COOPERATIVE:
         for l, name in enumerate(names):
             for i, other in enumerate(names):
                 theirs = _worth(problem, l, shares.amounts[i]) / problem.weights[i]
                 if theirs > parts[l] * (1.0 + TOLERANCE) + 1e-12:
                     found.append(f"{name} envies {other}: {theirs:.6g} per part against {parts[l]:.6g}")
-    if shares.rule is Rule.NON_COOPERATIVE and max(parts) > min(parts) * (1.0 + TOLERANCE):
+    if shares.rule is FairnessRule.NON_COOPERATIVE and max(parts) > min(parts) * (1.0 + TOLERANCE):
         found.append(f"values per part are {min(parts):.6g} to {max(parts):.6g}, must be equal")
     return found
 
@@ -58,12 +58,12 @@ def _bound(problem: ShareProblem, shares: Shares) -> float | None:
     claimants, types = range(w.shape[0]), range(w.shape[1])
 
     def coefficient(l: int, j: int) -> float:
-        if shares.rule is Rule.NON_COOPERATIVE:
+        if shares.rule is FairnessRule.NON_COOPERATIVE:
             return float(w[l, j] + w[l, j] * (y[l] - np.mean(y)) / pi[l])
         gained = math.fsum(max(0.0, y[l, i]) * w[l, j] / pi[l] for i in claimants)
         lost = math.fsum(max(0.0, y[i, l]) * w[i, j] / pi[l] for i in claimants)
         return float(w[l, j] + gained - lost)
 
-    if shares.rule not in (Rule.COOPERATIVE, Rule.NON_COOPERATIVE):
+    if shares.rule not in (FairnessRule.COOPERATIVE, FairnessRule.NON_COOPERATIVE):
         return None
     return math.fsum(problem.counts[j] * max(0.0, *(coefficient(l, j) for l in claimants)) for j in types)

@@ -30,7 +30,7 @@ class GpuShare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ShareJob:
     """A kind of work of a tenant.
 
     ``speedups`` [types] is its throughput on one GPU of each type, in any unit; 0 if it cannot run there.
@@ -51,11 +51,11 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tenant:
+class ShareTenant:
     """A tenant with a claim to ``weight`` parts of the fleet. Its jobs have equal parts of that."""
 
     name: str
-    jobs: tuple[Job, ...]
+    jobs: tuple[ShareJob, ...]
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class ShareProblem:
     """
 
     gpus: tuple[GpuShare, ...]
-    tenants: tuple[Tenant, ...]
+    tenants: tuple[ShareTenant, ...]
 
     def __post_init__(self) -> None:
         if not self.gpus or not self.tenants:
@@ -126,7 +126,7 @@ class ShareProblem:
 # --- the answer
 
 
-class Rule(StrEnum):
+class FairnessRule(StrEnum):
     """The rule by which shares are chosen."""
 
     COOPERATIVE = "cooperative"  # OEF: highest total value without envy
@@ -144,7 +144,7 @@ class Shares:
     an optimum). ``multipliers`` prove the bound: see `check_shares`.
     """
 
-    rule: Rule
+    rule: FairnessRule
     amounts: FloatArray  # [V, K]
     value: float
     bound: float

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.shares.problem import BoolArray, FloatArray, IntArray, Rule, ShareProblem
+from hetis.solver.shares.problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem
 from hetis.solver.shares.solve import by_speed, share_program, solve_shares, spans
 
 TOLERANCE = 1e-6  # relative
@@ -89,7 +89,7 @@ class Claim:
     gain: float  # value by the true speed-ups with the claim over without it, less 1
 
 
-def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: bool, tries: int) -> Claim:
+def best_claim(problem: ShareProblem, rule: FairnessRule, claimant: int, *, inflate: bool, tries: int) -> Claim:
     """Return the best of ``tries`` false claims of one claimant, each type except its slowest off by up to 2 times.
 
     This is a search and not a proof: a gain found is possible, a gain not found may still be possible.
@@ -111,7 +111,7 @@ def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: boo
     return best
 
 
-def _value(problem: ShareProblem, rule: Rule, claimant: int, stated: FloatArray, true: FloatArray) -> float:
+def _value(problem: ShareProblem, rule: FairnessRule, claimant: int, stated: FloatArray, true: FloatArray) -> float:
     """Return the true value of a claimant's share if it states other speed-ups."""
     jobs = [job for tenant in problem.tenants for job in tenant.jobs]
     jobs[claimant] = replace(jobs[claimant], speedups=tuple(stated.tolist()))

@@ -36,7 +36,7 @@ import numpy as np
 
 from hetis.solver.errors import BrokenProofError
 from hetis.solver.highs import linear_program, quiet_highs
-from hetis.solver.shares.problem import BoolArray, FloatArray, IntArray, Rule, ShareProblem, Shares
+from hetis.solver.shares.problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem, Shares
 
 TIE_SECONDS = 2.0
 SHARE_OF_NOTHING = 1e-7  # of a type's GPUs: anything smaller is rounding
@@ -45,12 +45,15 @@ LEAST_SPEED = 1e-2  # relative to the slowest type a job runs on
 LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room for rounding
 
 
-def solve_shares(problem: ShareProblem, rule: Rule) -> Shares:
+def solve_shares(problem: ShareProblem, rule: FairnessRule) -> Shares:
     """Return shares of a fleet under a rule; the same for the same input."""
     solvers = {
-        Rule.COOPERATIVE: cooperative, Rule.NON_COOPERATIVE: non_cooperative, Rule.MAX_MIN: max_min,
-        Rule.TRADING: trading, Rule.EQUAL: equal_split,
-    }  # fmt: skip
+        FairnessRule.COOPERATIVE: cooperative,
+        FairnessRule.NON_COOPERATIVE: non_cooperative,
+        FairnessRule.MAX_MIN: max_min,
+        FairnessRule.TRADING: trading,
+        FairnessRule.EQUAL: equal_split,
+    }
     return solvers[rule](problem)
 
 
@@ -141,7 +144,7 @@ def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> S
     multipliers = np.zeros((count, count))
     multipliers[apart] = np.maximum(0.0, -found[1][len(problem.counts) :])
     bound = cooperative_bound(problem, multipliers)
-    return _settled(problem, Rule.COOPERATIVE, program, found[0], bound, multipliers, tie_seconds)
+    return _settled(problem, FairnessRule.COOPERATIVE, program, found[0], bound, multipliers, tie_seconds)
 
 
 def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> Shares:
@@ -161,7 +164,7 @@ def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) 
     multipliers[1:] = -found[1][len(problem.counts) :]
     multipliers[0] = -multipliers[1:].sum()
     bound = non_cooperative_bound(problem, multipliers)
-    return _settled(problem, Rule.NON_COOPERATIVE, program, found[0], bound, multipliers, tie_seconds)
+    return _settled(problem, FairnessRule.NON_COOPERATIVE, program, found[0], bound, multipliers, tie_seconds)
 
 
 def _add_comparisons(
@@ -189,8 +192,8 @@ def non_cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> flo
 
 
 def _settled(
-    problem: ShareProblem, rule: Rule, program: Program, columns: FloatArray, bound: float, multipliers: FloatArray,
-    tie_seconds: float,
+    problem: ShareProblem, rule: FairnessRule, program: Program, columns: FloatArray, bound: float,
+    multipliers: FloatArray, tie_seconds: float,
 ) -> Shares:  # fmt: skip
     """Return the shares of an optimum, or of an equally good one with fewer types."""
     amounts = np.maximum(0.0, columns.reshape(problem.speedups.shape))
@@ -200,7 +203,7 @@ def _settled(
 
 
 def _shares(
-    problem: ShareProblem, rule: Rule, amounts: FloatArray, bound: float, multipliers: FloatArray | None = None
+    problem: ShareProblem, rule: FairnessRule, amounts: FloatArray, bound: float, multipliers: FloatArray | None = None
 ) -> Shares:
     value = float(problem.values(amounts).sum())
     multipliers = np.zeros(0) if multipliers is None else multipliers
@@ -278,7 +281,7 @@ def _marked(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
 
 def equal_split(problem: ShareProblem) -> Shares:
     """Return the same part of every GPU type for every claimant, by weight."""
-    return _shares(problem, Rule.EQUAL, problem.equal_split, 0.0)
+    return _shares(problem, FairnessRule.EQUAL, problem.equal_split, 0.0)
 
 
 def max_min(problem: ShareProblem) -> Shares:
@@ -304,7 +307,7 @@ def max_min(problem: ShareProblem) -> Shares:
     multipliers = np.maximum(0.0, -best[1][types:])
     paid = float(found[0][cells]) * float(multipliers.sum())
     bound = float(problem.counts @ (problem.speedups + multipliers[:, None] * over_equal).max(axis=0)) - paid
-    return _shares(problem, Rule.MAX_MIN, amounts, bound, multipliers)
+    return _shares(problem, FairnessRule.MAX_MIN, amounts, bound, multipliers)
 
 
 def trading(problem: ShareProblem) -> Shares:
@@ -329,7 +332,7 @@ def trading(problem: ShareProblem) -> Shares:
                 if np.isfinite(gain) and gain > best_gain * (1.0 + 1e-12):
                     best_gain, trade = gain, (slow, fast, int(sellers.argmin()), int(buyers.argmax()))
         if trade is None:
-            return _shares(problem, Rule.TRADING, amounts, np.inf)
+            return _shares(problem, FairnessRule.TRADING, amounts, np.inf)
         _trade(speeds, amounts, *trade)
 
 
