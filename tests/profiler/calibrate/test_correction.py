@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.profiler.calibrate.correction import STOOD_STILL, Calibration, calibrate
+from hetis.profiler.calibrate.correction import STOOD_STILL, CalibrationResult, calibrate
 from hetis.profiler.calibrate.observed import Observation, ObservedKind, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.solver.errors import InvalidProblemError
@@ -17,7 +17,7 @@ from hetis.solver.profile import Op, Profile, Source
 from tests.profiler.calibrate.truth import Truth, observed, replica, works
 
 
-def values(found: Calibration) -> dict[str, float]:
+def values(found: CalibrationResult) -> dict[str, float]:
     return {one.name: one.after for one in found.parameters}
 
 

@@ -47,7 +47,7 @@ class Errors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
+class HeldOutErrors:
     """Errors over the observations of a kind (empty: of all) that the fit never saw."""
 
     kind: str
@@ -71,17 +71,17 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """The result; ``profile`` is None if no correction makes the held-out error smaller."""
+class CalibrationResult:
+    """The result of a calibration; ``profile`` is None if no correction makes the held-out error smaller."""
 
     profile: Profile | None
     parameters: tuple[Parameter, ...]
-    judged: tuple[Judgement, ...]  # the last one is of all
+    judged: tuple[HeldOutErrors, ...]  # the last one is of all
     num_fitted: int
     left_out: Mapping[str, int]
 
 
-def calibrate(observed: Observed, replica: CalibratedReplica) -> Calibration:
+def calibrate(observed: Observed, replica: CalibratedReplica) -> CalibrationResult:
     """Fit a correction of the replica's profile, and judge it.
 
     Raises:
@@ -103,7 +103,7 @@ def calibrate(observed: Observed, replica: CalibratedReplica) -> Calibration:
     improves = bool(chosen) and judgements[-1].after.mape < judgements[-1].before.mape
     was = {"kernels": 1.0, "step": float(np.median(table.step))}
     was["sequence"] = float(np.median(table.sample / np.maximum(table.sequences, 1e-9)))
-    return Calibration(
+    return CalibrationResult(
         profile=corrected(replica, observed, values, judgements[-1], len(fitted.seconds)) if improves else None,
         parameters=tuple(
             Parameter(name=name, before=was[name], after=values.get(name, was[name]), margin=margins.get(name))
@@ -116,7 +116,7 @@ def calibrate(observed: Observed, replica: CalibratedReplica) -> Calibration:
 
 
 def corrected(
-    replica: CalibratedReplica, observed: Observed, values: Mapping[str, float], judged: Judgement, num_fitted: int
+    replica: CalibratedReplica, observed: Observed, values: Mapping[str, float], judged: HeldOutErrors, num_fitted: int
 ) -> Profile:
     """Return the profile with these parameters.
 
@@ -281,13 +281,13 @@ def _non_negative(features: FloatArray, target: FloatArray, weights: FloatArray)
     return best / scale
 
 
-def _judgements(table: _Table, before: FloatArray, after: FloatArray) -> list[Judgement]:
-    def judgement(kind: str) -> Judgement:
+def _judgements(table: _Table, before: FloatArray, after: FloatArray) -> list[HeldOutErrors]:
+    def judgement(kind: str) -> HeldOutErrors:
         mine = table.kind == kind if kind else np.ones(len(table.kind), np.bool_)
         seconds = table.seconds[mine]
         errors = [_errors(predicted[mine] / seconds - 1) for predicted in (before, after)]
         count, mean_s = int(mine.sum()), float(seconds.mean())
-        return Judgement(kind=kind, count=count, mean_s=mean_s, before=errors[0], after=errors[1])
+        return HeldOutErrors(kind=kind, count=count, mean_s=mean_s, before=errors[0], after=errors[1])
 
     kinds = [str(kind) for kind in np.unique(table.kind)]
     return [judgement(kind) for kind in [*(kinds if len(kinds) > 1 else []), ""]]

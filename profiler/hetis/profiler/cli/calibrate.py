@@ -17,7 +17,7 @@ from hetis.profiler.cli.shared import ClusterOption, gpu_type, require_outputs, 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hetis.profiler.calibrate.correction import Calibration, Parameter
+    from hetis.profiler.calibrate.correction import CalibrationResult, Parameter
     from hetis.profiler.calibrate.observed import Observed
     from hetis.profiler.calibrate.replica import CalibratedReplica
     from hetis.solver.model import ModelSpec
@@ -200,7 +200,7 @@ def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float
     return observed_in_scrapes(url, scrapes, context_tokens=context)
 
 
-def _document(found: Calibration, observed: Observed, replica: CalibratedReplica, out: Path) -> dict[str, Any]:
+def _document(found: CalibrationResult, observed: Observed, replica: CalibratedReplica, out: Path) -> dict[str, Any]:
     """Return all numbers; ``errors`` has kind ``all`` last, ``margin`` is half of a 95% interval or null."""
     return {
         "out": None if found.profile is None else str(out),
@@ -218,7 +218,7 @@ def _document(found: Calibration, observed: Observed, replica: CalibratedReplica
     }
 
 
-def _table(found: Calibration, observed: Observed, replica: CalibratedReplica) -> RenderableType:
+def _table(found: CalibrationResult, observed: Observed, replica: CalibratedReplica) -> RenderableType:
     """Return the held-out errors before and after by kind, the parameters, and what was left out."""
     from rich.console import Group
     from rich.text import Text

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
-from hetis.profiler.importers.reading import Collection, Row, Sheet, Value
+from hetis.profiler.importers.reading import Collection, Sheet, SheetRow, Value
 
 TOOL = "aiconfigurator-core"
 _EXTRACT = MeasuredBy(tool=f"{TOOL} 0.12.0", engine="vLLM", source="data/profiles", licence="Apache-2.0")
@@ -65,7 +65,7 @@ def read(sheet: Sheet, into: Collection) -> None:
             into.add(gpu, by, op, kernel, row, time, **values, seconds=seconds)
 
 
-def _gemm(row: Row) -> Found | str:
+def _gemm(row: SheetRow) -> Found | str:
     dtype = row.text("gemm_dtype")
     if dtype not in _BITS:
         why = " (weights only, or scaled by blocks)" if dtype in _OTHER_WEIGHTS else ""
@@ -73,7 +73,7 @@ def _gemm(row: Row) -> Found | str:
     return MeasuredOp.GEMM, dtype, {**{name: row.count(name) for name in "mnk"}, "weight_bits": _BITS[dtype]}
 
 
-def _attention(row: Row, *, decode: bool) -> Found | str:
+def _attention(row: SheetRow, *, decode: bool) -> Found | str:
     for name, wanted in (("beam_width", ("1",)), ("window_size", ("0", "-1", ""))):
         if row.text(name, wanted[0]) not in wanted:
             return f"attention rows with {name} other than {wanted[0]} are left out"
@@ -99,7 +99,7 @@ def _attention(row: Row, *, decode: bool) -> Found | str:
     return MeasuredOp.DECODE_ATTENTION, kernel, {**values, "context_tokens": context}
 
 
-def _all_reduce(row: Row) -> Found | str | None:
+def _all_reduce(row: SheetRow) -> Found | str | None:
     if "all_reduce" not in row.text("op_name"):
         return None
     dtype = row.text("nccl_dtype", row.text("allreduce_dtype", "half"))
@@ -114,7 +114,7 @@ def _all_reduce(row: Row) -> Found | str | None:
     return MeasuredOp.ALL_REDUCE, impl, values
 
 
-def _measured_by(row: Row, gpu: str) -> MeasuredBy:
+def _measured_by(row: SheetRow, gpu: str) -> MeasuredBy:
     """Return the measurer, from the row or, for the extracts, from their README."""
     if row.sheet.has("framework", "version"):
         engine, version = row.text("framework"), row.text("version")

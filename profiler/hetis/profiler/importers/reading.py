@@ -59,8 +59,8 @@ class Sheet:
     first_row: int
     problems: list[Problem] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[Row]:
-        return (Row(self, index) for index in range(len(next(iter(self.columns.values())))))
+    def __iter__(self) -> Iterator[SheetRow]:
+        return (SheetRow(self, index) for index in range(len(next(iter(self.columns.values())))))
 
     def has(self, *names: str) -> bool:
         return all(name in self.columns for name in names)
@@ -86,7 +86,7 @@ class Sheet:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SheetRow:
     """Typed access to one row. A wrong value reads as None after its problem is noted: importers skip the row."""
 
     sheet: Sheet
@@ -189,7 +189,7 @@ class _Open:
     """A table while it is being read."""
 
     columns: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
-    places: list[tuple[Row, str]] = field(default_factory=list)  # of the time of each row
+    places: list[tuple[SheetRow, str]] = field(default_factory=list)  # of the time of each row
 
 
 class Collection:
@@ -200,7 +200,7 @@ class Collection:
         self._notes: dict[tuple[str, MeasuredBy], dict[str, None]] = defaultdict(dict)
 
     def add(
-        self, gpu: str, by: MeasuredBy, op: MeasuredOp, kernel: str, row: Row, time: str, /, **values: Value | None
+        self, gpu: str, by: MeasuredBy, op: MeasuredOp, kernel: str, row: SheetRow, time: str, /, **values: Value | None
     ) -> None:
         """Add one row, whose column ``time`` holds the time, or skip it if a value is None, whose problem is noted."""
         table = self._tables.setdefault((gpu, by), {}).setdefault((op, kernel), _Open())
@@ -239,7 +239,7 @@ class Collection:
         return results
 
 
-def _implausible(table: Table, gpu: GpuType, places: Sequence[tuple[Row, str]]) -> list[Problem]:
+def _implausible(table: Table, gpu: GpuType, places: Sequence[tuple[SheetRow, str]]) -> list[Problem]:
     least = roofline_seconds(table, gpu)
     if least is not None and (peaks := least / table.seconds).max() > ROW_PEAKS:
         worst = int(peaks.argmax())

@@ -9,7 +9,7 @@ from functools import cache
 
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
-from hetis.profiler.importers.reading import Collection, Row, Sheet
+from hetis.profiler.importers.reading import Collection, Sheet, SheetRow
 from hetis.solver.model import ModelSpec
 
 _VIDUR = MeasuredBy(tool="microsoft/vidur", engine="Sarathi-Serve", source="data/profiles", licence="MIT")
@@ -107,7 +107,7 @@ def read_splitwise(sheet: Sheet, into: Collection) -> None:
             )  # fmt: skip
 
 
-def _attention(row: Row, gpu: str, by: MeasuredBy, kernel: str, into: Collection) -> None:
+def _attention(row: SheetRow, gpu: str, by: MeasuredBy, kernel: str, into: Collection) -> None:
     """Add one row as Sarathi-Serve's profiler writes it: prefill of a chunk, or decode, on one rank."""
     heads, batch = _heads(row, "n_q_head"), row.count("batch_size")
     is_prefill = row.flag("is_prefill")
@@ -125,7 +125,7 @@ def _attention(row: Row, gpu: str, by: MeasuredBy, kernel: str, into: Collection
     into.add(gpu, by, op, kernel, row, time, batch=batch, **sizes, **shape, seconds=seconds)
 
 
-def _heads(row: Row, q_heads_column: str) -> tuple[int, int, int, int] | None:
+def _heads(row: SheetRow, q_heads_column: str) -> tuple[int, int, int, int] | None:
     """Return (hidden size, query heads, KV heads, TP degree) of a row, or None after noting the problem.
 
     Every head must have a whole number of dimensions, every rank a whole number of query heads.
@@ -144,7 +144,7 @@ def _heads(row: Row, q_heads_column: str) -> tuple[int, int, int, int] | None:
     return None
 
 
-def _layer(row: Row, into: Collection) -> None:
+def _layer(row: SheetRow, into: Collection) -> None:
     gpu = row.gpu("gpu")
     heads, inner, tokens = _heads(row, "n_head"), *(row.count(name) for name in _SIZES)
     gated = row.flag("use_gated_mlp")
@@ -168,7 +168,7 @@ def _layer(row: Row, into: Collection) -> None:
         )  # fmt: skip
 
 
-def _collective(row: Row, into: Collection) -> None:
+def _collective(row: SheetRow, into: Collection) -> None:
     topology = row.text("topology")
     gpu = _TOPOLOGIES.get(topology)
     if gpu is None:
@@ -186,14 +186,14 @@ def _collective(row: Row, into: Collection) -> None:
         into.note(gpu, by, "all-reduces across nodes are left out: the cost model has none")
 
 
-def _step(row: Row, into: Collection) -> None:
+def _step(row: SheetRow, into: Collection) -> None:
     gpu, batch, time = row.gpu("gpu"), row.count("batch_size"), "sampler_e2e_ms"
     if gpu is not None:
         seconds = row.seconds(time, unit_s=1e-3)
         into.add(gpu, _VIDUR, MeasuredOp.STEP, "sampler_e2e", row, time, batch=batch, tokens=batch, seconds=seconds)
 
 
-def _catalogued_layer(row: Row, gpu: str, into: Collection) -> None:
+def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
     """Add an operator of LLMServingSim's, whose sizes the catalogue has."""
     model, op, tp = _model(row.text("model")), row.text("layer"), row.count("tp")
     if model is None:

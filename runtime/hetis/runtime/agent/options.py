@@ -17,7 +17,7 @@ import grpc
 from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_address, split_endpoints
 
 if TYPE_CHECKING:
-    from hetis.runtime.agent.launched.parts import EngineSettings
+    from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 
 T = TypeVar("T")
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -80,7 +80,7 @@ class EngineChoice:
 
     kind: EngineKind
     where: str = ""  # the path of a socket, the address of its metrics, or the file of its settings
-    settings: EngineSettings | None = None  # of engines that the agent starts itself
+    settings: EngineSettingsDocument | None = None  # of engines that the agent starts itself
 
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
@@ -105,7 +105,7 @@ class EngineChoice:
         raise AgentOptionError(f"--engine is {text!r}, must be {expected}")
 
 
-def _engine_settings(path: str) -> EngineSettings:
+def _engine_settings(path: str) -> EngineSettingsDocument:
     from hetis.formats.errors import DocumentError
     from hetis.runtime.agent.launched.parts import load_settings
 

@@ -57,7 +57,7 @@ def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, addres
         ray.shutdown()
 
 
-class Runner:
+class ProcessActor:
     """An actor that holds one process on its node. If the actor ends, so does the process."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class _Starter:
             placement_group=self._group, placement_group_bundle_index=self._bundles[command.process.name]
         )
         gpus = bundle_of(command.process, gpus=self._gpus).get("GPU", 0)
-        actor = ray.remote(Runner).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
+        actor = ray.remote(ProcessActor).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
         # Ray chooses among the node's GPUs and tells the actor: the plan's number must not overrule it.
         told = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
         secrets = {name: text for name, text in self._secrets.items() if name in command.secrets}

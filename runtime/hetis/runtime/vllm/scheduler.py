@@ -155,7 +155,7 @@ class SchedulerSide:
         self._take_counts: Callable[[bool], dict[str, Any] | None]
         self._steered: SteeredEngine[Any] | None = None
         self._close: Callable[[], None] = lambda: None
-        self.requests = Requests()  # the state of vLLM's requests that the allocator does not need
+        self.requests = RequestStats()  # the state of vLLM's requests that the allocator does not need
         self._placed: dict[str, VllmRequest] = {}
 
     # --- life
@@ -414,8 +414,8 @@ class SchedulerSide:
             _log.warning("request %s lost KV with worker %s", request_id, self.settings.workers[device - 1].name)
 
 
-class Requests:
-    """The state of vLLM's requests that the allocator does not need.
+class RequestStats:
+    """What is counted and timed of vLLM's requests, which the allocator does not need.
 
     Attributes:
         num_finished: since the start.

@@ -12,7 +12,7 @@ from examples.processes import free_ports
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.fleet.replica import devices_of, nodes_of
-from hetis.runtime.agent.launched.parts import EngineSettings
+from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
@@ -28,12 +28,12 @@ FAKE = Path(__file__).parents[2] / "launch" / "fake_vllm.py"
 NODE, REPLICA = "a", "clusters/c/replicas/p-0"
 
 
-def settings_of(**changes: Any) -> EngineSettings:
+def settings_of(**changes: Any) -> EngineSettingsDocument:
     fields = {"apiVersion": "hetis/v1", "kind": "EngineSettings", "engine": "vllm", "model": "{name}"}
-    return EngineSettings.model_validate(fields | changes)
+    return EngineSettingsDocument.model_validate(fields | changes)
 
 
-def fake_settings(folder: Path, **changes: Any) -> EngineSettings:
+def fake_settings(folder: Path, **changes: Any) -> EngineSettingsDocument:
     """The engine is ``fake_vllm.py``, on free ports; what ``control`` writes steers it."""
     control(folder)
     fields = {

@@ -8,7 +8,7 @@ import pytest
 
 from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
-from hetis.runtime.agent.launched.parts import EngineSettings, load_settings
+from hetis.runtime.agent.launched.parts import EngineSettingsDocument, load_settings
 from hetis.runtime.agent.options import AgentOptionError, EngineChoice, EngineKind
 
 GOOD = """\
@@ -19,7 +19,7 @@ model: /models/{name}
 """
 
 
-def read(folder: Path, text: str) -> EngineSettings:
+def read(folder: Path, text: str) -> EngineSettingsDocument:
     (folder / "engine.yaml").write_text(text, encoding="utf-8")
     return load_settings(folder / "engine.yaml")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.engines.commands import SERVER_STOPS_S
-from hetis.runtime.agent.launched.parts import EngineSettings, LaunchedPart, part_of
+from hetis.runtime.agent.launched.parts import EngineSettingsDocument, LaunchedPart, part_of
 from hetis.runtime.agent.launched.processes import NodeProcesses, end_leftovers
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.agent.pressure import EngineNews, ScrapeState, device_reports, replica_report, scrape
@@ -106,7 +106,7 @@ class LaunchExecutor:
     """
 
     def __init__(
-        self, settings: EngineSettings, *, node: str, folder: Path, clock: Callable[[], float] = time.monotonic
+        self, settings: EngineSettingsDocument, *, node: str, folder: Path, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._settings, self._node, self._folder, self._clock = settings, node, folder, clock
         self._engine_id, self._newest_epoch = str(uuid.uuid4()), 0
@@ -239,7 +239,7 @@ class LaunchedReplica:
         self,
         name: str,
         part: LaunchedPart,
-        settings: EngineSettings,
+        settings: EngineSettingsDocument,
         *,
         node: str,
         sessions: Path,

@@ -29,7 +29,7 @@ from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
 from hetis.formats.endpoints import host_of, is_host, joined
 from hetis.formats.errors import DocumentError
-from hetis.formats.fields import DocumentPart, Duration, read_data, validated
+from hetis.formats.fields import Document, Duration, read_data, validated
 from hetis.formats.model import load_model
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
@@ -84,10 +84,9 @@ Host = Annotated[str, _valid(is_host, "address, must be an IP address or a name"
 Variable = Annotated[str, _valid(_VARIABLE.fullmatch, "name of an environment variable")]
 
 
-class EngineSettings(DocumentPart):
-    """The settings of engines on a node."""
+class EngineSettingsDocument(Document):
+    """The settings of engines that a node's agent starts."""
 
-    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["EngineSettings"]
     engine: Literal["vllm", "vllm-hetis", "sglang"]  # that serves them
     # That starts the engine, as words or as a shell has it. Empty: as its makers have it.
@@ -135,10 +134,10 @@ class EngineSettings(DocumentPart):
         return tuple(self.program) or program_of(self.served_by)
 
 
-def load_settings(path: Path) -> EngineSettings:
+def load_settings(path: Path) -> EngineSettingsDocument:
     """Read the settings in a file. Raises DocumentError with every problem, where it stands."""
     data, source = read_data(path)
-    return validated(EngineSettings, data, source, to_value=lambda settings: settings, check=_contradictions)
+    return validated(EngineSettingsDocument, data, source, to_value=lambda settings: settings, check=_contradictions)
 
 
 def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -166,7 +165,7 @@ class LaunchedPart:
     folder: Path  # for its files and logs
 
 
-def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, folder: Path) -> LaunchedPart:
+def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: str, folder: Path) -> LaunchedPart:
     """Return the part of a replica on a node.
 
     Ports follow from the replica's first GPU: no two replicas of a node have one in common, so that all nodes know the
@@ -211,7 +210,9 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     )
 
 
-def _model_of(planned: Mapping[str, Any], replica: ReplicaPlan, settings: EngineSettings) -> tuple[ModelSpec, str]:
+def _model_of(
+    planned: Mapping[str, Any], replica: ReplicaPlan, settings: EngineSettingsDocument
+) -> tuple[ModelSpec, str]:
     """Return the served model in the replica's precision, and its folder or its name for the engine.
 
     Its shape is that of the folder if that exists, with KV in the plan's precision.
@@ -229,7 +230,7 @@ def _model_of(planned: Mapping[str, Any], replica: ReplicaPlan, settings: Engine
     return own, checkpoint
 
 
-def _serving(layout: Layout, settings: EngineSettings, name: str, checkpoint: str, endpoint: str) -> Serving:
+def _serving(layout: Layout, settings: EngineSettingsDocument, name: str, checkpoint: str, endpoint: str) -> Serving:
     host, _, port = endpoint.rpartition(":")
     options = ["--host", host.strip("[]"), "--port", port, *settings.options]
     drains = settings.served_by is not Engine.SGLANG and settings.drain_timeout >= 1
