@@ -58,7 +58,7 @@ class DesiredPhase(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class ChangeState:
-    """A change on this node."""
+    """A change on this node: what the planner wants of it, and how far the engine's `EngineChange` is known to be."""
 
     # As prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
     change: Change

@@ -23,7 +23,10 @@ ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED, Cha
 
 @dataclass(slots=True, kw_only=True)
 class EngineChange:
-    """A change in this engine."""
+    """A change in this engine.
+
+    The agent has its own record, `ChangeState`: it is kept on disk, and either of them may end without the other.
+    """
 
     change: Change  # as reserved; empty but for its id if the engine was only told to abort it
     parts: tuple[ChangePart.ValueType, ...] = ()  # this node's parts
@@ -101,19 +104,11 @@ def not_owner(move: Move, group: int, owner: str) -> Failure:
     return failure_of(ErrorReason.ERROR_REASON_NOT_OWNER, why, request=move.request, owner=owner)
 
 
-@dataclass(slots=True)
-class InFlightMove:
-    """A move that has begun. ``number`` is the engine's own."""
-
-    move: Move
-    number: int = 0
-
-
 class MoveAuthority(ABC):
     """The part that only the engine of a replica's primary plays: it owns the head map, and its moves in flight."""
 
     def __init__(self) -> None:
-        self._open: dict[str, list[InFlightMove]] = {}  # by change
+        self._open: dict[str, list[Move]] = {}  # moves that have begun, by change
 
     # --- what kind of engine it is
 
@@ -126,26 +121,26 @@ class MoveAuthority(ABC):
         """Return why a move cannot begin."""
 
     @abstractmethod
-    def begin(self, change: Change, move: Move) -> int | Failure:
-        """Reserve blocks for a move and return the engine's number for it, or why that is impossible."""
+    def begin(self, change: Change, move: Move) -> Failure | None:
+        """Reserve blocks for a move, or return why that is impossible."""
 
     @abstractmethod
-    def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
+    def why_void(self, change: Change, move: Move) -> Failure | None:
         """Return why a move in flight cannot be made any more."""
 
     @abstractmethod
-    def abort(self, change: Change, one: InFlightMove) -> None:
+    def abort(self, change: Change, move: Move) -> None:
         """Free what was reserved for a move in flight, if it still is."""
 
     @abstractmethod
-    def commit(self, change: EngineChange, moves: Sequence[InFlightMove]) -> int:
+    def commit(self, change: EngineChange, moves: Sequence[Move]) -> int:
         """Make the targets own the head groups of all these moves at once, and return the step from which on."""
 
     def is_ready(self, change: EngineChange) -> bool:
         """Return whether the copies that only the authority knows of permit `flip`."""
         return True
 
-    def stranded(self, change: Change, moves: Sequence[InFlightMove]) -> list[tuple[InFlightMove, Failure]]:
+    def stranded(self, change: Change, moves: Sequence[Move]) -> list[tuple[Move, Failure]]:
         """Return the moves that cannot be made with only these, and why."""
         return []
 
@@ -153,7 +148,7 @@ class MoveAuthority(ABC):
 
     def in_flight(self) -> list[tuple[str, Move]]:
         """Return the moves in flight, with the ids of their changes."""
-        return [(change_id, one.move) for change_id, moves in self._open.items() for one in moves]
+        return [(change_id, move) for change_id, moves in self._open.items() for move in moves]
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
         """Check every move against the head map, which has ``generation``, and reserve blocks for the moves that fit.
@@ -166,11 +161,11 @@ class MoveAuthority(ABC):
         self.check(change)
         moves = self._open[change.change_id] = []
         for move in change.moves:
-            begun = self.refusal_of(change, move) or self.begin(change, move)
-            if isinstance(begun, Failure):
-                taken.left_out[move.number] = begun
+            why = self.refusal_of(change, move) or self.begin(change, move)
+            if why is None:
+                moves.append(move)
             else:
-                moves.append(InFlightMove(move, begun))
+                taken.left_out[move.number] = why
         self._keep_together(taken, moves)
         if not moves:
             del self._open[change.change_id]
@@ -191,34 +186,32 @@ class MoveAuthority(ABC):
         """Leave out the moves that have become void, with the reason."""
         for change_id, change in changes.items():
             moves = self._open.get(change_id, [])
-            void = [(one, why) for one in moves if (why := self.why_void(change.change, one)) is not None]
+            void = [(move, why) for move in moves if (why := self.why_void(change.change, move)) is not None]
             if void:
                 self._leave_out(change, moves, void)
                 self._keep_together(change, moves)
 
     def give_blocks_back(self, change: EngineChange) -> None:
         """Free what was reserved for the change, which is aborted."""
-        for one in self._open.pop(change.change.change_id, []):
-            self.abort(change.change, one)
+        for move in self._open.pop(change.change.change_id, []):
+            self.abort(change.change, move)
 
-    def _keep_together(self, change: EngineChange, moves: list[InFlightMove]) -> None:
+    def _keep_together(self, change: EngineChange, moves: list[Move]) -> None:
         """Leave out moves that must flip together with one left out, for the reason of the first."""
         while True:
             gone = [move for move in change.change.moves if move.number in change.left_out]
             out = {(move.request, move.together): change.left_out[move.number] for move in gone}
-            keys = [(one, (one.move.request, one.move.together)) for one in moves]
-            leaving = [(one, out[key]) for one, key in keys if key in out] or self.stranded(change.change, moves)
+            keys = [(move, (move.request, move.together)) for move in moves]
+            leaving = [(move, out[key]) for move, key in keys if key in out] or self.stranded(change.change, moves)
             if not leaving:
                 return
             self._leave_out(change, moves, leaving)
 
-    def _leave_out(
-        self, change: EngineChange, moves: list[InFlightMove], leaving: Sequence[tuple[InFlightMove, Failure]]
-    ) -> None:
-        for one, why in leaving:
-            moves.remove(one)
-            change.left_out.setdefault(one.move.number, why)
-            self.abort(change.change, one)
+    def _leave_out(self, change: EngineChange, moves: list[Move], leaving: Sequence[tuple[Move, Failure]]) -> None:
+        for move, why in leaving:
+            moves.remove(move)
+            change.left_out.setdefault(move.number, why)
+            self.abort(change.change, move)
 
 
 class Copies(Protocol):

@@ -49,6 +49,11 @@ class AllocatorStats:
     relieved_blocks: int = 0  # blocks that moved to workers where a request would have been preempted
     released: int = 0  # requests that ended, or were preempted, while they ran
 
+    def take_recent(self) -> list[float]:
+        """Return the seconds of each decision since the last call, as far as they are kept."""
+        recent, self.recent_s = self.recent_s, []
+        return recent
+
 
 @dataclass(slots=True)
 class _Placed:
@@ -59,15 +64,6 @@ class _Placed:
     growth: int
     anchor: int | None = None
     number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A move in flight. ``prepared`` is its number in the solver's state."""
-
-    request_id: str
-    move: GroupMove
-    prepared: int
 
 
 class HeadAllocator:
@@ -91,9 +87,10 @@ class HeadAllocator:
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
         self._dispatcher: Dispatcher | None = None  # made anew whenever costs change
-        self._next_number, self._next_move = 1, 0
+        self._next_number = 1
         self._by_number: dict[str, str] = {}  # running requests
-        self._moves: dict[int, _Prepared] = {}
+        # Requests and their moves in flight, by the number that the solver's state gave them
+        self._moves: dict[int, tuple[str, GroupMove]] = {}
         self._limits: dict[int, int] = {}
         self._drained: frozenset[int] = frozenset()
 
@@ -159,8 +156,8 @@ class HeadAllocator:
         if placed is not None and placed.anchor is not None:
             self.stats.released += 1
             del self._by_number[str(placed.number)]
-            self._forget_moves({request_id})
             self.state.finish(request_id)
+            self._forget_moves()
 
     # --- placement
 
@@ -228,9 +225,8 @@ class HeadAllocator:
         """
         if self.state.devices[device].status is DeviceStatus.LOST:
             return ()
-        self._moves = {n: one for n, one in self._moves.items() if device not in (one.move.source, one.move.target)}
         evicted = [gone.id for gone in self.state.lose_device(device)]
-        self._forget_moves(set(evicted))
+        self._forget_moves()
         kept = {request_id: self._kept_blocks(self._placed[request_id], device) for request_id in evicted}
         for request_id in evicted:
             placed = self._placed[request_id]
@@ -264,32 +260,29 @@ class HeadAllocator:
         prepared = self.state.prepare_move(request_id, groups=len(groups), source=source, target=target)
         if prepared is None:
             return None
-        self._next_move += 1
-        move = GroupMove(self._next_move, placed.anchor, tuple(sorted(groups)), source, target)
-        self._moves[move.number] = _Prepared(request_id, move, prepared.number)
+        move = GroupMove(prepared.number, placed.anchor, tuple(sorted(groups)), source, target)
+        self._moves[move.number] = request_id, move
         return move
 
     def commit(self, number: int) -> tuple[str, GroupMove]:
         """Make the target the owner of a move's groups, and return the request and the move."""
-        one = self._moves.pop(number)
-        self.state.commit_moves(one.prepared)
-        placed = self._placed[one.request_id]
-        moved, target = one.move.groups, one.move.target
-        placed.devices = tuple(target if i in moved else device for i, device in enumerate(placed.devices))
-        self.stats.moved_groups += len(moved)
-        return one.request_id, one.move
+        request_id, move = self._moves.pop(number)
+        self.state.commit_moves(number)
+        placed = self._placed[request_id]
+        placed.devices = tuple(move.target if i in move.groups else device for i, device in enumerate(placed.devices))
+        self.stats.moved_groups += len(move.groups)
+        return request_id, move
 
     def abort(self, number: int) -> tuple[str, GroupMove] | None:
         """Leave the groups of a move where they are. Return None if the move has ended already."""
-        if (one := self._moves.pop(number, None)) is None:
-            return None
-        self.state.abort_move(one.prepared)
-        return one.request_id, one.move
+        if (found := self._moves.pop(number, None)) is not None:
+            self.state.abort_move(number)
+        return found
 
     @property
     def moves(self) -> tuple[GroupMove, ...]:
         """The moves in flight, oldest first."""
-        return tuple(one.move for one in self._moves.values())
+        return tuple(move for _, move in self._moves.values())
 
     def is_under_way(self, number: int) -> bool:
         """Return whether a move has been neither committed nor aborted."""
@@ -297,7 +290,7 @@ class HeadAllocator:
 
     def moving(self, request_id: str) -> set[int]:
         """Return the groups of a request that are in flight."""
-        return {group for one in self._moves.values() if one.request_id == request_id for group in one.move.groups}
+        return {group for name, move in self._moves.values() if name == request_id for group in move.groups}
 
     # --- room
 
@@ -330,7 +323,7 @@ class HeadAllocator:
     def relief(self, blocks: int) -> list[tuple[str, tuple[int, ...], int]]:
         """Return moves that free this many blocks here, fewer if workers lack room: from requests with most here."""
         free = self._free_blocks()
-        under_way = {one.request_id for one in self._moves.values()}
+        under_way = {name for name, _ in self._moves.values()}
         here: dict[str, list[int]] = {}
         sizes: dict[str, int] = {}
         for name in self.running:
@@ -359,9 +352,9 @@ class HeadAllocator:
             placed = self._placed[name]
             assert np.array_equal(self._counts(placed.devices), self.state.groups(name)), f"groups of {name} differ"
 
-    def _forget_moves(self, requests: set[str]) -> None:
-        """Forget the moves of requests, as the solver's state does."""
-        self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}
+    def _forget_moves(self) -> None:
+        """Forget the moves that the solver's state has ended."""
+        self._moves = {move.number: self._moves[move.number] for move in self.state.moves}
 
     def _choose(self, tokens: int, growth: int) -> tuple[tuple[int, ...] | None, str]:
         """Return the device of each group, or None if there is no room, with the reason."""

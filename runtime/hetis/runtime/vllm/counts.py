@@ -75,7 +75,7 @@ class SchedulerCounts:
             for name, samples in counted.items()
         }
         self._told = counted
-        recent, self._side.allocator.stats.recent_s = self._side.allocator.stats.recent_s, []
+        recent = self._side.allocator.stats.take_recent()
         return {"gauges": _gauges(self._side), "counters": new, "dispatch_s": recent}
 
 

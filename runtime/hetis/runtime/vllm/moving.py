@@ -81,8 +81,8 @@ def _inverse(value: torch.Tensor | int, chosen: torch.Tensor, size: int, head_di
 
 
 @dataclass(slots=True)
-class _InFlightMove:
-    """A move in flight; ``copied`` positions are at the target."""
+class _Copy:
+    """How far this rank is with a move in flight, whose value all ranks share; ``copied`` positions are at the target."""
 
     move: GroupMove
     copied: int = 0
@@ -98,7 +98,7 @@ class KvMigrator:
         """At most ``bytes_per_step`` of KV are copied between two steps, but at least one position of every group."""
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
         self._bytes_per_step = bytes_per_step
-        self._open: dict[int, _InFlightMove] = {}
+        self._open: dict[int, _Copy] = {}
         self._copied: set[int] = set()
         self._failed: set[int] = set()
 
@@ -110,7 +110,7 @@ class KvMigrator:
             if self._heads.row(move.anchor) is None or any(self._workers.get(end) is None for end in ends):
                 self._failed.add(move.number)
             else:
-                self._open[move.number] = _InFlightMove(move)
+                self._open[move.number] = _Copy(move)
             return
         one = self._open.pop(move.number, None)
         if step.phase == "commit":
@@ -166,7 +166,7 @@ class KvMigrator:
         self._copied, self._failed = set(), set()
         return copied, failed
 
-    def _commit(self, move: GroupMove, one: _InFlightMove | None) -> None:
+    def _commit(self, move: GroupMove, one: _Copy | None) -> None:
         """Commit a move, as the scheduler decided. Without a whole copy the request is recomputed at its new homes."""
         row = self._heads.row(move.anchor)
         if row is None:
@@ -183,7 +183,7 @@ class KvMigrator:
         finally:
             self._heads.devices[row, list(move.groups)] = move.target
 
-    def _copy(self, one: _InFlightMove, last: int) -> None:
+    def _copy(self, one: _Copy, last: int) -> None:
         move, first = one.move, one.copied
         row, groups = self._row(move), list(move.groups)
         number = int(self._heads.numbers[row])

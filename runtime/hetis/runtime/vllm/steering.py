@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.runtime.moves.changes import EngineChange, InFlightMove, MoveAuthority, gone, no_room, not_owner, unavailable
+from hetis.runtime.moves.changes import EngineChange, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica, planned_s
 from hetis.runtime.moves.refusals import failure_of, refusal
 from hetis.runtime.vllm.costs import HERE, Coefficients, device_seconds
@@ -136,6 +136,7 @@ class PlannedMoves(MoveAuthority):
     def __init__(self, side: SchedulerSide, binding: Binding) -> None:
         super().__init__()
         self._side, self._binding = side, binding
+        self._numbers: dict[tuple[str, int], int] = {}  # the allocator's, by a change's id and a move's number in it
 
     # --- the authority
 
@@ -175,36 +176,38 @@ class PlannedMoves(MoveAuthority):
                 return not_owner(move, group, binding.name(owners[here]) if exists else "")
         return None
 
-    def begin(self, change: Change, move: Move) -> int | Failure:
+    def begin(self, change: Change, move: Move) -> Failure | None:
         # The groups in the allocator's numbering.
         groups = sorted({group % self._side.shape.heads.head_groups for group in move.head_groups})
         name, target = self._side.allocator.numbered(move.request), self._binding.index[move.target]
         assert name is not None, "it was checked"
         number = self._side.begin_move(name, groups, target, by="planner")
         if number is not None:
-            return number
+            self._numbers[change.change_id, move.number] = number
+            return None
         allocator, each = self._side.allocator, self._binding.planned_blocks
         needed = len(groups) * allocator.blocks(name) * each
         return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * each)
 
-    def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
-        if self._side.allocator.is_under_way(one.number):
+    def why_void(self, change: Change, move: Move) -> Failure | None:
+        if self._side.allocator.is_under_way(self._numbers[change.change_id, move.number]):
             return None
-        why, device = f"the copy of request {one.move.request} was given up", one.move.target
-        failed = failure_of(ErrorReason.ERROR_REASON_COPY_FAILED, why, device=device)
-        return self.refusal_of(change, one.move) or failed
+        why = f"the copy of request {move.request} was given up"
+        failed = failure_of(ErrorReason.ERROR_REASON_COPY_FAILED, why, device=move.target)
+        return self.refusal_of(change, move) or failed
 
-    def abort(self, change: Change, one: InFlightMove) -> None:
-        self._side.abort(one.number)
+    def abort(self, change: Change, move: Move) -> None:
+        self._side.abort(self._numbers.pop((change.change_id, move.number)))
 
-    def commit(self, change: EngineChange, moves: Sequence[InFlightMove]) -> int:
+    def commit(self, change: EngineChange, moves: Sequence[Move]) -> int:
         change.copied_bytes = self._bytes(moves)
-        self._side.commit([one.number for one in moves])
+        self._side.commit([self._numbers.pop((change.change.change_id, move.number)) for move in moves])
         return self._side.num_steps
 
     def is_ready(self, change: EngineChange) -> bool:
-        copied, under_way = self._side.is_copied, self._side.allocator.is_under_way
-        return all(copied(m.number) or not under_way(m.number) for m in self._open.get(change.change.change_id, []))
+        change_id, is_under_way = change.change.change_id, self._side.allocator.is_under_way
+        numbers = [self._numbers[change_id, move.number] for move in self._open.get(change_id, [])]
+        return all(self._side.is_copied(number) or not is_under_way(number) for number in numbers)
 
     # --- Copies
 
@@ -212,10 +215,11 @@ class PlannedMoves(MoveAuthority):
         change.copy_bytes = self._bytes(self._open.get(change.change.change_id, []))
 
     def look(self, change: EngineChange, now_s: float) -> bool:
-        moves = self._open.get(change.change.change_id)
+        change_id = change.change.change_id
+        moves = self._open.get(change_id)
         if moves is None:
             return True
-        copied = [one for one in moves if self._side.is_copied(one.number)]
+        copied = [move for move in moves if self._side.is_copied(self._numbers[change_id, move.number])]
         change.copied_bytes = self._bytes(copied)
         change.copy_bytes = max(change.copied_bytes, self._bytes(moves))
         return len(copied) == len(moves)
@@ -232,10 +236,10 @@ class PlannedMoves(MoveAuthority):
             f"each of the {len(ranks)} ranks keeps its groups where the others keep theirs"
         )
 
-    def _bytes(self, moves: Sequence[InFlightMove]) -> int:
+    def _bytes(self, moves: Sequence[Move]) -> int:
         """Return the present KV bytes of moves."""
         allocator, shape = self._side.allocator, self._side.shape
-        named = [(allocator.numbered(one.move.request), len(one.move.head_groups)) for one in moves]
+        named = [(allocator.numbered(move.request), len(move.head_groups)) for move in moves]
         tokens = sum(allocator.state.context_tokens(name) * groups for name, groups in named if name is not None)
         return int(tokens * shape.heads.kv_bytes_per_token * shape.num_layers)
 

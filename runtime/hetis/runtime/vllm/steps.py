@@ -51,9 +51,12 @@ class Rehomed:
 
 @dataclass(frozen=True, slots=True)
 class GroupMove:
-    """Groups of one request on their way to another device. `Grown` gives them blocks if that is `LOCAL`."""
+    """Groups of one request on their way to another device. `Grown` gives them blocks if that is `LOCAL`.
 
-    number: int  # of the move, increasing
+    The solver's `PreparedMove` only counts groups, and the contract's `Move` names requests and devices as planners do.
+    """
+
+    number: int  # of the solver's move, increasing
     anchor: int
     groups: tuple[int, ...]
     source: int

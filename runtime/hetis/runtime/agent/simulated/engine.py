@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hetis.runtime.agent.simulated.replica import AdmissionRule, Control, PrimaryRun, ProportionalAdmission, StageRun
-from hetis.runtime.moves.changes import EngineChange, InFlightMove, MoveAuthority, gone, no_room, not_owner, unavailable
+from hetis.runtime.moves.changes import EngineChange, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
 from hetis.runtime.moves.refusals import failure_of, refusal
 from hetis.v1.change_pb2 import Change
@@ -38,33 +38,33 @@ class HeadMapAuthority(MoveAuthority):
             why = f"there is no copy {change.copy} of stage {change.stage}"
             raise refusal(ErrorReason.ERROR_REASON_INVALID_FIELD, why)
 
-    def begin(self, change: Change, move: Move) -> int:
+    def begin(self, change: Change, move: Move) -> Failure | None:
         self._stage(change).reserved.setdefault(change.change_id, []).append(move)
-        return 0
+        return None
 
-    def abort(self, change: Change, one: InFlightMove) -> None:
+    def abort(self, change: Change, move: Move) -> None:
         reserved = self._stage(change).reserved
-        if one.move in reserved.get(change.change_id, ()):
-            reserved[change.change_id].remove(one.move)
+        if move in reserved.get(change.change_id, ()):
+            reserved[change.change_id].remove(move)
         if not reserved.get(change.change_id):
             reserved.pop(change.change_id, None)
 
-    def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
+    def why_void(self, change: Change, move: Move) -> Failure | None:
         """Return why a move is void: its request ended or lost its KV, or its blocks were needed."""
-        if one.move in self._stage(change).reserved.get(change.change_id, ()):
+        if move in self._stage(change).reserved.get(change.change_id, ()):
             return None
-        return no_room(one.move) if one.move.request in self.primary.running else gone(one.move)
+        return no_room(move) if move.request in self.primary.running else gone(move)
 
     def flip(self, change: EngineChange) -> Failure | None:
         moves = self._open[change.change.change_id]
-        refused = [(one, why) for one in moves if (why := self.refusal_of(change.change, one.move)) is not None]
+        refused = [(move, why) for move in moves if (why := self.refusal_of(change.change, move)) is not None]
         self._leave_out(change, moves, refused)
         self._keep_together(change, moves)
         return super().flip(change)
 
-    def commit(self, change: EngineChange, moves: Sequence[InFlightMove]) -> int:
+    def commit(self, change: EngineChange, moves: Sequence[Move]) -> int:
         stage = self._stage(change.change)
-        for move in (one.move for one in moves):
+        for move in moves:
             owners, source, target = stage.owners[move.request], stage.index[move.source], stage.index[move.target]
             for group in move.head_groups:
                 assert owners[group] == source, "a flip found another owner"
@@ -102,16 +102,16 @@ class HeadMapAuthority(MoveAuthority):
         needed, free = stage.blocks(request.context_tokens) * len(move.head_groups), stage.free_blocks()[target]
         return None if needed <= free else no_room(move, needed_blocks=needed, free_blocks=free)
 
-    def stranded(self, change: Change, moves: Sequence[InFlightMove]) -> list[tuple[InFlightMove, Failure]]:
+    def stranded(self, change: Change, moves: Sequence[Move]) -> list[tuple[Move, Failure]]:
         """Return the moves that leave a request uneven on the primary, which takes several head groups at a time."""
         stage = self._stage(change)
         text, primary = f"the primary takes {stage.primary_groups} head groups at a time", stage.model.devices[0].name
         why = failure_of(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, text, device=primary)
-        return [(one, why) for one in moves if self._is_uneven(stage, one.move.request, moves)]
+        return [(move, why) for move in moves if self._is_uneven(stage, move.request, moves)]
 
-    def _is_uneven(self, stage: StageRun, request: str, moves: Sequence[InFlightMove]) -> bool:
+    def _is_uneven(self, stage: StageRun, request: str, moves: Sequence[Move]) -> bool:
         owners = list(stage.owners.get(request, ()))
-        for move in (one.move for one in moves if one.move.request == request):
+        for move in (move for move in moves if move.request == request):
             for group in move.head_groups if owners else ():
                 owners[group] = stage.index[move.target]
         primaries = [i for i, device in enumerate(stage.model.devices) if device.is_primary]
