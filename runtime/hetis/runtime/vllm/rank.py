@@ -404,7 +404,7 @@ class Rank:
         report = self._reports.get(remote.device)
         if report is None:
             report = self._reports[remote.device] = DeviceReport(self.blocks(remote.device))
-        report.bytes_sent += qkv.nbytes
+        report.exchanged.bytes_sent += qkv.nbytes
 
     def _answer(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
         """Put a worker's outputs in their place, or make up for them."""
@@ -414,10 +414,10 @@ class Rank:
                 answer = remote.pending.wait()
                 self._time(remote, waits_s)
                 out.copy_(answer)
-                report = self._reports[remote.device]
-                report.exchanges += 1
-                report.exchange_s += self._clock() - remote.asked_s
-                report.bytes_received += answer.nbytes
+                exchanged = self._reports[remote.device].exchanged
+                exchanged.exchanges += 1
+                exchanged.exchange_s += self._clock() - remote.asked_s
+                exchanged.bytes_received += answer.nbytes
                 return
         self._make_up(remote, layer, qkv, out, batch)
 

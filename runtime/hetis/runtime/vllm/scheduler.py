@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from hetis.runtime.vllm.settings import PluginSettings
-from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
+from hetis.runtime.vllm.steps import LOCAL, Exchanged, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
     from hetis.runtime.moves.engine import SteeredEngine
@@ -125,23 +125,14 @@ class EngineShape:
     most_running: int = 2**20  # maximum number of requests that vLLM runs concurrently
 
 
-@dataclass(slots=True)
-class Exchanged:
-    """Counters of one worker since the start, over all its ranks: see `steps.DeviceReport`."""
-
-    exchanges: int = 0
-    exchange_s: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-
 class SchedulerSide:
     """The connector's part in the scheduler's process."""
 
     def __init__(self, settings: PluginSettings) -> None:
         self.settings = settings  # of the plugin's file
         self.boundary = Boundary()  # controls which thread may touch all this
-        self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}  # by device
+        # By device, since the start, over all its ranks
+        self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}
         # Number of moves that began, were committed, and were aborted, by origin
         self.moves: Counter[tuple[MovedBy, str]] = Counter()
         self.shape: EngineShape  # of the engine
@@ -358,11 +349,7 @@ class SchedulerSide:
         for device, taken in report.taken.items():
             self.costs.hear(device, taken)
         for device, one in report.devices.items():
-            exchanged = self.exchanged[device]
-            exchanged.exchanges += one.exchanges
-            exchanged.exchange_s += one.exchange_s
-            exchanged.bytes_sent += one.bytes_sent
-            exchanged.bytes_received += one.bytes_received
+            self.exchanged[device].add(one.exchanged)
             for where in sorted(self._blocks)[rank : rank + 1]:
                 self._blocks[where][device - 1] = one.blocks
             self._settle(device)

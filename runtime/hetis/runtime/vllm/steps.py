@@ -83,14 +83,27 @@ class StepPlan:
 
 
 @dataclass(slots=True)
+class Exchanged:
+    """Counters of a worker's exchanges, one per layer and step."""
+
+    exchanges: int = 0
+    exchange_s: float = 0.0  # seconds from a call to its answer, summed over the exchanges
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def add(self, later: Exchanged) -> None:
+        self.exchanges += later.exchanges
+        self.exchange_s += later.exchange_s
+        self.bytes_sent += later.bytes_sent
+        self.bytes_received += later.bytes_received
+
+
+@dataclass(slots=True)
 class DeviceReport:
     """One rank's report on its worker on one device."""
 
     blocks: int  # KV blocks of one head group that it holds in total; 0: it is lost
-    bytes_sent: int = 0  # since the last report
-    bytes_received: int = 0
-    exchanges: int = 0  # calls to it since the last report, one per layer and step
-    exchange_s: float = 0.0  # seconds from a call to its answer, summed over those exchanges
+    exchanged: Exchanged = field(default_factory=Exchanged)  # since the last report
 
 
 @dataclass(slots=True)
