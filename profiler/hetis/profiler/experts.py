@@ -11,6 +11,7 @@ own: the rank with the most tokens keeps the others waiting. The same tables alw
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,16 +116,15 @@ def derived(tables: Path) -> Iterator[ExpertKernel]:
         gpu = catalogue.find_gpu(name).gpu
         for engine, version in versions.items():
             rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")
-            for dtype, weights in _FORMATS.items():
+            for (dtype, weights), whole in itertools.product(_FORMATS.items(), (False, True)):
                 origin = f"{PUBLISHER}, {engine} {version} on {name}, {dtype} experts"
-                for whole in (False, True):
-                    points = _points(rows, dtype, whole=whole)
-                    for ranks in (None, *_RANKS):
-                        some = {key: value for key, value in points.items() if ranks in (None, key[-1])}
-                        if len(some) >= _LEAST_POINTS:
-                            yield _kernel(
-                                some, gpu, engine=engine, weights=weights, whole=whole, ranks=ranks, origin=origin
-                            )
+                points = _points(rows, dtype, whole=whole)
+                parts = {r: {key: s for key, s in points.items() if r in (None, key[-1])} for r in (None, *_RANKS)}
+                for ranks, some in parts.items():
+                    if len(some) >= _LEAST_POINTS:
+                        yield _kernel(
+                            some, gpu, engine=engine, weights=weights, whole=whole, ranks=ranks, origin=origin
+                        )
 
 
 Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts per token, experts, ranks

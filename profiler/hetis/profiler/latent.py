@@ -12,6 +12,7 @@ kernels as one of grouped queries. The same tables always give the same bytes.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,12 +108,11 @@ def derived(tables: Path) -> Iterator[LatentKernel]:
     for system in _SYSTEMS:
         name = SYSTEMS[system]
         gpu = catalogue.find_gpu(name).gpu
-        for engine, version in _VERSIONS.items():
-            for op, phase in _OPS.items():
-                path = tables / system / "mla" / engine / version / f"mla_{phase}_module_perf.parquet"
-                rows = [row for row in rows_in(path) if _is_used(row, op)]
-                origin = f"{PUBLISHER}, {engine} {version} on {name}, MLA {phase}"
-                yield _kernel(rows, gpu, model, op=op, engine=engine, origin=origin)
+        for (engine, version), (op, phase) in itertools.product(_VERSIONS.items(), _OPS.items()):
+            path = tables / system / "mla" / engine / version / f"mla_{phase}_module_perf.parquet"
+            rows = [row for row in rows_in(path) if _is_used(row, op)]
+            origin = f"{PUBLISHER}, {engine} {version} on {name}, MLA {phase}"
+            yield _kernel(rows, gpu, model, op=op, engine=engine, origin=origin)
 
 
 def _is_used(row: Mapping[str, Any], op: Op) -> bool:

@@ -17,24 +17,28 @@ from hetis.solver.profile import FitScope, Op
 def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
     """Add all-reduces by number of GPUs, with the fastest library at each size, and transfers between two GPUs."""
     link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
-    chosen = into.points
-    for measurement in measurements:
-        found = [table for table in measurement.tables if table.op is MeasuredOp.ALL_REDUCE]
-        if found:
-            fastest: dict[tuple[float, float], float] = {}
-            for table in found:
-                columns = (table.numbers(name).tolist() for name in ("num_gpus", "num_bytes", "seconds"))
-                for n, num_bytes, seconds in zip(*columns, strict=True):
-                    fastest[n, num_bytes] = min(seconds, fastest.get((n, num_bytes), seconds))
-            origin = f"{measurement.provenance}, the fastest of {', '.join(sorted({t.kernel for t in found}))}"
-            every = list(_all_reduce(fastest, link, origin))
-            bridged = [points for points in every if _is_beyond(points.features[:, 1], points.seconds)]
-            for points in bridged:
-                into.unfitted.append(_bridged(points.op, f"{origin}, {points.scope.tp} GPUs", len(points), link))
-            notes = (_ALSO_BRIDGED,) if bridged else ()
-            beyond = {points.scope for points in bridged}
-            chosen += [replace(points, notes=notes) for points in every if points.scope not in beyond]
-            chosen = into.others
+    measured = ([table for table in one.tables if table.op is MeasuredOp.ALL_REDUCE] for one in measurements)
+    tables = [(one, found) for one, found in zip(measurements, measured, strict=True) if found]
+    for number, (measurement, found) in enumerate(tables):
+        fastest: dict[tuple[float, float], float] = {}
+        for table in found:
+            columns = (table.numbers(name).tolist() for name in ("num_gpus", "num_bytes", "seconds"))
+            for n, num_bytes, seconds in zip(*columns, strict=True):
+                fastest[n, num_bytes] = min(seconds, fastest.get((n, num_bytes), seconds))
+        origin = f"{measurement.provenance}, the fastest of {', '.join(sorted({t.kernel for t in found}))}"
+        every = list(_all_reduce(fastest, link, origin))
+        bridged = [points for points in every if _is_beyond(points.features[:, 1], points.seconds)]
+        for points in bridged:
+            into.unfitted.append(_bridged(points.op, f"{origin}, {points.scope.tp} GPUs", len(points), link))
+        notes = (_ALSO_BRIDGED,) if bridged else ()
+        beyond = {points.scope for points in bridged}
+        chosen = into.others if number else into.points
+        chosen += [replace(points, notes=notes) for points in every if points.scope not in beyond]
+    _add_transfers(measurements, link, into)
+
+
+def _add_transfers(measurements: Sequence[Measurements], link: float, into: FitPoints) -> None:
+    """Add the transfers of the first table that the link allows, between two GPUs rather than on one."""
     for path in ("peer", "loopback"):
         for origin, table in tables_of(measurements, MeasuredOp.TRANSFER):
             mine = np.array([text == path for text in table.text("path")])
@@ -45,17 +49,7 @@ def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoi
             if _is_beyond(wire_s, seconds):
                 into.unfitted.append(_bridged(Op.TRANSFER, origin, len(seconds), link))
                 continue
-            into.points.append(
-                Points(
-                    op=Op.TRANSFER,
-                    scope=FitScope(),
-                    features=np.stack([np.ones(len(seconds)), wire_s], axis=1),
-                    seconds=seconds,
-                    shapes=["one"] * len(seconds),
-                    sizes={"num_bytes": num_bytes},
-                    origin=f"{origin}, {path}",
-                )
-            )
+            into.points.append(_points(Op.TRANSFER, FitScope(), wire_s, num_bytes, seconds, f"{origin}, {path}"))
             return
 
 
@@ -101,12 +95,19 @@ def _all_reduce(fastest: dict[tuple[float, float], float], link: float, origin: 
             continue
         num_bytes, seconds = (np.array(column) for column in zip(*rows, strict=True))
         wire_s = 2.0 * (count - 1) / count * num_bytes / link
-        yield Points(
-            op=Op.ALL_REDUCE,
-            scope=FitScope(tp=int(count)),
-            features=np.stack([np.ones(len(rows)), wire_s], axis=1),
-            seconds=seconds,
-            shapes=["one"] * len(rows),
-            sizes={"num_bytes": num_bytes},
-            origin=origin,
-        )
+        scope = FitScope(tp=int(count))
+        yield _points(Op.ALL_REDUCE, scope, wire_s, num_bytes, seconds, origin)
+
+
+def _points(
+    op: Op, scope: FitScope, wire_s: FloatArray, num_bytes: FloatArray, seconds: FloatArray, origin: str
+) -> Points:
+    return Points(
+        op=op,
+        scope=scope,
+        features=np.stack([np.ones(len(seconds)), wire_s], axis=1),
+        seconds=seconds,
+        shapes=["one"] * len(seconds),
+        sizes={"num_bytes": num_bytes},
+        origin=origin,
+    )
