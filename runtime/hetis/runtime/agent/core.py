@@ -129,7 +129,8 @@ class AgentCore:
 
     def stream_ended(self) -> None:
         """Note that nothing sent is heard until the next Welcome. Nothing else changes."""
-        self._is_welcome = self._outbox.is_connected = False
+        self._is_welcome = False
+        self._outbox.stream_ended()
 
     # --- the engine and the devices
 
@@ -296,8 +297,8 @@ class AgentCore:
                 )
             )
             return
-        self._is_welcome = self._outbox.is_connected = True
-        self._outbox.stream_epoch = message.epoch
+        self._is_welcome = True
+        self._outbox.welcome(message.epoch)
         self._reporter.begin(message.welcome.settings, now_s)
         if message.welcome.send_inventory:
             self._outbox.send(ConnectNodeRequest(inventory=self.inventory))

@@ -90,6 +90,13 @@ class Outbox:
         hello.sequence = 1
         return hello
 
+    def welcome(self, epoch: int) -> None:
+        """Send from now on: the planner's Welcome, of ``epoch``, has arrived on the open stream."""
+        self.is_connected, self.stream_epoch = True, epoch
+
+    def stream_ended(self) -> None:
+        self.is_connected = False
+
     def send(self, message: ConnectNodeRequest) -> None:
         """Send a message on the stream. Without one it is dropped: what matters is sent after the next Welcome."""
         if self.is_connected:

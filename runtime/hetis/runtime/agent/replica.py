@@ -7,14 +7,12 @@ before or after a restart. Every change of the state is on disk before the plann
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
 
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse, Outbox
 from hetis.runtime.agent.replica_state import (
-    FLIPPED,
     ChangeState,
     DesiredPhase,
     Fence,
@@ -26,15 +24,13 @@ from hetis.runtime.moves.changes import ENDED
 from hetis.runtime.moves.refusals import failure_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
-from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus, MoveResult
+from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason, Failure
-from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 
 LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # before a failed call is repeated
 CALL_S = 10.0  # an engine that does not answer within this time counts as unreachable
 PROGRESS_S = 1.0  # between two statuses that only report copied bytes
-MOST_ENDED = 64  # ended changes that are remembered
 REMEMBERED_S = 600.0
 _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
 _OUTCOME = {
@@ -80,45 +76,31 @@ class ReplicaAgent:
         told: ChangeState | None = None
         match delta.WhichOneof("change"):
             case "assignment" | "removal":
-                self._take_assignment(delta, epoch=epoch)
+                if self.held.take_assignment(delta, self._first_state(), epoch=epoch):
+                    self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came")
             case "prepare":
                 told = self._take_prepare(delta, epoch=epoch, now_s=now_s)
             case _:
                 told = self._take_directive(delta, epoch=epoch, now_s=now_s)
-        self.held.nonce = delta.nonce
-        self.held.answer = ConnectNodeRequest(
-            ack=DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=self.held.held_generation)
-        )
+        ack = DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=self.held.held_generation)
+        answer = ConnectNodeRequest(ack=ack)
+        self.held.remember(delta.nonce, answer)
         self._wait_no_longer(now_s)
         self._persist()
-        self._outbox.send(self.held.answer)
+        self._outbox.send(answer)
         if told is not None:
             self._tell(told)
         self.advance(now_s)
 
     def refuse(self, delta: Delta, failure: Failure) -> None:
         """Refuse a delta and leave everything as it was; the same delta is refused again, whatever comes in between."""
-        held = self.held
-        held.nonce = delta.nonce
-        held.answer = ConnectNodeRequest(
-            nack=DeltaNack(nonce=delta.nonce, replica=delta.replica, generation=held.held_generation, failure=failure)
-        )
-        if held.generation:  # otherwise nothing was ever held, and a file would only preserve a mistake
+        generation = self.held.held_generation
+        nack = DeltaNack(nonce=delta.nonce, replica=delta.replica, generation=generation, failure=failure)
+        answer = ConnectNodeRequest(nack=nack)
+        self.held.remember(delta.nonce, answer)
+        if self.held.generation:  # otherwise nothing was ever held, and a file would only preserve a mistake
             self._persist()
-        self._outbox.send(held.answer)
-
-    def _take_assignment(self, delta: Delta, *, epoch: int) -> None:
-        held = self.held
-        if delta.generation == held.generation:
-            held.epoch = epoch  # the same assignment again
-            return
-        self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came")
-        held.generation, held.epoch = delta.generation, epoch
-        before, new = held.assignment or Assignment(), delta.assignment
-        held.is_anew = (list(before.stages), list(before.devices)) != (list(new.stages), list(new.devices))
-        held.assignment = deepcopy(new) if delta.HasField("assignment") else None
-        held.is_applied, held.failure = False, None
-        held.assignment_state = self._first_state()
+        self._outbox.send(answer)
 
     def _take_prepare(self, delta: Delta, *, epoch: int, now_s: float) -> ChangeState:
         known = self.held.changes.get(delta.prepare.change.change_id)
@@ -141,33 +123,11 @@ class ReplicaAgent:
         assert kind in ("commit", "abort", "resolved"), kind
         change_id: str = getattr(delta, kind).change_id
         change = self.held.changes.get(change_id) or self._unheard(change_id, epoch=epoch, now_s=now_s)
-        change.epoch = epoch
-        if kind == "resolved":
-            change.is_resolved = True
-            flipped = delta.resolved.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
-            if flipped and not change.has_ended:
-                change.desired = DesiredPhase.RELEASED
-                change.change.generation = change.change.generation or delta.generation
-                del change.status.moves[:]
-                change.status.moves.extend(delta.resolved.moves)
-                return None
-            if not flipped and change.is_open:
-                why = "the authority aborted the change"
-                self._want_abort(change, failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, why))
-                return None
-        elif kind == "commit" and change.phase == ChangePhase.CHANGE_PHASE_READY:
-            if change.desired is DesiredPhase.PREPARED:
-                change.desired = DesiredPhase.FLIPPED
-            return None
-        elif kind == "abort" and change.is_open:
-            self._want_abort(change, delta.abort.failure)
-            return None
-        return change
+        return change if change.take(delta, epoch=epoch) else None
 
     def forget_assignment(self) -> None:
         """Drop an assignment that the engine knows to be of an old planner, so that the present one sends its own."""
-        self.held.assignment, self.held.generation, self.held.is_applied = None, 0, True
-        self.held.nonce, self.held.answer = "", None
+        self.held.forget_assignment()
         self._persist()
 
     # --- time
@@ -255,7 +215,7 @@ class ReplicaAgent:
         """Note the progress of a copy, and tell the planner once a second."""
         change = self._call[2] if self._call else None
         if change is not None and change.is_open:
-            _note_copy(change, response)
+            change.copied(response)
             if now_s - self._told_progress_s >= PROGRESS_S:
                 self._told_progress_s = now_s
                 self._tell(change)
@@ -285,55 +245,51 @@ class ReplicaAgent:
         if isinstance(request, messages.AbortMovesRequest):
             if not change.is_abort_tried and not self.held.is_applied:
                 self._retry_s = now_s  # let the waiting assignment proceed
-            change.is_abort_tried = True
+            change.abort_tried()
         elif isinstance(request, messages.FlipMovesRequest) and now_s >= change.deadline_s:
-            self._want_abort(change, failure)  # it may have flipped: AbortMoves tells whether it did
+            change.want_abort(failure)  # it may have flipped: AbortMoves tells whether it did
         elif isinstance(request, messages.CopyMovesRequest):
-            change.is_reserved = False  # another engine may answer next, so start over
+            change.lost_reservation()
 
     def _applied(self, answer: EngineResponse | Failure) -> None:
-        held = self.held
-        held.is_applied = True
+        assert isinstance(answer, Failure | messages.ApplyAssignmentResponse), "it answers ApplyAssignment"
         if isinstance(answer, Failure):
-            held.failure, held.assignment_state = answer, AssignmentState.ASSIGNMENT_STATE_FAILED
-        elif isinstance(answer, messages.ApplyAssignmentResponse):
-            held.assignment_state = answer.state
-            held.is_anew = False
+            self.held.applied(answer)
+        else:
+            self.held.applied(answer.state)
             self._persist()
 
     def _change_refused(self, request: EngineRequest, change: ChangeState, failure: Failure, now_s: float) -> None:
         if isinstance(request, messages.AbortMovesRequest):
             self._retry_s = now_s + self._wait_s
-            change.is_abort_tried = True
+            change.abort_tried()
         elif isinstance(request, messages.ReleaseMovesRequest):
             if failure.reason == ErrorReason.ERROR_REASON_CHANGE_UNKNOWN:
                 self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # it holds nothing of the change
             else:
                 self._retry_s = now_s + MOST_WAIT_S
         elif isinstance(request, messages.FlipMovesRequest) and failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
-            change.desired = DesiredPhase.PREPARED  # the planner that permitted the flip has lost its authority
+            change.revoke_commit()
             self._persist()
         else:
-            self._want_abort(change, failure)
+            change.want_abort(failure)
             self._persist()
 
     def _change_answered(self, answer: EngineResponse, change: ChangeState, now_s: float) -> None:
         ready = False
         if isinstance(answer, messages.ReserveMovesResponse):
-            change.is_reserved = True
-            _add_moves(change, answer.moves)
+            change.reserved(answer.moves)
             ready = not change.copies
         elif isinstance(answer, messages.CopyMovesResponse):
-            _note_copy(change, answer)
+            change.copied(answer)
             ready = True
         elif isinstance(answer, messages.FlipMovesResponse | messages.AbortMovesResponse):
-            _add_moves(change, answer.moves)
             if isinstance(answer, messages.FlipMovesResponse):
-                change.status.step = answer.step
-                if answer.HasField("failure"):
-                    change.why = answer.failure
+                change.learn(answer)
+            else:
+                change.add_moves(answer.moves)
             if answer.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED:
-                change.change.generation = change.change.generation or answer.generation
+                change.learn_generation(answer.generation)
             self._enter(change, _OUTCOME[answer.outcome], now_s=now_s)
         else:
             self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)
@@ -351,30 +307,25 @@ class ReplicaAgent:
             return
         if said.phase not in ENDED or not change.may_become(said.phase):
             return
-        _add_moves(change, said.moves)
-        change.status.step = change.status.step or said.step
-        if said.HasField("failure"):
-            change.why = said.failure
+        change.learn(said)
         self._enter(change, said.phase, now_s=now_s)
 
     def _adopt(self, said: ChangeStatus, now_s: float) -> None:
         """Take up a change that the engine has and the agent lost its record of; its deadline is not known."""
         change = self._unheard(said.change_id, epoch=0, now_s=now_s)
         if said.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
-            change.change.generation = said.generation
-            change.status.step = said.step
-            _add_moves(change, said.moves)
+            change.learn_generation(said.generation)
+            change.learn(said)
             self._enter(change, said.phase, now_s=now_s)
         else:
             lost = f"the agent lost its record of change {said.change_id}"
-            self._want_abort(change, failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, lost))
+            change.want_abort(failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, lost))
             self._persist()
 
     def engine_restarted(self, now_s: float) -> None:
         """Apply the assignment again and give up open changes: the engine's KV is gone."""
         if self.held.assignment is not None:
-            self.held.is_applied, self.held.failure = False, None
-            self.held.assignment_state = self._first_state()
+            self.held.must_apply(self._first_state())
         self._call = None
         self._wait_no_longer(now_s)
         self._give_up_open(ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, "the engine restarted")
@@ -441,59 +392,30 @@ class ReplicaAgent:
         self.held.changes[change_id] = heard
         return heard
 
-    def _want_abort(self, change: ChangeState, why: Failure) -> None:
-        change.desired, change.why, change.is_abort_tried = DesiredPhase.ABORTED, why, False
-
     def _give_up_open(self, reason: ErrorReason.ValueType, message: str) -> None:
         """Want every open change aborted."""
         for change in self.held.changes.values():
             if change.is_open and change.desired is not DesiredPhase.ABORTED:
-                self._want_abort(change, failure_of(reason, message))
+                change.want_abort(failure_of(reason, message))
 
     def _enter(self, change: ChangeState, phase: ChangePhase.ValueType, *, now_s: float) -> None:
         """Move a change to its next phase: on disk first, then to the planner."""
-        if not change.may_become(phase):
-            return
-        has_flipped = phase in FLIPPED
-        if has_flipped and self.held.assignment is not None:
-            self.held.generation = max(self.held.generation, change.change.generation)
-        if change.desired is DesiredPhase.FLIPPED or (change.desired is DesiredPhase.ABORTED and has_flipped):
-            change.desired = DesiredPhase.RELEASED if change.is_resolved else DesiredPhase.PREPARED
-        change.status.phase = phase
-        change.status.generation = self.held.held_generation
-        if phase == ChangePhase.CHANGE_PHASE_ABORTED and change.why is not None:
-            change.status.failure.CopyFrom(change.why)
-        if change.has_ended:
-            change.ended_s = now_s
-            ended = [known.id for known in self.held.changes.values() if known.has_ended]
-            for change_id in ended[: max(len(ended) - MOST_ENDED, 0)]:
-                del self.held.changes[change_id]
-        self._persist()
-        self._tell(change)
+        if change.may_become(phase):
+            self.held.enter(change, phase, now_s=now_s)
+            self._persist()
+            self._tell(change)
 
     def _expire_changes(self, now_s: float) -> None:
         """End what was prepared for too long, and forget what ended long ago."""
         for change in list(self.held.changes.values()):
             if change.is_being_prepared and now_s >= change.deadline_s:
                 late = f"change {change.id}: its time to prepare passed"
-                self._want_abort(change, failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, late))
+                change.want_abort(failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, late))
                 self._persist()
-            if change.has_ended and change.ended_s is None:
-                change.ended_s = now_s
+            change.note_end(now_s)
             if change.is_resolved and change.ended_s is not None and now_s - change.ended_s >= REMEMBERED_S:
                 del self.held.changes[change.id]
                 self._persist()
-
-
-def _add_moves(change: ChangeState, moves: Iterable[MoveResult]) -> None:
-    """Add the results of moves that are not known yet."""
-    known = {move.number for move in change.status.moves}
-    change.status.moves.extend(move for move in moves if move.number not in known)
-
-
-def _note_copy(change: ChangeState, response: messages.CopyMovesResponse) -> None:
-    change.status.copied_bytes = max(change.status.copied_bytes, response.copied_bytes)
-    _add_moves(change, response.moves)
 
 
 def _duration(seconds: float) -> Duration:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -18,7 +19,8 @@ from google.protobuf.message import DecodeError, Message
 from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.moves.refusals import failure_of, generation_mismatch, phase_name
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta
-from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus
+from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus, MoveResult
+from hetis.v1.executor_service_pb2 import CopyMovesResponse, FlipMovesResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
@@ -35,6 +37,7 @@ _RANK = {
 FLIPPED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 MOST_MOVES = 4096
 LONGEST_PREPARE_S = 600
+MOST_ENDED = 64  # ended changes that are remembered
 _PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
 # A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
 # whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
@@ -112,6 +115,92 @@ class ChangeState:
             return phase == ChangePhase.CHANGE_PHASE_RELEASED
         return _RANK[phase] > _RANK[self.phase]
 
+    # --- what is wanted
+
+    def take(self, delta: Delta, *, epoch: int) -> bool:
+        """Take a commit, an abort or a resolution. Return whether the status is to be told now."""
+        self.epoch = epoch
+        kind = delta.WhichOneof("change")
+        if kind == "resolved":
+            self.is_resolved = True
+            flipped = delta.resolved.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
+            if flipped and not self.has_ended:
+                self.desired = DesiredPhase.RELEASED
+                self.change.generation = self.change.generation or delta.generation
+                del self.status.moves[:]
+                self.status.moves.extend(delta.resolved.moves)
+                return False
+            if not flipped and self.is_open:
+                why = "the authority aborted the change"
+                self.want_abort(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, why))
+                return False
+        elif kind == "commit" and self.phase == ChangePhase.CHANGE_PHASE_READY:
+            if self.desired is DesiredPhase.PREPARED:
+                self.desired = DesiredPhase.FLIPPED
+            return False
+        elif kind == "abort" and self.is_open:
+            self.want_abort(delta.abort.failure)
+            return False
+        return True
+
+    def want_abort(self, why: Failure) -> None:
+        self.desired, self.why, self.is_abort_tried = DesiredPhase.ABORTED, why, False
+
+    def revoke_commit(self) -> None:
+        """Wait for another commit: the planner that permitted the flip has lost its authority."""
+        self.desired = DesiredPhase.PREPARED
+
+    # --- what the engine says
+
+    def reserved(self, moves: Iterable[MoveResult]) -> None:
+        """Note that the engine has room for the moves but for those in ``moves``."""
+        self.is_reserved = True
+        self.add_moves(moves)
+
+    def lost_reservation(self) -> None:
+        """Start over with the next call: another engine may answer it."""
+        self.is_reserved = False
+
+    def abort_tried(self) -> None:
+        self.is_abort_tried = True
+
+    def copied(self, response: CopyMovesResponse) -> None:
+        """Note the progress of a copy."""
+        self.status.copied_bytes = max(self.status.copied_bytes, response.copied_bytes)
+        self.add_moves(response.moves)
+
+    def learn(self, said: ChangeStatus | FlipMovesResponse) -> None:
+        """Take the details of an end. `enter` takes the end itself."""
+        self.add_moves(said.moves)
+        self.status.step = self.status.step or said.step
+        if said.HasField("failure"):
+            self.why = said.failure
+
+    def learn_generation(self, generation: int) -> None:
+        """Take the generation of the flipped replica from the engine, if the agent was not told it."""
+        self.change.generation = self.change.generation or generation
+
+    def add_moves(self, moves: Iterable[MoveResult]) -> None:
+        """Add the results of moves that are not known yet."""
+        known = {move.number for move in self.status.moves}
+        self.status.moves.extend(move for move in moves if move.number not in known)
+
+    # --- what comes of it
+
+    def enter(self, phase: ChangePhase.ValueType, *, generation: int, now_s: float) -> None:
+        """Enter the next phase, with ``generation`` of what is held after it."""
+        if self.desired is DesiredPhase.FLIPPED or (self.desired is DesiredPhase.ABORTED and phase in FLIPPED):
+            self.desired = DesiredPhase.RELEASED if self.is_resolved else DesiredPhase.PREPARED
+        self.status.phase, self.status.generation = phase, generation
+        if phase == ChangePhase.CHANGE_PHASE_ABORTED and self.why is not None:
+            self.status.failure.CopyFrom(self.why)
+        self.note_end(now_s)
+
+    def note_end(self, now_s: float) -> None:
+        """Count the time since the end from now on, if it has ended and is not counted yet."""
+        if self.has_ended and self.ended_s is None:
+            self.ended_s = now_s
+
 
 @dataclass(slots=True, kw_only=True)
 class ReplicaState:
@@ -141,6 +230,48 @@ class ReplicaState:
     def open_change(self) -> ChangeState | None:
         """The one change that is under way: neither ended nor, after a flip, resolved here."""
         return next((change for change in self.changes.values() if not change.has_ended), None)
+
+    def remember(self, nonce: str, answer: ConnectNodeRequest) -> None:
+        """Remember the answer to a delta, which may come again."""
+        self.nonce, self.answer = nonce, answer
+
+    def take_assignment(self, delta: Delta, state: AssignmentState.ValueType, *, epoch: int) -> bool:
+        """Take an assignment, or a removal, which starts in ``state``. Return whether it is new."""
+        self.epoch = epoch
+        if delta.generation == self.generation:
+            return False
+        self.generation = delta.generation
+        before, new = self.assignment or Assignment(), delta.assignment
+        self.is_anew = (list(before.stages), list(before.devices)) != (list(new.stages), list(new.devices))
+        self.assignment = deepcopy(new) if delta.HasField("assignment") else None
+        self.must_apply(state)
+        return True
+
+    def forget_assignment(self) -> None:
+        """Drop everything that a planner would have to build on."""
+        self.assignment, self.generation, self.is_applied = None, 0, True
+        self.nonce, self.answer = "", None
+
+    def must_apply(self, state: AssignmentState.ValueType) -> None:
+        """Have the engine apply the assignment, which is in ``state`` until it has."""
+        self.is_applied, self.failure, self.assignment_state = False, None, state
+
+    def applied(self, answer: AssignmentState.ValueType | Failure) -> None:
+        """Take the engine's answer to the assignment: its state, or why it was refused."""
+        self.is_applied = True
+        if isinstance(answer, Failure):
+            self.failure, self.assignment_state = answer, AssignmentState.ASSIGNMENT_STATE_FAILED
+        else:
+            self.assignment_state, self.is_anew = answer, False
+
+    def enter(self, change: ChangeState, phase: ChangePhase.ValueType, *, now_s: float) -> None:
+        """Let a change enter its next phase, and forget the oldest of too many that have ended."""
+        if phase in FLIPPED and self.assignment is not None:
+            self.generation = max(self.generation, change.change.generation)
+        change.enter(phase, generation=self.held_generation, now_s=now_s)
+        ended = [known.id for known in self.changes.values() if known.has_ended]
+        for change_id in ended[: max(len(ended) - MOST_ENDED, 0)]:
+            del self.changes[change_id]
 
     def to_bytes(self, *, clock: str) -> bytes:
         """Return the bytes kept on disk. ``clock`` names what deadlines count on, which a reboot changes."""
