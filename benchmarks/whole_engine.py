@@ -117,7 +117,7 @@ def simulated(profile: Profile, point: Point) -> Point | None:
 
 
 class _AtOnce:
-    """The requests of a point, each available as soon as it is asked for (`hetis.simulator.values.Source`)."""
+    """The requests of a point, each available when it is asked for (`hetis.simulator.values.SaturatingSource`)."""
 
     def __init__(self, point: Point) -> None:
         self._point = point

@@ -119,7 +119,7 @@ def requests_of(traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> I
 
 
 class Saturation:
-    """The requests of a traffic, each available at any time (`hetis.simulator.values.Source`)."""
+    """The requests of a traffic, each available at any time (`hetis.simulator.values.SaturatingSource`)."""
 
     def __init__(self, traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> None:
         columns = traffic.prompt_tokens, traffic.output_tokens, traffic.prefix_tokens

@@ -15,7 +15,7 @@ from hetis.runtime.vllm.executing import surround
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steering import SteeredVllm
-from hetis.runtime.vllm.steps import LOCAL, DeviceReport, Event, MoveStep, RankReport, StepPlan
+from hetis.runtime.vllm.steps import LOCAL, Event, MoveStep, RankReport, StepPlan, WorkerReport
 from hetis.v1.change_pb2 import Change, ChangePart
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -167,7 +167,7 @@ class Ranks:
             self.under_way[number] -= 1
             if self.under_way[number] == 0:
                 copied.add(number)
-        changed = {i + 1: DeviceReport(n) for i, n in enumerate(self.blocks) if self.told[i] != n}
+        changed = {i + 1: WorkerReport(n) for i, n in enumerate(self.blocks) if self.told[i] != n}
         self.told = list(self.blocks)
         return {rank: RankReport(devices=dict(changed), copied=set(copied)) for rank in range(self.count)}
 

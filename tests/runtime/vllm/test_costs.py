@@ -6,7 +6,7 @@ import pytest
 
 from hetis.runtime.vllm.costs import HERE, Calibration, Coefficients, EngineCosts, LayerTime, head_shape
 from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
-from hetis.runtime.vllm.steps import DeviceReport, Exchanged, RankReport
+from hetis.runtime.vllm.steps import Exchanged, RankReport, WorkerReport
 from tests.runtime.vllm.scheduling import NAMES, World
 
 SHAPE = head_shape(groups=4, queries=2, head_dim=8, item_bytes=4, block_tokens=16)
@@ -76,12 +76,12 @@ def test_counts_say_what_happened_since_the_last_time() -> None:
     name = world.side.allocator.running[0]
     assert world.side.begin_move(name, [0], 0) is not None
     world.step(3)
-    world.side.hear({0: RankReport(devices={1: DeviceReport(400, Exchanged(4, 0.5, 100, 50))})})
+    world.side.hear({0: RankReport(devices={1: WorkerReport(400, Exchanged(4, 0.5, 100, 50))})})
     assert counts.take(is_last=False) is None, "it is not time yet"
     now_s += EVERY_S
     first = counts.take(is_last=False)
     assert first is not None
-    world.side.hear({0: RankReport(devices={1: DeviceReport(0, Exchanged(2, 0.25, 10, 5))})})
+    world.side.hear({0: RankReport(devices={1: WorkerReport(0, Exchanged(2, 0.25, 10, 5))})})
     second = counts.take(is_last=True)
     assert second is not None
     assert first["gauges"]["hetis_head_groups"] == {HERE: 1, NAMES[1]: 1, NAMES[2]: 2}

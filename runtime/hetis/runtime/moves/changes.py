@@ -241,6 +241,10 @@ class EngineChanges:
         self.known: dict[str, EngineChange] = {}  # by id, in order of arrival
         self._authority, self._copies, self._devices = authority, copies, devices
 
+    def raise_to(self, generation: int) -> None:
+        """Take the generation of the replica's state, which only grows."""
+        self.generation = max(self.generation, generation)
+
     # --- the five calls
 
     def reserve(self, change: Change, parts: Iterable[ChangePart.ValueType], now_s: float) -> EngineChange:
@@ -394,7 +398,7 @@ class EngineChanges:
             self._authority.give_blocks_back(change)
 
     def _learn_flipped(self, change: EngineChange, generation: int) -> None:
-        self.generation = max(self.generation, generation)
+        self.raise_to(generation)
         change.generation = self.generation
 
     def _go_by(self, change: EngineChange, why: Failure, authority: Iterable[ChangeStatus] | None) -> None:

@@ -144,7 +144,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
                 self._remove(held)
             return messages.ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
         if held is not None and held.assignment == request.assignment:
-            held.changes.generation = max(held.changes.generation, request.generation)
+            held.changes.raise_to(request.generation)
         else:
             if held is not None and request.generation <= held.changes.generation:
                 raise RefusedError(generation_mismatch(request.generation, held.changes.generation))

@@ -96,7 +96,7 @@ def slots_of(part: VirtualBatch, tables: Table, block_tokens: int) -> IntArray:
     return blocks * block_tokens + part.positions % block_tokens
 
 
-class HeadMap:
+class RankHeadMap:
     """Rows of requests, found by their anchors. Kept up to date by the events of `StepPlan`."""
 
     def __init__(self, head_groups: int, num_blocks: int, *, rows: int = 16, width: int = 16) -> None:

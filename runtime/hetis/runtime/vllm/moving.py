@@ -15,7 +15,7 @@ import torch
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, DeviceLostError, KvShape, SequenceKey
-from hetis.runtime.vllm.head_map import HeadMap, IntArray
+from hetis.runtime.vllm.head_map import IntArray, RankHeadMap
 from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep
 from hetis.runtime.vllm.workers import ConnectedWorkers
 
@@ -93,7 +93,7 @@ class KvMigrator:
     """The moves of one rank."""
 
     def __init__(
-        self, heads: HeadMap, workers: ConnectedWorkers, shape: KvShape, store: BlockStore, *, bytes_per_step: int
+        self, heads: RankHeadMap, workers: ConnectedWorkers, shape: KvShape, store: BlockStore, *, bytes_per_step: int
     ) -> None:
         """At most ``bytes_per_step`` of KV are copied between two steps, but at least one position of every group."""
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store

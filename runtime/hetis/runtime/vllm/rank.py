@@ -23,9 +23,9 @@ import torch
 from hetis.runtime.attention.device import DeviceStep, Pending
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
 from hetis.runtime.vllm.costs import OVER_READING, Calibration, LayerTime, token_bytes
-from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
+from hetis.runtime.vllm.head_map import IntArray, RankHeadMap, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore, KvMigrator
-from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan
+from hetis.runtime.vllm.steps import LOCAL, Admitted, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan, WorkerReport
 from hetis.runtime.vllm.workers import ConnectedWorkers
 
 _rank: Rank | None = None
@@ -156,7 +156,7 @@ class Rank:
         """``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
         ``calibrations`` holds each device's latest, filled by the function that joins workers.
         """
-        self.heads = HeadMap(head_groups, num_blocks)  # where every head group lives
+        self.heads = RankHeadMap(head_groups, num_blocks)  # where every head group lives
         self.workers = workers  # the attention workers of this rank
         # Copies of head groups in flight
         self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
@@ -165,7 +165,7 @@ class Rank:
         self._batch: _Batch | None = None
         self._plan, self._step = -1, 0
         self._void: set[int] = set()  # anchors of this step's void requests
-        self._reports: dict[int, DeviceReport] = {}
+        self._reports: dict[int, WorkerReport] = {}
         self._calibrations = {} if calibrations is None else calibrations
         self._joined: set[int] = set()
         self._taken: dict[int, deque[tuple[VirtualBatch, _LayerTimes]]] = {}  # parts that only decoded
@@ -181,7 +181,7 @@ class Rank:
         self._abandon()
         self._void.clear()
         for device in self.workers.advance():
-            self._reports.setdefault(device, DeviceReport(0)).blocks = self.blocks(device)
+            self._reports.setdefault(device, WorkerReport(0)).blocks = self.blocks(device)
             self._joined.add(device)
         for event in plan.events:
             match event:
@@ -403,7 +403,7 @@ class Rank:
         remote.sent_s = self._clock()
         report = self._reports.get(remote.device)
         if report is None:
-            report = self._reports[remote.device] = DeviceReport(self.blocks(remote.device))
+            report = self._reports[remote.device] = WorkerReport(self.blocks(remote.device))
         report.exchanged.bytes_sent += qkv.nbytes
 
     def _answer(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
@@ -489,7 +489,7 @@ class Rank:
 
     def _lose(self, number: int, error: Exception) -> None:
         if self.workers.lose(number, error):
-            self._reports[number] = DeviceReport(0)
+            self._reports[number] = WorkerReport(0)
             self.migrator.lose(number)
             for row in self.heads.with_groups_on(number):
                 self.heads.must_restart[row] = True

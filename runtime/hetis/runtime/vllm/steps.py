@@ -99,7 +99,7 @@ class Exchanged:
 
 
 @dataclass(slots=True)
-class DeviceReport:
+class WorkerReport:
     """One rank's report on its worker on one device."""
 
     blocks: int  # KV blocks of one head group that it holds in total; 0: it is lost
@@ -111,7 +111,7 @@ class RankReport:
     """One rank's report after a step, or None instead if there is nothing to report."""
 
     # By index, those that changed or whose counters are due
-    devices: dict[int, DeviceReport] = field(default_factory=dict)
+    devices: dict[int, WorkerReport] = field(default_factory=dict)
     # Moves, by number, whose copies are complete up to the tokens present at that time
     copied: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)  # moves that failed

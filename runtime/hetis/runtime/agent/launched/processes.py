@@ -248,20 +248,23 @@ def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
     left = {leader: file for leader, file in noted.items() if _members(leader, file)}
     for leader in left:
         _log.warning("process %d is left of an agent before: it is ended", leader)
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(leader, signal.SIGTERM)
+        _kill(leader, signal.SIGTERM)
     deadline_s = time.monotonic() + patience_s
     while there := {leader: found for leader, file in left.items() if (found := _members(leader, file))}:
         for leader, members in there.items():
             # What has lost its leader does nothing useful any more, and may keep a GPU or a port.
             if leader not in members or time.monotonic() >= deadline_s:
                 for member in members:
-                    with suppress(ProcessLookupError, PermissionError):
-                        os.kill(member, signal.SIGKILL)
+                    _kill(member, signal.SIGKILL)
         time.sleep(_LOOK_S)
     for file in noted.values():
         file.unlink(missing_ok=True)
     return sorted(left)
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 def _members(leader: int, file: Path) -> list[int]:

@@ -173,7 +173,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         if held is not None and list(held.assignment.stages) == list(kept.stages):
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             held.assignment = kept
-            held.changes.generation = generation
+            held.changes.raise_to(generation)
             if held.primary is not None:
                 held.primary.use(kept)
             held.changes.advance(now_s)
