@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_the_help_lists_every_exit_code() -> None:
 def test_formats_are_those_of_the_importers() -> None:
     from hetis.profiler.importers import FORMATS
 
-    assert tuple(form.value for form in Format) == FORMATS
+    assert get_args(Format) == FORMATS
 
 
 def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -199,13 +198,8 @@ def _run_table(result: RunResult, out: Path) -> RenderableType:
     return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(left))
 
 
-class Format(StrEnum):
-    """The tool that wrote the tables; a test keeps this in step with `hetis.profiler.importers.FORMATS`."""
-
-    AICONFIGURATOR = "aiconfigurator"
-    VIDUR = "vidur"
-    SPLITWISE = "splitwise"
-    LLMSERVINGSIM = "llmservingsim"
+# Tools that wrote tables; a test keeps this in step with `hetis.profiler.importers.FORMATS`.
+Format = Literal["aiconfigurator", "vidur", "splitwise", "llmservingsim"]
 
 
 @verb()
@@ -223,7 +217,7 @@ def import_tables(
     from hetis.profiler.importers import import_tables as read
 
     require_outputs(out)
-    found = dict(zip(_paths(out), read(form.value, files), strict=False))
+    found = dict(zip(_paths(out), read(form, files), strict=False))
     for path, measurements in found.items():
         save_measurements(path, measurements)
     terminal.emit(lambda: _import_document(found), lambda: _import_table(found))

@@ -9,9 +9,8 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -57,29 +56,6 @@ app = typer.Typer(
 )
 
 
-class Form(StrEnum):
-    """The form in which processes are shown."""
-
-    SHELL = "shell"
-    JSON = "json"
-
-
-class LaunchDevice(StrEnum):
-    """The kind of device that processes compute on."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
-class Dtype(StrEnum):
-    """The data type of the model and its KV."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
 @dataclass(frozen=True, kw_only=True)
 class LaunchReplica:
     """The options that say what is to run, which every command has."""
@@ -94,8 +70,8 @@ class LaunchReplica:
         int | None,
         Option(min=1, help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it."),
     ] = None
-    dtype: Annotated[Dtype, Option(help="Of model and KV.")] = Dtype.AUTO
-    device: Annotated[LaunchDevice, Option(help="What vLLM and workers compute on.")] = LaunchDevice.CUDA
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option(help="Of model and KV.")] = "auto"
+    device: Annotated[Literal["cuda", "cpu"], Option(help="What vLLM and workers compute on.")] = "cuda"
     engine: Annotated[Engine, Option(help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")] = (
         Engine.VLLM_HETIS
     )
@@ -176,14 +152,15 @@ def command(options: type[LaunchReplica]) -> Callable[[Callable[..., None]], Cal
 
 @command(PlacedReplica)
 def show(
-    replica: PlacedReplica, form: Annotated[Form, Option(help="For shells, by node; or JSON.")] = Form.SHELL
+    replica: PlacedReplica,
+    form: Annotated[Literal["shell", "json"], Option(help="For shells, by node; or JSON.")] = "shell",
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
     from hetis.engines.commands import as_json, as_shell, commands_of
 
     layout, serving = _read(replica, executor=replica.executor)
     commands = commands_of(layout, serving, replica.addresses(replica.folder))
-    print(as_json(commands) if form is Form.JSON else as_shell(commands))
+    print(as_json(commands) if form == "json" else as_shell(commands))
 
 
 @command(PlacedReplica)
@@ -307,17 +284,17 @@ def _read(
     if found:
         raise OptionError(*found)
     assert given.plan is not None
-    planned, dtype = load_plan(given.plan), given.dtype.value
+    planned = load_plan(given.plan)
     spec = _model(planned, given.model)
-    layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=dtype, kv_tokens=given.kv_tokens)
+    layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=given.dtype, kv_tokens=given.kv_tokens)
     if len(layout.servers) > 1 and program[-1] != "serve":
         raise OptionError(f"--vllm is {given.vllm!r}: only `vllm serve` starts stages on several nodes")
     return layout, Serving(
         model=given.model,
         program=program,
         options=options,
-        dtype=dtype,
-        device=given.device.value,
+        dtype=given.dtype,
+        device=given.device,
         limits_kv=given.kv_tokens is not None,
         executor=executor,
     )
