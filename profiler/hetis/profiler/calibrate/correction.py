@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from hetis.profiler.calibrate.observed import Observed
 from hetis.profiler.calibrate.replica import CalibratedReplica
+from hetis.profiler.fitting import FloatArray
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
-
-FloatArray = NDArray[np.float64]
 
 PARAMETERS = ("kernels", "step", "sequence")
 STOOD_STILL = 5.0  # times what such iterations usually take: a compilation, a swapped-out process

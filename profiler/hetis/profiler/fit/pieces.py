@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.fit.errors import SERVING, within
+from hetis.profiler.fit.errors import SERVING, Mask, within
 from hetis.profiler.fit.points import FEATURES, Points
-from hetis.profiler.fit.split import Mask, Turn, split, whole
+from hetis.profiler.fit.split import Turn, split, whole
 from hetis.profiler.fitting import Coefficients, FloatArray, fit_pieces, predict, rounded
 
 Rows = NDArray[np.intp]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hetis.profiler.fit.errors import Mask
 from hetis.profiler.fit.points import Cells, Points
 
-Mask = NDArray[np.bool_]
 SHAPES_IN = 4  # one in this many shapes is held out whole
 POINTS_IN = 6  # and one in this many points of the other shapes
 _FOLDS = 4  # the fitted points choose the number of pieces in turns of a quarter, before the last fit sees them all

@@ -23,13 +23,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from hetis.runtime.attention.backends import Array, Backend, CompiledBackend, choose_backend
-from hetis.runtime.attention.kv import DeviceError, KvShape, PagePool, SequenceKey
+from hetis.runtime.attention.kv import DeviceError, IntArray, KvShape, PagePool, SequenceKey
 
-IntArray = npt.NDArray[np.int64]
 WARM_TOKENS = 600  # more than one split of the Triton kernel
 
 

@@ -40,8 +40,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hetis.runtime.attention.device import DeviceStep, IntArray
-from hetis.runtime.attention.kv import KvShape, SequenceKey
+from hetis.runtime.attention.device import DeviceStep
+from hetis.runtime.attention.kv import IntArray, KvShape, SequenceKey
 from hetis.runtime.transport.keys import KEY_BYTES
 from hetis.solver.errors import HetisError
 

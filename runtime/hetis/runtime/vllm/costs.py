@@ -25,12 +25,11 @@ from queue import Empty, SimpleQueue
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.attention.kv import KvShape, SequenceKey
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 
 _LEAST_S = 1e-9  # a clock's tick: shorter times count as this
 _OWN = 2**62  # id of the artificial request used to measure
@@ -39,7 +38,6 @@ CONTEXTS = (16, 128, LONGEST_CONTEXT)
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
 _POINT_S = 0.3  # a point gets no further rounds after this time: a large model on a slow device is slow enough
 _PAUSES = 3.0  # multiple of a call's time after which its answer is surely there
-FloatArray = npt.NDArray[np.float64]
 Piece = tuple[float, float, float]
 MOST_SCALE = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be
 WINDOW = 15  # steps over which the median is taken; a change waits for as many
