@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetis.runtime.agent.outbox import Action, EngineResponse, Outbox
 from hetis.runtime.agent.replica import CALL_S, ReplicaAgent
@@ -256,7 +256,7 @@ class AgentCore:
     def _replica_agent(self, held: ReplicaState) -> ReplicaAgent:
         can = self.identity.capabilities
         if AgentCapability.AGENT_CAPABILITY_ASSIGN not in can:
-            held.assignment_state = AssignmentState.ASSIGNMENT_STATE_UNMANAGED
+            held = replace(held, assignment_state=AssignmentState.ASSIGNMENT_STATE_UNMANAGED)
         return ReplicaAgent(held, capabilities=can, clock=self.identity.clock, fence=self._fence, outbox=self._outbox)
 
     def _refuse_stale(self, message: ConnectNodeResponse) -> None:

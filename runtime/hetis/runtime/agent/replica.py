@@ -20,7 +20,7 @@ from hetis.runtime.agent.replica_state import (
     refusal_of,
     wrong_fields,
 )
-from hetis.runtime.moves.changes import ENDED
+from hetis.runtime.moves.changes import ENDED, REMEMBERED_S
 from hetis.runtime.moves.refusals import failure_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
@@ -31,7 +31,6 @@ from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # before a failed call is repeated
 CALL_S = 10.0  # an engine that does not answer within this time counts as unreachable
 PROGRESS_S = 1.0  # between two statuses that only report copied bytes
-REMEMBERED_S = 600.0
 _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
 _OUTCOME = {
     ChangeOutcome.CHANGE_OUTCOME_FLIPPED: ChangePhase.CHANGE_PHASE_FLIPPED,
