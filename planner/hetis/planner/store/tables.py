@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints, overload
 
 import sqlalchemy as sa
-from google.protobuf.message import Message
 
 import hetis.planner.store.records as records
 from hetis.planner import failures
@@ -23,7 +22,6 @@ from hetis.planner.store.records import (
     ReplicaRecord,
     etag_of,
 )
-from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
 
 R = TypeVar("R", bound=Record)
 After = str | tuple[float, str] | None
@@ -32,22 +30,40 @@ Filter = str | int | bool | Collection[str] | Collection[int]
 KEPT_REDISPATCHES = 1000  # per cluster, see redispatch.proto
 
 
+class RecordKind(Generic[R]):
+    """One kind of record: an attribute that is a `TableView` of a `Reader`, and a `RecordTable` of a `Transaction`."""
+
+    def __init__(
+        self, table: sa.Table, record: type[R], *, newest_first: bool = False, kept_per_cluster: int | None = None
+    ) -> None:
+        """Describe the records of ``table``.
+
+        Args:
+            newest_first: the order of records: by age or, otherwise, by name.
+            kept_per_cluster: how many records a cluster keeps; adding one deletes those older than its last so many.
+        """
+        self.table, self.record = table, record
+        self.newest_first, self.kept_per_cluster = newest_first, kept_per_cluster
+        self.body = get_type_hints(record)["body"]
+        self.fields = tuple(field.name for field in dataclasses.fields(record))  # type: ignore[arg-type]
+        self.columns = [table.c[name] for name in self.fields]
+
+    @overload
+    def __get__(self, view: Transaction, owner: object) -> RecordTable[R]: ...
+    @overload
+    def __get__(self, view: Reader, owner: object) -> TableView[R]: ...
+    def __get__(self, view: Reader, owner: object) -> TableView[R]:
+        return (RecordTable if isinstance(view, Transaction) else TableView)(view.connection, self)
+
+
 class TableView(Generic[R]):
     """Reads of one kind of record, ordered by name or, for kinds kept by age, newest first."""
 
-    def __init__(
-        self, connection: sa.Connection, table: sa.Table, record: type[R], *, newest_first: bool = False
-    ) -> None:
-        self._connection = connection
-        self._table = table
-        self._record = record
-        self._fields = tuple(field.name for field in dataclasses.fields(record))  # type: ignore[arg-type]
-        self._columns = [table.c[name] for name in self._fields]
-        self._body: type[Message] = _BODIES[record]
-        self._newest_first = newest_first
+    def __init__(self, connection: sa.Connection, kind: RecordKind[R]) -> None:
+        self._connection, self._kind, self._table = connection, kind, kind.table
 
     def get(self, name: str) -> R | None:
-        row = self._connection.execute(sa.select(*self._columns).where(self._table.c.name == name)).one_or_none()
+        row = self._connection.execute(sa.select(*self._kind.columns).where(self._table.c.name == name)).one_or_none()
         return None if row is None else self._from_row(row)
 
     def require(self, name: str) -> R:
@@ -77,7 +93,7 @@ class TableView(Generic[R]):
 
     def place_of(self, record: R) -> str | tuple[float, str]:
         """Return the position from which `page` continues."""
-        if self._newest_first:
+        if self._kind.newest_first:
             return record.create_time_s, record.name  # type: ignore[attr-defined]
         return record.name
 
@@ -89,15 +105,15 @@ class TableView(Generic[R]):
         return sa.or_(made < time_s, sa.and_(made == time_s, self._table.c.name < name))
 
     def _filtered(self, filters: dict[str, Filter]) -> sa.Select[Any]:
-        query = sa.select(*self._columns).where(*_conditions(self._table, filters))
-        if self._newest_first:
+        query = sa.select(*self._kind.columns).where(*_conditions(self._table, filters))
+        if self._kind.newest_first:
             return query.order_by(self._table.c.create_time_s.desc(), self._table.c.name.desc())
         return query.order_by(self._table.c.name)
 
     def _from_row(self, row: sa.Row[Any]) -> R:
-        values = dict(zip(self._fields, row, strict=True))
-        values["body"] = self._body.FromString(values["body"])
-        return self._record(**values)
+        values = dict(zip(self._kind.fields, row, strict=True))
+        values["body"] = self._kind.body.FromString(values["body"])
+        return self._kind.record(**values)
 
 
 class RecordTable(TableView[R]):
@@ -112,6 +128,8 @@ class RecordTable(TableView[R]):
             raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, message, metadata={"name": record.name})
         first = dataclasses.replace(record, version=record.version + self._gone_version())  # type: ignore[type-var]
         self._connection.execute(sa.insert(self._table).values(self._to_row(first)))
+        if self._kind.kept_per_cluster is not None:
+            self._forget_oldest(self._kind.kept_per_cluster, record.cluster)  # type: ignore[attr-defined]
         return first
 
     def update(self, record: R) -> R:
@@ -144,35 +162,25 @@ class RecordTable(TableView[R]):
             self._connection.execute(sa.insert(gone).values(table_name=self._table.name, version=version))
         return self._connection.execute(sa.delete(self._table).where(*conditions)).rowcount
 
+    def _forget_oldest(self, num_kept: int, cluster: str) -> None:
+        columns = self._table.c
+        times = (
+            sa.select(columns.create_time_s).where(columns.cluster == cluster).order_by(columns.create_time_s.desc())
+        )
+        oldest_kept_s = self._connection.execute(times.limit(1).offset(num_kept - 1)).scalar_one_or_none()
+        if oldest_kept_s is not None:
+            old = sa.and_(columns.cluster == cluster, columns.create_time_s < oldest_kept_s)
+            self._connection.execute(sa.delete(self._table).where(old))
+
     def _gone_version(self) -> int:
         gone = records.gone_versions
         query = sa.select(gone.c.version).where(gone.c.table_name == self._table.name)
         return self._connection.execute(query).scalar_one_or_none() or 0
 
     def _to_row(self, record: R) -> dict[str, Any]:
-        row = {name: getattr(record, name) for name in self._fields}
+        row = {name: getattr(record, name) for name in self._kind.fields}
         row["body"] = row["body"].SerializeToString(deterministic=True)
         return row
-
-
-class RedispatchTable(RecordTable[RedispatchRecord]):
-    """Re-dispatches. Adding one deletes those of its cluster beyond the last 1,000."""
-
-    def insert(self, record: RedispatchRecord) -> RedispatchRecord:
-        first = super().insert(record)
-        oldest_kept = (
-            sa.select(self._table.c.create_time_s)
-            .where(self._table.c.cluster == record.cluster)
-            .order_by(self._table.c.create_time_s.desc())
-            .limit(1)
-            .offset(KEPT_REDISPATCHES - 1)
-        )
-        limit_s = self._connection.execute(oldest_kept).scalar_one_or_none()
-        if limit_s is not None:
-            table = self._table
-            old = sa.and_(table.c.cluster == record.cluster, table.c.create_time_s < limit_s)
-            self._connection.execute(sa.delete(table).where(old))
-        return first
 
 
 class PlanDocumentView:
@@ -206,16 +214,6 @@ def _conditions(table: sa.Table, filters: dict[str, Filter]) -> Sequence[sa.Colu
         table.c[name] == value if isinstance(value, str | int) else table.c[name].in_(list(value))
         for name, value in filters.items()
     ]
-
-
-_BODIES: dict[type[Any], type[Message]] = {
-    ClusterRecord: cluster_pb2.Cluster,
-    NodeRecord: cluster_pb2.Node,
-    ProfileRecord: profile_pb2.Profile,
-    PlanRecord: plan_pb2.Plan,
-    ReplicaRecord: replica_pb2.Replica,
-    RedispatchRecord: redispatch_pb2.Redispatch,
-}
 
 
 KEPT_S = 24 * 3600.0  # see docs/api.md
@@ -273,38 +271,28 @@ class RequestTable:
 class Reader:
     """A consistent view of all tables. It belongs to one thread and is unusable once its work is done."""
 
+    clusters = RecordKind(records.clusters, ClusterRecord)
+    nodes = RecordKind(records.nodes, NodeRecord)
+    profiles = RecordKind(records.profiles, ProfileRecord)
+    plans = RecordKind(records.plans, PlanRecord, newest_first=True)
+    replicas = RecordKind(records.replicas, ReplicaRecord)
+    redispatches = RecordKind(
+        records.redispatches, RedispatchRecord, newest_first=True, kept_per_cluster=KEPT_REDISPATCHES
+    )
+
     def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
         self.audit = AuditLog(connection)
-        self.clusters: TableView[ClusterRecord] = TableView(connection, records.clusters, ClusterRecord)
-        self.nodes: TableView[NodeRecord] = TableView(connection, records.nodes, NodeRecord)
-        self.profiles: TableView[ProfileRecord] = TableView(connection, records.profiles, ProfileRecord)
-        self.plans: TableView[PlanRecord] = TableView(connection, records.plans, PlanRecord, newest_first=True)
         self.plan_documents = PlanDocumentView(connection)
-        self.replicas: TableView[ReplicaRecord] = TableView(connection, records.replicas, ReplicaRecord)
-        self.redispatches: TableView[RedispatchRecord] = TableView(
-            connection, records.redispatches, RedispatchRecord, newest_first=True
-        )
 
 
 class Transaction(Reader):
     """A view whose changes are made all together or not at all."""
 
-    clusters: RecordTable[ClusterRecord]
-    nodes: RecordTable[NodeRecord]
-    profiles: RecordTable[ProfileRecord]
-    plans: RecordTable[PlanRecord]
     plan_documents: PlanDocumentTable
-    replicas: RecordTable[ReplicaRecord]
-    redispatches: RedispatchTable
 
     def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
-        self.audit = AuditLog(connection)
-        self.clusters = RecordTable(connection, records.clusters, ClusterRecord)
-        self.nodes = RecordTable(connection, records.nodes, NodeRecord)
-        self.profiles = RecordTable(connection, records.profiles, ProfileRecord)
-        self.plans = RecordTable(connection, records.plans, PlanRecord, newest_first=True)
+        super().__init__(connection)
         self.plan_documents = PlanDocumentTable(connection)
-        self.replicas = RecordTable(connection, records.replicas, ReplicaRecord)
-        self.redispatches = RedispatchTable(connection, records.redispatches, RedispatchRecord, newest_first=True)
         self.requests = RequestTable(connection, now_s=now_s)
         self.now_s = now_s
