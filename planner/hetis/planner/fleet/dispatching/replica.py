@@ -11,7 +11,7 @@ import numpy as np
 from hetis.planner.convert.stages import Conditions
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
-from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Path, Resource, Unplaced
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Path, Resource
 from hetis.v1 import change_pb2, head_map_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
 
@@ -34,20 +34,22 @@ class Home:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchAdmission:
-    """The result for a batch; requests are given by their position in it."""
+    """The result for a batch, on all stages or on one."""
 
-    homes: dict[int, tuple[Home, ...]]  # of each placed request, one per stage
-    refused: dict[int, pb2.Unplaced]  # of each request that has to wait
+    homes: dict[str, tuple[Home, ...]]  # of each placed request, one per stage
+    refused: dict[str, pb2.Unplaced]  # of each request that has to wait, in order
     qualities: tuple[pb2.StageQuality, ...]  # one per copy of a stage that gets requests
 
-
-@dataclass(frozen=True, slots=True)
-class _AdmissionAnswer:
-    """One stage's answer for requests, given by their position in the batch."""
-
-    homes: dict[int, Home]
-    refused: dict[int, Unplaced]
-    qualities: tuple[pb2.StageQuality, ...]
+    def part(self, requests: Iterable[str]) -> BatchAdmission:
+        """Return the part that concerns some requests."""
+        names = list(requests)
+        homes = {name: self.homes[name] for name in names if name in self.homes}
+        used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
+        return BatchAdmission(
+            homes=homes,
+            refused={name: self.refused[name] for name in names if name in self.refused},
+            qualities=tuple(one for one in self.qualities if (one.stage, one.copy) in used),
+        )
 
 
 def admit(
@@ -55,73 +57,75 @@ def admit(
 ) -> BatchAdmission:
     """Place a batch on copies of all stages, which have these ``loads``. Reads nothing else that changes.
 
-    Requests are tried in order. A request that some stage refuses takes nothing anywhere, and later ones are still
-    tried. But a stage's answer for a request depends on the requests before it, including some that another stage
-    refuses. Refusals are therefore made final from the front, up to the point where each stage has judged without
-    requests that are refused elsewhere; the others are tried again.
+    Requests, no two of one name, are tried in order. A request that some stage refuses takes nothing anywhere, and
+    later ones are still tried. But a stage's answer for a request depends on the requests before it, including some
+    that another stage refuses. Refusals are therefore made final from the front, up to the point where each stage has
+    judged without requests that are refused elsewhere; the others are tried again.
     """
-    standing, refused = list(range(len(newcomers))), dict[int, pb2.Unplaced]()
-    answers: list[_AdmissionAnswer | None] = [None] * len(stages)
+    standing, refused = list(newcomers), dict[str, pb2.Unplaced]()
+    answers: list[BatchAdmission | None] = [None] * len(stages)
     for round_number in range(len(newcomers) + 1):
-        done = list[_AdmissionAnswer]()
+        done = list[BatchAdmission]()
         for s, copies in enumerate(stages):
             answer = answers[s]
-            if answer is None or answer.homes.keys() != set(standing):
-                answer = answers[s] = _on_stage(copies, loads[s], standing, newcomers)
+            if answer is None or answer.homes.keys() != {one.id for one in standing}:
+                answer = answers[s] = _on_stage(copies, loads[s], standing)
             done.append(answer)
-        final = _final_refusals(done, is_last=round_number + 1 >= MOST_ROUNDS)
+        final = _final_refusals(standing, done, is_last=round_number + 1 >= MOST_ROUNDS)
         if not final:
             break
         refused |= final
-        standing = [j for j in standing if j not in final]
+        standing = [one for one in standing if one.id not in final]
     return BatchAdmission(
-        homes={j: tuple(answer.homes[j] for answer in done) for j in standing},
-        refused=refused,
+        homes={one.id: tuple(home for answer in done for home in answer.homes[one.id]) for one in standing},
+        refused={one.id: refused[one.id] for one in newcomers if one.id in refused},
         qualities=tuple(quality for answer in done for quality in answer.qualities) if standing else (),
     )
 
 
-def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> dict[int, pb2.Unplaced]:
+def _final_refusals(
+    standing: Sequence[Newcomer], answers: Sequence[BatchAdmission], *, is_last: bool
+) -> dict[str, pb2.Unplaced]:
     """Return the requests refused by a stage that has judged without any request refused before."""
-    final = dict[int, pb2.Unplaced]()
-    for j in sorted({j for answer in answers for j in answer.refused}):
-        by = [s for s, answer in enumerate(answers) if j in answer.refused]
-        knowing = [s for s in by if is_last or final.keys() <= answers[s].refused.keys()]
-        if not knowing:
+    final = dict[str, pb2.Unplaced]()
+    for name in (one.id for one in standing):
+        by = [answer for answer in answers if name in answer.refused]
+        knowing = [answer for answer in by if is_last or final.keys() <= answer.refused.keys()]
+        if knowing:
+            final[name] = knowing[0].refused[name]
+        elif by:
             break
-        unplaced = answers[knowing[0]].refused[j]
-        final[j] = pb2.Unplaced(stage=knowing[0], resource=_RESOURCES[unplaced.resource], missing=unplaced.missing)
     return final
 
 
-def _on_stage(
-    copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing: Sequence[int], newcomers: Sequence[Newcomer]
-) -> _AdmissionAnswer:
+def _on_stage(copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing: Sequence[Newcomer]) -> BatchAdmission:
     """Place each request on the copy with most free blocks; if it has no room there, on the next."""
     free = [int(np.maximum(0, load.free_blocks).sum()) for load in loads]
     heads = copies[0].terms.stage.heads
-    untried = {j: set(range(len(copies))) for j in standing}
-    on: list[list[int]] = [[] for _ in copies]
+    untried = [set(range(len(copies))) for _ in standing]
+    on: list[list[int]] = [[] for _ in copies]  # positions in `standing`
 
     def give(j: int) -> int:
-        one = newcomers[j]
+        one = standing[j]
         best = max(untried[j], key=lambda c: (free[c], -c))
         untried[j].discard(best)
         free[best] -= heads.head_groups * -(-(one.context_tokens + one.growth_tokens) // heads.block_tokens)
         on[best].append(j)
         return best
 
-    stale = {give(j) for j in standing}
-    homes, refused, qualities = dict[int, Home](), dict[int, Unplaced](), dict[int, pb2.StageQuality]()
+    stale = {give(j) for j in range(len(standing))}
+    homes, refused = dict[str, tuple[Home, ...]](), dict[str, pb2.Unplaced]()
+    qualities = dict[int, pb2.StageQuality]()
     while stale:
         c = min(stale)
         stale.discard(c)
         on[c].sort()
-        plan = copies[c].plan(loads[c], [newcomers[j] for j in on[c]])
+        stage, batch = copies[c].stage, [standing[j] for j in on[c]]
+        plan = copies[c].plan(loads[c], batch)
         out = {on[c][one.request]: one for one in plan.unplaced}
-        homes |= {j: Home(copy=copies[c], groups=plan.groups[k]) for k, j in enumerate(on[c]) if j not in out}
+        homes |= {one.id: (Home(copy=copies[c], groups=plan.groups[k]),) for k, one in enumerate(batch)}
         qualities[c] = pb2.StageQuality(
-            stage=copies[c].stage,
+            stage=stage,
             copy=copies[c].copy,
             makespan_s=plan.makespan_s,
             bound_s=plan.bound_s,
@@ -129,12 +133,15 @@ def _on_stage(
         )
         on[c] = [j for j in on[c] if j not in out]
         for j, unplaced in out.items():
-            homes.pop(j, None)
+            name = standing[j].id
+            del homes[name]
             if untried[j]:
                 stale.add(give(j))
             else:
-                refused[j] = unplaced
-    return _AdmissionAnswer(homes, refused, tuple(quality for c, quality in sorted(qualities.items()) if on[c]))
+                resource = _RESOURCES[unplaced.resource]
+                refused[name] = pb2.Unplaced(request=name, stage=stage, resource=resource, missing=unplaced.missing)
+    used = tuple(quality for c, quality in sorted(qualities.items()) if on[c])
+    return BatchAdmission(homes=homes, refused=refused, qualities=used)
 
 
 MOST_IN_LOOP = 16  # new requests planned in the event loop: about a millisecond on two stages
@@ -158,21 +165,12 @@ class RequestGrowth:
     remaining_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdmittedRequests:
-    """The result for those requests of one call that did not run before."""
-
-    homes: dict[str, tuple[Home, ...]]  # of each placed request, one per stage
-    refused: dict[str, pb2.Unplaced]  # of each request that has to wait, in order
-    qualities: tuple[pb2.StageQuality, ...]  # of the copies that got requests of the call
-
-
 @dataclass(slots=True, eq=False)
 class _Coming:
     """A call that waits for the next iteration of the loop."""
 
     newcomers: Sequence[Newcomer]
-    answer: asyncio.Future[AdmittedRequests]
+    answer: asyncio.Future[BatchAdmission]
 
 
 class ReplicaDispatch:
@@ -198,7 +196,7 @@ class ReplicaDispatch:
     def copies(self) -> Iterable[StageCopy]:
         return (copy for copies in self.stages for copy in copies)
 
-    async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> AdmittedRequests:
+    async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> BatchAdmission:
         """Place requests in order and add those that fit; those that run with the same numbers are ignored.
 
         Small batches that arrive in one iteration of the event loop are planned together: if many engines ask at once,
@@ -221,7 +219,7 @@ class ReplicaDispatch:
             admission = await self._plan(fresh)
             if keep:
                 self._add(fresh, admission)
-        return _part_of(admission, fresh, range(len(fresh)))
+        return admission
 
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
         """Return requests not running or ``finished``. Raises REQUEST_RUNNING if one runs with other numbers."""
@@ -261,14 +259,14 @@ class ReplicaDispatch:
 
     def _admit_together(self, batch: Sequence[_Coming]) -> None:
         """Admit calls together; no name occurs twice among them."""
-        fresh, parts = list[Newcomer](), list[tuple[_Coming, range]]()
+        fresh, parts = list[Newcomer](), list[tuple[_Coming, list[Newcomer]]]()
         for one in batch:
             try:
                 found = self.not_running(one.newcomers)
             except ServiceError as error:
                 one.answer.set_exception(error)
                 continue
-            parts.append((one, range(len(fresh), len(fresh) + len(found))))
+            parts.append((one, found))
             fresh += found
         try:
             admission = admit(self.stages, self._loads(), fresh)
@@ -277,8 +275,8 @@ class ReplicaDispatch:
             for one, _ in parts:
                 one.answer.set_exception(error)
             return
-        for one, positions in parts:
-            one.answer.set_result(_part_of(admission, fresh, positions))
+        for one, found in parts:
+            one.answer.set_result(admission.part(newcomer.id for newcomer in found))
 
     async def _plan(self, newcomers: Sequence[Newcomer]) -> BatchAdmission:
         """Plan where a batch would go, without changing anything; call `_add` before awaiting anything else.
@@ -299,11 +297,12 @@ class ReplicaDispatch:
     def _add(self, newcomers: Sequence[Newcomer], admission: BatchAdmission) -> None:
         """Add what was placed, to the state that it was planned on."""
         self.version += 1
-        for j, homes in admission.homes.items():
+        for one in newcomers:
+            homes = admission.homes.get(one.id, ())
             for home in homes:
-                home.copy.admit(newcomers[j], home.groups)
-            copies = tuple(home.copy for home in homes)
-            self.running[newcomers[j].id] = RunningRequest(admitted=newcomers[j], copies=copies)
+                home.copy.admit(one, home.groups)
+            if homes:
+                self.running[one.id] = RunningRequest(admitted=one, copies=tuple(home.copy for home in homes))
 
     def finish(self, requests: Iterable[str]) -> None:
         """Finish requests; those not running are ignored."""
@@ -410,17 +409,6 @@ class ReplicaDispatch:
         names = list(self.running) if requests is None else requests
         incarnations = {name: self.running[name].admitted.incarnation for name in names}
         return [copy.head_map(incarnations, requests) for copy in self.copies]
-
-
-def _part_of(admission: BatchAdmission, newcomers: Sequence[Newcomer], positions: range) -> AdmittedRequests:
-    """Return the part of an admission that concerns some of its requests."""
-    homes = {newcomers[j].id: admission.homes[j] for j in positions if j in admission.homes}
-    used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
-    refused = {newcomers[j].id: admission.refused[j] for j in positions if j in admission.refused}
-    for name, unplaced in refused.items():
-        unplaced.request = name
-    qualities = tuple(quality for quality in admission.qualities if (quality.stage, quality.copy) in used)
-    return AdmittedRequests(homes=homes, refused=refused, qualities=qualities)
 
 
 def _is_running(given: Newcomer, admitted: Newcomer) -> ServiceError:

@@ -26,7 +26,7 @@ from hetis.planner.fleet.dispatching.messages import (
     newcomer_violations,
     placement_to_proto,
 )
-from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch, RequestGrowth
+from hetis.planner.fleet.dispatching.replica import BatchAdmission, ReplicaDispatch, RequestGrowth
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.views import LiveReplica, RunningReplicas
@@ -97,7 +97,7 @@ class DispatchStates:
 
     async def _admitted(
         self, name: str, state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], *, keep: bool = True
-    ) -> AdmittedRequests:
+    ) -> BatchAdmission:
         admitted = await state.admit(_newcomers(requests), keep=keep)
         if self._states.get(name) is not state:
             raise self._lost(name, state.state_id)  # the engine declared another state meanwhile
@@ -265,7 +265,7 @@ def _growths(requests: Iterable[pb2.Growth]) -> list[RequestGrowth]:
 
 
 def _placements(
-    state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], admitted: AdmittedRequests
+    state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], admitted: BatchAdmission
 ) -> list[pb2.Placement]:
     """Return the placements of the requests admitted now, and of those that were running before."""
     return [
