@@ -54,7 +54,7 @@ class DrivenPlanner:
                 self._fail("before")
                 kept = self.store.write_as(self.epoch, partial(apply, writes=writes, now_s=now_s))
                 self._fail("after")
-                deciding.applied(cluster, writes, kept)
+                cluster.applied(writes, kept)
             self.send(now_s)
             if not deciding.needs_decision(cluster) and not cluster.changes.late.unknown:
                 return

@@ -6,22 +6,38 @@ are told what follows from a write once it is stored.
 
 from __future__ import annotations
 
+import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 
 from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
-from hetis.planner.fleet.activation import NodeState, ReplicaOnNode
-from hetis.planner.fleet.cluster_changes import ClusterChanges
+from hetis.planner.fleet.activation import NodeState
+from hetis.planner.fleet.changes import (
+    FINAL,
+    MOST_OF_NODE,
+    ChangeCoordinator,
+    LateChanges,
+    Outcome,
+    Saving,
+    State,
+    parts_of,
+)
 from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import Behind, Fenced, HeadMapsRead, NodeLink, Reported, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.writes import KeptCluster, NodeWrite, Writes
-from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
-from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, plan_pb2, report_pb2
+from hetis.planner.fleet.writes import Kept, KeptCluster, NodeWrite, ReplicaWrite, Writes
+from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord, ReplicaRecord
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, inventory_pb2, plan_pb2, redispatch_pb2, report_pb2
+
+_ENDED_KEPT = 1000
+_log = logging.getLogger("hetis.planner.fleet")
 
 
 class ClusterFleet:
@@ -86,7 +102,7 @@ class ClusterFleet:
                 self.replicas[name].renew(replica_record)
             else:
                 self._add_replica(Replica(replica_record))
-            self.shown.add(("replica", name))
+            self.show("replica", name)
         if is_first:
             for redispatch in kept.redispatches:
                 self.changes.resume(redispatch.body, now_s=now_s)
@@ -97,9 +113,7 @@ class ClusterFleet:
         self.unprepared.pop(name, None)
         if replica is None:
             return
-        if contents is None and replica.standing.goal is None:
-            replica.cannot_start = True
-        replica.contents = contents or Contents.nothing()
+        replica.take_contents(contents)
         self.dirty.add(name)
         if replica.assigned_generation and not replica.is_stopping and not replica.has_failed:
             self.assign(replica, is_new=False)
@@ -108,7 +122,7 @@ class ClusterFleet:
         node = last_part(record.name)
         before = self.node_records.get(node)
         self.node_records[node] = record
-        self.shown.add(("node", record.name))
+        self.show("node", record.name)
         if (before is not None and before.draining) != record.draining:
             self.capacity_changed = True
             self.dirty |= self._replicas_on.get(node, set())
@@ -117,18 +131,15 @@ class ClusterFleet:
 
     def link(self, node: str) -> NodeLink:
         if node not in self.links:
-            link = self.links[node] = NodeLink(
+            record = self.node_records.get(node)
+            self.links[node] = NodeLink(
                 node_name(self.name, node),
                 epoch=self._epoch,
                 settings=self.settings,
                 new_id=self._new_id,
                 most_held=partial(self._most_held, node),
+                known=None if record is None else record.body,
             )
-            record = self.node_records.get(node)
-            if record is not None:
-                link.engine_address = record.body.engine_address
-                if record.body.HasField("inventory"):
-                    link.inventory = record.body.inventory
         return self.links[node]
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
@@ -210,18 +221,26 @@ class ClusterFleet:
         self._talking |= self._waiting
         self._waiting.clear()
         self.changes.pass_time(now_s)
-        self.dirty |= {name for name, replica in self.replicas.items() if replica.since_s is not None}
+        self.dirty |= {name for name, replica in self.replicas.items() if replica.is_passing}
 
     def note_presence(self, nodes: Iterable[str]) -> None:
         """Note that the states of these nodes changed."""
         for node in nodes:
-            self.shown.add(("node", node_name(self.name, node)))
-            self.shown.add(("cluster", self.name))
+            self.show("node", node_name(self.name, node))
+            self.show("cluster", self.name)
             self.dirty |= self._replicas_on.get(node, set())
             state = self.leases.state(node)
             if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY, NodeState.NODE_STATE_UNSPECIFIED):
                 self.capacity_changed = True
             self.changes.note_presence(node, state)
+
+    def look_at(self, replica: str) -> None:
+        """Note that the rule should look at the replica."""
+        self.dirty.add(replica)
+
+    def show(self, kind: str, name: str) -> None:
+        """Note that the view of a node, replica, re-dispatch or plan changed."""
+        self.shown.add((kind, name))
 
     # Output and requests to nodes.
 
@@ -265,18 +284,44 @@ class ClusterFleet:
                 link.say_goodbye(reason)
                 self._talking.add(node)
 
-    # Consequences of stored writes; called by `deciding.applied`.
+    # Consequences of stored writes.
+
+    def applied(self, writes: Writes, kept: Kept) -> None:
+        """Take over what the store now has, and tell the nodes."""
+        for record in kept.nodes.values():
+            self.take_node(record)
+        for write in writes.replicas:
+            self._take_replica(write, kept.replicas.get(write.name))
+        for saving in writes.redispatches:
+            self.changes.saved(saving)
+        if kept.plan is not None:
+            self._take_plan(kept.plan)
+
+    def _take_replica(self, write: ReplicaWrite, record: ReplicaRecord | None) -> None:
+        replica = self.replicas.get(write.name)
+        if replica is None:
+            return
+        if record is None:
+            self.drop_replica(write.name)
+            return
+        before, was = replica.assigned_generation, replica.state
+        replica.renew(record, write.standing)
+        if replica.state != was:
+            self.decide_all = True  # others may have waited for this
+        if write.assigned_generation != before:
+            self.assign(replica)
+        elif replica.is_stopping:
+            self.remove(replica)
+            self.dirty.add(replica.name)
+        self.show("replica", replica.name)
 
     def assign(self, replica: Replica, *, is_new: bool = True) -> None:
         """Send the replica's last assignment to its nodes; if not ``is_new``, an earlier planner made it."""
         peers = {node: self.link(node).engine_address for node in replica.nodes}
-        if is_new:
-            replica.must_reassign = False
-        for node, wanted in replica.assignments(peers, self.record.active_plan if self.record else "").items():
+        plan = self.record.active_plan if self.record else ""
+        for node, wanted in replica.assignments(peers, plan, is_new=is_new).items():
             self.link(node).slot(replica.name).want(wanted)
             self._talking.add(node)
-        if not is_new:
-            replica.peers = None
 
     def remove(self, replica: Replica) -> None:
         """Tell all its nodes to remove the replica."""
@@ -291,40 +336,38 @@ class ClusterFleet:
         self.changes.give_up(replica)
         for node in replica.nodes:
             self._replicas_on[node].discard(name)
-            self.shown.add(("node", node_name(self.name, node)))
+            self.show("node", node_name(self.name, node))
             link = self.link(node)
             if name in link.slots:
                 if link.slots[name].held:
                     self._check_held(node, name)
                 else:
                     link.forget(name)
-        self.shown.add(("replica", name))
+        self.show("replica", name)
         self.dirty.discard(name)
         self.decide_all = True
 
-    def take_plan(self, record: PlanRecord) -> None:
+    def _take_plan(self, record: PlanRecord) -> None:
         self.plan = record
-        self.shown.add(("plan", record.name))
+        self.show("plan", record.name)
 
     def note_progress(self, progress: plan_pb2.ActivationProgress) -> None:
         if self.plan is not None and progress != self.progress:
             self.progress = progress
-            self.shown.add(("plan", self.plan.name))
+            self.show("plan", self.plan.name)
 
     def decided(self) -> None:
         """Note that what changed so far is decided and about to be written."""
         self.dirty.clear()
         self.decide_all = False
         self.node_writes.clear()
-        self.changes.advised = []
 
     def take_back(self, writes: Writes) -> None:
         """Undo what a failed write left, so that the next round decides it all again."""
         self.decide_all = True
         for node in writes.nodes:
             self.node_writes.setdefault(last_part(node.name), node)
-        bodies = [saving.body for saving in writes.redispatches]
-        self.changes.advised += [one for one in bodies if last_part(one.name) not in self.changes.under_way]
+        self.changes.take_back(writes.redispatches)
 
     def end(self) -> None:
         """Note that the cluster is gone."""
@@ -344,49 +387,18 @@ class ClusterFleet:
         changed, self.capacity_changed = self.capacity_changed, False
         return changed
 
-    # Inputs of the activation rule.
-
-    def parts(self, replica: Replica) -> Mapping[str, ReplicaOnNode]:
-        return {node: self._part(replica, node) for node in replica.nodes}
-
-    def is_clearing(self, replica: Replica) -> bool:
-        """Return whether one of its nodes still holds something that it was told to remove."""
-        return any(node in self.links and self.links[node].is_clearing for node in replica.nodes)
-
     def is_draining(self, node: str) -> bool:
         record = self.node_records.get(node)
         return record is not None and record.draining
 
     # Internals.
 
-    def _part(self, replica: Replica, node: str) -> ReplicaOnNode:
-        state, is_draining = self.leases.state(node), self.is_draining(node)
-        link = self.links.get(node)
-        slot = None if link is None else link.slots.get(replica.name)
-        if slot is None:
-            return ReplicaOnNode(presence=state, is_draining=is_draining)
-        if not slot.is_believed:  # as good as lost, for this replica
-            return ReplicaOnNode(presence=NodeState.NODE_STATE_LOST, is_draining=is_draining, failure=slot.failure)
-        report = slot.report
-        draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
-        is_idle = None
-        if report is not None and node == replica.primary_node:
-            is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
-        return ReplicaOnNode(
-            presence=state,
-            is_draining=is_draining,
-            held=slot.held,
-            state=slot.state,
-            failure=slot.failure,
-            is_idle=is_idle,
-        )
-
     def _add_replica(self, replica: Replica) -> None:
         self.replicas[replica.name] = replica
         self.unprepared[replica.name] = None
         for node in replica.nodes:
             self._replicas_on.setdefault(node, set()).add(replica.name)
-            self.shown.add(("node", node_name(self.name, node)))
+            self.show("node", node_name(self.name, node))
             link = self.links.get(node)
             if link is not None and replica.name in link.slots:
                 self._check_held(node, replica.name)
@@ -394,7 +406,7 @@ class ClusterFleet:
             self.remove(replica)
 
     def _note_report(self, node: str, event: Reported, time_s: float) -> None:
-        self.shown.add(("node", node_name(self.name, node)))
+        self.show("node", node_name(self.name, node))
         for report in event.replicas:
             replica = self.replicas.get(report.replica)
             if replica is None or node not in replica.nodes:
@@ -403,8 +415,8 @@ class ClusterFleet:
             self.reported[report.replica, node] = report
             self.changes.see_report(node, replica, report)
             if node == replica.primary_node:
-                replica.report, replica.report_time_s = report, time_s
-                self.shown.add(("replica", report.replica))
+                replica.hear(report, time_s=time_s)
+                self.show("replica", report.replica)
                 if replica.is_draining:
                     self.dirty.add(report.replica)
         self.dirty.update(event.changed)
@@ -441,13 +453,12 @@ class ClusterFleet:
         return None if replica is None or node not in replica.nodes else replica.generation + ROOM
 
     def _count_ignored(self, link: NodeLink) -> None:
-        self.counters.replicas_ignored += link.num_ignored
-        link.num_ignored = 0
+        self.counters.replicas_ignored += link.take_num_ignored()
 
     def _must_reassign(self, name: str) -> None:
         replica = self.replicas.get(name)
         if replica is not None:
-            replica.must_reassign = True
+            replica.require_assignment()
             self.dirty.add(name)
 
     def _note_address(self, node: str, address: str, *, before: str) -> None:
@@ -477,3 +488,246 @@ class ClusterFleet:
             connect_time_s=self.connect_time_s[node],
         )
         self.capacity_changed = self.capacity_changed or found is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The outcome of a change, for nodes that reconnect and ask."""
+
+    outcome: Outcome.ValueType
+    moves: tuple[change_pb2.MoveResult, ...]
+
+
+class ClusterChanges:
+    """The re-dispatches of a cluster."""
+
+    def __init__(self, cluster: ClusterFleet) -> None:
+        self.under_way: dict[str, ChangeCoordinator] = {}  # by change id
+        self._of_replica: dict[str, ChangeCoordinator] = {}  # those under way, by replica
+        self._advised: list[redispatch_pb2.Redispatch] = []  # re-dispatches that are only stored
+        self.late = LateChanges()  # changes that nodes mention and that are not under way
+        self._ended: list[redispatch_pb2.Redispatch] = []  # re-dispatches that ended since they were last taken
+        self._cluster = cluster
+        self._endings: OrderedDict[str, Ended] = OrderedDict()
+
+    @property
+    def have_news(self) -> bool:
+        """Return whether there is something that the store should know."""
+        return bool(self._advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
+
+    def of(self, replica: Replica) -> ChangeCoordinator | None:
+        return self._of_replica.get(replica.name)
+
+    def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
+        """Begin a re-dispatch, which is in effect once it is stored. ADVISED ones are only stored.
+
+        Raises NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE or INVALID_FIELD.
+        """
+        replica = self._cluster.replicas.get(body.replica)
+        if replica is None:
+            raise not_found(body.replica)
+        if body.state == State.REDISPATCH_STATE_ADVISED:
+            self._advised.append(body)
+            return
+        if (running := self.of(replica)) is not None:
+            message = f"change {running.change_id} of {replica.name} is under way"
+            raise ServiceError(Reason.ERROR_REASON_CHANGE_IN_FLIGHT, message, metadata={"change_id": running.change_id})
+        primary = self._cluster.link(replica.primary_node).slot(replica.name)
+        if body.change.base_generation != primary.held or not primary.held:
+            raise ServiceError(
+                Reason.ERROR_REASON_GENERATION_MISMATCH,
+                f"the change builds on generation {body.change.base_generation} of {replica.name}, which is at"
+                f" {primary.held}",
+                metadata={"base_generation": body.change.base_generation, "generation": primary.held},
+            )
+        parts = parts_of(
+            body.change,
+            replica.record.body.shape,
+            primary_node=replica.primary_node,
+            moves_heads=lambda node: self._cluster.link(node).moves_heads,
+        )
+        lost = sorted(node for node in parts if self._cluster.leases.state(node) != NodeState.NODE_STATE_READY)
+        if lost:
+            message = f"node {lost[0]} is not ready"
+            raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": lost[0]})
+        body.change.generation = max(replica.generation, primary.held) + 1
+        change = ChangeCoordinator(body, parts, now_s=now_s, again_s=self._cluster.settings.answer_s)
+        if primary.report is not None:
+            change.see_report(replica.primary_node, primary.report)
+        self.under_way[change.change_id] = self._of_replica[replica.name] = change
+        self._cluster.look_at(replica.name)
+
+    def resume(self, kept: redispatch_pb2.Redispatch, *, now_s: float) -> None:
+        """Resume a re-dispatch that an earlier planner left."""
+        body = deepcopy(kept)
+        change = ChangeCoordinator.resumed(body, now_s=now_s, again_s=self._cluster.settings.answer_s)
+        self.under_way[change.change_id] = change
+        if body.replica in self._cluster.replicas:
+            self._of_replica[body.replica] = change
+        else:
+            change.give_up(_gone(body.replica))
+        self.tell(change)
+
+    def tell(self, change: ChangeCoordinator) -> None:
+        """Pass the current directives of a change to the links of its nodes."""
+        directives = change.directives()
+        for node in change.nodes:
+            link = self._cluster.link(node)
+            if node in directives:
+                link.slot(change.body.replica).tell(directives[node])
+                self._cluster.talk(node)
+            elif change.body.replica in link.slots:
+                link.slot(change.body.replica).forget_change(change.change_id)
+        self._cluster.show("redispatch", change.body.name)
+
+    # What is stored.
+
+    def to_save(self) -> list[Saving]:
+        """Return what the store should know, and leave it to `saved` or `take_back`."""
+        advised, self._advised = self._advised, []
+        return [
+            *(change.to_save() for change in self.under_way.values() if change.is_unsaved),
+            *(Saving(revision=0, body=body, outcome=Outcome.CHANGE_OUTCOME_UNSPECIFIED) for body in advised),
+        ]
+
+    def take_back(self, savings: Iterable[Saving]) -> None:
+        """Take back what could not be stored."""
+        bodies = [saving.body for saving in savings]
+        self._advised += [one for one in bodies if last_part(one.name) not in self.under_way]
+
+    def saved(self, saving: Saving) -> None:
+        """Go on with what is stored now."""
+        change = self.under_way.get(last_part(saving.body.name))
+        self._cluster.show("redispatch", saving.body.name)
+        if change is None:
+            self._ended.append(saving.body)  # ADVISED
+            return
+        change.saved(saving)
+        if change.has_ended:
+            self._end(change)
+        else:
+            self.tell(change)
+
+    def take_ended(self) -> list[redispatch_pb2.Redispatch]:
+        """Return the re-dispatches that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _end(self, change: ChangeCoordinator) -> None:
+        """Remove a change whose outcome is stored."""
+        cluster = self._cluster
+        del self.under_way[change.change_id]
+        self.tell(change)
+        cluster.counters.contradictions += change.num_contradictions
+        if change.num_contradictions:
+            _log.warning("nodes contradict each other, or themselves", extra={"redispatch": change.body.name})
+        cluster.counters.redispatches[State.Name(change.state)] += 1
+        self._remember(change.body)
+        self._ended.append(change.body)
+        if self._of_replica.get(change.body.replica) is change:
+            del self._of_replica[change.body.replica]
+            cluster.show("replica", change.body.replica)
+
+    def give_up(self, replica: Replica) -> None:
+        """Give up the change of a replica whose record is gone."""
+        if (change := self._of_replica.pop(replica.name, None)) is not None:
+            change.give_up(_gone(replica.name))
+
+    # Input from nodes.
+
+    def reconnected(self, node: str, said: Iterable[change_pb2.ChangeStatus]) -> None:
+        """Note that a new stream of the node began, in which it listed these changes."""
+        listed = {status.change_id: status for status in said}
+        for change in list(self.under_way.values()):
+            if node in change.nodes:
+                change.reconnected(node, lists_change=change.change_id in listed)
+        for status in listed.values():
+            self.hear(node, status)
+
+    def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        """Take a node's report of a change's phase."""
+        change = self.under_way.get(status.change_id)
+        if change is not None:
+            change.hear(node, status)
+            self.tell(change)
+        elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
+            if status.change_id in self._endings:
+                self._answer_late(node, status)
+            else:
+                self.late.add(node, status)
+
+    def see_report(self, node: str, replica: Replica, report: report_pb2.ReplicaReport) -> None:
+        if (change := self.of(replica)) is not None:
+            was = change.state
+            change.see_report(node, report)
+            if change.state != was:
+                self.tell(change)
+
+    def answered(self, node: str, answer: DeltaAnswer, *, now_s: float) -> None:
+        """Take a node's answer to a directive."""
+        change = self.under_way.get(answer.change_id)
+        if change is not None:
+            change.answered(node, answer.kind, answer.failure, now_s=now_s)
+            self.tell(change)
+        elif answer.kind == "resolved" or answer.failure is not None:
+            slot = self._cluster.link(node).slots.get(answer.replica)
+            if slot is not None:
+                slot.close_change(answer.change_id)
+
+    def note_presence(self, node: str, state: NodeState.ValueType) -> None:
+        for change in list(self.under_way.values()):
+            if node in change.nodes:
+                if state == NodeState.NODE_STATE_LOST:
+                    change.lose(node)
+                else:
+                    change.regain(node)
+                self.tell(change)
+
+    def pass_time(self, now_s: float) -> None:
+        """Expire deadlines, and schedule what should be sent again."""
+        for change in list(self.under_way.values()):
+            was = change.state
+            for node in change.pass_time(now_s):
+                self._cluster.link(node).slot(change.body.replica).tell_again(change.change_id)
+                self._cluster.talk(node)
+            if change.state != was:
+                self.tell(change)
+
+    # Changes that are over.
+
+    def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
+        """Answer nodes that mention an ended change; ``body`` is as stored, None if the store knows no such change."""
+        if body is not None and body.state in FINAL:
+            self._remember(body)
+        for node, status in self.late.take(change_id):
+            self._answer_late(node, status)
+
+    def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
+        slot = self._cluster.link(node).slots.get(status.replica)
+        return slot is not None and status.change_id in slot.closed
+
+    def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        ended = self._endings.get(status.change_id)
+        directive = self.late.directive(
+            status, outcome=None if ended is None else ended.outcome, moves=() if ended is None else ended.moves
+        )
+        slot = self._cluster.link(node).heard_slot(status.replica)
+        if slot is not None and slot.num_directives < MOST_OF_NODE:  # nodes mention the others again
+            slot.tell(directive)
+            self._cluster.talk(node)
+
+    def _remember(self, body: redispatch_pb2.Redispatch) -> None:
+        authority = [one for one in body.nodes if change_pb2.CHANGE_PART_AUTHORITY in one.parts]
+        is_done = body.state == State.REDISPATCH_STATE_DONE
+        self._endings[body.change.change_id] = Ended(
+            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
+            moves=tuple(authority[0].status.moves) if authority else (),
+        )
+        if len(self._endings) > _ENDED_KEPT:
+            self._endings.popitem(last=False)
+
+
+def _gone(replica: str) -> failure_pb2.Failure:
+    return ServiceError(
+        Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before it was known how the change ended"
+    ).to_proto()

@@ -1,4 +1,4 @@
-"""Decisions about a cluster: the next writes to the store, and the consequences for nodes once they are stored."""
+"""Decisions about a cluster: the next writes to the store."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.activation import UP_STATES, Goal, Standing, State, Surroundings, next_standing
-from hetis.planner.fleet.changes import Outcome, Saving
+from hetis.planner.fleet.activation import (
+    UP_STATES,
+    Goal,
+    NodeState,
+    ReplicaOnNode,
+    Standing,
+    State,
+    Surroundings,
+    next_standing,
+)
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Authority, Replica
-from hetis.planner.fleet.writes import Kept, PlanWrite, ReplicaWrite, Writes
-from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2
+from hetis.planner.fleet.writes import PlanWrite, ReplicaWrite, Writes
+from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2, report_pb2
 
 Activation = plan_pb2.ActivationState
 _log = logging.getLogger("hetis.planner.fleet")
@@ -45,31 +52,10 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
         replicas=replicas,
         nodes=list(cluster.node_writes.values()),
         plan=plan,
-        redispatches=_decide_changes(cluster),
+        redispatches=cluster.changes.to_save(),
     )
     cluster.decided()
     return writes
-
-
-def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
-    """Take over what the store now has, and tell the nodes."""
-    for record in kept.nodes.values():
-        cluster.take_node(record)
-    for write in writes.replicas:
-        _take_replica(cluster, write, kept)
-    for saving in writes.redispatches:
-        change = cluster.changes.under_way.get(last_part(saving.body.name))
-        cluster.shown.add(("redispatch", saving.body.name))
-        if change is None:
-            cluster.changes.ended.append(saving.body)  # ADVISED
-            continue
-        change.saved(saving)
-        if change.has_ended:
-            cluster.changes.end(change)
-        else:
-            cluster.changes.tell(change)
-    if kept.plan is not None:
-        cluster.take_plan(kept.plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +107,10 @@ def _waits_for_others(replica: Replica, occupied: dict[str, list[str]]) -> bool:
 
 
 def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica, now_s: float) -> ReplicaWrite | None:
-    now = replica.standing
-    parts = cluster.parts(replica)
+    now, change = replica.standing, cluster.changes.of(replica)
+    parts = {node: _part(cluster, replica, node) for node in replica.nodes}
     if replica.is_stopping:
-        if any(part.held and not part.is_lost for part in parts.values()) or replica.change_id:
+        if any(part.held and not part.is_lost for part in parts.values()) or change is not None:
             return None
         return ReplicaWrite(
             name=replica.name,
@@ -136,14 +122,17 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         )
     is_blocked = bool(view.occupied) and _waits_for_others(replica, view.occupied)
     if now.goal is None and not is_blocked:
-        is_blocked = cluster.is_clearing(replica)
+        # One of its nodes may still hold something that it was told to remove
+        is_blocked = any(node in cluster.links and cluster.links[node].is_clearing for node in replica.nodes)
+    passing_s = replica.passing_s(now_s, is_blocked=is_blocked)
+    most_s = cluster.settings.drain_s if replica.is_draining else cluster.settings.start_s
     after = next_standing(
         now,
         Surroundings(
             is_wanted=replica.name in view.wanted,
             may_drain=view.may_drain,
             is_blocked=is_blocked,
-            is_late=_is_late(cluster, replica, is_blocked=is_blocked, now_s=now_s),
+            is_late=passing_s is not None and passing_s >= most_s,
             generation=replica.assigned_generation,
             parts=parts,
             devices=replica.devices,
@@ -157,7 +146,6 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         is_new = True  # while it had failed no node was told of its last assignment
     if after.goal is None or after.state in (State.REPLICA_STATE_STOPPED, State.REPLICA_STATE_FAILED):
         is_new = False
-    change = cluster.changes.of(replica)
     if is_new and replica.contents is None:
         return None  # retried when the contents are known
     if change is not None and (is_new or after.state == State.REPLICA_STATE_STOPPED):
@@ -184,41 +172,32 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
     )
 
 
-def _is_late(cluster: ClusterFleet, replica: Replica, *, is_blocked: bool, now_s: float) -> bool:
-    """Return whether it has been starting (counted from when its GPUs are free) or draining for too long."""
-    if replica.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
-        replica.since_s = None
-        return False
-    if replica.since_s is None:
-        replica.since_s = now_s
-    most_s = cluster.settings.drain_s if replica.is_draining else cluster.settings.start_s
-    return now_s - replica.since_s >= most_s
+def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
+    state, is_draining = cluster.leases.state(node), cluster.is_draining(node)
+    link = cluster.links.get(node)
+    slot = None if link is None else link.slots.get(replica.name)
+    if slot is None:
+        return ReplicaOnNode(presence=state, is_draining=is_draining)
+    if not slot.is_believed:  # as good as lost, for this replica
+        return ReplicaOnNode(presence=NodeState.NODE_STATE_LOST, is_draining=is_draining, failure=slot.failure)
+    report = slot.report
+    draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
+    is_idle = None
+    if report is not None and node == replica.primary_node:
+        is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
+    return ReplicaOnNode(
+        presence=state,
+        is_draining=is_draining,
+        held=slot.held,
+        state=slot.state,
+        failure=slot.failure,
+        is_idle=is_idle,
+    )
 
 
 def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
     knows = agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in cluster.link(replica.primary_node).capabilities
     return Authority.HEAD_MAP_AUTHORITY_ENGINE if knows else Authority.HEAD_MAP_AUTHORITY_PLANNER
-
-
-def _take_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> None:
-    replica = cluster.replicas.get(write.name)
-    if replica is None:
-        return
-    record = kept.replicas.get(write.name)
-    if record is None:
-        cluster.drop_replica(write.name)
-        return
-    before = replica.assigned_generation
-    if write.standing.state != replica.state:
-        replica.since_s = None
-        cluster.decide_all = True  # others may have waited for this
-    replica.renew(record, write.standing)
-    if write.assigned_generation != before:
-        cluster.assign(replica)
-    elif replica.is_stopping:
-        cluster.remove(replica)
-        cluster.dirty.add(replica.name)
-    cluster.shown.add(("replica", replica.name))
 
 
 def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:
@@ -263,14 +242,6 @@ def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2
     if first is not None:
         progress.failure.CopyFrom(first)
     return progress
-
-
-def _decide_changes(cluster: ClusterFleet) -> list[Saving]:
-    none = Outcome.CHANGE_OUTCOME_UNSPECIFIED
-    return [
-        *(change.to_save() for change in cluster.changes.under_way.values() if change.is_unsaved),
-        *(Saving(revision=0, body=body, outcome=none) for body in cluster.changes.advised),
-    ]
 
 
 def _unreadable(replica: Replica) -> failure_pb2.Failure:

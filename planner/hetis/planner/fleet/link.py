@@ -12,7 +12,7 @@ from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval
 from hetis.planner.fleet.settings import FleetSettings
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, change_pb2, cluster_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,15 +180,22 @@ class NodeLink:
         settings: FleetSettings,
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         most_held: Callable[[str], int | None] = lambda _: None,
+        known: cluster_pb2.Node | None = None,
     ) -> None:
-        """``most_held`` returns the highest generation that the node can hold of a replica, None if not its own."""
+        """Begin without a stream.
+
+        Args:
+            most_held: returns the highest generation that the node can hold of a replica, None if not its own.
+            known: the node as stored; None if it is not.
+        """
         self.node = node  # `clusters/{cluster}/nodes/{node}`
         self.devices: tuple[report_pb2.DeviceReport, ...] = ()  # last report of each of its GPUs; empty: none yet
-        self.inventory: inventory_pb2.NodeInventory | None = None  # what its agent found; None: not known
+        # What its agent found; None: not known
+        self.inventory = known.inventory if known is not None and known.HasField("inventory") else None
         self.agent_version = ""  # empty: no agent was connected
-        self.engine_address = ""  # where its engine listens for others; empty: it does not
+        self.engine_address = known.engine_address if known is not None else ""  # where it listens for others, or empty
         self.capabilities: frozenset[Capability.ValueType] = frozenset()
-        self.num_ignored = 0  # reports about replicas that are not its own, after `_MOST_FOREIGN` others
+        self._num_ignored = 0  # reports about replicas that are not its own, after `_MOST_FOREIGN` others
         self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
@@ -235,10 +242,15 @@ class NodeLink:
         """Return the slot of a replica that the node mentions, or None after too many that are not its own."""
         if replica not in self.slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
-                self.num_ignored += 1
+                self._num_ignored += 1
                 return None
             self._foreign.add(replica)
         return self.slot(replica)
+
+    def take_num_ignored(self) -> int:
+        """Return how many reports were ignored since the last call."""
+        num, self._num_ignored = self._num_ignored, 0
+        return num
 
     def forget(self, replica: str) -> None:
         """Forget a replica that is gone everywhere."""

@@ -151,9 +151,9 @@ class Reconciler:
         except BaseException:  # whatever ended it: no decision may be lost
             cluster.take_back(writes)
             raise
-        deciding.applied(cluster, writes, kept)
+        cluster.applied(writes, kept)
         self.send(cluster)
-        ended, cluster.changes.ended = cluster.changes.ended, []
+        ended = cluster.changes.take_ended()
         now_s = self.clock.time()
         views.publish(cluster, self.hubs, now_s=now_s)
         for body in ended:

@@ -79,11 +79,10 @@ class Replica:
         # Addresses of its engines by node id, as last sent; None if no assignment of this planner was
         self.peers: dict[str, str] | None = None
         # Since when it has been starting or draining; None if it is not, or if it waits for its GPUs
-        self.since_s: float | None = None
+        self._since_s: float | None = None
         self.cannot_start = False  # its plan cannot be read
         # All nodes need a new assignment, as one holds something later or has another address
         self.must_reassign = False
-        self.change_id = ""  # of the re-dispatch under way; empty if none
 
     @property
     def name(self) -> str:
@@ -110,6 +109,11 @@ class Replica:
         return self.state == State.REPLICA_STATE_FAILED
 
     @property
+    def is_passing(self) -> bool:
+        """Return whether it is starting or draining, which takes only so long."""
+        return self._since_s is not None
+
+    @property
     def generation(self) -> int:
         """The highest generation used so far, by an assignment or a change."""
         return self.record.generation
@@ -118,8 +122,31 @@ class Replica:
     def assigned_generation(self) -> int:
         return self.record.body.assigned_generation
 
+    def take_contents(self, contents: Contents | None) -> None:
+        """Take its plan's contents; None: the plan cannot be read, so a replica that has no assignment never starts."""
+        self.cannot_start = contents is None and self.standing.goal is None
+        self.contents = contents or Contents.nothing()
+
+    def hear(self, report: report_pb2.ReplicaReport, *, time_s: float) -> None:
+        """Take a report of its primary."""
+        self.report, self.report_time_s = report, time_s
+
+    def require_assignment(self) -> None:
+        """Note that all its nodes need a new assignment."""
+        self.must_reassign = True
+
+    def passing_s(self, now_s: float, *, is_blocked: bool) -> float | None:
+        """Return for how long it has been starting (counted from when its GPUs are free) or draining, or None."""
+        if self.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s = now_s
+        return now_s - self._since_s
+
     def renew(self, record: ReplicaRecord, standing: Standing | None = None) -> None:
         """Take a newer record from the store, and its ``standing`` if the fleet decided it."""
+        before = self.state
         self.record, self.basic_body = record, basic_replica(record.body)
         self.standing = standing or Standing(
             state=record.state,
@@ -127,13 +154,21 @@ class Replica:
             conditions=self.standing.conditions,
             failure=self.standing.failure,
         )
+        if self.state != before:
+            self._since_s = None
 
-    def assignments(self, peers: Mapping[str, str], plan: str) -> dict[str, WantedAssignment]:
-        """Return the replica's last assignment by node id: equal generations have equal content on every node."""
+    def assignments(self, peers: Mapping[str, str], plan: str, *, is_new: bool) -> dict[str, WantedAssignment]:
+        """Return the replica's last assignment by node id: equal generations have equal content on every node.
+
+        If not ``is_new``, an earlier planner made it.
+        """
         contents, goal = self.contents, self.standing.goal
         assert contents is not None
         assert goal is not None
-        self.peers = known = {node: address for node in self.nodes if (address := peers.get(node, ""))}
+        known = {node: address for node in self.nodes if (address := peers.get(node, ""))}
+        self.peers = known if is_new else None
+        if is_new:
+            self.must_reassign = False
         return {
             node: WantedAssignment(
                 generation=self.assigned_generation,

@@ -44,7 +44,6 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
         raise invalid_fields(problems)
     num_stages = 1 + max((stage for stage, _ in terms), default=-1)
     stages = [[copies[place] for place in sorted(copies) if place[0] == s] for s in range(num_stages)]
-    replica = ReplicaDispatch(state_id, state.generation, stages, {})
     on: dict[str, dict[int, StageCopy]] = {}
     numbers: dict[str, head_map_pb2.RunningRequest] = {}
     for place in sorted(maps):
@@ -52,6 +51,7 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
             if request.id in copies[place].state:
                 on.setdefault(request.id, {})[place[0]] = copies[place]
                 numbers[request.id] = request
+    running = dict[str, RunningRequest]()
     for name, by_stage in on.items():
         request = numbers[name]
         newcomer = Newcomer(
@@ -60,9 +60,10 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
             context_tokens=request.context_tokens,
             growth_tokens=request.remaining_tokens,
         )
-        replica.running[name] = RunningRequest(
+        running[name] = RunningRequest(
             admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
         )
+    replica = ReplicaDispatch(state_id, state.generation, stages, running)
     # A request that lost its KV on one stage has to be prefilled again on all stages.
     replica.finish([name for name, by_stage in on.items() if len(by_stage) < num_stages])
     return replica

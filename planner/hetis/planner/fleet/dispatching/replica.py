@@ -375,8 +375,12 @@ class ReplicaDispatch:
 
     # --- devices and moves
 
-    def set_conditions(self, conditions: Conditions) -> None:
-        """Update the status of GPUs. Requests that lost KV are forgotten: the engine prefills and admits them again."""
+    def follow(self, conditions: Conditions, generation: int) -> None:
+        """Follow the replica's own generation and its status of GPUs.
+
+        Requests that lost KV are forgotten: the engine prefills and admits them again.
+        """
+        self.generation = max(self.generation, generation)
         self.version += 1
         gone = set[str]()
         for copy in self.copies:

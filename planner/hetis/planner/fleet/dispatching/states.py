@@ -150,7 +150,7 @@ class DispatchStates:
             made = await asyncio.to_thread(declared, state, terms, self._make_id())
             replica = self._replica(replica.name)
             _require_generation(state, replica)
-        made.set_conditions(replica.conditions)
+        made.follow(replica.conditions, replica.generation)
         self._states[replica.name] = made
         return pb2.UpdateDispatchStateResponse(state_id=made.state_id)
 
@@ -173,8 +173,7 @@ class DispatchStates:
         if replica is None or replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
             del self._states[name]
             return
-        state.set_conditions(replica.conditions)
-        state.generation = max(state.generation, replica.generation)
+        state.follow(replica.conditions, replica.generation)
 
     def redispatch_begun(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Reserve room for the moves of a re-dispatch."""

@@ -34,8 +34,6 @@ from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 READ_TIMEOUT_S = 10.0
 SOLVE_BUDGET_S = 10.0  # an older state is no basis for moves
-LEAST_WAIT_S = 0.5  # between two looks at a replica whose redispatch_interval is shorter
-MOST_DOUBLINGS = 6
 _WATCHED = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
 _log = logging.getLogger("hetis.planner.redispatching")
 
@@ -87,17 +85,13 @@ class RedispatchLoop(FleetObserver):
         """Look again: what had to wait for room may have it now."""
         self._dispatch.redispatch_ended(redispatch)
         watched = self._watched.get(redispatch.replica)
-        if watched is None or watched.under_way != redispatch.name:
+        was_aborted = redispatch.state != redispatch_pb2.REDISPATCH_STATE_DONE
+        if watched is None or not watched.end(redispatch.name, was_aborted=was_aborted):
             return
-        watched.under_way = ""
-        if redispatch.state == redispatch_pb2.REDISPATCH_STATE_DONE:
-            watched.num_aborted = 0
-        else:
-            watched.num_aborted += 1
-            view = self._fleet.replica_view(redispatch.replica)
-            if view is not None:
-                self._put_off(watched, redispatch_policy(self._fleet.policy_of(cluster_of(view.name))))
-        watched.is_wanted = True
+        view = self._fleet.replica_view(redispatch.replica)
+        if was_aborted and view is not None:
+            policy = redispatch_policy(self._fleet.policy_of(cluster_of(view.name)))
+            watched.put_off(policy, now_s=self._clock.monotonic())
         self._wake.set()
 
     # --- due work
@@ -138,7 +132,7 @@ class RedispatchLoop(FleetObserver):
             if watched.can_be_looked_at and now_s >= watched.not_before_s
         ]
         for _, watched in due:
-            watched.is_looking = True
+            watched.begin_look()
         return [
             asyncio.create_task(self._look_safely(name, watched), name=f"a look at {name}") for name, watched in due
         ]
@@ -156,7 +150,7 @@ class RedispatchLoop(FleetObserver):
         except Exception:
             _log.exception("the look at %s failed", name)  # the loop serves all replicas
         finally:
-            watched.is_looking = False
+            watched.end_look()
 
     async def _look(self, name: str) -> None:
         """Find moves on one stage, and send them."""
@@ -166,14 +160,14 @@ class RedispatchLoop(FleetObserver):
         watched, policy = found
         view = self._fleet.replica_view(name)
         if view is None or view.redispatch:
-            self._put_off(watched, policy)  # not ours, but the previous planner's
+            watched.put_off(policy, now_s=self._clock.monotonic())  # not ours, but the previous planner's
             return
         if not watched.by_urgency():
-            watched.is_wanted = False
+            watched.want_look(False)
             return
-        self._put_off(watched, policy)
+        watched.put_off(policy, now_s=self._clock.monotonic())
         maps = await self._head_maps(view)
-        watched.is_wanted = False
+        watched.want_look(False)
         if maps is None:
             return
         by_place = {(one.stage, one.copy): one for one in maps.maps}
@@ -203,18 +197,16 @@ class RedispatchLoop(FleetObserver):
             return
         now = self._fleet.replica_view(view.name)
         if now is None or now.redispatch or now.generation > redispatch.change.base_generation:
-            watched.is_wanted = True  # it has changed meanwhile
+            watched.want_look()  # it has changed meanwhile
             return
-        watched.under_way = redispatch.name
+        watched.begin(redispatch.name)
         self._dispatch.redispatch_begun(redispatch)
         try:
             await self._fleet.redispatch(redispatch)
         except BaseException:
-            if watched.under_way == redispatch.name:
-                watched.under_way = ""
+            if watched.end(redispatch.name, was_aborted=None):
                 redispatch.state = redispatch_pb2.REDISPATCH_STATE_ABORTED
                 self._dispatch.redispatch_ended(redispatch)
-                watched.is_wanted = True
             raise
 
     # --- internals
@@ -251,10 +243,6 @@ class RedispatchLoop(FleetObserver):
             watched = self._watched[name] = WatchedReplica(view.stages)
         watched.set_conditions(view)
         return watched, policy
-
-    def _put_off(self, watched: WatchedReplica, policy: RedispatchPolicy) -> None:
-        wait_s = max(LEAST_WAIT_S, policy.interval_s) * 2 ** min(watched.num_aborted, MOST_DOUBLINGS)
-        watched.not_before_s = self._clock.monotonic() + wait_s
 
     def _redispatch_of(
         self, view: LiveReplica, place: Place, base_generation: int, found: FoundMoves, policy: RedispatchPolicy

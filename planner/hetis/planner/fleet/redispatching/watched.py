@@ -19,6 +19,8 @@ from hetis.solver.dispatch.tables import costs_of
 from hetis.solver.redispatch.triggers import ALWAYS, CHANGE, MOST_CHANGE, Trigger, TriggerKind
 from hetis.v1 import report_pb2, stage_pb2
 
+LEAST_WAIT_S = 0.5  # between two looks at a replica whose redispatch_interval is shorter
+MOST_DOUBLINGS = 6
 NEAR = 0.05  # share by which a deviation above its limit may be understated
 _SHARES = np.linspace(0.0, 1.0, 9)
 
@@ -249,7 +251,7 @@ class WatchedReplica:
         self.not_before_s = 0.0  # the earliest time of the next look
         self.is_wanted = self.is_looking = False
         self.under_way = ""  # the re-dispatch sent last, until it has ended; empty if none
-        self.num_aborted = 0  # consecutive re-dispatches that were aborted
+        self._num_aborted = 0  # consecutive re-dispatches that were aborted
         self._models = models
         self._conditions: dict[str, report_pb2.DeviceStatus.ValueType] | None = None
 
@@ -257,6 +259,37 @@ class WatchedReplica:
     def can_be_looked_at(self) -> bool:
         """Return whether a look is wanted and only its time may still have to come."""
         return self.is_wanted and not self.is_looking and not self.under_way
+
+    def begin_look(self) -> None:
+        self.is_looking = True
+
+    def end_look(self) -> None:
+        self.is_looking = False
+
+    def want_look(self, wanted: bool = True) -> None:
+        """Note whether there is something worth a look."""
+        self.is_wanted = wanted
+
+    def put_off(self, policy: RedispatchPolicy, *, now_s: float) -> None:
+        """Let some time pass before the next look, twice as long for each re-dispatch that was aborted in a row."""
+        wait_s = max(LEAST_WAIT_S, policy.interval_s) * 2 ** min(self._num_aborted, MOST_DOUBLINGS)
+        self.not_before_s = now_s + wait_s
+
+    def begin(self, redispatch: str) -> None:
+        """Note that a re-dispatch is sent."""
+        self.under_way = redispatch
+
+    def end(self, redispatch: str, *, was_aborted: bool | None) -> bool:
+        """Note that a re-dispatch ended, or, with None, was not even begun: another look is due, for what had to wait.
+
+        Return False if it is not the one sent last.
+        """
+        if self.under_way != redispatch:
+            return False
+        self.under_way, self.is_wanted = "", True
+        if was_aborted is not None:
+            self._num_aborted = self._num_aborted + 1 if was_aborted else 0
+        return True
 
     def is_of(self, models: Sequence[stage_pb2.StageModel]) -> bool:
         """Return whether the replica still has the stages that are watched."""
