@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,50 +66,33 @@ def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType)
     return document_pb2.Document(kind=kind, content=dump(value, "json").encode("utf-8"), source_name="stdin")
 
 
-def apply_cluster(client: Client, path: str, value: Cluster, *, dry_run: bool) -> Applied:
-    """Create or update the cluster of a file, under an id made from its name."""
-    own, calls = id_of(value.name), client.clusters
-    wanted = cluster_pb2.Cluster(
-        name=f"clusters/{own}", document=document(path, value, document_pb2.DOCUMENT_KIND_CLUSTER)
-    )
-    read = cluster_service_pb2.GetClusterRequest(name=wanted.name, view=view_pb2.VIEW_BASIC)
-    create = cluster_service_pb2.CreateClusterRequest(cluster_id=own, cluster=wanted, validate_only=dry_run)
-    update = cluster_service_pb2.UpdateClusterRequest(cluster=wanted, validate_only=dry_run)
-    return _applied(
-        update.cluster,
-        read=lambda: calls.GetCluster(read).cluster,
-        create=lambda: calls.CreateCluster(create).cluster,
-        update=lambda: calls.UpdateCluster(update).cluster,
-    )
+def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> Applied:
+    """Create the cluster or profile of a file, under an id made from its name or GPU type, or update it.
 
-
-def apply_profile(client: Client, path: str, value: Profile, *, dry_run: bool) -> Applied:
-    """Create or update the profile of a file, under an id made from its GPU type."""
-    own, calls = id_of(value.gpu), client.profiles
-    wanted = profile_pb2.Profile(
-        name=f"profiles/{own}", document=document(path, value, document_pb2.DOCUMENT_KIND_PROFILE)
+    It is updated as it was read, and never over somebody else's change.
+    """
+    kind, messages, requests, calls, own = (
+        ("Cluster", cluster_pb2, cluster_service_pb2, client.clusters, id_of(value.name))
+        if isinstance(value, Cluster)
+        else ("Profile", profile_pb2, profile_service_pb2, client.profiles, id_of(value.gpu))
     )
-    read = profile_service_pb2.GetProfileRequest(name=wanted.name, view=view_pb2.VIEW_BASIC)
-    create = profile_service_pb2.CreateProfileRequest(profile_id=own, profile=wanted, validate_only=dry_run)
-    update = profile_service_pb2.UpdateProfileRequest(profile=wanted, validate_only=dry_run)
-    return _applied(
-        update.profile,
-        read=lambda: calls.GetProfile(read).profile,
-        create=lambda: calls.CreateProfile(create).profile,
-        update=lambda: calls.UpdateProfile(update).profile,
-    )
+    field = kind.lower()
 
+    def call(verb: str, **fields: Any) -> Any:
+        request = getattr(requests, f"{verb}{kind}Request")(**fields)
+        return getattr(getattr(calls, f"{verb}{kind}")(request), field)
 
-def _applied(updated: Any, *, read: Callable[[], Any], create: Callable[[], Any], update: Callable[[], Any]) -> Applied:
-    """Create what is not there, or update it as it was read, and never over somebody else's change."""
+    form = document_pb2.DocumentKind.Value(f"DOCUMENT_KIND_{kind.upper()}")
+    wanted = getattr(messages, kind)(name=f"{field}s/{own}", document=document(path, value, form))
     try:
-        present = read()
+        present = call("Get", name=wanted.name, view=view_pb2.VIEW_BASIC)
     except CallError as error:
         if error.reason != "NOT_FOUND":
             raise
-        return Applied(resource=create(), what="created")
-    updated.etag = present.etag
-    changed = update()
+        made = call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run)
+        return Applied(resource=made, what="created")
+    wanted.etag = present.etag
+    changed = call("Update", **{field: wanted}, validate_only=dry_run)
     same = present.document.digest and present.document.digest == changed.document.digest
     return Applied(resource=changed, what="unchanged" if same else "updated")
 
@@ -288,14 +271,11 @@ class Applying:
     def _apply(self, values: list[tuple[str, Value]]) -> None:
         dry_run = self.asked.dry_run
         for path, value in values:
-            if isinstance(value, Cluster):
-                done = apply_cluster(self.client, path, value, dry_run=dry_run)
-            elif isinstance(value, Profile):
-                done = apply_profile(self.client, path, value, dry_run=dry_run)
-            elif isinstance(value, Plan):
+            if isinstance(value, Plan):
                 continue
-            else:
+            if not isinstance(value, Cluster | Profile):
                 raise typer.BadParameter(f"{path} is a {type(value).__name__}, expected a Cluster, Profile or Plan")
+            done = apply_resource(self.client, path, value, dry_run=dry_run)
             self._done.append(done)
             self.terminal.say(f"{done.resource.name} {done.what}{' (dry run)' if dry_run else ''}")
 
