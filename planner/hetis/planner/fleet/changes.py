@@ -86,9 +86,9 @@ _ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: that report was lo
 class Saving:
     """A snapshot of a re-dispatch taken when a write begins; ``body`` is a copy."""
 
-    revision: int
+    revision: int  # of the change, which counts what the store should have
     body: redispatch_pb2.Redispatch
-    outcome: Outcome.ValueType
+    outcome: Outcome.ValueType  # as known when the write began
 
 
 class ChangeCoordinator:
@@ -109,21 +109,21 @@ class ChangeCoordinator:
         self.num_contradictions = 0  # reports of authorities that contradicted their first one, which never happens
         self._parts = parts
         self._again_s = again_s
-        self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)
-        self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)  # until when all nodes must be READY
+        self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # the authority's, as far as it is known
         self._is_presumed = False  # the authority did not say so itself
         self._forgotten: failure_pb2.Failure | None = None  # by an agent that does not know of the permission
         self._engine: report_pb2.ReplicaReport | None = None  # the last report of its engine
         self._engine_is_new = False  # another run than when it prepared
-        self._status: dict[str, change_pb2.ChangeStatus] = {}
-        self._finished: set[str] = set()
-        self._lost: set[str] = set()
+        self._status: dict[str, change_pb2.ChangeStatus] = {}  # the last report of each node
+        self._finished: set[str] = set()  # nodes that need to be told nothing more
+        self._lost: set[str] = set()  # nodes whose leases expired
         self._answers: dict[str, int] = {}  # to the last directive
-        self._answered_s: dict[str, float] = {}
+        self._answered_s: dict[str, float] = {}  # when each node last answered its directive
         self._revision = 1  # of what the store should have
-        self._saved = 0
-        self._durable: State.ValueType = State.REDISPATCH_STATE_UNSPECIFIED
-        self._durable_outcome: Outcome.ValueType = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        self._saved = 0  # the revision that the store has
+        self._durable: State.ValueType = State.REDISPATCH_STATE_UNSPECIFIED  # the state that the store has
+        self._durable_outcome: Outcome.ValueType = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # and the outcome with it
         body.state = State.REDISPATCH_STATE_PREPARING
         if not body.nodes:
             body.nodes.extend(redispatch_pb2.NodeChangeStatus(node=node, parts=its) for node, its in parts.items())
@@ -426,7 +426,7 @@ class LateChanges:
     """Reports of changes that nobody drives, until the store was asked for their outcome."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}
+        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # by change id and node
         self._num_of_node: dict[str, int] = {}
 
     def add(self, node: str, status: change_pb2.ChangeStatus) -> None:

@@ -62,23 +62,24 @@ class ClusterFleet:
         self.links: dict[str, NodeLink] = {}
         self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
         self.replicas: dict[str, Replica] = {}  # by name
-        self.node_records: dict[str, NodeRecord] = {}
+        self.node_records: dict[str, NodeRecord] = {}  # by node id
+        # What agents reported of their nodes since the last write, by node id
         self.node_writes: dict[str, NodeWrite] = {}
         self.unprepared: dict[str, None] = {}  # replicas whose plans have to be looked up
         self.dirty: set[str] = set()  # replicas that the rule should look at
-        self.decide_all = True
+        self.decide_all = True  # whether the rule should look at all replicas
         # ("node" or "replica" or "redispatch", name) and ("plan", name) whose views changed
         self.shown: set[tuple[str, str]] = set()
         # Reports since they were last taken, the newest of each node and replica
         self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
         self.capacity_changed = False  # since it was last read
         self.progress = plan_pb2.ActivationProgress()  # of the active plan, as of the last decision
-        self.connect_time_s: dict[str, float] = {}
+        self.connect_time_s: dict[str, float] = {}  # Unix time at which the last stream of each node began
         self.settings = settings
         self.counters = counters
         self._epoch = epoch
         self._new_id = new_id
-        self._replicas_on: dict[str, set[str]] = {}
+        self._replicas_on: dict[str, set[str]] = {}  # names by node id
         self._talking: set[str] = set()  # nodes with messages to send
         self._waiting: set[str] = set()  # nodes with messages to send later
         self.changes = ClusterChanges(self)  # its re-dispatches
@@ -508,7 +509,7 @@ class ClusterChanges:
         self.late = LateChanges()  # changes that nodes mention and that are not under way
         self._ended: list[redispatch_pb2.Redispatch] = []  # re-dispatches that ended since they were last taken
         self._cluster = cluster
-        self._endings: OrderedDict[str, Ended] = OrderedDict()
+        self._endings: OrderedDict[str, Ended] = OrderedDict()  # by change id, the oldest first
 
     @property
     def have_news(self) -> bool:

@@ -104,13 +104,14 @@ class ReplicaSlot:
         # Ended changes whose outcome the node has acknowledged on this stream. Later reports of them get no answer,
         # because the node would only acknowledge it again.
         self.closed: set[str] = set()
+        # None: nothing was wanted yet, so the node is told nothing
         self.wanted: WantedAssignment | WantedRemoval | None = None
-        self._directives: dict[str, Directive] = {}
+        self._directives: dict[str, Directive] = {}  # by change
         self._told: dict[str, str] = {}  # kind of the last answered directive, by change
         self._refused: int | None = None  # generation of the assignment that was refused for good
         self._retry_s = 0.0  # the earliest time of the next try
-        self._in_flight: Delta | None = None
-        self._sent_s = 0.0
+        self._in_flight: Delta | None = None  # sent, and not answered
+        self._sent_s = 0.0  # when it was sent last
 
     @property
     def num_directives(self) -> int:

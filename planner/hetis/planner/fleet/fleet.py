@@ -39,7 +39,7 @@ class Stream:
         self._num_bytes = 0
         self._has_news = asyncio.Event()
         self._has_ended = False
-        self._error: ServiceError | None = None
+        self._error: ServiceError | None = None  # why it ends; None: in order
 
     def send(self, messages: Iterable[Response]) -> bool:
         """Queue messages; return False if the agent is too slow, in which case the stream ends without them."""
@@ -118,8 +118,8 @@ class LiveFleet:
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the node's name
         self._ticks: asyncio.Task[None] | None = None
-        self._published_s = 0.0
-        self._ticked_s = clock.monotonic()
+        self._published_s = 0.0  # when the last states were published
+        self._ticked_s = clock.monotonic()  # when time was last seen to pass
         self._ending: ServiceError | None = None  # why streams are refused from now on
 
     # Life cycle.

@@ -32,7 +32,7 @@ class Leases:
         self._suspect_s = suspect_s
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
-        self._due: list[tuple[float, str]] = []
+        self._due: list[tuple[float, str]] = []  # a heap: when which node has to be looked at
         self._num_connected = 0
 
     def __contains__(self, node: str) -> bool:

@@ -33,7 +33,7 @@ class HeadMapPieces:
         self._most_bytes = most_bytes
         self._num_bytes = 0
         self._pieces: dict[int, agent_service_pb2.HeadMapPiece] = {}
-        self._last: int | None = None
+        self._last: int | None = None  # index of the last piece; None if it has not come
 
     def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
         """Add a piece; return the maps once all pieces are there, else None.
@@ -209,10 +209,10 @@ class NodeLink:
         self._due_s: dict[str, float] = {}  # by replica; other entries of the heap are void
         self._removals: set[str] = set()  # replicas whose removal was sent and not answered
         self._put_off: dict[str, None] = {}  # replicas whose removal waits for those
-        self._outbox: list[Response] = []
-        self._report_sequence = 0
+        self._outbox: list[Response] = []  # messages about no replica, which are sent first
+        self._report_sequence = 0  # of the last report that counted
         self._inventory_sequence = 0
-        self._head_maps: dict[str, HeadMapPieces] = {}
+        self._head_maps: dict[str, HeadMapPieces] = {}  # by request id
 
     # State.
 

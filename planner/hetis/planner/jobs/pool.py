@@ -112,7 +112,7 @@ class PooledSearch:
         self._pool = pool
         self.caller = caller
         self._news: asyncio.Queue[News] = asyncio.Queue()
-        self.posed_json = b""
+        self.posed_json = b""  # set when it begins
         self.time_limit_s = 0.0
         self.is_called_off = False
 
@@ -174,8 +174,8 @@ class Slot:
         self._is_ready = False
         self._search: PooledSearch | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._why_killed = ""
-        self._is_searching = False
+        self._why_killed = ""  # empty: the present process was not
+        self._is_searching = False  # whether its time limit runs: it has loaded and compiled
 
     @property
     def pid(self) -> int | None:

@@ -78,7 +78,7 @@ class Lease:
     def __init__(self, lease_s: float, clock: Callable[[], float] = machine_s) -> None:
         self.lease_s = lease_s
         self.clock = clock
-        self._asked_s: float | None = None
+        self._asked_s: float | None = None  # when the lease was asked for that is held; None: none is
 
     def grant(self, asked_s: float) -> None:
         """Record that the server granted the renewal that was asked for at ``asked_s``."""

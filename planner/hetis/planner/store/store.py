@@ -30,8 +30,8 @@ class StoreHealth:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._answered_s = clock()
-        self._began_s: float | None = None
+        self._answered_s = clock()  # when the last transaction succeeded
+        self._began_s: float | None = None  # when the present transaction began
         self._has_failed = self._is_failing = False
         self.errors = 0  # transactions that failed
         self.seconds = 0.0  # duration of all transactions together
@@ -119,8 +119,8 @@ class Store:
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-lease") if is_served else self._thread
         )
         self._epoch: int | None = None
-        self._renewal: asyncio.Task[None] | None = None
-        self._guard: asyncio.Task[None] | None = None
+        self._renewal: asyncio.Task[None] | None = None  # renews the lease during a term on a server
+        self._guard: asyncio.Task[None] | None = None  # looks after the connections while the store is open
         self._ended = asyncio.Event()  # set when the present term is over
         self.health = StoreHealth(machine)  # when and how quickly the store answered
         self.lease = Lease(self._lease_s, machine)  # of the present term

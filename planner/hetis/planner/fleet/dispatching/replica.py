@@ -189,8 +189,8 @@ class ReplicaDispatch:
         self.running = dict(running)  # in order of admission
         self.version = 0  # grows with every change
         self._planning = asyncio.Lock()  # a stage plans only one batch at once
-        self._coming = list[_Coming]()
-        self._later = set[asyncio.Task[None]]()
+        self._coming = list[_Coming]()  # calls to be planned in the next iteration of the loop
+        self._later = set[asyncio.Task[None]]()  # calls that wait for a batch in a thread
 
     @property
     def copies(self) -> Iterable[StageCopy]:

@@ -47,13 +47,14 @@ class StageCopy:
         self.stage, self.copy, self.terms = stage, copy, terms
         self.state = DispatchState.of(snapshot_from_proto(head_map, terms))
         place = [terms.index[device.name] for device in head_map.devices]
+        # The device of every head group, by request; positions in `terms.stage.devices`
         self.owners = {
             request.id: [place[owner] for owner in request.owners]
             for request in head_map.requests
             if request.id in self.state
         }
         self._dispatcher = Dispatcher(terms.stage)
-        self._moving: dict[str, _Moving] = {}
+        self._moving: dict[str, _Moving] = {}  # by change id
         numbers = iter(self.state.moves)
         for one in head_map.moves:
             if one.move.request in self.state:

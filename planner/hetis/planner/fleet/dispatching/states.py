@@ -45,8 +45,8 @@ class DispatchStates:
 
     def __init__(self, replicas: RunningReplicas, *, make_id: Callable[[], str] = lambda: str(uuid.uuid4())) -> None:
         self._replicas, self._make_id = replicas, make_id
-        self._states: dict[str, ReplicaDispatch] = {}
-        self._warming: asyncio.Task[None] | None = None
+        self._states: dict[str, ReplicaDispatch] = {}  # by replica
+        self._warming: asyncio.Task[None] | None = None  # loads the kernels; None: nobody needed them yet
 
     # --- kernels
 

@@ -165,8 +165,8 @@ class WatchedStage:
         self.planner = StagePlanner()
         self.backoff = AlarmBackoff()
         self.terms = stage_from_proto(model)
-        self.sums: StageSums | None = None
-        self.alarms: tuple[Trigger, ...] = ()
+        self.sums: StageSums | None = None  # of the last report; None: there was none
+        self.alarms: tuple[Trigger, ...] = ()  # of the last report
         self.changed: frozenset[str] = frozenset()  # devices to report at the next look
         self._slowness = Slowness()
         self._predicted = self._test = SumTest(self.terms)
