@@ -40,10 +40,15 @@ def test_a_large_document_is_read_while_the_collector_of_garbage_rests(tmp_path:
 
 def test_the_collector_works_again_when_the_last_work_has_ended() -> None:
     async def scenario() -> None:
-        ends = [threading.Event() for _ in range(2)]
-        works = [asyncio.create_task(run_in_thread_gc_paused(end.wait, 10)) for end in ends]
-        while gc.isenabled():
-            await asyncio.sleep(0.001)
+        begun, ends = threading.Barrier(3), [threading.Event() for _ in range(2)]
+
+        def work(end: threading.Event) -> None:
+            begun.wait(10)
+            end.wait(10)
+
+        works = [asyncio.create_task(run_in_thread_gc_paused(work, end)) for end in ends]
+        await asyncio.to_thread(begun.wait, 10)
+        assert not gc.isenabled()
         ends[0].set()
         await works[0]
         assert not gc.isenabled()
