@@ -125,7 +125,7 @@ def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) -> Non
         found, after = list[str](), None
         while page := tx.plans.page(after, 2):
             found += [record.name for record in page]
-            after = tx.plans.place_of(page[-1])
+            after = Transaction.plans.place_of(page[-1])
         return found
 
     async def scenario() -> None:

@@ -23,7 +23,7 @@ from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, r
 from hetis.planner.cli.server_verb import full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
-from hetis.planner.convert.plans import TO_PROTO
+from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.profile import Profile
@@ -38,12 +38,6 @@ from hetis.v1 import (
     view_pb2,
 )
 
-_KINDS = {
-    ObjectiveKind.GOODPUT: plan_pb2.OBJECTIVE_KIND_GOODPUT,
-    ObjectiveKind.THROUGHPUT: plan_pb2.OBJECTIVE_KIND_THROUGHPUT,
-    ObjectiveKind.COST: plan_pb2.OBJECTIVE_KIND_COST,
-    ObjectiveKind.GPUS: plan_pb2.OBJECTIVE_KIND_GPUS,
-}
 _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
 _NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
 
@@ -192,7 +186,7 @@ class FileProblem:
 
     def _objective(self) -> plan_pb2.Objective:
         given = self.goal
-        goal = plan_pb2.Objective(kind=_KINDS[given.objective], demand_rps=given.rate or 0.0)
+        goal = plan_pb2.Objective(kind=OBJECTIVE_KINDS[given.objective], demand_rps=given.rate or 0.0)
         for name, limit in (("ttft", given.ttft), ("tpot", given.tpot)):
             if limit == NO_LIMIT:
                 setattr(goal, f"{name}_unlimited", True)

@@ -1,4 +1,4 @@
-"""Clusters, plans, replicas and re-dispatches as callers see them: stored records combined with live state."""
+"""Clusters, profiles, plans, replicas and re-dispatches as callers see them: records together with live state."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ from google.protobuf.message import Message
 
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import without_contents
-from hetis.planner.store import ClusterRecord, PlanRecord, RedispatchRecord, etag_of
-from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, view_pb2
+from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, RedispatchRecord, etag_of
+from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2, view_pb2
 
 M = TypeVar("M", bound=Message)
+D = TypeVar("D", cluster_pb2.Cluster, profile_pb2.Profile)
 BASIC = view_pb2.VIEW_BASIC
 FULL = view_pb2.VIEW_FULL
 
 
 def cluster_message(record: ClusterRecord, *, view: view_pb2.View.ValueType, num_connected: int) -> cluster_pb2.Cluster:
-    message = deepcopy(record.body)
+    message = _described(record.body, record, view)
+    message.num_connected_nodes = num_connected
+    message.active_plan, message.earlier_plan = record.active_plan, record.earlier_plan
+    return message
+
+
+def profile_message(record: ProfileRecord, *, view: view_pb2.View.ValueType) -> profile_pb2.Profile:
+    return _described(record.body, record, view)
+
+
+def _described(body: D, record: ClusterRecord | ProfileRecord, view: view_pb2.View.ValueType) -> D:
+    """Return a copy of the body of a resource that a document describes, with the record's etag and times."""
+    message = deepcopy(body)
     if view == BASIC:
         message.document.ClearField("content")
         message.document.ClearField("text")
     message.etag = etag_of(record)
-    message.num_connected_nodes = num_connected
-    message.active_plan = record.active_plan
-    message.earlier_plan = record.earlier_plan
     message.create_time.CopyFrom(timestamp(record.create_time_s))
     message.update_time.CopyFrom(timestamp(record.update_time_s))
     return message

@@ -63,6 +63,11 @@ def name_of(enum: object, value: int) -> str:
     return str(value) if found is None else str(found.name)
 
 
+def word_of(enum: object, value: int) -> str:
+    """Return the value's name without the enum's prefix: ``READY`` for ``NODE_STATE_READY``."""
+    return name_of(enum, value).removeprefix(name_of(enum, 0).removesuffix("UNSPECIFIED"))
+
+
 def timestamp(time_s: float) -> Timestamp:
     """Return the timestamp of a Unix time, to the microsecond."""
     whole = int(time_s // 1)

@@ -99,7 +99,8 @@ MOST_DOCUMENT_BYTES = 3 << 20  # for a document inside a message
 MOST_PLAN_BYTES = (4 << 20) - (128 << 10)
 
 Wrong = Callable[[str, str], object]  # called with the path of a wrong field, and what is wrong with it
-_OBJECTIVES = {plan_pb2.ObjectiveKind.Value(f"OBJECTIVE_KIND_{kind.name}"): kind for kind in ObjectiveKind}
+OBJECTIVE_KINDS = {kind: plan_pb2.ObjectiveKind.Value(f"OBJECTIVE_KIND_{kind.name}") for kind in ObjectiveKind}
+_KIND_OF = {number: kind for kind, number in OBJECTIVE_KINDS.items()}
 
 
 def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
@@ -169,7 +170,7 @@ def digest_of(document: bytes) -> str:
 
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:
     """Return the objective; ``wrong`` is called for every wrong field, whose path begins with ``field``."""
-    kind = _OBJECTIVES.get(message.kind, ObjectiveKind.GOODPUT)
+    kind = _KIND_OF.get(message.kind, ObjectiveKind.GOODPUT)
     demand_rps = message.demand_rps or None
     if demand_rps is not None and not (demand_rps > 0 and math.isfinite(demand_rps)):
         wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be above 0 and finite")

@@ -16,7 +16,7 @@ from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.resources.requests import Checks, change_once, check, read_page_request, require_etag, require_free
+from hetis.planner.resources.requests import Checks, change_once, check, read_page, require_etag, require_free
 from hetis.planner.resources.shared import Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -74,9 +74,7 @@ class Clusters:
 
     async def list(self, request: pb.ListClustersRequest) -> pb.ListClustersResponse:
         check(request)
-        page = read_page_request(request)
-        found = await self._store.read(lambda tx: tx.clusters.page(page.after, page.num_read))
-        records, token = page.cut(found, lambda record: record.name)
+        records, token = await read_page(self._store, request, Reader.clusters)
         clusters = [self._message(record, BASIC) for record in records]
         return pb.ListClustersResponse(clusters=clusters, next_page_token=token)
 

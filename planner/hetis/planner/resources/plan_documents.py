@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.convert import documents
+from hetis.planner.convert.names import word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.searching import document_bytes
 from hetis.planner.store import PlanRecord, Reader, Store
@@ -88,7 +89,7 @@ def require_answer(record: PlanRecord) -> None:
 
 def plan_state(record: PlanRecord, what: str) -> ServiceError:
     """Return the error for a call in the wrong state; ``what`` follows name and state in the message."""
-    state = plan_pb2.PlanState.Name(record.state).removeprefix("PLAN_STATE_")
+    state = word_of(plan_pb2.PlanState, record.state)
     message = f"{record.name} is {state} and {what}"
     return ServiceError(Reason.ERROR_REASON_PLAN_STATE, message, metadata={"name": record.name, "state": state})
 

@@ -266,7 +266,7 @@ class _SpecReader:
         """Return the valid roles."""
         given, known = self.spec.roles, ", ".join(role.name for role in Role)
         for position, value in enumerate(given[: len(Role) + 1]):
-            named = names.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
+            named = names.word_of(replica_pb2.ReplicaRole, value)
             self.require(value in FROM_PROTO, f"roles[{position}]", f"is {named}, must be one of {known}")
         num_different = len(set(given))
         message = f"has {len(given)} entries of {num_different} roles, each may be there once"

@@ -21,7 +21,7 @@ from hetis.planner.resources.plan_documents import (
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.requests import change_once, check, read_page_request, require_etag, to_the_end
+from hetis.planner.resources.requests import change_once, check, read_page, require_etag, to_the_end
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -56,14 +56,8 @@ class Plans:
 
     async def list(self, request: pb2.ListPlansRequest) -> pb2.ListPlansResponse:
         check(request, optional=("cluster",), cluster=names.CLUSTER)
-        page = read_page_request(request, newest_first=True)
-        filters: dict[str, str | frozenset[int]] = {}
-        if request.cluster:
-            filters["cluster"] = request.cluster
-        if request.states:
-            filters["state"] = frozenset(request.states)
-        found = await self._store.read(lambda reader: reader.plans.page(page.after, page.num_read, **filters))
-        records, token = page.cut(found, lambda record: (record.create_time_s, record.name))
+        states = frozenset(request.states)
+        records, token = await read_page(self._store, request, Reader.plans, cluster=request.cluster, state=states)
         return pb2.ListPlansResponse(plans=map(self._basic, records), next_page_token=token)
 
     async def delete(self, request: pb2.DeletePlanRequest) -> pb2.DeletePlanResponse:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
 from hetis.formats import catalogue
 from hetis.planner.convert import documents, names
-from hetis.planner.convert.clusters import BASIC, FULL, without
-from hetis.planner.convert.names import timestamp
-from hetis.planner.resources.requests import Checks, change_once, check, read_page_request, require_etag, require_free
-from hetis.planner.store import ProfileRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.convert.clusters import BASIC, FULL, profile_message, without
+from hetis.planner.resources.requests import Checks, change_once, check, read_page, require_etag, require_free
+from hetis.planner.store import ProfileRecord, Reader, Store, Transaction
 from hetis.solver.profile import Profile, Source
-from hetis.v1 import profile_pb2, view_pb2
+from hetis.v1 import profile_pb2
 from hetis.v1 import profile_service_pb2 as pb
 
 
@@ -54,10 +52,8 @@ class Profiles:
         checks.request(request)
         checks.require(request.gpu_type.isprintable(), "gpu_type", "holds characters that cannot be printed")
         checks.raise_if_wrong()
-        page = read_page_request(request)
-        of_type = {"gpu_type": gpu_type_name(request.gpu_type)} if request.gpu_type else {}
-        found = await self._store.read(lambda tx: tx.profiles.page(page.after, page.num_read, **of_type))
-        records, token = page.cut(found, lambda record: record.name)
+        gpu_type = gpu_type_name(request.gpu_type) if request.gpu_type else ""
+        records, token = await read_page(self._store, request, Reader.profiles, gpu_type=gpu_type)
         profiles = [profile_message(record, view=BASIC) for record in records]
         return pb.ListProfilesResponse(profiles=profiles, next_page_token=token)
 
@@ -125,17 +121,6 @@ async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) ->
 
 
 _SOURCES = {source: profile_pb2.ProfileSource.Value(f"PROFILE_SOURCE_{source.name}") for source in Source}
-
-
-def profile_message(record: ProfileRecord, *, view: view_pb2.View.ValueType) -> profile_pb2.Profile:
-    message = deepcopy(record.body)
-    if view == BASIC:
-        message.document.ClearField("content")
-        message.document.ClearField("text")
-    message.etag = etag_of(record)
-    message.create_time.CopyFrom(timestamp(record.create_time_s))
-    message.update_time.CopyFrom(timestamp(record.update_time_s))
-    return message
 
 
 def gpu_type_name(text: str) -> str:

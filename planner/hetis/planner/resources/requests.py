@@ -21,9 +21,9 @@ from hetis.planner.callers import present_caller
 from hetis.planner.convert.clusters import without
 from hetis.planner.convert.names import ID_RULE, NameForm, is_id
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_document, invalid_fields
-from hetis.planner.store import AuditedChange, Store, Transaction, audit, etag_of
+from hetis.planner.store import AuditedChange, Reader, Store, Transaction, audit, etag_of
 from hetis.planner.store.records import Record
-from hetis.planner.store.tables import TableView
+from hetis.planner.store.tables import Filter, RecordKind, TableView
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import document_pb2, failure_pb2
 
@@ -117,7 +117,8 @@ def _shown(value: str) -> str:
 
 DEFAULT_SIZE = 50
 MAX_SIZE = 500
-R = TypeVar("R")
+R = TypeVar("R", bound=Record)
+Item = TypeVar("Item")
 Place = str | tuple[float, str]
 """The position of a resource in its list: its name, or its time and name in lists ordered newest first."""
 
@@ -144,7 +145,7 @@ class PageRequest:
             return int(self.after)
         raise _invalid(str(self.after))
 
-    def cut(self, found: Sequence[R], place_of: Callable[[R], Place]) -> tuple[list[R], str]:
+    def cut(self, found: Sequence[Item], place_of: Callable[[Item], Place]) -> tuple[list[Item], str]:
         """Return the page, and the token of the next one, empty if there is none.
 
         Args:
@@ -171,6 +172,24 @@ def read_page_request(request: Message, *, newest_first: bool = False) -> PageRe
     digest = _list_digest(request)
     after = _read_token(token, digest, newest_first=newest_first) if token else None
     return PageRequest(size=min(page_size or DEFAULT_SIZE, MAX_SIZE), after=after, list_digest=digest)
+
+
+async def read_page(
+    store: Store, request: Message, kind: RecordKind[R], *, parent: str = "", **filters: Filter
+) -> tuple[list[R], str]:
+    """Return the page of records that a validated List request asks for, and the token of the next one.
+
+    ``parent`` is a cluster, which must exist; empty ``filters`` do not count. Raises INVALID_PAGE_TOKEN or NOT_FOUND.
+    """
+    page = read_page_request(request, newest_first=kind.newest_first)
+    given = {column: value for column, value in filters.items() if value} | ({"cluster": parent} if parent else {})
+
+    def read(tx: Reader) -> list[R]:
+        if parent:
+            tx.clusters.require(parent)
+        return kind.of(tx).page(page.after, page.num_read, **given)
+
+    return page.cut(await store.read(read), kind.place_of)
 
 
 def _list_digest(request: Message) -> str:

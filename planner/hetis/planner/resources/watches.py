@@ -31,9 +31,9 @@ from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.views import show_live
 from hetis.planner.resources.nodes import NodeReader
-from hetis.planner.resources.requests import check, read_page_request
+from hetis.planner.resources.requests import check, read_page
 from hetis.planner.resources.shared import ClusterHub, Hubs
-from hetis.planner.store import ClusterRecord, Reader, RedispatchRecord, ReplicaRecord, Store
+from hetis.planner.store import ClusterRecord, Reader, ReplicaRecord, Store
 from hetis.planner.watching import Event
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
@@ -63,14 +63,9 @@ class RunningResources:
 
     async def list_replicas(self, request: pb.ListReplicasRequest) -> pb.ListReplicasResponse:
         check(request, optional=("plan",), parent=names.CLUSTER, plan=names.PLAN)
-        page = read_page_request(request)
-
-        def read(tx: Reader) -> list[ReplicaRecord]:
-            tx.clusters.require(request.parent)
-            plan = {"plan": request.plan} if request.plan else {}
-            return tx.replicas.page(page.after, page.num_read, cluster=request.parent, **plan)
-
-        records, token = page.cut(await self._store.read(read), lambda record: record.name)
+        records, token = await read_page(
+            self._store, request, Reader.replicas, parent=request.parent, plan=request.plan
+        )
         replicas = [replica_now(self._fleet, record, BASIC) for record in records]
         return pb.ListReplicasResponse(replicas=replicas, next_page_token=token)
 
@@ -81,14 +76,9 @@ class RunningResources:
 
     async def list_redispatches(self, request: pb.ListRedispatchesRequest) -> pb.ListRedispatchesResponse:
         check(request, optional=("replica",), parent=names.CLUSTER, replica=names.REPLICA)
-        page = read_page_request(request, newest_first=True)
-
-        def read(tx: Reader) -> list[RedispatchRecord]:
-            tx.clusters.require(request.parent)
-            replica = {"replica": request.replica} if request.replica else {}
-            return tx.redispatches.page(page.after, page.num_read, cluster=request.parent, **replica)
-
-        records, token = page.cut(await self._store.read(read), lambda record: (record.create_time_s, record.name))
+        records, token = await read_page(
+            self._store, request, Reader.redispatches, parent=request.parent, replica=request.replica
+        )
         redispatches = [redispatch_message(record, view=BASIC) for record in records]
         return pb.ListRedispatchesResponse(redispatches=redispatches, next_page_token=token)
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from hetis.planner.convert.names import word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import redispatch_policy
@@ -329,8 +330,7 @@ class Overviews:
         undeclared = states[cluster_pb2.NODE_STATE_UNDECLARED]
         never_seen = num_declared - (sum(states.values()) - undeclared)
         states[cluster_pb2.NODE_STATE_EXPECTED] += max(0, never_seen)
-        name = cluster_pb2.NodeState.Name
-        return {name(state).removeprefix("NODE_STATE_"): count for state, count in sorted(states.items()) if count}
+        return {word_of(cluster_pb2.NodeState, state): count for state, count in sorted(states.items()) if count}
 
 
 _Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: name, active plan, nodes; plans by state
@@ -339,8 +339,7 @@ _Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: 
 def _read(tx: Reader) -> _Kept:
     clusters = tuple((record.name, record.active_plan, record.body.num_nodes) for record in tx.clusters.all())
     plans = Counter(record.state for record in tx.plans.all())
-    name = plan_pb2.PlanState.Name
-    return clusters, {name(state).removeprefix("PLAN_STATE_"): count for state, count in sorted(plans.items())}
+    return clusters, {word_of(plan_pb2.PlanState, state): count for state, count in sorted(plans.items())}
 
 
 def _json(message: Message) -> dict[str, Any]:

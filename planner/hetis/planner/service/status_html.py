@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from hetis.planner.convert.names import last_part, name_of
+from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.convert.plans import replica_from_proto
 from hetis.planner.convert.stages import trigger_from_proto
 from hetis.planner.fleet.views import LiveNode, LiveReplica
@@ -156,7 +156,7 @@ def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Se
 
 
 def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator[Tile]:
-    nodes = Counter(_word(cluster_pb2.NodeState, node.state) for node in cluster.nodes.values())
+    nodes = Counter(word_of(cluster_pb2.NodeState, node.state) for node in cluster.nodes.values())
     lost = nodes["LOST"] + nodes["SUSPECT"]
     other = ", ".join(f"{count:,} {_lower(state)}" for state, count in nodes.items() if state != "READY")
     yield Tile(
@@ -166,7 +166,7 @@ def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator
         note=other,
         tone="bad" if lost else "",
     )
-    states = Counter(_word(replica_pb2.ReplicaState, replica.state) for replica in cluster.replicas)
+    states = Counter(word_of(replica_pb2.ReplicaState, replica.state) for replica in cluster.replicas)
     notes = [f"{count:,} {_lower(state)}" for state, count in states.items() if state not in ("SERVING", "DEGRADED")]
     if states["DEGRADED"]:
         notes.insert(0, f"{states['DEGRADED']:,} of them without a lost attention worker")
@@ -213,7 +213,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
     rest = len(nodes) - MAX_NODES
     cards = [_card(last_part(name), node, duties, full) for name, node in nodes[:MAX_NODES]]
     legend = [
-        (f"R{number}: {_lower(_word(replica_pb2.ReplicaState, replica.state))}", colors[replica.name])
+        (f"R{number}: {_lower(word_of(replica_pb2.ReplicaState, replica.state))}", colors[replica.name])
         for number, replica in enumerate(cluster.replicas[:COLORS])
     ]
     zone = ZoneMap(name="", nodes=tuple(cards), rest=f"and {plural(rest, 'more node')}" if rest > 0 else "")
@@ -227,7 +227,7 @@ def _card(name: str, node: LiveNode, duties: Mapping[str, GpuDuty], full: Mappin
     known = planned | {device.index for device in found} | {device.index for device in node.devices}
     types = Counter(device.gpu_type for device in found if device.gpu_type)
     held = ", ".join(f"{count:,} × {gpu}" for gpu, count in types.items())
-    state = _word(cluster_pb2.NodeState, node.state)
+    state = word_of(cluster_pb2.NodeState, node.state)
     cells = tuple(_cell(f"{name}/{index}", index, duties, full, state) for index in sorted(known))
     gpus = " · ".join(part for part in (held, "" if state == "READY" else state) if part)
     return NodeCard(name=name, gpus=gpus, cells=cells)
@@ -251,7 +251,7 @@ def _cell(device: str, index: int, duties: Mapping[str, GpuDuty], full: Mapping[
 def _replicas(cluster: ClusterNow) -> Grid:
     rows, bad = list[tuple[str, ...]](), list[int]()
     for number, replica in enumerate(cluster.replicas[:MAX_REPLICAS]):
-        state = _word(replica_pb2.ReplicaState, replica.state)
+        state = word_of(replica_pb2.ReplicaState, replica.state)
         if state in ("DEGRADED", "FAILED"):
             bad.append(number)
         rows.append(_replica_row(number, replica, state))
@@ -424,13 +424,7 @@ def _ended(one: redispatch_pb2.Redispatch) -> str:
 
 
 def _state(one: redispatch_pb2.Redispatch) -> str:
-    return _word(redispatch_pb2.RedispatchState, one.state)
-
-
-def _word(enum: object, value: int) -> str:
-    """Return ``READY`` for ``NODE_STATE_READY``."""
-    prefix = name_of(enum, 0).removesuffix("UNSPECIFIED")
-    return name_of(enum, value).removeprefix(prefix)
+    return word_of(redispatch_pb2.RedispatchState, one.state)
 
 
 def _whole(share: float) -> str:

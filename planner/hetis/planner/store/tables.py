@@ -49,11 +49,23 @@ class RecordKind(Generic[R]):
         self.columns = [table.c[name] for name in self.fields]
 
     @overload
+    def __get__(self, view: None, owner: object) -> RecordKind[R]: ...
+    @overload
     def __get__(self, view: Transaction, owner: object) -> RecordTable[R]: ...
     @overload
     def __get__(self, view: Reader, owner: object) -> TableView[R]: ...
-    def __get__(self, view: Reader, owner: object) -> TableView[R]:
+    def __get__(self, view: Reader | None, owner: object) -> RecordKind[R] | TableView[R]:
+        return self if view is None else self.of(view)
+
+    def of(self, view: Reader) -> TableView[R]:
+        """Return the records as the view sees them."""
         return (RecordTable if isinstance(view, Transaction) else TableView)(view.connection, self)
+
+    def place_of(self, record: R) -> str | tuple[float, str]:
+        """Return the position from which `TableView.page` continues."""
+        if self.newest_first:
+            return record.create_time_s, record.name  # type: ignore[attr-defined]
+        return record.name
 
 
 class TableView(Generic[R]):
@@ -73,8 +85,7 @@ class TableView(Generic[R]):
         return record
 
     def page(self, after: After, limit: int, **filters: Filter) -> list[R]:
-        """Return the next ``limit`` records after ``after``, the `place_of` the last one seen; None or empty: the
-        first.
+        """Return the next ``limit`` records after ``after``, the place of the last one seen; None or empty: the first.
 
         Each filter is a column and its value, or the values that it may have.
         """
@@ -90,12 +101,6 @@ class TableView(Generic[R]):
         """Return the version of each record by name, which shows what has changed without reading the bodies."""
         query = sa.select(self._table.c.name, self._table.c.version).where(*_conditions(self._table, filters))
         return {row.name: row.version for row in self._connection.execute(query)}
-
-    def place_of(self, record: R) -> str | tuple[float, str]:
-        """Return the position from which `page` continues."""
-        if self._kind.newest_first:
-            return record.create_time_s, record.name  # type: ignore[attr-defined]
-        return record.name
 
     def _behind(self, after: str | tuple[float, str]) -> sa.ColumnElement[bool]:
         if isinstance(after, str):
