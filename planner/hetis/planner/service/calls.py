@@ -17,7 +17,7 @@ from hetis.planner.service.access import ANYBODY, Identity, caller, is_open, req
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
 from hetis.planner.service.limits import WRITES, StreamLimits, WriteRates
-from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
+from hetis.planner.service.telemetry import CallRecord, Telemetry
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
@@ -139,8 +139,7 @@ class Calls(grpc.aio.ServerInterceptor):
         async def answer(raw: bytes, context: Context) -> Any:
             async def body(record: CallRecord) -> Any:
                 request = decoded(decode, raw)
-                record.request_name = name_of(request)
-                record.request_id = getattr(request, "request_id", "")
+                record.asks(request)
                 return await behaviour(request, context)
 
             self._num_unary += 1
@@ -164,7 +163,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 request = given
                 if decode is not None:
                     request = decoded(decode, given)
-                    record.request_name = name_of(request)
+                    record.asks(request)
                 await self._streamed(method, behaviour(request, context), context)
 
             await self._watched(method, context, body, is_stream=True)
@@ -251,7 +250,7 @@ class Calls(grpc.aio.ServerInterceptor):
             set_caller(ANYBODY)
             return
         identity = self._authenticator.identify(metadata, context.auth_context())
-        record.caller, record.role = identity.name, identity.role
+        record.comes_from(identity)
         self._writes.take(method, identity.name)
         require_role(identity, method)
         if self.is_draining:
@@ -280,9 +279,7 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
             extra={"incident": incident_id, "method": record.method, "caller": record.caller},
         )
         meant = statuses.incident(incident_id)
-    record.reason = meant.reason_name
-    if meant.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
-        record.quota = meant.metadata["quota"]
+    record.failed(meant)
     return statuses.to_status(meant)
 
 

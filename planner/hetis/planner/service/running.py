@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats.errors import DocumentError, Problem
@@ -174,45 +174,41 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
 
 
+@asynccontextmanager
+async def _first_of(*awaited: Awaitable[Any]) -> AsyncIterator[Sequence[asyncio.Future[Any]]]:
+    """Wait until any of these is done and yield them all; those that are not done at the end are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in awaited]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def _opened(signals: StopSignals, opening: Awaitable[Succession]) -> Succession | None:
     """Wait until the planner is open; return None if a signal came first, even if the store hangs."""
-    opened = asyncio.ensure_future(opening)
-    asked = asyncio.create_task(signals.wait())
-    try:
-        await asyncio.wait({opened, asked}, return_when=asyncio.FIRST_COMPLETED)
+    async with _first_of(opening, signals.wait()) as (opened, _):
         if opened.done():
-            return opened.result()
+            planner: Succession = opened.result()
+            return planner
         opened.cancel()
-        (found,) = await asyncio.gather(opened, return_exceptions=True)
+        found: Succession | BaseException = (await asyncio.gather(opened, return_exceptions=True))[0]
         if not isinstance(found, BaseException):  # it was opened at this very moment
             await found.close()
         return None
-    finally:
-        opened.cancel()
-        asked.cancel()
 
 
 async def _until_the_end(signals: StopSignals, planner: Succession) -> bool:
     """Wait for a signal, or for another planner to take over; return whether the latter happened."""
-    replaced = asyncio.create_task(planner.until_replaced())
-    asked = asyncio.create_task(signals.wait())
-    try:
-        await asyncio.wait({replaced, asked}, return_when=asyncio.FIRST_COMPLETED)
+    async with _first_of(planner.until_replaced(), signals.wait()) as (replaced, _):
         return replaced.done()
-    finally:
-        replaced.cancel()
-        asked.cancel()
 
 
 async def show_failure(planner: Succession, loops: Loops, server: PlannerServer) -> None:
     """Wait for a failure, then report in health that no service serves; ``/healthz`` checks independently."""
-    either = [asyncio.ensure_future(found) for found in (planner.until_failed(), loops.failed.wait())]
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for waiting in either:
-            waiting.cancel()
-    server.health.serve(False)
+    async with _first_of(planner.until_failed(), loops.failed.wait()):
+        server.health.serve(False)
 
 
 def write_rates(config: PlannerConfig) -> WriteRates:

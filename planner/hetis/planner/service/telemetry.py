@@ -16,6 +16,8 @@ import grpc
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service.access import Identity
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.store import AuditedChange
 
@@ -207,10 +209,9 @@ class CallRecord:
 
     def __init__(self, method: str, peer: str, span: Span | None, *, is_stream: bool) -> None:
         self.method = method
-        self.caller = ""
-        self.request_name = ""
-        self.reason = ""
-        self.quota = self.role = self.request_id = ""
+        self.caller = self.reason = ""
+        self._role = self._request_name = self._request_id = ""
+        self._quota = ""  # the one that was used up
         self._peer = peer
         self._span = span
         self._is_stream = is_stream
@@ -220,22 +221,35 @@ class CallRecord:
     def trace_id(self) -> str:
         return "" if self._span is None else self._span.trace_id
 
+    def comes_from(self, identity: Identity) -> None:
+        self.caller, self._role = identity.name, identity.role
+
+    def asks(self, request: Message) -> None:
+        """Note the name of the resource, and the id, of a request."""
+        self._request_name = _name_of(request)
+        self._request_id = getattr(request, "request_id", "")
+
+    def failed(self, error: ServiceError) -> None:
+        self.reason = error.reason_name
+        if error.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
+            self._quota = error.metadata["quota"]
+
     def refused_change(self) -> AuditedChange:
         """Return the call as a refused change for the audit log."""
         return AuditedChange(
             caller=self.caller,
-            role=self.role,
+            role=self._role,
             method=self.method.rpartition("/")[2],
-            resource=self.request_name,
-            request_id=self.request_id[:64],
+            resource=self._request_name,
+            request_id=self._request_id[:64],
             outcome=self.reason,
         )
 
     def end(self, code: grpc.StatusCode, metrics: ServiceMetrics) -> None:
         seconds = time.perf_counter() - self._began
         metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
-        if self.quota:
-            metrics.quota_exceeded(self.caller, self.quota)
+        if self._quota:
+            metrics.quota_exceeded(self.caller, self._quota)
         if self._span is not None:
             self._span.end(code.name, is_error=code in _OUR_FAULT)
         level = logging.INFO
@@ -254,7 +268,7 @@ class CallRecord:
                     "seconds": round(seconds, 6),
                     "caller": self.caller,
                     "peer": self._peer,
-                    "request": self.request_name,
+                    "request": self._request_name,
                     "trace": self.trace_id,
                 },
             )
@@ -282,7 +296,7 @@ def _naming_fields(message: Descriptor) -> tuple[str, ...]:
     return tuple(name for name in _NAMING if name in fields and not fields[name].is_repeated)
 
 
-def name_of(request: Message) -> str:
+def _name_of(request: Message) -> str:
     """Return the resource that a request names, at most 200 characters; empty if it names none."""
     for naming in _naming_fields(request.DESCRIPTOR):
         value = getattr(request, naming)
