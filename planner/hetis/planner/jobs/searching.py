@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.formats.files import canonical_json
@@ -32,15 +31,11 @@ from hetis.solver.compiled import compilations_told_to
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 
 
-class Sender(Protocol):
-    def send(self, frame: JobFrame) -> None: ...
-
-
 class Searcher:
     """Solves in the calling thread; `cancel` is called from another one."""
 
-    def __init__(self, outbox: Sender) -> None:
-        self._outbox = outbox
+    def __init__(self, send: Callable[[JobFrame], None]) -> None:
+        self._send = send
         self._cancelled = threading.Event()
 
     def expect(self) -> threading.Event:
@@ -57,22 +52,22 @@ class Searcher:
         the clock and is reported as ``compiling``.
         """
         posed = posed_from_json(posed_json)
-        report = ProgressReporter(self._outbox.send)
+        report = ProgressReporter(self._send)
         for_engine = posed.settings.engine is not None
         load_kernels(posed.loaded.inputs.cluster.num_gpus(), for_engine=for_engine, report=report)
 
         def tell(compiles: bool) -> None:
             if compiles:
-                self._outbox.send(JobFrame(kind="compiling", fields={}))
+                self._send(JobFrame(kind="compiling", fields={}))
             else:
-                self._outbox.send(JobFrame(kind="searching", fields={"spent_s": clock() - began_s}))
+                self._send(JobFrame(kind="searching", fields={"spent_s": clock() - began_s}))
 
         clock = SearchClock(on_change=tell)
         began_s = clock()
-        self._outbox.send(JobFrame(kind="searching", fields={"spent_s": 0.0}))
+        self._send(JobFrame(kind="searching", fields={"spent_s": 0.0}))
         with compilations_told_to(clock.note):
             answer = solve(posed, cancelled=cancelled, report=report, clock=clock)
-        self._outbox.send(answer_to_frame(answer))
+        self._send(answer_to_frame(answer))
 
     def cancel(self) -> None:
         """Make the search return its incumbent, if there is one."""

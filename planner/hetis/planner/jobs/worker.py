@@ -30,7 +30,7 @@ def main() -> None:
     from hetis.planner.jobs.searching import Searcher
 
     load_cached_kernels()
-    searcher = Searcher(outbox)
+    searcher = Searcher(outbox.send)
     outbox.send(JobFrame(kind="ready", fields={}))
     while (frame := read_frame(inbox)) is not None:
         match frame.kind:
