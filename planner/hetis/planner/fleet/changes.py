@@ -12,6 +12,7 @@ which forgets a change once it knows the outcome, is told last.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -419,15 +420,32 @@ def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaRep
 
 
 _MOST = 10_000
+_ENDED_KEPT = 1000
 MOST_OF_NODE = 100  # per node; a node has one change per replica under way, and few replicas
 
 
 class LateChanges:
-    """Reports of changes that nobody drives, until the store was asked for their outcome."""
+    """Changes that nodes mention and nobody drives: known ends, and reports that wait until the store was asked."""
 
     def __init__(self) -> None:
+        self._ends: OrderedDict[str, agent_service_pb2.ChangeResolved] = OrderedDict()  # by change id, oldest first
         self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # by change id and node
         self._num_of_node: dict[str, int] = {}
+
+    def remember(self, body: redispatch_pb2.Redispatch) -> None:
+        """Remember how a re-dispatch ended."""
+        is_done = body.state == State.REDISPATCH_STATE_DONE
+        moves = [one.status.moves for one in body.nodes if Part.CHANGE_PART_AUTHORITY in one.parts]
+        self._ends[body.change.change_id] = agent_service_pb2.ChangeResolved(
+            change_id=body.change.change_id,
+            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
+            moves=moves[0] if moves else (),
+        )
+        if len(self._ends) > _ENDED_KEPT:
+            self._ends.popitem(last=False)
+
+    def knows_end(self, change_id: str) -> bool:
+        return change_id in self._ends
 
     def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
         """Add a report. Beyond the limits it is dropped, as the node will send it again."""
@@ -453,25 +471,20 @@ class LateChanges:
                 del self._num_of_node[node]
         return tuple(taken.items())
 
-    def directive(
-        self,
-        status: change_pb2.ChangeStatus,
-        *,
-        outcome: Outcome.ValueType | None,
-        moves: Iterable[change_pb2.MoveResult],
-    ) -> Directive:
-        """Return the directive for the node. ``outcome`` is that of the change, None if there is no record of it.
+    def directive(self, status: change_pb2.ChangeStatus) -> Directive:
+        """Return the directive for the node.
 
-        A change that was never recorded was never permitted to flip, so only the node's own report can end it.
+        A change of which there is no record was never permitted to flip, so only the node's own report can end it.
         """
-        if outcome is None and status.phase == Phase.CHANGE_PHASE_FLIPPED:
-            outcome, moves = Outcome.CHANGE_OUTCOME_FLIPPED, status.moves
-        elif outcome is None and status.phase == Phase.CHANGE_PHASE_ABORTED:
-            outcome = Outcome.CHANGE_OUTCOME_ABORTED
-        step: Step
-        if outcome is not None:
-            step = agent_service_pb2.ChangeResolved(change_id=status.change_id, outcome=outcome, moves=moves)
-        else:
+        step: Step | None = self._ends.get(status.change_id)
+        if step is None and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_ABORTED):
+            flipped = status.phase == Phase.CHANGE_PHASE_FLIPPED
+            step = agent_service_pb2.ChangeResolved(
+                change_id=status.change_id,
+                outcome=Outcome.CHANGE_OUTCOME_FLIPPED if flipped else Outcome.CHANGE_OUTCOME_ABORTED,
+                moves=status.moves if flipped else (),
+            )
+        if step is None:
             message = f"the planner has no record of change {status.change_id}"
             failure = _failure(Reason.ERROR_REASON_CHANGE_UNKNOWN, message, change_id=status.change_id)
             step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 
 from hetis.planner.convert.names import last_part, name_of, node_name
@@ -36,7 +34,6 @@ from hetis.planner.fleet.writes import Kept, KeptCluster, NodeWrite, ReplicaWrit
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord, ReplicaRecord
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, inventory_pb2, plan_pb2, redispatch_pb2, report_pb2
 
-_ENDED_KEPT = 1000
 _log = logging.getLogger("hetis.planner.fleet")
 
 
@@ -491,14 +488,6 @@ class ClusterFleet:
         self.capacity_changed = self.capacity_changed or found is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """The outcome of a change, for nodes that reconnect and ask."""
-
-    outcome: Outcome.ValueType
-    moves: tuple[change_pb2.MoveResult, ...]
-
-
 class ClusterChanges:
     """The re-dispatches of a cluster."""
 
@@ -506,10 +495,9 @@ class ClusterChanges:
         self.under_way: dict[str, ChangeCoordinator] = {}  # by change id
         self._of_replica: dict[str, ChangeCoordinator] = {}  # those under way, by replica
         self._advised: list[redispatch_pb2.Redispatch] = []  # re-dispatches that are only stored
-        self.late = LateChanges()  # changes that nodes mention and that are not under way
+        self.late = LateChanges()  # those that are over
         self._ended: list[redispatch_pb2.Redispatch] = []  # re-dispatches that ended since they were last taken
         self._cluster = cluster
-        self._endings: OrderedDict[str, Ended] = OrderedDict()  # by change id, the oldest first
 
     @property
     def have_news(self) -> bool:
@@ -623,7 +611,7 @@ class ClusterChanges:
         if change.num_contradictions:
             _log.warning("nodes contradict each other, or themselves", extra={"redispatch": change.body.name})
         cluster.counters.redispatches[State.Name(change.state)] += 1
-        self._remember(change.body)
+        self.late.remember(change.body)
         self._ended.append(change.body)
         if self._of_replica.get(change.body.replica) is change:
             del self._of_replica[change.body.replica]
@@ -652,7 +640,7 @@ class ClusterChanges:
             change.hear(node, status)
             self.tell(change)
         elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
-            if status.change_id in self._endings:
+            if self.late.knows_end(status.change_id):
                 self._answer_late(node, status)
             else:
                 self.late.add(node, status)
@@ -699,7 +687,7 @@ class ClusterChanges:
     def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
         """Answer nodes that mention an ended change; ``body`` is as stored, None if the store knows no such change."""
         if body is not None and body.state in FINAL:
-            self._remember(body)
+            self.late.remember(body)
         for node, status in self.late.take(change_id):
             self._answer_late(node, status)
 
@@ -708,24 +696,10 @@ class ClusterChanges:
         return slot is not None and status.change_id in slot.closed
 
     def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        ended = self._endings.get(status.change_id)
-        directive = self.late.directive(
-            status, outcome=None if ended is None else ended.outcome, moves=() if ended is None else ended.moves
-        )
         slot = self._cluster.link(node).heard_slot(status.replica)
         if slot is not None and slot.num_directives < MOST_OF_NODE:  # nodes mention the others again
-            slot.tell(directive)
+            slot.tell(self.late.directive(status))
             self._cluster.talk(node)
-
-    def _remember(self, body: redispatch_pb2.Redispatch) -> None:
-        authority = [one for one in body.nodes if change_pb2.CHANGE_PART_AUTHORITY in one.parts]
-        is_done = body.state == State.REDISPATCH_STATE_DONE
-        self._endings[body.change.change_id] = Ended(
-            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
-            moves=tuple(authority[0].status.moves) if authority else (),
-        )
-        if len(self._endings) > _ENDED_KEPT:
-            self._endings.popitem(last=False)
 
 
 def _gone(replica: str) -> failure_pb2.Failure:
