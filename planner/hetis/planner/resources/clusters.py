@@ -16,7 +16,7 @@ from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.resources.requests import Checks, change_once, check, read_page, require_etag, require_free
+from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag, require_free
 from hetis.planner.resources.shared import Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -58,14 +58,11 @@ class Clusters:
             cluster = without(self._message(record, FULL), "etag", "create_time", "update_time")
             return pb.CreateClusterResponse(cluster=cluster)
 
-        def insert(tx: Transaction) -> pb.CreateClusterResponse:
-            nonlocal record
-            record = tx.clusters.insert(record)
-            return pb.CreateClusterResponse(cluster=self._message(record, FULL))
+        def insert(tx: Transaction) -> tuple[pb.CreateClusterResponse, Tell]:
+            made = tx.clusters.insert(record)
+            return pb.CreateClusterResponse(cluster=self._message(made, FULL)), partial(self._tell, made, before=None)
 
-        return await change_once(
-            self._store, request, pb.CreateClusterResponse, insert, lambda: self._tell(record, before=None)
-        )
+        return await change_once(self._store, request, pb.CreateClusterResponse, insert)
 
     async def get(self, request: pb.GetClusterRequest) -> pb.GetClusterResponse:
         check(request, name=names.CLUSTER)
@@ -97,43 +94,35 @@ class Clusters:
         if request.validate_only:
             record = await self._store.read(lambda tx: changed(tx.clusters.require(name)))
             return pb.UpdateClusterResponse(cluster=self._message(record, FULL))
-        before: ClusterRecord | None = None
-        after: ClusterRecord | None = None
 
-        def update(tx: Transaction) -> pb.UpdateClusterResponse:
-            nonlocal before, after
+        def update(tx: Transaction) -> tuple[pb.UpdateClusterResponse, Tell | None]:
             before = tx.clusters.require(name)
             after = changed(before)
+            tell: Tell | None = None
             if after is not before:
                 after = tx.clusters.update(after)
-            return pb.UpdateClusterResponse(cluster=self._message(after, FULL))
+                tell = partial(self._tell, after, before=before)
+            return pb.UpdateClusterResponse(cluster=self._message(after, FULL)), tell
 
-        async def tell() -> None:
-            if after is not None and after is not before:
-                await self._tell(after, before=before)
-
-        return await change_once(self._store, request, pb.UpdateClusterResponse, update, tell)
+        return await change_once(self._store, request, pb.UpdateClusterResponse, update)
 
     async def delete(self, request: pb.DeleteClusterRequest) -> pb.DeleteClusterResponse:
         check(request, name=names.CLUSTER)
         if request.validate_only:
             await self._store.read(lambda tx: _must_be_deletable(tx, request.name, request.etag))
             return pb.DeleteClusterResponse()
-        plans: list[str] = []
 
-        def delete(tx: Transaction) -> pb.DeleteClusterResponse:
+        def delete(tx: Transaction) -> tuple[pb.DeleteClusterResponse, Tell]:
             _must_be_deletable(tx, request.name, request.etag)
-            plans.extend(plan.name for plan in tx.plans.all(cluster=request.name))
+            plans = [plan.name for plan in tx.plans.all(cluster=request.name)]
             for plan in plans:
                 tx.plan_documents.delete(plan)
             for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):
                 table.delete_all(cluster=request.name)
             tx.clusters.delete(request.name)
-            return pb.DeleteClusterResponse()
+            return pb.DeleteClusterResponse(), partial(self._tell_deleted, request.name, plans)
 
-        return await change_once(
-            self._store, request, pb.DeleteClusterResponse, delete, lambda: self._tell_deleted(request.name, plans)
-        )
+        return await change_once(self._store, request, pb.DeleteClusterResponse, delete)
 
     def _message(self, record: ClusterRecord, view: view_pb2.View.ValueType) -> cluster_pb2.Cluster:
         return cluster_message(record, view=view, num_connected=self._fleet.num_connected(record.name))

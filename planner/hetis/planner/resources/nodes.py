@@ -19,7 +19,7 @@ from hetis.planner.convert.names import cluster_of, last_part, node_name, timest
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.views import LiveNode
-from hetis.planner.resources.requests import change_once, check, read_page_request, require_etag
+from hetis.planner.resources.requests import Tell, change_once, check, read_page_request, require_etag
 from hetis.planner.resources.shared import Hubs, publish_nodes
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -387,10 +387,12 @@ class Nodes:
         check(request, name=names.NODE)
         views = await self._read(request.name)
         node = last_part(request.name)
-        is_changed = False
 
-        def change(tx: Transaction) -> R:
-            nonlocal is_changed
+        async def tell() -> None:
+            publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())
+            await self._fleet.cluster_changed(views.cluster.name)
+
+        def change(tx: Transaction) -> tuple[R, Tell | None]:
             tx.clusters.require(views.cluster.name)
             record = tx.nodes.get(request.name)
             require_etag(record, request.etag, request.name)
@@ -402,14 +404,9 @@ class Nodes:
                 cluster = views.cluster.name
                 record = tx.nodes.insert(NodeRecord(name=request.name, cluster=cluster, body=body, draining=draining))
             now = replace(views, records={node: record} if record else {})
-            return response(node=now.node(node, FULL))
+            return response(node=now.node(node, FULL)), tell if is_changed else None
 
-        async def tell() -> None:
-            if is_changed:
-                publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())
-                await self._fleet.cluster_changed(views.cluster.name)
-
-        return await change_once(self._store, request, response, change, tell)
+        return await change_once(self._store, request, response, change)
 
     async def _read(self, name: str) -> NodeViews:
         """Read the cluster with the node of that name, which must exist."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from hetis.formats.documents import digest
@@ -19,7 +20,7 @@ from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plan_documents import IN_FORCE, SEARCHING, PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import Plans, load_bytes_of
-from hetis.planner.resources.requests import change_once, check, require_etag
+from hetis.planner.resources.requests import Tell, change_once, check, require_etag
 from hetis.planner.resources.shared import Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -94,7 +95,7 @@ class PlanActivation:
     async def _answered_before(self, request: pb2.RollbackPlanRequest, error: ServiceError) -> pb2.RollbackPlanResponse:
         """Answer a repeated request, which finds another plan active."""
 
-        def refuse(_tx: Transaction) -> pb2.RollbackPlanResponse:
+        def refuse(_tx: Transaction) -> tuple[pb2.RollbackPlanResponse, None]:
             raise error
 
         return await change_once(self._store, request, pb2.RollbackPlanResponse, refuse)
@@ -125,22 +126,20 @@ class PlanActivation:
         put_in_force: Callable[[Transaction], ChangedPlans],
     ) -> R:
         """Make the change in one durable transaction, then tell watchers and fleet."""
-        done: ChangedPlans | None = None
 
-        def work(tx: Transaction) -> R:
-            nonlocal done
+        def work(tx: Transaction) -> tuple[R, Tell | None]:
             done = put_in_force(tx)
-            return _answer(response, done)
+            tell = None if done.cluster is None else partial(self._tell, done.cluster, done.plans)
+            return _answer(response, done), tell
 
-        async def tell() -> None:
-            if done is not None and done.cluster is not None:
-                now_s = self._clock()
-                for plan in done.plans:
-                    self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
-                publish_cluster(self._hubs, self._fleet, done.cluster, now_s=now_s)
-                await self._fleet.cluster_changed(done.cluster.name)
+        return await change_once(self._store, request, response, work)
 
-        return await change_once(self._store, request, response, work, tell)
+    async def _tell(self, cluster: ClusterRecord, plans: Sequence[PlanRecord]) -> None:
+        now_s = self._clock()
+        for plan in plans:
+            self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
+        publish_cluster(self._hubs, self._fleet, cluster, now_s=now_s)
+        await self._fleet.cluster_changed(cluster.name)
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
         """Return what `_put_in_force` would do."""

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.callers import PLANNER, present_caller
@@ -42,7 +43,7 @@ from hetis.planner.resources.plan_specs import (
     pose,
     read_spec,
 )
-from hetis.planner.resources.requests import Checks, change_once, require_free, to_the_end
+from hetis.planner.resources.requests import Checks, Tell, change_once, require_free, to_the_end
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -338,30 +339,29 @@ class PlanCreation:
             return pb2.CreatePlanResponse(plan=undecided)
         place = self._place(answer)
 
-        def insert(tx: Transaction) -> pb2.CreatePlanResponse:
-            nonlocal record
+        is_begun = False
+
+        def insert(tx: Transaction) -> tuple[pb2.CreatePlanResponse, Tell]:
             check(tx)
             if isinstance(place, ServiceError):
                 raise place
-            record = tx.plans.insert(record)
+            made = tx.plans.insert(record)
             if isinstance(answer, ImportedPlan):
-                tx.plan_documents.put(record.name, answer.document)
+                tx.plan_documents.put(made.name, answer.document)
             else:
-                tx.plan_documents.put(problem_name(record.name), answer.json)
-            return pb2.CreatePlanResponse(plan=basic_view(record))
+                tx.plan_documents.put(problem_name(made.name), answer.json)
+            return pb2.CreatePlanResponse(plan=basic_view(made)), partial(begin, basic_view(made))
 
-        is_begun = False
-
-        async def begin() -> None:
+        async def begin(plan: plan_pb2.Plan) -> None:
             nonlocal is_begun
-            self._hubs.plans.publish(record.name, basic_view(record), now_s=self._clock())
+            self._hubs.plans.publish(record.name, plan, now_s=self._clock())
             if isinstance(answer, SearchableProblem) and isinstance(place, PooledSearch):
                 self._searches.begin(record.name, place, answer.problem, answer.json)
                 is_begun = True
 
         async def change() -> pb2.CreatePlanResponse:
             try:
-                return await change_once(self._store, request, pb2.CreatePlanResponse, insert, begin)
+                return await change_once(self._store, request, pb2.CreatePlanResponse, insert)
             finally:
                 if isinstance(place, PooledSearch) and not is_begun:
                     place.abandon()

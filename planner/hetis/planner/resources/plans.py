@@ -21,7 +21,7 @@ from hetis.planner.resources.plan_documents import (
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.requests import change_once, check, read_page, require_etag, to_the_end
+from hetis.planner.resources.requests import Tell, change_once, check, read_page, require_etag, to_the_end
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -66,19 +66,19 @@ class Plans:
             await self._store.read(lambda reader: _require_deletable(reader, request))
             return pb2.DeletePlanResponse()
 
-        def delete(tx: Transaction) -> pb2.DeletePlanResponse:
+        async def tell() -> None:
+            self._hubs.plans.publish(request.name, None, now_s=self._clock())
+
+        def delete(tx: Transaction) -> tuple[pb2.DeletePlanResponse, Tell]:
             record = _require_deletable(tx, request)
             tx.plans.delete(record.name)
             tx.plan_documents.delete(record.name)
             cluster = tx.clusters.get(record.cluster)
             if cluster is not None and cluster.earlier_plan == record.name:
                 tx.clusters.update(replace(cluster, earlier_plan=""))
-            return pb2.DeletePlanResponse()
+            return pb2.DeletePlanResponse(), tell
 
-        async def tell() -> None:
-            self._hubs.plans.publish(request.name, None, now_s=self._clock())
-
-        return await change_once(self._store, request, pb2.DeletePlanResponse, delete, tell)
+        return await change_once(self._store, request, pb2.DeletePlanResponse, delete)
 
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
         """Yield the plan's states until it can no longer change without a call.
@@ -110,12 +110,12 @@ class Plans:
     async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
         check(request, name=names.PLAN)
 
-        def cancel(tx: Transaction) -> pb2.CancelPlanResponse:
+        def cancel(tx: Transaction) -> tuple[pb2.CancelPlanResponse, None]:
             record = tx.plans.require(request.name)
             require_etag(record, request.etag)
             if record.state in SEARCHING:
                 tx.plan_documents.delete(problem_name(record.name))
-            return pb2.CancelPlanResponse(plan=self._basic(record))
+            return pb2.CancelPlanResponse(plan=self._basic(record)), None
 
         async def change() -> pb2.CancelPlanResponse:
             response = await change_once(self._store, request, pb2.CancelPlanResponse, cancel)

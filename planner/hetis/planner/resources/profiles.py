@@ -37,8 +37,8 @@ class Profiles:
             profile = without(profile_message(record, view=FULL), "etag", "create_time", "update_time")
             return pb.CreateProfileResponse(profile=profile)
 
-        def insert(tx: Transaction) -> pb.CreateProfileResponse:
-            return pb.CreateProfileResponse(profile=profile_message(tx.profiles.insert(record), view=FULL))
+        def insert(tx: Transaction) -> tuple[pb.CreateProfileResponse, None]:
+            return pb.CreateProfileResponse(profile=profile_message(tx.profiles.insert(record), view=FULL)), None
 
         return await change_once(self._store, request, pb.CreateProfileResponse, insert)
 
@@ -78,7 +78,7 @@ class Profiles:
         if request.validate_only:
             return respond(await self._store.read(changed))
         return await change_once(
-            self._store, request, pb.UpdateProfileResponse, lambda tx: respond(tx.profiles.update(changed(tx)))
+            self._store, request, pb.UpdateProfileResponse, lambda tx: (respond(tx.profiles.update(changed(tx))), None)
         )
 
     async def delete(self, request: pb.DeleteProfileRequest) -> pb.DeleteProfileResponse:
@@ -91,10 +91,10 @@ class Profiles:
             await self._store.read(require)
             return pb.DeleteProfileResponse()
 
-        def delete(tx: Transaction) -> pb.DeleteProfileResponse:
+        def delete(tx: Transaction) -> tuple[pb.DeleteProfileResponse, None]:
             require(tx)
             tx.profiles.delete(request.name)
-            return pb.DeleteProfileResponse()
+            return pb.DeleteProfileResponse(), None
 
         return await change_once(self._store, request, pb.DeleteProfileResponse, delete)
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -231,38 +232,53 @@ def _invalid(token: str) -> ServiceError:
 
 A = TypeVar("A", bound=Message)
 T = TypeVar("T")
+Tell = Callable[[], Awaitable[object]]
 RESOURCES = ("cluster", "profile", "plan", "node")
 MOST_KEPT_BYTES = 4096  # of a document in a stored answer; the resource in the answer has larger ones already
 _LEFT_OUT = b"\0"  # cannot be a document
 _under_way = set[asyncio.Task[Any]]()  # the loop itself only has weak references to tasks
 
 
-def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> tuple[A, bool]:
-    """Do ``work`` unless the same request was done with its ``request_id`` in the last 24 hours.
+async def change_once(
+    store: Store, request: Message, response: type[A], work: Callable[[Transaction], tuple[A, Tell | None]]
+) -> A:
+    """Do ``work`` in one transaction, unless the same request was done with its ``request_id`` in the last 24 hours.
 
-    Return the answer, and whether it is new: otherwise it was made before.
+    It is completed, and others are told, even if the caller is cancelled.
 
     Args:
-        tx: the transaction in which ``work`` makes its changes.
         request: has a field ``request_id``, empty or a UUID in either case.
         response: the class of the answer.
-        work: makes the changes and returns the answer.
+        work: makes the changes; returns the answer, and what then tells others of the changes, if anything does.
 
     Raises:
         ServiceError: REQUEST_ID_REUSED.
     """
+
+    async def change() -> A:
+        answer, tell = await store.write(partial(_once, request, response, work))
+        if tell is not None:
+            await tell()
+        return answer
+
+    return await to_the_end(change())
+
+
+def _once(
+    request: Message, response: type[A], work: Callable[[Transaction], tuple[A, Tell | None]], tx: Transaction
+) -> tuple[A, Tell | None]:
     request_id: str = request.request_id.lower()  # type: ignore[attr-defined]
     method, print_ = request.DESCRIPTOR.full_name, fingerprint(request)
     earlier = tx.requests.replay(method, request_id, print_)
     if earlier is not None:
         answered = response.FromString(earlier)
         _write_down(tx, request, answered, audit.REPEATED)
-        return with_documents(answered, tx), False
-    answer = work()
+        return with_documents(answered, tx), None
+    answer, tell = work(tx)
     _write_down(tx, request, answer, audit.OK)
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
-    return answer, True
+    return answer, tell
 
 
 def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
@@ -296,27 +312,6 @@ def named_in(message: Message, *fields: str) -> str:
 def fingerprint(request: Message) -> str:
     """Return a digest that is equal for equal requests, regardless of their ids."""
     return hashlib.sha256(without(request, "request_id").SerializeToString(deterministic=True)).hexdigest()
-
-
-async def change_once(
-    store: Store,
-    request: Message,
-    response: type[A],
-    work: Callable[[Transaction], A],
-    tell: Callable[[], Awaitable[object]] | None = None,
-) -> A:
-    """Do ``work`` in one transaction as `once` does, and then ``tell`` of the change unless it was made before.
-
-    Both are completed even if the caller is cancelled.
-    """
-
-    async def change() -> A:
-        answer, is_new = await store.write(lambda tx: once(tx, request, response, lambda: work(tx)))
-        if is_new and tell is not None:
-            await tell()
-        return answer
-
-    return await to_the_end(change())
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
