@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,15 @@ def test_every_metric_of_alerts_and_dashboard_is_one_of_the_code() -> None:
     for text in expressions():
         for name in re.findall(r"\b(?:rate|increase)\((\w+)", text):
             assert known[name] in ("counter", "histogram"), f"{name} goes up and down: {text}"
+
+
+def test_every_counter_of_the_fleet_can_be_scraped() -> None:
+    counters = FleetCounters()
+    for number, field in enumerate(fields(counters), 1):
+        value = Counter({"one": number}) if isinstance(getattr(counters, field.name), Counter) else number
+        setattr(counters, field.name, value)
+    scraped = [sample.value for family in FleetCollector(counters).collect() for sample in family.samples]
+    assert sorted(scraped) == list(range(1, len(fields(counters)) + 1))
 
 
 def test_every_metric_of_the_code_is_in_the_document_with_the_labels_that_are_used() -> None:

@@ -147,6 +147,21 @@ class ServiceMetrics:
             self._worst_lag_s = max(self._worst_lag_s, clock() - due_s)
 
 
+# By field of `FleetCounters`: name, help, and the label of a count by kind.
+_OF_FLEET = {
+    "messages": ("agent_messages", "Messages of agents.", "kind"),
+    "deltas": ("deltas_sent", "Deltas sent to agents.", "kind"),
+    "nacks": ("deltas_refused", "Deltas that agents refused.", "reason"),
+    "redispatches": ("redispatches_ended", "Re-dispatches that ended.", "state"),
+    "reports_dropped": ("reports_dropped", "Reports that a newer one had overtaken.", ""),
+    "streams": ("agent_streams", "Streams of agents that began.", ""),
+    "takeovers": ("agent_takeovers", "Streams that ended another of their node.", ""),
+    "refusals": ("agent_refusals", "Streams refused because another agent had the node.", ""),
+    "replicas_ignored": ("replicas_ignored", "Mentions of strange replicas by nodes that had mentioned too many.", ""),
+    "contradictions": ("contradictions", "Second words of an authority that differ: a bug.", ""),
+}
+
+
 class FleetCollector(Collector):
     """Reads the counters at each scrape."""
 
@@ -154,27 +169,12 @@ class FleetCollector(Collector):
         self._counters = counters
 
     def collect(self) -> Iterable[Metric]:
-        counters = self._counters
-        yield _table("agent_messages", "Messages of agents.", "kind", counters.messages)
-        yield _table("deltas_sent", "Deltas sent to agents.", "kind", counters.deltas)
-        yield _table("deltas_refused", "Deltas that agents refused.", "reason", counters.nacks)
-        yield _table("redispatches_ended", "Re-dispatches that ended.", "state", counters.redispatches)
-        yield _number("reports_dropped", "Reports that a newer one had overtaken.", counters.reports_dropped)
-        yield _number("agent_streams", "Streams of agents that began.", counters.streams)
-        yield _number("agent_takeovers", "Streams that ended another of their node.", counters.takeovers)
-        yield _number("agent_refusals", "Streams refused because another agent had the node.", counters.refusals)
-        yield _number("contradictions", "Second words of an authority that differ: a bug.", counters.contradictions)
-
-
-def _table(name: str, text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"hetis_planner_{name}", text, labels=[label])
-    for key, count in counts.items():
-        family.add_metric([key], count)
-    return family
-
-
-def _number(name: str, text: str, count: int) -> CounterMetricFamily:
-    return CounterMetricFamily(f"hetis_planner_{name}", text, value=count)
+        for field, (name, text, label) in _OF_FLEET.items():
+            family = CounterMetricFamily(f"hetis_planner_{name}", text, labels=[label] if label else [])
+            count = getattr(self._counters, field)
+            for key, number in count.items() if label else [("", count)]:
+                family.add_metric([key] if label else [], number)
+            yield family
 
 
 class StoreCollector(Collector):
