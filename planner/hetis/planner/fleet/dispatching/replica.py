@@ -156,15 +156,6 @@ class RunningRequest:
     copies: tuple[StageCopy, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestGrowth:
-    """A request's new length. If ``remaining_tokens`` is None, the earlier expectation less the growth holds."""
-
-    id: str
-    context_tokens: int
-    remaining_tokens: int | None
-
-
 @dataclass(slots=True, eq=False)
 class _Coming:
     """A call that waits for the next iteration of the loop."""
@@ -313,13 +304,13 @@ class ReplicaDispatch:
                 if request in copy.state:
                     copy.finish(request)
 
-    def grow(self, growths: Sequence[RequestGrowth]) -> tuple[str, ...]:
+    def grow(self, growths: Iterable[pb2.Growth]) -> tuple[str, ...]:
         """Lengthen requests, on all stages or on none; those not running, or not longer, are ignored.
 
         Return the requests that were not lengthened for lack of blocks; earlier requests get room first.
         """
         self.version += 1
-        growing = list[tuple[RequestGrowth, int]]()
+        growing = list[tuple[pb2.Growth, int]]()
         for growth in growths:
             running = self.running.get(growth.id)
             if running is not None:
@@ -336,13 +327,13 @@ class ReplicaDispatch:
                 left = copy.state.grow(names, more)
                 assert not left, "room was counted for all of them"
         for growth, _ in growing:
-            if growth.remaining_tokens is not None and growth.id not in stalled:
+            if growth.HasField("remaining_tokens") and growth.id not in stalled:
                 for copy in self.running[growth.id].copies:
                     if copy.state.remaining_tokens(growth.id) != growth.remaining_tokens:
                         copy.state.expect(growth.id, growth.remaining_tokens)
         return tuple(growth.id for growth, _ in growing if growth.id in stalled)
 
-    def _without_room(self, growing: Sequence[tuple[RequestGrowth, int]]) -> set[str]:
+    def _without_room(self, growing: Sequence[tuple[pb2.Growth, int]]) -> set[str]:
         """Return the requests for which some device has no free block, taking all stages together."""
         needs: dict[str, list[tuple[int, IntArray]]] = {}  # request: (index of the copy, blocks [D])
         copies = list(self.copies)

@@ -26,7 +26,7 @@ from hetis.planner.fleet.dispatching.messages import (
     newcomer_violations,
     placement_to_proto,
 )
-from hetis.planner.fleet.dispatching.replica import BatchAdmission, ReplicaDispatch, RequestGrowth
+from hetis.planner.fleet.dispatching.replica import BatchAdmission, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.views import LiveReplica, RunningReplicas
@@ -87,7 +87,7 @@ class DispatchStates:
         if request.finished:
             state.finish(request.finished)
         if request.grown:
-            answer.stalled.extend(state.grow(_growths(request.grown)))
+            answer.stalled.extend(state.grow(request.grown))
         if request.new_requests:
             admitted = await self._admitted(request.parent, state, request.new_requests)
             answer.placements.extend(_placements(state, request.new_requests, admitted))
@@ -114,7 +114,7 @@ class DispatchStates:
         """Answer `GrowRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), growth_violations("requests", request.requests))
-        return pb2.GrowRequestsResponse(stalled=state.grow(_growths(request.requests)))
+        return pb2.GrowRequestsResponse(stalled=state.grow(request.requests))
 
     def get(self, request: pb2.GetDispatchStateRequest) -> pb2.GetDispatchStateResponse:
         """Answer `GetDispatchState`; a replica without a declared state has no `state_id` and no head maps."""
@@ -247,17 +247,6 @@ def _newcomers(requests: Iterable[pb2.NewRequest]) -> list[Newcomer]:
     return [
         Newcomer(
             id=one.id, incarnation=one.incarnation, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens
-        )
-        for one in requests
-    ]
-
-
-def _growths(requests: Iterable[pb2.Growth]) -> list[RequestGrowth]:
-    return [
-        RequestGrowth(
-            id=one.id,
-            context_tokens=one.context_tokens,
-            remaining_tokens=one.remaining_tokens if one.HasField("remaining_tokens") else None,
         )
         for one in requests
     ]
