@@ -433,7 +433,9 @@ class LateChanges:
         self._num_of_node: dict[str, int] = {}
 
     def remember(self, body: redispatch_pb2.Redispatch) -> None:
-        """Remember how a re-dispatch ended."""
+        """Remember how a re-dispatch ended, if it has."""
+        if body.state not in FINAL:
+            return
         is_done = body.state == State.REDISPATCH_STATE_DONE
         moves = [one.status.moves for one in body.nodes if Part.CHANGE_PART_AUTHORITY in one.parts]
         self._ends[body.change.change_id] = agent_service_pb2.ChangeResolved(

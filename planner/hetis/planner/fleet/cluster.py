@@ -15,16 +15,7 @@ from functools import partial
 from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
-from hetis.planner.fleet.changes import (
-    FINAL,
-    MOST_OF_NODE,
-    ChangeCoordinator,
-    LateChanges,
-    Outcome,
-    Saving,
-    State,
-    parts_of,
-)
+from hetis.planner.fleet.changes import MOST_OF_NODE, ChangeCoordinator, LateChanges, Outcome, Saving, State, parts_of
 from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import Behind, Fenced, HeadMapsRead, NodeLink, Reported, Response
@@ -686,7 +677,7 @@ class ClusterChanges:
 
     def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
         """Answer nodes that mention an ended change; ``body`` is as stored, None if the store knows no such change."""
-        if body is not None and body.state in FINAL:
+        if body is not None:
             self.late.remember(body)
         for node, status in self.late.take(change_id):
             self._answer_late(node, status)
