@@ -82,7 +82,7 @@ def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> N
     async def test() -> list[AuditedChange]:
         told = list[AuditedChange]()
         async with served(authenticator=by_tokens(file)) as planner:
-            planner.calls.on_refusal = told.append
+            planner.calls.answer_for(require_leader=lambda _method: None, on_refusal=told.append)
             stub = ClusterServiceStub(planner.channel)
             metadata = (("authorization", f"Bearer {token}"),)
             delete = pb.DeleteClusterRequest(name="clusters/night")

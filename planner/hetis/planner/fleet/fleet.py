@@ -90,7 +90,7 @@ Request = agent_service_pb2.ConnectNodeRequest
 
 
 class LiveFleet:
-    """The live nodes and replicas of all clusters. ``observers``: notified of events, in the loop."""
+    """The live nodes and replicas of all clusters."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class LiveFleet:
         declared: DeclaredFleets | None = None,
         counters: FleetCounters | None = None,
     ) -> None:
-        self.observers: list[FleetObserver] = []
+        self._observers: list[FleetObserver] = []
         self.counters = counters or FleetCounters()
         self._store = store
         self._hubs = hubs
@@ -123,6 +123,10 @@ class LiveFleet:
         self._ending: ServiceError | None = None  # why streams are refused from now on
 
     # Life cycle.
+
+    def add_observer(self, observer: FleetObserver) -> None:
+        """Notify the observer of events from now on, in the loop."""
+        self._observers.append(observer)
 
     async def start(self) -> None:
         """Read every cluster, and resume what an earlier planner left."""
@@ -263,7 +267,7 @@ class LiveFleet:
                 contents=self._contents,
                 declared=self._declared,
                 clock=self._clock,
-                observers=self.observers,
+                observers=self._observers,
                 send=self._send,
                 lose_leadership=self.lose_leadership,
             )
@@ -384,10 +388,10 @@ class LiveFleet:
         """Send pending messages at once, notify observers, and start a reconciliation if the cluster changed."""
         self._send(cluster)
         for (replica, _), report in cluster.take_reported().items():
-            for observer in self.observers:
+            for observer in self._observers:
                 observer.replica_reported(replica, report)
         if cluster.take_capacity_changed():
-            for observer in self.observers:
+            for observer in self._observers:
                 observer.capacity_changed(cluster.name)
         reconciler = self._reconcilers.get(cluster.name)
         if reconciler is not None and self._ending is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from google.protobuf.duration_pb2 import Duration
@@ -38,7 +38,7 @@ class Clusters:
     _fleet: LiveFleet
     _fleets: DeclaredFleets
     _clock: Callable[[], float] = time.time
-    deleted: list[ClusterDeleted] = field(default_factory=list)  # callbacks for deleted clusters
+    _deleted: ClusterDeleted = lambda _cluster, _plans: None
 
     async def create(self, request: pb.CreateClusterRequest) -> pb.CreateClusterResponse:
         checks = Checks()
@@ -150,8 +150,7 @@ class Clusters:
         self._hubs.remove_cluster(name)
         for plan in plans:
             self._hubs.plans.publish(plan, None, now_s=self._clock())
-        for tell in self.deleted:
-            tell(name, plans)
+        self._deleted(name, plans)
         await self._fleet.cluster_changed(name)
 
 

@@ -80,21 +80,20 @@ class Term:
         )
         self._states = states = DispatchStates(fleet)
         self._loop = RedispatchLoop(fleet, states, clock=clock)
-        fleet.observers.append(self._loop)
+        fleet.add_observer(self._loop)
 
         reader = NodeReader(store, fleet, declared)
-        clusters = Clusters(store, hubs, fleet, declared)
+        self._searches = searches = PlanSearches(store, hubs, self._pool)
+        clusters = Clusters(store, hubs, fleet, declared, clock.time, searches.cluster_deleted)
         nodes = Nodes(store, hubs, fleet, reader)
         running = RunningResources(store, fleet)
-        self._searches = searches = PlanSearches(store, hubs, self._pool)
-        clusters.deleted.append(searches.cluster_deleted)
         documents = PlanDocuments(store)
         limits = SearchLimits(threads=_threads(config), time_s=config.solver.max_search)
         creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
         plans = Plans(store, hubs, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
         self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
-        fleet.observers.append(self._proposals)
+        fleet.add_observer(self._proposals)
 
         def require_lease() -> None:
             if not store.lease.may_decide:

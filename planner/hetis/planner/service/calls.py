@@ -34,7 +34,6 @@ class Calls(grpc.aio.ServerInterceptor):
     def __init__(self, authenticator: Authenticator, telemetry: Telemetry, *, writes: WriteRates | None = None) -> None:
         self._authenticator = authenticator
         self._writes = writes or WriteRates()
-        self.on_refusal: Callable[[AuditedChange], None] = lambda _change: None
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
@@ -45,8 +44,17 @@ class Calls(grpc.aio.ServerInterceptor):
         self._unary_done.set()
         self._ended = dict[asyncio.Task[None], ServiceError]()
         self.is_draining = False
-        self.require_leader: Callable[[str], None] = lambda _method: None
-        """Raises NOT_LEADER if this planner may not answer a method now."""
+        self._require_leader: Callable[[str], None] = lambda _method: None
+        self._on_refusal: Callable[[AuditedChange], None] = lambda _change: None
+
+    def answer_for(self, *, require_leader: Callable[[str], None], on_refusal: Callable[[AuditedChange], None]) -> None:
+        """Answer for a planner from now on.
+
+        Args:
+            require_leader: raises NOT_LEADER if it may not answer a method now.
+            on_refusal: is told of every change that was refused.
+        """
+        self._require_leader, self._on_refusal = require_leader, on_refusal
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -198,7 +206,7 @@ class Calls(grpc.aio.ServerInterceptor):
             ended = self._ended.pop(stream, None)
         if ended is not None:
             raise ended
-        self.require_leader(method)  # otherwise the end of a term would look like the end of the watched resource
+        self._require_leader(method)  # otherwise the end of a term would look like the end of the watched resource
         if self.is_draining:
             # It may have ended for another reason at this very moment; the caller will find out when it retries.
             raise statuses.draining()
@@ -233,7 +241,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 await context.abort(code, f"{method} is not implemented")
             status = _status(error, record)
             if method in WRITES and record.caller and record.reason not in NOT_KEPT:
-                self.on_refusal(record.refused_change())
+                self._on_refusal(record.refused_change())
             code = statuses.code_of(status)
             await statuses.abort(context, status)
         finally:
@@ -255,7 +263,7 @@ class Calls(grpc.aio.ServerInterceptor):
         require_role(identity, method)
         if self.is_draining:
             raise statuses.draining()
-        self.require_leader(method)
+        self._require_leader(method)
         if not is_stream:
             require_deadline(method, context.time_remaining())
         set_caller(identity)

@@ -125,7 +125,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             _log.info("stopped before the store was open")
             return
         loops = Loops()
-        calls.require_leader = planner.require_leader
+        calls.answer_for(require_leader=planner.require_leader, on_refusal=planner.note_refusal)
         planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
         for collector in planner.collectors:
@@ -143,7 +143,6 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             )
             stack.push_async_callback(page.stop)
             await page.start(app)
-        calls.on_refusal = planner.note_refusal
         await server.start()
         _leave_to_collector_what_is_new()
         tokens = access.tokens
