@@ -16,7 +16,7 @@ from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag, require_free
+from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
 from hetis.planner.resources.shared import Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -54,7 +54,7 @@ class Clusters:
         body = _body(name, *parsed, policy)
         record = ClusterRecord(name=name, body=body, create_time_s=now_s, update_time_s=now_s)
         if request.validate_only:
-            await self._store.read(lambda tx: require_free(tx.clusters, name))
+            await self._store.read(lambda tx: tx.clusters.require_free(name))
             cluster = without(self._message(record, FULL), "etag", "create_time", "update_time")
             return pb.CreateClusterResponse(cluster=cluster)
 

@@ -43,7 +43,7 @@ from hetis.planner.resources.plan_specs import (
     pose,
     read_spec,
 )
-from hetis.planner.resources.requests import Checks, Tell, change_once, require_free, to_the_end
+from hetis.planner.resources.requests import Checks, Tell, change_once, to_the_end
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -331,7 +331,7 @@ class PlanCreation:
 
         def check(reader: Reader) -> None:
             reader.clusters.require(record.cluster)
-            require_free(reader.plans, record.name)
+            reader.plans.require_free(record.name)
 
         if request.validate_only:
             await self._store.read(check)

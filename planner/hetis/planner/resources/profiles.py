@@ -10,7 +10,7 @@ from functools import partial
 from hetis.formats import catalogue
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.clusters import BASIC, FULL, profile_message, without
-from hetis.planner.resources.requests import Checks, change_once, check, read_page, require_etag, require_free
+from hetis.planner.resources.requests import Checks, change_once, check, read_page, require_etag
 from hetis.planner.store import ProfileRecord, Reader, Store, Transaction
 from hetis.solver.profile import Profile, Source
 from hetis.v1 import profile_pb2
@@ -33,7 +33,7 @@ class Profiles:
         now_s = self._clock()
         record = ProfileRecord(name=name, gpu_type=body.gpu_type, body=body, create_time_s=now_s, update_time_s=now_s)
         if request.validate_only:
-            await self._store.read(lambda tx: require_free(tx.profiles, name))
+            await self._store.read(lambda tx: tx.profiles.require_free(name))
             profile = without(profile_message(record, view=FULL), "etag", "create_time", "update_time")
             return pb.CreateProfileResponse(profile=profile)
 

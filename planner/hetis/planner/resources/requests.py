@@ -24,7 +24,7 @@ from hetis.planner.convert.names import ID_RULE, NameForm, is_id
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_document, invalid_fields
 from hetis.planner.store import AuditedChange, Reader, Store, Transaction, audit, etag_of
 from hetis.planner.store.records import Record
-from hetis.planner.store.tables import Filter, RecordKind, TableView
+from hetis.planner.store.tables import Filter, RecordKind
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import document_pb2, failure_pb2
 
@@ -89,12 +89,6 @@ def check(request: Message, *, optional: Collection[str] = (), **forms: NameForm
     checks = Checks()
     checks.request(request, optional=optional, **forms)
     checks.raise_if_wrong()
-
-
-def require_free(table: TableView[Any], name: str) -> None:
-    """Check that there is no such resource. Raises ALREADY_EXISTS."""
-    if table.get(name) is not None:
-        raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, f"{name} exists already", metadata={"name": name})
 
 
 def require_etag(record: Record | None, etag: str, name: str = "") -> None:

@@ -84,6 +84,13 @@ class TableView(Generic[R]):
             raise failures.not_found(name)
         return record
 
+    def require_free(self, name: str) -> None:
+        """Check that there is no such record. Raises ALREADY_EXISTS."""
+        taken = sa.select(self._table.c.name).where(self._table.c.name == name)
+        if self._connection.execute(taken).one_or_none() is not None:
+            message = f"{name} exists already"
+            raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, message, metadata={"name": name})
+
     def page(self, after: After, limit: int, **filters: Filter) -> list[R]:
         """Return the next ``limit`` records after ``after``, the place of the last one seen; None or empty: the first.
 
@@ -127,10 +134,7 @@ class RecordTable(TableView[R]):
     def insert(self, record: R) -> R:
         """Insert the record and return it with a version that no record of its name has had. Raises ALREADY_EXISTS."""
         # Looked up first: a failed statement would end the whole transaction of PostgreSQL. There is no other writer.
-        taken = sa.select(self._table.c.name).where(self._table.c.name == record.name)
-        if self._connection.execute(taken).one_or_none() is not None:
-            message = f"{record.name} exists already"
-            raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, message, metadata={"name": record.name})
+        self.require_free(record.name)
         first = dataclasses.replace(record, version=record.version + self._gone_version())  # type: ignore[type-var]
         self._connection.execute(sa.insert(self._table).values(self._to_row(first)))
         if self._kind.kept_per_cluster is not None:
