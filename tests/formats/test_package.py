@@ -46,5 +46,6 @@ def test_public_names_of_documents() -> None:
         "load_workload",
         "to_data",
         "write_atomically",
+        "yaml_text",
     }
     assert all(hasattr(documents, name) for name in documents.__all__)

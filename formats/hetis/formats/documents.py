@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -31,6 +31,11 @@ from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 
+if TYPE_CHECKING:
+    _Base = yaml.SafeDumper
+else:
+    _Base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
+
 __all__ = [
     "KINDS",
     "Value",
@@ -44,7 +49,7 @@ __all__ = [
     "load_cluster",
 ]
 __all__ += ["load_layers_problem", "load_model", "load_plan", "load_profile", "load_requests", "load_share_problem"]
-__all__ += ["load_state", "load_tenants", "load_workload", "to_data", "write_atomically"]
+__all__ += ["load_state", "load_tenants", "load_workload", "to_data", "write_atomically", "yaml_text"]
 Value = (
     Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
     | FleetTenants
@@ -103,7 +108,12 @@ def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -
         raise ValueError(str(error)) from None
     if form == "json":
         return text + "\n"
-    return yaml.dump(json.loads(text), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(json.loads(text))
+
+
+def yaml_text(*values: Any) -> str:
+    """Return plain data as a stream of one YAML document for each value, with their keys in order and no aliases."""
+    return str(yaml.dump_all(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def digest(value: Value) -> str:
@@ -135,7 +145,7 @@ def _parse(data: Any, source: Text) -> Value:
     return value
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(_Base):
     """Quotes whatever YAML 1.1 or 1.2 would not take for text, and never writes aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:

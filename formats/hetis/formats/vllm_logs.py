@@ -184,7 +184,7 @@ _IDS = re.compile(r".*\b(prompt|output)_token_ids: \[([\d, ]*)(\]|$)", re.DOTALL
 
 
 @dataclass(slots=True)
-class _Open:
+class _Unfinished:
     """A request without a response yet. Counts are 0 until they are known."""
 
     line: int
@@ -197,7 +197,7 @@ def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[s
     """Yield line and values (arrival, prompt, output) of every request with a response, in the order of the responses.
     Raises DocumentError if the file is not a vLLM log, or has no token ids.
     """
-    waiting: dict[str, _Open] = {}
+    waiting: dict[str, _Unfinished] = {}
     last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
     for number, line in enumerate(lines, start=1):
         found = _LINE.search(line[:1000])
@@ -210,7 +210,7 @@ def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[s
         ids = _ids_of(line)
         if what != "Generated response":
             if len(waiting) < MAX_OPEN:
-                one = waiting.setdefault(name, _Open(line=number, arrival_s=now_s + year_s))
+                one = waiting.setdefault(name, _Unfinished(line=number, arrival_s=now_s + year_s))
                 one.prompt_tokens = ids or one.prompt_tokens
         elif ids and name in waiting:
             one = waiting[name]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.cluster import parse_cluster
-from hetis.formats.discovery import Source
+from hetis.formats.discovery import FleetSource
 from hetis.formats.discovery.fleet import Discovered, UnclearBoardError, board_of, discovered, file_text, said_types
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
 from hetis.formats.discovery.nvidia import parse_xml
@@ -26,7 +26,7 @@ INPUTS = Path(__file__).parent / "inputs"
 PROBLEM = Problem(file="here", message="")
 
 
-def found(*names: str, with_busy: bool = False, source: Source = Source.AUTO, **said: str) -> Discovered:
+def found(*names: str, with_busy: bool = False, source: FleetSource = FleetSource.AUTO, **said: str) -> Discovered:
     inventory = read_inventory([str(INPUTS / name) for name in names], source, with_busy=with_busy)
     return discovered(inventory, name="test", said={name.casefold(): type_ for name, type_ in said.items()})
 
@@ -44,7 +44,7 @@ def reason(fleet: Discovered, node: str) -> str:
     return " | ".join(line.removeprefix(f"{node}: ") for line in fleet.left_out if line.startswith(f"{node}: "))
 
 
-def refused(tmp_path: Path, name: str, content: str, source: Source = Source.AUTO) -> str:
+def refused(tmp_path: Path, name: str, content: str, source: FleetSource = FleetSource.AUTO) -> str:
     """Return the error for an unusable file."""
     path = tmp_path / name
     path.write_text(content)
@@ -156,7 +156,7 @@ def test_gpus_that_a_plan_numbers_otherwise_than_the_driver_have_their_indices(t
     first, *others = re.findall(r"<gpu id=.*?</gpu>", text, re.DOTALL)
     in_use = next(one for one in others if "python3.12" in one)
     (tmp_path / "host.xml").write_text(f"<nvidia_smi_log>{in_use}{first}{others[0]}</nvidia_smi_log>")
-    inventory = read_inventory([str(tmp_path / "host.xml")], Source.AUTO, with_busy=False)
+    inventory = read_inventory([str(tmp_path / "host.xml")], FleetSource.AUTO, with_busy=False)
     fleet = discovered(inventory, name="test", said={})
     assert gpus(fleet) == {"host": {"A100-SXM-80GB": 2}}
     assert [group.indices for group in fleet.cluster.node_groups] == [(1, 2)]
@@ -335,14 +335,14 @@ def test_a_list_of_rays_nodes_without_resources_says_how_to_have_them(tmp_path: 
 
 def test_a_table_of_nodes_is_a_fleet(tmp_path: Path) -> None:
     assert gpus(found("nodes.csv")) == {"rack1": {"H100-SXM-80GB": 8}, "rack2": {"L4": 4, "T4": 2}}
-    said = refused(tmp_path, "n.csv", "node,gpu,count\na,L4,0\nb,,2\nc,L4,2,x\n", Source.FILE)
+    said = refused(tmp_path, "n.csv", "node,gpu,count\na,L4,0\nb,,2\nc,L4,2,x\n", FleetSource.FILE)
     assert said.splitlines() == ["/n.csv:2: count: is '0', must be 1 to 1024", "/n.csv:3: gpu: is missing"]
     assert "column count is missing; the file has node, gpu, number" in refused(tmp_path, "m.csv", "node,gpu,number\n")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "apiVersion: hetis/v1\nkind: Cluster\n", "hello", "[1, 2]", "{"])
-@pytest.mark.parametrize("source", list(Source))
-def test_what_is_of_no_tool_is_one_problem(tmp_path: Path, content: str, source: Source) -> None:
+@pytest.mark.parametrize("source", list(FleetSource))
+def test_what_is_of_no_tool_is_one_problem(tmp_path: Path, content: str, source: FleetSource) -> None:
     said = refused(tmp_path, "x.json", content, source)
     assert said.startswith("/x.json")
     assert len(said.splitlines()) == 1

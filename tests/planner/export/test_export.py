@@ -297,3 +297,9 @@ def test_the_engine_is_the_one_that_the_plan_needs_unless_told() -> None:
     assert launchable(PLANS["attention workers"], MODEL, SETTINGS).engine is Engine.VLLM_HETIS
     with pytest.raises(NotExportableError, match="which vLLM has with hetis' plugin alone"):
         launchable(PLANS["attention workers"], MODEL, replace(SETTINGS, engine=Engine.VLLM))
+
+
+@pytest.mark.parametrize("target", [ExportTarget.COMPOSE, ExportTarget.KUBERNETES])
+def test_text_that_other_readers_of_yaml_take_for_a_number_is_quoted(target: ExportTarget) -> None:
+    files = exported(next(iter(PLANS.values())), target, served_name="1e5").files
+    assert any("'1e5'" in text for text in files.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class Source(StrEnum):
+class FleetSource(StrEnum):
     """A tool that describes a fleet. ``auto`` recognises the tool by its file."""
 
     AUTO = "auto"

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from hetis.formats.discovery import Source, kubernetes, nvidia
+from hetis.formats.discovery import FleetSource, kubernetes, nvidia
 from hetis.formats.discovery.found import (
     MAX_GPUS_SAID,
     FoundGpus,
@@ -43,10 +43,12 @@ _KNOWN = (
 )
 
 
-def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_busy: bool = False) -> Inventory:
+def read_inventory(
+    paths: Sequence[str], source: FleetSource = FleetSource.AUTO, *, with_busy: bool = False
+) -> Inventory:
     """Return the nodes that files of one tool describe (``-``: standard input). Raises DocumentError with all problems:
-    files are unreadable, from an unknown tool, or from several tools; or the source reads no files (`Source.NVML`,
-    `Source.AGENTS`).
+    files are unreadable, from an unknown tool, or from several tools; or the source reads no files (`FleetSource.NVML`,
+    `FleetSource.AGENTS`).
 
     Args:
         paths: several for kubectl and nvidia-smi; one for the others.
@@ -70,22 +72,22 @@ def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_b
         if one.tool is not first:
             message = f"is of {one.tool.value}, and {files[0].label} of {first.value}: one tool at a time"
             raise single_problem(one.label, message)
-    if len(files) > 1 and first not in (Source.KUBECTL, Source.NVIDIA_SMI):
+    if len(files) > 1 and first not in (FleetSource.KUBECTL, FleetSource.NVIDIA_SMI):
         raise single_problem(files[1].label, f"is one file too many: {first.value} describes a fleet in one")
     return replace(_read(files, texts, with_busy), file=files[0].label)
 
 
 def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: bool) -> Inventory:
     match files[0].tool:
-        case Source.NVIDIA_SMI:
+        case FleetSource.NVIDIA_SMI:
             return nvidia.read_nvidia_smi(texts, with_busy=with_busy)
-        case Source.KUBECTL:
+        case FleetSource.KUBECTL:
             return kubernetes.read_kubernetes([one.parsed for one in files], with_busy=with_busy)
-        case Source.SLURM:
+        case FleetSource.SLURM:
             return read_slurm(*files[0].parsed, with_busy=with_busy)
-        case Source.RAY:
+        case FleetSource.RAY:
             return read_ray(*files[0].parsed)
-        case Source.FILE:
+        case FleetSource.FILE:
             return read_node_table(*reversed(texts[0]))
         case other:
             raise single_problem(files[0].label, f"is a file, and {other.value} reads none")
@@ -94,29 +96,29 @@ def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: b
 class _File:
     """A file, the tool that wrote it, and its data, parsed on first use."""
 
-    def __init__(self, label: str, text: str, source: Source) -> None:
+    def __init__(self, label: str, text: str, source: FleetSource) -> None:
         self.label, self._text = label, text
-        self.tool = self._recognised() if source is Source.AUTO else source
+        self.tool = self._recognised() if source is FleetSource.AUTO else source
 
     @cached_property
     def parsed(self) -> tuple[Any, Text]:
         return parse_text(self._text, self.label, _BOUNDS)
 
-    def _recognised(self) -> Source:
+    def _recognised(self) -> FleetSource:
         """Return the tool that wrote the text, judging by its content. Raises DocumentError if the tool is unknown."""
         begin = self._text.lstrip()[:200]
         if begin.startswith("<") or nvidia.is_topology(self._text):
-            return Source.NVIDIA_SMI
+            return FleetSource.NVIDIA_SMI
         if not begin.startswith(("{", "[")) and is_node_table(self._text):
-            return Source.FILE
+            return FleetSource.FILE
         data, _ = self.parsed
         found = mapping(data)
         if is_ray(data):
-            return Source.RAY
+            return FleetSource.RAY
         if isinstance(found.get("nodes"), list) and "kind" not in found:
-            return Source.SLURM
+            return FleetSource.SLURM
         if kubernetes.is_list(data) or ("kind" in found and found.get("apiVersion") != API_VERSION):
-            return Source.KUBECTL
+            return FleetSource.KUBECTL
         has = f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}"
         raise single_problem(self.label, f"is of no tool that is known: {has}; known: {_KNOWN}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.discovery import Source
+from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
@@ -50,11 +50,11 @@ def cluster_verbs() -> None:
 class DiscoveryOptions:
     """The sources of a discovery, and the form of the cluster file."""
 
-    source: Source = option(
+    source: FleetSource = option(
         "--from: "
         "What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this host. "
         "agents: those of a planner.",
-        Source.AUTO,
+        FleetSource.AUTO,
     )
     out: str = option("--out FILE|-: The cluster file; -: standard output.", "-")
     name: str | None = option("--name: Of the cluster.", shown="discovered; from agents: that of --cluster")
@@ -108,21 +108,21 @@ def discover(
         raise typer.BadParameter("; ".join(wrong))
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
-    if files and source in (Source.NVML, Source.AGENTS):
+    if files and source in (FleetSource.NVML, FleetSource.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files, and there is {files[0]}")
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
         return _write(terminal, found, sources, asked.out)
 
-    if source is Source.AGENTS:
+    if source is FleetSource.AGENTS:
 
         def from_agents(client: Client) -> ExitCode:
             parent = chosen_cluster(client, asked.cluster)
             return written(_of_agents(client, parent, with_busy), [f"agents of {parent}"], last(parent))
 
         return planner.use(terminal, from_agents)
-    if source is Source.NVML:
+    if source is FleetSource.NVML:
         return written(read_nvml(with_busy=with_busy), ["NVML"])
     paths = files or ["-"]
     return written(read_inventory(paths, source, with_busy=with_busy), [file_label(path) for path in paths])

@@ -1,37 +1,13 @@
-"""The files of an export: what a target makes of a plan, as YAML and on disk."""
+"""The files of an export: what a target makes of a plan, and how it is written to disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from hetis.formats.errors import single_problem
 from hetis.formats.files import write_atomically
-
-if TYPE_CHECKING:
-    _Base = yaml.SafeDumper
-else:
-    _Base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-
-class _Dumper(_Base):
-    def ignore_aliases(self, data: Any) -> bool:
-        """Ignore aliases, so that a repeated value is written twice: people read manifests, too."""
-        return True
-
-
-def yaml_text(value: Mapping[str, Any]) -> str:
-    """Return one document."""
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120))
-
-
-def documents(values: Iterable[Mapping[str, Any]]) -> str:
-    """Return several documents as one stream."""
-    return str(yaml.dump_all(list(values), Dumper=_Dumper, sort_keys=False, width=120))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

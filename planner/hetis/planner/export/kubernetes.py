@@ -18,7 +18,8 @@ from hetis.engines.kubernetes import (
     refuse_shared_cards,
 )
 from hetis.engines.layout import Process
-from hetis.planner.export.files import Written, documents, yaml_text
+from hetis.formats.documents import yaml_text
+from hetis.planner.export.files import Written
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
 from hetis.solver.plan import Role
 
@@ -37,7 +38,7 @@ def write_kubernetes(launchable: Launchable) -> Written:
         except LayoutError as error:
             left_out[number] = error.messages
     launchable = launchable.without(left_out)
-    files = {f"{one.name}.yaml": documents(made[number]) for number, one in launchable.replicas.items()}
+    files = {f"{one.name}.yaml": yaml_text(*made[number]) for number, one in launchable.replicas.items()}
     return written_for_cluster(launchable, files, _HOW_CORE, not_carried=mixed_nodes(launchable), left_out=left_out)
 
 
@@ -217,10 +218,10 @@ def write_lws(launchable: Launchable) -> Written:
     launchable, left_out = groupable(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
     if split and 2 <= len(launchable.replicas) <= _MOST_ROLES:
-        files = {"replicas.yaml": documents(_disaggregated(launchable))}
+        files = {"replicas.yaml": yaml_text(*_disaggregated(launchable))}
     else:
         files = {
-            f"{one.name}.yaml": documents(replica_objects(launchable, one)) for one in launchable.replicas.values()
+            f"{one.name}.yaml": yaml_text(*replica_objects(launchable, one)) for one in launchable.replicas.values()
         }
     return written_for_cluster(launchable, files, _HOW_LWS, not_carried=mixed_nodes(launchable), left_out=left_out)
 

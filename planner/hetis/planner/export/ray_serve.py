@@ -7,7 +7,8 @@ from typing import Any
 
 from hetis.engines.serving import connector_of, partition_of, room_options, shape_options
 from hetis.engines.versions import Engine
-from hetis.planner.export.files import Written, yaml_text
+from hetis.formats.documents import yaml_text
+from hetis.planner.export.files import Written
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hetis.planner.export.files import yaml_text
+from hetis.formats.documents import yaml_text
 from hetis.planner.export.replicas import Launchable
 from hetis.solver.plan import Role
 

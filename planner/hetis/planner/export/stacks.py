@@ -8,7 +8,8 @@ from typing import Any
 from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, annotations_of, on_node
 from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
-from hetis.planner.export.files import Written, documents, yaml_text
+from hetis.formats.documents import yaml_text
+from hetis.planner.export.files import Written
 from hetis.planner.export.kubernetes import (
     LEADER,
     PodGroup,
@@ -43,10 +44,10 @@ def write_llm_d(launchable: Launchable) -> Written:
     for one in launchable.replicas.values():
         if len(one.layout.servers) == 1 and not one.layout.workers:
             values[f"values-{one.name}.yaml"] = yaml_text(values_of(launchable, one))
-            manifests[f"{one.name}.yaml"] = documents([_front(launchable, one)])
+            manifests[f"{one.name}.yaml"] = yaml_text(_front(launchable, one))
         else:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
-            manifests[f"{one.name}.yaml"] = documents(replica_objects(launchable, one, labels))
+            manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
     written = written_for_cluster(launchable, manifests, "", not_carried=mixed_nodes(launchable), left_out=left_out)
     files = {**values, **written.files}
     files["router/llm-d.yaml"] = yaml_text(picker_config(launchable))
@@ -195,13 +196,13 @@ def write_kserve(launchable: Launchable) -> Written:
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.DECODE:
             continue
-        files[f"{one.name}.yaml"] = documents(_objects(launchable, number, pairs))
+        files[f"{one.name}.yaml"] = yaml_text(*_objects(launchable, number, pairs))
         for each in (one, launchable.replicas.get(pairs.get(number, -1))):
             if each is not None and len(each.layout.servers) > 1:
                 name = f"kserve-config-llm-{_PRESETS[each.plan.role]}-pipeline-parallel"
                 presets[name] = _preset(launchable, name)
     if presets:
-        files["presets.yaml"] = documents(presets.values())
+        files["presets.yaml"] = yaml_text(*presets.values())
     written = written_for_cluster(
         launchable, files, _HOW_KSERVE, not_carried=mixed_nodes(launchable), left_out={**left_out, **alone}
     )
@@ -308,7 +309,7 @@ def write_dynamo(launchable: Launchable) -> Written:
     if launchable.has_roles and len(components) > most:
         raise NotExportableError((f"a graph holds {most} replicas, and prefill and decode must be in one graph",))
     graphs = [components[first : first + most] for first in range(0, len(components), most)]
-    files = {f"graph-{i}.yaml": documents([_graph(launchable, i, graph)]) for i, graph in enumerate(graphs)}
+    files = {f"graph-{i}.yaml": yaml_text(_graph(launchable, i, graph)) for i, graph in enumerate(graphs)}
     lost = [*mixed_nodes(launchable)]
     if len(launchable.replicas) > 1:
         lost.append("shares of replicas: Dynamo's front chooses by load, and takes no weights")

@@ -109,7 +109,10 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan:
-    """Replicas on named GPUs with a proof of optimality: ``value`` has everything, ``problem`` is what it solves."""
+    """Replicas on named GPUs with a proof of optimality: ``value`` has everything, ``problem`` is what it solves.
+
+    ``value`` is a `hetis.solver.plan.Plan`; both classes have the name because users know this one as ``hetis.Plan``.
+    """
 
     value: solved.Plan
     problem: PlacementProblem
