@@ -15,7 +15,7 @@ from hetis.planner.report.figures import digits, gigabytes, percent, plural, sec
 from hetis.planner.report.plan import goal_line, problem_title
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
@@ -134,29 +134,21 @@ def load_table(change: PlanChange) -> Table:
 
 def diff_document(diff: PlanDiff) -> dict[str, Any]:
     """Return the difference as plain data."""
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "PlanDiff",
-        "before": {"result": json_value(diff.before.result), "figures": json_value(diff.figures_before)},
-        "after": {"result": json_value(diff.after.result), "figures": json_value(diff.figures_after)},
-        "same_model": diff.same_model,
-        "warnings": list(diff.warnings),
-        "change": change_document(diff.change),
-    }
+    return document(
+        "PlanDiff",
+        before={"result": diff.before.result, "figures": diff.figures_before},
+        after={"result": diff.after.result, "figures": diff.figures_after},
+        same_model=diff.same_model,
+        warnings=diff.warnings,
+        change=change_fields(diff.change),
+    )
 
 
-def change_document(change: PlanChange) -> dict[str, Any]:
-    """Return a change as plain data: counts, every replica, every GPU that loads."""
-    return {
-        "counts": {fate.value: change.count(fate) for fate in Fate},
-        "moved_gpus": list(change.moved),
-        "load_bytes": change.load_bytes,
-        "dropped_requests": change.dropped_requests,
-        "dropped_kv_tokens": change.dropped_kv_tokens,
-        "dropped_kv_bytes": change.dropped_kv_bytes,
-        "replicas": [json_value(replica) for replica in change.replicas],
-        "loads": json_value(change.loads),
-    }
+def change_fields(change: PlanChange) -> dict[str, Any]:
+    """Return what documents say of a change: counts, every replica, every GPU that loads."""
+    counts = {fate.value: change.count(fate) for fate in Fate}
+    names = ("load_bytes", "dropped_requests", "dropped_kv_tokens", "dropped_kv_bytes", "replicas", "loads")
+    return {"counts": counts, "moved_gpus": change.moved, **fields_of(change, *names)}
 
 
 MAX_STEPS = 40  # steps listed; -o json has all
@@ -254,16 +246,14 @@ def lowest_words(found: Replanning, posed: PosedReplan) -> str:
 
 def replan_document(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> dict[str, Any]:
     """Return the answer as plain data, with the plan in full."""
-    unit = found.plan.result.unit
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "Replanning",
-        "result": {"value": found.value, "bound": found.bound, "gap": found.gap, "unit": unit},
-        "fresh_value": found.fresh_value,
-        "change_costs": json_value(costs),
-        "lost_replicas": list(found.lost),
-        "replicas": [json_value(continued) for continued in found.continued],
-        "change": change_document(found.change),
-        "transition": json_value(found.transition),
-        "plan": to_data(found.plan),
-    }
+    return document(
+        "Replanning",
+        result={**fields_of(found, "value", "bound", "gap"), "unit": found.plan.result.unit},
+        fresh_value=found.fresh_value,
+        change_costs=costs,
+        lost_replicas=found.lost,
+        replicas=found.continued,
+        change=change_fields(found.change),
+        transition=found.transition,
+        plan=to_data(found.plan),
+    )

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
-from hetis.planner.report.changes import change_counts, change_document
+from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
 from hetis.planner.report.tables import as_group, bullets, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, figures_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.json_values import document, fields_of, json_value
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
@@ -55,25 +55,17 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
     """Return the comparison as plain data, with every plan in full."""
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "Comparison",
-        "objective": json_value(objective),
-        "strategies": [_entry(outcome, inputs) for outcome in compared],
-    }
+    return document("Comparison", objective=objective, strategies=[_entry(outcome, inputs) for outcome in compared])
 
 
 def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
     plan = outcome.plan
     return {
-        "strategy": outcome.strategy,
-        "engine": outcome.engine,
-        "status": outcome.status,
-        "result": json_value(plan.result) if plan is not None else None,
-        "figures": json_value(figures_of(plan, inputs)) if plan is not None else None,
-        "solve_s": outcome.solve_s,
-        "reasons": list(outcome.reasons),
-        "plan": to_data(plan) if plan is not None else None,
+        **fields_of(outcome, "strategy", "engine", "status"),
+        "result": plan and plan.result,
+        "figures": plan and figures_of(plan, inputs),
+        **fields_of(outcome, "solve_s", "reasons"),
+        "plan": plan and to_data(plan),
     }
 
 
@@ -261,30 +253,29 @@ def _counts(side: Side) -> dict[str, tuple[int, int]]:
 
 def what_if_document(found: WhatIf) -> dict[str, Any]:
     """Return the answer as plain data, both plans in full."""
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "WhatIf",
-        "objective": json_value(found.objective),
-        "removed": list(found.change.remove),
-        "added": [{"gpu": a.gpu.name, "count": a.count} for a in found.change.add],
-        "node_shape": json_value(found.change.shape),
-        "before": _side_document(found.before),
-        "after": _side_document(found.after),
-        "difference": {**json_value(found.difference), "unit": found.objective.unit},
-        "plan_change": None if found.plan_change is None else change_document(found.plan_change),
-    }
+    return document(
+        "WhatIf",
+        objective=found.objective,
+        removed=found.change.remove,
+        added=[{"gpu": a.gpu.name, "count": a.count} for a in found.change.add],
+        node_shape=found.change.shape,
+        before=_side_fields(found.before),
+        after=_side_fields(found.after),
+        difference={**json_value(found.difference), "unit": found.objective.unit},
+        plan_change=found.plan_change and change_fields(found.plan_change),
+    )
 
 
-def _side_document(side: Side, *, with_plan: bool = True) -> dict[str, Any]:
+def _side_fields(side: Side, *, with_plan: bool = True) -> dict[str, Any]:
     plan = side.outcome.plan
     return {
         "gpus": side.loaded.inputs.cluster.num_gpus(),
         "fleet_usd_per_hour": side.usd_per_hour,
         "status": side.outcome.status,
-        "result": None if plan is None else json_value(plan.result),
-        "figures": None if plan is None else json_value(_figures(side)),
-        "reasons": list(side.outcome.reasons),
-        **({"plan": None if plan is None else to_data(plan)} if with_plan else {}),
+        "result": plan and plan.result,
+        "figures": _figures(side),
+        "reasons": side.outcome.reasons,
+        **({"plan": plan and to_data(plan)} if with_plan else {}),
     }
 
 
@@ -358,19 +349,18 @@ def _proven(difference: Difference) -> str:
 
 def buy_next_document(found: BuyNext) -> dict[str, Any]:
     """Return the market as plain data; ``gain`` is in the objective's unit, negative if that is minimised and falls."""
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "BuyNext",
-        "objective": json_value(found.objective),
-        "node_shape": json_value(found.shape),
-        "count": found.count,
-        "before": _side_document(found.before, with_plan=False),
-        "offers": [_offer_document(offer, found.objective) for offer in found.offers],
-        "left_out": list(found.left_out),
-    }
+    return document(
+        "BuyNext",
+        objective=found.objective,
+        node_shape=found.shape,
+        count=found.count,
+        before=_side_fields(found.before, with_plan=False),
+        offers=[_offer_fields(offer, found.objective) for offer in found.offers],
+        left_out=found.left_out,
+    )
 
 
-def _offer_document(offer: ListedOffer, objective: Objective) -> dict[str, Any]:
+def _offer_fields(offer: ListedOffer, objective: Objective) -> dict[str, Any]:
     price, count, gain = offer.usd_per_hour, offer.addition.count, offer.difference.found
     return {
         "gpu": offer.addition.gpu.name,
@@ -380,5 +370,5 @@ def _offer_document(offer: ListedOffer, objective: Objective) -> dict[str, Any]:
         "gain_per_gpu": gain / count,
         "gain_per_usd_per_hour": None if not price else gain / count / price,
         "difference": {**json_value(offer.difference), "unit": objective.unit},
-        "after": _side_document(offer.after, with_plan=False),
+        "after": _side_fields(offer.after, with_plan=False),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table
 from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatched, StepTimes, expected_blocks
+from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.profiler.defaults import MODELLED
 from hetis.solver.dispatch.problem import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
@@ -380,73 +379,42 @@ def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = N
         device["new_groups"] = int(plan.groups[:, i].sum())
         device["bound_weight"] = float(plan.prices.piece[i].sum())
         device["block_price_s"] = float(plan.prices.block_s[i])
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "Dispatch",
-        "state": _state(found.stage),
-        "result": {
-            "path": plan.path.value,
-            "makespan_before_s": found.before.makespan_s,
-            "makespan_s": plan.makespan_s,
-            "bound_s": plan.bound_s,
-            "gap": _finite(plan.gap),
-            "relaxed_s": plan.relaxed_s,
-        },
-        "requests": [
+    result = {"path": plan.path, "makespan_before_s": found.before.makespan_s}
+    return document(
+        "Dispatch",
+        state=_state(found.stage),
+        result=result | fields_of(plan, "makespan_s", "bound_s", "gap", "relaxed_s"),
+        requests=[
             {
-                "id": request.id,
-                "context_tokens": request.context_tokens,
-                "output_tokens": request.output_tokens,
+                **fields_of(request, "id", "context_tokens", "output_tokens"),
                 "groups": {names[i]: int(plan.groups[j, i]) for i in np.flatnonzero(plan.groups[j])},
-                "group_price_s": _finite(float(plan.prices.request_s[j])),
+                "group_price_s": float(plan.prices.request_s[j]),
             }
             for j, request in enumerate(found.requests.requests)
         ],
-        "unplaced": [
-            {
-                "id": one.id,
-                "resource": one.resource.value,
-                "missing": one.missing,
-                "proved": one.proved,
-                "message": str(one),
-            }
-            for one in plan.unplaced
+        unplaced=[
+            {**fields_of(one, "id", "resource", "missing", "proved"), "message": str(one)} for one in plan.unplaced
         ],
-        "devices": devices,
-        "network_card": {
-            "before_s": found.before.card_s,
-            "after_s": found.after.card_s,
-            "bound_weight": plan.prices.nic,
-        },
+        devices=devices,
+        network_card={**_card(found), "bound_weight": plan.prices.nic},
         **_explanation(explanation),
-    }
+    )
 
 
 def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Return the document of ``kind: Redispatch``."""
-    plan, problem, names = found.plan, found.problem, found.stage.snapshot.stage.devices
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "Redispatch",
-        "state": _state(found.stage),
-        "settings": {
-            "budget_bytes": _finite(problem.budget_bytes),
-            "least_gain": problem.least_gain,
-            "patience": problem.patience,
-            "ahead_steps": problem.ahead_steps,
-            "refill_token_s": problem.refill_token_s,
-        },
-        "triggers": [
-            {
-                "kind": trigger.kind.value,
-                "device": trigger.device,
-                "value": trigger.value,
-                "limit": trigger.limit,
-                "message": str(trigger),
-            }
+    plan, names = found.plan, found.stage.snapshot.stage.devices
+    settings = ("budget_bytes", "least_gain", "patience", "ahead_steps", "refill_token_s")
+    how = ("seconds", "payback_steps", "reason", "wave", "together")
+    return document(
+        "Redispatch",
+        state=_state(found.stage),
+        settings=fields_of(found.problem, *settings),
+        triggers=[
+            {**fields_of(trigger, "kind", "device", "value", "limit"), "message": str(trigger)}
             for trigger in found.triggers
         ],
-        "result": {
+        result={
             "makespan_before_s": plan.makespan_before_s,
             "makespan_s": plan.makespan_after_s,
             "short_blocks_before": float(plan.short_before),
@@ -454,27 +422,20 @@ def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None
             "objective_before_s": float(plan.stay_s),
             "objective_s": float(plan.objective_s),
             "bound_s": float(plan.bound_s),
-            "gap": _finite(float(plan.gap)),
+            "gap": float(plan.gap),
             "moved_bytes": plan.num_bytes,
             "move_s": sum(move.seconds for move in plan.moves),
         },
-        "moves": [
-            _move(move, names)
-            | {
-                "bytes": move.num_bytes,
-                "seconds": move.seconds,
-                "payback_steps": move.payback_steps,
-                "reason": move.reason.value,
-                "wave": move.wave,
-                "together": move.together,
-            }
-            for move in plan.moves
-        ],
-        "refused": [_move(refused, names) | {"why": refused.why} for refused in plan.refused],
-        "devices": _devices(found.stage, found.before, found.after, found.reached),
-        "network_card": {"before_s": found.before.card_s, "after_s": found.after.card_s},
+        moves=[_move(move, names) | {"bytes": move.num_bytes, **fields_of(move, *how)} for move in plan.moves],
+        refused=[_move(refused, names) | {"why": refused.why} for refused in plan.refused],
+        devices=_devices(found.stage, found.before, found.after, found.reached),
+        network_card=_card(found),
         **_explanation(explanation),
-    }
+    )
+
+
+def _card(found: Dispatched | Redispatched) -> dict[str, float]:
+    return {"before_s": found.before.card_s, "after_s": found.after.card_s}
 
 
 def _state(stage: CostedStage) -> dict[str, Any]:
@@ -487,17 +448,13 @@ def _devices(stage: CostedStage, before: StepTimes, after: StepTimes, reached: S
     expected = (expected_blocks(first), expected_blocks(reached))
     return [
         {
-            "name": saved.name,
-            "role": saved.role,
-            "tp": saved.tp,
-            "gpu": saved.gpu,
+            **fields_of(saved, "name", "role", "tp", "gpu"),
             "costs": stage.origins[saved.name],
-            "status": saved.status.value,
+            "status": saved.status,
             "before_s": before.devices[i].seconds,
             "after_s": after.devices[i].seconds,
             "is_bottleneck": after.bottleneck == i,
-            "total_blocks": saved.total_blocks,
-            "high_water": saved.high_water,
+            **fields_of(saved, "total_blocks", "high_water"),
             "used_blocks_before": int(used[0][i]),
             "used_blocks": int(used[1][i]),
             "expected_blocks_before": int(expected[0][i]),
@@ -512,8 +469,4 @@ def _move(move: Move | Refused, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _explanation(sentences: tuple[str, ...] | None) -> dict[str, Any]:
-    return {} if sentences is None else {"explanation": list(sentences)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {} if sentences is None else {"explanation": sentences}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from hetis.formats.fields import API_VERSION
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.tables import as_group, facts, first_rows, section, table
+from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.layers import Layered, LayerStage, stages
-from hetis.solver.layers.plan import LayersPlan, Limit
+from hetis.solver.layers.plan import LayersPlan, Limit, PlacedNode
 
 MAX_STAGES = 60  # shown; -o json has all
 BAR_WIDTH = 6
@@ -97,45 +96,29 @@ def _stage_row(stage: LayerStage, found: Layered) -> tuple[str | Text, ...]:
 def layers_document(found: Layered) -> dict[str, Any]:
     """Return the document of ``kind: LayersPlan``."""
     problem, plan = found.problem, found.plan
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "LayersPlan",
-        "name": problem.name,
-        "num_layers": problem.num_layers,
-        "result": {
-            "stopped": plan.stopped,
-            "rate_rps": plan.rate_rps,
-            "bound_rps": plan.bound_rps,
-            "gap": plan.gap,
+    return document(
+        "LayersPlan",
+        name=problem.name,
+        num_layers=problem.num_layers,
+        result={
+            **fields_of(plan, "stopped", "rate_rps", "bound_rps", "gap"),
             "output_tokens_per_s": found.output_tokens_per_s,
-            "in_flight": plan.judgement.in_flight,
-            "round_trip_s": plan.judgement.round_trip_s,
-            "limit": plan.judgement.limit.value,
-            "limit_node": plan.judgement.limit_node,
+            **fields_of(plan.judgement, "in_flight", "round_trip_s", "limit", "limit_node"),
             "solver_s": plan.solver_s,
         },
-        "nodes": [
-            {
-                "name": load.node.name,
-                "type": load.node.kind,
-                "first_layer": load.node.first_layer,
-                "num_layers": load.node.num_layers,
-                "visits": load.visits,
-                "kv_fill": load.kv_fill,
-                "compute_load": load.compute_load,
-                "link_load": load.link_load,
-                "visit_s": load.visit_s,
-            }
+        nodes=[
+            _node(load.node) | fields_of(load, "visits", "kv_fill", "compute_load", "link_load", "visit_s")
             for load in plan.judgement.loads
         ],
-        "idle": list(plan.idle),
-        "links": _links(found, plan),
-        "max_flow": None if found.max_flow is None else _max_flow(found, found.max_flow),
-        "proof": [
-            [interval.least, interval.most, interval.price_s if math.isfinite(interval.price_s) else None]
-            for interval in plan.bound.intervals
-        ],
-    }
+        idle=plan.idle,
+        links=_links(found, plan),
+        max_flow=found.max_flow and _max_flow(found, found.max_flow),
+        proof=[[interval.least, interval.most, interval.price_s] for interval in plan.bound.intervals],
+    )
+
+
+def _node(node: PlacedNode) -> dict[str, Any]:
+    return {"name": node.name, "type": node.kind, **fields_of(node, "first_layer", "num_layers")}
 
 
 def _links(found: Layered, plan: LayersPlan) -> list[dict[str, Any]]:
@@ -150,11 +133,7 @@ def _max_flow(found: Layered, plan: LayersPlan) -> dict[str, Any]:
     return {
         "rate_rps": plan.rate_rps,
         "flow_tokens_per_s": plan.flow_rps * found.problem.tokens_per_request,
-        "in_flight": plan.judgement.in_flight,
-        "round_trip_s": plan.judgement.round_trip_s,
-        "nodes": [
-            {"name": node.name, "type": node.kind, "first_layer": node.first_layer, "num_layers": node.num_layers}
-            for node in plan.nodes
-        ],
+        **fields_of(plan.judgement, "in_flight", "round_trip_s"),
+        "nodes": [_node(node) for node in plan.nodes],
         "links": _links(found, plan),
     }

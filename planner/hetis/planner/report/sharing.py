@@ -13,7 +13,7 @@ from rich.text import Text
 from hetis.planner.report.figures import digits, percent
 from hetis.planner.report.tables import as_group, grid, section, table
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.json_values import fields_of, json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.shares.problem import FairnessRule, Shares, tenant_values
@@ -363,47 +363,31 @@ def _tenant_rule_table(found: SharedFleet) -> Table:
 
 def tenants_document(found: SharedFleet) -> dict[str, Any]:
     """Return everything as plain data except the plans themselves, which ``--out`` saves."""
-    document: dict[str, Any] = {
-        "cluster": found.tenancy.cluster.name,
-        "gpus": dict(gpu_counts(found.tenancy.cluster)),
-        "rules": [_tenant_rule_document(found, answer) for answer in found.answers],
-    }
-    if found.envy is not None:
-        document["envy"] = json_value(found.envy)
-    document["holds"] = holds(found)
+    document: dict[str, Any] = json_value(
+        {
+            "cluster": found.tenancy.cluster.name,
+            "gpus": gpu_counts(found.tenancy.cluster),
+            "rules": [_tenant_rule(found, answer) for answer in found.answers],
+            **({} if found.envy is None else {"envy": found.envy}),
+            "holds": holds(found),
+        }
+    )
     return document
 
 
-def _tenant_rule_document(found: SharedFleet, answer: FleetShares) -> dict[str, Any]:
+def _tenant_rule(found: SharedFleet, answer: FleetShares) -> dict[str, Any]:
+    names = ("name", "weight", "worth", "rate", "placed", "alone", "alone_bound", "part", "part_bound", "normalised")
     return {
-        "rule": answer.rule.value,
-        "status": answer.status.value,
-        "value": answer.value,
-        "bound": json_value(answer.bound),
-        "gap": json_value(answer.gap),
-        "level": answer.level,
-        "level_bound": json_value(answer.level_bound),
-        "level_gap": json_value(answer.level_gap),
+        **fields_of(answer, "rule", "status", "value", "bound", "gap", "level", "level_bound", "level_gap"),
         "lost_to_fairness": lost_to_fairness(found, answer),
         "solve_s": answer.solve_s,
         "tenants": [
             {
-                "name": share.name,
-                "weight": share.weight,
-                "worth": share.worth,
-                "rate": share.rate,
-                "placed": share.placed,
-                "alone": share.alone,
-                "alone_bound": share.alone_bound,
-                "part": share.part,
-                "part_bound": share.part_bound,
-                "normalised": share.normalised,
-                "value": share.value,
-                "gpus": dict(used_counts(share.plan)),
+                **fields_of(share, *names, "value"),
+                "gpus": used_counts(share.plan),
                 "replicas": len(share.plan.replicas) if share.plan is not None else 0,
             }
             for share in answer.shares
         ],
-        "proof": json_value(answer.proof),
-        "level_proof": json_value(answer.level_proof),
+        **fields_of(answer, "proof", "level_proof"),
     }

@@ -13,7 +13,7 @@ from rich.text import Text
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.json_values import document, json_value
 from hetis.planner.use_cases.simulate import AGREES, Simulated
 from hetis.planner.use_cases.sources import engine_settings_data
 from hetis.simulator.arrivals import Arrivals
@@ -44,38 +44,36 @@ def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableTy
 
 def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
     """Return JSON values with every run and every device; null for missing numbers."""
-    question, summary = simulated.question, simulated.summary
-    load = question.load
-    engine_settings = {**engine_settings_data(question.engine_settings), "changes": list(question.changes)}
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "Simulation",
-        "strategy": plan.strategy,
-        "load": {
+    question, summary, load = simulated.question, simulated.summary, simulated.question.load
+    engine_settings = {**engine_settings_data(question.engine_settings), "changes": question.changes}
+    return document(
+        "Simulation",
+        strategy=plan.strategy,
+        load={
             "lengths": load.lengths.name,
             **({"prefix_hit_rate": load.lengths.prefix_hit_rate} if load.lengths.prefix_hit_rate else {}),
-            "arrivals": load.arrivals.value,
+            "arrivals": load.arrivals,
             "rate_rps": None if question.sweeps else load.rate_rps,
             "gap_cv": load.gap_cv if load.arrivals is Arrivals.DRAWN else None,
             "requests": question.num_requests,
             "clipped": simulated.num_clipped,
-            "seeds": list(question.seeds),
+            "seeds": question.seeds,
         },
-        "settings": {key: value for key, value in json_value(question.settings).items() if key != "seed"},
+        settings={name: value for name, value in json_value(question.settings).items() if name != "seed"},
         **({"engine_settings": engine_settings} if question.engine_settings else {}),
-        "limits": json_value(question.limits),
-        "complete": simulated.complete,
-        "precise": simulated.precise,
-        "steady": summary.steady,
-        "throughput_rps": json_value(summary.throughput_rps.value),
-        "goodput_rps": simulated.sweep.goodput_rps if simulated.sweep is not None else None,
-        "planned": json_value(simulated.prediction),
-        "ratios": {name: json_value(ratio) for name, _, _, ratio in _compared(simulated)},
-        "agrees": json_value(_agreement(simulated)),
-        "summary": json_value(summary),
-        "runs": json_value(simulated.runs),
-        "sweep": json_value(simulated.sweep),
-    }
+        limits=question.limits,
+        complete=simulated.complete,
+        precise=simulated.precise,
+        steady=summary.steady,
+        throughput_rps=summary.throughput_rps.value,
+        goodput_rps=simulated.sweep and simulated.sweep.goodput_rps,
+        planned=simulated.prediction,
+        ratios={name: ratio for name, _, _, ratio in _compared(simulated)},
+        agrees=_agreement(simulated),
+        summary=summary,
+        runs=simulated.runs,
+        sweep=simulated.sweep,
+    )
 
 
 def _title(simulated: Simulated, plan: Plan) -> Text:

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON values, field by field."""
+"""Dataclasses as JSON values, field by field, and the documents that commands print of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Set
 from enum import Enum
 from typing import Any
+
+from hetis.formats.fields import API_VERSION
 
 
 def json_value(value: Any) -> Any:
@@ -24,3 +26,14 @@ def json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def fields_of(value: object, *names: str) -> dict[str, Any]:
+    """Return these fields and properties of a value."""
+    return {name: getattr(value, name) for name in names}
+
+
+def document(kind: str, **fields: Any) -> dict[str, Any]:
+    """Return a document of this kind as JSON values."""
+    envelope = {"apiVersion": API_VERSION, "kind": kind}
+    return envelope | {name: json_value(value) for name, value in fields.items()}
