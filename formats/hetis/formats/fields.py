@@ -403,7 +403,7 @@ def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source:
             message = str(limits["error"])
         case "literal_error" if path[-1] == "apiVersion":
             message = f"is {shown(value)}, expected {API_VERSION}"
-        case "literal_error":
+        case "literal_error" | "enum":
             expected = [word.strip().strip("'") for word in str(limits["expected"]).replace(" or ", ", ").split(",")]
             hint = did_you_mean(value, expected) if isinstance(value, str) else ""
             message = f"{shown(value)} is not one of {', '.join(expected)}{hint}"

@@ -14,23 +14,22 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
-from hetis.formats.fields import API_VERSION
+from hetis.formats.errors import did_you_mean, shown, single_problem
+from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, mapping
 from hetis.formats.files import MAX_BYTES, file_label, unreadable, write_atomically
+from hetis.formats.positions import Text
 from hetis.solver.errors import InvalidProblemError
 
-KIND = "Measurements"
 MAX_ROWS = 2_000_000  # per table
 MAX_SECONDS = 600.0  # per call or request; no valid measurement takes this long
 MAX_COUNT = 2**53  # beyond it a double is no longer exact
 Column = NDArray[np.float64] | NDArray[np.str_]
-_TABLE = ("op", "kernel", "cold", "columns")
-_PROVENANCE = ("tool", "engine", "engine_version", "source", "licence", "host", "date")
 
 
 class MeasuredOp(StrEnum):
@@ -89,8 +88,7 @@ _OPTIONAL = ("spread", "impl")
 _CHOICES = {"path": TRANSFER_PATHS, "phase": ("prompt", "token")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredBy:
+class MeasuredBy(DocumentPart):
     """The measuring tool and its environment. Fields are empty if the source does not say."""
 
     tool: str  # what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``
@@ -182,33 +180,38 @@ def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None
     write_atomically(path, gzip.compress(text.encode(), mtime=0) if os.fspath(path).endswith(".gz") else text)
 
 
-def parse_measurements(data: Any, file: str) -> Measurements:
-    """Return the measurements in a document's plain data. Raises DocumentError with every problem of the document."""
-    if not isinstance(data, dict):
-        raise single_problem(file, f"holds {shown(data)}, expected a mapping with apiVersion, kind, gpu, ...")
-    if data.get("kind") != KIND:
-        raise DocumentError([Problem(file=file, path="kind", message=f"is {shown(data.get('kind'))}, expected {KIND}")])
-    problems = [Problem(file=file, path=path, message=message) for path, message in _document_problems(data)]
-    if problems:
-        raise DocumentError(problems)
+class TablePart(DocumentPart):
+    """Rows of one operator by one kernel; with ``cold`` the last-level cache was flushed between samples."""
+
+    op: Annotated[MeasuredOp, Field(strict=False)]
+    kernel: str = ""
+    cold: bool = False
+    columns: dict[str, list[Any]]
+
+
+class MeasurementsDocument(Document):
+    """A tool's measurements on one GPU."""
+
+    kind: Literal["Measurements"]
+    gpu: Title
+    provenance: MeasuredBy
+    tables: Annotated[list[TablePart], Field(min_length=1)]
+    notes: list[str] = Field(default_factory=list)
+
+
+def _to_measurements(document: MeasurementsDocument) -> Measurements:
+    tables = (
+        Table(op=part.op, kernel=part.kernel, cold=part.cold, columns=_arrays(part.columns)) for part in document.tables
+    )
     return Measurements(
-        gpu=data["gpu"],
-        provenance=MeasuredBy(**data["provenance"]),
-        tables=tuple(
-            Table(**{"kernel": "", **table, "op": MeasuredOp(table["op"]), "columns": _arrays(table["columns"])})
-            for table in data["tables"]
-        ),
-        notes=tuple(data.get("notes", ())),
+        gpu=document.gpu, provenance=document.provenance, tables=tuple(tables), notes=tuple(document.notes)
     )
 
 
-def measurements_to_data(value: Measurements) -> dict[str, Any]:
-    """Return the document as plain data. Reading it again gives equal columns."""
+def _measurements_data(value: Measurements) -> dict[str, Any]:
     return {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
         "gpu": value.gpu,
-        "provenance": {name: text for name in _PROVENANCE if (text := getattr(value.provenance, name))},
+        "provenance": value.provenance.model_dump(exclude_defaults=True),
         "tables": [
             {
                 "op": table.op.value,
@@ -259,78 +262,37 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _document_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    known = ("apiVersion", "kind", "gpu", "provenance", "tables", "notes")
-    for name in data:
-        if name not in known:
-            yield str(name), f"unknown field{did_you_mean(str(name), known)}"
-    if data.get("apiVersion") != API_VERSION:
-        yield "apiVersion", f"is {shown(data.get('apiVersion'))}, expected {API_VERSION}"
-    if not isinstance(data.get("gpu"), str) or not data["gpu"]:
-        yield "gpu", f"is {shown(data.get('gpu'))}, expected the name of a GPU"
-    yield from _provenance_problems(data.get("provenance"))
-    notes = data.get("notes", [])
-    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-        yield "notes", "is not a list of texts"
-    tables = data.get("tables")
-    if not isinstance(tables, list) or not tables:
-        yield "tables", "is not a list with at least one table"
-        return
-    for index, table in enumerate(tables):
-        for path, message in _raw_table_problems(table):
-            yield f"tables[{index}]{path}", message
+def _check(data: Mapping[str, Any]) -> Found:
+    """Yield problems with the columns of tables, for each column the first wrong row; and an empty name of the tool."""
+    if mapping(data.get("provenance")).get("tool") == "":
+        yield ("provenance", "tool"), "is missing"
+    for i, table in entries(data.get("tables")):
+        op, columns = table.get("op"), table.get("columns")
+        if op not in [known.value for known in MeasuredOp] or not isinstance(columns, dict):
+            continue
+        if all(isinstance(column, list) for column in columns.values()):
+            for name, message in _column_problems(MeasuredOp(op), columns):
+                yield ("tables", i, "columns", *name), message
 
 
-def _provenance_problems(provenance: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(provenance, dict):
-        yield "provenance", f"is {shown(provenance)}, expected a mapping with at least the tool"
-        return
-    for name, value in provenance.items():
-        if name not in _PROVENANCE:
-            yield f"provenance.{name}", f"unknown field{did_you_mean(str(name), _PROVENANCE)}"
-        elif not isinstance(value, str):
-            yield f"provenance.{name}", f"is {shown(value)}, expected text"
-    if not provenance.get("tool"):
-        yield "provenance.tool", "is missing"
-
-
-def _raw_table_problems(table: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(table, dict):
-        yield "", f"is {shown(table)}, expected a mapping with op, kernel and columns"
-        return
-    for name in table:
-        if name not in _TABLE:
-            yield f".{name}", f"unknown field{did_you_mean(str(name), _TABLE)}"
-    op, columns = table.get("op"), table.get("columns")
-    names = [known.value for known in MeasuredOp]
-    if op not in names:
-        hint = did_you_mean(op, names) if isinstance(op, str) else ""
-        yield ".op", f"{shown(op)} is not one of {', '.join(names)}{hint}"
-        return
-    if not isinstance(table.get("cold", False), bool):
-        yield ".cold", f"is {shown(table['cold'])}, expected true or false"
-    if not isinstance(table.get("kernel", ""), str):
-        yield ".kernel", f"is {shown(table['kernel'])}, expected text"
-    if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
-        yield ".columns", "is not a mapping of names to lists"
-        return
+def _column_problems(op: MeasuredOp, columns: Mapping[str, list[Any]]) -> Iterator[tuple[tuple[str, ...], str]]:
     wrong = False
     for name, column in columns.items():
-        expected = str if name in _TEXT.get(MeasuredOp(op), ()) else (int, float)
+        expected = str if name in _TEXT.get(op, ()) else (int, float)
         for row, value in enumerate(column, start=1):
             if not isinstance(value, expected) or isinstance(value, bool):
                 wrong = True
                 kind = "text" if expected is str else "a number"
-                yield f".columns.{name}: row {row}", f"is {shown(value)}, expected {kind}"
+                yield (name,), f"row {row}: is {shown(value)}, expected {kind}"
                 break
     if not wrong:
         try:
             arrays = _arrays(columns)
         except OverflowError:
-            yield ".columns", "holds a number too large to compute with"
+            yield (), "holds a number too large to compute with"
             return
-        for place, message in _table_problems(MeasuredOp(op), arrays):
-            yield f".columns.{place}", message
+        for name, message in _table_problems(op, arrays):
+            yield (name,), message
 
 
 def _arrays(columns: Mapping[str, list[Any]]) -> dict[str, Column]:
@@ -340,7 +302,7 @@ def _arrays(columns: Mapping[str, list[Any]]) -> dict[str, Column]:
 
 
 def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[tuple[str, str]]:
-    """Yield (column or column and row, problem), for each column the first wrong row and the number of others."""
+    """Yield (column, problem), for each column the first wrong row and the number of others."""
     numbers = {**_NUMBERS[op], "seconds": 0.0, "spread": 0.0}
     wanted = (*_TEXT.get(op, ()), *numbers)
     needed = [name for name in wanted if name not in _OPTIONAL]
@@ -369,14 +331,15 @@ def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[t
             if wrong := [row for row, value in enumerate(column, start=1) if str(value) not in known]:
                 value = str(column[wrong[0] - 1])
                 hint = f"{', '.join(known)}{did_you_mean(value, known)}{_more(len(wrong))}"
-                yield f"{name}: row {wrong[0]}", f"{value!r} is not one of {hint}"
+                yield name, f"row {wrong[0]}: {value!r} is not one of {hint}"
 
 
 def _number_problems(name: str, column: NDArray[np.float64], least: float) -> Iterator[tuple[str, str]]:
     finite = np.isfinite(column)
     if not finite.all():
         row = int(np.argmin(finite))
-        yield f"{name}: row {row + 1}", f"is {shown(float(column[row]))}, must be finite{_more(int((~finite).sum()))}"
+        value, others = shown(float(column[row])), _more(int((~finite).sum()))
+        yield name, f"row {row + 1}: is {value}, must be finite{others}"
         return
     low, limit = (column <= 0, "> 0") if name == "seconds" else (column < least, f">= {least:g}")
     most = MAX_SECONDS if name == "seconds" else MAX_COUNT if name in _COUNTS else math.inf
@@ -384,8 +347,19 @@ def _number_problems(name: str, column: NDArray[np.float64], least: float) -> It
     for wrong, needed in ((low, limit), (column > most, f"<= {most:g}"), (broken, "a whole number")):
         if wrong.any():
             row = int(np.argmax(wrong))
-            yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be {needed}{_more(int(wrong.sum()))}"
+            yield name, f"row {row + 1}: is {column[row]:g}, must be {needed}{_more(int(wrong.sum()))}"
 
 
 def _more(count: int) -> str:
     return f" (and {count - 1} more rows)" if count > 1 else ""
+
+
+MEASUREMENTS = kind_of(
+    MeasurementsDocument, Measurements, to_value=_to_measurements, to_data=_measurements_data, check=_check
+)
+measurements_to_data = MEASUREMENTS.to_data
+
+
+def parse_measurements(data: Any, file: str) -> Measurements:
+    """Return the measurements in a document's plain data. Raises DocumentError with every problem of the document."""
+    return MEASUREMENTS.parse(data, Text(file=file, text=None))

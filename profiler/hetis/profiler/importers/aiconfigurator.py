@@ -6,14 +6,14 @@ every row contains the engine's name and version; for the extracts only their RE
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
 from hetis.profiler.importers.reading import Collection, Sheet, SheetRow, Value
 
 TOOL = "aiconfigurator-core"
-_EXTRACT = MeasuredBy(tool=f"{TOOL} 0.12.0", engine="vLLM", source="data/profiles", licence="Apache-2.0")
+_EXTRACT = partial(MeasuredBy, tool=f"{TOOL} 0.12.0", source="data/profiles", licence="Apache-2.0")
 _VLLM_OF_EXTRACT = {"A100-SXM-80GB": "0.14.0", "H100-SXM-80GB": "0.24.0", "L40S": "0.24.0"}
 _SGLANG_OF_EXTRACT = "0.5.10"  # the A100's second tables, recognised by a kernel name without ``vllm``
 
@@ -120,5 +120,5 @@ def _measured_by(row: SheetRow, gpu: str) -> MeasuredBy:
         engine, version = row.text("framework"), row.text("version")
         return MeasuredBy(tool=TOOL, engine=engine, engine_version=version, source=TOOL, licence="Apache-2.0")
     if "vllm" not in row.text("kernel_source", "vllm"):
-        return replace(_EXTRACT, engine="SGLang", engine_version=_SGLANG_OF_EXTRACT)
-    return replace(_EXTRACT, engine_version=_VLLM_OF_EXTRACT.get(gpu, ""))
+        return _EXTRACT(engine="SGLang", engine_version=_SGLANG_OF_EXTRACT)
+    return _EXTRACT(engine="vLLM", engine_version=_VLLM_OF_EXTRACT.get(gpu, ""))

@@ -4,7 +4,6 @@ Mutinifni/splitwise-sim; MIT).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 from hetis.formats import catalogue
@@ -97,7 +96,7 @@ def read_splitwise(sheet: Sheet, into: Collection) -> None:
             continue
         if gpu is None:
             continue
-        by = replace(_SPLITWISE, host="power-capped" if row.text("hardware").endswith("-pcap") else "")
+        by = _SPLITWISE.model_copy(update={"host": "power-capped" if row.text("hardware").endswith("-pcap") else ""})
         counts = {name: row.count(column) for name, column in _COUNTS.items()}
         for phase in ("prompt", "token"):
             time = f"{phase}_time_ms"
@@ -174,7 +173,7 @@ def _collective(row: SheetRow, into: Collection) -> None:
     if gpu is None:
         row.refuse("topology", f"is {topology!r}, expected one of {', '.join(_TOPOLOGIES)}")
         return
-    by = replace(_VIDUR, engine="NCCL", host=topology)
+    by = _VIDUR.model_copy(update={"engine": "NCCL", "host": topology})
     workers, per_node = row.count("num_workers", least=2), row.count("devices_per_node")
     sized = {"num_bytes": row.count("bytes"), "seconds": row.seconds("median_ms", unit_s=1e-3)}
     if row.text("collective") == "send_recv":
