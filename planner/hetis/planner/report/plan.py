@@ -549,28 +549,23 @@ def _widths(layers: list[int]) -> list[int] | None:
 
 
 def _stages(group: ReplicaGroup, palette: Mapping[str, str]) -> Table:
-    replica = group.first
     devices = "devices" if len(group.numbers) == 1 else f"devices of replica {group.numbers[0]}"
-    made = table("#", "<GPU", "<shape", "<layers", "<KV heads", f"'{devices}")
+    rows: Iterator[list[str | Text]] = (
+        [str(number or "└"), Text(gpu, palette[gpu]), *cells] for number, gpu, *cells in stage_rows(group.first)
+    )
+    return table("#", "<GPU", "<shape", "<layers", "<KV heads", f"'{devices}", rows=rows)
+
+
+def stage_rows(replica: ReplicaPlan) -> Iterator[tuple[int | None, str, str, str, str, str]]:
+    """Yield the number (from 1), GPU, shape, layers, KV heads and devices of every stage; and of its attention workers,
+    without a number.
+    """
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
         groups = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
-        last = stage.first_layer + stage.num_layers - 1
-        made.add_row(
-            str(number + 1),
-            Text(stage.gpu, style=palette[stage.gpu]),
-            replica.parallel_sizes(stage),
-            f"{stage.first_layer}–{last} ({stage.num_layers})",
-            "all" if not pools else f"{stage.kv_head_groups_kept} of {groups}",
-            abbreviate(stage.devices),
-        )
+        layers = f"{stage.first_layer}–{stage.first_layer + stage.num_layers - 1} ({stage.num_layers})"
+        kept = f"{stage.kv_head_groups_kept} of {groups}" if pools else "all"
+        yield number + 1, stage.gpu, replica.parallel_sizes(stage), layers, kept, abbreviate(stage.devices)
         for pool in pools:
-            made.add_row(
-                "└",
-                Text(pool.gpu, style=palette[pool.gpu]),
-                f"×{len(pool.devices)}" + (" shared" if pool.shared else ""),
-                "attention",
-                f"{pool.kv_head_groups} of {groups}",
-                abbreviate(pool.devices),
-            )
-    return made
+            cards = f"×{len(pool.devices)}{' shared' if pool.shared else ''}"
+            yield None, pool.gpu, cards, "attention", f"{pool.kv_head_groups} of {groups}", abbreviate(pool.devices)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 COLORS = 8  # in the palette; further items reuse them
 PLAIN = COLORS  # the colour of what belongs to no item: idle, unusable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """What every block has. The template draws it by the macro ``draw_`` of its class' name in lower case."""
+
+    title: str
+    intro: str = ""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +47,8 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    kind: ClassVar[str] = "tiles"
+class Tiles(Block):
+    title: str = ""
     tiles: tuple[Tile, ...]
 
 
@@ -52,14 +64,11 @@ def columns(*names: str) -> tuple[TableColumn, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class Grid(Block):
     """A table. ``strong`` is the most important row, ``bad`` rows have trouble; if ``folded``, it opens on a click."""
 
-    kind: ClassVar[str] = "grid"
-    title: str
     columns: tuple[TableColumn, ...]
     rows: tuple[tuple[str, ...], ...]
-    intro: str = ""
     note: str = ""
     strong: int | None = None
     bad: tuple[int, ...] = ()
@@ -67,13 +76,10 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sentences:
+class Sentences(Block):
     """Lines of text under a title; ``terms`` pairs the subject of a line with the line."""
 
-    kind: ClassVar[str] = "sentences"
-    title: str
     lines: tuple[str, ...] = ()
-    intro: str = ""
     terms: tuple[tuple[str, str], ...] = ()
     folded: bool = False
 
@@ -92,13 +98,10 @@ class ScaleRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
+class Scale(Block):
     """Bars that begin at zero, each on its own axis."""
 
-    kind: ClassVar[str] = "scale"
-    title: str
     rows: tuple[ScaleRow, ...]
-    intro: str = ""
     note: str = ""
 
 
@@ -117,14 +120,11 @@ class StackRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
+class Stack(Block):
     """Bars of segments, with the same numbers in a table below for those who cannot see the bars."""
 
-    kind: ClassVar[str] = "stack"
-    title: str
     rows: tuple[StackRow, ...]
     numbers: Grid
-    intro: str = ""
     note: str = ""
 
     def legend(self) -> Sequence[Segment]:
@@ -151,12 +151,9 @@ class Waterfall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Waterfalls:
+class Waterfalls(Block):
     """The step-by-step breakdown of a whole, with all numbers in a table below."""
 
-    kind: ClassVar[str] = "waterfalls"
-    title: str
-    intro: str
     falls: tuple[Waterfall, ...]
     numbers: Grid
 
@@ -193,9 +190,7 @@ class ZoneMap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FleetMap:
-    kind: ClassVar[str] = "map"
-    title: str
+class FleetMap(Block):
     zones: tuple[ZoneMap, ...]
     legend: tuple[tuple[str, int], ...]
     idle: tuple[tuple[str, str], ...] = ()
@@ -241,11 +236,8 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Charts:
-    kind: ClassVar[str] = "charts"
-    title: str
+class Charts(Block):
     charts: tuple[Chart, ...]
-    intro: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,31 +253,23 @@ class Strip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Strips:
+class Strips(Block):
     """Strips on a common time axis, with lines across all of them: a limit, and moments."""
 
-    kind: ClassVar[str] = "strips"
-    title: str
     rows: tuple[Strip, ...]
     width: int
     height: int
     ticks: tuple[Tick, ...]
     limit: float | None = None
     moments: tuple[float, ...] = ()
-    intro: str = ""
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinksBlock:
+class LinksBlock(Block):
     """Links to other pages of the same server: names and paths."""
 
-    kind: ClassVar[str] = "links"
-    title: str
     links: tuple[tuple[str, str], ...]
-
-
-Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | LinksBlock | Waterfalls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,13 +37,14 @@ from hetis.planner.report.plan import (
     kept_beyond,
     limits,
     simple_setups,
+    stage_rows,
     verdict,
     worth,
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
 from hetis.planner.use_cases.verify import kept_rate, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
@@ -295,22 +296,12 @@ def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
 
 
 def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
-    rows = []
-    for group in groups[:MAX_SHAPES]:
-        one = group.first
-        for number, stage in enumerate(one.stages):
-            pools = [pool for pool in one.attention_workers if pool.stage == number]
-            every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
-            last = stage.first_layer + stage.num_layers - 1
-            kept = f"{stage.kv_head_groups_kept} of {every}" if pools else "all"
-            name, layers = (
-                f"R{group.numbers[0]}, stage {number + 1}",
-                f"{stage.first_layer}–{last} ({stage.num_layers})",
-            )
-            rows.append((name, stage.gpu, one.parallel_sizes(stage), layers, kept, abbreviate(stage.devices)))
-            for pool in pools:
-                held, cards = f"{pool.kv_head_groups} of {every}", f"×{len(pool.devices)}"
-                rows.append(("attention workers", pool.gpu, cards, "", held, abbreviate(pool.devices)))
+    def name(group: ReplicaGroup, number: int | None) -> str:
+        return f"R{group.numbers[0]}, stage {number}" if number else "attention workers"
+
+    rows = (
+        (name(group, number), *cells) for group in groups[:MAX_SHAPES] for number, *cells in stage_rows(group.first)
+    )
     return Grid(
         title="Stages",
         columns=columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
