@@ -7,6 +7,7 @@ name its host, so the file does: ``gpu-7.xml`` and ``gpu-7.topo.txt`` describe t
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -265,8 +266,7 @@ def _text(element: Element, path: str) -> str:
 # --- NVML
 
 LABEL = "nvml"
-
-
+_log = logging.getLogger(__name__)
 _ACTIONS = {1: "Reset", 2: "Reboot", 3: "Drain P2P", 4: "Drain and Reset"}  # as nvidia-smi prints them
 
 
@@ -281,7 +281,7 @@ def read_nvml(*, with_busy: bool = False) -> Inventory:
     except pynvml.NVMLError as error:
         raise single_problem(LABEL, _refused(pynvml, error)) from None
     try:
-        return _inventory(_Nvml(pynvml), with_busy)
+        return _inventory(Nvml(pynvml), with_busy)
     except pynvml.NVMLError as error:
         raise single_problem(LABEL, f"cannot count the GPUs: {error}") from None
     finally:
@@ -294,7 +294,7 @@ def _refused(nvml: ModuleType, error: Any) -> str:
     return f"NVIDIA's library cannot be used: {error}"
 
 
-def _inventory(nvml: _Nvml, with_busy: bool) -> Inventory:
+def _inventory(nvml: Nvml, with_busy: bool) -> Inventory:
     host = socket.gethostname()
     handles = nvml.handles()
     gpus = [nvml.gpu(handle) for handle in handles]
@@ -304,7 +304,7 @@ def _inventory(nvml: _Nvml, with_busy: bool) -> Inventory:
     return inventory([node], [], [f"NVML describes this host alone, {host}, and not its zone"], file=LABEL)
 
 
-class _Nvml:
+class Nvml:
     """The library, whose refusals become unknown values, because old boards, virtual GPUs and containers lack one call
     or another. A GPU that cannot be opened has the handle None."""
 
@@ -313,20 +313,43 @@ class _Nvml:
 
     def handles(self) -> list[Any]:
         """Return a handle for every GPU. Raises NVMLError if the library cannot count them."""
-        return [self._ask("nvmlDeviceGetHandleByIndex", i) for i in range(self._nvml.nvmlDeviceGetCount())]
+        return [self.ask("nvmlDeviceGetHandleByIndex", i) for i in range(self._nvml.nvmlDeviceGetCount())]
+
+    def ask(self, name: str, *arguments: Any, otherwise: Any = None) -> Any:
+        """Return what a function says, or ``otherwise`` if it is unsupported, not permitted or not in this library."""
+        try:
+            return getattr(self._nvml, name)(*arguments)
+        except (self._nvml.NVMLError, AttributeError, TypeError, ValueError) as error:
+            _log.debug("NVML does not say: %s", error)
+            return otherwise
+
+    def address(self, handle: Any) -> str:
+        """Return the PCI address of a GPU, or an empty string if it is unknown."""
+        place = self.ask("nvmlDeviceGetPciInfo", handle)
+        return "" if place is None else str(place.busId)
+
+    def slices(self, handle: Any) -> list[Any] | None:
+        """Return the MIG slices of a GPU, or None if it is not in MIG mode."""
+        current, _pending = self.ask("nvmlDeviceGetMigMode", handle, otherwise=(None, None))
+        if current != self._nvml.NVML_DEVICE_MIG_ENABLE:
+            return None
+        most = self.ask("nvmlDeviceGetMaxMigDeviceCount", handle, otherwise=0)
+        found = (self.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in range(most))
+        return [one for one in found if one is not None]
 
     def gpu(self, handle: Any) -> DriverGpu:
         nvml = self._nvml
         if handle is None:
             return DriverGpu(product="")
-        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
-        mode = self._ask("nvmlDeviceGetComputeMode", handle)
+        memory = self.ask("nvmlDeviceGetMemoryInfo", handle)
+        mode = self.ask("nvmlDeviceGetComputeMode", handle)
+        slices = self.slices(handle)
         return DriverGpu(
-            product=self._ask("nvmlDeviceGetName", handle, otherwise=""),
+            product=self.ask("nvmlDeviceGetName", handle, otherwise=""),
             memory_bytes=int(memory.total) if memory else None,
             used_bytes=int(memory.used) if memory else None,
             processes=tuple(dict.fromkeys(self._processes(handle))),
-            num_parts=self._num_parts(handle),
+            num_parts=None if slices is None else len(slices),
             recovery=self._recovery(handle),
             is_prohibited=mode == nvml.NVML_COMPUTEMODE_PROHIBITED,
         )
@@ -337,12 +360,11 @@ class _Nvml:
         Through a switch, all links of a GPU lead to every other one.
         """
         remotes = [self._remotes(handle) for handle in handles]
-        places = [self._ask("nvmlDeviceGetPciInfo", handle) for handle in handles]
-        addresses = ["UNKNOWN" if place is None else str(place.busId).upper() for place in places]
+        addresses = [self.address(handle).upper() or "UNKNOWN" for handle in handles]
         found: list[int] = []
         for one, other in itertools.combinations(range(len(handles)), 2):
             kind = getattr(self._nvml, "NVML_P2P_CAPS_INDEX_NVLINK", None)  # which a partial library may lack
-            status = None if kind is None else self._ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
+            status = None if kind is None else self.ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
             reaches = status == self._nvml.NVML_P2P_STATUS_OK
             links = remotes[one].count(addresses[other]) or min(len(remotes[one]), len(remotes[other]))
             if status is None or (reaches and not links):
@@ -352,21 +374,13 @@ class _Nvml:
 
     def _processes(self, handle: Any) -> Iterator[str]:
         for read in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses"):
-            for one in self._ask(read, handle, otherwise=[]):
-                name = self._ask("nvmlSystemGetProcessName", one.pid, otherwise="")
+            for one in self.ask(read, handle, otherwise=[]):
+                name = self.ask("nvmlSystemGetProcessName", one.pid, otherwise="")
                 yield PurePath(name).name or f"process {one.pid}"
-
-    def _num_parts(self, handle: Any) -> int | None:
-        """Return the number of MIG parts, or None if the GPU is not in MIG mode."""
-        current, _pending = self._ask("nvmlDeviceGetMigMode", handle, otherwise=(None, None))
-        if current != self._nvml.NVML_DEVICE_MIG_ENABLE:
-            return None
-        most = self._ask("nvmlDeviceGetMaxMigDeviceCount", handle, otherwise=0)
-        return sum(self._ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i) is not None for i in range(most))
 
     def _recovery(self, handle: Any) -> str:
         field = getattr(self._nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)  # which older libraries lack
-        values = None if field is None else self._ask("nvmlDeviceGetFieldValues", handle, [field])
+        values = None if field is None else self.ask("nvmlDeviceGetFieldValues", handle, [field])
         if values is None or values[0].nvmlReturn != self._nvml.NVML_SUCCESS or not values[0].value.uiVal:
             return ""
         return f"recovery ({_ACTIONS.get(values[0].value.uiVal, f'action {values[0].value.uiVal}')})"
@@ -376,13 +390,6 @@ class _Nvml:
         links, enabled = range(self._nvml.NVML_NVLINK_MAX_LINKS), getattr(self._nvml, "NVML_FEATURE_ENABLED", None)
         if enabled is None:
             return []
-        active = [link for link in links if self._ask("nvmlDeviceGetNvLinkState", handle, link) == enabled]
-        ends = [self._ask("nvmlDeviceGetNvLinkRemotePciInfo", handle, link) for link in active]
+        active = [link for link in links if self.ask("nvmlDeviceGetNvLinkState", handle, link) == enabled]
+        ends = [self.ask("nvmlDeviceGetNvLinkRemotePciInfo", handle, link) for link in active]
         return ["" if end is None else str(end.busId).upper() for end in ends]
-
-    def _ask(self, name: str, *arguments: Any, otherwise: Any = None) -> Any:
-        """Return the result of a call, or ``otherwise`` if the call is refused or not in this library."""
-        try:
-            return getattr(self._nvml, name)(*arguments)
-        except (self._nvml.NVMLError, AttributeError):
-            return otherwise

@@ -16,13 +16,13 @@ import os
 import re
 import socket
 from collections.abc import Iterable
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
 from hetis.formats.catalogue import GpuEntry, UnknownNameError, find_gpu
+from hetis.formats.discovery.nvidia import Nvml
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.v1 import inventory_pb2, report_pb2
@@ -179,6 +179,7 @@ class NvmlDevices:
 
     def __init__(self, library: ModuleType, found: list[_Found], *, host_name: str) -> None:
         self._nvml, self._found, self._host_name = library, found, host_name
+        self._ask, self._address = Nvml(library).ask, Nvml(library).address
         self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when last readable
         self._xids: dict[str, int] = {}  # by PCI address; the first harmful one
         self._events = self._register_events()
@@ -210,9 +211,9 @@ class NvmlDevices:
 
     def close(self) -> None:
         if self._events is not None:
-            self._ask("nvmlEventSetFree", self._events, otherwise=None)
+            self._ask("nvmlEventSetFree", self._events)
             self._events = None
-        self._ask("nvmlShutdown", otherwise=None)
+        self._ask("nvmlShutdown")
 
     # --- inventory
 
@@ -225,7 +226,7 @@ class NvmlDevices:
     def _described(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
         nvml, ask = self._nvml, self._ask
         product_name = ask("nvmlDeviceGetName", found.handle, otherwise="")
-        memory = ask("nvmlDeviceGetMemoryInfo", found.handle, otherwise=None)
+        memory = ask("nvmlDeviceGetMemoryInfo", found.handle)
         memory_bytes = int(memory.total) if memory is not None else 0
         entry = None if found.is_slice else gpu_entry(product_name, memory_bytes)
         major, minor = ask("nvmlDeviceGetCudaComputeCapability", found.whole, otherwise=(0, 0))
@@ -255,7 +256,7 @@ class NvmlDevices:
 
         def reaches(other: Any) -> bool:
             ends = self._found[index].handle, other
-            status = self._ask("nvmlDeviceGetP2PStatus", *ends, self._nvml.NVML_P2P_CAPS_INDEX_NVLINK, otherwise=None)
+            status = self._ask("nvmlDeviceGetP2PStatus", *ends, self._nvml.NVML_P2P_CAPS_INDEX_NVLINK)
             return bool(status == self._nvml.NVML_P2P_STATUS_OK)
 
         devices = [(other, found) for other, found in enumerate(self._found) if other != index and not found.is_slice]
@@ -273,12 +274,12 @@ class NvmlDevices:
             if _is_lost(nvml, error):
                 report.unhealthy = LOST
                 return report
-        busy = ask("nvmlDeviceGetUtilizationRates", found.handle, otherwise=None)
+        busy = ask("nvmlDeviceGetUtilizationRates", found.handle)
         report.busy_ratio = min(max(busy.gpu / 100, 0.0), 1.0) if busy is not None else 0.0
         report.clock_hz = _MHZ * ask("nvmlDeviceGetClockInfo", found.whole, nvml.NVML_CLOCK_SM, otherwise=0)
         report.throttle_reasons.extend(self._throttle_reasons(found))
         for name in ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"):  # the second is for drivers before 570
-            if (value := ask(name, found.whole, nvml.NVML_TEMPERATURE_GPU, otherwise=None)) is not None:
+            if (value := ask(name, found.whole, nvml.NVML_TEMPERATURE_GPU)) is not None:
                 report.temperature_c = float(value)
                 break
         report.power_w = ask("nvmlDeviceGetPowerUsage", found.whole, otherwise=0) / 1e3
@@ -287,7 +288,7 @@ class NvmlDevices:
 
     def _throttle_reasons(self, found: _Found) -> list[_Reason.ValueType]:
         nvml = self._nvml
-        mask = self._ask("nvmlDeviceGetCurrentClocksEventReasons", found.whole, otherwise=None)
+        mask = self._ask("nvmlDeviceGetCurrentClocksEventReasons", found.whole)
         if mask is None:  # the function's name before driver 535
             mask = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", found.whole, otherwise=0)
         bits = {
@@ -304,7 +305,7 @@ class NvmlDevices:
         if xid is not None:
             return f"critical event XID {xid}: reset the GPU, then restart the agent"
         # Corrected, uncorrected, pending (which waits for the next reset and is harmless until then) and failed rows.
-        remapped = self._ask("nvmlDeviceGetRemappedRows", handle, otherwise=None)
+        remapped = self._ask("nvmlDeviceGetRemappedRows", handle)
         if remapped is not None:  # otherwise the GPU does not remap rows
             return "a faulty row of its memory could not be remapped: replace the GPU" if remapped[3] else ""
         kinds = self._nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self._nvml.NVML_VOLATILE_ECC
@@ -312,11 +313,11 @@ class NvmlDevices:
         return f"{errors} uncorrected memory errors since the driver was loaded: reset the GPU" if errors else ""
 
     def _register_events(self) -> Any | None:
-        events = self._ask("nvmlEventSetCreate", otherwise=None)
+        events = self._ask("nvmlEventSetCreate")
         if events is not None:
             kind = self._nvml.nvmlEventTypeXidCriticalError
             for handle in {self._address(found.whole): found.whole for found in self._found}.values():
-                self._ask("nvmlDeviceRegisterEvents", handle, kind, events, otherwise=None)
+                self._ask("nvmlDeviceRegisterEvents", handle, kind, events)
         return events
 
     def _read_events(self) -> None:
@@ -334,24 +335,12 @@ class NvmlDevices:
 
     # --- the library
 
-    def _address(self, handle: Any) -> str:
-        found = self._ask("nvmlDeviceGetPciInfo", handle, otherwise=None)
-        return "" if found is None else str(found.busId)
-
     def _is_lost(self, found: _Found) -> bool:
         try:
             self._nvml.nvmlDeviceGetMemoryInfo(found.handle)
         except self._nvml.NVMLError as error:
             return _is_lost(self._nvml, error)
         return False
-
-    def _ask(self, name: str, *arguments: Any, otherwise: Any) -> Any:
-        """Return what a function of the library says, or ``otherwise`` if it is unsupported or not permitted."""
-        try:
-            return getattr(self._nvml, name)(*arguments)
-        except (self._nvml.NVMLError, AttributeError, TypeError, ValueError) as error:
-            _log.debug("NVML does not say: %s", error)
-            return otherwise
 
 
 def _find(nvml: ModuleType) -> list[_Found]:
@@ -366,7 +355,7 @@ def _find(nvml: ModuleType) -> list[_Found]:
         except nvml.NVMLError as error:  # lost in the meantime, or not ours to use
             _log.warning("GPU %d cannot be opened and is left out: %s", index, error)
             continue
-        slices = _slices(nvml, whole)
+        slices = Nvml(nvml).slices(whole)
         if slices is None:
             found.append(_Found(handle=whole, whole=whole, is_slice=False))
         elif not slices:
@@ -376,22 +365,6 @@ def _find(nvml: ModuleType) -> list[_Found]:
     if len(found) > MAX_DEVICES:
         _log.warning("the node has %d devices, the first %d are used", len(found), MAX_DEVICES)
     return found[:MAX_DEVICES]
-
-
-def _slices(nvml: ModuleType, whole: Any) -> list[Any] | None:
-    """Return the MIG slices of a GPU, or None if it is not in MIG mode."""
-    try:
-        current, _pending = nvml.nvmlDeviceGetMigMode(whole)
-        if current != nvml.NVML_DEVICE_MIG_ENABLE:
-            return None
-        most = nvml.nvmlDeviceGetMaxMigDeviceCount(whole)
-    except nvml.NVMLError:
-        return None
-    slices = []
-    for index in range(most):
-        with suppress(nvml.NVMLError):  # no slice in this place
-            slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, index))
-    return slices
 
 
 def _is_lost(nvml: ModuleType, error: Exception) -> bool:
