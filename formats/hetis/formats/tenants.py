@@ -57,19 +57,19 @@ class FleetTenants:
     tenants: tuple[FleetTenant, ...]
 
 
-LIFTED_S = 1e300  # stands for a lifted limit while fields are checked, because they may not be infinite
-
-
 def _seconds(value: object) -> object:
     if value == NO_LIMIT:
-        return LIFTED_S
+        return math.inf
     if isinstance(value, str):
         return units.parse_duration(value, bare=False)
     raise ValueError(f"{shown(value)} is not a time like 500ms, or none")
 
 
 Limit = Annotated[
-    float, Field(gt=0), BeforeValidator(_seconds), WithJsonSchema({"type": "string", "examples": ["500ms", NO_LIMIT]})
+    float,
+    Field(gt=0, allow_inf_nan=True),
+    BeforeValidator(_seconds),
+    WithJsonSchema({"type": "string", "examples": ["500ms", NO_LIMIT]}),
 ]
 
 
@@ -98,12 +98,8 @@ class TenantsDocument(Document):
 
 
 def _to_tenants(document: TenantsDocument) -> FleetTenants:
-    def limit(given: float | None) -> float | None:
-        return math.inf if given == LIFTED_S else given
-
-    limits = [{"ttft_s": limit(part.ttft), "tpot_s": limit(part.tpot)} for part in document.tenants]
-    parts = zip(document.tenants, limits, strict=True)
-    return FleetTenants(tenants=tuple(value_of(FleetTenant, part, **own) for part, own in parts))
+    parts = (value_of(FleetTenant, part, ttft_s=part.ttft, tpot_s=part.tpot) for part in document.tenants)
+    return FleetTenants(tenants=tuple(parts))
 
 
 def _tenants_data(value: FleetTenants) -> dict[str, Any]:

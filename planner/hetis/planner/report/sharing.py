@@ -187,20 +187,16 @@ def fair_document(found: Sharing) -> dict[str, Any]:
             for v, (tenant, job) in enumerate((tenant, job) for tenant in problem.tenants for job in tenant.jobs)
         ],
         "rules": [
-            _rule_document(found, answer, properties)
-            for answer, properties in zip(found.shares, found.properties, strict=True)
+            _rule(found, answer, properties) for answer, properties in zip(found.shares, found.properties, strict=True)
         ],
     }
     if found.rounds:
         document["rounds"] = [
-            {"granted": one.granted.tolist(), "owed": one.owed.tolist(), "waiting": list(one.waiting)}
-            for one in found.rounds
+            {"granted": one.granted.tolist(), "owed": one.owed.tolist(), "waiting": one.waiting} for one in found.rounds
         ]
     if found.claims:
-        document["claims"] = [
-            {"inflated": json_value(more), "deflated": json_value(less)} for more, less in found.claims
-        ]
-    return document
+        document["claims"] = [{"inflated": more, "deflated": less} for more, less in found.claims]
+    return {name: json_value(value) for name, value in document.items()}
 
 
 def _plain(numbers: FloatArray) -> Any:
@@ -208,13 +204,9 @@ def _plain(numbers: FloatArray) -> Any:
     return (numbers + 0.0).tolist()
 
 
-def _rule_document(found: Sharing, answer: Shares, properties: Properties) -> dict[str, Any]:
-    bounded = answer.bound != float("inf")
+def _rule(found: Sharing, answer: Shares, properties: Properties) -> dict[str, Any]:
     return {
-        "rule": answer.rule.value,
-        "value": answer.value,
-        "bound": answer.bound if bounded else None,
-        "gap": answer.gap if bounded else None,
+        **fields_of(answer, "rule", "value", "bound", "gap"),
         "shares": _plain(answer.amounts),
         "values": _plain(found.problem.values(answer.amounts)),
         "tenant_values": _plain(tenant_values(found.problem, answer.amounts)),
@@ -363,16 +355,14 @@ def _tenant_rule_table(found: SharedFleet) -> Table:
 
 def tenants_document(found: SharedFleet) -> dict[str, Any]:
     """Return everything as plain data except the plans themselves, which ``--out`` saves."""
-    document: dict[str, Any] = json_value(
-        {
-            "cluster": found.tenancy.cluster.name,
-            "gpus": gpu_counts(found.tenancy.cluster),
-            "rules": [_tenant_rule(found, answer) for answer in found.answers],
-            **({} if found.envy is None else {"envy": found.envy}),
-            "holds": holds(found),
-        }
-    )
-    return document
+    document = {
+        "cluster": found.tenancy.cluster.name,
+        "gpus": gpu_counts(found.tenancy.cluster),
+        "rules": [_tenant_rule(found, answer) for answer in found.answers],
+        **({} if found.envy is None else {"envy": found.envy}),
+        "holds": holds(found),
+    }
+    return {name: json_value(value) for name, value in document.items()}
 
 
 def _tenant_rule(found: SharedFleet, answer: FleetShares) -> dict[str, Any]:
