@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.formats.errors import single_problem
 from hetis.formats.files import write_atomically
+from hetis.planner.export.replicas import Launchable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +19,8 @@ class Written:
     shown: tuple[str, ...]  # the essential files, for standard output
     endpoints: Mapping[int, str]  # of each replica, by its position in the plan
     start: str  # instructions in Markdown
+    carried: Launchable  # the replicas that it can have
     not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
-    # Why it cannot have a replica, by its position in the plan
-    left_out: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:

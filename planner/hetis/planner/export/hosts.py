@@ -21,7 +21,6 @@ def _written(
     shown: Iterable[str],
     start: str,
     not_carried: Iterable[str] = (),
-    left_out: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Written:
     """Return files for hosts, on which the front ends of replicas listen."""
     return Written(
@@ -30,7 +29,7 @@ def _written(
         endpoints={number: one.endpoint for number, one in launchable.replicas.items()},
         start=start,
         not_carried=(*_not_reached(launchable), *not_carried),
-        left_out=left_out or {},
+        carried=launchable,
     )
 
 
@@ -275,13 +274,13 @@ def write_slurm(launchable: Launchable) -> Written:
     head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"', "mkdir -p logs")
     files["submit.sh"] = "\n".join((*head, *submitted, ""))
     chosen = launchable.mixed_nodes("which of them a step gets, Slurm says")
-    return _written(launchable, files, shown, _HOW_SLURM, chosen, left_out)
+    return _written(launchable, files, shown, _HOW_SLURM, chosen)
 
 
 def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
     """Return a script with a component for each node, which has all GPUs of the replica there."""
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
-    lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.settings.name}-{one.name}"]
+    lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.name_of(one)}"]
     lines.append("#SBATCH --output=logs/%x-%j.log")
     for number, node in enumerate(nodes):
         gpus = sum(len(process.gpus) for process in one.layout.processes if process.node == node)

@@ -39,13 +39,13 @@ def write_kubernetes(launchable: Launchable) -> Written:
             left_out[number] = error.messages
     launchable = launchable.without(left_out)
     files = {f"{one.name}.yaml": yaml_text(*made[number]) for number, one in launchable.replicas.items()}
-    return written_for_cluster(launchable, files, _HOW_CORE, not_carried=mixed_nodes(launchable), left_out=left_out)
+    return written_for_cluster(launchable, files, _HOW_CORE)
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     settings = launchable.settings
     return Deployment(
-        name=f"{settings.name}-{one.name}",
+        name=launchable.name_of(one),
         image=settings.image or published_image(launchable.engine),
         worker_image=settings.worker_image,
         worker_secret=settings.worker_key_secret,
@@ -73,30 +73,36 @@ def written_for_cluster(
     files: Mapping[str, str],
     start: str,
     *,
+    endpoints: Mapping[int, str] | None = None,
     not_carried: Iterable[str] = (),
-    left_out: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Written:
-    """Return manifests with a kustomization; the replicas' front ends are Services named after them."""
-    namespace = launchable.settings.namespace
+    """Return manifests with a kustomization. By default the replicas' front ends are Services named after them."""
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
-    whole = {**kustomization, **({"namespace": namespace} if namespace else {}), "resources": list(files)}
-    inside = f".{namespace}.svc" if namespace else ""
+    names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
+    # Among the GPU types of a node, a pod, which is given a number, cannot choose.
+    mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin says", everywhere=True)
     return Written(
-        files={**files, "kustomization.yaml": yaml_text(whole)},
-        shown=tuple(files),
-        endpoints={
-            number: f"{launchable.settings.name}-{one.name}{inside}:{FRONT_PORT}"
-            for number, one in launchable.replicas.items()
+        files={
+            **files,
+            "kustomization.yaml": yaml_text({**kustomization, **namespace(launchable), "resources": list(files)}),
         },
+        shown=tuple(files),
+        endpoints=endpoints or {number: address(launchable, name, FRONT_PORT) for number, name in names.items()},
         start=start,
-        not_carried=tuple(not_carried),
-        left_out=left_out or {},
+        carried=launchable,
+        not_carried=(*mixed, *not_carried),
     )
 
 
-def mixed_nodes(launchable: Launchable) -> list[str]:
-    """Return a sentence per node with several GPU types, among which a pod, given a number, cannot choose."""
-    return launchable.mixed_nodes("which of them a pod gets, the device plugin says", everywhere=True)
+def namespace(launchable: Launchable) -> dict[str, str]:
+    """Return the field of an object's metadata, or nothing for the namespace of who applies it."""
+    return {"namespace": launchable.settings.namespace} if launchable.settings.namespace else {}
+
+
+def address(launchable: Launchable, service: str, port: int) -> str:
+    """Return where a Service is reached."""
+    inside = f".{launchable.settings.namespace}.svc" if launchable.settings.namespace else ""
+    return f"{service}{inside}:{port}"
 
 
 _HOW_CORE = """\
@@ -215,7 +221,7 @@ def write_lws(launchable: Launchable) -> Written:
         NotExportableError: no replica can be made of such pods, or options are missing.
     """
     check_cluster_options(launchable)
-    launchable, left_out = groupable(launchable)
+    launchable = groupable(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
     if split and 2 <= len(launchable.replicas) <= _MOST_ROLES:
         files = {"replicas.yaml": yaml_text(*_disaggregated(launchable))}
@@ -223,11 +229,11 @@ def write_lws(launchable: Launchable) -> Written:
         files = {
             f"{one.name}.yaml": yaml_text(*replica_objects(launchable, one)) for one in launchable.replicas.values()
         }
-    return written_for_cluster(launchable, files, _HOW_LWS, not_carried=mixed_nodes(launchable), left_out=left_out)
+    return written_for_cluster(launchable, files, _HOW_LWS)
 
 
-def groupable(launchable: Launchable) -> tuple[Launchable, dict[int, tuple[str, ...]]]:
-    """Return the replicas whose pods can be made from two templates, and why the others cannot.
+def groupable(launchable: Launchable) -> Launchable:
+    """Return the replicas whose pods can be made from two templates.
 
     Raises:
         NotExportableError: none is left.
@@ -241,7 +247,7 @@ def groupable(launchable: Launchable) -> tuple[Launchable, dict[int, tuple[str, 
             refuse_shared_cards(one.layout)
         except LayoutError as error:
             left_out[number] = error.messages
-    return launchable.without(left_out), left_out
+    return launchable.without(left_out)
 
 
 def replica_objects(
@@ -253,7 +259,7 @@ def replica_objects(
     whole = {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
-        "metadata": group.objects.metadata(f"{launchable.settings.name}-{one.name}"),
+        "metadata": group.objects.metadata(launchable.name_of(one)),
         "spec": _spec(group, labels),
     }
     return [*group.objects.around(), *workers, whole]

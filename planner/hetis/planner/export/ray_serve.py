@@ -28,8 +28,7 @@ def write_ray(launchable: Launchable) -> Written:
     if launchable.engine is Engine.SGLANG:
         raise NotExportableError(("Ray Serve LLM runs vLLM: --engine is sglang",))
     left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}
-    launchable = launchable.without(left_out)
-    launchable, pairs, alone = paired(launchable, "Ray Serve LLM")
+    launchable, pairs = paired(launchable.without(left_out), "Ray Serve LLM")
     applications = [
         _application(launchable, number, pairs)
         for number, one in launchable.replicas.items()
@@ -52,7 +51,7 @@ def write_ray(launchable: Launchable) -> Written:
         },
         start=_HOW.format(resources=resources),
         not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray says"), *_options_given(launchable)),
-        left_out={**left_out, **alone},
+        carried=launchable,
     )
 
 

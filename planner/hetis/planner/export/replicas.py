@@ -105,6 +105,10 @@ class Launchable:
     left_out: Mapping[int, tuple[str, ...]]  # why a replica cannot be launched, by its position
     changes: tuple[str, ...]  # changes that made replicas launchable
 
+    def name_of(self, one: LaunchableReplica) -> str:
+        """Return the name of a replica's objects among those of other plans."""
+        return f"{self.settings.name}-{one.name}"
+
     @property
     def has_workers(self) -> bool:
         return any(one.layout.workers for one in self.replicas.values())
@@ -308,11 +312,11 @@ def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
     return tuple(devices[copy * each : (copy + 1) * each])
 
 
-def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int], dict[int, tuple[str, ...]]]:
+def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int]]:
     """Pair replicas along the plan's routes, those with most traffic first, and leave out replicas without a partner.
 
     Returns:
-        The remaining replicas, the decode replica of every prefill replica, and why the others are left out.
+        The remaining replicas, and the decode replica of every prefill replica.
 
     Raises:
         NotExportableError: nothing is left.
@@ -328,4 +332,4 @@ def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, i
         for number, one in launchable.replicas.items()
         if one.plan.role is not Role.UNIFIED and number not in taken
     }
-    return launchable.without(left_out), pairs, left_out
+    return launchable.without(left_out), pairs

@@ -13,10 +13,11 @@ from hetis.planner.export.files import Written
 from hetis.planner.export.kubernetes import (
     LEADER,
     PodGroup,
+    address,
     check_cluster_options,
     deployment_of,
     groupable,
-    mixed_nodes,
+    namespace,
     replica_objects,
     written_for_cluster,
 )
@@ -39,7 +40,7 @@ def write_llm_d(launchable: Launchable) -> Written:
         NotExportableError: no replica can be made of such pods, or options are missing.
     """
     check_cluster_options(launchable)
-    launchable, left_out = groupable(launchable)
+    launchable = groupable(launchable)
     values, manifests = dict[str, str](), dict[str, str]()
     for one in launchable.replicas.values():
         if len(one.layout.servers) == 1 and not one.layout.workers:
@@ -48,21 +49,13 @@ def write_llm_d(launchable: Launchable) -> Written:
         else:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
-    written = written_for_cluster(launchable, manifests, "", not_carried=mixed_nodes(launchable), left_out=left_out)
-    files = {**values, **written.files}
-    files["router/llm-d.yaml"] = yaml_text(picker_config(launchable))
     helm = "\n".join(
         f"helm install {launchable.settings.name}-{path[7:-5]} llm-d-modelservice/llm-d-modelservice --values {path}"
         for path in values
     )
-    return Written(
-        files=files,
-        shown=(*values, *manifests),
-        endpoints=written.endpoints,
-        start=_HOW_LLM_D.format(helm=helm or "# none"),
-        not_carried=written.not_carried,
-        left_out=left_out,
-    )
+    written = written_for_cluster(launchable, manifests, _HOW_LLM_D.format(helm=helm or "# none"))
+    files = {**values, **written.files, "router/llm-d.yaml": yaml_text(picker_config(launchable))}
+    return replace(written, files=files, shown=(*values, *manifests))
 
 
 def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
@@ -85,12 +78,12 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     model = one.serving.model
     served = settings.served_name or model
     return {
-        "fullnameOverride": f"{settings.name}-{one.name}",
+        "fullnameOverride": launchable.name_of(one),
         "modelArtifacts": {
             "name": served,
             # The engine gets the location of its model: the chart has nothing to fetch.
             "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
-            "labels": {**MODEL_LABELS, _REPLICA_LABEL: f"{settings.name}-{one.name}"},
+            "labels": {**MODEL_LABELS, _REPLICA_LABEL: launchable.name_of(one)},
         },
         "multinode": False,
         "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
@@ -114,7 +107,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
 
 def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     """Return a Service for the pod that the chart makes; the chart itself leaves pods to an InferencePool."""
-    name = f"{launchable.settings.name}-{one.name}"
+    name = launchable.name_of(one)
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
     return {"apiVersion": "v1", "kind": "Service", "metadata": made.metadata(name), "spec": spec}
@@ -126,7 +119,7 @@ def picker_config(launchable: Launchable) -> dict[str, Any]:
 
     def weights(*roles: Role) -> dict[str, float]:
         return {
-            f"{launchable.settings.name}-{one.name}": round(shares[number], 6)
+            launchable.name_of(one): round(shares[number], 6)
             for number, one in launchable.replicas.items()
             if one.plan.role in roles and shares[number] > 0
         }
@@ -190,8 +183,7 @@ def write_kserve(launchable: Launchable) -> Written:
         NotExportableError: no replica can be a service, or options are missing.
     """
     check_cluster_options(launchable)
-    launchable, left_out = groupable(launchable)
-    launchable, pairs, alone = paired(launchable, "KServe")
+    launchable, pairs = paired(groupable(launchable), "KServe")
     files, presets = dict[str, str](), dict[str, Any]()
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.DECODE:
@@ -203,27 +195,16 @@ def write_kserve(launchable: Launchable) -> Written:
                 presets[name] = _preset(launchable, name)
     if presets:
         files["presets.yaml"] = yaml_text(*presets.values())
-    written = written_for_cluster(
-        launchable, files, _HOW_KSERVE, not_carried=mixed_nodes(launchable), left_out={**left_out, **alone}
-    )
-    namespace = launchable.settings.namespace
-    inside = f".{namespace}.svc" if namespace else ""
     fronts = {decode: prefill for prefill, decode in pairs.items()}
-    endpoints = dict[int, str]()
-    for number in launchable.replicas:
-        service = _service(launchable, launchable.replicas[fronts.get(number, number)])
-        endpoints[number] = f"{service}-kserve-workload-svc{inside}:8000"
-    return replace(written, endpoints=endpoints)
-
-
-def _service(launchable: Launchable, one: LaunchableReplica) -> str:
-    return f"{launchable.settings.name}-{one.name}"
+    services = {n: launchable.name_of(launchable.replicas[fronts.get(n, n)]) for n in launchable.replicas}
+    endpoints = {n: address(launchable, f"{name}-kserve-workload-svc", 8000) for n, name in services.items()}
+    return written_for_cluster(launchable, files, _HOW_KSERVE, endpoints=endpoints)
 
 
 def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list[dict[str, Any]]:
     """Return the service, its attention workers, and the plugin's file."""
     one, settings = launchable.replicas[number], launchable.settings
-    name, model = _service(launchable, one), one.serving.model
+    name, model = launchable.name_of(one), one.serving.model
     served = settings.served_name or model
     main = launchable.replicas[pairs[number]] if one.plan.role is Role.PREFILL else one
     uri = f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}"
@@ -271,8 +252,8 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
 
 
 def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
-    where = {"namespace": launchable.settings.namespace} if launchable.settings.namespace else {}
-    return {"apiVersion": _API, "kind": "LLMInferenceServiceConfig", "metadata": {"name": name, **where}, "spec": {}}
+    metadata = {"name": name, **namespace(launchable)}
+    return {"apiVersion": _API, "kind": "LLMInferenceServiceConfig", "metadata": metadata, "spec": {}}
 
 
 _HOW_KSERVE = """\
@@ -310,15 +291,13 @@ def write_dynamo(launchable: Launchable) -> Written:
         raise NotExportableError((f"a graph holds {most} replicas, and prefill and decode must be in one graph",))
     graphs = [components[first : first + most] for first in range(0, len(components), most)]
     files = {f"graph-{i}.yaml": yaml_text(_graph(launchable, i, graph)) for i, graph in enumerate(graphs)}
-    lost = [*mixed_nodes(launchable)]
-    if len(launchable.replicas) > 1:
-        lost.append("shares of replicas: Dynamo's front chooses by load, and takes no weights")
-    written = written_for_cluster(launchable, files, _HOW_DYNAMO, not_carried=lost, left_out=left_out)
+    shares = "shares of replicas: Dynamo's front chooses by load, and takes no weights"
+    lost = [shares] if len(launchable.replicas) > 1 else []
     fronts = {
         number: f"{launchable.settings.name}-{place // most}-frontend:8000"
         for place, number in enumerate(launchable.replicas)
     }
-    return replace(written, endpoints=fronts)
+    return written_for_cluster(launchable, files, _HOW_DYNAMO, endpoints=fronts, not_carried=lost)
 
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
@@ -331,11 +310,10 @@ def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]
     }
     template = {"spec": {"containers": [container]}}
     front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
-    where = {"namespace": settings.namespace} if settings.namespace else {}
     return {
         "apiVersion": "nvidia.com/v1beta1",
         "kind": "DynamoGraphDeployment",
-        "metadata": {"name": f"{settings.name}-{number}", **where},
+        "metadata": {"name": f"{settings.name}-{number}", **namespace(launchable)},
         "spec": {"backendFramework": launchable.engine.value, "components": [front, *components]},
     }
 

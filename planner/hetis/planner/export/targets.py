@@ -61,7 +61,7 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     """Return a plan as the files of a target. Raises NotExportableError: no replica can be launched in this way."""
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
-    found = found.without(written.left_out)
+    found = written.carried
     files = {
         "README.md": readme_of(target.value, found, written),
         **written.files,
