@@ -150,6 +150,22 @@ def test_nobody_there_exits_6_and_says_what_to_do(
     )
 
 
+@pytest.mark.parametrize("what", ["plans/night", "clusters/paper"])
+def test_a_watch_says_that_nobody_is_there_and_ends(
+    hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("HETIS_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.1)
+    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 1.0)
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+    assert hetis_plan("watch", what, "-o", "json") == ExitCode.UNREACHABLE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    warning, error, _advice = captured.err.splitlines()
+    assert warning == "warning: the planner at 127.0.0.1:1 is not reached; trying for 1 s"
+    assert error.startswith("error: the planner at 127.0.0.1:1 is not reached: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -340,26 +340,70 @@ import hetis.planner.client
     assert done.returncode == 0, done.stderr
 
 
+AWAY = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
+
+
 def test_patience_has_an_end_and_begins_anew_with_an_answer() -> None:
-    away = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
-    patience = Patience(limit_s=1.0, jitter=lambda: 1.0)
-    waits = [patience.next_wait_s(away) for _ in range(3)]
+    patience = Patience(limit_s=1.5, jitter=lambda: 1.0)
+    waits = [patience.next_wait_s(AWAY) for _ in range(3)]
     assert waits == [0.2, 0.4, 0.8]
     with pytest.raises(CallError, match="away"):
-        patience.next_wait_s(away)
+        patience.next_wait_s(AWAY)
     patience.answered()
-    assert patience.next_wait_s(away) == 0.2
+    assert patience.next_wait_s(AWAY) == 0.2
     assert patience.next_wait_s(CallError("later", code=grpc.StatusCode.UNAVAILABLE, retry_after_s=0.7)) == 0.7
+
+
+class Trying:
+    """A watch whose attempts take time, in virtual time, and what it was told."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.now_s, self.told = 0.0, list[tuple[float, bool]]()
+        self.patience = Patience(
+            jitter=lambda: 1.0,
+            clock=lambda: self.now_s,
+            tell=lambda yes: self.told.append((self.now_s, yes)),
+            **settings,
+        )
+
+    def fail(self, *, after_s: float) -> None:
+        self.patience.attempt()
+        self.now_s += after_s
+        self.now_s += self.patience.next_wait_s(AWAY)
+
+
+def test_attempts_count_as_waiting_and_one_line_is_said_of_them() -> None:
+    trying = Trying(limit_s=60.0)
+
+    def try_for_long() -> None:
+        for _ in range(1000):
+            trying.fail(after_s=1.5)
+
+    with pytest.raises(CallError):
+        try_for_long()
+    assert 50 < trying.now_s <= 60
+    assert [yes for _, yes in trying.told] == [False]
+    assert 3 <= trying.told[0][0] < 6
+
+    trying.patience.answered()
+    trying.patience.answered()
+    assert [yes for _, yes in trying.told] == [False, True]
+
+
+def test_an_open_stream_without_news_costs_no_patience() -> None:
+    trying = Trying(limit_s=60.0)
+    for _ in range(100):
+        trying.fail(after_s=300.0)
+    assert trying.told == []
 
 
 @pytest.mark.parametrize("jitter", [0.0, 1.0])
 def test_patience_ends_whatever_the_jitter(jitter: float) -> None:
-    away = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
     patience = Patience(limit_s=1.0, jitter=lambda: jitter)
 
     def wait_for_long() -> None:
         for _ in range(1000):
-            patience.next_wait_s(away)
+            patience.next_wait_s(AWAY)
 
     with pytest.raises(CallError):
         wait_for_long()

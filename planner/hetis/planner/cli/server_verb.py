@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection
 
 DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens by default
+LONGEST_SILENCE_S = 60.0  # of a planner that is watched or waited for
 _planner = panel("Planner")
 
 cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its name.", shown="the only one")
@@ -51,11 +52,18 @@ class PlannerOptions:
     def use(self, terminal: Terminal, use: Callable[[Client], ExitCode]) -> ExitCode:
         """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported."""
         from hetis.planner.cli.failures import report_call_failure
-        from hetis.planner.client import CallError, Client
+        from hetis.planner.client import CallError, Client, Patience
 
         place = self._connection()
+
+        def tell(is_reached: bool) -> None:
+            if is_reached:
+                terminal.say(f"the planner at {place.address} is reached again")
+            else:
+                terminal.warn(f"the planner at {place.address} is not reached; trying for {LONGEST_SILENCE_S:g} s")
+
         try:
-            with Client(place) as client:
+            with Client(place, patience=lambda: Patience(limit_s=LONGEST_SILENCE_S, tell=tell)) as client:
                 return use(client)
         except CallError as error:
             return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)

@@ -40,13 +40,19 @@ class Client:
     """
 
     def __init__(
-        self, connection: Connection | str, *, sleep: Callable[[float], None] = time.sleep, **settings: Any
+        self,
+        connection: Connection | str,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        patience: Callable[[], Patience] = Patience,
+        **settings: Any,
     ) -> None:
         """Prepare a connection.
 
         Args:
             connection: to a planner; an address alone becomes a `Connection` with ``settings``.
             sleep: how watches wait before they retry.
+            patience: makes the patience of a watch that is not given one.
             **settings: of the `Connection`, if an address is given.
 
         Raises:
@@ -55,7 +61,7 @@ class Client:
         """
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        self._sleep = sleep
+        self._sleep, self._patience = sleep, patience
         self._channel = LeaderChannel(connection, sleep)
         channel = cast(grpc.Channel, self._channel)  # as far as stubs use one
         self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
@@ -131,7 +137,7 @@ class Client:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return _resumed(self.plans.WatchPlan, request, _next_of_plan, patience, self._sleep)
+        return _resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self._patience(), self._sleep)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
@@ -144,7 +150,14 @@ class Client:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return _resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, self._sleep, is_endless=True)
+        return _resumed(
+            self.clusters.WatchCluster,
+            request,
+            _next_of_cluster,
+            patience or self._patience(),
+            self._sleep,
+            is_endless=True,
+        )
 
     def wait(
         self,
@@ -176,7 +189,9 @@ class Client:
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = _resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience, self._sleep)
+        pieces = _resumed(
+            self.plans.ReadPlanDocument, request, _next_of_document, patience or self._patience(), self._sleep
+        )
         return b"".join(piece.content for piece in pieces)
 
 
@@ -188,12 +203,13 @@ class AsyncClient:
         connection: Connection | str,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        patience: Callable[[], Patience] = Patience,
         **settings: Any,
     ) -> None:
         """Prepare a connection, as `Client` does."""
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        self._sleep = sleep
+        self._sleep, self._patience = sleep, patience
         channel: Any = AsyncLeaderChannel(connection, sleep)
         self._channel = channel
         self._health: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
@@ -263,7 +279,7 @@ class AsyncClient:
     ) -> AsyncIterator[plan_rpc.WatchPlanResponse]:
         """Yield the plan now and after each change, as `Client.watch_plan` does."""
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return _async_resumed(self.plans.WatchPlan, request, _next_of_plan, patience, self._sleep)
+        return _async_resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self._patience(), self._sleep)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
@@ -271,7 +287,12 @@ class AsyncClient:
         """Yield the cluster's present state, then every change, as `Client.watch_cluster` does."""
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
         return _async_resumed(
-            self.clusters.WatchCluster, request, _next_of_cluster, patience, self._sleep, is_endless=True
+            self.clusters.WatchCluster,
+            request,
+            _next_of_cluster,
+            patience or self._patience(),
+            self._sleep,
+            is_endless=True,
         )
 
     async def wait(
@@ -296,7 +317,9 @@ class AsyncClient:
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = _async_resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience, self._sleep)
+        pieces = _async_resumed(
+            self.plans.ReadPlanDocument, request, _next_of_document, patience or self._patience(), self._sleep
+        )
         return b"".join([piece.content async for piece in pieces])
 
 
@@ -329,7 +352,7 @@ def _resumed(
     call: Callable[[Q], Iterable[R]],
     request: Q,
     next_request: Callable[[Q, R], Q],
-    patience: Patience | None,
+    patience: Patience,
     sleep: Callable[[float], None],
     *,
     is_endless: bool = False,
@@ -338,8 +361,8 @@ def _resumed(
 
     ``is_endless``: a stream that ends by itself is opened again, too.
     """
-    patience = patience or Patience()
     while True:
+        patience.attempt()
         try:
             for response in call(request):
                 patience.answered()
@@ -357,14 +380,14 @@ async def _async_resumed(
     call: Callable[[Q], AsyncIterable[R]],
     request: Q,
     next_request: Callable[[Q, R], Q],
-    patience: Patience | None,
+    patience: Patience,
     sleep: Callable[[float], Awaitable[None]],
     *,
     is_endless: bool = False,
 ) -> AsyncIterator[R]:
     """Yield a response stream as `_resumed` does."""
-    patience = patience or Patience()
     while True:
+        patience.attempt()
         try:
             async for response in call(request):
                 patience.answered()

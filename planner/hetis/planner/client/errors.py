@@ -7,6 +7,7 @@ HetisError (hetis.solver.errors)
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,8 @@ def _details(error: grpc.RpcError) -> list[Any]:
 
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
+TOLD_AFTER_S = 3.0  # a restart of the planner is usually over by then
+OPEN_AFTER_S = 30.0  # no attempt to connect takes so long: a stream that broke later was open
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,19 +117,32 @@ class Patience:
     """The limit on retries of a watch that gets no answer.
 
     Attributes:
-        limit_s: of the waits without an answer (attempts take time besides); after it the watch ends with the error.
+        limit_s: of the attempts and waits without an answer; the watch ends with the error rather than wait beyond it.
             0: the first error ends it.
+        tell: called with False when there has been no answer for `TOLD_AFTER_S`, and with True when there is one again.
         jitter: returns a number from 0 to 1, so that many clients do not return at once.
+        clock: monotonic seconds.
     """
 
     limit_s: float = 60.0
+    tell: Callable[[bool], object] = lambda is_reached: None
     jitter: Callable[[], float] = field(default=random.random)
-    _waited_s: float = field(default=0.0, init=False)
+    clock: Callable[[], float] = field(default=time.monotonic)
+    _began_s: float | None = field(default=None, init=False)  # the attempt that has had no answer yet
+    _silent_s: float = field(default=0.0, init=False)
     _attempts: int = field(default=0, init=False)
+    _has_told: bool = field(default=False, init=False)
+
+    def attempt(self) -> None:
+        """Note that an attempt begins."""
+        self._began_s = self.clock()
 
     def answered(self) -> None:
         """Note an answer: a later failure starts a new series of retries."""
-        self._waited_s, self._attempts = 0.0, 0
+        self._began_s, self._silent_s, self._attempts = None, 0.0, 0
+        if self._has_told:
+            self._has_told = False
+            self.tell(True)
 
     def next_wait_s(self, error: CallError | None) -> float:
         """Return how long to wait before the next attempt.
@@ -135,13 +151,23 @@ class Patience:
             error: the error that ended the stream; None if it ended with OK although there is more to come.
 
         Raises:
-            CallError: the error itself, if waiting does not help or it lasted too long.
+            CallError: the error itself, if waiting does not help or would last too long.
         """
-        if error is not None and (error.code is not grpc.StatusCode.UNAVAILABLE or self._waited_s >= self.limit_s):
+        if error is not None and error.code is not grpc.StatusCode.UNAVAILABLE:
             raise error
+        took_s = 0.0 if self._began_s is None else self.clock() - self._began_s
+        if took_s > OPEN_AFTER_S:
+            self.answered()
+            took_s = 0.0
+        self._silent_s += took_s
         longest = min(FIRST_WAIT_S * 2.0**self._attempts, LONGEST_WAIT_S)
         asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
         wait_s = max(longest * self.jitter(), asked_s)
         self._attempts += 1
-        self._waited_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make it endless
+        self._silent_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make it endless
+        if error is not None and self._silent_s + took_s > self.limit_s:  # the next attempt takes its time, too
+            raise error
+        if error is not None and self._silent_s >= TOLD_AFTER_S and not self._has_told:
+            self._has_told = True
+            self.tell(False)
         return wait_s
