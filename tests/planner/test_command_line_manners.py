@@ -54,6 +54,11 @@ def piped(*arguments: str, cwd: Path, **variables: str) -> str:
     return done.stdout.decode(variables.get("PYTHONIOENCODING", "utf-8"))
 
 
+def unfolded(frame: str) -> str:
+    """Return the words in a frame on the terminal."""
+    return " ".join(frame.replace("│", " ").split())
+
+
 def test_nothing_is_folded_or_padded_in_a_pipe(folder: Path) -> None:
     shown = piped("explain", "plan.json", cwd=folder)
     assert "A100-PCIe-80GB" in shown
@@ -238,6 +243,23 @@ def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: 
     for options, words in wrong.items():
         assert run_verb(["place", *SAMPLE, *options, "--dry-run"]) == ExitCode.INVALID, options
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("place -c - -m - -w 500/100", "--cluster and --model"),
+        ("apply - --plan -", "[FILE|PLAN]... and --plan"),
+        ("replan --from - --cluster -", "--from and --cluster"),
+        ("diff - -", "A and B"),
+        ("validate - a.yaml -", "FILE... and FILE..."),
+    ],
+)
+def test_standard_input_is_one_input(arguments: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(arguments.split()) == ExitCode.INVALID
+    captured = capsys.readouterr()
+    assert f"standard input (-) can be read only once, not for {names}" in unfolded(captured.err)
+    assert captured.out == ""
 
 
 def test_an_empty_list_of_the_catalogue_says_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:

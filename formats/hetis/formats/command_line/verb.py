@@ -147,6 +147,7 @@ def verb(
             )
             in_use.set(terminal)
             mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
+            _refuse_stdin_twice(own, mine)
             code = function(terminal, *args, **mine)
             if code != OK:
                 raise typer.Exit(int(code))
@@ -163,6 +164,26 @@ def verb(
         return command
 
     return decorate
+
+
+def _refuse_stdin_twice(parameters: Sequence[inspect.Parameter], given: Mapping[str, Any]) -> None:
+    """Refuse ``-`` for several inputs: the first would have all of it, and the next nothing."""
+    from_stdin = [
+        _label(parameter)
+        for parameter in parameters
+        if parameter.name != "out"  # there it is standard output
+        for value in (given[parameter.name] if isinstance(given[parameter.name], list) else [given[parameter.name]])
+        if value == "-"
+    ]
+    if len(from_stdin) > 1:
+        raise typer.BadParameter(f"standard input (-) can be read only once, not for {' and '.join(from_stdin)}")
+
+
+def _label(parameter: inspect.Parameter) -> str:
+    """Return what the help calls a parameter."""
+    info = parameter.annotation.__metadata__[0]
+    names = [name for name in (info.default, *(info.param_decls or ())) if str(name).startswith("--")]
+    return str(names[0] if names else info.metavar or parameter.name.upper())
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -220,8 +220,6 @@ def replan(
 
     refuse_unwritable(answer.out)
     refuse_page(answer.html, beside=answer.out)
-    if asked.running == asked.cluster == "-":
-        raise typer.BadParameter("only one of --from and --cluster can come from standard input")
     posed = replanning.load_replanning(
         running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
         profiles=asked.profile or (), rate_rps=asked.rate, settings=search.settings_of(),
@@ -274,8 +272,6 @@ def diff(
     from hetis.planner.report.changes import diff_document, render_diff
     from hetis.planner.use_cases.compare import diff_plans
 
-    if before == after == "-":
-        raise typer.BadParameter("only one of the plans can come from standard input")
     found = diff_plans(before, after)
     terminal.emit(lambda: diff_document(found), lambda: render_diff(found))
     return ExitCode.OK
