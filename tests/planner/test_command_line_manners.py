@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from hetis.planner.cli.app import app
 from hetis.planner.cli.app import run as run_verb
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import PUBLISHED_MEANS
+from hetis.planner.service.main import main as serve
+from hetis.profiler.cli.main import main as profile
 from hetis.runtime.launch.main import app as launch_app
+from hetis.runtime.launch.main import main as launch
 from tests.command_line import environment
 from tests.planner import plans
 from tests.planner.command_line import COMMAND, hetis_plan_here
@@ -243,6 +248,52 @@ def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: 
     for options, words in wrong.items():
         assert run_verb(["place", *SAMPLE, *options, "--dry-run"]) == ExitCode.INVALID, options
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "place --objective thruput",
+            "'--objective': 'thruput' is not one of goodput, throughput, cost, gpus, did you mean throughput?",
+        ),
+        ("place --survive nodes", "'--survive': 'nodes' is not one of node, zone, did you mean node?"),
+        ("explain - -o nonsense", "'--output' / '-o': 'nonsense' is not one of table, wide, json, yaml"),
+        ("catalog gpu", "'gpu' is not one of gpus, models, workloads, strategies, did you mean gpus?"),
+        (
+            "cluster discover --from nvm",
+            "auto, kubectl, nvidia-smi, slurm, nvml, ray, agents, file, did you mean nvml?",
+        ),
+    ],
+)
+def test_a_wrong_value_is_answered_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(arguments.split()) == ExitCode.INVALID
+    error = unfolded(capsys.readouterr().err)
+    assert said in error
+    assert "Value error" not in error
+    assert "Input should" not in error
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (launch, "show --dtype float8", "is not one of auto, bfloat16, float16, float32, did you mean float32?"),
+        (profile, "import --format vidu", "'vidu' is not one of aiconfigurator, vidur, splitwise, llmservingsim"),
+        (serve, "token create --file t --role agnt", "'agnt' is not one of viewer, orchestrator, admin, agent"),
+    ],
+)
+def test_other_commands_answer_a_wrong_word_alike(
+    main: Callable[[], None],
+    arguments: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hetis", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ExitCode.INVALID
+    assert said in unfolded(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_completion_prints_a_script(shell: str) -> None:
         ("hetis-plan place --model llama-2-70", "llama-2-70b-hf"),
         ("hetis-plan place --workload az", "azure_conv_2023"),
         ("hetis-plan place --strategy uni", "uniform"),
+        ("hetis-plan place --objective thr", "throughput"),
     ],
 )
 def test_the_completion_script_gets_its_words(

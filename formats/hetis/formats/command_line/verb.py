@@ -13,12 +13,16 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Concatenate, ParamSpec
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from enum import StrEnum
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use, plain_streams
+
+E = TypeVar("E", bound=StrEnum)
 
 OK = 0
 INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
@@ -158,12 +162,63 @@ def verb(
             _keyword("verbose", VerboseOption, False),
             _keyword("no_color", NoColorOption, False),
         ]
-        parameters = [*own, *shared]
+        parameters = [with_own_words(parameter) for parameter in (*own, *shared)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
 
     return decorate
+
+
+def with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter of a command whose wrong values are refused in our words.
+
+    That is a choice (an enumeration, a `Literal`) or a number without a parser, which typer has pydantic refuse: in
+    words about its input, and without the nearest word.
+    """
+    if get_origin(parameter.annotation) is not Annotated:
+        return parameter
+    given, info = get_args(parameter.annotation)
+    inner = () if get_origin(given) is Literal else get_args(given)
+    kind = next((one for one in inner if one is not type(None)), given)  # that of an optional one
+    if info.parser is not None:
+        return parameter
+    info = copy(info)
+    if get_origin(kind) is Literal:
+        info.parser = functools.partial(one_of, known=get_args(kind))
+    elif isinstance(kind, type) and issubclass(kind, StrEnum):
+        info.parser = choice_of(kind)
+    elif kind in (int, float):
+        info.parser = functools.partial(_number, kind, info.min, info.max)
+    annotated: Any = Annotated  # of types that only the running program knows
+    return parameter.replace(annotation=annotated[given, info])
+
+
+def _number(kind: type[int] | type[float], least: float | None, most: float | None, text: str) -> float:
+    """Parse a number within bounds, each of which may be missing."""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a {'whole number' if kind is int else 'number'}") from None
+    bounds = [f"{words} {bound}" for words, bound in (("at least", least), ("at most", most)) if bound is not None]
+    if (least is not None and not value >= least) or (most is not None and not value <= most):
+        raise typer.BadParameter(f"{text} is out of range, must be {' and '.join(bounds)}")
+    return value
+
+
+def choice_of(kind: type[E]) -> Callable[[str], E]:
+    """Return the parser of an option that takes the words of an enumeration."""
+    words = [one.value for one in kind]
+    return lambda text: kind(one_of(text, words))
+
+
+def one_of(text: str, known: Collection[str]) -> str:
+    """Return a word that is known, or refuse it with the nearest one."""
+    from hetis.formats.errors import did_you_mean
+
+    if text not in known:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
+    return text
 
 
 def _refuse_stdin_twice(parameters: Sequence[inspect.Parameter], given: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.verb import one_of
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
@@ -187,7 +188,7 @@ class FileKind(StrEnum):
 
 def _kind(text: str) -> FileKind:
     known = {kind.lower(): kind for kind in FileKind}
-    return known.get(text.lower()) or FileKind(values.one_of(text, list(FileKind)))
+    return known.get(text.lower()) or FileKind(one_of(text, list(FileKind)))
 
 
 def _names(incomplete: str) -> list[str]:

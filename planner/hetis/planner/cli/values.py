@@ -5,12 +5,13 @@ Catalogues and strategies are loaded when a value is read or completed, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import typer
 
+from hetis.formats.command_line.verb import one_of
 from hetis.solver.plan import Role
 
 NO_LIMIT = float("inf")
@@ -211,15 +212,6 @@ def mtp(text: str) -> str:
 def _checked(text: str, read: Callable[[str], object]) -> str:
     """Return a text that can be read."""
     _parsed(read, text)
-    return text
-
-
-def one_of(text: str, known: Collection[str]) -> str:
-    """Return a name that is known, or refuse it with the nearest one."""
-    from hetis.formats.errors import did_you_mean
-
-    if text not in known:
-        raise typer.BadParameter(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
     return text
 
 

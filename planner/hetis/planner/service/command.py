@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from hetis.formats.command_line.verb import choice_of
 from hetis.planner.service.exit_codes import ServiceExitCode
 
 _HELP = (
@@ -134,7 +135,7 @@ def hetis_planner(
 @token.command("create")
 def create(
     file: Annotated[str, typer.Option("--file", metavar="FILE", help="The token file; made where there is none.")],
-    role: Annotated[RoleOption, typer.Option("--role", help="What its bearer may do.")],
+    role: Annotated[RoleOption, typer.Option("--role", parser=choice_of(RoleOption), help="What its bearer may do.")],
     name: Annotated[str | None, typer.Option("--name", help="For logs; unless given, made from role and node.")] = None,
     node: Annotated[
         str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="The node of an agent.")

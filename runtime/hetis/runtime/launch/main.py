@@ -17,6 +17,7 @@ from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
+from hetis.formats.command_line.verb import with_own_words
 from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
@@ -133,9 +134,12 @@ def command(options: type[LaunchReplica]) -> Callable[[Callable[..., None]], Cal
         hints = get_type_hints(options, include_extras=True)
         alone = inspect.Parameter.KEYWORD_ONLY
         in_order = sorted(fields(options), key=lambda field: field.name == "vllm_options")
-        shared = [inspect.Parameter(f.name, alone, default=f.default, annotation=hints[f.name]) for f in in_order]
+        shared = [
+            with_own_words(inspect.Parameter(f.name, alone, default=f.default, annotation=hints[f.name]))
+            for f in in_order
+        ]
         given = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        own = [parameter.replace(kind=alone) for parameter in given]
+        own = [with_own_words(parameter.replace(kind=alone)) for parameter in given]
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
