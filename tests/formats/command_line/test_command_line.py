@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 import typer
@@ -12,6 +14,7 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import BROKEN_PIPE, INTERRUPTED, OK, run_application, verb, version_printer
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
+from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
 
 
@@ -77,8 +80,12 @@ def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith("hetis-test ")
 
 
-@pytest.mark.parametrize("codes", [PlannerCode, ProfilerCode], ids=["hetis-plan", "hetis-profile"])
-def test_both_commands_call_the_shared_ends_by_the_same_codes(codes: type[PlannerCode] | type[ProfilerCode]) -> None:
+@pytest.mark.parametrize(
+    "codes", [PlannerCode, ProfilerCode, ServiceExitCode], ids=["hetis-plan", "hetis-profile", "hetis-planner"]
+)
+def test_commands_call_the_shared_ends_by_the_same_codes(
+    codes: type[PlannerCode | ProfilerCode | ServiceExitCode],
+) -> None:
     assert (codes.OK, codes.INTERRUPTED, codes.BROKEN_PIPE) == (OK, INTERRUPTED, BROKEN_PIPE)
     assert {code.name: code.value for code in ProfilerCode}.items() <= {c.name: c.value for c in PlannerCode}.items()
 
@@ -92,3 +99,14 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == BROKEN_PIPE
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["hetis-plan", "hetis-planner", "hetis-agent", "hetis-launch", "hetis-profile"])
+def test_every_command_ends_alike_when_its_reader_goes_away(command: str) -> None:
+    (script,) = entry_points(group="console_scripts", name=command)
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = f"import sys; from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, b"")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
@@ -11,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hetis.formats.command_line.verb import choice_of
+from hetis.formats.command_line.verb import choice_of, run_application, version_printer
 from hetis.planner.service.exit_codes import ServiceExitCode
 
 _HELP = (
@@ -50,14 +48,6 @@ app = typer.Typer(
 )
 token = typer.Typer(help="Bearer tokens of callers.", no_args_is_help=True)
 app.add_typer(token, name="token")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"hetis-planner {version('hetis')}")
-        raise typer.Exit
 
 
 _setting = partial(typer.Option, rich_help_panel="What to use", show_default=False)
@@ -104,7 +94,10 @@ def hetis_planner(
         bool, typer.Option("--ready-json", help="When ready, print the addresses on stdout as a line of JSON.")
     ] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=version_printer("hetis-planner"), is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Handle the options that `_HELP` describes."""
@@ -238,17 +231,10 @@ def _split(text: str) -> tuple[str, str]:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; every error becomes a message on stderr."""
-    try:
-        app(list(arguments), prog_name="hetis-planner")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else ServiceExitCode.OK
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return ServiceExitCode.INTERRUPTED
-    except Exception as error:
-        if os.environ.get("HETIS_DEBUG") == "1":
-            raise
-        from hetis.planner.service.actions import report
+    return run_application(app, "hetis-planner", arguments, _report_failure)
 
-        return report(error)
-    return ServiceExitCode.OK
+
+def _report_failure(error: Exception) -> int:
+    from hetis.planner.service.actions import report  # only once something has failed
+
+    return report(error)

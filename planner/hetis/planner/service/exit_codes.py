@@ -14,6 +14,7 @@ class ServiceExitCode(IntEnum):
     ADDRESS = 8
     STORE = 9
     INTERRUPTED = 130
+    BROKEN_PIPE = 141
     TERMINATED = 143
 
     @property
@@ -29,5 +30,6 @@ _MEANINGS = {
     ServiceExitCode.ADDRESS: "an address cannot be listened on, in use or not of this machine",
     ServiceExitCode.STORE: "the store cannot be used, held by another planner or of a newer version",
     ServiceExitCode.INTERRUPTED: "stopped at once, by a second SIGINT",
+    ServiceExitCode.BROKEN_PIPE: "broken pipe, the reader of the output went away",
     ServiceExitCode.TERMINATED: "stopped at once, by a second SIGTERM",
 }

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hetis.formats.command_line.verb import run_application
 from hetis.runtime.agent.options import (
     AgentOptionError,
     Checking,
@@ -47,6 +49,7 @@ A100-SXM-80GB:4
 hetis-agent devices
 
 Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4 the state directory cannot be used
+· 141 broken pipe
 """
 
 app = typer.Typer(
@@ -186,9 +189,15 @@ def simulate(
     _run_until_told(run_engine(node, source, socket, control, seed, peer_address))
 
 
-def main() -> None:
-    """Run the command ``hetis-agent``."""
-    app()
+def main() -> NoReturn:
+    """Run the command ``hetis-agent`` and exit."""
+    sys.exit(run_application(app, "hetis-agent", sys.argv[1:], _report_failure))
+
+
+def _report_failure(error: Exception) -> int:
+    """Print an error that nothing has foreseen, with its traceback, and return the exit code."""
+    traceback.print_exception(error)
+    return EXIT_FAILED
 
 
 @contextmanager

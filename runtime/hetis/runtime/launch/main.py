@@ -7,6 +7,7 @@ import inspect
 import logging
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.verb import with_own_words
+from hetis.formats.command_line.verb import run_application, with_own_words
 from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ hetis-launch kubernetes --plan plan.json --model /models/Llama-3.2-1B --image re
 --worker-image registry.example/hetis-worker:1 --worker-key-secret hetis-worker --insecure | kubectl apply -f -
 
 Exit codes: 0 ended as it was told · 1 failed · 2 invalid options, plan or model · 3 the plan does not allow it, or its
-nodes are not there
+nodes are not there · 141 broken pipe
 """
 
 app = typer.Typer(
@@ -244,20 +245,26 @@ def kubernetes(
     yaml.safe_dump_all(manifests_of(layout, replace(serving, model=path), deployment), sys.stdout, sort_keys=False)
 
 
-def main() -> None:
-    """Run the command ``hetis-launch``."""
+def main() -> NoReturn:
+    """Run the command ``hetis-launch`` and exit."""
+    sys.exit(run_application(app, "hetis-launch", sys.argv[1:], _report_failure))
+
+
+def _report_failure(error: Exception) -> int:
+    """Print an error on stderr and return its exit code."""
     from hetis.formats.errors import DocumentError
 
-    try:
-        app()
-    except OptionError as error:
-        _fail(error.messages, EXIT_INVALID)
-    except DocumentError as error:
-        _fail(str(error).splitlines(), EXIT_INVALID)
-    except LayoutError as error:
-        _fail(error.messages, EXIT_NOT_POSSIBLE)
-    except ConnectionError as error:
-        _fail([str(error)], EXIT_FAILED)
+    match error:
+        case OptionError():
+            return _fail(error.messages, EXIT_INVALID)
+        case DocumentError():
+            return _fail(str(error).splitlines(), EXIT_INVALID)
+        case LayoutError():
+            return _fail(error.messages, EXIT_NOT_POSSIBLE)
+        case ConnectionError():
+            return _fail([str(error)], EXIT_FAILED)
+    traceback.print_exception(error)
+    return EXIT_FAILED
 
 
 def _read(
@@ -347,10 +354,10 @@ def _set_up_logs() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
 
 
-def _fail(messages: Iterable[str], code: int) -> NoReturn:
+def _fail(messages: Iterable[str], code: int) -> int:
     for message in messages:
         print(f"hetis-launch: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    return code
 
 
 if __name__ == "__main__":
