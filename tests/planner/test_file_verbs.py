@@ -25,6 +25,14 @@ def test_init_writes_files_that_validate(tmp_path: Path) -> None:
     assert [entry["ok"] for entry in json.loads(result.stdout)] == [True, True]
 
 
+def test_init_says_which_folder_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "new" / "fleet"
+    assert run(["init", str(made)]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == f"made the folder {made}"
+    assert run(["init", str(made), "--force"]) == 0
+    assert "made" not in capsys.readouterr().err
+
+
 def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in SAMPLES:
         (tmp_path / name).write_text("mine")

@@ -58,10 +58,12 @@ def init(
     there = [path for path in targets if path.exists()]
     if there and not force:
         raise DocumentError(Problem(file=str(path), message="exists already; --force overwrites it") for path in there)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise single_problem(str(directory), f"cannot be made: {error.strerror}") from None
+    if not directory.is_dir():
+        try:
+            directory.mkdir(parents=True)
+        except OSError as error:
+            raise single_problem(str(directory), f"cannot be made: {error.strerror}") from None
+        terminal.say(f"made the folder {directory}")
     for path, text in targets.items():
         write_atomically(path, text)
 
