@@ -105,10 +105,9 @@ class SavedDevice:
     link_s: float = 0.0
     move_byte_s: float | None = None  # seconds per byte of KV moved in or out. None: ``link_byte_s``.
     total_blocks: int  # KV blocks per layer; for the primary, on all its GPUs together
-    # status, high_water, changed: as in `hetis.solver.dispatch.snapshot.DeviceSnapshot`
-    status: DeviceStatus = DeviceStatus.OK
-    high_water: float = 0.9
-    changed: bool = False
+    status: DeviceStatus = DeviceStatus.OK  # whether it takes head groups
+    high_water: float = 0.9  # share of the blocks in use above which head groups should leave
+    changed: bool = False  # it joined, came back, was lost or changed its speed since the last check by re-dispatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER`
 class Verification:
     """A plan's behaviour under Poisson arrivals at its planned rate."""
 
-    rate_rps: float
+    rate_rps: float  # of the arrivals: the rate that the plan promises
     num_requests: int  # per run
     kept: bool  # whether the load was carried with no latency above its limit by more than chance
     steady: bool | None  # whether the queue did not grow; None: the run was too short to tell

@@ -233,7 +233,13 @@ class LaunchExecutor:
 
 
 class LaunchedReplica:
-    """A replica on this node: its processes, the latest ``news`` of its front's metrics, and the assignment."""
+    """A replica on this node: its processes and the assignment.
+
+    Attributes:
+        part: what of the replica runs on this node, and where it is reached; another part is another `LaunchedReplica`.
+        generation: of the last assignment, which reports repeat; 0 before the first. An earlier one is refused.
+        news: the latest of its front's metrics.
+    """
 
     def __init__(
         self,
