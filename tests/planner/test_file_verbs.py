@@ -86,6 +86,12 @@ def test_every_kind_has_a_json_schema(kind: FileKind) -> None:
     jsonschema.Draft202012Validator.check_schema(json.loads(result.stdout))
 
 
+def test_the_wide_catalogue_of_gpus_has_every_peak_and_the_board_power() -> None:
+    head, row = invoke("catalog", "gpus", "H100-SXM", "-o", "wide").stdout.splitlines()
+    assert {"FP8", "PCIe", "TDP"} <= set(head.split())
+    assert "700 W" in row
+
+
 @pytest.mark.parametrize("which", Catalogue)
 def test_catalogues_print_the_same_entries_in_every_form(which: Catalogue) -> None:
     as_json = json.loads(invoke("catalog", which.value, "-o", "json").stdout)

@@ -30,7 +30,7 @@ class GpuEntry:
 
     gpu: GpuType
     vendor: str
-    tdp_w: float | None
+    tdp_w: float | None  # board power by the data sheet, for people: no plan depends on it
     price_source: str | None
     spec_source: str
     note: str | None

@@ -245,7 +245,7 @@ def catalog(
             profiles = {name: profile_origin(entry.gpu) for name, entry in chosen.items()}
             terminal.emit(
                 lambda: [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()],
-                lambda: tables.gpu_table(entries, profiles),
+                lambda: tables.gpu_table(entries, profiles, wide=terminal.output is OutputFormat.WIDE),
             )
         case Catalogue.MODELS:
             terminal.emit(lambda: json_value(entries), lambda: tables.model_table(entries))

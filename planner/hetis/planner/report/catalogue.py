@@ -11,8 +11,16 @@ from hetis.planner.report.figures import digits, tokens
 from hetis.planner.report.tables import table
 
 
-def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -> Table:
-    """Return GPU types with the peaks that plans depend on, and the default origin of their profiles."""
+def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Table:
+    """Return GPU types with the peaks that plans depend on, and the default origin of their profiles.
+
+    If ``wide``, also the other peaks and the board power.
+    """
+
+    def per_second(rate: float | None) -> str:
+        return "" if rate is None else f"{rate / 1e9:,.0f} GB/s"
+
+    more = ("FP8 TFLOPS", "PCIe", "TDP") if wide else ()
     rows = (
         (
             gpu.name,
@@ -20,13 +28,19 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -
             f"{gpu.memory_bytes / 2**30:.0f} GiB",
             f"{gpu.mem_bytes_per_s / 1e9:,.0f}",
             digits(gpu.fp16_flops / 1e12),
-            "" if gpu.nvlink_bytes_per_s is None else f"{gpu.nvlink_bytes_per_s / 1e9:,.0f} GB/s",
+            per_second(gpu.nvlink_bytes_per_s),
             "" if gpu.usd_per_hour is None else f"{gpu.usd_per_hour:.2f}",
+            *(
+                "" if gpu.fp8_flops is None else digits(gpu.fp8_flops / 1e12),
+                per_second(gpu.pcie_bytes_per_s),
+                "" if entry.tdp_w is None else f"{entry.tdp_w:.0f} W",
+            )[: len(more)],
             profiles[gpu.name] or "none",
         )
-        for gpu in (entry.gpu for entry in entries)
+        for entry in entries
+        for gpu in (entry.gpu,)
     )
-    return table("'name", "'architecture", "memory", "GB/s", "TFLOPS", "NVLink", "USD/h", "'profile", rows=rows)
+    return table("'name", "'architecture", "memory", "GB/s", "TFLOPS", "NVLink", "USD/h", *more, "'profile", rows=rows)
 
 
 def model_table(entries: Sequence[ModelEntry]) -> Table:
