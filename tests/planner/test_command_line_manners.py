@@ -182,7 +182,7 @@ output = "json"
     inputs = json.loads(done.stdout)["inputs"]
     assert inputs["gap_target"] == 0.01
     assert "verification" not in inputs
-    assert inputs["will"] == ["--forbid tp=4", "--forbid tp=8"]
+    assert inputs["constraints"] == ["--forbid tp=4", "--forbid tp=8"]
 
 
 @pytest.mark.parametrize(

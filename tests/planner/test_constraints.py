@@ -46,11 +46,11 @@ def test_a_plan_keeps_its_constraints_and_prices_them(folder: Path, capsys: pyte
     used |= {name for replica in plan["replicas"] for pool in replica["attention_workers"] for name in pool["devices"]}
     assert "a100/0" not in used
     assert {"l4-0/0", "l4-1/0"} <= used
-    assert plan["inputs"]["will"] == ["--forbid gpu=a100/0", "--pin type=L4:use=2"]
+    assert plan["inputs"]["constraints"] == ["--forbid gpu=a100/0", "--pin type=L4:use=2"]
     assert plan["family"].endswith("; --forbid gpu=a100/0; --pin type=L4:use=2")
-    prices = plan["inputs"]["will_prices"]
-    assert [price["wishes"] for price in prices] == [[each] for each in plan["inputs"]["will"]] + [
-        plan["inputs"]["will"]
+    prices = plan["inputs"]["constraint_prices"]
+    assert [price["constraints"] for price in prices] == [[each] for each in plan["inputs"]["constraints"]] + [
+        plan["inputs"]["constraints"]
     ]
     assert all(price["solved"] and 0 <= price["least"] <= price["most"] for price in prices)
     assert prices[0]["least"] > 0
@@ -72,14 +72,18 @@ def test_a_size_is_forbidden_where_the_fleet_has_others(folder: Path, capsys: py
 def test_a_plan_file_with_other_constraints_is_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place(capsys, "--pin", "replicas=2", "--out", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())
-    plan["inputs"]["will"] = ["--pin replicas=1", "--forbid workers"]
+    plan["inputs"]["constraints"] = ["--pin replicas=1", "--forbid workers"]
     (folder / "plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.INVALID
-    assert "--pin replicas=1: the plan has 2 replicas (will)" in " ".join(capsys.readouterr().out.split())
-    plan["inputs"]["will"] = ["--pin type=H100"]
+    assert "--pin replicas=1: the plan has 2 replicas (constraint)" in " ".join(capsys.readouterr().out.split())
+    plan["inputs"]["will"] = plan["inputs"].pop("constraints")  # as in earlier versions
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.INVALID
+    assert "--pin replicas=1: the plan has 2 replicas (constraint)" in " ".join(capsys.readouterr().out.split())
+    plan["inputs"]["constraints"] = ["--pin type=H100"]
     (folder / "plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json"]) == ExitCode.INVALID
-    assert "inputs.will: --pin type=H100:use=1: small has no type H100" in capsys.readouterr().err
+    assert "inputs.constraints: --pin type=H100:use=1: small has no type H100" in capsys.readouterr().err
 
 
 def test_constraints_that_make_no_sense_are_listed_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

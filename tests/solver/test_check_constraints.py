@@ -86,7 +86,7 @@ def test_what_breaks_a_constraint_is_seen_and_nothing_else(kept: Constraint, bro
     problem = the_problem()
     plan = the_plan(problem)
     asked = replace(problem, constraints=(kept, broken))
-    found = {violation.where for violation in check_plan(plan, asked) if violation.rule is Rule.WILL}
+    found = {violation.where for violation in check_plan(plan, asked) if violation.rule is Rule.CONSTRAINT}
     assert found == {str(broken)}
 
 
@@ -95,8 +95,8 @@ def test_attention_workers_break_a_constraint_for_none() -> None:
     asked = replace(problem, constraints=(WithoutWorkers(),))
     with_workers = the_plan(problem)
     without = plan_of(problem, unclaimed(STAGE))
-    assert [v.rule for v in check_plan(with_workers, asked) if v.rule is Rule.WILL] == [Rule.WILL]
-    assert not [v for v in check_plan(without, asked) if v.rule is Rule.WILL]
+    assert [v.rule for v in check_plan(with_workers, asked) if v.rule is Rule.CONSTRAINT] == [Rule.CONSTRAINT]
+    assert not [v for v in check_plan(without, asked) if v.rule is Rule.CONSTRAINT]
 
 
 def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own() -> None:
@@ -109,7 +109,7 @@ def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own() -> None:
     second = plan_of(problem, unclaimed(replace(ALONE, gpu="B", devices=("c/1",))))
     for most, is_kept in ((1.0, True), (0.99, False)):
         asked = replace(problem, constraints=(AtMost(of=Sum.USD, most=most),))
-        assert is_kept == (Rule.WILL not in {v.rule for v in check_plan(second, asked)})
+        assert is_kept == (Rule.CONSTRAINT not in {v.rule for v in check_plan(second, asked)})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own() -> None:
 )
 def test_a_broken_constraint_names_the_first_devices(constraint: Constraint, message: str) -> None:
     problem = replace(the_problem(), constraints=(constraint,))
-    (found,) = (v for v in check_plan(the_plan(the_problem()), problem) if v.rule is Rule.WILL)
+    (found,) = (v for v in check_plan(the_plan(the_problem()), problem) if v.rule is Rule.CONSTRAINT)
     assert found.message == message
 
 

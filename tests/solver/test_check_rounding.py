@@ -109,7 +109,7 @@ def test_a_sum_may_exceed_its_most_by_a_millionth() -> None:
     for share, num_broken in ((WITHIN, 0), (BEYOND, 1)):
         for of in (Sum.GPUS, Sum.USD):
             asked = replace(PROBLEM, constraints=(AtMost(of=of, most=1 / (1 + share)),))
-            assert len([v for v in check_plan(plan, asked) if v.rule is Rule.WILL]) == num_broken
+            assert len([v for v in check_plan(plan, asked) if v.rule is Rule.CONSTRAINT]) == num_broken
 
 
 def test_routes_may_exceed_a_rate_by_a_millionth() -> None:

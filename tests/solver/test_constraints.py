@@ -318,7 +318,7 @@ def test_a_large_fleet_keeps_its_pins_and_its_bound() -> None:
 
 
 def broken_by(plan: Plan, problem: PlacementProblem) -> set[str]:
-    return {violation.where for violation in check_plan(plan, problem) if violation.rule is Rule.WILL}
+    return {violation.where for violation in check_plan(plan, problem) if violation.rule is Rule.CONSTRAINT}
 
 
 def test_the_checker_sees_every_broken_constraint() -> None:

@@ -135,7 +135,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             kept[name] = plan.inputs.get("engine")
             if name == "fp8":  # the P100s are of no use to it, the RTX 3090s and A100s are
                 assert plan.inputs["documents"]["model"]["weights"] == "fp8"
-                assert plan.inputs["will"] == ["--forbid type=P100-PCIe-12GB"]
+                assert plan.inputs["constraints"] == ["--forbid type=P100-PCIe-12GB"]
                 assert any(note.startswith("P100-PCIe-12GB left out: vllm 0.32.0 takes") for note in plan.notes)
             if name == "each":
                 assert plan.inputs["documents"]["model"]["precisions"].keys() == {"RTX-3090"}
@@ -157,6 +157,8 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
         assert list(changed.changed_inputs) == ["engine"]
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/set"))
         assert list(changed.changed_inputs) == ["engine_settings"]
+        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/free"))
+        assert "constraints" in changed.changed_inputs, changed
 
     with_planner(tmp_path, scenario)
 

@@ -25,7 +25,7 @@ from hetis.planner.resources.requests import Tell, change_once, check, read_page
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.planner.use_cases.sources import ENGINE_SETTINGS, PlanAndProblem
+from hetis.planner.use_cases.sources import CONSTRAINTS, ENGINE_SETTINGS, PlanAndProblem, constraint_options
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -281,6 +281,8 @@ def _changed_inputs(one: Plan, other: Plan) -> Iterator[str]:
         yield "strategy"
     limits, other_limits = asdict(one.objective), asdict(other.objective)
     yield from (f"objective.{name}" for name in limits if limits[name] != other_limits[name])
+    if constraint_options(one) != constraint_options(other):
+        yield CONSTRAINTS
     yield from (name for name in _SETTINGS if one.inputs.get(name) != other.inputs.get(name))
     digests, other_digests = _digests(one.inputs), _digests(other.inputs)
     for path in digests.keys() | other_digests.keys():

@@ -19,7 +19,13 @@ from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
-from hetis.planner.use_cases.sources import ENGINE_SETTINGS, LoadedInputs, engine_settings_data, load_inputs
+from hetis.planner.use_cases.sources import (
+    CONSTRAINTS,
+    ENGINE_SETTINGS,
+    LoadedInputs,
+    engine_settings_data,
+    load_inputs,
+)
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verify import misses, tightening_of, verification_of, verified_plan
 from hetis.planner.use_cases.versions import installed_versions
@@ -42,7 +48,7 @@ DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
 PLACES = ("node", "zone")  # whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the same by TP size, with all replicas of that size
-CONSTRAINT_PRICES = "will_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
+CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
@@ -344,7 +350,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: P
         "roles": [role.value for role in problem.family.roles],
         **({"engine": asdict(settings.engine)} if settings.engine is not None else {}),
         **({ENGINE_SETTINGS: engine_settings_data(kept)} if (kept := problem.family.engine_settings) else {}),
-        **({"will": [str(each) for each in problem.constraints]} if problem.constraints else {}),
+        **({CONSTRAINTS: [str(each) for each in problem.constraints]} if problem.constraints else {}),
         "seed": settings.seed,
         "threads": settings.threads,
         "gap_target": settings.gap_target,
@@ -412,7 +418,7 @@ def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:
     """Return prices as stored in `Plan.inputs`."""
     return [
         {
-            "wishes": [str(each) for each in price.constraints],
+            "constraints": [str(each) for each in price.constraints],
             "least": price.least,
             "most": price.most,
             "solved": price.is_solved,

@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 # The origins of profiles and inputs that come from no file.
 VALUE = "value"  # an input that was passed by a program
+CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the constraints of the plan as options, if any
+OLD_CONSTRAINTS = "will"  # its name before; still read
 ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the settings of engines that the plan keeps to, if any
 
 
@@ -268,7 +270,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
-    constraints, settings = _will_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
+    constraints, settings = _constraints_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
     inputs = replace(inputs, constraints=constraints, engine_settings=settings)
     problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
@@ -311,18 +313,24 @@ def _known_strategy(plan: Plan, path: str) -> None:
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
 
 
-def _will_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
+def constraint_options(plan: Plan) -> Any:
+    """Return what a plan's inputs say of the constraints that it keeps, unchecked: a list of options."""
+    return plan.inputs.get(CONSTRAINTS, plan.inputs.get(OLD_CONSTRAINTS, []))
+
+
+def _constraints_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
     """Return the constraints that a plan claims to keep, if any."""
-    texts = plan.inputs.get("will", [])
+    texts = constraint_options(plan)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise single_problem(
-            path, "inputs.will must be a list of --pin and --forbid options: the plan is judged by them"
+            path, f"inputs.{CONSTRAINTS} must be a list of --pin and --forbid options: the plan is judged by them"
         )
     try:
         return constraints_from_texts(texts, cluster)
     except DocumentError as error:
         raise DocumentError(
-            replace(problem, path="inputs.will", file=path, message=str(problem)) for problem in error.problems
+            replace(problem, path=f"inputs.{CONSTRAINTS}", file=path, message=str(problem))
+            for problem in error.problems
         ) from None
 
 

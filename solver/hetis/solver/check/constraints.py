@@ -28,7 +28,7 @@ RELATIVE = 1e-6  # rounding of a sum
 def check_constraints(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
     """Return every constraint that a plan breaks; devices that do not exist are reported elsewhere."""
     return [
-        Violation(rule=Rule.WILL, where=str(each), message=message)
+        Violation(rule=Rule.CONSTRAINT, where=str(each), message=message)
         for each in problem.constraints
         for message in _broken(each, plan, fleet)
     ]

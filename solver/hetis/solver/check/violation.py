@@ -57,7 +57,7 @@ class Rule(StrEnum):
     BOUND = "the bound is on the far side of the value"
     GAP = "the gap is |bound - value| / |value|"
     STATUS = "the status is what the gap and the replicas say"
-    WILL = "the plan keeps every constraint: what is pinned and what is forbidden"
+    CONSTRAINT = "the plan keeps every constraint: what is pinned and what is forbidden"
     PRICES = "the class table has a row for every device class and counts the devices of the plan"
 
 

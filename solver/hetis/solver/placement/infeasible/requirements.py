@@ -24,7 +24,7 @@ class Subject(StrEnum):
     DEMAND = "demand"  # requests/s of goodput
     TPOT = "mean TPOT limit"  # seconds
     TTFT = "p95 TTFT limit"  # seconds
-    CONSTRAINT = "wish"
+    CONSTRAINT = "constraint"
     ROLES = "roles"
     STRATEGY = "strategy"
     SETTINGS = "engine settings"
