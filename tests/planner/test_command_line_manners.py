@@ -109,7 +109,7 @@ def test_names_are_whole_on_a_narrow_terminal(folder: Path) -> None:
 def test_every_device_of_equal_replicas_is_named(folder: Path, verb: str, wide: bool) -> None:
     arguments = ("plan.json",) if verb == "explain" else (*INPUTS, "--strategy", "uniform", "--no-verify")
     shown = hetis_plan_here(verb, *arguments, *(("-o", "wide") if wide else ()), cwd=folder).stdout
-    assert "4 equal replicas" in shown or "as 3 more" in shown
+    assert "4 equal replicas" in shown or "and 3 like it" in shown
     for node in range(4):
         assert f"rack-with-a-long-name-{node}/0" in shown
 
@@ -264,6 +264,9 @@ def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: 
             "cluster discover --from nvm",
             "auto, kubectl, nvidia-smi, slurm, nvml, ray, agents, file, did you mean nvml?",
         ),
+        ("place --seed x", "'--seed': 'x' is not a whole number"),
+        ("place --max-stages 99", "'--max-stages': 99 is out of range, must be at least 1 and at most 16"),
+        ("place --gap 5", "'--gap': '5' is 500% of the best: 5%?"),
     ],
 )
 def test_a_wrong_value_is_answered_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
 
 def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
     text = " ".join(text_of(render_explanation(PLANS["roles"], plans.explanation(PLANS["roles"]))).split())
-    assert "Replica 0 (prefill), as 2 more" in text
+    assert "Replica 0 (prefill) and 2 like it" in text
     assert "wait (wire) stage 1 53.6 7.1 17.9 1.8 3.6 7.1 23.2" in text
     assert "Prefill to decode • Prefill replicas give 3 requests/s" in text
     unified = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))

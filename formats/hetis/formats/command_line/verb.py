@@ -162,6 +162,8 @@ def verb(
             _keyword("verbose", VerboseOption, False),
             _keyword("no_color", NoColorOption, False),
         ]
+        # A blank line ends a paragraph of the help; other ends of lines are those of the source.
+        command.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
         parameters = [with_own_words(parameter) for parameter in (*own, *shared)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}

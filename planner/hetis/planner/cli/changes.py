@@ -69,7 +69,7 @@ class FleetOptions:
         if self.market is not None and not self.buy_next:
             raise typer.BadParameter("--market is for --buy-next")
         if not self.buy_next and not changes:
-            raise typer.BadParameter("nothing to ask: --add, --remove or --buy-next")
+            raise typer.BadParameter("nothing to ask: give --add, --remove or --buy-next")
 
 
 @group

@@ -140,7 +140,7 @@ time_limit_option = partial(
     _search, "--time-limit TIME: Return the best plan found by then.", parser=values.positive_duration
 )
 gap_option = partial(
-    _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.ratio
+    _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.gap
 )
 seed_option = partial(_search, "--seed: Same seed, same plan.", 0, min=0)
 threads_option = partial(_search, "--threads: Solver threads; 0 uses every core.", 1, min=0)

@@ -68,6 +68,14 @@ def ratio(text: str) -> float:
     return _parsed(parse_ratio, text)
 
 
+def gap(text: str) -> float:
+    """Parse a gap: ``0.5%`` or ``0.005``."""
+    value = ratio(text)
+    if value >= 1 and not text.rstrip().endswith("%"):
+        raise typer.BadParameter(f"{text!r} is {value:.0%} of the best: {text.strip()}%?")
+    return value
+
+
 def share(text: str) -> float:
     """Parse a ratio above 0 and up to 1."""
     value = ratio(text)

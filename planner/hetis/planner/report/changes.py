@@ -26,7 +26,7 @@ MAX_ROWS = 40  # changing replicas listed; -o json has all
 MAX_LOADS = 16  # loading GPUs listed
 
 _WORDS = {
-    Fate.KEPT: "kept as it is",
+    Fate.KEPT: "kept",
     Fate.RESET: "other settings",
     Fate.CHANGED: "changed",
     Fate.NEW: "new",
@@ -63,11 +63,11 @@ def _figures(diff: PlanDiff) -> Table:
 
 
 def change_counts(change: PlanChange) -> str:
-    """Return ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs do something else``."""
+    """Return ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs with other work than before``."""
     counts = ", ".join(f"{change.count(fate):,} {_WORDS[fate]}" for fate in Fate if change.count(fate))
     moved = plural(len(change.moved), "GPU")
     load = f", {gigabytes(change.load_bytes)} of weights to load" if change.loads else ""
-    return f"{counts or 'none'}; {moved} to do something else than before{load}"
+    return f"{counts or 'none'}; {moved} with other work than before{load}"
 
 
 def dropped_words(change: PlanChange) -> str:

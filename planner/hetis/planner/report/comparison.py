@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -154,7 +155,7 @@ def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
     yield section("GPUs in use", _use_table(found))
     if found.plan_change is not None:
         yield section("Replicas", Text(change_counts(found.plan_change)))
-        yield Text(f" {_NOTE}", style="dim")
+        yield Padding(Text(_NOTE, style="dim"), (0, 0, 0, 1))
 
 
 def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]:

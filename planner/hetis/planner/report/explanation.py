@@ -57,7 +57,7 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
 def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
     number, count = group.numbers[0], len(group.numbers)
     role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
-    name = f"Replica {number}{role}" if count == 1 else f"Replica {number}{role}, as {count - 1:,} more"
+    name = f"Replica {number}{role}" if count == 1 else f"Replica {number}{role} and {count - 1:,} like it"
     # Sentences are in the order of the explained replicas, the first of every shape.
     explained = dict.fromkeys(part.replica for part in explanation.stage_times)
     sentence = dict(zip(explained, explanation.bottlenecks, strict=False)).get(number)

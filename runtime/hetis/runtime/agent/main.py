@@ -48,7 +48,7 @@ A100-SXM-80GB:4
 
 hetis-agent devices
 
-Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4 the state directory cannot be used
+Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4 the state directory cannot be used \
 · 141 broken pipe
 """
 

@@ -40,7 +40,7 @@ def explain_plan(plan: Plan, problem: PlacementProblem) -> Explanation:
         stage_times=tuple(part for view in views for part in view.times()),
         bottlenecks=tuple(what_binds(view) for view in views),
         idle=tuple(why_idle(plan, problem, views)),
-        attention_workers=" ".join(attention_workers(plan, problem, views)),
+        attention_workers="\n".join(attention_workers(plan, problem, views)),
         kv_routes=tuple(route_sentences(plan, problem)),
     )
 
@@ -289,7 +289,7 @@ MAX_POOLS = 3  # pools that the paragraph describes
 
 
 def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[str]:
-    """Yield sentences on the plan's pools, or if there are none, on what one would do to the busiest stage."""
+    """Yield a paragraph on each of the plan's pools, or without any on what one would do to the busiest stage."""
     pools = [(view, i) for view in views for i, stage in enumerate(view.shape.stages) if stage.pool is not None]
     for view, i in pools[:MAX_POOLS]:
         yield _used_pool(view, i)
@@ -302,7 +302,7 @@ def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[Replic
     elif problem.family.max_pool == 0:
         yield f"None: strategy {plan.strategy} does not use them."
     else:
-        yield from _unused_pools(plan, main_view(views))
+        yield " ".join(_unused_pools(plan, main_view(views)))
 
 
 def _used_pool(view: ReplicaView, i: int) -> str:
