@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -150,6 +150,8 @@ def _value_name(parameter: Any) -> str:
     choices = getattr(kind, "__members__", None)
     if choices:
         return "|".join(member.value for member in choices.values())
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
     return str(getattr(kind, "__name__", "VALUE")).upper()
 
 
