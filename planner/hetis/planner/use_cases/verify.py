@@ -27,9 +27,11 @@ from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
 TURNS = 8  # how often a run replaces all the requests that a plan holds at once
-FEWEST, MOST = 1_000, 100_000  # requests per run: few of thousands of seats never fill, and then TPOT looks too good
+FEWEST = 1_000  # requests per run
+FILLS = (
+    2  # a plan's seats are filled at least so often, if that is not too much: where most stay empty, TPOT looks good
+)
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
-FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, as its heads are dispatched
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
 CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
@@ -133,16 +135,28 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
     return [*(["requests queue up without end"] if verification.steady is False else []), *over]
 
 
+class _Most(NamedTuple):
+    """The most requests of a run in seconds: of an ordinary one, of one that decides, and of either to fill seats."""
+
+    ordinary: int
+    deciding: int
+    to_fill: int
+
+
+WITHOUT_WORKERS = _Most(ordinary=40_000, deciding=40_000, to_fill=100_000)
+WITH_WORKERS = _Most(ordinary=4_000, deciding=10_000, to_fill=10_000)  # each takes ten times as long
+
+
 def num_requests_of(plan: Plan) -> int:
     """Return the requests per run: enough to fill the plan several times over, in seconds."""
-    fewest, most = (FEWEST_WITH_WORKERS, MOST_WITH_WORKERS) if _has_workers(plan) else (FEWEST, MOST)
-    return min(most, max(fewest, TURNS * seats_of(plan)))
+    most, seats = _most_of(plan), seats_of(plan)
+    return min(max(FEWEST, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats)))
 
 
 def longest_of(plan: Plan) -> int:
     """Return the requests of a run that decides where limits are close."""
-    num_requests, most = num_requests_of(plan), MOST_WITH_WORKERS if _has_workers(plan) else MOST
-    return max(num_requests, min(most, LONGER * num_requests))
+    num_requests = num_requests_of(plan)
+    return max(num_requests, min(_most_of(plan).deciding, LONGER * num_requests))
 
 
 def enough_of(plan: Plan) -> int:
@@ -225,6 +239,10 @@ def _verify(
         attainment=summary.attainment,
         kept_rps=kept_rps,
     )
+
+
+def _most_of(plan: Plan) -> _Most:
+    return WITH_WORKERS if _has_workers(plan) else WITHOUT_WORKERS
 
 
 def _has_workers(plan: Plan) -> bool:
