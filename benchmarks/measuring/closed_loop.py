@@ -125,7 +125,7 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
         ):
             chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
         else:
-            holds_back = False
+            holds_back, waited = False, waited if engine.waits_by_turns else 0
             chunk, tokens, pairs, read = _chunk(waiting, prefilling, engine, num, attended)
         if not chunk:
             steps = finishing[0][0] - step

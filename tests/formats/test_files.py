@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import yaml
 
 from hetis.formats import files
-from hetis.formats.documents import load_cluster
+from hetis.formats.documents import dump_data, load_cluster
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import read_text, write_atomically
 
@@ -100,3 +102,10 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b"plan"
     os.close(reader)
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_a_name_that_is_not_utf_8_is_written_in_escapes(form: Literal["yaml", "json"]) -> None:
+    text = dump_data({"cluster": os.fsdecode(b"caf\xe9.yaml")}, form)
+    assert text.encode()
+    assert yaml.safe_load(text) == {"cluster": r"caf\xe9.yaml"}

@@ -61,6 +61,7 @@ def test_a_crowd_that_comes_at_once_is_sampled_as_long_as_it_is_served(plan: Pat
     # At this rate the last request comes after 50 ns; serving them takes seconds.
     found = simulated(plan, "--rate", "1e9", "--requests", "50")
     assert found["runs"][0]["counts"]["finished"] == 50
+    assert found["limits"] == {"ttft_s": 2.0, "tpot_s": 0.1}
 
 
 MOONCAKE = """\

@@ -55,6 +55,8 @@ Value = (
     | FleetTenants
 )  # fmt: skip
 
+_NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python holds them (os.fsdecode)
+
 _KINDS: dict[str, Kind[Any]] = {
     kind.name: kind
     for kind in (
@@ -101,11 +103,15 @@ def dump(value: Value, form: Literal["yaml", "json"] = "yaml") -> str:
 
 
 def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -> str:
-    """Return plain data as YAML or JSON text. Raises ValueError if there are values that JSON cannot represent."""
+    """Return plain data as YAML or JSON text. Raises ValueError if there are values that JSON cannot represent.
+
+    Bytes of file names that are not UTF-8 are written as ``\\xNN``.
+    """
     try:
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
         raise ValueError(str(error)) from None
+    text = _NOT_UTF_8.sub(lambda found: rf"\\x{ord(found[0]) & 0xFF:02x}", text)
     if form == "json":
         return text + "\n"
     return yaml_text(json.loads(text))

@@ -233,7 +233,8 @@ def _refuse_stdin_twice(parameters: Sequence[inspect.Parameter], given: Mapping[
         if value == "-"
     ]
     if len(from_stdin) > 1:
-        raise typer.BadParameter(f"standard input (-) can be read only once, not for {' and '.join(from_stdin)}")
+        wanted = " and ".join(dict.fromkeys(from_stdin))
+        raise typer.BadParameter(f"standard input (-) can be read only once, not {len(from_stdin)} times for {wanted}")
 
 
 def _label(parameter: inspect.Parameter) -> str:

@@ -61,7 +61,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         },
         settings={name: value for name, value in json_value(question.settings).items() if name != "seed"},
         **({"engine_settings": engine_settings} if question.engine_settings else {}),
-        limits=question.limits,
+        limits={"ttft_s": question.limits.ttft_limit_s, "tpot_s": question.limits.tpot_limit_s},
         complete=simulated.complete,
         precise=simulated.precise,
         steady=summary.steady,

@@ -234,15 +234,17 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
             if not told:
                 raise
 
-    begun_s = time.monotonic()
+    begun_s, failure, code = time.monotonic(), "", 0
     try:
         asyncio.run(until_told())
     except DevicesUnavailableError as error:
-        _fail(str(error), EXIT_INVALID)
+        failure, code = str(error), EXIT_INVALID
     except StateError as error:
-        _fail(str(error), EXIT_STATE)
+        failure, code = str(error), EXIT_STATE
     except OSError as error:
-        _fail(str(error), EXIT_FAILED)
+        failure, code = str(error), EXIT_FAILED
+    if code:
+        _fail(failure, code)
     logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - begun_s)
 
 
