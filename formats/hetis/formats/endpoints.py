@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Resolve = Callable[[str, int], Sequence[str]]
+# Metadata with which a planner begins an answer that may be long in coming: from a proxy alone it does not come.
+STREAM_OPEN = ("hetis-stream", "open")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 
 

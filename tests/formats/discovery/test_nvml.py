@@ -75,6 +75,13 @@ def test_busy_gpus_are_kept_where_that_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert fleet.left_out == ("gpu-7: 1 GPU (index 2; NVIDIA A100-SXM4-80GB): MIG is on (0 parts)",)
 
 
+def test_a_gpu_in_mig_mode_is_left_out_although_its_slices_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = {"nvmlDeviceGetMaxMigDeviceCount": real.NVML_ERROR_NO_PERMISSION}
+    fleet, _ = found(monkeypatch, idle(0), idle(1, slices=[Gpu()], refused=refused))
+    assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 1}}
+    assert fleet.left_out == ("gpu-7: 1 GPU (index 1; NVIDIA A100-SXM4-80GB): MIG is on (0 parts)",)
+
+
 @pytest.mark.parametrize(
     ("board", "memory", "remotes", "link"),
     [

@@ -162,7 +162,7 @@ def test_a_watch_says_that_nobody_is_there_and_ends(
     captured = capsys.readouterr()
     assert captured.out == ""
     warning, error, _advice = captured.err.splitlines()
-    assert warning == "warning: the planner at 127.0.0.1:1 is not reached; trying for 1 s"
+    assert warning == "warning: the planner at 127.0.0.1:1 is not reached; trying for up to 1 s"
     assert error.startswith("error: the planner at 127.0.0.1:1 is not reached: ")
 
 

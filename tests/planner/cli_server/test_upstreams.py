@@ -98,6 +98,35 @@ def test_the_list_is_written_again_when_what_serves_changes_and_only_then(
     assert "wrote 1 servers" in capsys.readouterr().err
 
 
+def test_a_list_is_followed_however_long_the_planner_hangs(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.events = [cluster_service_pb2.WatchClusterResponse(resume_token="t0", caught_up=True)]
+    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)  # of the other verbs
+    monkeypatch.setattr("hetis.planner.client.errors.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.0)
+    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AGAIN_S", 0.0)
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+
+    def called(method: str, context: object) -> None:
+        number = served.calls[method]
+        if method == "WatchCluster" and number <= 3:
+            refuse(context, 14, "", "the proxy gives up")  # type: ignore[arg-type]
+        if method == "WatchCluster" and number > 4:  # in the place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+        if method == "ListReplicas" and number == 2:
+            refuse(context, 4, "", "too late")  # type: ignore[arg-type]
+        if method == "ListReplicas" and number == 3:
+            served.replicas[NAME.format(2)].state = DOWN
+
+    served.fail = called
+    assert hetis_plan("upstreams", "--follow") == ExitCode.INVALID
+    captured = capsys.readouterr()
+    assert captured.out == NGINX + "upstream hetis {\n    server 10.0.0.1:8000 weight=1000;\n}\n"
+    assert captured.err.count("is not reached; trying until it is") == 4, "three of the watch, one of the list"
+    assert captured.err.count("is reached again") == 2
+
+
 def test_a_command_that_fails_is_told_and_the_list_stands(
     served: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
 ) -> None:

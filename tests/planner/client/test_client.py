@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
+from hetis.formats.endpoints import STREAM_OPEN
 from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience, document_of_file
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (
@@ -53,17 +56,23 @@ def with_both(
     aio: Callable[[AsyncClient], Awaitable[T]],
 ) -> list[T]:
     """Return what a sync and an aio client get, in this order, without waiting between tries."""
-    with Client(planner.address, sleep=lambda wait_s: None) as client:
-        first = sync(client)
+    return [with_sync(planner, sync), with_aio(planner, aio)]
 
+
+def with_sync(planner: FakePlanner, sync: Callable[[Client], T]) -> T:
+    with Client(planner.address, sleep=lambda wait_s: None) as client:
+        return sync(client)
+
+
+def with_aio(planner: FakePlanner, aio: Callable[[AsyncClient], Awaitable[T]]) -> T:
     async def no_sleep(wait_s: float) -> None:
         pass
 
-    async def second() -> T:
+    async def run() -> T:
         async with AsyncClient(planner.address, sleep=no_sleep) as client:
             return await aio(client)
 
-    return [first, asyncio.run(second())]
+    return asyncio.run(run())
 
 
 def failing(times: int, method: str, code: int, reason: str) -> Callable[[str, grpc.ServicerContext], None]:
@@ -366,8 +375,12 @@ class Trying:
             **settings,
         )
 
-    def fail(self, *, after_s: float) -> None:
+    def fail(self, *, after_s: float, opened_after_s: float | None = None) -> None:
         self.patience.attempt()
+        if opened_after_s is not None:
+            self.now_s += opened_after_s
+            self.patience.opened()
+            after_s -= opened_after_s
         self.now_s += after_s
         self.now_s += self.patience.next_wait_s(AWAY)
 
@@ -393,8 +406,82 @@ def test_attempts_count_as_waiting_and_one_line_is_said_of_them() -> None:
 def test_an_open_stream_without_news_costs_no_patience() -> None:
     trying = Trying(limit_s=60.0)
     for _ in range(100):
-        trying.fail(after_s=300.0)
+        trying.fail(after_s=300.0, opened_after_s=0.1)
     assert trying.told == []
+
+
+def test_a_proxy_that_answers_late_costs_patience() -> None:
+    trying = Trying(limit_s=200.0)
+
+    def try_for_long() -> None:
+        for _ in range(1000):
+            trying.fail(after_s=60.0)
+
+    with pytest.raises(CallError):
+        try_for_long()
+    assert 120 < trying.now_s <= 200
+    assert [yes for _, yes in trying.told] == [False, False], "once a minute"
+
+
+def test_patience_can_be_endless() -> None:
+    trying = Trying(limit_s=math.inf)
+    for _ in range(2000):
+        trying.fail(after_s=1.0)
+    assert len(trying.told) == pytest.approx(trying.now_s / 60, rel=0.1)
+
+
+def test_a_stream_that_breaks_as_soon_as_it_is_open_costs_patience() -> None:
+    trying = Trying(limit_s=60.0)
+
+    def try_for_long() -> None:
+        for _ in range(1000):
+            trying.fail(after_s=0.2, opened_after_s=0.1)
+
+    with pytest.raises(CallError):
+        try_for_long()
+    assert trying.now_s <= 60
+
+
+def test_a_stream_that_opens_without_news_is_told() -> None:
+    trying = Trying(limit_s=60.0)
+    trying.fail(after_s=5.0)
+    trying.fail(after_s=5.0, opened_after_s=0.5)
+    assert [yes for _, yes in trying.told] == [False, True]
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_watch_without_news_lasts_only_at_a_planner_that_has_opened_it(
+    planner: FakePlanner, monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+    breaks: list[int] = []
+
+    def fail(method: str, context: grpc.ServicerContext) -> None:
+        if method == "WatchPlan" and len(breaks) < 4:
+            breaks.append(1)
+            if is_open:
+                context.send_initial_metadata((STREAM_OPEN,))
+            time.sleep(0.3)  # 300 s by the client's clock, which only the metadata explains
+            refuse(context, code_pb2.UNAVAILABLE, "", "the proxy gives up")
+
+    def slow() -> Patience:
+        return Patience(jitter=lambda: 0.0, clock=lambda: 1000.0 * time.monotonic())
+
+    def sync(client: Client) -> list[int]:
+        return [response.sequence for response in client.watch_plan("plans/night", patience=slow())]
+
+    async def aio(client: AsyncClient) -> list[int]:
+        return [response.sequence async for response in client.watch_plan("plans/night", patience=slow())]
+
+    planner.fail = fail
+    for watch in (lambda: with_sync(planner, sync), lambda: with_aio(planner, aio)):
+        breaks.clear()
+        if is_open:
+            assert watch()[-1] in (900, 1000)
+            assert len(breaks) == 4
+        else:
+            with pytest.raises(CallError, match="gives up"):
+                watch()
 
 
 @pytest.mark.parametrize("jitter", [0.0, 1.0])

@@ -13,6 +13,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from hetis.formats.endpoints import STREAM_OPEN
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED, CallerRole, Identity
@@ -81,6 +82,20 @@ def test_streams_need_no_deadline() -> None:
             stream = watch(planner, "plans/p")
             assert (await stream.read()).plan.name == "plans/p"
             stream.cancel()
+
+    run(test)
+
+
+def test_a_watch_is_said_to_be_open_at_its_beginning() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            stream = watch(planner, "plans/p")
+            assert STREAM_OPEN in [tuple(one) for one in await stream.initial_metadata()]
+            stream.cancel()
+            planner.calls.refuse_new()
+            refused = watch(planner, "plans/p")
+            await failure_of(refused)
+            assert STREAM_OPEN not in [tuple(one) for one in await refused.initial_metadata()]
 
     run(test)
 

@@ -323,3 +323,16 @@ def test_requests_that_lose_a_worker_leave_one_that_drains_too() -> None:
     world.lose_worker(1)
     world.step(2)
     assert world.devices("a") == (0, 0, 0, 0)
+
+
+def test_a_drained_worker_has_no_move_on_its_way_to_it() -> None:
+    world, _ = started()
+    allocator = world.side.allocator
+    to_one, to_two = allocator.prepare("a", [0], 1), allocator.prepare("a", [3], 2)
+    assert to_one is not None
+    assert to_two is not None
+    allocator.drain(frozenset({1}))
+    assert allocator.moves == (to_two,)
+    assert allocator.abort(to_one.number) is None
+    assert allocator.moving("a") == {3}
+    allocator.check_invariants()

@@ -329,13 +329,22 @@ class Nvml:
         return "" if place is None else str(place.busId)
 
     def slices(self, handle: Any) -> list[Any] | None:
-        """Return the MIG slices of a GPU, or None if it is not in MIG mode."""
-        current, _pending = self.ask("nvmlDeviceGetMigMode", handle, otherwise=(None, None))
-        if current != self._nvml.NVML_DEVICE_MIG_ENABLE:
+        """Return the MIG slices of a GPU, or None if it is not in MIG mode or they cannot be counted."""
+        if not self.is_sliced(handle):
             return None
-        most = self.ask("nvmlDeviceGetMaxMigDeviceCount", handle, otherwise=0)
+        most = self.ask("nvmlDeviceGetMaxMigDeviceCount", handle)
+        if most is None:
+            _log.warning(
+                "the MIG slices of the GPU %s cannot be counted", self.address(handle) or "at an unknown address"
+            )
+            return None
         found = (self.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in range(most))
         return [one for one in found if one is not None]
+
+    def is_sliced(self, handle: Any) -> bool:
+        """Return whether a GPU is known to be in MIG mode."""
+        current, _pending = self.ask("nvmlDeviceGetMigMode", handle, otherwise=(None, None))
+        return bool(current == getattr(self._nvml, "NVML_DEVICE_MIG_ENABLE", 1))  # which a partial library may lack
 
     def gpu(self, handle: Any) -> DriverGpu:
         nvml = self._nvml
@@ -349,7 +358,7 @@ class Nvml:
             memory_bytes=int(memory.total) if memory else None,
             used_bytes=int(memory.used) if memory else None,
             processes=tuple(dict.fromkeys(self._processes(handle))),
-            num_parts=None if slices is None else len(slices),
+            num_parts=len(slices or ()) if self.is_sliced(handle) else None,
             recovery=self._recovery(handle),
             is_prohibited=mode == nvml.NVML_COMPUTEMODE_PROHIBITED,
         )

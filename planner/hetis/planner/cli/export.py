@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -20,6 +21,7 @@ from hetis.planner.export import ExportDevice, ExportTarget
 if TYPE_CHECKING:
     from hetis.planner.client import Client
 
+T = TypeVar("T")
 
 EXPORT_EXAMPLES = """Examples:
 
@@ -160,7 +162,7 @@ class UpstreamOptions:
     model: str = option("--model -m: What clients call the model; LiteLLM must know.", "")
 
 
-@server_verb(prints_data=False)
+@server_verb(prints_data=False, is_endless=True)
 def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> ExitCode:
     """Write where requests go: replicas that serve, with weights by the plan's rates.
 
@@ -215,7 +217,27 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tup
             is_news = is_news or seen.get(event.replica.name) != now
             seen[event.replica.name] = now
         if is_live and is_news:
-            yield _servers(client, cluster, rates)
+            yield _in_the_end(client, lambda: _servers(client, cluster, rates))
+
+
+def _in_the_end(client: Client, read: Callable[[], T]) -> T:
+    """Return what is read, however long the planner cannot be reached."""
+    import grpc
+
+    from hetis.planner.client import CallError
+
+    patience = client.patience()
+    while True:
+        patience.attempt()
+        try:
+            found = read()
+        except CallError as error:
+            if not error.is_unreachable:
+                raise
+            time.sleep(patience.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
+        else:
+            patience.answered()
+            return found
 
 
 def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -49,21 +50,26 @@ class PlannerOptions:
     key: Path | None = _planner("--key FILE: Its key.", envvar="HETIS_KEY")
     token_file: Path | None = _planner("--token-file FILE: Bearer token.", envvar="HETIS_TOKEN_FILE")
 
-    def use(self, terminal: Terminal, use: Callable[[Client], ExitCode]) -> ExitCode:
-        """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported."""
+    def use(self, terminal: Terminal, use: Callable[[Client], ExitCode], *, is_endless: bool = False) -> ExitCode:
+        """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported.
+
+        ``is_endless``: a watch waits for ever for a planner that does not answer.
+        """
         from hetis.planner.cli.failures import report_call_failure
         from hetis.planner.client import CallError, Client, Patience
 
         place = self._connection()
+        limit_s = math.inf if is_endless else LONGEST_SILENCE_S
+        trying = "until it is" if is_endless else f"for up to {limit_s:g} s"
 
         def tell(is_reached: bool) -> None:
             if is_reached:
                 terminal.say(f"the planner at {place.address} is reached again")
             else:
-                terminal.warn(f"the planner at {place.address} is not reached; trying for {LONGEST_SILENCE_S:g} s")
+                terminal.warn(f"the planner at {place.address} is not reached; trying {trying}")
 
         try:
-            with Client(place, patience=lambda: Patience(limit_s=LONGEST_SILENCE_S, tell=tell)) as client:
+            with Client(place, patience=lambda: Patience(limit_s=limit_s, tell=tell)) as client:
                 return use(client)
         except CallError as error:
             return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
@@ -84,14 +90,19 @@ class PlannerOptions:
 
 
 def server_verb(
-    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
+    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE, is_endless: bool = False
 ) -> Callable[[Callable[..., ExitCode]], Callable[..., None]]:
-    """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client."""
+    """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client.
+
+    ``is_endless``: its watches wait for ever for a planner that does not answer.
+    """
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., None]:
         @functools.wraps(function)
         def with_client(terminal: Terminal, *args: Any, planner: PlannerOptions, **given: Any) -> ExitCode:
-            return planner.use(terminal, lambda client: function(terminal, client, *args, **given))
+            return planner.use(
+                terminal, lambda client: function(terminal, client, *args, **given), is_endless=is_endless
+            )
 
         terminal, _client, *own = inspect.signature(function).parameters.values()
         planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=PlannerOptions)

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.formats.endpoints import Endpoint, LeaderSearch, is_loopback
+from hetis.formats.endpoints import STREAM_OPEN, Endpoint, LeaderSearch, is_loopback
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,
     DISPATCH_SERVICE,
@@ -139,10 +139,15 @@ def _changed_nothing(error: CallError) -> bool:
 class _AnyStream:
     """A response stream from the leader; a planner that at once says NOT_LEADER is replaced by its leader."""
 
-    def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
+    def __init__(
+        self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any], on_open: Callable[[], object] | None = None
+    ) -> None:
+        """``on_open`` is called when the planner has opened the stream, which may be long before the first response."""
         self._leaders = leaders
         self._open_stream = open_stream
+        self._on_open = on_open
         self._tried = set[Endpoint]()
+        self._has_begun = False  # the present call
         self._has_come = False
         self._endpoint = leaders.present
         self._call = open_stream(self._endpoint)
@@ -157,6 +162,12 @@ class _AnyStream:
             raise error
         self._endpoint = self._leaders.present
         self._call = self._open_stream(self._endpoint)
+        self._has_begun = False
+
+    def _begins(self, metadata: Any) -> None:
+        # A proxy's answer lacks the key, and so does that of a planner that failed before it opened the stream.
+        if self._on_open is not None and STREAM_OPEN in [tuple(one) for one in metadata or ()]:
+            self._on_open()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)
@@ -169,6 +180,9 @@ class _Stream(_AnyStream):
     def __next__(self) -> Any:
         while True:
             try:
+                if self._on_open is not None and not self._has_begun:
+                    self._begins(self._call.initial_metadata())
+                    self._has_begun = True
                 response = next(self._call)
             except grpc.RpcError as error:
                 self._reopen(error)
@@ -181,6 +195,8 @@ class _AsyncStream(_AnyStream):
     async def __aiter__(self) -> AsyncIterator[Any]:
         while True:
             try:
+                if self._on_open is not None:
+                    self._begins(await self._call.initial_metadata())
                 async for response in self._call:
                     self._has_come = True
                     yield response
@@ -224,12 +240,14 @@ class _AnyLeaderChannel:
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         """Return the callable for a response stream. The caller reopens a broken one, which then goes to the leader."""
 
-        def call(request: Any, *, metadata: Any = None, **settings: Any) -> _AnyStream:
+        def call(
+            request: Any, *, metadata: Any = None, on_open: Callable[[], object] | None = None, **settings: Any
+        ) -> _AnyStream:
             def open_stream(endpoint: Endpoint) -> Any:
                 one = self.to(endpoint).unary_stream(method, *arguments, **named)
                 return one(request, metadata=self.metadata(metadata), **settings)
 
-            return self.stream(self.leaders, open_stream)
+            return self.stream(self.leaders, open_stream, on_open)
 
         return call
 

@@ -37,6 +37,7 @@ class Client:
     Attributes:
         clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
             directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
+        patience: makes the patience of a watch that is not given one.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Client:
         """
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        self._sleep, self._patience = sleep, patience
+        self._sleep, self.patience = sleep, patience
         self._channel = LeaderChannel(connection, sleep)
         channel = cast(grpc.Channel, self._channel)  # as far as stubs use one
         self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
@@ -137,7 +138,7 @@ class Client:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return _resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self._patience(), self._sleep)
+        return _resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self.patience(), self._sleep)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
@@ -154,7 +155,7 @@ class Client:
             self.clusters.WatchCluster,
             request,
             _next_of_cluster,
-            patience or self._patience(),
+            patience or self.patience(),
             self._sleep,
             is_endless=True,
         )
@@ -190,7 +191,7 @@ class Client:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
         pieces = _resumed(
-            self.plans.ReadPlanDocument, request, _next_of_document, patience or self._patience(), self._sleep
+            self.plans.ReadPlanDocument, request, _next_of_document, patience or self.patience(), self._sleep
         )
         return b"".join(piece.content for piece in pieces)
 
@@ -209,7 +210,7 @@ class AsyncClient:
         """Prepare a connection, as `Client` does."""
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        self._sleep, self._patience = sleep, patience
+        self._sleep, self.patience = sleep, patience
         channel: Any = AsyncLeaderChannel(connection, sleep)
         self._channel = channel
         self._health: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
@@ -279,7 +280,7 @@ class AsyncClient:
     ) -> AsyncIterator[plan_rpc.WatchPlanResponse]:
         """Yield the plan now and after each change, as `Client.watch_plan` does."""
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return _async_resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self._patience(), self._sleep)
+        return _async_resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self.patience(), self._sleep)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
@@ -290,7 +291,7 @@ class AsyncClient:
             self.clusters.WatchCluster,
             request,
             _next_of_cluster,
-            patience or self._patience(),
+            patience or self.patience(),
             self._sleep,
             is_endless=True,
         )
@@ -318,7 +319,7 @@ class AsyncClient:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
         pieces = _async_resumed(
-            self.plans.ReadPlanDocument, request, _next_of_document, patience or self._patience(), self._sleep
+            self.plans.ReadPlanDocument, request, _next_of_document, patience or self.patience(), self._sleep
         )
         return b"".join([piece.content async for piece in pieces])
 
@@ -349,7 +350,7 @@ def _items(page: Any) -> Iterable[Any]:
 
 
 def _resumed(
-    call: Callable[[Q], Iterable[R]],
+    call: Callable[..., Iterable[R]],
     request: Q,
     next_request: Callable[[Q, R], Q],
     patience: Patience,
@@ -364,7 +365,7 @@ def _resumed(
     while True:
         patience.attempt()
         try:
-            for response in call(request):
+            for response in call(request, on_open=patience.opened):
                 patience.answered()
                 request = next_request(request, response)
                 yield response
@@ -377,7 +378,7 @@ def _resumed(
 
 
 async def _async_resumed(
-    call: Callable[[Q], AsyncIterable[R]],
+    call: Callable[..., AsyncIterable[R]],
     request: Q,
     next_request: Callable[[Q, R], Q],
     patience: Patience,
@@ -389,7 +390,7 @@ async def _async_resumed(
     while True:
         patience.attempt()
         try:
-            async for response in call(request):
+            async for response in call(request, on_open=patience.opened):
                 patience.answered()
                 request = next_request(request, response)
                 yield response

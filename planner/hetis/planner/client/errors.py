@@ -109,7 +109,8 @@ def _details(error: grpc.RpcError) -> list[Any]:
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 TOLD_AFTER_S = 3.0  # a restart of the planner is usually over by then
-OPEN_AFTER_S = 30.0  # no attempt to connect takes so long: a stream that broke later was open
+TOLD_AGAIN_S = 60.0
+STANDS_AFTER_S = 1.0  # a stream that breaks sooner than this after it was opened is a failed attempt
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,7 +120,8 @@ class Patience:
     Attributes:
         limit_s: of the attempts and waits without an answer; the watch ends with the error rather than wait beyond it.
             0: the first error ends it.
-        tell: called with False when there has been no answer for `TOLD_AFTER_S`, and with True when there is one again.
+        tell: called with False when there has been no answer for `TOLD_AFTER_S`, and again every `TOLD_AGAIN_S`; with
+            True when there is one again.
         jitter: returns a number from 0 to 1, so that many clients do not return at once.
         clock: monotonic seconds.
     """
@@ -129,20 +131,24 @@ class Patience:
     jitter: Callable[[], float] = field(default=random.random)
     clock: Callable[[], float] = field(default=time.monotonic)
     _began_s: float | None = field(default=None, init=False)  # the attempt that has had no answer yet
+    _opened_s: float | None = field(default=None, init=False)  # when the planner opened its stream
     _silent_s: float = field(default=0.0, init=False)
     _attempts: int = field(default=0, init=False)
-    _has_told: bool = field(default=False, init=False)
+    _told_s: float | None = field(default=None, init=False)  # of the silence
 
     def attempt(self) -> None:
         """Note that an attempt begins."""
-        self._began_s = self.clock()
+        self._began_s, self._opened_s = self.clock(), None
+
+    def opened(self) -> None:
+        """Note that the planner has opened the stream: if it stands from now on, it has no news."""
+        self._opened_s = self.clock()
+        self._tell_reached()
 
     def answered(self) -> None:
         """Note an answer: a later failure starts a new series of retries."""
         self._began_s, self._silent_s, self._attempts = None, 0.0, 0
-        if self._has_told:
-            self._has_told = False
-            self.tell(True)
+        self._tell_reached()
 
     def next_wait_s(self, error: CallError | None) -> float:
         """Return how long to wait before the next attempt.
@@ -155,19 +161,24 @@ class Patience:
         """
         if error is not None and error.code is not grpc.StatusCode.UNAVAILABLE:
             raise error
-        took_s = 0.0 if self._began_s is None else self.clock() - self._began_s
-        if took_s > OPEN_AFTER_S:
+        if self._opened_s is not None and self.clock() - self._opened_s >= STANDS_AFTER_S:
             self.answered()
-            took_s = 0.0
+        took_s = 0.0 if self._began_s is None else self.clock() - self._began_s
         self._silent_s += took_s
-        longest = min(FIRST_WAIT_S * 2.0**self._attempts, LONGEST_WAIT_S)
+        longest = min(FIRST_WAIT_S * 2.0 ** min(self._attempts, 30), LONGEST_WAIT_S)  # an endless one overflows
         asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
         wait_s = max(longest * self.jitter(), asked_s)
         self._attempts += 1
         self._silent_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make it endless
         if error is not None and self._silent_s + took_s > self.limit_s:  # the next attempt takes its time, too
             raise error
-        if error is not None and self._silent_s >= TOLD_AFTER_S and not self._has_told:
-            self._has_told = True
+        tells_from_s = TOLD_AFTER_S if self._told_s is None else self._told_s + TOLD_AGAIN_S
+        if error is not None and self._silent_s >= tells_from_s:
+            self._told_s = self._silent_s
             self.tell(False)
         return wait_s
+
+    def _tell_reached(self) -> None:
+        if self._told_s is not None:
+            self._told_s = None
+            self.tell(True)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from hetis.formats.endpoints import STREAM_OPEN
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import ANYBODY, Identity, caller, is_open, require_role, set_caller
@@ -172,16 +173,21 @@ class Calls(grpc.aio.ServerInterceptor):
                 if decode is not None:
                     request = decoded(decode, given)
                     record.asks(request)
-                await self._streamed(method, behaviour(request, context), context)
+                await self._streamed(method, behaviour(request, context), context, is_watch=decode is not None)
 
             await self._watched(method, context, body, is_stream=True)
 
         return answer
 
-    async def _streamed(self, method: str, responses: Any, context: Context) -> None:
-        """Write a servicer's responses, or let it write them, in a task that a drain can end."""
+    async def _streamed(self, method: str, responses: Any, context: Context, *, is_watch: bool) -> None:
+        """Write a servicer's responses, or let it write them, in a task that a drain can end.
+
+        ``is_watch``: one request is answered, maybe late, so that the caller is told that the stream is open.
+        """
 
         async def write() -> None:
+            if is_watch and not is_open(method):
+                await context.send_initial_metadata((STREAM_OPEN,))
             if not hasattr(responses, "__aiter__"):
                 await responses
                 return

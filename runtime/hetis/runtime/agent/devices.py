@@ -356,7 +356,7 @@ def _find(nvml: ModuleType) -> list[_Found]:
             _log.warning("GPU %d cannot be opened and is left out: %s", index, error)
             continue
         slices = Nvml(nvml).slices(whole)
-        if slices is None:
+        if slices is None:  # also where they cannot be counted, which is logged
             found.append(_Found(handle=whole, whole=whole, is_slice=False))
         elif not slices:
             _log.warning("GPU %d is in MIG mode without a slice and is left out", index)

@@ -208,7 +208,7 @@ class HeadAllocator:
         self._limits = dict(limits)
 
     def drain(self, devices: frozenset[int]) -> None:
-        """Stop these workers, and no others, from taking groups. Moves to them must have been aborted."""
+        """Stop these workers, and no others, from taking groups; moves to them end."""
         assert LOCAL not in devices, "the ranks hold what nobody else can"
         self._drained = devices
         for device in range(1, len(self.state.devices)):
@@ -217,6 +217,7 @@ class HeadAllocator:
                 self.state.drain_device(device)
             elif status is DeviceStatus.DRAINING and device not in devices:
                 self.state.restore_device(device)
+        self._forget_moves()
 
     def lose(self, device: int) -> tuple[str, ...]:
         """Remove a worker that is lost with its KV, and return the requests that had groups there, in new homes.

@@ -212,6 +212,20 @@ def test_a_gpu_in_mig_mode_is_its_slices(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_gpu_whose_slices_cannot_be_counted_is_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_missing: bool
+) -> None:
+    call = "nvmlDeviceGetMaxMigDeviceCount"
+    refused = {} if is_missing else {call: real.NVML_ERROR_NO_PERMISSION}
+    module = with_gpus(monkeypatch, Gpu(slices=[Gpu()], refused=refused))
+    if is_missing:
+        delattr(module, call)
+        monkeypatch.delattr(module, "NVML_DEVICE_MIG_ENABLE", raising=False)
+    assert [(one.uuid, one.mig_slice) for one in discover("nvml").devices] == [("GPU-0", False)]
+    assert "slices of the GPU 00000000:3B:00.0 cannot be counted" in caplog.text
+
+
 def test_a_gpu_in_mig_mode_without_slices_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(opened(monkeypatch, Gpu(slices=[])).inventory().devices) == []
 
