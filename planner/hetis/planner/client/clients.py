@@ -138,7 +138,7 @@ class Client:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return _resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self.patience(), self._sleep)
+        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, patience)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
@@ -151,14 +151,7 @@ class Client:
             CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return _resumed(
-            self.clusters.WatchCluster,
-            request,
-            _next_of_cluster,
-            patience or self.patience(),
-            self._sleep,
-            is_endless=True,
-        )
+        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, is_endless=True)
 
     def wait(
         self,
@@ -190,10 +183,36 @@ class Client:
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = _resumed(
-            self.plans.ReadPlanDocument, request, _next_of_document, patience or self.patience(), self._sleep
-        )
+        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience)
         return b"".join(piece.content for piece in pieces)
+
+    def _resumed(
+        self,
+        call: Callable[..., Iterable[R]],
+        request: Q,
+        next_request: Callable[[Q, R], Q],
+        patience: Patience | None,
+        *,
+        is_endless: bool = False,
+    ) -> Iterator[R]:
+        """Yield a response stream, and open it again after a lost connection with what follows the last response.
+
+        ``is_endless``: a stream that ends by itself is opened again, too.
+        """
+        patience = patience or self.patience()
+        while True:
+            patience.attempt()
+            try:
+                for response in call(request, on_open=patience.opened):
+                    patience.answered()
+                    request = next_request(request, response)
+                    yield response
+                if not is_endless:
+                    return
+                wait_s = patience.next_wait_s(None)
+            except grpc.RpcError as error:
+                wait_s = patience.next_wait_s(call_error(error))
+            self._sleep(wait_s)
 
 
 class AsyncClient:
@@ -280,21 +299,14 @@ class AsyncClient:
     ) -> AsyncIterator[plan_rpc.WatchPlanResponse]:
         """Yield the plan now and after each change, as `Client.watch_plan` does."""
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
-        return _async_resumed(self.plans.WatchPlan, request, _next_of_plan, patience or self.patience(), self._sleep)
+        return self._resumed(self.plans.WatchPlan, request, _next_of_plan, patience)
 
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
     ) -> AsyncIterator[cluster_rpc.WatchClusterResponse]:
         """Yield the cluster's present state, then every change, as `Client.watch_cluster` does."""
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
-        return _async_resumed(
-            self.clusters.WatchCluster,
-            request,
-            _next_of_cluster,
-            patience or self.patience(),
-            self._sleep,
-            is_endless=True,
-        )
+        return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, is_endless=True)
 
     async def wait(
         self,
@@ -318,10 +330,33 @@ class AsyncClient:
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
-        pieces = _async_resumed(
-            self.plans.ReadPlanDocument, request, _next_of_document, patience or self.patience(), self._sleep
-        )
+        pieces = self._resumed(self.plans.ReadPlanDocument, request, _next_of_document, patience)
         return b"".join([piece.content async for piece in pieces])
+
+    async def _resumed(
+        self,
+        call: Callable[..., AsyncIterable[R]],
+        request: Q,
+        next_request: Callable[[Q, R], Q],
+        patience: Patience | None,
+        *,
+        is_endless: bool = False,
+    ) -> AsyncIterator[R]:
+        """Yield a response stream as `Client` does."""
+        patience = patience or self.patience()
+        while True:
+            patience.attempt()
+            try:
+                async for response in call(request, on_open=patience.opened):
+                    patience.answered()
+                    request = next_request(request, response)
+                    yield response
+                if not is_endless:
+                    return
+                wait_s = patience.next_wait_s(None)
+            except grpc.RpcError as error:
+                wait_s = patience.next_wait_s(call_error(error))
+            await self._sleep(wait_s)
 
 
 def _pages(call: Callable[[Q], Message], request: Q) -> Iterator[Any]:
@@ -347,59 +382,6 @@ async def _async_pages(call: Callable[[Q], Awaitable[Message]], request: Q) -> A
 def _items(page: Any) -> Iterable[Any]:
     """Return the items of a page, which has no other list."""
     return next(getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated)
-
-
-def _resumed(
-    call: Callable[..., Iterable[R]],
-    request: Q,
-    next_request: Callable[[Q, R], Q],
-    patience: Patience,
-    sleep: Callable[[float], None],
-    *,
-    is_endless: bool = False,
-) -> Iterator[R]:
-    """Yield a response stream, and open it again after a lost connection with what follows the last response.
-
-    ``is_endless``: a stream that ends by itself is opened again, too.
-    """
-    while True:
-        patience.attempt()
-        try:
-            for response in call(request, on_open=patience.opened):
-                patience.answered()
-                request = next_request(request, response)
-                yield response
-            if not is_endless:
-                return
-            wait_s = patience.next_wait_s(None)
-        except grpc.RpcError as error:
-            wait_s = patience.next_wait_s(call_error(error))
-        sleep(wait_s)
-
-
-async def _async_resumed(
-    call: Callable[..., AsyncIterable[R]],
-    request: Q,
-    next_request: Callable[[Q, R], Q],
-    patience: Patience,
-    sleep: Callable[[float], Awaitable[None]],
-    *,
-    is_endless: bool = False,
-) -> AsyncIterator[R]:
-    """Yield a response stream as `_resumed` does."""
-    while True:
-        patience.attempt()
-        try:
-            async for response in call(request, on_open=patience.opened):
-                patience.answered()
-                request = next_request(request, response)
-                yield response
-            if not is_endless:
-                return
-            wait_s = patience.next_wait_s(None)
-        except grpc.RpcError as error:
-            wait_s = patience.next_wait_s(call_error(error))
-        await sleep(wait_s)
 
 
 def _next_of_plan(request: plan_rpc.WatchPlanRequest, last: plan_rpc.WatchPlanResponse) -> plan_rpc.WatchPlanRequest:
