@@ -13,7 +13,7 @@ from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
-from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, last
+from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option
 
 if TYPE_CHECKING:
     from hetis.formats.discovery.fleet import Discovered
@@ -118,8 +118,10 @@ def discover(
     if source is FleetSource.AGENTS:
 
         def from_agents(client: Client) -> ExitCode:
+            from hetis.planner.convert.names import last_part
+
             parent = chosen_cluster(client, asked.cluster)
-            return written(_of_agents(client, parent, with_busy), [f"agents of {parent}"], last(parent))
+            return written(_of_agents(client, parent, with_busy), [f"agents of {parent}"], last_part(parent))
 
         return planner.use(terminal, from_agents)
     if source is FleetSource.NVML:

@@ -19,8 +19,8 @@ from rich.text import Text
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
-from hetis.planner.cli.server_verb import last, word
 from hetis.planner.client import CallError, Client
+from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
 from hetis.planner.report.tables import facts, table
 from hetis.solver.budget import Progress
@@ -143,7 +143,7 @@ def gap_of(plan: plan_pb2.Plan) -> str:
 
 
 def _mode(mode: int) -> str:
-    return word(cluster_pb2.ReactionMode, mode).lower() if mode else "default"
+    return word_of(cluster_pb2.ReactionMode, mode).lower() if mode else "default"
 
 
 def _trouble(devices: Sequence[report_pb2.DeviceReport]) -> Text:
@@ -157,66 +157,66 @@ def _trouble(devices: Sequence[report_pb2.DeviceReport]) -> Text:
 
 
 def _trigger(trigger: redispatch_pb2.RedispatchTrigger) -> str:
-    kind = word(redispatch_pb2.TriggerKind, trigger.kind).lower().replace("_", " ")
+    kind = word_of(redispatch_pb2.TriggerKind, trigger.kind).lower().replace("_", " ")
     return f"{kind} {trigger.device}".strip()
 
 
 COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
     "clusters": (
-        ResourceColumn("'cluster", lambda c: last(c.name)),
+        ResourceColumn("'cluster", lambda c: last_part(c.name)),
         ResourceColumn("nodes", lambda c: f"{c.num_connected_nodes:,}/{c.num_nodes:,}"),
         ResourceColumn("GPUs", lambda c: f"{c.num_gpus:,}"),
-        ResourceColumn("'active plan", lambda c: last(c.active_plan)),
-        ResourceColumn("'earlier", lambda c: last(c.earlier_plan)),
+        ResourceColumn("'active plan", lambda c: last_part(c.active_plan)),
+        ResourceColumn("'earlier", lambda c: last_part(c.earlier_plan)),
         ResourceColumn("changed", lambda c: ago(c.update_time)),
         ResourceColumn("'etag", lambda c: c.etag, wide=True),
         ResourceColumn("'re-dispatch", lambda c: _mode(c.policy.redispatch), wide=True),
         ResourceColumn("'placement", lambda c: _mode(c.policy.placement), wide=True),
     ),
     "nodes": (
-        ResourceColumn("'node", lambda n: last(n.name)),
+        ResourceColumn("'node", lambda n: last_part(n.name)),
         ResourceColumn(
-            "'state", lambda n: state(word(cluster_pb2.NodeState, n.state) + (" draining" if n.draining else ""))
+            "'state", lambda n: state(word_of(cluster_pb2.NodeState, n.state) + (" draining" if n.draining else ""))
         ),
         ResourceColumn("GPUs", lambda n: str(len(n.devices))),
         ResourceColumn("'KV of the fullest", lambda n: kv_bar(n.devices)),
         ResourceColumn("'trouble", lambda n: _trouble(n.devices)),
         ResourceColumn("heard", lambda n: ago(n.heard_time)),
-        ResourceColumn("'replicas", lambda n: ", ".join(last(name) for name in n.replicas), wide=True),
+        ResourceColumn("'replicas", lambda n: ", ".join(last_part(name) for name in n.replicas), wide=True),
         ResourceColumn("'agent", lambda n: n.agent_version, wide=True),
         ResourceColumn("'types", lambda n: ", ".join(sorted({d.gpu_type for d in n.inventory.devices})), wide=True),
     ),
     "plans": (
-        ResourceColumn("'plan", lambda p: last(p.name)),
-        ResourceColumn("'cluster", lambda p: last(p.cluster)),
-        ResourceColumn("'state", lambda p: state(word(plan_pb2.PlanState, p.state))),
+        ResourceColumn("'plan", lambda p: last_part(p.name)),
+        ResourceColumn("'cluster", lambda p: last_part(p.cluster)),
+        ResourceColumn("'state", lambda p: state(word_of(plan_pb2.PlanState, p.state))),
         ResourceColumn("value", value_of),
         ResourceColumn("gap", gap_of),
-        ResourceColumn("'activation", lambda p: state(word(plan_pb2.ActivationState, p.activation))),
+        ResourceColumn("'activation", lambda p: state(word_of(plan_pb2.ActivationState, p.activation))),
         ResourceColumn("made", lambda p: ago(p.create_time)),
         ResourceColumn("GPUs", lambda p: f"{p.result.num_gpus:,}" if p.HasField("result") else "", wide=True),
-        ResourceColumn("'origin", lambda p: word(plan_pb2.PlanOrigin, p.origin).lower(), wide=True),
+        ResourceColumn("'origin", lambda p: word_of(plan_pb2.PlanOrigin, p.origin).lower(), wide=True),
         ResourceColumn("'why", lambda p: p.proposal_reason, wide=True),
         ResourceColumn("'etag", lambda p: p.etag, wide=True),
     ),
     "replicas": (
-        ResourceColumn("'replica", lambda r: last(r.name)),
-        ResourceColumn("'state", lambda r: state(word(replica_pb2.ReplicaState, r.state))),
-        ResourceColumn("'role", lambda r: word(replica_pb2.ReplicaRole, r.role).lower() if r.role else "unified"),
-        ResourceColumn("'plan", lambda r: last(r.plan)),
+        ResourceColumn("'replica", lambda r: last_part(r.name)),
+        ResourceColumn("'state", lambda r: state(word_of(replica_pb2.ReplicaState, r.state))),
+        ResourceColumn("'role", lambda r: word_of(replica_pb2.ReplicaRole, r.role).lower() if r.role else "unified"),
+        ResourceColumn("'plan", lambda r: last_part(r.plan)),
         ResourceColumn("generation", lambda r: str(r.generation)),
         ResourceColumn("running", lambda r: str(r.report.num_running)),
         ResourceColumn("waiting", lambda r: str(r.report.num_waiting)),
         ResourceColumn("'re-dispatch", lambda r: "under way" if r.redispatch else ""),
         ResourceColumn("'nodes", lambda r: ", ".join(r.nodes), wide=True),
         ResourceColumn("'primary", lambda r: r.primary_node, wide=True),
-        ResourceColumn("'authority", lambda r: word(replica_pb2.HeadMapAuthority, r.authority).lower(), wide=True),
+        ResourceColumn("'authority", lambda r: word_of(replica_pb2.HeadMapAuthority, r.authority).lower(), wide=True),
         ResourceColumn("'why", lambda r: r.failure.message, wide=True),
     ),
     "redispatches": (
-        ResourceColumn("'re-dispatch", lambda r: last(r.name)[:8]),
-        ResourceColumn("'replica", lambda r: last(r.replica)),
-        ResourceColumn("'state", lambda r: state(word(redispatch_pb2.RedispatchState, r.state))),
+        ResourceColumn("'re-dispatch", lambda r: last_part(r.name)[:8]),
+        ResourceColumn("'replica", lambda r: last_part(r.replica)),
+        ResourceColumn("'state", lambda r: state(word_of(redispatch_pb2.RedispatchState, r.state))),
         ResourceColumn("moves", lambda r: f"{r.num_moves:,}"),
         ResourceColumn("KV", lambda r: gigabytes(r.kv_bytes)),
         ResourceColumn("'slowest device", lambda r: f"{seconds(r.makespan_before_s)} → {seconds(r.makespan_after_s)}"),
@@ -226,10 +226,10 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'name", lambda r: r.name, wide=True),
     ),
     "profiles": (
-        ResourceColumn("'profile", lambda p: last(p.name)),
+        ResourceColumn("'profile", lambda p: last_part(p.name)),
         ResourceColumn("'GPU type", lambda p: p.gpu_type),
         ResourceColumn("usable", lambda p: gigabytes(p.usable_bytes)),
-        ResourceColumn("'from", lambda p: ", ".join(word(profile_pb2.ProfileSource, s).lower() for s in p.sources)),
+        ResourceColumn("'from", lambda p: ", ".join(word_of(profile_pb2.ProfileSource, s).lower() for s in p.sources)),
         ResourceColumn("error", lambda p: percent(p.held_out_mape) if p.HasField("held_out_mape") else ""),
         ResourceColumn("changed", lambda p: ago(p.update_time)),
         ResourceColumn("'etag", lambda p: p.etag, wide=True),
@@ -245,8 +245,8 @@ def plan_summary(plan: plan_pb2.Plan, steps: Sequence[plan_service_pb2.Transitio
     rows = (
         (
             str(step.wave),
-            word(plan_service_pb2.TransitionKind, step.kind).lower(),
-            last(step.replica),
+            word_of(plan_service_pb2.TransitionKind, step.kind).lower(),
+            last_part(step.replica),
             ", ".join(step.devices),
             f"{step.load_bytes / 2**30:,.0f} GiB" if step.load_bytes else "",
         )
@@ -258,7 +258,7 @@ def plan_summary(plan: plan_pb2.Plan, steps: Sequence[plan_service_pb2.Transitio
 def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
     yield "Plan", plan.name
     yield "Cluster", plan.cluster
-    yield "State", state(word(plan_pb2.PlanState, plan.state))
+    yield "State", state(word_of(plan_pb2.PlanState, plan.state))
     if plan.HasField("result"):
         found = plan.result
         yield "Value", f"{digits(found.value, 4)} {found.unit}"
@@ -266,12 +266,12 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Bound", bound + (f"  gap {percent(found.gap)}" if found.HasField("gap") else "")
         workers = f", {found.num_attention_workers:,} of them attention workers" if found.num_attention_workers else ""
         yield "Uses", f"{plural(found.num_replicas, 'replica')} on {plural(found.num_gpus, 'GPU')}{workers}"
-        yield "Solved", f"{word(plan_pb2.SolveStatus, found.status).lower()} in {seconds(found.solve_s)}"
+        yield "Solved", f"{word_of(plan_pb2.SolveStatus, found.status).lower()} in {seconds(found.solve_s)}"
     for note in plan.result.notes:
         yield "Note", note
     if plan.proposal_reason:
         yield "Proposed", plan.proposal_reason
-    yield "Activation", state(word(plan_pb2.ActivationState, plan.activation))
+    yield "Activation", state(word_of(plan_pb2.ActivationState, plan.activation))
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
@@ -284,12 +284,12 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
         if device.unhealthy:
             return Text(device.unhealthy, style="red")
         reasons = (reason for reason in device.throttle_reasons if reason != report_pb2.THROTTLE_REASON_IDLE)
-        slowed = [word(report_pb2.ThrottleReason, reason).lower() for reason in reasons]
+        slowed = [word_of(report_pb2.ThrottleReason, reason).lower() for reason in reasons]
         return Text(f"throttled: {', '.join(slowed)}" if slowed else "", style="yellow")
 
     for node in nodes:
-        name = word(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
-        first = (last(node.name), state(name), ago(node.heard_time))
+        name = word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
+        first = (last_part(node.name), state(name), ago(node.heard_time))
         for device in node.devices:
             made.add_row(
                 *first,
@@ -337,25 +337,27 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
         case "cluster":
             cluster = event.cluster
             far = f"{cluster.num_connected_nodes:,} of {plural(cluster.num_nodes, 'node')} connected"
-            return f"{at} cluster {last(cluster.name)}: {far}, active {last(cluster.active_plan) or 'no plan'}"
+            return (
+                f"{at} cluster {last_part(cluster.name)}: {far}, active {last_part(cluster.active_plan) or 'no plan'}"
+            )
         case "node":
             node = event.node
             kv = kv_ratio(node.devices)
-            state = word(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
-            return f"{at} node {last(node.name)}: {state}" + (f", KV {percent(kv)}" if kv is not None else "")
+            state = word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
+            return f"{at} node {last_part(node.name)}: {state}" + (f", KV {percent(kv)}" if kv is not None else "")
         case "removed_node":
-            return f"{at} node {last(event.removed_node)}: gone"
+            return f"{at} node {last_part(event.removed_node)}: gone"
         case "replica":
             replica = event.replica
             report = replica.report
             load = f"{report.num_running} running, {report.num_waiting} waiting"
-            state = word(replica_pb2.ReplicaState, replica.state)
-            return f"{at} replica {last(replica.name)}: {state}, generation {replica.generation}, {load}"
+            state = word_of(replica_pb2.ReplicaState, replica.state)
+            return f"{at} replica {last_part(replica.name)}: {state}, generation {replica.generation}, {load}"
         case "redispatch":
             moved = event.redispatch
-            state = word(redispatch_pb2.RedispatchState, moved.state)
+            state = word_of(redispatch_pb2.RedispatchState, moved.state)
             gain = f"{seconds(moved.makespan_before_s)} → {seconds(moved.makespan_after_s)}"
-            return f"{at} re-dispatch of {last(moved.replica)}: {state}, {plural(moved.num_moves, 'move')}, {gain}"
+            return f"{at} re-dispatch of {last_part(moved.replica)}: {state}, {plural(moved.num_moves, 'move')}, {gain}"
     return "--- now live" if event.caught_up else ""
 
 
@@ -427,8 +429,8 @@ def line_of(plan: plan_pb2.Plan) -> str:
         counts = (far.num_serving, far.num_starting, far.num_failed, far.num_draining)
         words = zip(counts, ("serve", "start", "failed", "drain"), strict=True)
         said = ", ".join(f"{count} {what}" for count, what in words if count)
-        return f"{plan.name} {word(plan_pb2.ActivationState, plan.activation)}: {said or 'no replica yet'}"
-    return f"{plan.name} {word(plan_pb2.PlanState, plan.state)}"
+        return f"{plan.name} {word_of(plan_pb2.ActivationState, plan.activation)}: {said or 'no replica yet'}"
+    return f"{plan.name} {word_of(plan_pb2.PlanState, plan.state)}"
 
 
 def _progress(said: plan_pb2.SolveProgress) -> Progress:

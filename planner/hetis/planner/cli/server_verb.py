@@ -151,6 +151,8 @@ def full_name(kind: str, text: str, cluster: str | None = None) -> str:
 
 def chosen_cluster(client: Client, given: str | None) -> str:
     """Return the cluster that was given, or the only one there is."""
+    from hetis.planner.convert.names import last_part
+
     if given:
         return full_name("clusters", given)
     names = [cluster.name for cluster in client.list_clusters()]
@@ -158,24 +160,9 @@ def chosen_cluster(client: Client, given: str | None) -> str:
         return names[0]
     if not names:
         raise typer.BadParameter("the planner has no cluster yet: hetis-plan apply CLUSTER_FILE")
-    raise typer.BadParameter(f"which cluster? --cluster {' | '.join(last(name) for name in names[:5])}")
-
-
-def last(name: str) -> str:
-    """Return the last part of a name."""
-    return name.rpartition("/")[2]
+    raise typer.BadParameter(f"which cluster? --cluster {' | '.join(last_part(name) for name in names[:5])}")
 
 
 def id_of(text: str) -> str:
     """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
-
-
-def word(kind: Any, value: int) -> str:
-    """Return the value's name without the enum's prefix, or the number of a value newer than this program.
-
-    ``kind`` is the enum, to which stubs give another type than it has.
-    """
-    by_number = kind.DESCRIPTOR.values_by_number
-    prefix = str(by_number[0].name).removesuffix("UNSPECIFIED")
-    return str(by_number[value].name).removeprefix(prefix) if value in by_number else str(value)
