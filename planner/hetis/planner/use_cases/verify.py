@@ -28,9 +28,7 @@ from hetis.solver.problem import PlacementProblem
 VERIFICATION = "verification"  # entry of `Plan.inputs`
 TURNS = 8  # how often a run replaces all the requests that a plan holds at once
 FEWEST = 1_000  # requests per run
-FILLS = (
-    2  # a plan's seats are filled at least so often, if that is not too much: where most stay empty, TPOT looks good
-)
+FILLS = 2  # how often at least, if that is not too much: where most seats stay empty, TPOT looks too good
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
 CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
@@ -86,8 +84,7 @@ def verified(
     """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
-    limits = plan.objective
-    found = _verify(plan, problem, limits, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
+    found = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
     return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
 
 
@@ -191,15 +188,15 @@ def simulated_at(
 
 
 def _verify(
-    plan: Plan, problem: PlacementProblem, limits: Objective, *, at_least_rps: float, seed: int,
-    cancelled: threading.Event, report: Report,
+    plan: Plan, problem: PlacementProblem, *, at_least_rps: float, seed: int, cancelled: threading.Event,
+    report: Report,
 ) -> Verification | None:  # fmt: skip
     planned_rps, long, longer = default_rate(plan, problem), enough_of(plan), longest_of(plan)
 
     @cache
     def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> TriedRate:
         found = simulated_at(
-            plan, problem, rate_rps, limits, seed=traffic, lengths=lengths, cancelled=cancelled, report=report
+            plan, problem, rate_rps, plan.objective, seed=traffic, lengths=lengths, cancelled=cancelled, report=report
         )
         if found is None:
             raise _CancelledError
