@@ -120,12 +120,12 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
                 now_s = arrived[0].read_s
                 continue
         holds_back = bool(num and waiting) and not prefilling and waited < engine.wait_iterations
-        if holds_back and (
-            engine.waits_by_turns or num + sum(request.prompt for request in waiting) < engine.wait_tokens
-        ):
+        if not engine.waits_by_turns:
+            holds_back = holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens
+            waited = waited if holds_back else 0
+        if holds_back:
             chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
         else:
-            holds_back, waited = False, waited if engine.waits_by_turns else 0
             chunk, tokens, pairs, read = _chunk(waiting, prefilling, engine, num, attended)
         if not chunk:
             steps = finishing[0][0] - step
