@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from operator import add, sub
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -43,25 +44,38 @@ class Decoding(Protocol):
 
 
 class PoolLoad:
-    """Load of one micro-batch's decoding requests on D devices: pairs with head groups, and their tokens."""
+    """Load of one micro-batch's decoding requests on D devices: pairs with head groups, and their tokens.
+
+    These are lists, as are the other figures of devices that every iteration looks at: a stage has few devices, and an
+    array of few numbers takes longer than they do.
+    """
 
     __slots__ = ("groups", "growing", "looked", "tokens")
 
     def __init__(self, devices: int) -> None:
-        self.groups = np.zeros(devices, np.int64)
-        self.growing = np.zeros(devices, np.int64)  # of requests within the sliding window
-        self.tokens = np.zeros(devices)
+        self.groups = [0] * devices
+        self.growing = [0] * devices  # of requests within the sliding window
+        self.tokens = [0.0] * devices
         self.looked = 0  # step of the last check by re-dispatch
 
-    def add(self, groups: IntArray, attended: float, *, grows: bool) -> None:
-        self.groups += groups
-        self.tokens += groups * attended
-        if grows:
-            self.growing += groups
+    def add(self, groups: Sequence[int], attended: float, *, grows: bool) -> None:
+        """Add the head groups of a request on each device, or remove them if negative."""
+        for i, more in enumerate(groups):
+            self.groups[i] += more
+            self.tokens[i] += more * attended
+            if grows:
+                self.growing[i] += more
+
+    def stop_growing(self, groups: Sequence[int]) -> None:
+        """Note that a request has reached the sliding window."""
+        for i, fewer in enumerate(groups):
+            self.growing[i] -= fewer
 
     def grow(self, growth: KvGrowth) -> None:
         """Let the context of every request grow by one token."""
-        self.tokens += growth.first_slope * self.growing + growth.slope * (self.groups - self.growing)
+        first, late, tokens = growth.first_slope, growth.slope, self.tokens
+        for i, growing in enumerate(self.growing):
+            tokens[i] += first * growing + late * (self.groups[i] - growing)
 
 
 _Affine = list[tuple[float, float]]  # seconds, and seconds per byte
@@ -82,6 +96,7 @@ class PoolTiming:
         most = max(len(own), len(card))
         rows = [_padded(own, most)] + [_padded(card, most)] * cards
         self._call, self._pair, self._token = (np.array([[p[k] for p in row] for row in rows]) for k in range(3))
+        self._pieces = rows  # per device: seconds, seconds per pair and per token of each piece
         self._send = _affine(fit_of(problem.profiles[shape.gpu], Op.TRANSFER, model, shape.tp), pool.link)
         self._receive = _affine(fit_of(problem.profiles[pool.gpu], Op.TRANSFER, model, 1), pool.link)
         self._latency_s = 2.0 * pool.link.latency_s
@@ -91,41 +106,42 @@ class PoolTiming:
         self._block_tokens = problem.assumptions.block_tokens
         self._heads = HeadShape.of_model(model, block_tokens=self._block_tokens)
 
-    def device_seconds(self, groups: IntArray, tokens: FloatArray) -> FloatArray:
+    def device_seconds(self, groups: Sequence[int], tokens: Sequence[float]) -> list[float]:
         """Return decode attention per layer, [D], for ``groups`` (request, group) pairs and attended ``tokens``."""
-        times: FloatArray = (
-            self._call + self._pair * groups[:, None] + self._token * tokens[:, None]
-        ).max(axis=1)  # fmt: skip
-        return np.where(groups > 0, times, 0.0)
+        return [
+            max([call + per_pair * pairs + per_token * attended for call, per_pair, per_token in pieces])
+            if pairs
+            else 0.0
+            for pieces, pairs, attended in zip(self._pieces, groups, tokens, strict=True)
+        ]
 
-    def attention_s(self, device_s: FloatArray, groups: IntArray) -> float:
+    def attention_s(self, device_s: Sequence[float], groups: Sequence[int]) -> float:
         """Return the time per layer: the stage's own share, or the slowest card with its exchange."""
-        own_s = float(device_s[0])
-        away = int(groups[1:].sum())
+        own_s = device_s[0]
+        away = sum(groups) - groups[0]
         if not away:
             return own_s
         sending = _most(self._send, away * self._pair_bytes)
         slowest = 0.0
-        for seconds, pairs in zip(device_s[1:].tolist(), groups[1:].tolist(), strict=True):
-            if pairs:
-                slowest = max(slowest, seconds + max(sending, _most(self._receive, pairs * self._pair_bytes)))
+        for i in range(1, len(groups)):
+            if pairs := groups[i]:
+                slowest = max(slowest, device_s[i] + max(sending, _most(self._receive, pairs * self._pair_bytes)))
         return max(own_s, slowest + self._latency_s)
 
-    def late_s(self, chunk: FloatArray, groups: IntArray, layer_s: float) -> float:
+    def late_s(self, chunk: Sequence[int], groups: Sequence[int], layer_s: float) -> float:
         """Return the time that the KV of a chunk adds to a layer that takes ``layer_s``: it is sent in parallel, over
         the same link as the exchange. ``chunk`` are (token, group) pairs per device [D]."""
-        return max(0.0, self._ship_s(chunk) + self._exchange_s(groups) - layer_s) if chunk[1:].any() else 0.0
+        return max(0.0, self._ship_s(chunk[1:]) + self._exchange_s(groups[1:]) - layer_s) if any(chunk[1:]) else 0.0
 
-    def _ship_s(self, chunk: FloatArray) -> float:
-        total, most = float(chunk[1:].sum()), float(chunk[1:].max())
+    def _ship_s(self, chunk: Sequence[int]) -> float:
+        total, most = sum(chunk), max(chunk)
         return max(_most(self._send, total * self._token_bytes), _most(self._receive, most * self._token_bytes))
 
-    def _exchange_s(self, groups: IntArray) -> float:
-        away, most = int(groups[1:].sum()), int(groups[1:].max())
-        if not away:
+    def _exchange_s(self, away: Sequence[int]) -> float:
+        if not any(away):
             return 0.0
-        sending = _most(self._send, away * self._pair_bytes)
-        return max(sending, _most(self._receive, most * self._pair_bytes)) + self._latency_s
+        sending = _most(self._send, sum(away) * self._pair_bytes)
+        return max(sending, _most(self._receive, max(away) * self._pair_bytes)) + self._latency_s
 
     def move_byte_s(self, devices: int) -> FloatArray:
         """Return the seconds per byte of KV that moves in or out, [D]."""
@@ -159,7 +175,7 @@ def _affine(fit: Fit, link: Link) -> _Affine:
 
 
 def _most(pieces: _Affine, num_bytes: float) -> float:
-    return max(fixed + per_byte * num_bytes for fixed, per_byte in pieces)
+    return max([fixed + per_byte * num_bytes for fixed, per_byte in pieces])
 
 
 Moved = Callable[[int], None]
@@ -316,8 +332,8 @@ class PoolCopy:
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
         self._growth = growth
-        self.homes: dict[int, IntArray] = {}  # the head groups of every request here on each device, [D]
-        self.busy_s = np.zeros(len(names))  # seconds of attention on each device, [D]
+        self.homes: dict[int, list[int]] = {}  # the head groups of every request here on each device, [D]
+        self.busy_s = [0.0] * len(names)  # seconds of attention on each device, [D]
         self.total_blocks = np.asarray(blocks, np.int64)
         self._next_card = 0
         self._dispatch: Callable[[DeviceLoad, Requests], IntArray | None] = self._as_planned
@@ -354,8 +370,8 @@ class PoolCopy:
             growth_tokens=np.array([self._growth if len(state) else 0]),
         )
         here = DeviceLoad(
-            heads=load.groups * heads.queries_per_group,
-            kv_bytes=load.tokens * heads.kv_bytes_per_token,
+            heads=np.array(load.groups) * heads.queries_per_group,
+            kv_bytes=np.array(load.tokens) * heads.kv_bytes_per_token,
             free_blocks=free,
         )
         groups = self._dispatch(here, new)
@@ -363,7 +379,7 @@ class PoolCopy:
             return False
         growth = int(new.growth_tokens[0])
         state.admit_one(str(request), context_tokens=tokens, remaining_tokens=growth, groups=groups)
-        self.homes[request] = groups
+        self.homes[request] = groups.tolist()
         return True
 
     def remove(self, request: int) -> None:
@@ -371,9 +387,14 @@ class PoolCopy:
         if self.homes.pop(request, None) is not None:
             self.state.finish(str(request))
 
-    def grow(self, requests: Sequence[int]) -> list[int]:
-        """Grow every request's cache by one token; return those that did not grow because no block was free."""
-        return [int(name) for name in self.state.grow([str(request) for request in requests])]
+    def grow(self, cached: Sequence[tuple[int, int]]) -> list[int]:
+        """Lengthen requests to as many cached tokens; return those that do not grow because no block was free.
+
+        Only requests that need a new block have to be lengthened: those in between change nothing but what re-dispatch
+        looks at, and `look` catches up.
+        """
+        grow = self.state.grow_one
+        return [request for request, tokens in cached if not grow(str(request), context_tokens=tokens)]
 
     def _as_planned(self, load: DeviceLoad, new: Requests) -> IntArray | None:
         """Return the plan's split: whole head groups go to the cards in turn, over all requests."""
@@ -398,27 +419,25 @@ class PoolCopy:
         """
         groups, tokens = loads[0].groups, loads[0].tokens
         for load in loads[1:]:
-            groups, tokens = groups + load.groups, tokens + load.tokens
-        timing = self.timing
+            groups, tokens = list(map(add, groups, load.groups)), list(map(add, tokens, load.tokens))
+        timing, busy_s = self.timing, self.busy_s
         device_s = timing.device_seconds(groups, tokens)
-        self.busy_s += timing.layers * device_s
+        for i, seconds in enumerate(device_s):
+            busy_s[i] += timing.layers * seconds
         total = timing.attention_s(device_s, groups)
-        chunk: FloatArray | None = None
-        for batch in batches:
-            for request, num, _ in batch.chunk:
-                here = np.multiply(self.homes[request], float(num))
-                chunk = here if chunk is None else np.add(chunk, here)
-        if chunk is not None:
+        parts = [(self.homes[request], num) for batch in batches for request, num, _ in batch.chunk]
+        if parts:
+            chunk = [sum(home[i] * num for home, num in parts) for i in range(len(groups))]
             total += timing.late_s(chunk, groups, layers_s / timing.layers + total)
         return timing.layers * total
 
     def after_others(self, start_s: float, end_s: float, load: PoolLoad) -> float:
         """Return when an iteration from ``start_s`` to ``end_s`` ends if its cards serve other stages too."""
         assert self._shared is not None
-        seconds = self.timing.layers * self.timing.device_seconds(load.groups, load.tokens)
-        for card, busy_s in zip(self._shared, seconds[1:].tolist(), strict=True):
-            if busy_s:
-                card.free_s = max(start_s, card.free_s) + busy_s
+        device_s = self.timing.device_seconds(load.groups, load.tokens)
+        for card, seconds in zip(self._shared, device_s[1:], strict=True):
+            if seconds:
+                card.free_s = max(start_s, card.free_s) + self.timing.layers * seconds
                 end_s = max(end_s, card.free_s)
         return end_s
 
@@ -430,18 +449,19 @@ class PoolCopy:
             return
         load.looked = batch.step
         if not self._migration.is_under_way:
+            self.grow([(one, batch.growth.cached(batch.step + 1 - origin)) for one, origin in batch.decoding.items()])
             self._migration.look(now_s, batch, partial(self._moved, batch, load))
 
     def _moved(self, batch: Decoding, load: PoolLoad, request: int) -> None:
         """Update the home of a request that has moved."""
         if request not in self.homes:
             return
-        before, after = self.homes[request], self.state.groups(str(request))
+        before, after = self.homes[request], self.state.groups(str(request)).tolist()
         self.homes[request] = after
         origin = batch.decoding.get(request)
         if origin is not None:
             is_within = origin + batch.growth.window > batch.step
-            load.add(after - before, batch.growth.attended(batch.step + 1 - origin), grows=is_within)
+            load.add(list(map(sub, after, before)), batch.growth.attended(batch.step + 1 - origin), grows=is_within)
 
     def holders(self, card: int) -> set[int]:
         """Return the requests that have head groups on a card."""

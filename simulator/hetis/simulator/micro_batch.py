@@ -64,7 +64,8 @@ class MicroBatch:
             step k it has ``k - decoding[request]`` tokens of KV.
         attended: tokens to which they attend in the present step.
         growing: how many of them are within the sliding window.
-        phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block.
+        phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block;
+            ``by_phase`` are their names, in order of joining, if there are pools.
         late_phases: the same of requests beyond a window that frees KV, modulo their tokens for a block.
         finishing: by step, requests that may finish at its end (they may have been evicted meanwhile).
         leaving_window: by step, requests that reach the sliding window.
@@ -81,8 +82,8 @@ class MicroBatch:
     """
 
     __slots__ = (
-        "alive", "attended", "chunk", "contents", "copies", "decoding", "finishing", "growing", "growth", "idle",
-        "index", "late_phases", "leaving_window", "loads", "phases", "pools", "prefilling", "ready", "reserved",
+        "alive", "attended", "by_phase", "chunk", "contents", "copies", "decoding", "finishing", "growing", "growth",
+        "idle", "index", "late_phases", "leaving_window", "loads", "phases", "pools", "prefilling", "ready", "reserved",
         "rooms", "seconds", "sending", "step",
     )  # fmt: skip
 
@@ -93,6 +94,7 @@ class MicroBatch:
         self.decoding: dict[int, int] = {}
         self.attended, self.growing = 0.0, 0
         self.phases = [0] * growth.block_tokens
+        self.by_phase: list[dict[int, None]] = [{} for _ in self.phases]
         self.late_phases = [0] * max(1, growth.late_block_tokens)
         self.finishing: dict[int, list[int]] = {}
         self.leaving_window: dict[int, list[int]] = {}
@@ -131,6 +133,8 @@ class MicroBatch:
                 self.leaving_window.setdefault(origin + growth.window, []).append(request)
         for pool, load in self.pools:
             load.add(pool.homes[request], growth.attended(context), grows=context < growth.window)
+        if self.pools:
+            self.by_phase[origin % growth.block_tokens][request] = None
 
     def leave(self, request: int, context: int) -> None:
         """Remove a decoding request, which has ``context`` tokens by now."""
@@ -141,7 +145,9 @@ class MicroBatch:
         self._count_blocks(origin, -1, is_within=is_within)
         for pool, load in self.pools:
             if (home := pool.homes.get(request)) is not None:  # None: a device of it was lost, with its share
-                load.add(-home, growth.attended(context), grows=is_within)
+                load.add([-groups for groups in home], growth.attended(context), grows=is_within)
+        if self.pools:
+            del self.by_phase[origin % growth.block_tokens][request]
 
     def cross_windows(self) -> None:
         """Stop or slow the growth of requests that have reached the sliding window."""
@@ -152,7 +158,7 @@ class MicroBatch:
                 continue  # the entry is of an earlier stay
             self.growing -= 1
             for pool, load in self.pools:
-                load.growing -= pool.homes[request]
+                load.stop_growing(pool.homes[request])
             self._count_blocks(origin, -1, is_within=True)
             self._count_blocks(origin, 1, is_within=False)
 
@@ -167,6 +173,15 @@ class MicroBatch:
     def crossing(self) -> int:
         """Return the decoding requests that need a new block in the present step."""
         return self.phases[self.step % len(self.phases)] + self.late_phases[self.step % len(self.late_phases)]
+
+    def crossing_in_pools(self) -> list[tuple[int, int]]:
+        """Return the decoding requests whose cached tokens need a new block in the present step, and these tokens."""
+        step, growth, block = self.step, self.growth, self.growth.block_tokens
+        if not growth.frees:
+            return [(one, step + 1 - self.decoding[one]) for one in self.by_phase[step % block]]
+        contexts = ((one, step - origin) for one, origin in self.decoding.items())
+        cached = ((one, growth.cached(context), growth.cached(context + 1)) for one, context in contexts)
+        return [(one, after) for one, before, after in cached if after > before and not before % block]
 
     def grow(self) -> None:
         """Let every decoding request attend to one more token."""

@@ -361,11 +361,9 @@ class ReplicaRun:
         batch.grow()
 
     def _grow_in_pools(self, now_s: float, batch: MicroBatch) -> None:
-        step, growth, stalled = batch.step, self.growth, list[int]()
-        contexts = ((request, step - origin) for request, origin in batch.decoding.items())
-        growing = [request for request, n in contexts if not growth.frees or growth.cached(n + 1) > growth.cached(n)]
-        for pool, _ in batch.pools:
-            stalled += pool.grow(growing)
+        step, growth = batch.step, self.growth
+        cached = batch.crossing_in_pools()
+        stalled = [request for pool, _ in batch.pools for request in pool.grow(cached)] if cached else []
         for request in dict.fromkeys(stalled):
             # Copies without a pool have counted the block that it would have crossed into.
             context = step - batch.decoding[request]

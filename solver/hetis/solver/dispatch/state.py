@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from hetis.solver.dispatch.problem import MOST_TOKENS, DeviceLoad, DispatchPlan, IntArray, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot, check_groups
 from hetis.solver.errors import InvalidProblemError
+
+Count = TypeVar("Count", int, IntArray)
 
 
 class Ledger:
@@ -47,13 +50,14 @@ class Ledger:
         self.held, self.tokens = np.zeros(num_devices, np.int64), np.zeros(num_devices, np.int64)
         self.used, self.expected = self.held.copy(), self.held.copy()
 
-    def blocks(self, tokens: IntArray) -> IntArray:
+    def blocks(self, tokens: Count) -> Count:
         """Return the KV blocks per layer of one head group with ``tokens``."""
         return -(-tokens // self.block_tokens)
 
-    def taken(self, slots: IntArray) -> IntArray:
-        """Return the groups that hold blocks, owned or incoming, shape [slots, D]."""
-        return self.groups[slots] + self.incoming[slots]
+    def taken(self, slots: IntArray | int) -> IntArray:
+        """Return the groups that hold blocks, owned or incoming, shape [slots, D], or [D] for one slot."""
+        taken: IntArray = self.groups[slots] + self.incoming[slots]
+        return taken
 
     def add(self, request: str, context: int, remaining: int, groups: IntArray) -> None:
         if not self._spare:
@@ -93,8 +97,17 @@ class Ledger:
         self.tokens += tokens * self.groups[slots].sum(axis=0)
         self.context[slots], self.remaining[slots] = before + tokens, left
 
+    def lengthen_one(self, slot: int, tokens: int) -> None:
+        """Grow one context as `lengthen` does."""
+        before, remaining, taken = int(self.context[slot]), int(self.remaining[slot]), self.taken(slot)
+        left = max(0, remaining - tokens)
+        self.used += (self.blocks(before + tokens) - self.blocks(before)) * taken
+        self.expected += (self.blocks(before + tokens + left) - self.blocks(before + remaining)) * taken
+        self.tokens += tokens * self.groups[slot]
+        self.context[slot], self.remaining[slot] = before + tokens, left
+
     def expect(self, slot: int, remaining: int) -> None:
-        taken = self.groups[slot] + self.incoming[slot]
+        taken = self.taken(slot)
         self.expected -= taken * self.blocks(self.context[slot] + self.remaining[slot])
         self.remaining[slot] = remaining
         self.expected += taken * self.blocks(self.context[slot] + self.remaining[slot])
@@ -313,6 +326,17 @@ class DispatchState:
                 room -= blocks
         ledger.lengthen(slots[~stays], tokens)
         return tuple(names[position] for position in np.flatnonzero(stays))
+
+    def grow_one(self, request: str, *, context_tokens: int) -> bool:
+        """Lengthen one context to ``context_tokens``; False: one of its devices has too few blocks, it stays."""
+        ledger, slot = self._ledger, self._slot(request)
+        before = int(ledger.context[slot])
+        more = ledger.blocks(context_tokens) - ledger.blocks(before)
+        if more and (more * ledger.taken(slot) > self._total - ledger.used).any():
+            return False
+        if context_tokens > before:
+            ledger.lengthen_one(slot, context_tokens - before)
+        return True
 
     def expect(self, request: str, remaining_tokens: int) -> None:
         """Set the output tokens still expected to a better estimate."""
