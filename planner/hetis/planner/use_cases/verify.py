@@ -34,9 +34,10 @@ TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
 CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
-DOWN = 3  # halvings of the planned rate that are tried where it is too much
-HALVINGS = 5  # of the interval between the highest of these that is kept and the next
+BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # of a rate that misses a limit are tried in turn
+PRECISE = 1 / 64  # of that rate: so near the highest of these that is kept is sought
 LESS = 0.97  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
+DOWN = 3
 MORE = (1.1, 1.05)  # of the planned rate are tried where that is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at those rates
 ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER` times the ordinary length
@@ -67,6 +68,7 @@ class TriedRate:
     num_requests: int
     kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
     sure: bool  # whether by more than chance, so that other traffic at this rate keeps them, too
+    close: bool  # whether a longer run may say something else
 
 
 def needs_verifying(plan: Plan) -> bool:
@@ -141,7 +143,7 @@ class _Most(NamedTuple):
 
 
 WITHOUT_WORKERS = _Most(ordinary=40_000, deciding=40_000, to_fill=100_000)
-WITH_WORKERS = _Most(ordinary=4_000, deciding=10_000, to_fill=10_000)  # each takes ten times as long
+WITH_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=16_000)  # each takes several times as long
 
 
 def num_requests_of(plan: Plan) -> int:
@@ -181,8 +183,9 @@ def simulated_at(
             return None
         kept = _keeps(found.summary, limits)
         sure = found.summary.within(limits) and all(one.high <= one.limit for one in _limited(found.summary, limits))
-        outcome = TriedRate(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
-        if not _is_close(found.summary, limits):
+        close = _is_close(found.summary, limits)
+        outcome = TriedRate(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure, close=close)
+        if not close:
             break
     return outcome
 
@@ -213,6 +216,9 @@ def _verify(
     kept_rps: float | None = planned_rps
     try:
         at_plan = simulate(planned_rps)
+        if at_plan.kept and at_plan.close:  # other traffic may well miss them
+            other = simulate(planned_rps, longer, traffic=seed + 1)
+            at_plan = at_plan if other.kept else other
         if not at_plan.kept:
             kept_rps = _kept_below(
                 planned_rps,
@@ -271,15 +277,15 @@ def _kept_below(
     Short runs look for it, longer ones decide. Rates below ``at_least_rps`` are of no interest.
     """
     low = high = missed_rps
-    for _ in range(DOWN):
-        low, high = max(low / 2.0, at_least_rps), low
+    for share in BELOW:
+        low, high = max(share * missed_rps, at_least_rps), low
         if low >= high:
             return None
         if seems_sure(low):
             break
     else:
         return None
-    for _ in range(HALVINGS):
+    while high - low > PRECISE * missed_rps:
         middle = (low + high) / 2.0
         low, high = (middle, high) if seems_sure(middle) else (low, middle)
     rates = [low * LESS**step for step in range(1 + DOWN)]
