@@ -29,7 +29,7 @@ is *useful* only if what it takes beyond r for each of its layers leaves a repli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,20 +37,26 @@ from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import (
     ROUNDING,
+    Layer,
+    PoolTimes,
+    Ranks,
     Reach,
     chunk_cap,
-    copies_limit,
     has_pools,
     interval_cap,
-    iterations_of,
+    kept_of_groups,
+    layer_alone,
+    layer_with_pool,
     layers_in_room,
+    least_fixed_s,
+    most_layers_with_pool,
     pool_limit,
-    roomiest_split,
+    ranks_of,
+    stage_shapes,
     stretch,
 )
 from hetis.solver.placement.tables import FloatArray, Tables
 
-AnyArray = TypeVar("AnyArray", IntArray, FloatArray)
 ROUNDS = 12  # iterations of the search for m
 
 
@@ -128,112 +134,186 @@ def _line(copies: float, layer_s: float, fixed_s: float, most: float, limits: Li
     return copies * t / layers, copies / layers
 
 
+class Found(NamedTuple):
+    """Lines found so far, with room for more. These are two arrays, because kernels count references to each."""
+
+    stages: IntArray  # [., 3] s, pool class and cards of a TP group
+    taken: FloatArray  # [., 4] group, card, copies, and group times the cards of a TP group
+
+
 @kernel
 def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: Limits) -> Lines:
     """Return the undominated lines of a configuration, over the stages that `list_options` would list.
 
-    A TP group of n cards costs at least n / n' times one of n' < n cards of its class (`Resources`: it takes every
-    row that the smaller one takes), so smaller groups can beat larger ones, too.
+    A line is compared with those of the same GPU types: stages of one class without a pool, and then, for each class
+    of pools, those with such a pool and again those without.
     """
-    size = 256
-    rank, pool_class = np.empty(size, np.int64), np.empty(size, np.int64)
-    group, card, copies = np.empty(size, np.float64), np.empty(size, np.float64), np.empty(size, np.float64)
-    own_gpus = np.empty(size, np.float64)  # ``group`` times the cards of a TP group
-    count, first = 0, 0
-    num_ranks, num_classes, num_layers = t.rank_class.shape[0], t.available.shape[0], t.num_layers
-    num_sizes, pool_sizes, kv_group_bytes = t.pool_sizes.shape[0], t.pool_sizes, t.kv_group_bytes
-    least_pool_s, chunk_least_pool_s = t.least_pool_s, t.chunk.least_pool_s
-    least_pool_wire_s = t.least_pool_wire_s
-    receives, n_it, mix, micro_batch = t.receives[x], t.iterations[x], iterations_of(t, x, f), t.micro_batch[x]
-    rank_class, rank_tp = t.rank_class, t.rank_tp
-    kv_tokens, prompt_tokens, state_bytes = t.kv_tokens[x, f], t.prompt_tokens[x, f], t.state_bytes[x, f]
-    least = 1.0 + limits.slack
-    most_copies = min(copies_limit(t.in_flight[f], max_copies), limits.copies)
-    while first < num_ranks:
-        g, last = rank_class[first], first
-        while last < num_ranks and rank_class[last] == g:
-            last += 1
-        plain = count  # first line of this class without pools; lines with a pool of class q begin at ``pooled``
-        plain_end = count
-        for q in range(-1, num_classes):
+    shapes = stage_shapes(
+        t.rank_class, t.rank_tp, t.rank_dp, t.available, t.in_flight[f], min(max_copies, limits.copies)
+    )
+    found, count, end = _room_for_found(256), 0, 0
+    while end < shapes.shape[0]:
+        begin, end = end, _end_of_class(shapes, end, t.rank_class)
+        plain = plain_end = count
+        if not t.gives_all[x]:
+            found = _with_room(found, count, end - begin)
+            count = _append_alone(found, count, t, x, f, shapes[begin:end], limits)
+            plain_end = count = _drop_beaten(found, plain, plain, plain, count)
+        for q in range(t.available.shape[0]):
+            found = _with_room(found, count, (end - begin) * t.pool_sizes.shape[0])
             pooled = count
-            for s in range(first, last):
-                if t.gives_all[x] if q < 0 else not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
-                    continue
-                n, groups, layer_bytes = rank_tp[s], t.rank_groups[s], t.layer_bytes[s]
-                base_s, chunk_s, own_s = t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, groups]
-                fixed_s = t.step_s[x, s] + min(t.hop_s[x, s], t.prefix_layers * (base_s + t.prefix_delta_s[x, s]))
-                room, wire_s = t.room_bytes[s] - t.act_bytes[x, s], t.wire_s[x, s]
-                start = t.least_pool_start[s, q] if q >= 0 else 0
-                card_bytes = t.worker_room_bytes[q] if q >= 0 else 0.0
-                for c in range(1, most_copies + 1):
-                    if c * n > t.available[g]:
-                        break
-                    kv_bytes, prompt_bytes = kv_group_bytes * kv_tokens[c - 1], kv_group_bytes * prompt_tokens[c - 1]
-                    limit = pool_limit(c, c * n if q == g else 0, t.available[q], max_pool) if q >= 0 else 0
-                    for i in range(num_sizes if q >= 0 else 1):
-                        p, rest_s = 0, fixed_s
-                        if q < 0:
-                            layer_s, chunk_layer_s = max(base_s + own_s, wire_s), chunk_s + own_s / n_it
-                            kept = groups * kv_bytes + state_bytes[c - 1] / n
-                            most = np.floor(layers_in_room(room, layer_bytes, kept, 0, num_layers))
-                        else:
-                            p = pool_sizes[i]
-                            if p > limit:
-                                break
-                            layer_s = base_s + least_pool_s[x, start + i]
-                            chunk_layer_s = chunk_s + chunk_least_pool_s[x, start + i]
-                            if receives:
-                                layer_s = max(layer_s, least_pool_wire_s[start + i])
-                            most = roomiest_split(
-                                room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
-                            )  # fmt: skip
-                        if t.rank_dp[s] > 1 and (most < num_layers or not limits.sequential):
-                            most = 0.0
-                        if limits.chunk_cap_s < np.inf:
-                            most = min(most, np.floor(c * limits.chunk_cap_s / chunk_layer_s + ROUNDING))
-                        longer = stretch(mix, layer_s, chunk_layer_s, limits.slack, limits.slack_unevenness) / least
-                        if q < 0:
-                            rest_s *= longer
-                        elif limits.slack_unevenness > 1.0:
-                            longer = 1.0  # a slower layer might be stretched less
-                        each, taken = _line(c, layer_s * longer, rest_s, most, limits)
-                        if each == np.inf:
-                            continue
-                        gpus, cards, beaten = each * n, each * p, False
-                        for at in range(pooled, count):
-                            if (
-                                own_gpus[at] <= gpus and card[at] <= cards and copies[at] <= taken
-                                and rank_tp[rank[at]] <= n
-                            ):  # fmt: skip
-                                beaten = True
-                                break
-                        if q >= 0 and not beaten:
-                            for at in range(plain, plain_end):
-                                if own_gpus[at] <= gpus and copies[at] <= taken and rank_tp[rank[at]] <= n:
-                                    beaten = True
-                                    break
-                        if beaten:
-                            continue
-                        if count == size:
-                            size *= 2
-                            rank, pool_class = _longer(rank, size), _longer(pool_class, size)
-                            group, card = _longer(group, size), _longer(card, size)
-                            copies, own_gpus = _longer(copies, size), _longer(own_gpus, size)
-                        rank[count], pool_class[count] = s, q
-                        group[count], card[count], copies[count], own_gpus[count] = each, cards, taken, gpus
-                        count += 1
-            if q < 0:
-                plain_end = count
-        first = last
-    return Lines(rank[:count], pool_class[:count], group[:count], card[:count], copies[:count])
+            count = _append_with_pools(found, count, t, x, f, shapes[begin:end], q, max_pool, limits)
+            count = _drop_beaten(found, plain, plain_end, pooled, count)
+    return _lines(found, count)
 
 
 @kernel
-def _longer(values: AnyArray, size: int) -> AnyArray:
-    longer = np.empty(size, values.dtype)
-    longer[: values.shape[0]] = values
-    return longer
+def _end_of_class(shapes: IntArray, begin: int, rank_class: IntArray) -> int:
+    """Return the end of the shapes, from ``begin`` on, that are of one class."""
+    end = begin
+    while end < shapes.shape[0] and rank_class[shapes[end, 0]] == rank_class[shapes[begin, 0]]:
+        end += 1
+    return end
+
+
+@kernel
+def _append_alone(found: Found, count: int, t: Tables, x: int, f: int, shapes: IntArray, limits: Limits) -> int:
+    """Append the lines of stages without a pool, and return how many lines there are."""
+    for j in range(shapes.shape[0]):
+        ranks = ranks_of(t, x, f, shapes[j, 0], shapes[j, 1])
+        layer = layer_alone(ranks)
+        kept = kept_of_groups(ranks.groups, 0, ranks.kv_bytes, ranks.prompt_bytes) + ranks.state_bytes
+        most = np.floor(layers_in_room(ranks.room, ranks.layer_bytes, kept, 0, ranks.num_layers))
+        longer = _longer(ranks, layer, limits)
+        layer_s, rest_s = max(layer.compute_s, layer.wire_s) * longer, least_fixed_s(ranks) * longer
+        group, copies = _line(ranks.copies, layer_s, rest_s, _within_limits(ranks, layer, most, limits), limits)
+        count = _append(found, count, ranks.s, ranks.tp, -1, 0, group, copies)
+    return count
+
+
+@kernel
+def _append_with_pools(
+    found: Found, count: int, t: Tables, x: int, f: int, shapes: IntArray, q: int, max_pool: int, limits: Limits
+) -> int:
+    """Append the lines of stages with pools of class q, and return how many lines there are."""
+    times = PoolTimes(t.least_pool_s[x], t.chunk.least_pool_s[x], t.least_pool_wire_s, t.receives[x])
+    for j in range(shapes.shape[0]):
+        s, c = shapes[j, 0], shapes[j, 1]
+        if not has_pools(max_pool, t.micro_batch[x], t.pool_start[s, q]):
+            continue
+        ranks = ranks_of(t, x, f, s, c)
+        rest_s, start = least_fixed_s(ranks), t.least_pool_start[s, q]
+        most_cards = pool_limit(c, c * ranks.tp if q == t.rank_class[s] else 0, t.available[q], max_pool)
+        for i in range(t.pool_sizes.shape[0]):
+            p = t.pool_sizes[i]
+            if p > most_cards:
+                break
+            layer = layer_with_pool(ranks, times, start + i)
+            most = most_layers_with_pool(ranks, p * t.worker_room_bytes[q])
+            layer_s = max(layer.compute_s, layer.wire_s)
+            if limits.slack_unevenness <= 1.0:  # beyond, a slower layer might be stretched less
+                layer_s *= _longer(ranks, layer, limits)
+            group, copies = _line(c, layer_s, rest_s, _within_limits(ranks, layer, most, limits), limits)
+            count = _append(found, count, s, ranks.tp, q, p, group, copies)
+    return count
+
+
+@kernel
+def _within_limits(ranks: Ranks, layer: Layer, most: float, limits: Limits) -> float:
+    """Return how many of ``most`` layers, which fit in memory, also fit in the longest iteration with a chunk.
+
+    Copies that share their experts hold all layers or none.
+    """
+    if ranks.shares_experts and most < ranks.num_layers:
+        return 0.0
+    if limits.chunk_cap_s < np.inf:
+        most = min(most, np.floor(ranks.copies * limits.chunk_cap_s / layer.chunk_s + ROUNDING))
+    return most
+
+
+@kernel
+def _longer(ranks: Ranks, layer: Layer, limits: Limits) -> float:
+    """Return how many times longer this layer takes than with the least slack."""
+    request_s = max(layer.compute_s, layer.wire_s)
+    stretched: float = stretch(ranks.mix, request_s, layer.chunk_s, limits.slack, limits.slack_unevenness)
+    return stretched / (1.0 + limits.slack)
+
+
+@kernel
+def _append(found: Found, count: int, s: int, tp: int, q: int, p: int, group: float, copies: float) -> int:
+    """Append a line with p cards of class q, unless no layer fits, and return how many lines there are."""
+    if group == np.inf:
+        return count
+    found.stages[count, 0], found.stages[count, 1], found.stages[count, 2] = s, q, tp
+    found.taken[count, 0], found.taken[count, 1] = group, group * p
+    found.taken[count, 2], found.taken[count, 3] = copies, group * tp
+    return count + 1
+
+
+@kernel
+def _drop_beaten(found: Found, plain: int, plain_end: int, begin: int, end: int) -> int:
+    """Drop each of the lines from ``begin`` on that an earlier one of them or a line without a pool beats.
+
+    Those left close ranks; return where they end.
+    """
+    stages, taken, count = found.stages, found.taken, begin
+    for i in range(begin, end):
+        if _is_beaten(stages, taken, i, begin, count) or _is_beaten(stages, taken, i, plain, plain_end):
+            continue
+        _copy_found(found, found, i, count)
+        count += 1
+    return count
+
+
+@kernel
+def _is_beaten(stages: IntArray, taken: FloatArray, i: int, begin: int, end: int) -> bool:
+    """Return whether one of these lines beats line i in every coefficient.
+
+    A TP group of n cards costs at least n / n' times one of n' < n cards of its class (`Resources`: it takes every
+    row that the smaller one takes), so smaller groups can beat larger ones, too.
+    """
+    for at in range(begin, end):
+        if (
+            taken[at, 3] <= taken[i, 3] and taken[at, 1] <= taken[i, 1] and taken[at, 2] <= taken[i, 2]
+            and stages[at, 2] <= stages[i, 2]
+        ):  # fmt: skip
+            return True
+    return False
+
+
+@kernel
+def _room_for_found(size: int) -> Found:
+    return Found(np.empty((size, 3), np.int64), np.empty((size, 4), np.float64))
+
+
+@kernel
+def _with_room(found: Found, count: int, more: int) -> Found:
+    """Return the first ``count`` lines with room for ``more``."""
+    if count + more <= found.taken.shape[0]:
+        return found
+    wider = _room_for_found(2 * (count + more))
+    for i in range(count):
+        _copy_found(found, wider, i, i)
+    return wider
+
+
+@kernel
+def _copy_found(source: Found, target: Found, i: int, at: int) -> None:
+    """Copy line i to place ``at``."""
+    for column in range(3):
+        target.stages[at, column] = source.stages[i, column]
+    for column in range(4):
+        target.taken[at, column] = source.taken[i, column]
+
+
+@kernel
+def _lines(found: Found, count: int) -> Lines:
+    """Return the first ``count`` lines."""
+    lines = _room_for_lines(count)
+    for i in range(count):
+        lines.rank[i], lines.pool_class[i] = found.stages[i, 0], found.stages[i, 1]
+        lines.group[i], lines.card[i], lines.copies[i] = found.taken[i, 0], found.taken[i, 1], found.taken[i, 2]
+    return lines
 
 
 @kernel

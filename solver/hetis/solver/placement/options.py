@@ -269,20 +269,7 @@ def fill_fixed(fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s
     fixed_s[BOTH] = times.step_s + prefix_s + times.last_s
 
 
-# --- listing the options of a configuration: for every rank type and copies, without a pool and then with every pool
-
-
-class TimeLimits(NamedTuple):
-    """Limits on a stage's seconds, and the slack by which these are stretched (see `stretch`).
-
-    A stage with c copies takes at most ``c chunk_cap_s`` in an iteration with a chunk, and at most ``unevenness`` times
-    what it takes in a mean one.
-    """
-
-    least_slack: float
-    slack_unevenness: float
-    chunk_cap_s: float
-    unevenness: float
+# --- what a stage takes; shared by the options of a configuration and by its ceilings
 
 
 class Ranks(NamedTuple):
@@ -316,22 +303,99 @@ class Ranks(NamedTuple):
 
 
 class PoolTimes(NamedTuple):
-    """The times of a mix's stages with a pool, by `pool_entry`; see `Tables`."""
+    """The times of a mix's stages with a pool, by `pool_entry` or the least over k; see `Tables`."""
 
     layer_s: FloatArray
     chunk_layer_s: FloatArray
     wire_s: FloatArray
     receives: bool
-    kv_group_bytes: float
 
 
 class Layer(NamedTuple):
-    """Seconds of a repeated layer, and the layers that fit on the cards of the pool."""
+    """Seconds of a repeated layer."""
 
     compute_s: float
     wire_s: float  # to receive its KV
     chunk_s: float  # in an iteration with a chunk
-    on_cards: float
+
+
+@kernel
+def stage_shapes(
+    rank_class: IntArray, rank_tp: IntArray, rank_dp: IntArray, available: IntArray, in_flight: int, max_copies: int
+) -> IntArray:
+    """Return the rank types with the copies that stages may have, as rows of (s, c); a class's are in one run."""
+    most = copies_limit(in_flight, max_copies)
+    rows, count = np.empty((rank_class.shape[0] * most, 2), np.int64), 0
+    for s in range(rank_class.shape[0]):
+        if rank_dp[s] > 1 and in_flight > 1:
+            continue  # copies that share their experts are one replica, of one stage
+        for c in range(1, min(most, available[rank_class[s]] // rank_tp[s]) + 1):
+            rows[count, 0], rows[count, 1] = s, c
+            count += 1
+    return rows[:count]
+
+
+@kernel
+def ranks_of(t: Tables, x: int, f: int, s: int, c: int) -> Ranks:
+    """Return the numbers of a stage with c copies of rank type s."""
+    tokens, prompts = t.kv_tokens[x, f, c - 1], t.prompt_tokens[x, f, c - 1]
+    return Ranks(
+        s, c, t.rank_tp[s], t.rank_groups[s], t.rank_dp[s] > 1, t.room_bytes[s] - t.act_bytes[x, s],
+        t.first_bytes[s], t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s], t.layer_bytes[s],
+        t.state_bytes[x, f, c - 1] / t.rank_tp[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
+        tokens * t.kv_group_bytes, prompts * t.kv_group_bytes, t.prefix_layers, t.draft_layers, t.num_layers,
+        iterations_of(t, x, f), t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, t.rank_groups[s]],
+        t.wire_s[x, s], FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s]),
+        FixedTimes(t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]),
+    )  # fmt: skip
+
+
+@kernel
+def least_fixed_s(ranks: Ranks) -> float:
+    """Return a lower bound on the seconds that a stage of these ranks takes besides its repeated layers."""
+    fixed = ranks.fixed
+    least: float = fixed.step_s + min(fixed.hop_s, ranks.prefix_layers * (ranks.layer_s + fixed.prefix_delta_s))
+    return least
+
+
+@kernel
+def most_layers_with_pool(ranks: Ranks, cards_bytes: float) -> float:
+    """Return the layers that fit with the best split of head groups between these ranks and cards."""
+    most: float = roomiest_split(
+        ranks.room, ranks.layer_bytes, ranks.groups, ranks.tp, cards_bytes, ranks.kv_bytes, ranks.prompt_bytes,
+        ranks.num_layers,
+    )  # fmt: skip
+    return most
+
+
+@kernel
+def layer_alone(ranks: Ranks) -> Layer:
+    """Return a layer of a stage without a pool."""
+    chunk_s = ranks.chunk_layer_s + ranks.own_s / ranks.mix.number
+    return Layer(ranks.layer_s + ranks.own_s, ranks.wire_s, chunk_s)
+
+
+@kernel
+def layer_with_pool(ranks: Ranks, times: PoolTimes, entry: int) -> Layer:
+    """Return a layer of a stage with the pool whose times are at ``entry``."""
+    wire_s = times.wire_s[entry] if times.receives else 0.0
+    return Layer(ranks.layer_s + times.layer_s[entry], wire_s, ranks.chunk_layer_s + times.chunk_layer_s[entry])
+
+
+# --- listing the options of a configuration: for every rank type and copies, without a pool and then with every pool
+
+
+class TimeLimits(NamedTuple):
+    """Limits on a stage's seconds, and the slack by which these are stretched (see `stretch`).
+
+    A stage with c copies takes at most ``c chunk_cap_s`` in an iteration with a chunk, and at most ``unevenness`` times
+    what it takes in a mean one.
+    """
+
+    least_slack: float
+    slack_unevenness: float
+    chunk_cap_s: float
+    unevenness: float
 
 
 @kernel
@@ -350,15 +414,15 @@ def list_options(
     on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
     caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
     fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
-    times = PoolTimes(t.pool_s[x], t.chunk.pool_s[x], t.pool_wire_s, t.receives[x], t.kv_group_bytes)
+    times = PoolTimes(t.pool_s[x], t.chunk.pool_s[x], t.pool_wire_s, t.receives[x])
     gives_all, counts, num_sizes = t.gives_all[x], t.keeps_idle_cards, t.pool_sizes.shape[0]
     has_chunk_limits = limits.chunk_cap_s < np.inf or limits.unevenness < np.inf
     least, unevenness = 1.0 + limits.least_slack, limits.unevenness * (1.0 + ROUNDING)
-    shapes = _shapes(t.rank_class, t.rank_tp, t.rank_dp, t.available, t.in_flight[f], max_copies)
+    shapes = stage_shapes(t.rank_class, t.rank_tp, t.rank_dp, t.available, t.in_flight[f], max_copies)
     pools = np.empty((1 + t.available.shape[0] * num_sizes, 3), np.int64)
     for j in range(shapes.shape[0]):
         s, c = shapes[j, 0], shapes[j, 1]
-        ranks = _ranks(t, x, f, s, c)
+        ranks = ranks_of(t, x, f, s, c)
         _fill_on_rank(on_rank, ranks)
         without = first = fastest = roomiest = -1
         for i in range(_fill_pools(pools, t, x, ranks, max_pool, reach, group_price[s], card_price)):
@@ -370,11 +434,13 @@ def list_options(
             most_groups = ranks.groups if q >= 0 else 0
             for k in range(most_groups, most_groups - 1 if gives_all or q < 0 else 0, -1):
                 if q < 0:
-                    layer = _layer_alone(ranks)
+                    layer, on_cards = layer_alone(ranks), np.inf
                 else:
-                    entry = t.pool_start[s, q] + (k - 1) * num_sizes + size
-                    layer = _layer_with_pool(ranks, times, entry, k, p, t.worker_room_bytes[q])
-                if not _fill_caps(caps, on_rank, k, layer.on_cards, ranks):
+                    layer = layer_with_pool(ranks, times, t.pool_start[s, q] + (k - 1) * num_sizes + size)
+                    on_cards = layers_on_card(
+                        t.worker_room_bytes[q], t.kv_group_bytes, ranks.tp, k, p, ranks.requests, ranks.tokens
+                    )
+                if not _fill_caps(caps, on_rank, k, on_cards, ranks):
                     continue
                 fill_fixed(fixed_s, ranks.prefix_layers, layer.compute_s, layer.wire_s, ranks.fixed)
                 layer_s = max(layer.compute_s, layer.wire_s)
@@ -413,37 +479,6 @@ def list_options(
 
 
 @kernel
-def _shapes(
-    rank_class: IntArray, rank_tp: IntArray, rank_dp: IntArray, available: IntArray, in_flight: int, max_copies: int
-) -> IntArray:
-    """Return the rank types with the copies that stages may have, as rows of (s, c)."""
-    most = copies_limit(in_flight, max_copies)
-    rows, count = np.empty((rank_class.shape[0] * most, 2), np.int64), 0
-    for s in range(rank_class.shape[0]):
-        if rank_dp[s] > 1 and in_flight > 1:
-            continue  # copies that share their experts are one replica, of one stage
-        for c in range(1, min(most, available[rank_class[s]] // rank_tp[s]) + 1):
-            rows[count, 0], rows[count, 1] = s, c
-            count += 1
-    return rows[:count]
-
-
-@kernel
-def _ranks(t: Tables, x: int, f: int, s: int, c: int) -> Ranks:
-    """Return the numbers of a stage with c copies of rank type s."""
-    tokens, prompts = t.kv_tokens[x, f, c - 1], t.prompt_tokens[x, f, c - 1]
-    return Ranks(
-        s, c, t.rank_tp[s], t.rank_groups[s], t.rank_dp[s] > 1, t.room_bytes[s] - t.act_bytes[x, s],
-        t.first_bytes[s], t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s], t.layer_bytes[s],
-        t.state_bytes[x, f, c - 1] / t.rank_tp[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
-        tokens * t.kv_group_bytes, prompts * t.kv_group_bytes, t.prefix_layers, t.draft_layers, t.num_layers,
-        iterations_of(t, x, f), t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, t.rank_groups[s]],
-        t.wire_s[x, s], FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s]),
-        FixedTimes(t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]),
-    )  # fmt: skip
-
-
-@kernel
 def _fill_on_rank(on_rank: FloatArray, ranks: Ranks) -> None:
     """Fill in the layers that fit on a rank that gives k head groups away, in every role; [k, 4]."""
     for role in range(4):
@@ -465,10 +500,10 @@ def _fill_pools(
 
     Rows are (q, p, index of p in the tables), by class and then size; the first is (-1, 0, 0), no pool, if allowed.
     """
-    count, fixed, c, n = 0, ranks.fixed, ranks.copies, ranks.tp
+    count, c, n = 0, ranks.copies, ranks.tp
     if not t.gives_all[x]:
         pools[0, 0], pools[0, 1], pools[0, 2], count = -1, 0, 0, 1
-    rest_s = fixed.step_s + min(fixed.hop_s, ranks.prefix_layers * (ranks.layer_s + fixed.prefix_delta_s))
+    rest_s = least_fixed_s(ranks)
     for q in range(t.available.shape[0]):
         if not has_pools(max_pool, t.micro_batch[x], t.pool_start[ranks.s, q]):
             continue
@@ -479,32 +514,13 @@ def _fill_pools(
             if p > most_cards:
                 break
             if reach.spare < np.inf:
-                most = roomiest_split(
-                    ranks.room, ranks.layer_bytes, ranks.groups, n, p * card_bytes, ranks.kv_bytes, ranks.prompt_bytes,
-                    ranks.num_layers,
-                )  # fmt: skip
+                most = most_layers_with_pool(ranks, p * card_bytes)
                 least_s = ranks.layer_s + t.least_pool_s[x, start + size]
                 if not is_useful(reach, c * (group_price + p * card), c, least_s, rest_s, most):
                     continue
             pools[count, 0], pools[count, 1], pools[count, 2] = q, p, size
             count += 1
     return count
-
-
-@kernel
-def _layer_alone(ranks: Ranks) -> Layer:
-    """Return a layer of a stage without a pool."""
-    chunk_s = ranks.chunk_layer_s + ranks.own_s / ranks.mix.number
-    return Layer(ranks.layer_s + ranks.own_s, ranks.wire_s, chunk_s, np.inf)
-
-
-@kernel
-def _layer_with_pool(ranks: Ranks, times: PoolTimes, entry: int, k: int, cards: int, card_bytes: float) -> Layer:
-    """Return a layer of a stage that gives k head groups of every rank to ``cards`` per copy."""
-    wire_s = times.wire_s[entry] if times.receives else 0.0
-    on_cards = layers_on_card(card_bytes, times.kv_group_bytes, ranks.tp, k, cards, ranks.requests, ranks.tokens)
-    chunk_s = ranks.chunk_layer_s + times.chunk_layer_s[entry]
-    return Layer(ranks.layer_s + times.layer_s[entry], wire_s, chunk_s, on_cards)
 
 
 @kernel

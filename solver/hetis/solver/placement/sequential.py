@@ -294,17 +294,7 @@ def best_within_cap(
     """
     num_layers = t.num_layers
     count, option = _pareto_steps(t, o, prices)
-    cheapest_left = np.full(num_layers + 1, np.inf)  # by layers left, including the last stage
-    quickest_left = np.full(num_layers + 1, np.inf)
-    for left in range(1, num_layers + 1):
-        for n in range(1, left + 1):
-            role = LAST if n == left else PLAIN
-            rest_price = 0.0 if n == left else cheapest_left[left - n]
-            rest_s = 0.0 if n == left else quickest_left[left - n]
-            for j in range(count[role, n]):
-                i = option[role, n, j]
-                cheapest_left[left] = min(cheapest_left[left], prices[i] + rest_price)
-                quickest_left[left] = min(quickest_left[left], n * o.layer_s[i] + o.fixed_s[i, role] + rest_s)
+    cheapest_left, quickest_left = _least_completions(o, prices, count, option)
     labels = np.zeros(num_layers + 1, np.int64)
     price_at = np.empty((num_layers + 1, MAX_LABELS), np.float64)
     seconds_at = np.empty((num_layers + 1, MAX_LABELS), np.float64)
@@ -338,15 +328,44 @@ def best_within_cap(
                     ) and exact  # fmt: skip
     if best == 0.0:
         return best, np.empty((0, 2), np.int64), exact
+    return best, _traced_labels(back, best_pos, best_label, best_option), exact
+
+
+@kernel
+def _least_completions(
+    o: Options, prices: FloatArray, count: IntArray, option: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the least price and the least seconds of the stages that hold the layers left, the last stage included.
+
+    ``count`` and ``option`` are `_pareto_steps`; results are by the number of layers left, each taken by itself.
+    """
+    num_layers = count.shape[1] - 1
+    cheapest, quickest = np.full(num_layers + 1, np.inf), np.full(num_layers + 1, np.inf)
+    for left in range(1, num_layers + 1):
+        for n in range(1, left + 1):
+            role = LAST if n == left else PLAIN
+            rest_price = 0.0 if n == left else cheapest[left - n]
+            rest_s = 0.0 if n == left else quickest[left - n]
+            for j in range(count[role, n]):
+                i = option[role, n, j]
+                cheapest[left] = min(cheapest[left], prices[i] + rest_price)
+                quickest[left] = min(quickest[left], n * o.layer_s[i] + o.fixed_s[i, role] + rest_s)
+    return cheapest, quickest
+
+
+@kernel
+def _traced_labels(back: IntArray, last_pos: int, last_label: int, last_option: int) -> IntArray:
+    """Return stages, first to last, from what is before each label; the last stage begins at ``last_pos``."""
+    num_layers = back.shape[0] - 1
     reverse = np.empty((num_layers, 2), np.int64)
-    reverse[0, 0], reverse[0, 1] = best_option, num_layers - best_pos
-    size, pos, label = 1, best_pos, best_label
+    reverse[0, 0], reverse[0, 1] = last_option, num_layers - last_pos
+    size, pos, label = 1, last_pos, last_label
     while pos > 0:
         before = back[pos, label, 0]
         reverse[size, 0], reverse[size, 1] = back[pos, label, 2], pos - before
         size += 1
         pos, label = before, back[pos, label, 1]
-    return best, reverse[:size][::-1].copy(), exact
+    return reverse[:size][::-1].copy()
 
 
 @kernel
