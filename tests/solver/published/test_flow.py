@@ -9,14 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.published.hexgen2 import maximum_flow
+from hetis.solver.published import hexgen2
+from hetis.solver.published.hexgen2 import Station
 
-Station = tuple[float, str]
 Routes = dict[tuple[int, int], float]
 
 
 def stations(*rates: float, zone: str = "east") -> list[Station]:
     return [(rate, zone) for rate in rates]
+
+
+def maximum_flow(prefill: list[Station], decode: list[Station], links: dict[tuple[str, str], float]) -> Routes:
+    return hexgen2.maximum_flow(dict(enumerate(prefill)), dict(enumerate(decode)), links)
 
 
 def test_the_weaker_side_limits_one_zone() -> None:
