@@ -332,10 +332,14 @@ def maximum_flow(
         graph.add_edge(("prefill", zone), ("decode", zone))  # without a limit
     for (here, there), rate in links.items():
         graph.add_edge(("prefill", here), ("decode", there), capacity=rate)
-    _, flows = nx.maximum_flow(graph, "source", "sink")
+    # networkx keeps nodes in sets. The order of strings in them, and so the routes, would differ between processes.
+    names = list(graph)
+    _, flows = nx.maximum_flow(nx.convert_node_labels_to_integers(graph), 0, 1)
     routes: dict[tuple[int, int], float] = {}
-    for source, targets in flows.items():
-        for target, flow in targets.items() if source in left else ():
+    for sender, targets in flows.items():
+        source = names[sender]
+        for receiver, flow in targets.items() if source in left else ():
+            target = names[receiver]
             while flow > 0.0 and left[source] and left.get(target):
                 i, j = next(iter(left[source])), next(iter(left[target]))
                 moved = min(flow, left[source][i], left[target][j])
