@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.published.hexgen2 import maximum_flow
+from hetis.solver.published import hexgen2
+from hetis.solver.published.hexgen2 import Station
 
-Station = tuple[float, str]
 Routes = dict[tuple[int, int], float]
 
 
 def stations(*rates: float, zone: str = "east") -> list[Station]:
     return [(rate, zone) for rate in rates]
+
+
+def maximum_flow(prefill: list[Station], decode: list[Station], links: dict[tuple[str, str], float]) -> Routes:
+    return hexgen2.maximum_flow(dict(enumerate(prefill)), dict(enumerate(decode)), links)
 
 
 def test_the_weaker_side_limits_one_zone() -> None:
@@ -46,6 +53,20 @@ def test_a_link_is_shared_by_all_replicas_on_both_ends() -> None:
 @pytest.mark.parametrize(("prefill", "decode"), [((), ()), ((1.0,), ()), ((), (1.0,))])
 def test_one_side_alone_serves_nothing(prefill: tuple[float, ...], decode: tuple[float, ...]) -> None:
     assert maximum_flow(stations(*prefill), stations(*decode), {}) == {}
+
+
+def test_routes_are_the_same_in_every_process() -> None:
+    """Sets of strings have another order in each, and here many flows are largest."""
+    code = """
+from hetis.solver.published.hexgen2 import maximum_flow
+zones = "abcd"
+links = {(here, there): 1.0 for here in zones for there in zones if here != there}
+prefill = {i: (3.0, zone) for i, zone in enumerate(zones)}
+print(maximum_flow(prefill, {9 - i: (2.0, zone) for i, zone in enumerate(zones[:3])}, links))
+"""
+    environments = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in range(4)]
+    found = {subprocess.check_output([sys.executable, "-c", code], env=environment) for environment in environments}
+    assert len(found) == 1
 
 
 ZONES = ("east", "west")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.published.hexgen2 import FloatArray, coarsened, refine, spectral_partition
+from hetis.solver.placement.tables import FloatArray
+from hetis.solver.published.hexgen2 import coarsened, refine, spectral_partition
 from hetis.solver.published.replicas import Part
 from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs
 

@@ -1,7 +1,7 @@
 """Heuristics of other planners as published, under our cost model: for comparison, not for planning.
 
 A published heuristic returns a plan like any other, which the same checker accepts; only its bound is weak. Whatever
-its paper leaves open is reconstructed, which the heuristic's module and `docs/strategies.md` state.
+its paper leaves open is reconstructed, which `docs/strategies.md` states.
 """
 
 from __future__ import annotations

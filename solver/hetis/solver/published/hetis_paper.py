@@ -1,31 +1,15 @@
 """`hetis-paper`: the search that Hetis (SC'25, arXiv 2509.08309) describes, under our cost model.
 
-Data parallelism comes first: the GPUs of every type are dealt evenly to d replicas, in the order of their nodes. In
-each replica the dense path is found by the 5% rule, and types that left become attention workers of the whole replica.
-The degree d with the least cost per request is taken.
+`docs/strategies.md` says what is reconstructed. Every zone is planned separately, and GPUs are dealt to its replicas in
+the order of their nodes. Degrees of data parallelism are tried from the cheapest on: the first one at which every
+replica fits memory and limits is taken, or else the one with the highest rate.
 
 **5% rule.** The cost of a dense path is C = C_comp + C_comm: the seconds for which a request occupies the slowest
 stage's compute, and the seconds of all its all-reduces and hops along the pipeline. It is taken at a reference mix,
-without decode attention, which Hetis later spreads by heads. GPUs of one type on one node form a TP group as wide as
-possible; different nodes and types are joined by pipeline parallelism, the fastest type first. Starting from all types,
-the slowest one leaves as long as it reduces the cost by no more than 5%. (The exact terms of C, the reference mix, and
-that whole types leave are reconstructed. On the paper's cluster this leaves A100 and RTX 3090 in the dense path and
-P100 for attention, as reported.)
+without decode attention, which Hetis later spreads by heads. The fastest type comes first in the pipeline.
 
-**Shared attention workers** serve every stage in turn (see "Shared pools" in `docs/cost-model.md`): every stage is
-timed as if the cards were its own, while a card is busy with the work of all stages and holds the KV of all. Every
-stage gives away the same share of its head groups, rounded to whole groups (Hetis solves a linear program for every
-batch, but a placement only needs its average).
-
-Reconstructed, or required by our model beyond the paper:
-
-- The joint cost of d replicas is that of one request divided among them, 1 / (sum of 1 / C). Degrees are tried from
-  the cheapest on. The first one at which every replica fits memory and limits is taken, or else the one with the
-  highest rate.
-- Each replica lies in one zone, and every zone is planned separately.
-- A pool has one GPU type: of several that left, the one that serves best. The others, and GPUs that an uneven deal
-  leaves, are idle.
-- (b, M, C), the layers and the share of head groups then follow from our family, for the highest rate.
+**Shared attention workers** serve every stage in turn (see "Shared pools" in `docs/cost-model.md`). Of several types
+that left, the one that serves best is the pool. The others, and GPUs that an uneven deal leaves, are idle.
 """
 
 from __future__ import annotations
@@ -189,14 +173,12 @@ def _shared_room(costs: CostTables, template: Template, pool: SharedPool) -> int
 
 def dense_path(costs: CostTables, duty: ReplicaDuty, group: Composition) -> DensePath | None:
     """Return a replica's dense path on these GPUs after the 5% rule, or None if they cannot hold the weights."""
-    distances = {}
-    for x in duty.mixes:  # the family's mix that is closest to the reference is taken
+
+    def distance(x: int) -> tuple[float, float]:
         mix = costs.mixes[x]
-        distances[x] = [
-            abs(np.log(size / reference))
-            for size, reference in ((mix.chunk_tokens, REFERENCE_CHUNK), (mix.micro_batch, REFERENCE_BATCH))
-        ]
-    x = min(duty.mixes, key=lambda x: distances[x])
+        return abs(np.log(mix.chunk_tokens / REFERENCE_CHUNK)), abs(np.log(mix.micro_batch / REFERENCE_BATCH))
+
+    x = min(duty.mixes, key=distance)  # the family's mix that is closest to the reference
     duty, t = replace(duty, mixes=(x,)), costs.scopes[duty.scope].tables
     speeds: dict[int, float] = defaultdict(float)  # layers per second of one GPU
     for s, (g, tp) in enumerate(costs.ranks):

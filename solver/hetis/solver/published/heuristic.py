@@ -15,7 +15,7 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.fleet import class_of_slots, class_prices
 from hetis.solver.placement.outcome import SHARES, layers_per_s, rate_bound
-from hetis.solver.placement.solve import replica_plan
+from hetis.solver.placement.solve import objective_scale, replica_plan
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
@@ -174,7 +174,7 @@ def _used(costs: CostTables, found: Found) -> Iterator[Counter[int]]:
 def _value_and_bound(costs: CostTables, used: Counter[int], rate: float) -> tuple[float, float]:
     problem, kind = costs.problem, costs.problem.objective.kind
     if problem.objective.maximises:
-        scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
+        scale = objective_scale(problem)
         return scale * rate, scale * max(rate, rate_bound(costs))
     row_costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in costs.classes])
     value = float(sum(row_costs[row] * count for row, count in used.items()))

@@ -1,20 +1,9 @@
 """`hexgen-paper`: HexGen's genetic search (ICML'24, arXiv 2311.11514) under our cost model.
 
-An individual divides the GPUs of a zone into serving groups, one replica each. Every group gets its best pipeline of TP
-groups, and the sum of the groups' rates is the individual's fitness. Offspring come from mutations alone, as in
-HexGen's published code: a GPU moves to another group (from the machine that most of that group is on, if the giver has
-one), a group is split by a random share of every machine, or two groups merge. All groups must keep memory for the
-weights and a tenth more.
-
-Reconstructed, or required by our model beyond the paper:
-
-- HexGen ranks individuals first by their number of groups and later by simulated attainment of a deadline. Here the
-  cost model's rate within the limits ranks them, with the number of groups breaking ties.
-- HexGen merges once in a thousand or more changes of groups; here a third of them merge, which finds better plans
-  sooner.
-- The best individual stays in the population, so the last generation is no worse than the others. The search ends
-  after a hundred generations without a better one.
-- Each GPU type of a group has one TP degree, as for `hexgen2-paper`. (b, M, C) and the layers follow from our family.
+`docs/strategies.md` says what is reconstructed. Offspring come from mutations alone, as in HexGen's published code. A
+moved GPU comes from the machine that most of the taker is on, if the giver has one; a split takes a random share of
+every machine. HexGen ranks individuals first by their number of groups and later by simulated attainment of a deadline;
+here the rate within the limits ranks them, with the number of groups breaking ties.
 """
 
 from __future__ import annotations

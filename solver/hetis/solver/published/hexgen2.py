@@ -4,55 +4,38 @@
     B  evaluate    the best replica of every group, then the maximum flow through all of them
     C  refine      swaps guided by the flow, until none increases it
 
-**A.** Groups have fast links inside and enough memory each: recursive bisection by the Fiedler vector, then pair
-exchanges after Kernighan and Lin. HexGen-2 names "spectral partitioning" and Kernighan-Lin; the recursion, and a cut
-that divides the memory evenly, are reconstructed. (The exchanges of networkx know no memory, and do not guarantee that
-no single exchange is better.)
+`docs/strategies.md` says what is reconstructed. Besides:
 
-**B.** One commodity, in requests/s, flows from the coordinator through prefill and decode replicas and back. KV goes
-from prefill to decode replicas of the same zone, and over a link between zones if prefill replicas may send there. KV
-inside a zone needs no capacity of its own, because a replica's rate includes what it can send or receive
-(`docs/cost-model.md`, the wire of a layer). So the flow is found between zones, and all replicas of one role in a zone
-have the same load.
+**A.** Recursive bisection by the Fiedler vector, by cuts that divide the memory evenly, then pair exchanges after
+Kernighan and Lin. (Those of networkx know no memory, and do not guarantee that no single exchange is better.) A fleet
+with memory for fewer than two groups is still cut in two, because one group cannot serve anything.
 
-**C.** A saturated group limits the flow, and a group with slack starves. Proposals come in this order: a group with
-slack changes sides; one of its GPUs moves to a saturated group; two such groups exchange GPUs. The first proposal that
-increases the flow is taken, and the new flow determines the saturated groups again, until no proposal helps. (HexGen-2
-repeats its secondary partition to change sides; making this a proposal like the others is reconstructed.)
-
-Left open by the paper, or required by our model beyond it:
-
-- The memory of a replica is its weights and some headroom for KV, which decides K and much else. How much HexGen-2
-  leaves is unknown, so several headrooms are tried (`HEADROOMS`) and the best answer is kept. A fleet with memory for
-  fewer than two groups is still cut in two, because one group cannot serve anything.
-- Each prefill or decode replica lies in one zone, so the fleet is partitioned zone by zone. KV goes to other zones only
-  if all prefill replicas may send there (over slower links). Both ways are tried, and the better one is kept.
-- A group that fits no replica is idle. If no request can be served within the latency limits, which HexGen-2 does not
-  have, one group changes sides, or the fleet is cut into ever fewer groups. If none serve, swaps are first made without
-  the limits.
-- It maximises the rate, whatever the objective.
+**B.** KV goes from prefill to decode replicas of the same zone, and over a link between zones if all prefill replicas
+may send there; both ways are tried. KV inside a zone needs no capacity of its own, because a replica's rate includes
+what it can send or receive (`docs/cost-model.md`, the wire of a layer). So the flow is found between zones, and all
+replicas of one role in a zone have the same load. If nothing serves, swaps are first made without the latency limits.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from hetis.solver.budget import silent
 from hetis.solver.cluster import Cluster, Device
 from hetis.solver.cost import intra_link
+from hetis.solver.placement.fleet import IntArray
+from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Role
 from hetis.solver.published.heuristic import Found, Search
 from hetis.solver.published.replicas import FleetGpus, Part, ReplicaSearch, duty_of
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+Station = tuple[float, str]  # rate and zone of a replica
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # ratios of a replica's KV bytes to its weight bytes in the estimate of its memory
 MAX_PASSES = 8  # of exchanges over all pairs of parts; after two or three there is usually nothing more to find
@@ -327,40 +310,45 @@ def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int]
 
 
 def maximum_flow(
-    prefill: Sequence[tuple[float, str]], decode: Sequence[tuple[float, str]], links: Mapping[tuple[str, str], float]
+    prefill: Mapping[int, Station], decode: Mapping[int, Station], links: Mapping[tuple[str, str], float]
 ) -> dict[tuple[int, int], float]:
     """Return the routes of the largest flow through one prefill and one decode station each, by pairs of them.
 
     Args:
-        prefill, decode: rate and zone of each station.
+        prefill, decode: the stations of each side by their numbers.
         links: requests/s whose KV the link from one zone to another carries; pairs that are not listed carry none.
     """
     import networkx as nx
 
     graph = nx.DiGraph()
     graph.add_nodes_from(("source", "sink"))
-    waiting: dict[tuple[str, str], deque[int]] = {}  # stations of a side and zone
+    left: dict[tuple[str, str], dict[int, float]] = {}  # rates of the stations of a side and zone
     for side, stations in (("prefill", prefill), ("decode", decode)):
-        for zone in dict.fromkeys(zone for _, zone in stations):
-            waiting[side, zone] = deque(i for i, (_, other) in enumerate(stations) if other == zone)
-            ends = ("source", (side, zone)) if side == "prefill" else ((side, zone), "sink")
-            graph.add_edge(*ends, capacity=sum(rate for rate, other in stations if other == zone))
-            graph.add_edge(("prefill", zone), ("decode", zone))  # without a limit
+        for number, (rate, zone) in stations.items():
+            left.setdefault((side, zone), {})[number] = rate
+    for (side, zone), rates in left.items():
+        ends = ("source", (side, zone)) if side == "prefill" else ((side, zone), "sink")
+        graph.add_edge(*ends, capacity=sum(rates.values()))
+        graph.add_edge(("prefill", zone), ("decode", zone))  # without a limit
     for (here, there), rate in links.items():
         graph.add_edge(("prefill", here), ("decode", there), capacity=rate)
-    _, flows = nx.maximum_flow(graph, "source", "sink")
-    left = [rate for rate, _ in prefill], [rate for rate, _ in decode]
+    # networkx keeps nodes in sets. The order of strings in them, and so the routes, would differ between processes.
+    names = list(graph)
+    _, flows = nx.maximum_flow(nx.convert_node_labels_to_integers(graph), 0, 1)
     routes: dict[tuple[int, int], float] = {}
-    for source, targets in flows.items():
-        for target, flow in targets.items() if source in waiting else ():
-            while flow > 0.0 and waiting[source] and waiting.get(target):
-                i, j = waiting[source][0], waiting[target][0]
-                moved = min(flow, left[0][i], left[1][j])
+    for sender, targets in flows.items():
+        source = names[sender]
+        for receiver, flow in targets.items() if source in left else ():
+            target = names[receiver]
+            while flow > 0.0 and left[source] and left.get(target):
+                i, j = next(iter(left[source])), next(iter(left[target]))
+                moved = min(flow, left[source][i], left[target][j])
                 routes[i, j] = routes.get((i, j), 0.0) + moved
-                flow, left[0][i], left[1][j] = flow - moved, left[0][i] - moved, left[1][j] - moved
-                for node, rest in ((source, left[0][i]), (target, left[1][j])):
-                    if rest <= 0.0:
-                        waiting[node].popleft()
+                flow -= moved
+                for node, station in ((source, i), (target, j)):
+                    left[node][station] -= moved
+                    if left[node][station] <= 0.0:
+                        del left[node][station]
     return dict(sorted(routes.items()))
 
 
@@ -380,31 +368,24 @@ class FlowNetwork:
         self._links = {pair: network.zone_link(*pair).bytes_per_s / kv_bytes for pair in pairs}
 
     def evaluated(self, arrangement: Arrangement) -> Evaluated:
-        gpus, replicas = self.search.gpus, list[Template | None]()
-        sides: dict[Role, list[tuple[int, float, str]]] = defaultdict(list)
-        for number, (group, role) in enumerate(zip(arrangement.groups, arrangement.roles, strict=True)):
-            zone = gpus.zones[group[0]]
-            best = self._replicas.best_replica(gpus.composition(group), self._duties[role, zone])
-            replicas.append(best)
-            if best is not None:
-                sides[role].append((number, best.rate, zone))
-        prefill, decode = ([(rate, zone) for _, rate, zone in sides[role]] for role in (Role.PREFILL, Role.DECODE))
-        flow = maximum_flow(prefill, decode, self._links)
-        routes = {(sides[Role.PREFILL][i][0], sides[Role.DECODE][j][0]): rate for (i, j), rate in flow.items()}
-        used, room = defaultdict[tuple[Role, str], float](float), defaultdict[tuple[Role, str], float](float)
-        for role, stations in sides.items():
-            for _, rate, zone in stations:
-                room[role, zone] += rate
-        for (i, j), rate in flow.items():
-            used[Role.PREFILL, prefill[i][1]] += rate
-            used[Role.DECODE, decode[j][1]] += rate
-        places = [
-            (role, gpus.zones[group[0]]) for group, role in zip(arrangement.groups, arrangement.roles, strict=True)
-        ]
-        loads = tuple(
-            1.0 if one is None else used[place] / room[place] for place, one in zip(places, replicas, strict=True)
+        gpus, groups = self.search.gpus, arrangement.groups
+        places = [(role, gpus.zones[group[0]]) for group, role in zip(groups, arrangement.roles, strict=True)]
+        replicas = tuple(
+            self._replicas.best_replica(gpus.composition(group), self._duties[place])
+            for group, place in zip(groups, places, strict=True)
         )
-        return Evaluated(arrangement, tuple(replicas), routes, loads)
+        sides: dict[Role, dict[int, Station]] = {Role.PREFILL: {}, Role.DECODE: {}}
+        room, used = defaultdict[tuple[Role, str], float](float), defaultdict[tuple[Role, str], float](float)
+        for number, (best, (role, zone)) in enumerate(zip(replicas, places, strict=True)):
+            if best is not None:
+                sides[role][number] = best.rate, zone
+                room[role, zone] += best.rate
+        routes = maximum_flow(sides[Role.PREFILL], sides[Role.DECODE], self._links)
+        for route, rate in routes.items():
+            for group in route:
+                used[places[group]] += rate
+        loads = (1.0 if one is None else used[at] / room[at] for at, one in zip(places, replicas, strict=True))
+        return Evaluated(arrangement, replicas, routes, tuple(loads))
 
     # --- step C: swaps
 

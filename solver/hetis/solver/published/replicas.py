@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from hetis.solver.compiled import kernel_of
 from hetis.solver.cost import Regime
 from hetis.solver.placement import compiled as placement
 from hetis.solver.placement.fleet import DeviceClass, IntArray, class_of_slots
-from hetis.solver.placement.options import kept_bytes, layers_on_rank
+from hetis.solver.placement.options import Iterations, kept_bytes, layers_on_rank, stretch
 from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, roles
 from hetis.solver.plan import Role
@@ -164,10 +164,7 @@ def template_of(duty: ReplicaDuty, stages: Sequence[TemplateStage], pipeline: Pi
     split = best_split(pipeline)
     if split.x < 0:
         return None
-    chosen = tuple(
-        TemplateStage(s.rank, s.copies, layers, s.pool_class, s.pool_cards, s.pool_groups)
-        for s, layers in zip(stages, split.layers.tolist(), strict=True)
-    )
+    chosen = tuple(replace(stage, layers=n) for stage, n in zip(stages, split.layers.tolist(), strict=True))
     return Template(duty.scope, duty.mixes[split.x], split.f, chosen, split.interval_s)
 
 
@@ -360,25 +357,15 @@ def _interval(p: Pipeline, x: int, f: int, layers: IntArray) -> float:
     m = p.in_flight[f]
     regime = p.full if m >= 2 * layers.shape[0] else p.tight
     least = 0.0 if m == 1 else regime.least
+    n = Iterations(p.iterations[x], p.chunk_iterations[x], p.without_chunk[x, f])
     busiest, total, card = 0.0, 0.0, p.prefix_layers * p.card_s[x, 0]
     for s in range(layers.shape[0]):
-        longer = 1.0 + (0.0 if m == 1 else _slack(p, x, f, s, regime))
+        longer = 1.0
+        if m > 1:
+            longer = stretch(n, p.layer_s[x, s], p.chunk_layer_s[x, s], regime.least, regime.unevenness)
         seconds = longer * (layers[s] * p.layer_s[x, s] + p.fixed_s[x, s])
         busiest = max(busiest, seconds)
         total += seconds
         card += layers[s] * p.card_s[x, s]
     interval: float = max(max(busiest, (1.0 + least) * card), total / m)
     return interval
-
-
-@kernel
-def _slack(p: Pipeline, x: int, f: int, s: int, regime: Regime) -> float:
-    """Return sigma of a stage."""
-    slack = regime.least
-    plain = p.iterations[x] - p.chunk_iterations[x]
-    if p.chunk_layer_s[x, s] > 0.0 and plain > 0.0:
-        request_s, chunk_s = p.layer_s[x, s], p.chunk_layer_s[x, s]
-        plain_s = (request_s - p.chunk_iterations[x] * chunk_s) / plain
-        longest_s = chunk_s - (chunk_s - plain_s) * p.without_chunk[x, f]
-        slack = max(slack, regime.unevenness * (longest_s * p.iterations[x] / request_s - 1.0))
-    return slack

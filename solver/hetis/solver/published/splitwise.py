@@ -1,20 +1,8 @@
 """`splitwise-paper`: pools of equal machines, as Splitwise (ISCA'24, arXiv 2311.18677) provisions them.
 
-A machine runs one instance of the model, tensor parallel over its GPUs. Machines of one kind prefill (the prompt pool)
-and machines of one kind decode (the token pool); both kinds may be the same. The search over kinds and numbers takes
-the pair of pools that serves most. Machines that neither pool needs form the mixed pool, which does both.
-
-Reconstructed, or required by our model beyond the paper:
-
-- Splitwise buys DGX machines. Here the fleet is given, and the search also decides how its nodes are cut into machines:
-  TP groups of one size inside nodes, up to `MAX_STAGES` of them in a pipeline if one does not hold the model.
-- Splitwise evaluates a provisioning with its simulator under latency limits; here the cost model's rate within the
-  limits does.
-- Splitwise moves machines into the mixed pool and back as queues grow and shrink. A plan's replicas keep their roles,
-  so the mixed pool is what the search does not use, and keeps its size.
-- KV is sent from every prompt machine to every token machine in equal shares, within a zone. The simulator's router
-  `fewest-tokens` chooses among them as Splitwise does (the shortest queue).
-- (b, M, C) and the layers follow from our family, for the highest rate.
+`docs/strategies.md` says what is reconstructed. A machine is a TP group inside a node, or up to `MAX_STAGES` of one
+size in a pipeline if one does not hold the model. KV is sent from every prompt machine to every token machine in equal
+shares, within a zone.
 """
 
 from __future__ import annotations
