@@ -45,7 +45,7 @@ help:
 	@echo "make clean   remove $(VENV), caches and build output"
 
 demo: $(VENV)/.planner
-	$(BIN)/hetis-plan place --cluster examples/paper.yaml --model Llama-2-70B --workload azure_conv_2023 --tpot 200ms --ttft 5s
+	$(BIN)/hetis-plan place --cluster examples/paper.yaml --model Llama-2-70B --workload azure_conv_2023 --tpot 200ms --ttft 10s
 
 demo-cluster: $(VENV)/.cluster
 	$(BIN)/python -m examples.demo_cluster

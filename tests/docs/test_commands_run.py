@@ -56,7 +56,7 @@ OFFLINE = r"hetis-plan |sed "
 PROFILES = r"--profile profile\.json"  # of a GPU measured just before, like `hetis-profile` above
 
 # Files of a page besides those of `init`, the examples and `plan.json`, a plan of the paper's cluster.
-PAPER = "hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --ttft 5s --tpot 200ms --no-verify"
+PAPER = "hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --ttft 10s --tpot 200ms --no-verify"
 FILES = {
     "replanning.md": [
         f"{PAPER} --out running.json",

@@ -129,8 +129,9 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
 @pytest.mark.parametrize(
     ("short_rps", "long_rps", "at_least_rps", "found"),
     [
-        (70.0, 70.0, 0.0, 68.75),  # 50, then 5 halvings of 50 to 100
-        (70.0, 66.0, 0.0, 64.69),  # the longer run is not within its limits at 68.75
+        (97.5, 97.5, 0.0, 97.0),
+        (70.0, 70.0, 0.0, 69.5),  # 97, 94, 88, 76, 50, then halvings of 50 to 76
+        (70.0, 66.0, 0.0, 65.39),  # the longer run is not within its limits at 69.5, nor at 97% of that
         (70.0, 30.0, 0.0, None),  # short runs lead too far astray
         (10.0, 10.0, 0.0, None),
         (20.0, 20.0, 0.0, 19.92),

@@ -35,7 +35,7 @@ CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # of a rate that misses a limit are tried in turn
-PRECISE = 1 / 64  # of that rate: so near the highest of these that is kept is sought
+PRECISE = 1 / 64  # of a rate: so near is the one that misses a limit to the one below it that is found
 LESS = 0.97  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
 DOWN = 3
 MORE = (1.1, 1.05)  # of the planned rate are tried where that is kept; 90% of saturation is planned
@@ -285,7 +285,7 @@ def _kept_below(
             break
     else:
         return None
-    while high - low > PRECISE * missed_rps:
+    while high - low > PRECISE * high:
         middle = (low + high) / 2.0
         low, high = (middle, high) if seems_sure(middle) else (low, middle)
     rates = [low * LESS**step for step in range(1 + DOWN)]
