@@ -72,14 +72,14 @@ def test_busy_gpus_are_kept_where_that_is_asked_for(monkeypatch: pytest.MonkeyPa
     gpus = idle(0, processes=[41]), idle(1, memory_used_bytes=9 * GIB), idle(2, slices=[])
     fleet, _ = found(monkeypatch, *gpus, with_busy=True)
     assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 2}}
-    assert fleet.left_out == ("gpu-7: 1 GPU (index 2; NVIDIA A100-SXM4-80GB): MIG is on (0 parts)",)
+    assert fleet.left_out == ("gpu-7: 1 GPU (index 2; NVIDIA A100-SXM4-80GB): MIG is on",)
 
 
 def test_a_gpu_in_mig_mode_is_left_out_although_its_slices_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {"nvmlDeviceGetMaxMigDeviceCount": real.NVML_ERROR_NO_PERMISSION}
     fleet, _ = found(monkeypatch, idle(0), idle(1, slices=[Gpu()], refused=refused))
     assert slots(fleet) == {"gpu-7": {"A100-SXM-80GB": 1}}
-    assert fleet.left_out == ("gpu-7: 1 GPU (index 1; NVIDIA A100-SXM4-80GB): MIG is on (0 parts)",)
+    assert fleet.left_out == ("gpu-7: 1 GPU (index 1; NVIDIA A100-SXM4-80GB): MIG is on",)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
         "--roles", "decode,prefill", "--engine", "vllm", "--max-stages", "4", "--max-gpus", "16",
         "--min-layers-per-stage", "3", "--max-nodes-per-replica", "2",
         "--weights", "fp8", "--kv", "fp8", "--mtp", "2:0.7",
-        "--max-num-seqs", "64", "--chunk-tokens", "512,256", "--kv-blocks", "9000",
+        "--max-num-seqs", "64", "--chunk-tokens", "512,256,512", "--kv-blocks", "9000",
     )  # fmt: skip
     assert code == ExitCode.OK
     sent = last_request(planner, plan_service_pb2.CreatePlanRequest)

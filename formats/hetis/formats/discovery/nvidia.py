@@ -35,7 +35,7 @@ class DriverGpu:
     memory_bytes: int | None = None
     used_bytes: int | None = None
     processes: tuple[str, ...] = ()  # names of those that compute on it
-    num_parts: int | None = None  # number of its MIG parts. None: it is whole.
+    num_parts: int | None = None  # number of its MIG parts, 0 if they cannot be counted. None: it is whole.
     recovery: str = ""  # what the driver asks for before the GPU can be used. Empty: nothing.
     is_prohibited: bool = False  # no process may compute on it
 
@@ -44,7 +44,7 @@ class DriverGpu:
         if not self.product:
             return "the driver cannot read it"
         if self.num_parts is not None:
-            return f"MIG is on ({self.num_parts} parts)"
+            return f"MIG is on ({self.num_parts} parts)" if self.num_parts else "MIG is on"
         if self.recovery:
             return f"the driver asks for {self.recovery}"
         if self.is_prohibited:
