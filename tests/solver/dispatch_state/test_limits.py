@@ -91,6 +91,16 @@ def test_earlier_requests_grow_into_the_last_blocks() -> None:
     state.check_invariants()
 
 
+def test_one_request_grows_as_far_as_every_device_has_blocks() -> None:
+    state = one_request((9, 6, 9))  # 10 tokens in blocks of 4: 3 blocks for each of 3 groups, and for 1 group
+    assert state.grow_one("a", context_tokens=12)
+    assert state.free_blocks().tolist() == [0, 3, 9]
+    assert not state.grow_one("a", context_tokens=13)
+    assert state.grow_one("a", context_tokens=12)
+    assert (state.context_tokens("a"), state.remaining_tokens("a")) == (12, 0)
+    state.check_invariants()
+
+
 def test_moves_take_the_last_block_and_have_numbers_of_their_own() -> None:
     state = one_request((9, 6, 9))
     assert state.prepare_move("a", groups=2, source=0, target=1) is None  # 6 blocks, 3 are free

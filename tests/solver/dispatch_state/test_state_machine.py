@@ -108,6 +108,19 @@ class StateMachine(RuleBasedStateMachine):
         assert self.state.grow(names, tokens) == tuple(stuck)
 
     @precondition(lambda self: self.requests)
+    @rule(data=st.data(), tokens=st.integers(0, 9))
+    def grow_one(self, data: st.DataObject, tokens: int) -> None:
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        request = self.requests[name]
+        request.context += tokens
+        fits = not any(used > total for used, total in zip(self.used(), self.totals, strict=True))
+        if fits:
+            request.remaining = max(0, request.remaining - tokens)
+        else:
+            request.context -= tokens
+        assert self.state.grow_one(name, context_tokens=self.state.context_tokens(name) + tokens) is fits
+
+    @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.requests)))

@@ -328,7 +328,7 @@ class DispatchState:
         return tuple(names[position] for position in np.flatnonzero(stays))
 
     def grow_one(self, request: str, *, context_tokens: int) -> bool:
-        """Lengthen one context to ``context_tokens``; False: one of its devices has too few blocks, it stays."""
+        """Lengthen one context to ``context_tokens`` if it is shorter; False: a device of it has too few blocks."""
         ledger, slot = self._ledger, self._slot(request)
         before = int(ledger.context[slot])
         more = ledger.blocks(context_tokens) - ledger.blocks(before)
