@@ -132,6 +132,7 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
         (97.5, 97.5, 0.0, 97.0),
         (70.0, 70.0, 0.0, 69.5),  # 97, 94, 88, 76, 50, then halvings of 50 to 76
         (70.0, 66.0, 0.0, 65.39),  # the longer run is not within its limits at 69.5, nor at 97% of that
+        (98.0, 85.0, 0.0, 82.45),  # 97, and 85% of that
         (70.0, 30.0, 0.0, None),  # short runs lead too far astray
         (10.0, 10.0, 0.0, None),
         (20.0, 20.0, 0.0, 19.92),

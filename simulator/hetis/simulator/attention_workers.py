@@ -62,7 +62,7 @@ class PoolLoad:
         """Add the head groups of a request on each device, or remove them if negative."""
         for i, more in enumerate(groups):
             self.groups[i] += more
-            self.tokens[i] += more * attended
+            self.tokens[i] = self.tokens[i] + more * attended if self.groups[i] else 0.0  # what rounding leaves
             if grows:
                 self.growing[i] += more
 
@@ -449,7 +449,9 @@ class PoolCopy:
             return
         load.looked = batch.step
         if not self._migration.is_under_way:
-            self.grow([(one, batch.growth.cached(batch.step + 1 - origin)) for one, origin in batch.decoding.items()])
+            context = {one: batch.step + 1 - origin for one, origin in batch.decoding.items()}
+            stalled = self.grow([(one, batch.growth.cached(tokens)) for one, tokens in context.items()])
+            assert not stalled, "a request needs a block between two blocks"
             self._migration.look(now_s, batch, partial(self._moved, batch, load))
 
     def _moved(self, batch: Decoding, load: PoolLoad, request: int) -> None:

@@ -399,6 +399,7 @@ class Faults:
                 for request in reversed([one for one in batch.requests() if one in hit]):
                     self._forget(request)
                     replica.lose(now_s, batch, request)
+                self._release_moving(replica, batch, hit)
         copy.pool.lose(card)
         replica.wake(now_s)
 
@@ -427,11 +428,19 @@ class Faults:
         for request in reversed(batch.requests()):
             self._forget(request)
             replica.lose(now_s, batch, request)
-        log = replica.log
-        for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` handles them at the time of their arrival
-            replica.kv.release(batch, request, log.target[request])
-        batch.sending.clear()
-        batch.reserved.clear()
+        self._release_moving(replica, batch, batch.sending | batch.reserved)
+
+    def _release_moving(self, replica: ReplicaRun, batch: MicroBatch, lost: set[int]) -> None:
+        """Free the blocks of lost requests whose KV is on its way from or to a micro-batch.
+
+        At the time of its arrival `KvTransfers` finds that it is not expected any more.
+        """
+        for request in batch.sending & lost:
+            self._forget(request)
+        for request in [*batch.sending & lost, *batch.reserved & lost]:
+            replica.kv.release(batch, request, replica.log.target[request])
+        batch.sending -= lost
+        batch.reserved -= lost
 
     def _forget(self, request: int) -> None:
         if self._fleet.transfers is not None:

@@ -64,8 +64,8 @@ class MicroBatch:
             step k it has ``k - decoding[request]`` tokens of KV.
         attended: tokens to which they attend in the present step.
         growing: how many of them are within the sliding window.
-        phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block;
-            ``by_phase`` are their names, in order of joining, if there are pools.
+        phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block.
+        by_phase: the requests themselves, in order of joining, where pools hold them and no window frees KV.
         late_phases: the same of requests beyond a window that frees KV, modulo their tokens for a block.
         finishing: by step, requests that may finish at its end (they may have been evicted meanwhile).
         leaving_window: by step, requests that reach the sliding window.
@@ -133,7 +133,7 @@ class MicroBatch:
                 self.leaving_window.setdefault(origin + growth.window, []).append(request)
         for pool, load in self.pools:
             load.add(pool.homes[request], growth.attended(context), grows=context < growth.window)
-        if self.pools:
+        if self.pools and not growth.frees:
             self.by_phase[origin % growth.block_tokens][request] = None
 
     def leave(self, request: int, context: int) -> None:
@@ -146,7 +146,7 @@ class MicroBatch:
         for pool, load in self.pools:
             if (home := pool.homes.get(request)) is not None:  # None: a device of it was lost, with its share
                 load.add([-groups for groups in home], growth.attended(context), grows=is_within)
-        if self.pools:
+        if self.pools and not growth.frees:
             del self.by_phase[origin % growth.block_tokens][request]
 
     def cross_windows(self) -> None:

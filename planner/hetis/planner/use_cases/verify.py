@@ -35,9 +35,8 @@ CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # of a rate that misses a limit are tried in turn
-PRECISE = 1 / 64  # of a rate: so near is the one that misses a limit to the one below it that is found
-LESS = 0.97  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
-DOWN = 3
+PRECISE = 1 / 64  # the search ends where a rate that misses a limit is so little above one that keeps them
+LESS = (1.0, 0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # of a rate that short runs took for kept are tried with longer ones
 MORE = (1.1, 1.05)  # of the planned rate are tried where that is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at those rates
 ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER` times the ordinary length
@@ -176,7 +175,7 @@ def simulated_at(
         lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
     )
     outcome = None
-    for num_requests in lengths or (num_requests_of(plan), longest_of(plan)):
+    for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
         question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
         found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
         if not found.complete:
@@ -288,7 +287,7 @@ def _kept_below(
     while high - low > PRECISE * high:
         middle = (low + high) / 2.0
         low, high = (middle, high) if seems_sure(middle) else (low, middle)
-    rates = [low * LESS**step for step in range(1 + DOWN)]
+    rates = (low * share for share in LESS)
     return next((rate for rate in rates if rate >= at_least_rps and is_sure(rate)), None)
 
 
