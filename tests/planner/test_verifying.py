@@ -190,6 +190,30 @@ def test_a_longer_run_decides_where_the_limit_is_close(
     assert found.num_requests == numbers[-1]
 
 
+@pytest.mark.parametrize(("other_s", "kept"), [(0.98, True), (1.3, False)])
+def test_other_traffic_has_to_keep_a_limit_that_is_close(
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, other_s: float, kept: bool
+) -> None:
+    plan, problem = pair
+    planned_rps, seeds = default_rate(plan, problem), list[int]()
+
+    def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        (seed,) = question.seeds
+        seeds.append(seed)
+        value = 0.5 if question.load.rate_rps < planned_rps else (0.97, other_s)[seed]
+        p95_s = Estimate(value=value, half_width=0.05)
+        summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
+        return SimpleNamespace(complete=True, summary=summary)
+
+    monkeypatch.setattr(verify, "answer", answer)
+    limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
+    found = verification_of(again(replace(plan, objective=limits), problem))
+    assert found is not None
+    assert seeds[:3] == [0, 0, 1]  # a longer run, and other traffic
+    assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
+    assert found.kept_rps == pytest.approx((1.0 if kept else 0.985) * planned_rps)
+
+
 def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
     plan, problem = pair
     said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}

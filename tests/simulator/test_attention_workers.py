@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.simulator.attention_workers import PoolCopy
+from hetis.simulator.attention_workers import Decoding, Migration, PoolCopy
 from hetis.simulator.events import Events
 from hetis.simulator.fleet import LeastWork, SimulatedFleet
 from hetis.simulator.simulate import Builder, simulate
@@ -76,6 +76,22 @@ def test_the_head_map_is_sound_in_the_middle_of_a_run(chosen: Settings) -> None:
     assert len(pool.homes) == len(pool.state) > 0
     for request, home in pool.homes.items():
         np.testing.assert_array_equal(home, pool.state.groups(str(request)))
+
+
+def test_re_dispatch_sees_every_context_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two blocks the head map is behind, which nothing else would notice."""
+    seen = list[tuple[int, int]]()
+
+    def look(migration: Migration, _now_s: float, batch: Decoding, _moved: object) -> None:
+        for request, origin in batch.decoding.items():
+            seen.append((migration._state.context_tokens(str(request)), batch.step + 1 - origin))
+
+    monkeypatch.setattr(Migration, "look", look)
+    problem = small_problem(model=make_model(kv_heads=4))
+    plan = plan_of(pipeline(problem, 3, 3, micro_batch=6, in_flight=2, pool=(2, 2)))
+    pool_run(plan, problem, equal_requests(40, prompt=50, output=4000), Settings(theta=0.0))
+    assert len(seen) > 20
+    assert all(held == context for held, context in seen)
 
 
 def test_requests_that_a_full_worker_evicts_give_back_their_blocks_on_every_stage() -> None:

@@ -146,6 +146,20 @@ def test_a_slow_card_limits_the_rate(prefill: tuple[int, ...], decodes: list[tup
     assert (finished[50] - finished[10]) / 40 == pytest.approx(1.1 * kv_bytes / link.bytes_per_s, rel=0.01)
 
 
+@pytest.mark.parametrize("at_s", [0.02, 0.03, 0.05, 0.07])
+def test_a_worker_may_be_lost_while_kv_is_on_its_way_to_it(at_s: float) -> None:
+    problem = small_problem(model=make_model(kv_heads=4))
+    faults = (Fault(at_s=at_s, device="small-0/0"), Fault(at_s=at_s + 0.05, device="small-0/0", joins=True))
+    prefill = with_role(pipeline(problem, 6, first=5), Role.PREFILL)
+    decode = with_role(pipeline(problem, 6, micro_batch=8, pool=(2, 2)), Role.DECODE)
+    plan = plan_of(prefill, decode, routes=(KvRoute(prefill=0, decode=1, rate=1.0),))
+    requests = equal_requests(50, prompt=100, output=50, every_s=1e-3)
+    run = simulate(plan, problem, requests, Settings(dispatch=False, redispatch=False, faults=faults))
+    assert run.num_preemptions > 0
+    assert not np.isnan(run.finished_s).any()
+    assert run.generated_tokens == 50 * 50
+
+
 @pytest.mark.parametrize(("device", "prompt"), [("big-0/0", 400), ("big-2/0", 30)])
 def test_a_failure_on_either_side_costs_no_request(device: str, prompt: int) -> None:
     problem = small_problem()

@@ -152,7 +152,8 @@ class MicroBatch:
     def cross_windows(self) -> None:
         """Stop or slow the growth of requests that have reached the sliding window."""
         growth = self.growth
-        for request in self.leaving_window.pop(self.step, ()):
+        # Who left and came back with no step in between has two entries.
+        for request in dict.fromkeys(self.leaving_window.pop(self.step, ())):
             origin = self.decoding.get(request)
             if origin is None or origin + growth.window != self.step:
                 continue  # the entry is of an earlier stay
