@@ -237,6 +237,12 @@ COPIES, L4 = "2 H100 + 8 L4, 500/2000, 100 ms", "2 H100 + 8 L4, 16000/1000, 100 
 N = r"([-+]?[\d.,]*\d)"  # a number
 
 
+def served_by_most_flow(t: Table) -> list[float]:
+    """Return what placements of most flow serve in the queue, over what the plan does, by fleet."""
+    flow, plan = t.column("queued", "most flow$"), t.column("queued", "plan$")
+    return [one / best for one, best in zip(flow, plan, strict=True)]
+
+
 def _of(page: str, table: str, *sentences: tuple[str, Callable[[Table], Sequence[float]]]) -> list[Figure]:
     """Return the figures of a table on a page; ``#`` in a pattern is a number, and ``@`` one that may be a word."""
     return [
@@ -718,6 +724,17 @@ FIGURES = [
         (r"predicts # times \(median\)", lambda t: [number(t.rows[0]["median predicted / measured"])]),
         ("is off by #% of the chunk's", lambda t: [number(t.rows[0]["mean error of the chunk's time"])]),
         ("on average, over # chunks", lambda t: [number(t.rows[0]["chunks"])]),
+    ),
+    *_of(
+        "layers.md",
+        "layers",
+        ("rank correlation # and # on the examples", lambda t: t.column("rate", "^layers.*correlation")),
+        ("the examples, # on the fleets", lambda t: [min(t.column("rate", "^unseen.*correlation"))]),
+        (r"flow does not \(# to #\)", lambda t: span(t.column("flow", "correlation"))),
+        (
+            "serve a third to two thirds of the plan",
+            lambda t: [0.3 < share < 0.7 for share in served_by_most_flow(t)],
+        ),
     ),
     *_of(
         "profiles-modelled.md",
