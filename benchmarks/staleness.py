@@ -56,7 +56,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "staging": ("benchmarks/staging.py", *_SEARCH, *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
-    "goodput": ("benchmarks/goodput.py", "planner/hetis/planner/use_cases/verify.py", *_SEARCH, *_SIMULATOR),
+    "goodput": (
+        "benchmarks/goodput.py",
+        *(f"planner/hetis/planner/use_cases/{name}.py" for name in ("verify", "service_level")),
+        *(*_SEARCH, *_SIMULATOR),
+    ),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from hetis.formats.documents import load_plan
-from hetis.planner.report.figures import digits
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.plan import headline
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.place import PlacementSettings, missed
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic, service_level_of
 from hetis.planner.use_cases.simulate import Question, default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verify import (
@@ -31,6 +33,7 @@ from hetis.planner.use_cases.verify import (
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke
@@ -212,6 +215,80 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
     assert seeds[:3] == [0, 0, 1]  # a longer run, and other traffic
     assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
     assert found.kept_rps == pytest.approx((1.0 if kept else 0.985) * planned_rps)
+
+
+def test_a_plan_is_held_to_what_is_asked_for(one_run: Summary) -> None:
+    limits = Objective(ttft_limit_s=1.0, tpot_limit_s=0.1)
+    run = replace(
+        one_run,
+        attainment=0.875,
+        ttft_p95_s=Estimate(value=0.8, half_width=0.2),
+        ttft_s=replace(one_run.ttft_s, p99=1.6),
+        mean_tpot_s=Estimate(value=0.05, half_width=math.nan),
+        tpot_s=replace(one_run.tpot_s, p95=0.09),
+    )
+
+    def shown(level: ServiceLevel) -> list[tuple[float, ...]]:
+        return [tuple(round(value, 3) for value in one) for one in level.limited(run, limits)]
+
+    assert shown(ServiceLevel()) == [(0.6, 0.8, 1.0, 1.0, 0.9), (0.05, 0.05, 0.05, 0.1, 1.0)]
+    others = ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P95)
+    assert shown(others) == [(1.2, 1.6, 2.0, 1.0, 0.9), (0.09, 0.09, 0.09, 0.1, 0.9)]
+    assert shown(ServiceLevel(attainment=0.9)) == [(0.094, 0.125, 0.156, 0.1, 0.9)]
+    assert list(others.limited(run, Objective(ttft_limit_s=None, tpot_limit_s=None))) == []
+    for share in (0.0, 1.01):
+        with pytest.raises(InvalidProblemError, match="attainment is"):
+            ServiceLevel(attainment=share)
+
+
+@pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
+def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: ServiceLevel) -> None:
+    plan, problem = pair
+    usual = verification_of(again(plan, problem))
+    assert usual is not None
+    asked = replace(plan, inputs={**plan.inputs, SERVICE_LEVEL: json.loads(json.dumps(level.data()))})
+    assert service_level_of(asked) == level
+    found = again(asked, problem)
+    verification = verification_of(found)
+    assert verification is not None
+    assert (verification.ttft_p95_s, verification.tpot_mean_s) == (usual.ttft_p95_s, usual.tpot_mean_s)
+    if level.attainment is None:
+        assert verification.ttft_s is not None
+        assert verification.tpot_s is not None
+        assert verification.ttft_s > usual.ttft_p95_s
+        assert f"TTFT p99 {seconds(verification.ttft_s)}, TPOT p50 {seconds(verification.tpot_s)}" in drawn(found)
+    else:
+        assert verification.kept == (verification.attainment == 1.0)
+        assert "100% asked for" in drawn(found)
+
+
+@pytest.mark.parametrize("written", [None, 3, {"ttft": "p95"}, {"ttft": "p1", "tpot": "mean", "attainment": None}])
+def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) -> None:
+    assert service_level_of(replace(pair[0], inputs={SERVICE_LEVEL: written})) == ServiceLevel()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--attainment", "90%", "--tpot-statistic", "p99"], "not with --tpot-statistic"),
+        (["--attainment", "90%", "--no-verify"], "which --no-verify leaves out"),
+        (["--attainment", "0"], "must be above 0 and at most 100%"),
+        (["--ttft-statistic", "p42"], "'p42' is not one of"),
+    ],
+)
+def test_levels_that_mean_nothing_are_refused(placed: Path, options: list[str], said: str) -> None:
+    cluster = str(placed.with_name("cluster.yaml"))
+    done = invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options)
+    assert done.exit_code == ExitCode.INVALID
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_saved_plan_says_what_it_is_held_to(placed: Path, tmp_path: Path) -> None:
+    out, cluster = tmp_path / "plan.json", str(placed.with_name("cluster.yaml"))
+    asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "--ttft-statistic", "p99", "--out", str(out)]
+    assert "TTFT p99" in invoke(*asked).stdout
+    assert json.loads(out.read_text())["inputs"][SERVICE_LEVEL] == {"ttft": "p99", "tpot": "mean", "attainment": None}
+    assert "TTFT p99" in invoke("explain", str(out)).stdout
 
 
 def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:

@@ -15,6 +15,7 @@ from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
@@ -43,6 +44,43 @@ class PreferenceOptions:
         "0",
         parser=values.error,
     )
+
+
+@group
+class ServiceLevelOptions:
+    """What has to keep the latency limits, in simulated traffic."""
+
+    ttft_statistic: Statistic | None = _goal(
+        "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=Statistic.P95
+    )
+    tpot_statistic: Statistic | None = _goal(
+        "--tpot-statistic: What of TPOT the simulation holds to its limit.", shown=Statistic.MEAN
+    )
+    attainment: float | None = _goal(
+        "--attainment SHARE: Instead of both: the requests, simulated, that have to keep both limits; 90%.",
+        parser=values.share,
+        shown=False,
+    )
+
+    def level(self, *, verify: bool) -> ServiceLevel:
+        """Return the service level; a contradiction is an error of usage."""
+        given = {
+            "--ttft-statistic": self.ttft_statistic,
+            "--tpot-statistic": self.tpot_statistic,
+            "--attainment": self.attainment,
+        }
+        named = [name for name, value in given.items() if value is not None]
+        if named and not verify:
+            raise typer.BadParameter(
+                f"{named[0]} is what the simulation holds the plan to, which --no-verify leaves out"
+            )
+        if self.attainment is not None and len(named) > 1:
+            raise typer.BadParameter(f"--attainment counts requests instead of taking a statistic: not with {named[0]}")
+        return ServiceLevel(
+            ttft=self.ttft_statistic or Statistic.P95,
+            tpot=self.tpot_statistic or Statistic.MEAN,
+            attainment=self.attainment,
+        )
 
 
 @group
@@ -76,6 +114,7 @@ def place(
     *,
     inputs: options.InputOptions,
     goal: options.GoalOptions,
+    held_to: ServiceLevelOptions,
     constraints: options.ConstraintOptions,
     family: options.FamilyOptions,
     replicas: options.ReplicaOptions,
@@ -103,6 +142,7 @@ def place(
             survive="" if preferences.survive is None else preferences.survive.value,
         ),
         verify=results.verify,
+        service_level=held_to.level(verify=results.verify),
         other_engines=results.other_engines,
         price_pins=preferences.price_pins,
         profile_error=results.profile_error,

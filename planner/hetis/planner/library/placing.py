@@ -13,6 +13,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
@@ -58,6 +59,9 @@ def place(
     seed: int = 0,
     threads: int = 1,
     verify: bool = True,
+    ttft_statistic: str = "p95",
+    tpot_statistic: str = "mean",
+    attainment: Quantity | None = None,
     other_engines: bool = True,
     progress: Callable[[Progress], None] = silent,
 ) -> Plan:
@@ -84,6 +88,9 @@ def place(
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at its promised rate; where it misses a limit, plan again for a tighter one.
+        ttft_statistic, tpot_statistic: what of TTFT and TPOT the simulation holds to its limit: ``mean``, ``p50``,
+            ``p90``, ``p95`` or ``p99``.
+        attainment: instead of both, the share of the requests that have to keep both limits, such as ``"90%"``.
         other_engines: report the values of plans for other engines, found in a tenth of the time limit.
         progress: called with progress of the search, from this thread.
 
@@ -123,6 +130,11 @@ def place(
         ),
         engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
         verify=verify,
+        service_level=ServiceLevel(
+            ttft=member(Statistic, ttft_statistic, "ttft_statistic"),
+            tpot=member(Statistic, tpot_statistic, "tpot_statistic"),
+            attainment=None if attainment is None else ratio_of(attainment),
+        ),
         other_engines=other_engines,
     )
     loaded = placing.load(request)

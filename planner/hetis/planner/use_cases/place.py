@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
+from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
+from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
@@ -91,6 +93,7 @@ class PlacementRequest:
     settings: PlacementSettings = PlacementSettings()
     engine_settings: EngineSettings = NOTHING_SET  # those that engines are started with, whatever is planned
     verify: bool = True  # simulate the plan before it is shown
+    service_level: ServiceLevel = service_level.DEFAULT  # what the simulation holds the plan to
     other_engines: bool = True  # report the values of plans for other engines
     price_pins: bool = False  # report the cost of every constraint
     profile_error: float | None = None  # study the plan under profiles that are off by up to this share; None: no study
@@ -169,6 +172,8 @@ def place(
         beside_engines=request.other_engines,
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
+    if request.service_level != service_level.DEFAULT:
+        plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: request.service_level.data()})
     if request.verify:
         plan = simulated_plan(plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=report)
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()

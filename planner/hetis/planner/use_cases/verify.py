@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, service_level_of
 from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.simulator.arrivals import Arrivals, Load
@@ -26,12 +27,13 @@ from hetis.solver.plan import Objective, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
+OPTIONAL = ("ttft_s", "tpot_s")  # fields of it that earlier plans do not have
 TURNS = 8  # how often a run replaces all the requests that a plan holds at once
 FEWEST = 4_000  # requests per run: the p95 TTFT of few seats hangs on the few bursts of long requests in it
 FILLS = 2  # how often at least, if that is not too much: where most seats stay empty, TPOT looks too good
+UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
-CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # of a rate that misses a limit are tried in turn
@@ -53,6 +55,8 @@ class Verification:
     ttft_p95_s: float  # over all requests of the run, after the warm-up
     tpot_mean_s: float  # over all requests of the run, after the warm-up
     attainment: float  # share of the requests within both limits
+    ttft_s: float | None = None  # the statistic that the plan is held to, if that is not p95
+    tpot_s: float | None = None  # the statistic that the plan is held to, if that is not the mean
     # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
     # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
     # than chance. They are tried for plans of the highest rate, unless runs are slow (with attention workers).
@@ -92,12 +96,12 @@ def verified(
 def verification_of(plan: Plan) -> Verification | None:
     """Return what `verified` wrote, or None if there is nothing readable."""
     found = plan.inputs.get(VERIFICATION)
-    names = [field.name for field in fields(Verification)]
-    if not isinstance(found, Mapping) or not all(name in found for name in names):
+    needed = [field.name for field in fields(Verification) if field.name not in OPTIONAL]
+    if not isinstance(found, Mapping) or not all(name in found for name in needed):
         return None
-    values: dict[str, Any] = {name: found[name] for name in names}
+    values: dict[str, Any] = {name: found.get(name) for name in (*needed, *OPTIONAL)}
     numbers = [values[name] for name in ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")]
-    numbers += [values["kept_rps"] or 0.0]
+    numbers += [values[name] or 0.0 for name in ("kept_rps", *OPTIONAL)]
     return Verification(**values) if all(isinstance(number, int | float) for number in numbers) else None
 
 
@@ -115,11 +119,14 @@ def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
     return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
-def limited_latencies(verification: Verification, objective: Objective) -> list[tuple[str, float, float]]:
+def limited_latencies(verification: Verification, plan: Plan) -> list[tuple[str, float, float]]:
     """Return name, simulated value and limit in seconds of each latency that has a limit."""
+    level, objective = service_level_of(plan), plan.objective
+    ttft_s = verification.ttft_p95_s if verification.ttft_s is None else verification.ttft_s
+    tpot_s = verification.tpot_mean_s if verification.tpot_s is None else verification.tpot_s
     found = (
-        (TTFT, verification.ttft_p95_s, objective.ttft_limit_s),
-        (TPOT, verification.tpot_mean_s, objective.tpot_limit_s),
+        (f"TTFT {level.ttft}", ttft_s, objective.ttft_limit_s),
+        (f"TPOT {level.tpot}", tpot_s, objective.tpot_limit_s),
     )
     return [(name, value, limit) for name, value, limit in found if limit is not None]
 
@@ -128,8 +135,10 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
     """Return the limits that a simulated plan does not keep, one clause each; empty if it keeps all."""
     if verification.kept:
         return []
-    limited = limited_latencies(verification, plan.objective)
+    asked, limited = service_level_of(plan).attainment, limited_latencies(verification, plan)
     over = [f"{name} {value:.3g} s of {limit:.3g} s" for name, value, limit in limited if value > limit]
+    if asked is not None:
+        over = [f"{verification.attainment:.1%} of the requests within both limits, {100 * asked:g}% asked for"]
     return [*(["requests queue up without end"] if verification.steady is False else []), *over]
 
 
@@ -166,7 +175,7 @@ def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, cancelled: threading.Event,
     report: Report, lengths: tuple[int, ...] = (),
 ) -> TriedRate | None:  # fmt: skip
-    """Simulate a plan at a rate; None: it was cancelled.
+    """Simulate a plan at a rate, held to its service level; None: it was cancelled.
 
     ``lengths`` are requests of the first run and of longer ones, each of which is made if the limits are close; empty:
     the ordinary ones.
@@ -174,15 +183,14 @@ def simulated_at(
     load = Load(
         lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
     )
-    outcome = None
+    outcome, level = None, service_level_of(plan)
     for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
         question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
         found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
         if not found.complete:
             return None
-        kept = _keeps(found.summary, limits)
-        sure = found.summary.within(limits) and all(one.high <= one.limit for one in _limited(found.summary, limits))
-        close = _is_close(found.summary, limits)
+        judged = _Judged(found.summary, limits, level)
+        kept, sure, close = judged.keeps(), judged.is_sure(), judged.is_close()
         outcome = TriedRate(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure, close=close)
         if not close:
             break
@@ -230,7 +238,7 @@ def _verify(
             kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     except _CancelledError:
         return None
-    summary = at_plan.summary
+    summary, level = at_plan.summary, service_level_of(plan)
     return Verification(
         rate_rps=planned_rps,
         num_requests=at_plan.num_requests,
@@ -240,6 +248,8 @@ def _verify(
         tpot_mean_s=summary.mean_tpot_s.value,
         attainment=summary.attainment,
         kept_rps=kept_rps,
+        ttft_s=None if level.ttft is DEFAULT.ttft else level.ttft_s(summary).value,
+        tpot_s=None if level.tpot is DEFAULT.tpot else level.tpot_s(summary).value,
     )
 
 
@@ -291,44 +301,34 @@ def _kept_below(
     return next((rate for rate in rates if rate >= at_least_rps and is_sure(rate)), None)
 
 
-def _is_close(summary: Summary, limits: Objective) -> bool:
-    """Return whether a longer run may say something else about the limits.
+class _Judged:
+    """A simulation beside the limits, by what the plan is held to."""
 
-    Queues of a busy plan need time to fill up, so that the p95 TTFT of a run that starts empty is on the low side.
-    """
-    if summary.steady is False:
-        return False
-    closeness = {TTFT: CLOSE, TPOT: 1.0}
-    return any(one.low <= one.limit < one.high / closeness[one.name] for one in _limited(summary, limits))
+    def __init__(self, summary: Summary, limits: Objective, level: ServiceLevel) -> None:
+        self._summary = summary
+        self._limited = list(level.limited(summary, limits))
+        self._is_carried = summary.within(UNLIMITED)
 
+    def is_within(self) -> bool:
+        return self._is_carried and all(one.value <= one.limit for one in self._limited)
 
-def _keeps(summary: Summary, limits: Objective) -> bool:
-    if summary.within(limits):
-        return True
-    by_chance = all(
-        one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in _limited(summary, limits)
-    )
-    return summary.steady is not False and by_chance
+    def is_sure(self) -> bool:
+        """Return whether the limits are kept by more than chance."""
+        return self.is_within() and all(one.high <= one.limit for one in self._limited)
 
+    def keeps(self) -> bool:
+        """Return whether the limits are kept, up to chance."""
+        by_chance = all(one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in self._limited)
+        return self.is_within() or (self._summary.steady is not False and by_chance)
 
-class _Limited(NamedTuple):
-    """A latency that has a limit, with the ends of its interval, in seconds."""
+    def is_close(self) -> bool:
+        """Return whether a longer run may say something else about the limits.
 
-    name: str
-    low: float
-    value: float
-    high: float
-    limit: float
-
-
-def _limited(summary: Summary, limits: Objective) -> Iterator[_Limited]:
-    for name, estimate, limit in (
-        (TTFT, summary.ttft_p95_s, limits.ttft_limit_s),
-        (TPOT, summary.mean_tpot_s, limits.tpot_limit_s),
-    ):
-        if limit is not None:
-            half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing
-            yield _Limited(name, estimate.value - half, estimate.value, estimate.value + half, limit)
+        Queues of a busy plan need time to fill up, so that the tail of a run that starts empty is on the low side.
+        """
+        if self._summary.steady is False:
+            return False
+        return any(one.low <= one.limit < one.high / one.close for one in self._limited)
 
 
 # --- latencies as a function of the rate
@@ -453,12 +453,17 @@ def _missed(plan: Plan) -> Tightening | None:
     found = verification_of(plan)
     if found is None or found.kept:
         return None
-    limited = limited_latencies(found, plan.objective)
-    over = [(reached_s / limit_s, name, limit_s) for name, reached_s, limit_s in limited]
+    over = [
+        (reached_s / limit_s, TTFT if name.startswith("TTFT") else TPOT, limit_s)
+        for name, reached_s, limit_s in limited_latencies(found, plan)
+    ]
     ratio, name, limit_s = max(over)  # a plan without limits is not verified
     if found.steady is False or not math.isfinite(ratio):  # however long requests wait in the end
         ratio, name, limit_s = math.inf, *over[0][1:]
-    return Tightening(name=name, asked_s=limit_s, planned_s=limit_s * min(1.0, max(LEAST_STEP, 1.0 / ratio)))
+    step = (
+        LEAST_STEP if ratio <= 1.0 else max(LEAST_STEP, 1.0 / ratio)
+    )  # too few requests may keep a limit that is kept
+    return Tightening(name=name, asked_s=limit_s, planned_s=limit_s * step)
 
 
 def _planned_s(plan: Plan, limit: Tightening) -> float:

@@ -46,7 +46,7 @@ from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
-from hetis.planner.use_cases.verify import kept_rate, misses, verification_of
+from hetis.planner.use_cases.verify import kept_rate, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
@@ -228,17 +228,18 @@ def _worth(plan: Plan) -> Scale:
 
 def _limits(plan: Plan) -> Scale:
     simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
-    found = {} if simulated is None else {"TTFT p95": simulated.ttft_p95_s, "TPOT mean": simulated.tpot_mean_s}
+    found = [] if simulated is None else limited_latencies(simulated, plan)
     for name, reached, limit in limits(plan):
         if limit is None:
             without.append(f"{name} {seconds(reached)}")
             continue
-        values = [("planned", reached)] + ([("simulated", found[name])] if name in found else [])
+        values = [(f"{name}, planned", reached)]
+        values += [(f"{held}, simulated", value) for held, value, _ in found if held[:4] == name[:4]]
         axis = max(AXIS * limit, *(value * ROOM for _, value in values))
-        for how, value in values:
+        for label, value in values:
             rows.append(
                 ScaleRow(
-                    label=f"{name}, {how}",
+                    label=label,
                     text=f"{seconds(value)} of {seconds(limit)} ({percent(value / limit)})",
                     share=value / axis,
                     mark=limit / axis,
