@@ -272,6 +272,8 @@ def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) 
     [
         (["--attainment", "90%", "--tpot-statistic", "p99"], "not with --tpot-statistic"),
         (["--attainment", "90%", "--no-verify"], "which --no-verify leaves out"),
+        (["--objective", "throughput", "--attainment", "90%"], "--attainment without a limit: --ttft TIME"),
+        (["--tpot", "none", "--tpot-statistic", "p95"], "--tpot-statistic without a limit on TPOT: --tpot TIME"),
         (["--attainment", "0"], "must be above 0 and at most 100%"),
         (["--ttft-statistic", "p42"], "'p42' is not one of"),
     ],

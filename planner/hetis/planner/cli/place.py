@@ -62,20 +62,22 @@ class ServiceLevelOptions:
         shown=False,
     )
 
-    def level(self, *, verify: bool) -> ServiceLevel:
-        """Return the service level; a contradiction is an error of usage."""
-        given = {
-            "--ttft-statistic": self.ttft_statistic,
-            "--tpot-statistic": self.tpot_statistic,
-            "--attainment": self.attainment,
-        }
-        named = [name for name, value in given.items() if value is not None]
+    def level(self, objective: Objective, *, verify: bool) -> ServiceLevel:
+        """Return the service level; one that contradicts itself or has nothing to hold is an error of usage."""
+        limits = {"TTFT": objective.ttft_limit_s, "TPOT": objective.tpot_limit_s}
+        given = {"--ttft-statistic": self.ttft_statistic, "--tpot-statistic": self.tpot_statistic}
+        named = [name for name, value in {**given, "--attainment": self.attainment}.items() if value is not None]
         if named and not verify:
             raise typer.BadParameter(
                 f"{named[0]} is what the simulation holds the plan to, which --no-verify leaves out"
             )
         if self.attainment is not None and len(named) > 1:
             raise typer.BadParameter(f"--attainment counts requests instead of taking a statistic: not with {named[0]}")
+        for (name, value), (latency, limit) in zip(given.items(), limits.items(), strict=True):
+            if value is not None and limit is None:
+                raise typer.BadParameter(f"{name} without a limit on {latency}: --{latency.lower()} TIME")
+        if self.attainment is not None and set(limits.values()) == {None}:
+            raise typer.BadParameter("--attainment without a limit: --ttft TIME, --tpot TIME or both")
         return ServiceLevel(
             ttft=self.ttft_statistic or Statistic.P95,
             tpot=self.tpot_statistic or Statistic.MEAN,
@@ -142,11 +144,11 @@ def place(
             survive="" if preferences.survive is None else preferences.survive.value,
         ),
         verify=results.verify,
-        service_level=held_to.level(verify=results.verify),
         other_engines=results.other_engines,
         price_pins=preferences.price_pins,
         profile_error=results.profile_error,
     )
+    request = replace(request, service_level=held_to.level(request.objective, verify=results.verify))
     loaded = load(request)
     problem = pose(request, loaded)
     if results.dry_run:
