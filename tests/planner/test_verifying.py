@@ -8,7 +8,9 @@ import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from hetis.formats.documents import load_plan
@@ -17,8 +19,16 @@ from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.plan import headline
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.place import PlacementSettings, missed
-from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic, service_level_of
-from hetis.planner.use_cases.simulate import Question, default_rate
+from hetis.planner.use_cases.service_level import (
+    SERVICE_LEVEL,
+    ServiceLevel,
+    Statistic,
+    asked_level,
+    held,
+    service_level_of,
+    share_within,
+)
+from hetis.planner.use_cases.simulate import Question, Simulated, answer, default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verify import (
     LONGER,
@@ -30,6 +40,7 @@ from hetis.planner.use_cases.verify import (
     verification_of,
     verified,
 )
+from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
@@ -183,7 +194,7 @@ def test_a_longer_run_decides_where_the_limit_is_close(
         numbers.append(question.num_requests)
         value, half_width = (short_s, long_s or short_s)[len(numbers) - 1]
         summary = replace(one_run, steady=True, ttft_p95_s=Estimate(value=value, half_width=half_width))
-        return SimpleNamespace(complete=True, summary=summary)
+        return SimpleNamespace(complete=True, summary=summary, run=None)
 
     monkeypatch.setattr(verify, "answer", answer)
     found = simulated_at(plan, problem, 1.0, limits, seed=0, cancelled=threading.Event(), report=silent)
@@ -206,7 +217,7 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
         value = 0.5 if question.load.rate_rps < planned_rps else (0.97, other_s)[seed]
         p95_s = Estimate(value=value, half_width=0.05)
         summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
-        return SimpleNamespace(complete=True, summary=summary)
+        return SimpleNamespace(complete=True, summary=summary, run=None)
 
     monkeypatch.setattr(verify, "answer", answer)
     limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
@@ -217,28 +228,87 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
     assert found.kept_rps == pytest.approx((1.0 if kept else 0.985) * planned_rps)
 
 
-def test_a_plan_is_held_to_what_is_asked_for(one_run: Summary) -> None:
-    limits = Objective(ttft_limit_s=1.0, tpot_limit_s=0.1)
-    run = replace(
-        one_run,
-        attainment=0.875,
-        ttft_p95_s=Estimate(value=0.8, half_width=0.2),
-        ttft_s=replace(one_run.ttft_s, p99=1.6),
-        mean_tpot_s=Estimate(value=0.05, half_width=math.nan),
-        tpot_s=replace(one_run.tpot_s, p95=0.09),
+@pytest.fixture(scope="module")
+def whole_run(pair: Placed) -> Simulated:
+    """2,000 requests at the planned rate."""
+    plan, problem = pair
+    load = Load(
+        lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN,
+        rate_rps=default_rate(plan, problem),
+    )  # fmt: skip
+    question = Question(
+        load=load, num_requests=2000, seeds=(0,), settings=verify.AS_PLANNED, limits=plan.objective, keep_run=True
     )
+    return answer(plan, problem, question, processes=1, cancelled=threading.Event(), report=silent)
 
-    def shown(level: ServiceLevel) -> list[tuple[float, ...]]:
-        return [tuple(round(value, 3) for value in one) for one in level.limited(run, limits)]
 
-    assert shown(ServiceLevel()) == [(0.6, 0.8, 1.0, 1.0, 0.9), (0.05, 0.05, 0.05, 0.1, 1.0)]
-    others = ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P95)
-    assert shown(others) == [(1.2, 1.6, 2.0, 1.0, 0.9), (0.09, 0.09, 0.09, 0.1, 0.9)]
-    assert shown(ServiceLevel(attainment=0.9)) == [(0.094, 0.125, 0.156, 0.1, 0.9)]
-    assert list(others.limited(run, Objective(ttft_limit_s=None, tpot_limit_s=None))) == []
-    for share in (0.0, 1.01):
-        with pytest.raises(InvalidProblemError, match="attainment is"):
-            ServiceLevel(attainment=share)
+def test_a_run_is_judged_by_the_statistics_that_are_asked_for(whole_run: Simulated) -> None:
+    summary, run = whole_run.summary, whole_run.run
+    limits = Objective(ttft_limit_s=1.0, tpot_limit_s=0.1)
+    usual = held(ServiceLevel(), summary, None, limits)
+    p95, mean = summary.ttft_p95_s, summary.mean_tpot_s
+    assert [one[:4] for one in usual.limited] == [
+        (p95.value - p95.half_width, p95.value, p95.value + p95.half_width, 1.0),
+        (mean.value - mean.half_width, mean.value, mean.value + mean.half_width, 0.1),
+    ]
+    assert [one.close for one in usual.limited] == [0.9, 1.0]
+    assert not usual.seconds
+    others = held(ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50), summary, run, limits)
+    assert others.seconds == pytest.approx({"TTFT": summary.ttft_s.p99, "TPOT": summary.tpot_s.p50})
+    assert [one.value for one in others.limited] == list(others.seconds.values())
+    assert all(one.low < one.value < one.high for one in others.limited)
+    assert others.limited[0].high - others.limited[0].value > p95.half_width  # a tail further out is known less well
+    unlimited = Objective(ttft_limit_s=None, tpot_limit_s=None)
+    assert held(ServiceLevel(ttft=Statistic.P99), summary, run, unlimited).limited == ()
+
+
+def test_a_run_is_judged_by_the_share_of_requests_that_keep_all_limits(whole_run: Simulated) -> None:
+    summary, run, share = whole_run.summary, whole_run.run, ServiceLevel(attainment=0.9)
+    assert run is not None
+    inside = run.arrival_s >= summary.warm_up_s
+    ttft = (run.first_token_s - run.arrival_s)[inside]
+    limit_s = float(np.percentile(ttft, 80))
+    found = held(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=None))
+    (missing,) = found.limited
+    assert missing.value == found.missed["TTFT"] == pytest.approx(0.2, abs=1 / len(ttft))
+    assert missing.limit == pytest.approx(0.1)
+    assert missing.low > 0.15
+    both = held(share, summary, run, Objective(ttft_limit_s=limit_s, tpot_limit_s=1e-6))
+    assert (both.limited[0].value, both.missed["TPOT"]) == (1.0, 1.0)
+    never = held(share, summary, run, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0]
+    assert never.value == 0.0
+    assert never.high == pytest.approx(3 / len(ttft))  # a run without a miss does not say that there are none
+    lost = replace(run, finished_s=np.full_like(run.finished_s, np.nan))
+    assert held(share, summary, lost, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0].value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "said"),
+    [(0.876, 0.9, "87.6%"), (0.99878, 0.999, "99.878%"), (0.9996, 1.0, "99.9600%"), (0.9999, 0.999, "99.990%")],
+)
+def test_a_share_is_not_rounded_to_the_one_asked_for(share: float, asked: float, said: str) -> None:
+    assert share_within(share, asked) == said
+
+
+def test_runs_are_long_enough_for_the_share_that_may_miss(pair: Placed) -> None:
+    plan, _ = pair
+    lengths = [
+        num_requests_of(replace(plan, inputs={SERVICE_LEVEL: ServiceLevel(attainment=share).data()}))
+        for share in (0.5, 0.99, 0.999, 1.0)
+    ]
+    assert lengths == [num_requests_of(plan), 5000, 40_000, 40_000]
+
+
+@pytest.mark.parametrize(("ttft", "tpot", "name"), [(0.3, 0.1, "TTFT p95"), (0.1, 0.3, "TPOT mean")])
+def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: float, tpot: float, name: str) -> None:
+    plan = pair[0]
+    said = {"kept": False, "attainment": 0.6, "ttft_missed": ttft, "tpot_missed": tpot}
+    level = ServiceLevel(attainment=0.9).data()
+    written = {VERIFICATION: {**plan.inputs[VERIFICATION], **said}, SERVICE_LEVEL: level}
+    tightening = verify._missed(replace(plan, inputs={**plan.inputs, **written}))
+    assert tightening is not None
+    assert tightening.name == name
+    assert tightening.planned_s == pytest.approx(0.8 * tightening.asked_s)
 
 
 @pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
@@ -251,8 +321,8 @@ def test_the_rate_that_is_kept_follows_what_is_asked_for(pair: Placed, level: Se
     found = again(asked, problem)
     verification = verification_of(found)
     assert verification is not None
-    assert (verification.ttft_p95_s, verification.tpot_mean_s) == (usual.ttft_p95_s, usual.tpot_mean_s)
     if level.attainment is None:
+        assert (verification.ttft_p95_s, verification.tpot_mean_s) == (usual.ttft_p95_s, usual.tpot_mean_s)
         assert verification.ttft_s is not None
         assert verification.tpot_s is not None
         assert verification.ttft_s > usual.ttft_p95_s
@@ -270,10 +340,6 @@ def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--attainment", "90%", "--tpot-statistic", "p99"], "not with --tpot-statistic"),
-        (["--attainment", "90%", "--no-verify"], "which --no-verify leaves out"),
-        (["--objective", "throughput", "--attainment", "90%"], "--attainment without a limit: --ttft TIME"),
-        (["--tpot", "none", "--tpot-statistic", "p95"], "--tpot-statistic without a limit on TPOT: --tpot TIME"),
         (["--attainment", "0"], "must be above 0 and at most 100%"),
         (["--ttft-statistic", "p42"], "'p42' is not one of"),
     ],
@@ -283,6 +349,23 @@ def test_levels_that_mean_nothing_are_refused(placed: Path, options: list[str], 
     done = invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options)
     assert done.exit_code == ExitCode.INVALID
     assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"attainment": 0.9, "tpot": Statistic.P99}, "attainment counts requests instead of taking a statistic"),
+        ({"attainment": 0.9, "verify": False}, "verification is turned off"),
+        ({"tpot": Statistic.MEAN, "objective": Objective(tpot_limit_s=None)}, "and TPOT has no limit"),
+        ({"attainment": 0.9, "objective": Objective(ttft_limit_s=None, tpot_limit_s=None)}, "neither TTFT nor TPOT"),
+        ({"attainment": 90.0}, "attainment is 90, must be above 0 and at most 1"),
+    ],
+)
+def test_levels_that_contradict_themselves_are_refused(asked: dict[str, Any], said: str) -> None:
+    usual = {"ttft": None, "tpot": None, "attainment": None, "objective": Objective(), "verify": True}
+    assert asked_level(**usual) == ServiceLevel()  # type: ignore[arg-type]
+    with pytest.raises(InvalidProblemError, match=said):
+        asked_level(**{**usual, **asked})  # type: ignore[arg-type]
 
 
 def test_a_saved_plan_says_what_it_is_held_to(placed: Path, tmp_path: Path) -> None:

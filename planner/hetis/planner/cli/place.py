@@ -15,7 +15,7 @@ from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
-from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.service_level import DEFAULT, Statistic, asked_level
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
@@ -51,38 +51,17 @@ class ServiceLevelOptions:
     """What has to keep the latency limits, in simulated traffic."""
 
     ttft_statistic: Statistic | None = _goal(
-        "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=Statistic.P95
+        "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=DEFAULT.ttft
     )
     tpot_statistic: Statistic | None = _goal(
-        "--tpot-statistic: What of TPOT the simulation holds to its limit.", shown=Statistic.MEAN
+        "--tpot-statistic: What of TPOT the simulation holds to its limit.", shown=DEFAULT.tpot
     )
     attainment: float | None = _goal(
-        "--attainment SHARE: Instead of both: the requests, simulated, that have to keep both limits; 90%.",
+        "--attainment SHARE: "
+        "Share of simulated requests that keep all limits (SLO attainment), instead of statistics; such as 90%.",
         parser=values.share,
         shown=False,
     )
-
-    def level(self, objective: Objective, *, verify: bool) -> ServiceLevel:
-        """Return the service level; one that contradicts itself or has nothing to hold is an error of usage."""
-        limits = {"TTFT": objective.ttft_limit_s, "TPOT": objective.tpot_limit_s}
-        given = {"--ttft-statistic": self.ttft_statistic, "--tpot-statistic": self.tpot_statistic}
-        named = [name for name, value in {**given, "--attainment": self.attainment}.items() if value is not None]
-        if named and not verify:
-            raise typer.BadParameter(
-                f"{named[0]} is what the simulation holds the plan to, which --no-verify leaves out"
-            )
-        if self.attainment is not None and len(named) > 1:
-            raise typer.BadParameter(f"--attainment counts requests instead of taking a statistic: not with {named[0]}")
-        for (name, value), (latency, limit) in zip(given.items(), limits.items(), strict=True):
-            if value is not None and limit is None:
-                raise typer.BadParameter(f"{name} without a limit on {latency}: --{latency.lower()} TIME")
-        if self.attainment is not None and set(limits.values()) == {None}:
-            raise typer.BadParameter("--attainment without a limit: --ttft TIME, --tpot TIME or both")
-        return ServiceLevel(
-            ttft=self.ttft_statistic or Statistic.P95,
-            tpot=self.tpot_statistic or Statistic.MEAN,
-            attainment=self.attainment,
-        )
 
 
 @group
@@ -148,7 +127,11 @@ def place(
         price_pins=preferences.price_pins,
         profile_error=results.profile_error,
     )
-    request = replace(request, service_level=held_to.level(request.objective, verify=results.verify))
+    level = asked_level(
+        ttft=held_to.ttft_statistic, tpot=held_to.tpot_statistic, attainment=held_to.attainment,
+        objective=request.objective, verify=request.verify,
+    )  # fmt: skip
+    request = replace(request, service_level=level)
     loaded = load(request)
     problem = pose(request, loaded)
     if results.dry_run:

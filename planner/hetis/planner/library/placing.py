@@ -13,7 +13,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.service_level import Statistic, asked_level
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
@@ -59,8 +59,8 @@ def place(
     seed: int = 0,
     threads: int = 1,
     verify: bool = True,
-    ttft_statistic: str = "p95",
-    tpot_statistic: str = "mean",
+    ttft_statistic: str | None = None,
+    tpot_statistic: str | None = None,
     attainment: Quantity | None = None,
     other_engines: bool = True,
     progress: Callable[[Progress], None] = silent,
@@ -89,8 +89,8 @@ def place(
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at its promised rate; where it misses a limit, plan again for a tighter one.
         ttft_statistic, tpot_statistic: what of TTFT and TPOT the simulation holds to its limit: ``mean``, ``p50``,
-            ``p90``, ``p95`` or ``p99``.
-        attainment: instead of both, the share of the requests that have to keep both limits, such as ``"90%"``.
+            ``p90``, ``p95`` or ``p99``; None: p95 and mean.
+        attainment: instead of statistics, the share of requests that have to keep all limits, such as ``"90%"``.
         other_engines: report the values of plans for other engines, found in a tenth of the time limit.
         progress: called with progress of the search, from this thread.
 
@@ -100,6 +100,12 @@ def place(
         HetisError: an input is not usable; the message names it.
     """
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
+    goal = placing.objective(
+        member(ObjectiveKind, objective, "objective"),
+        ttft_s=limit_of(ttft),
+        tpot_s=limit_of(tpot),
+        demand_rps=rate,
+    )
     request = placing.PlacementRequest(
         cluster=_text_or_value(cluster),
         model=_text_or_value(model),
@@ -111,12 +117,7 @@ def place(
         weights=weights,
         kv=kv,
         mtp=mtp,
-        objective=placing.objective(
-            member(ObjectiveKind, objective, "objective"),
-            ttft_s=limit_of(ttft),
-            tpot_s=limit_of(tpot),
-            demand_rps=rate,
-        ),
+        objective=goal,
         settings=placing.PlacementSettings(
             strategy=_strategy(strategy),
             roles=ordered(member(Role, role, "role") for role in roles),
@@ -130,10 +131,12 @@ def place(
         ),
         engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
         verify=verify,
-        service_level=ServiceLevel(
-            ttft=member(Statistic, ttft_statistic, "ttft_statistic"),
-            tpot=member(Statistic, tpot_statistic, "tpot_statistic"),
+        service_level=asked_level(
+            ttft=None if ttft_statistic is None else member(Statistic, ttft_statistic, "ttft_statistic"),
+            tpot=None if tpot_statistic is None else member(Statistic, tpot_statistic, "tpot_statistic"),
             attainment=None if attainment is None else ratio_of(attainment),
+            objective=goal,
+            verify=verify,
         ),
         other_engines=other_engines,
     )

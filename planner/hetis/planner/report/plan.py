@@ -23,10 +23,10 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, En
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
-from hetis.planner.use_cases.service_level import service_level_of
+from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
+from hetis.planner.use_cases.verify import Verification, attained, kept_rate, misses, verification_of
 from hetis.solver.plan import (
     ClassPrice,
     Objective,
@@ -311,13 +311,10 @@ def _limit(reached: float, limit: float | None) -> Text:
 def _simulated(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, which follows the model's values above."""
     level = service_level_of(plan)
-    ttft_s = found.ttft_p95_s if found.ttft_s is None else found.ttft_s
-    tpot_s = found.tpot_mean_s if found.tpot_s is None else found.tpot_s
-    latencies = f"TTFT {level.ttft} {seconds(ttft_s)}, TPOT {level.tpot} {seconds(tpot_s)}"
+    latencies = ", ".join(f"{one} {level.statistic(one)} {seconds(found.seconds(one))}" for one in Latency)
     at = f"at {digits(found.rate_rps, 4)} requests/s"
-    asked = "" if level.attainment is None else f", {percent(level.attainment)} asked for"
     if found.kept:
-        words = f" {at}: {latencies}; {percent(found.attainment)} within both{asked}{kept_beyond(found)}"
+        words = f" {at}: {latencies}; {attained(found, plan)}{kept_beyond(found)}"
         return Text.assemble(("limits kept", "green"), words)
     least = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps, 4)}"
     return Text.assemble(("MISSED", "bold red"), f" {at}: {', '.join(misses(found, plan))}; {least}")

@@ -172,10 +172,16 @@ def place(
         beside_engines=request.other_engines,
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    if request.service_level != service_level.DEFAULT:
-        plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: request.service_level.data()})
+    level = request.service_level
+    if level != service_level.DEFAULT:
+        plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: level.data()})
     if request.verify:
         plan = simulated_plan(plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=report)
+    if level != service_level.DEFAULT:
+        note = (
+            f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
+        )
+        plan = replace(plan, notes=(*plan.notes, note))
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
         plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})

@@ -6,7 +6,8 @@ and holds the plan to them (`hetis.planner.use_cases.verify`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +15,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hetis.solver.errors import InvalidProblemError
 
 if TYPE_CHECKING:
-    from hetis.simulator.metrics import Distribution, Summary
+    from collections.abc import Callable
+
+    from hetis.simulator.metrics import Summary
     from hetis.simulator.steadiness import Estimate
+    from hetis.simulator.values import FloatArray, Run
     from hetis.solver.plan import Objective, Plan
 
 SERVICE_LEVEL = "service_level"  # entry of `Plan.inputs`; absent: the default one
-CLOSE = 0.9  # of a limit on a tail: from here on, that of a longer run decides
+TAIL = 0.9  # of a limit on a tail: from here on, that of a longer run decides
+SHARE = 0.6  # of the requests that may miss: with an exponential tail, a latency at 90% of its limit
+FEWEST_MISSES = 50  # that a run should have room for
+RULE_OF_THREE = 3.0  # none of n requests missed: up to 3 / n of all may, with 95% certainty
+
+
+class Latency(StrEnum):
+    """A latency that may have a limit."""
+
+    TTFT = "TTFT"
+    TPOT = "TPOT"
 
 
 class Statistic(StrEnum):
@@ -31,60 +45,92 @@ class Statistic(StrEnum):
     P95 = "p95"
     P99 = "p99"
 
+    def __call__(self, values: FloatArray) -> float:
+        """Return the statistic of seconds of single requests."""
+        import numpy as np
+
+        return float(values.mean() if self is Statistic.MEAN else np.percentile(values, int(self[1:])))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLevel:
     """What keeps the limits on TTFT and TPOT: a statistic of each, or with ``attainment`` that share of the requests,
-    each of which has to keep both."""
+    each of which has to keep both (the goodput of DistServe and of vLLM's benchmark)."""
 
     ttft: Statistic = Statistic.P95
     tpot: Statistic = Statistic.MEAN
     attainment: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.attainment is not None and not 0.0 < self.attainment <= 1.0:
-            raise InvalidProblemError(f"attainment is {self.attainment:g}, must be above 0 and at most 1")
+    def __str__(self) -> str:
+        if self.attainment is not None:
+            return f"{100 * self.attainment:g}% of the requests within all limits"
+        return f"{self.ttft} of TTFT and {self.tpot} of TPOT within their limits"
 
     def data(self) -> dict[str, Any]:
         """Return the entry of `Plan.inputs`."""
         return asdict(self)
 
-    def ttft_s(self, summary: Summary) -> Measured:
-        """Return the limited TTFT; its interval is that of p95, in proportion."""
-        return _measured(self.ttft, Statistic.P95, summary.ttft_p95_s, summary.ttft_s)
+    def statistic(self, latency: Latency) -> Statistic:
+        return self.ttft if latency is Latency.TTFT else self.tpot
 
-    def tpot_s(self, summary: Summary) -> Measured:
-        """Return the limited TPOT; its interval is that of the mean, in proportion."""
-        return _measured(self.tpot, Statistic.MEAN, summary.mean_tpot_s, summary.tpot_s)
-
-    def limited(self, summary: Summary, limits: Objective) -> Iterator[Limited]:
-        """Yield what was simulated beside each limit; shares of requests, where these are asked for."""
-        ttft, tpot = self.ttft_s(summary), self.tpot_s(summary)
-        if self.attainment is not None:
-            missing = 1.0 - summary.attainment
-            half = missing * max(one.half_width / one.value if one.value else 0.0 for one in (ttft, tpot))
-            yield Limited(missing - half, missing, missing + half, 1.0 - self.attainment, CLOSE)
-            return
-        for (value, half), limit, close in (
-            (ttft, limits.ttft_limit_s, CLOSE),
-            (tpot, limits.tpot_limit_s, self._close),
-        ):
-            if limit is not None:
-                yield Limited(value - half, value, value + half, limit, close)
-
-    @property
-    def _close(self) -> float:
-        return 1.0 if self.tpot is Statistic.MEAN else CLOSE
+    def requests(self, most: int) -> int:
+        """Return how many requests of a run are needed to tell a share, at most ``most``; 0: any number will do."""
+        if self.attainment is None:
+            return 0
+        return most if self.attainment == 1.0 else min(most, math.ceil(FEWEST_MISSES / (1.0 - self.attainment)))
 
 
 DEFAULT = ServiceLevel()
 
 
-class Measured(NamedTuple):
-    """Seconds, and the half width of their interval; 0 if that is not known: such an interval excuses nothing."""
+def asked_level(
+    *, ttft: Statistic | None, tpot: Statistic | None, attainment: float | None, objective: Objective, verify: bool
+) -> ServiceLevel:
+    """Return the service level that is asked for; None: nothing is.
 
-    value: float
-    half_width: float
+    Raises:
+        InvalidProblemError: it contradicts itself, has no limit to hold, or nothing is simulated.
+    """
+    statistics = {
+        latency: one for latency, one in ((Latency.TTFT, ttft), (Latency.TPOT, tpot)) if one is not None
+    }  # fmt: skip
+    limits = limits_of(objective)
+    if attainment is not None and not 0.0 < attainment <= 1.0:
+        raise InvalidProblemError(f"attainment is {attainment:g}, must be above 0 and at most 1 (100%)")
+    if attainment is not None and statistics:
+        raise InvalidProblemError(
+            f"attainment counts requests instead of taking a statistic: not with that of {next(iter(statistics))}"
+        )
+    for latency in statistics:
+        if latency not in limits:
+            raise InvalidProblemError(f"a statistic of {latency} is asked for, and {latency} has no limit")
+    if attainment is not None and not limits:
+        raise InvalidProblemError("an attainment is asked for, and neither TTFT nor TPOT has a limit")
+    if (statistics or attainment is not None) and not verify:
+        raise InvalidProblemError(
+            "a service level is what the simulation holds the plan to, and verification is turned off"
+        )
+    return ServiceLevel(ttft=ttft or DEFAULT.ttft, tpot=tpot or DEFAULT.tpot, attainment=attainment)
+
+
+def service_level_of(plan: Plan) -> ServiceLevel:
+    """Return what a plan is held to; the default if it says nothing readable."""
+    found = plan.inputs.get(SERVICE_LEVEL)
+    names = {field.name for field in fields(ServiceLevel)}
+    if not isinstance(found, Mapping) or set(found) != names:
+        return DEFAULT
+    share = found["attainment"]
+    try:
+        ttft, tpot = Statistic(found["ttft"]), Statistic(found["tpot"])
+        return ServiceLevel(ttft=ttft, tpot=tpot, attainment=None if share is None else float(share))
+    except (TypeError, ValueError):
+        return DEFAULT
+
+
+def limits_of(objective: Objective) -> dict[Latency, float]:
+    """Return the limits that there are, in seconds."""
+    limits = {Latency.TTFT: objective.ttft_limit_s, Latency.TPOT: objective.tpot_limit_s}
+    return {latency: limit for latency, limit in limits.items() if limit is not None}
 
 
 class Limited(NamedTuple):
@@ -97,26 +143,77 @@ class Limited(NamedTuple):
     close: float  # the share of the limit from which on a longer run decides
 
 
-def service_level_of(plan: Plan) -> ServiceLevel:
-    """Return what a plan is held to; the default if it says nothing readable."""
-    found = plan.inputs.get(SERVICE_LEVEL)
-    names = {field.name for field in fields(ServiceLevel)}
-    if not isinstance(found, Mapping) or set(found) != names:
-        return DEFAULT
-    share = found["attainment"]
-    try:
-        return ServiceLevel(
-            ttft=Statistic(found["ttft"]),
-            tpot=Statistic(found["tpot"]),
-            attainment=None if share is None else float(share),
-        )
-    except (TypeError, ValueError, InvalidProblemError):
-        return DEFAULT
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A run beside the limits: what the level limits, and what is said of it."""
+
+    limited: tuple[Limited, ...]
+    seconds: Mapping[Latency, float]  # of the statistics that are asked for, where these are not the usual ones
+    missed: Mapping[Latency, float]  # the share of the requests over each limit; empty without an attainment
 
 
-def _measured(asked: Statistic, usual: Statistic, estimate: Estimate, distribution: Distribution) -> Measured:
-    half_width = estimate.half_width if estimate.half_width >= 0 else 0.0
-    if asked is usual:
-        return Measured(estimate.value, half_width)
-    value: float = getattr(distribution, asked.value)
-    return Measured(value, value * half_width / estimate.value if estimate.value else 0.0)
+def held(level: ServiceLevel, summary: Summary, run: Run | None, limits: Objective) -> Held:
+    """Return a run beside the limits; ``run`` is needed for all levels but the default."""
+    usual = {Latency.TTFT: summary.ttft_p95_s, Latency.TPOT: summary.mean_tpot_s}
+    bounds = limits_of(limits)
+    if run is None or level == DEFAULT:
+        found = [_limited(usual[latency], limit, DEFAULT.statistic(latency)) for latency, limit in bounds.items()]
+        return Held(limited=tuple(found), seconds={}, missed={})
+    values = _by_request(run, summary.warm_up_s)
+    if level.attainment is not None:
+        return _attained(level.attainment, values, bounds)
+    estimates = {
+        latency: usual[latency]
+        if level.statistic(latency) is DEFAULT.statistic(latency)
+        else _within_run(values[latency], level.statistic(latency))
+        for latency in Latency
+    }
+    return Held(
+        limited=tuple(
+            _limited(estimates[latency], limit, level.statistic(latency)) for latency, limit in bounds.items()
+        ),
+        seconds={latency: one.value for latency, one in estimates.items() if one is not usual[latency]},
+        missed={},
+    )
+
+
+def share_within(share: float, asked: float) -> str:
+    """Return a share of requests with so many digits, rounded down, that it is not taken for one asked for."""
+    decimals = 4 if asked == 1.0 else max(1, math.ceil(-math.log10(1.0 - asked)))
+    return f"{math.floor(share * 10 ** (decimals + 2)) / 10**decimals:.{decimals}f}%"
+
+
+def _limited(estimate: Estimate, limit: float, statistic: Statistic) -> Limited:
+    half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing
+    close = 1.0 if statistic is Statistic.MEAN else TAIL
+    return Limited(estimate.value - half, estimate.value, estimate.value + half, limit, close)
+
+
+def _by_request(run: Run, warm_up_s: float) -> dict[Latency, FloatArray]:
+    """Return the latencies of every request that arrived after the warm-up; infinite if it never finished."""
+    import numpy as np
+
+    inside = run.arrival_s >= warm_up_s
+    ttft = (run.first_token_s - run.arrival_s)[inside]
+    tpot = ((run.finished_s - run.first_token_s) / np.maximum(run.output_tokens - 1, 1))[inside]
+    done = np.isfinite(run.finished_s[inside])
+    return {Latency.TTFT: np.where(done, ttft, np.inf), Latency.TPOT: np.where(done, tpot, np.inf)}
+
+
+def _attained(attainment: float, values: Mapping[Latency, FloatArray], bounds: Mapping[Latency, float]) -> Held:
+    import numpy as np
+
+    over = {latency: values[latency] > limit for latency, limit in bounds.items()}
+    any_over = np.any(list(over.values()), axis=0).astype(np.float64)
+    estimate = _within_run(any_over, Statistic.MEAN)
+    half = max(estimate.half_width if estimate.half_width >= 0 else 0.0, RULE_OF_THREE / max(1, len(any_over)))
+    missing = Limited(estimate.value - half, estimate.value, estimate.value + half, 1.0 - attainment, SHARE)
+    return Held(limited=(missing,), seconds={}, missed={name: float(one.mean()) for name, one in over.items()})
+
+
+def _within_run(values: FloatArray, statistic: Callable[[FloatArray], float]) -> Estimate:
+    import numpy as np
+
+    from hetis.simulator.steadiness import within_run
+
+    return within_run(values[np.isfinite(values)], statistic)

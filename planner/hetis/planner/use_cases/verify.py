@@ -15,7 +15,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, service_level_of
+from hetis.planner.use_cases.service_level import (
+    DEFAULT,
+    Held,
+    Latency,
+    Statistic,
+    held,
+    limits_of,
+    service_level_of,
+    share_within,
+)
 from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.simulator.arrivals import Arrivals, Load
@@ -27,7 +36,7 @@ from hetis.solver.plan import Objective, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
-OPTIONAL = ("ttft_s", "tpot_s")  # fields of it that earlier plans do not have
+OPTIONAL = ("ttft_s", "tpot_s", "ttft_missed", "tpot_missed")  # fields of it that earlier plans do not have
 TURNS = 8  # how often a run replaces all the requests that a plan holds at once
 FEWEST = 4_000  # requests per run: the p95 TTFT of few seats hangs on the few bursts of long requests in it
 FILLS = 2  # how often at least, if that is not too much: where most seats stay empty, TPOT looks too good
@@ -57,6 +66,16 @@ class Verification:
     attainment: float  # share of the requests within both limits
     ttft_s: float | None = None  # the statistic that the plan is held to, if that is not p95
     tpot_s: float | None = None  # the statistic that the plan is held to, if that is not the mean
+    # The shares of the requests over each limit, if the plan is held to a share of requests; None: there is no limit.
+    ttft_missed: float | None = None
+    tpot_missed: float | None = None
+
+    def seconds(self, latency: Latency) -> float:
+        """Return the simulated latency that the plan is held to."""
+        if latency is Latency.TTFT:
+            return self.ttft_p95_s if self.ttft_s is None else self.ttft_s
+        return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
+
     # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
     # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
     # than chance. They are tried for plans of the highest rate, unless runs are slow (with attention workers).
@@ -68,6 +87,7 @@ class TriedRate:
     """A simulation at one rate."""
 
     summary: Summary
+    held: Held
     num_requests: int
     kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
     sure: bool  # whether by more than chance, so that other traffic at this rate keeps them, too
@@ -119,26 +139,49 @@ def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
     return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
-def limited_latencies(verification: Verification, plan: Plan) -> list[tuple[str, float, float]]:
-    """Return name, simulated value and limit in seconds of each latency that has a limit."""
-    level, objective = service_level_of(plan), plan.objective
-    ttft_s = verification.ttft_p95_s if verification.ttft_s is None else verification.ttft_s
-    tpot_s = verification.tpot_mean_s if verification.tpot_s is None else verification.tpot_s
-    found = (
-        (f"TTFT {level.ttft}", ttft_s, objective.ttft_limit_s),
-        (f"TPOT {level.tpot}", tpot_s, objective.tpot_limit_s),
+class LimitedLatency(NamedTuple):
+    """A latency that has a limit: what the plan is held to, as simulated."""
+
+    latency: Latency
+    statistic: Statistic
+    value_s: float
+    limit_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.latency} {self.statistic}"
+
+
+def limited_latencies(verification: Verification, plan: Plan) -> list[LimitedLatency]:
+    """Return each latency that has a limit."""
+    level, limits = service_level_of(plan), limits_of(plan.objective)
+    return [
+        LimitedLatency(latency, level.statistic(latency), verification.seconds(latency), limit_s)
+        for latency, limit_s in limits.items()
+    ]
+
+
+def attained(verification: Verification, plan: Plan) -> str:
+    """Return the share of the requests within all limits, beside the one that is asked for if there is one."""
+    asked = service_level_of(plan).attainment
+    if asked is None:
+        return f"{verification.attainment:.0%} within both"
+    return (
+        f"{share_within(verification.attainment, asked)} of the requests within all limits, {100 * asked:g}% asked for"
     )
-    return [(name, value, limit) for name, value, limit in found if limit is not None]
 
 
 def misses(verification: Verification, plan: Plan) -> list[str]:
     """Return the limits that a simulated plan does not keep, one clause each; empty if it keeps all."""
     if verification.kept:
         return []
-    asked, limited = service_level_of(plan).attainment, limited_latencies(verification, plan)
-    over = [f"{name} {value:.3g} s of {limit:.3g} s" for name, value, limit in limited if value > limit]
-    if asked is not None:
-        over = [f"{verification.attainment:.1%} of the requests within both limits, {100 * asked:g}% asked for"]
+    if service_level_of(plan).attainment is not None:
+        over = [attained(verification, plan)]
+    else:
+        limited = limited_latencies(verification, plan)
+        over = [
+            f"{one.name} {one.value_s:.3g} s of {one.limit_s:.3g} s" for one in limited if one.value_s > one.limit_s
+        ]
     return [*(["requests queue up without end"] if verification.steady is False else []), *over]
 
 
@@ -157,7 +200,8 @@ WITH_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=16_000)  # each ta
 def num_requests_of(plan: Plan) -> int:
     """Return the requests per run: enough to fill the plan several times over, in seconds."""
     most, seats = _most_of(plan), seats_of(plan)
-    return min(max(FEWEST, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats)))
+    fewest = max(FEWEST, service_level_of(plan).requests(most.deciding))
+    return min(max(fewest, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats)))
 
 
 def longest_of(plan: Plan) -> int:
@@ -185,14 +229,15 @@ def simulated_at(
     )
     outcome, level = None, service_level_of(plan)
     for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
-        question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
+        question = Question(
+            load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits,
+            keep_run=level != DEFAULT,
+        )  # fmt: skip
         found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
         if not found.complete:
             return None
-        judged = _Judged(found.summary, limits, level)
-        kept, sure, close = judged.keeps(), judged.is_sure(), judged.is_close()
-        outcome = TriedRate(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure, close=close)
-        if not close:
+        outcome = _judged(found.summary, held(level, found.summary, found.run, limits), num_requests)
+        if not outcome.close:
             break
     return outcome
 
@@ -238,7 +283,7 @@ def _verify(
             kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     except _CancelledError:
         return None
-    summary, level = at_plan.summary, service_level_of(plan)
+    summary = at_plan.summary
     return Verification(
         rate_rps=planned_rps,
         num_requests=at_plan.num_requests,
@@ -248,8 +293,10 @@ def _verify(
         tpot_mean_s=summary.mean_tpot_s.value,
         attainment=summary.attainment,
         kept_rps=kept_rps,
-        ttft_s=None if level.ttft is DEFAULT.ttft else level.ttft_s(summary).value,
-        tpot_s=None if level.tpot is DEFAULT.tpot else level.tpot_s(summary).value,
+        ttft_s=at_plan.held.seconds.get(Latency.TTFT),
+        tpot_s=at_plan.held.seconds.get(Latency.TPOT),
+        ttft_missed=at_plan.held.missed.get(Latency.TTFT),
+        tpot_missed=at_plan.held.missed.get(Latency.TPOT),
     )
 
 
@@ -301,34 +348,23 @@ def _kept_below(
     return next((rate for rate in rates if rate >= at_least_rps and is_sure(rate)), None)
 
 
-class _Judged:
-    """A simulation beside the limits, by what the plan is held to."""
+def _judged(summary: Summary, found: Held, num_requests: int) -> TriedRate:
+    """Return whether a run keeps the limits, and how sure that is.
 
-    def __init__(self, summary: Summary, limits: Objective, level: ServiceLevel) -> None:
-        self._summary = summary
-        self._limited = list(level.limited(summary, limits))
-        self._is_carried = summary.within(UNLIMITED)
-
-    def is_within(self) -> bool:
-        return self._is_carried and all(one.value <= one.limit for one in self._limited)
-
-    def is_sure(self) -> bool:
-        """Return whether the limits are kept by more than chance."""
-        return self.is_within() and all(one.high <= one.limit for one in self._limited)
-
-    def keeps(self) -> bool:
-        """Return whether the limits are kept, up to chance."""
-        by_chance = all(one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in self._limited)
-        return self.is_within() or (self._summary.steady is not False and by_chance)
-
-    def is_close(self) -> bool:
-        """Return whether a longer run may say something else about the limits.
-
-        Queues of a busy plan need time to fill up, so that the tail of a run that starts empty is on the low side.
-        """
-        if self._summary.steady is False:
-            return False
-        return any(one.low <= one.limit < one.high / one.close for one in self._limited)
+    Queues of a busy plan need time to fill up, so that the tail of a run that starts empty is on the low side.
+    """
+    limited, carried = found.limited, summary.within(UNLIMITED)
+    within = carried and all(one.value <= one.limit for one in limited)
+    by_chance = all(one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in limited)
+    is_close = any(one.low <= one.limit < one.high / one.close for one in limited)
+    return TriedRate(
+        summary=summary,
+        held=found,
+        num_requests=num_requests,
+        kept=within or (summary.steady is not False and by_chance),
+        sure=within and all(one.high <= one.limit for one in limited),
+        close=summary.steady is not False and is_close,
+    )
 
 
 # --- latencies as a function of the rate
@@ -356,9 +392,10 @@ def latency_curve(
     """
     if not plan.replicas:
         return None
-    limits = plan.objective
+    limits, level = plan.objective, service_level_of(plan)
     planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(plan))
     found: dict[float, Summary] = {}
+    within: dict[float, bool] = {}
     for number, share in enumerate(SHARES):
         load = Load(
             lengths=problem.workload,
@@ -366,7 +403,10 @@ def latency_curve(
             arrivals=Arrivals.DRAWN,
             rate_rps=share * planned_rps,
         )
-        question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
+        question = Question(
+            load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits,
+            keep_run=level != DEFAULT,
+        )  # fmt: skip
 
         def told(given: int, total: int, done: int = number) -> None:
             report(done * total + given, len(SHARES) * total)
@@ -376,8 +416,26 @@ def latency_curve(
         simulated = answer(plan, problem, question, processes=1, cancelled=cancelled, report=told)
         if not simulated.complete:
             break
-        found[share * planned_rps] = simulated.summary
-    return Curve(sweep=judged_rates(found, limits), limits=limits, num_requests=num_requests) if found else None
+        summary, rate_rps = simulated.summary, share * planned_rps
+        found[rate_rps] = summary
+        limited = held(level, summary, simulated.run, limits).limited
+        within[rate_rps] = summary.within(UNLIMITED) and all(one.value <= one.limit for one in limited)
+    return (
+        Curve(sweep=_by_level(judged_rates(found, limits), within), limits=limits, num_requests=num_requests)
+        if found
+        else None
+    )
+
+
+def _by_level(sweep: RateSweep, within: Mapping[float, bool]) -> RateSweep:
+    """Return the rates with what the plan's service level says of each, which is what the sweep says by default."""
+    beyond = [point.rate_rps for point in sweep.points if not within[point.rate_rps]]
+    below = [point.rate_rps for point in sweep.points if not beyond or point.rate_rps < beyond[0]]
+    return RateSweep(
+        points=tuple(replace(point, within=within[point.rate_rps]) for point in sweep.points),
+        goodput_rps=max(below, default=0.0),
+        beyond_rps=beyond[0] if beyond else None,
+    )
 
 
 # --- another search with a tighter limit
@@ -453,17 +511,18 @@ def _missed(plan: Plan) -> Tightening | None:
     found = verification_of(plan)
     if found is None or found.kept:
         return None
-    over = [
-        (reached_s / limit_s, TTFT if name.startswith("TTFT") else TPOT, limit_s)
-        for name, reached_s, limit_s in limited_latencies(found, plan)
-    ]
-    ratio, name, limit_s = max(over)  # a plan without limits is not verified
+    limited = limited_latencies(found, plan)  # a plan without limits is not verified
+    if service_level_of(plan).attainment is None:
+        worst = max(limited, key=lambda one: one.value_s / one.limit_s)
+        ratio = worst.value_s / worst.limit_s
+    else:  # how far requests are over a limit does not tell how many are
+        missed = {Latency.TTFT: found.ttft_missed or 0.0, Latency.TPOT: found.tpot_missed or 0.0}
+        worst, ratio = max(limited, key=lambda one: missed[one.latency]), 1.0 / LEAST_STEP
     if found.steady is False or not math.isfinite(ratio):  # however long requests wait in the end
-        ratio, name, limit_s = math.inf, *over[0][1:]
-    step = (
-        LEAST_STEP if ratio <= 1.0 else max(LEAST_STEP, 1.0 / ratio)
-    )  # too few requests may keep a limit that is kept
-    return Tightening(name=name, asked_s=limit_s, planned_s=limit_s * step)
+        worst, ratio = limited[0], math.inf
+    planned_s = worst.limit_s * min(1.0, max(LEAST_STEP, 1.0 / ratio))
+    name = TTFT if worst.latency is Latency.TTFT else TPOT
+    return Tightening(name=name, asked_s=worst.limit_s, planned_s=planned_s)
 
 
 def _planned_s(plan: Plan, limit: Tightening) -> float:

@@ -46,7 +46,7 @@ from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
-from hetis.planner.use_cases.verify import kept_rate, limited_latencies, misses, verification_of
+from hetis.planner.use_cases.verify import attained, kept_rate, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
@@ -185,8 +185,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     if found is None:
         return
     if found.kept:
-        within = f"{percent(found.attainment)} of requests within both"
-        note = f"at {digits(found.rate_rps)} requests/s; {within}{kept_beyond(found)}"
+        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{kept_beyond(found)}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
@@ -234,7 +233,7 @@ def _limits(plan: Plan) -> Scale:
             without.append(f"{name} {seconds(reached)}")
             continue
         values = [(f"{name}, planned", reached)]
-        values += [(f"{held}, simulated", value) for held, value, _ in found if held[:4] == name[:4]]
+        values += [(f"{one.name}, simulated", one.value_s) for one in found if name.startswith(one.latency)]
         axis = max(AXIS * limit, *(value * ROOM for _, value in values))
         for label, value in values:
             rows.append(
