@@ -163,7 +163,7 @@ class FileProblem:
             min_layers=replicas.min_layers or 0,
             max_nodes=replicas.max_nodes or 0,
             max_num_seqs=replicas.max_num_seqs or 0,
-            chunk_tokens=sorted(set(replicas.chunk_tokens or ())),
+            chunk_tokens=sorted(replicas.chunk_tokens or ()),
             kv_blocks=replicas.kv_blocks or 0,
             gap_target=search.gap,
             time_limit=time_limit,
