@@ -29,7 +29,7 @@ from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template, TemplateStage, kv_tokens_held
 from hetis.solver.plan import ReplicaPlan, Role
-from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import (
     Composition,
     Part,
@@ -71,14 +71,14 @@ class ReplicaShare:
     path: DensePath
 
 
-def search_hetis_paper(search: Search) -> Found:
+def search_hetis_paper(search: Search) -> Decisions:
     """Return the plan that the search of Hetis finds."""
     replicas = [replica for zone in search.zones for replica in _of_zone(search, zone)]
     pools = {pool.gpu for replica in replicas for pool in replica.attention_workers}
     note = "no attention workers: no type left the dense path, or giving head groups to those that did serves less"
     if pools:
         note = f"attention workers of whole replicas: {', '.join(sorted(pools))}"
-    return Found(replicas, notes=(note,))
+    return Decisions(replicas, notes=(note,))
 
 
 def _of_zone(search: Search, zone: str) -> list[ReplicaPlan]:

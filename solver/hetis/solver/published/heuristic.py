@@ -26,7 +26,7 @@ from hetis.solver.published.replicas import FleetGpus, ReplicaDuty, ReplicaSearc
 WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
 
 
-class Found(NamedTuple):
+class Decisions(NamedTuple):
     """The decisions of a heuristic."""
 
     replicas: Sequence[ReplicaPlan]
@@ -93,7 +93,7 @@ class Published:
 
     name: str  # of the strategy
     summary: str  # one sentence for people
-    search: Callable[[Search], Found]  # what it does; finding no replicas proves nothing
+    search: Callable[[Search], Decisions]  # what it does; finding no replicas proves nothing
     max_gpus: int  # the largest fleet it is meant for, as with more what it ``does`` would take too long
     does: str
     finds: str  # what it looks for, in the message that it found none
@@ -124,7 +124,7 @@ class Published:
         return plan_of(costs, self.name, found._replace(notes=(WITHOUT_PROOF, self.notes, *found.notes)), budget)
 
 
-def plan_of(costs: CostTables, strategy: str, found: Found, budget: Budget) -> Plan:
+def plan_of(costs: CostTables, strategy: str, found: Decisions, budget: Budget) -> Plan:
     """Return the plan with the bound from dense work, which no plan of any strategy exceeds.
 
     Raises:
@@ -161,7 +161,7 @@ def plan_of(costs: CostTables, strategy: str, found: Found, budget: Budget) -> P
     )
 
 
-def _used(costs: CostTables, found: Found) -> Iterator[Counter[int]]:
+def _used(costs: CostTables, found: Decisions) -> Iterator[Counter[int]]:
     """Yield the GPUs of every class that the plan uses, and the attention workers among them."""
     class_of = class_of_slots(costs.classes)
     device_class = {d.name: class_of[d.group.name, d.gpu] for d in costs.problem.cluster.devices()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from hetis.solver.plan import Role
-from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import FleetGpus, Part
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
@@ -29,7 +29,7 @@ ATTEMPTS = 20  # at a mutation that leaves enough memory in all groups
 Individual = tuple[Part, ...]  # serving groups
 
 
-def search_hexgen(search: Search) -> Found:
+def search_hexgen(search: Search) -> Decisions:
     """Return the plan that HexGen's genetic search finds."""
     order, replicas = random.Random(search.seed), []
     mutations = Mutations(search.gpus, search.replica_bytes(HEADROOM), order)
@@ -45,7 +45,7 @@ def search_hexgen(search: Search) -> Found:
             template = search.best(group, duty)
             if template is not None:
                 replicas.append(search.on_gpus(template, group))
-    return Found(replicas)
+    return Decisions(replicas)
 
 
 def evolved(

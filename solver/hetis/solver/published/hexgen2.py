@@ -32,7 +32,7 @@ from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Role
-from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import FleetGpus, Part, ReplicaSearch, duty_of
 
 Station = tuple[float, str]  # rate and zone of a replica
@@ -80,7 +80,7 @@ class Evaluated:
         return sum(self.routes.values())
 
 
-def search_hexgen2(search: Search) -> Found:
+def search_hexgen2(search: Search) -> Decisions:
     """Return the plan that HexGen-2's heuristic finds."""
     afar = (False, True) if len(search.zones) > 1 else (False,)
     networks = [FlowNetwork(search, sends_afar) for sends_afar in afar]
@@ -106,7 +106,7 @@ def search_hexgen2(search: Search) -> Found:
         if (template := best.replicas[group]) is not None
     ]
     number = {group: i for i, group in enumerate(used)}
-    return Found(
+    return Decisions(
         replicas, [KvRoute(prefill=number[i], decode=number[j], rate=rate) for (i, j), rate in best.routes.items()]
     )
 

@@ -15,7 +15,7 @@ from itertools import chain
 
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, ReplicaPlan, Role
-from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.heuristic import Decisions, Search
 from hetis.solver.published.replicas import Part
 
 MAX_STAGES = 8  # TP groups per machine
@@ -64,7 +64,7 @@ class Pools:
         return self.split_rate() + mixed
 
 
-def search_splitwise(search: Search) -> Found:
+def search_splitwise(search: Search) -> Decisions:
     """Return the plan that Splitwise's provisioning finds."""
     replicas, routes = list[ReplicaPlan](), list[KvRoute]()
     for zone in search.zones:
@@ -79,7 +79,7 @@ def search_splitwise(search: Search) -> Found:
                 for decode in range(tokens, tokens + pools.num_token)
             )
             replicas += (search.on_gpus(kind.replicas[role], gpus) for role, kind, gpus in pools.assigned())
-    return Found([] if search.budget.is_spent() else replicas, routes)
+    return Decisions([] if search.budget.is_spent() else replicas, routes)
 
 
 def machines(search: Search, zone: str) -> list[Machine]:
