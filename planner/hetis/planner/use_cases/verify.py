@@ -36,7 +36,6 @@ from hetis.solver.plan import Objective, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
-OPTIONAL = ("ttft_s", "tpot_s", "ttft_missed", "tpot_missed")  # fields of it that earlier plans do not have
 TURNS = 8  # how often a run replaces all the requests that a plan holds at once
 FEWEST = 4_000  # requests per run: the p95 TTFT of few seats hangs on the few bursts of long requests in it
 FILLS = 2  # how often at least, if that is not too much: where most seats stay empty, TPOT looks too good
@@ -64,6 +63,11 @@ class Verification:
     ttft_p95_s: float  # over all requests of the run, after the warm-up
     tpot_mean_s: float  # over all requests of the run, after the warm-up
     attainment: float  # share of the requests within both limits
+    # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
+    # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
+    # than chance. They are tried for plans of the highest rate, unless runs are slow (with attention workers).
+    kept_rps: float | None
+    # What follows is not in earlier plans.
     ttft_s: float | None = None  # the statistic that the plan is held to, if that is not p95
     tpot_s: float | None = None  # the statistic that the plan is held to, if that is not the mean
     # The shares of the requests over each limit, if the plan is held to a share of requests; None: there is no limit.
@@ -76,11 +80,6 @@ class Verification:
             return self.ttft_p95_s if self.ttft_s is None else self.ttft_s
         return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
 
-    # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
-    # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
-    # than chance. They are tried for plans of the highest rate, unless runs are slow (with attention workers).
-    kept_rps: float | None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriedRate:
@@ -89,6 +88,7 @@ class TriedRate:
     summary: Summary
     held: Held
     num_requests: int
+    within: bool  # whether the load was carried and nothing was above its limit
     kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
     sure: bool  # whether by more than chance, so that other traffic at this rate keeps them, too
     close: bool  # whether a longer run may say something else
@@ -116,12 +116,13 @@ def verified(
 def verification_of(plan: Plan) -> Verification | None:
     """Return what `verified` wrote, or None if there is nothing readable."""
     found = plan.inputs.get(VERIFICATION)
-    needed = [field.name for field in fields(Verification) if field.name not in OPTIONAL]
-    if not isinstance(found, Mapping) or not all(name in found for name in needed):
+    names = [field.name for field in fields(Verification)]
+    optional = [field.name for field in fields(Verification) if field.default is None]
+    if not isinstance(found, Mapping) or not found.keys() >= {*names}.difference(optional):
         return None
-    values: dict[str, Any] = {name: found.get(name) for name in (*needed, *OPTIONAL)}
+    values: dict[str, Any] = {name: found.get(name) for name in names}
     numbers = [values[name] for name in ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")]
-    numbers += [values[name] or 0.0 for name in ("kept_rps", *OPTIONAL)]
+    numbers += [values[name] or 0.0 for name in ("kept_rps", *optional)]
     return Verification(**values) if all(isinstance(number, int | float) for number in numbers) else None
 
 
@@ -361,6 +362,7 @@ def _judged(summary: Summary, found: Held, num_requests: int) -> TriedRate:
         summary=summary,
         held=found,
         num_requests=num_requests,
+        within=within,
         kept=within or (summary.steady is not False and by_chance),
         sure=within and all(one.high <= one.limit for one in limited),
         close=summary.steady is not False and is_close,
@@ -392,49 +394,34 @@ def latency_curve(
     """
     if not plan.replicas:
         return None
-    limits, level = plan.objective, service_level_of(plan)
+    limits = plan.objective
     planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(plan))
-    found: dict[float, Summary] = {}
-    within: dict[float, bool] = {}
+    found: dict[float, TriedRate] = {}
     for number, share in enumerate(SHARES):
-        load = Load(
-            lengths=problem.workload,
-            max_position=problem.model.max_position,
-            arrivals=Arrivals.DRAWN,
-            rate_rps=share * planned_rps,
-        )
-        question = Question(
-            load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits,
-            keep_run=level != DEFAULT,
-        )  # fmt: skip
 
         def told(given: int, total: int, done: int = number) -> None:
             report(done * total + given, len(SHARES) * total)
 
         if cancelled.is_set():
             break
-        simulated = answer(plan, problem, question, processes=1, cancelled=cancelled, report=told)
-        if not simulated.complete:
+        tried = simulated_at(
+            plan, problem, share * planned_rps, limits, seed=seed, cancelled=cancelled, report=told,
+            lengths=(num_requests,),
+        )  # fmt: skip
+        if tried is None:
             break
-        summary, rate_rps = simulated.summary, share * planned_rps
-        found[rate_rps] = summary
-        limited = held(level, summary, simulated.run, limits).limited
-        within[rate_rps] = summary.within(UNLIMITED) and all(one.value <= one.limit for one in limited)
-    return (
-        Curve(sweep=_by_level(judged_rates(found, limits), within), limits=limits, num_requests=num_requests)
-        if found
-        else None
-    )
+        found[share * planned_rps] = tried
+    return Curve(sweep=_sweep_of(found, limits), limits=limits, num_requests=num_requests) if found else None
 
 
-def _by_level(sweep: RateSweep, within: Mapping[float, bool]) -> RateSweep:
-    """Return the rates with what the plan's service level says of each, which is what the sweep says by default."""
-    beyond = [point.rate_rps for point in sweep.points if not within[point.rate_rps]]
-    below = [point.rate_rps for point in sweep.points if not beyond or point.rate_rps < beyond[0]]
+def _sweep_of(found: Mapping[float, TriedRate], limits: Objective) -> RateSweep:
+    """Return all rates with what the plan's service level says of each, which is what the sweep says by default."""
+    points = judged_rates({rate_rps: tried.summary for rate_rps, tried in found.items()}, limits).points
+    beyond = min((rate_rps for rate_rps, tried in found.items() if not tried.within), default=None)
     return RateSweep(
-        points=tuple(replace(point, within=within[point.rate_rps]) for point in sweep.points),
-        goodput_rps=max(below, default=0.0),
-        beyond_rps=beyond[0] if beyond else None,
+        points=tuple(replace(point, within=found[point.rate_rps].within) for point in points),
+        goodput_rps=max((rate_rps for rate_rps in found if beyond is None or rate_rps < beyond), default=0.0),
+        beyond_rps=beyond,
     )
 
 
