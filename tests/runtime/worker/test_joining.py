@@ -16,6 +16,7 @@ import torch
 from hetis.runtime.attention.kv import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.keys import key_of
+from hetis.runtime.worker.main import _address_in
 from hetis.runtime.worker.remote import join_at
 from tests.runtime.attention.test_ranges import MIXED, Case, check
 from tests.runtime.worker.listening import ListeningWorker, listening_worker
@@ -120,6 +121,21 @@ def test_a_real_gpu_of_another_process_computes_what_is_defined(tmp_path: Path, 
         device = remote.join(case.shape(), epoch=1)
         check(device, case)
         device.close()
+
+
+def test_a_signal_right_after_the_port_file_was_written_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced = Path.replace
+
+    def replaced_and_stopped(path: Path, target: Path) -> None:
+        replaced(path, target)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Path, "replace", replaced_and_stopped)
+    with pytest.raises(SystemExit), _address_in(tmp_path / "port", "127.0.0.1:1"):
+        pytest.fail("it serves")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_path: Path) -> None:

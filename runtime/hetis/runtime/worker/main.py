@@ -12,8 +12,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -222,19 +222,35 @@ def _serve(options: WorkerOptions) -> int:
     logging.info("%s: listens on %s:%d", options.name, host, port)
     loop = WorkerLoop(core, listener, stall_s=options.timeout_s)
     try:
-        if options.port_file is not None:
-            part = options.port_file.with_name(f".{options.port_file.name}.{os.getpid()}")
-            part.write_text(f"{joined(host, port)}\n")
-            part.replace(options.port_file)  # as a whole
-    except OSError as error:
-        return _failed(options, f"{options.port_file}: {error.strerror or error}", EXIT_FAILED)
-    try:
-        with torch.inference_mode():  # once, not for every frame
+        # inference_mode once, not for every frame
+        with listener, _address_in(options.port_file, joined(host, port)), torch.inference_mode():
             loop.run()
-    finally:
-        if options.port_file is not None:
-            options.port_file.unlink(missing_ok=True)
+    except StartError as error:
+        return _failed(options, str(error), EXIT_FAILED)
     return 0
+
+
+@contextmanager
+def _address_in(path: Path | None, address: str) -> Iterator[None]:
+    """Keep the address in a file meanwhile, from the first moment on: a signal may come before any engine.
+
+    Raises StartError where it cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            part.write_text(f"{address}\n")
+            part.replace(path)  # as a whole
+        except OSError as error:
+            raise StartError(f"{path}: {error.strerror or error}") from None
+        yield
+    finally:
+        for written in (part, path):
+            with suppress(OSError):
+                written.unlink()
 
 
 def _make_core(options: WorkerOptions) -> WorkerCore:
