@@ -4,11 +4,12 @@ The first line configures the engine and names the files for the workers' paces.
 rule that places its heads, and the paces of all GPUs, including those they change to after half of the tokens. The
 primary is slowed down by waiting, like the workers: its attention ends when the emulated GPU's would.
 
-Other systems' rules for the heads of a new request replace `HeadAllocator.rule`.
+Other systems' rules for the heads of a new request replace the dispatcher of `hetis.runtime.vllm.allocator`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -157,6 +158,13 @@ def main() -> None:
         _tell(emulated.serve(json.loads(line)))
 
 
+class NoRedispatch:
+    """Leaves all heads where they are, as the rules that hetis is compared with do."""
+
+    def advance(self) -> None:
+        pass
+
+
 class EmulatedEngine:
     """The engine, its primary's pace, and the files with the workers' paces."""
 
@@ -168,6 +176,8 @@ class EmulatedEngine:
 
         compile_redispatch()  # otherwise it takes a minute of the first traffic on a new machine
         self._make_pace, self._wait_until = Pace, wait_until
+        self._allocator_module: Any = importlib.import_module("hetis.runtime.vllm.allocator")
+        assert self._allocator_module.Dispatcher is Dispatcher, "this is where other rules go"
         self._rules = {"paper": PaperRule, "equal": EqualSplit, "primary only": PrimaryOnly, "hetis": Dispatcher}
         core = llm.llm_engine.engine_core.engine_core
         self._engine, self._files = llm.llm_engine, files
@@ -187,9 +197,9 @@ class EmulatedEngine:
         later = [self._make_pace(**one) for one in asked["later"]] if asked["later"] else None
         self._set_paces(paces)
         allocator = self._side.allocator
-        allocator.rule = self._rules[asked["rule"]]
-        allocator.change_costs(self._costs(paces))
-        self._side._redispatch = self._redispatch if asked["rule"] == "hetis" else None
+        self._allocator_module.Dispatcher = self._rules[asked["rule"]]
+        allocator.change_costs(self._costs(paces))  # the next request makes a dispatcher
+        self._side._redispatch = self._redispatch if asked["rule"] == "hetis" else NoRedispatch()
         for number, (prompt, tokens) in enumerate(zip(asked["prompts"], asked["tokens"], strict=True)):
             params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
