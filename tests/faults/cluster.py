@@ -373,6 +373,7 @@ class Faulty:
             objective=plan_pb2.Objective(ttft_unlimited=True),
             strategy="uniform",  # the family with the shortest search
             roles=[replica_pb2.REPLICA_ROLE_UNIFIED],
+            skip_verification=True,
         )
         plan = plan_pb2.Plan(cluster=SERVED, spec=spec)
         self.client.plans.CreatePlan(plan_service_pb2.CreatePlanRequest(plan_id="served", plan=plan))

@@ -363,6 +363,10 @@ class PlanSpec(_message.Message):
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     MTP_FIELD_NUMBER: _builtins.int
+    SKIP_VERIFICATION_FIELD_NUMBER: _builtins.int
+    TTFT_STATISTIC_FIELD_NUMBER: _builtins.int
+    TPOT_STATISTIC_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -408,6 +412,21 @@ class PlanSpec(_message.Message):
     """KV blocks of 16 tokens that the engine of a replica has at most, at most 1000000000. 0: as memory allows."""
     mtp: _builtins.str
     """Multi-token prediction: drafted tokens and the rate at which each is accepted, `1:0.85`. Empty: as the model says."""
+    skip_verification: _builtins.bool
+    """Show the plan unsimulated. False: traffic is simulated at the rate that the plan promises. Where it misses a limit, there
+    are up to two more searches, each of which may take the time limit, and the plan that serves most within the limits is
+    the answer.
+    """
+    ttft_statistic: _builtins.str
+    """Statistic of TTFT that simulated traffic has to keep within its limit: `mean`, `p50`, `p90`, `p95` or `p99`. The search
+    plans by p95 whatever is asked for. Empty: `p95`.
+    """
+    tpot_statistic: _builtins.str
+    """Statistic of TPOT, likewise; `mean` is over tokens, by which the search plans. Empty: `mean`."""
+    attainment: _builtins.float
+    """Share of the simulated requests that have to keep all limits (SLO attainment), instead of statistics; at most 1. 0:
+    statistics.
+    """
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -471,10 +490,14 @@ class PlanSpec(_message.Message):
         chunk_tokens: _abc.Iterable[_builtins.int] | None = ...,
         kv_blocks: _builtins.int = ...,
         mtp: _builtins.str = ...,
+        skip_verification: _builtins.bool = ...,
+        ttft_statistic: _builtins.str = ...,
+        tpot_statistic: _builtins.str = ...,
+        attainment: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "survive", b"survive", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "attainment", b"attainment", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "skip_verification", b"skip_verification", "strategy", b"strategy", "survive", b"survive", "time_limit", b"time_limit", "tpot_statistic", b"tpot_statistic", "ttft_statistic", b"ttft_statistic", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015
@@ -618,6 +641,7 @@ class PlanResult(_message.Message):
     PRICES_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     KV_ROUTES_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
     status: Global___SolveStatus.ValueType
     """How the search ended. Always set."""
     value: _builtins.float
@@ -671,6 +695,10 @@ class PlanResult(_message.Message):
         is unified; where the routes have no room, `replicas_truncated` is true.
         """
 
+    @_builtins.property
+    def verification(self) -> Global___Verification:
+        """What simulated traffic found. Unset: the plan was not simulated, or has no limits."""
+
     def __init__(
         self,
         *,
@@ -691,10 +719,11 @@ class PlanResult(_message.Message):
         prices: _abc.Iterable[Global___ClassPrice] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         kv_routes: _abc.Iterable[_replica_pb2.KvRoute] | None = ...,
+        verification: Global___Verification | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "gap", b"gap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "gap", b"gap", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "document_bytes", b"document_bytes", "family", b"family", "gap", b"gap", "kv_routes", b"kv_routes", "notes", b"notes", "num_attention_workers", b"num_attention_workers", "num_gpus", b"num_gpus", "num_replicas", b"num_replicas", "prices", b"prices", "replicas", b"replicas", "replicas_truncated", b"replicas_truncated", "solve_s", b"solve_s", "status", b"status", "unit", b"unit", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "document_bytes", b"document_bytes", "family", b"family", "gap", b"gap", "kv_routes", b"kv_routes", "notes", b"notes", "num_attention_workers", b"num_attention_workers", "num_gpus", b"num_gpus", "num_replicas", b"num_replicas", "prices", b"prices", "replicas", b"replicas", "replicas_truncated", b"replicas_truncated", "solve_s", b"solve_s", "status", b"status", "unit", b"unit", "value", b"value", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bound: _TypeAlias = _typing.Literal["bound"]  # noqa: Y015
     _WhichOneofArgType__bound: _TypeAlias = _typing.Literal["_bound", b"_bound"]  # noqa: Y015
@@ -706,6 +735,60 @@ class PlanResult(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gap) -> _WhichOneofReturnType__gap | None: ...
 
 Global___PlanResult: _TypeAlias = PlanResult  # noqa: Y015
+
+@_typing.final
+class Verification(_message.Message):
+    """A simulation of the plan under Poisson arrivals, without re-dispatch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RATE_RPS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    TTFT_P95_S_FIELD_NUMBER: _builtins.int
+    TPOT_MEAN_S_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
+    KEPT_RPS_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    rate_rps: _builtins.float
+    """Rate of the arrivals in requests/s: the one that the plan promises. Always set."""
+    kept: _builtins.bool
+    """No latency was above its limit by more than chance. False: `misses` says which."""
+    ttft_p95_s: _builtins.float
+    """95th percentile of the time to first token, in seconds. Always set."""
+    tpot_mean_s: _builtins.float
+    """Mean time per output token, in seconds. Always set."""
+    attainment: _builtins.float
+    """Share of the requests within all limits. Always set."""
+    kept_rps: _builtins.float
+    """The highest rate tried that kept the limits, in requests/s; above `rate_rps` where that is known. Unset: none did."""
+    num_requests: _builtins.int
+    """Requests of the run. Always set."""
+    @_builtins.property
+    def misses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The limits that were not kept, a clause each. Empty: all were."""
+
+    def __init__(
+        self,
+        *,
+        rate_rps: _builtins.float = ...,
+        kept: _builtins.bool = ...,
+        misses: _abc.Iterable[_builtins.str] | None = ...,
+        ttft_p95_s: _builtins.float = ...,
+        tpot_mean_s: _builtins.float = ...,
+        attainment: _builtins.float = ...,
+        kept_rps: _builtins.float | None = ...,
+        num_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "kept_rps", b"kept_rps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "attainment", b"attainment", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "tpot_mean_s", b"tpot_mean_s", "ttft_p95_s", b"ttft_p95_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kept_rps: _TypeAlias = _typing.Literal["kept_rps"]  # noqa: Y015
+    _WhichOneofArgType__kept_rps: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_rps) -> _WhichOneofReturnType__kept_rps | None: ...
+
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 @_typing.final
 class ClassPrice(_message.Message):

@@ -109,7 +109,7 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
         "--roles", "decode,prefill", "--engine", "vllm", "--max-stages", "4", "--max-gpus", "16",
         "--min-layers-per-stage", "3", "--max-nodes-per-replica", "2",
         "--weights", "fp8", "--kv", "fp8", "--mtp", "2:0.7",
-        "--max-num-seqs", "64", "--chunk-tokens", "512,256,512", "--kv-blocks", "9000",
+        "--max-num-seqs", "64", "--chunk-tokens", "512,256,512", "--kv-blocks", "9000", "--tpot-statistic", "p99",
     )  # fmt: skip
     assert code == ExitCode.OK
     sent = last_request(planner, plan_service_pb2.CreatePlanRequest)
@@ -125,11 +125,21 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     assert (spec.engine, spec.max_stages, spec.max_gpus) == ("vllm", 4, 16)
     assert (spec.min_layers, spec.max_nodes) == (3, 2)
     assert (spec.max_num_seqs, list(spec.chunk_tokens), spec.kv_blocks) == (64, [256, 512], 9000)
+    assert (spec.ttft_statistic, spec.tpot_statistic, spec.attainment) == ("", "p99", 0.0)
+    assert not spec.skip_verification
     captured = capsys.readouterr()
     assert "pricing: incumbent 1.200, bound 1.700 requests/s, gap 42%" in captured.err
     assert "2 replicas on 12 GPUs, 4 of them attention workers" in captured.out
     assert "gap 0.19%" in captured.out
+    assert "MISSED at 1.610 requests/s: TTFT p95 3.4 s of 2 s; kept up to 1.500" in " ".join(captured.out.split())
     assert planner.calls["ActivatePlan"] == 0
+
+
+def test_a_share_of_the_requests_or_no_simulation_is_asked_for(planner: FakePlanner, hetis_plan: Run) -> None:
+    assert hetis_plan("apply", *PROBLEM, "--attainment", "90%", "--no-wait") == ExitCode.OK
+    assert last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec.attainment == 0.9
+    assert hetis_plan("apply", *PROBLEM, "--no-verify", "--no-wait") == ExitCode.OK
+    assert last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec.skip_verification
 
 
 def test_a_solved_plan_is_activated_saved_and_printed_as_data(

@@ -334,6 +334,14 @@ def result(value: float = 1.61, bound: float = 1.6131) -> plan_pb2.PlanResult:
         num_replicas=2,
         num_gpus=12,
         num_attention_workers=4,
+        verification=plan_pb2.Verification(
+            rate_rps=value,
+            misses=["TTFT p95 3.4 s of 2 s"],
+            ttft_p95_s=3.4,
+            tpot_mean_s=0.05,
+            attainment=0.9,
+            kept_rps=1.5,
+        ),
     )
 
 

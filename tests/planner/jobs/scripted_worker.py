@@ -47,6 +47,11 @@ def act(script: dict[str, Any]) -> None:
             send("searching")
             cancelled.wait()
             send("found", b"incumbent", result=base64.b64encode(interrupted(b"incumbent")).decode())
+        case "verify":  # until it is called off
+            send("searching", spent_s=0.0)
+            send("verifying", spent_s=0.0)
+            cancelled.wait()
+            send("found", b"not verified", result="")
         case "compile":  # for longer than the search may take
             send("searching", spent_s=0.0)
             send("compiling")

@@ -191,6 +191,14 @@ def test_a_search_that_goes_on_after_its_time_limit_is_ended() -> None:
     )
 
 
+def test_a_plan_whose_simulation_takes_too_long_is_answered_without() -> None:
+    async def scenario() -> Outcome:
+        async with pool_of(PoolSettings(verification_s=0.2)) as pool:
+            return await outcome(begin(pool, "verify", time_limit_s=0.1))
+
+    assert asyncio.run(scenario()) == FoundPlan(b"not verified", b"")
+
+
 def test_a_full_queue_refuses_and_says_when_the_first_search_ends_at_the_latest() -> None:
     now_s = 100.0
 

@@ -16,7 +16,9 @@ from hetis.planner.jobs.messages import FoundPlan, Infeasible, PosedProblem, pos
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
+from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.plan import Objective, Plan, Role
@@ -58,11 +60,14 @@ def test_a_posed_problem_survives_the_way(posed: PosedProblem) -> None:
     assert posed_from_json(kept.to_json()) == kept
     assert posed_from_json(kept.to_json()).problem().family.engine_settings == chosen
     assert b"engine_settings" not in posed.to_json()
+    level = ServiceLevel(ttft=Statistic.P99, attainment=0.9)
+    held = replace(posed, verify=False, service_level=level)
+    assert posed_from_json(held.to_json()) == held
 
 
-def test_a_problem_that_was_posed_before_there_were_roles_can_be_read(posed: PosedProblem) -> None:
+def test_a_problem_that_was_posed_before_there_were_roles_and_levels_can_be_read(posed: PosedProblem) -> None:
     data = json.loads(posed.to_json())
-    del data["settings"]["roles"]
+    del data["settings"]["roles"], data["verify"], data["service_level"]
     assert posed_from_json(json.dumps(data).encode()) == posed
 
 
@@ -77,7 +82,30 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(
     plan = from_data(json.loads(found.document))
     assert isinstance(plan, Plan)
     assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
+    assert any(isinstance(news, Progress) and news.phase.startswith("simulating the plan") for news in progress)
+    simulated = verification_of(plan)
+    assert simulated is not None
+    said = plan_pb2.PlanResult.FromString(found.result).verification
+    assert (said.rate_rps, said.kept, said.ttft_p95_s) == (simulated.rate_rps, simulated.kept, simulated.ttft_p95_s)
+    assert bool(said.misses) == (not said.kept)
     assert capfd.readouterr().out == ""  # HiGHS prints, but not here
+
+
+def test_a_plan_is_held_to_the_level_that_is_asked_for_or_not_simulated(posed: PosedProblem) -> None:
+    def answered(asked: PosedProblem) -> tuple[plan_pb2.PlanResult, int]:
+        found_at: list[str] = []
+        answer = solve(
+            asked, cancelled=threading.Event(), report=lambda _: None, on_found=lambda: found_at.append("found")
+        )
+        assert isinstance(answer, FoundPlan)
+        return plan_pb2.PlanResult.FromString(answer.result), len(found_at)
+
+    lenient = replace(posed, settings=replace(posed.settings, strategy="uniform"))
+    held, num_found = answered(replace(lenient, service_level=ServiceLevel(attainment=0.5)))
+    assert (held.verification.kept, num_found) == (True, 1)
+    assert any("simulated traffic has to keep 50% of the requests" in note for note in held.notes)
+    unseen, num_found = answered(replace(lenient, verify=False))
+    assert (unseen.HasField("verification"), num_found) == (False, 0)
 
 
 def test_what_cannot_be_is_proved_with_reasons(posed: PosedProblem) -> None:

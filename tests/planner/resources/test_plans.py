@@ -298,6 +298,18 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
             "plan.spec.max_num_seqs": "max_num_seqs is 2147483648, must be 1 to 1000000000",
             "plan.spec.chunk_tokens": "chunk_tokens are 9, 9, must be ascending, each once",
         }
+        for level, says in (
+            ({"ttft_statistic": "p96"}, "is 'p96', must be one of mean, p50, p90, p95, p99"),
+            ({"attainment": 90.0}, "attainment is 90, must be above 0 and at most 1 (100%)"),
+            ({"attainment": 0.9, "tpot_statistic": "p50"}, "attainment counts requests instead of taking a statistic"),
+            (
+                {"attainment": 0.9, "skip_verification": True},
+                "a service level is what the simulation holds",
+            ),
+        ):
+            unheld = await refused(planner.call("CreatePlan", create_request(**{"skip_verification": False, **level})))
+            assert list(unheld.fields) == [f"plan.spec.{next(iter(level))}"]
+            assert says in unheld.fields.popitem()[1]
 
         workload = b"apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: /etc/passwd\n"
         request = create_request(workload_document=document_pb2.Document(content=workload))

@@ -100,7 +100,9 @@ class FileProblem:
 
     inputs: options.OptionalInputOptions
     goal: options.GoalOptions
+    held_to: options.ServiceLevelOptions
     survive: options.Survived | None
+    verify: bool
     family: options.FamilyOptions
     replicas: options.ReplicaOptions
     search: options.SearchOptions
@@ -165,6 +167,10 @@ class FileProblem:
             max_num_seqs=replicas.max_num_seqs or 0,
             chunk_tokens=sorted(replicas.chunk_tokens or ()),
             kv_blocks=replicas.kv_blocks or 0,
+            skip_verification=not self.verify,
+            ttft_statistic=self.held_to.ttft_statistic or "",
+            tpot_statistic=self.held_to.tpot_statistic or "",
+            attainment=self.held_to.attainment or 0.0,
             gap_target=search.gap,
             time_limit=time_limit,
             seed=search.seed,

@@ -27,10 +27,11 @@ APPLY_EXAMPLES = """Examples:
 
 
 @group
-class SurviveOptions:
-    """The losses that a plan survives."""
+class PromiseOptions:
+    """What a plan survives, and whether its limits are tried in simulated traffic."""
 
     survive: options.Survived | None = options.survive_option()
+    verify: bool = options.verify_option()
 
 
 @server_verb()
@@ -46,7 +47,8 @@ def apply(
     *,
     inputs: options.OptionalInputOptions,
     goal: options.GoalOptions,
-    survive: SurviveOptions,
+    held_to: options.ServiceLevelOptions,
+    promise: PromiseOptions,
     family: options.FamilyOptions,
     replicas: options.ReplicaOptions,
     search: options.SearchOptions,
@@ -60,8 +62,9 @@ def apply(
 
     options.engine_rules(family.engine, family.strategy, replicas.limits)
     problem = FileProblem(
-        inputs=inputs, goal=goal, survive=survive.survive, family=family, replicas=replicas, search=search
-    )
+        inputs=inputs, goal=goal, held_to=held_to, survive=promise.survive, verify=promise.verify, family=family,
+        replicas=replicas, search=search,
+    )  # fmt: skip
     return Applying(terminal=terminal, client=client, asked=asked).run(files=what or [], problem=problem)
 
 

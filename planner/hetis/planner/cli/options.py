@@ -20,11 +20,13 @@ import typer
 from hetis.formats.command_line import verb as command_line
 from hetis.formats.command_line.terminal import OutputFormat
 from hetis.planner.cli import values
+from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
 from hetis.solver.plan import ObjectiveKind, Role
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
     from hetis.planner.use_cases.sources import ReplicaLimits
+    from hetis.solver.plan import Objective
     from hetis.solver.problem import EngineRules, EngineSettings
 
 T = TypeVar("T")
@@ -366,6 +368,31 @@ class ReplicaOptions:
 
 
 @group
+class ServiceLevelOptions:
+    """What has to keep the latency limits, in simulated traffic."""
+
+    ttft_statistic: Statistic | None = _goal(
+        "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=DEFAULT.ttft
+    )
+    tpot_statistic: Statistic | None = _goal(
+        "--tpot-statistic: What of TPOT the simulation holds to its limit.", shown=DEFAULT.tpot
+    )
+    attainment: float | None = _goal(
+        "--attainment SHARE: "
+        "Share of simulated requests that keep all limits (SLO attainment), instead of statistics; such as 90%.",
+        parser=values.share,
+        shown=False,
+    )
+
+    def level(self, objective: Objective, *, verify: bool) -> ServiceLevel:
+        """Return the level. Raises InvalidProblemError if the options contradict each other."""
+        return asked_level(
+            ttft=self.ttft_statistic, tpot=self.tpot_statistic, attainment=self.attainment, objective=objective,
+            verify=verify,
+        )  # fmt: skip
+
+
+@group
 class SearchOptions:
     """The time limit, gap, seed and threads of a search."""
 
@@ -405,6 +432,11 @@ class Survived(StrEnum):
     ZONE = "zone"
 
 
+verify_option = partial(
+    _result,
+    "--verify/--no-verify: Simulate the plan at the rate it promises, and say whether the limits are kept.",
+    True,
+)
 survive_option = partial(
     _goal, "--survive: Serve --rate when any one node, or zone, is lost, with --objective cost or gpus.", shown=False
 )

@@ -15,7 +15,6 @@ from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
-from hetis.planner.use_cases.service_level import DEFAULT, Statistic, asked_level
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
@@ -47,24 +46,6 @@ class PreferenceOptions:
 
 
 @group
-class ServiceLevelOptions:
-    """What has to keep the latency limits, in simulated traffic."""
-
-    ttft_statistic: Statistic | None = _goal(
-        "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=DEFAULT.ttft
-    )
-    tpot_statistic: Statistic | None = _goal(
-        "--tpot-statistic: What of TPOT the simulation holds to its limit.", shown=DEFAULT.tpot
-    )
-    attainment: float | None = _goal(
-        "--attainment SHARE: "
-        "Share of simulated requests that keep all limits (SLO attainment), instead of statistics; such as 90%.",
-        parser=values.share,
-        shown=False,
-    )
-
-
-@group
 class ResultOptions:
     """Options of a finished plan: studies, checks and outputs."""
 
@@ -78,9 +59,7 @@ class ResultOptions:
     strict: bool = _result(
         "--strict: Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.", False
     )
-    verify: bool = _result(
-        "--verify/--no-verify: Simulate the plan at the rate it promises, and say whether the limits are kept.", True
-    )
+    verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
     other_engines: bool = _result(
         "--other-engines/--no-other-engines: "
@@ -95,7 +74,7 @@ def place(
     *,
     inputs: options.InputOptions,
     goal: options.GoalOptions,
-    held_to: ServiceLevelOptions,
+    held_to: options.ServiceLevelOptions,
     constraints: options.ConstraintOptions,
     family: options.FamilyOptions,
     replicas: options.ReplicaOptions,
@@ -127,11 +106,7 @@ def place(
         price_pins=preferences.price_pins,
         profile_error=results.profile_error,
     )
-    level = asked_level(
-        ttft=held_to.ttft_statistic, tpot=held_to.tpot_statistic, attainment=held_to.attainment,
-        objective=request.objective, verify=request.verify,
-    )  # fmt: skip
-    request = replace(request, service_level=level)
+    request = replace(request, service_level=held_to.level(request.objective, verify=request.verify))
     loaded = load(request)
     problem = pose(request, loaded)
     if results.dry_run:

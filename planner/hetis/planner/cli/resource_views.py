@@ -266,12 +266,24 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Bound", bound + (f"  gap {percent(found.gap)}" if found.HasField("gap") else "")
         workers = f", {found.num_attention_workers:,} of them attention workers" if found.num_attention_workers else ""
         yield "Uses", f"{plural(found.num_replicas, 'replica')} on {plural(found.num_gpus, 'GPU')}{workers}"
+        if found.HasField("verification"):
+            yield "Simulated", _simulated(found.verification)
         yield "Solved", f"{word_of(plan_pb2.SolveStatus, found.status).lower()} in {seconds(found.solve_s)}"
     for note in plan.result.notes:
         yield "Note", note
     if plan.proposal_reason:
         yield "Proposed", plan.proposal_reason
     yield "Activation", state(word_of(plan_pb2.ActivationState, plan.activation))
+
+
+def _simulated(found: plan_pb2.Verification) -> Text:
+    rate = f" at {digits(found.rate_rps, 4)} requests/s"
+    if found.kept:
+        beyond = f"; kept up to {digits(found.kept_rps, 4)}" if found.kept_rps > found.rate_rps else ""
+        latencies = f"TTFT p95 {seconds(found.ttft_p95_s)}, TPOT mean {seconds(found.tpot_mean_s)}"
+        return Text.assemble(("limits kept", "green"), f"{rate}: {latencies}{beyond}")
+    least = f"kept up to {digits(found.kept_rps, 4)}" if found.HasField("kept_rps") else "no rate tried keeps them"
+    return Text.assemble(("MISSED", "bold red"), f"{rate}: {', '.join(found.misses)}; {least}")
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:

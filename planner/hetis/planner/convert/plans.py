@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.plan import (
     AttentionWorkerPool,
@@ -123,7 +124,17 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
         message.bound = result.bound
     if math.isfinite(result.gap):
         message.gap = result.gap
+    if (verification := _verification(plan)) is not None:
+        message.verification.CopyFrom(verification)
     return message
+
+
+def _verification(plan: Plan) -> plan_pb2.Verification | None:
+    found = verification_of(plan)
+    try:
+        return None if found is None else _message(plan_pb2.Verification, found, misses=misses(found, plan))
+    except (TypeError, ValueError):  # an imported plan may say anything of itself
+        return None
 
 
 def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:

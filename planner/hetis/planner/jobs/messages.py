@@ -13,6 +13,7 @@ from hetis.formats.files import canonical_json
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.service_level import DEFAULT, SERVICE_LEVEL, ServiceLevel, service_level_from_data
 from hetis.planner.use_cases.sources import (
     ENGINE_SETTINGS,
     LoadedInputs,
@@ -135,11 +136,13 @@ def progress_from_frame(frame: JobFrame) -> Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosedProblem:
-    """A problem to solve and how long the search may take."""
+    """A problem to solve, how long the search may take, and what its plan has to keep in simulated traffic."""
 
     loaded: LoadedInputs
     objective: Objective
     settings: PlacementSettings
+    verify: bool = True  # simulate the plan
+    service_level: ServiceLevel = DEFAULT
 
     def inputs_for_engine(self) -> LoadedInputs:
         """Return the inputs on GPUs that run the model in its precision; raises InvalidProblemError without any."""
@@ -157,6 +160,8 @@ class PosedProblem:
             "origins": dict(self.loaded.origins),
             "objective": asdict(self.objective),
             "settings": asdict(self.settings),
+            "verify": self.verify,
+            SERVICE_LEVEL: self.service_level.data(),
         }
         if at := self.loaded.inputs.engine_settings:
             data[ENGINE_SETTINGS] = engine_settings_data(at)
@@ -179,6 +184,8 @@ def posed_from_json(text: bytes) -> PosedProblem:
         settings=PlacementSettings(
             **(settings | {"roles": tuple(map(Role, settings.get("roles", ()))), "engine": _engine(settings)})
         ),
+        verify=data.get("verify", True),
+        service_level=service_level_from_data(data.get(SERVICE_LEVEL)),
     )
 
 

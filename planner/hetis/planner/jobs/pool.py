@@ -18,6 +18,7 @@ from enum import Enum
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
 from hetis.planner.jobs.messages import CalledOff, Crashed, Outcome, answer_from_frame, progress_from_frame
+from hetis.planner.use_cases.verify import SEARCHES
 from hetis.solver.budget import Progress
 
 # -P: nothing is imported from the service's working directory.
@@ -162,6 +163,8 @@ class PoolSettings:
     searches_per_process: int = 50
     grace_s: float = 60.0  # how long a search may take to answer after its time limit or after it was cancelled
     preparation_s: float = 600.0  # how long a process may load and compile before a search's time limit starts to run
+    # How long a process may simulate a plan, besides the time limits of further searches; then the plan is not verified
+    verification_s: float = 600.0
 
 
 class Slot:
@@ -240,13 +243,17 @@ class Slot:
         was_heard = False
         while (frame := await process.receive()) is not None:
             was_heard = True
-            if frame.kind == "searching":
+            if frame.kind in ("searching", "verifying"):
                 self._is_searching = True
-                limit_s = search.time_limit_s + self._settings.grace_s - frame.fields.get("spent_s", 0.0)
                 if search.is_called_off:
                     self._expect_end()
-                else:
+                elif frame.kind == "searching":
+                    limit_s = search.time_limit_s + self._settings.grace_s - frame.fields.get("spent_s", 0.0)
                     self._set_timer(limit_s, f"gave no answer {self._settings.grace_s:g} s after its time limit")
+                else:  # a plan is there already
+                    limit_s = SEARCHES * search.time_limit_s + self._settings.verification_s - frame.fields["spent_s"]
+                    self._set_timer(None, "")
+                    self._timer = asyncio.get_running_loop().call_later(max(0.0, limit_s), self.call_off)
             elif frame.kind == "compiling":
                 self._wait_for_preparation()
             elif frame.kind == "progress":

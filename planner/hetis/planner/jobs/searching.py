@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.formats.files import canonical_json
@@ -25,7 +26,7 @@ from hetis.planner.jobs.messages import (
     posed_from_json,
 )
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import make_plan
+from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.solver.budget import Budget, Report
 from hetis.solver.compiled import compilations_told_to
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
@@ -46,7 +47,8 @@ class Searcher:
     def solve(self, posed_json: bytes, cancelled: threading.Event) -> None:
         """Search and send the answer.
 
-        The time limit starts at ``searching``, since the caller does not pay for compiling.
+        The time limit starts at ``searching``, since the caller does not pay for compiling. At ``verifying`` the plan
+        is found, and is simulated.
 
         Most kernels are compiled before. If only part of them was on disk, compiling the rest during the search stops
         the clock and is reported as ``compiling``.
@@ -56,17 +58,23 @@ class Searcher:
         for_engine = posed.settings.engine is not None
         load_kernels(posed.loaded.inputs.cluster.num_gpus(), for_engine=for_engine, report=report)
 
+        phase, began_s = "searching", 0.0
+
+        def begin(new: str) -> None:
+            nonlocal phase, began_s
+            phase, began_s = new, clock()
+            self._send(JobFrame(kind=phase, fields={"spent_s": 0.0}))
+
         def tell(compiles: bool) -> None:
             if compiles:
                 self._send(JobFrame(kind="compiling", fields={}))
             else:
-                self._send(JobFrame(kind="searching", fields={"spent_s": clock() - began_s}))
+                self._send(JobFrame(kind=phase, fields={"spent_s": clock() - began_s}))
 
         clock = SearchClock(on_change=tell)
-        began_s = clock()
-        self._send(JobFrame(kind="searching", fields={"spent_s": 0.0}))
+        begin(phase)
         with compilations_told_to(clock.note):
-            answer = solve(posed, cancelled=cancelled, report=report, clock=clock)
+            answer = solve(posed, cancelled=cancelled, report=report, clock=clock, on_found=lambda: begin("verifying"))
         self._send(answer_to_frame(answer))
 
     def cancel(self) -> None:
@@ -108,13 +116,32 @@ class SearchClock:
 
 
 def solve(
-    posed: PosedProblem, *, cancelled: threading.Event, report: Report, clock: Callable[[], float] = time.monotonic
+    posed: PosedProblem,
+    *,
+    cancelled: threading.Event,
+    report: Report,
+    clock: Callable[[], float] = time.monotonic,
+    on_found: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check what is found."""
-    budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=clock, cancelled=cancelled)
+    """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check what is found.
+
+    Then call ``on_found`` and simulate the plan, if that is asked for.
+    """
+    settings = posed.settings
+
+    def budget() -> Budget:
+        return Budget(time_limit_s=settings.time_limit_s, clock=clock, cancelled=cancelled)
+
     try:
         loaded, problem = posed.inputs_for_engine(), posed.problem()
-        plan = make_plan(loaded, problem, posed.settings, budget=budget, report=report)
+        plan = make_plan(loaded, problem, settings, budget=budget(), report=report)
+        if posed.verify:
+            on_found()
+            problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
+            plan = simulated_plan(
+                plan, loaded, problem, settings, level=posed.service_level, budget=budget, cancelled=cancelled,
+                report=report,
+            )  # fmt: skip
     except InfeasibleError as error:
         return Infeasible(error.reasons)
     except NoPlanFoundError as error:

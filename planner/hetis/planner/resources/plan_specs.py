@@ -19,8 +19,10 @@ from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
 from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.requests import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
+from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.place import PLACES, PlacementSettings
 from hetis.planner.use_cases.precision import in_precision
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, Network, NodeGroup
@@ -61,6 +63,8 @@ class ReadSpec:
     objective: Objective
     settings: PlacementSettings
     engine_settings: EngineSettings
+    verify: bool
+    service_level: ServiceLevel
 
     def origins(self) -> dict[str, str]:
         """Return where model and workload are from."""
@@ -138,6 +142,8 @@ def pose(
         loaded=in_precision(loaded, weights=spec.weights or None, kv=spec.kv or None, mtp=spec.mtp or None),
         objective=read.objective,
         settings=read.settings,
+        verify=read.verify,
+        service_level=read.service_level,
     )
     posed.problem()
     return posed
@@ -169,7 +175,7 @@ class _SpecReader:
         objective = objective_from_proto(
             spec.objective, f"{SPEC}.objective", lambda path, text: checks.require(False, path, text)
         )
-        settings, engine_settings = self._settings(), self._engine_settings()
+        settings, engine_settings, level = self._settings(), self._engine_settings(), self._service_level(objective)
         texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
             ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
             ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
@@ -194,6 +200,8 @@ class _SpecReader:
             objective=objective,
             settings=settings,
             engine_settings=engine_settings,
+            verify=not spec.skip_verification,
+            service_level=level,
         )
 
     async def _model(self) -> ModelSpec | None:
@@ -296,6 +304,24 @@ class _SpecReader:
             self.require(False, "engine", str(error))
             return None
         return rules
+
+    def _service_level(self, objective: Objective) -> ServiceLevel:
+        """Return what simulated traffic has to keep; the default after an error."""
+        spec = self.spec
+        given = {"ttft": spec.ttft_statistic, "tpot": spec.tpot_statistic}
+        known = [one.value for one in Statistic]
+        known_ones = [not text or self.choice(f"{name}_statistic", text, known) for name, text in given.items()]
+        if not all(known_ones):
+            return service_level.DEFAULT
+        asked = {name: Statistic(text) if text else None for name, text in given.items()}
+        try:
+            return service_level.asked_level(
+                **asked, attainment=spec.attainment or None, objective=objective, verify=not spec.skip_verification
+            )
+        except InvalidProblemError as error:
+            named = next((f"{name}_statistic" for name, one in asked.items() if one is not None), "attainment")
+            self.require(False, "attainment" if spec.attainment else named, str(error))
+            return service_level.DEFAULT
 
     def _engine_settings(self) -> EngineSettings:
         """Return the settings that engines are started with, without wrong ones."""

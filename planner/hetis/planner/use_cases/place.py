@@ -172,16 +172,11 @@ def place(
         beside_engines=request.other_engines,
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    level = request.service_level
-    if level != service_level.DEFAULT:
-        plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: level.data()})
     if request.verify:
-        plan = simulated_plan(plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=report)
-    if level != service_level.DEFAULT:
-        note = (
-            f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
-        )
-        plan = replace(plan, notes=(*plan.notes, note))
+        plan = simulated_plan(
+            plan, loaded, problem, settings, level=request.service_level, budget=budget, cancelled=cancelled,
+            report=report,
+        )  # fmt: skip
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
         plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})
@@ -238,12 +233,12 @@ def make_plan(
 
 
 def simulated_plan(
-    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *,
+    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
     budget: Callable[[], Budget], cancelled: threading.Event, report: Report,
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; where it misses a limit, search again for a tighter one (`verified_plan`).
 
-    A plan that survives a loss is not searched for again.
+    A plan that survives a loss is not searched for again. ``budget`` returns that of one search.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
@@ -253,11 +248,18 @@ def simulated_plan(
         again = search(posed, settings, budget=replace(budget(), explains=False), report=report)
         return describe(again, loaded, problem, settings)
 
+    if level != service_level.DEFAULT:
+        plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: level.data()})
     found = verified_plan(
         plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
         report=_simulation_report(plan, report),
     )  # fmt: skip
-    return found if tightening_of(found) is None else _checked(found, problem, losses=True)
+    if tightening_of(found) is not None:
+        found = _checked(found, problem, losses=True)
+    if level == service_level.DEFAULT:
+        return found
+    note = f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:

@@ -115,7 +115,11 @@ def asked_level(
 
 def service_level_of(plan: Plan) -> ServiceLevel:
     """Return what a plan is held to; the default if it says nothing readable."""
-    found = plan.inputs.get(SERVICE_LEVEL)
+    return service_level_from_data(plan.inputs.get(SERVICE_LEVEL))
+
+
+def service_level_from_data(found: object) -> ServiceLevel:
+    """Return the level that `ServiceLevel.data` wrote; the default if it is not readable."""
     names = {field.name for field in fields(ServiceLevel)}
     if not isinstance(found, Mapping) or set(found) != names:
         return DEFAULT
