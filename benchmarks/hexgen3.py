@@ -32,8 +32,8 @@ from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.options import pool_entry
 from hetis.solver.placement.search import search
+from hetis.solver.placement.stage_cost import pool_entry
 from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, Role

@@ -7,8 +7,14 @@ A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` and begins wi
 
     <!-- sources 0f3a...: measured at 1a2b3c4 -->
 
-The digest is that of the code in `SOURCES`, without comments and docstrings. ``--markdown`` of a benchmark writes it,
-and a test compares it. A change of code must mark the tables that it makes stale; a new measurement removes the mark.
+The digest is that of the definitions in `SOURCES`: the code of all top-level statements, in whatever file and order,
+without comments, docstrings and blank lines. A definition that moves from one source to another leaves it as it is.
+``--markdown`` of a benchmark writes it, and a test compares it. A change of code must mark the tables that it makes
+stale; a new measurement removes the mark.
+
+Imports, ``__all__`` and blocks of ``if TYPE_CHECKING`` do not count, except that a definition which uses a renaming
+import (``from x import y as z``) has it in its code. Hence the digest cannot see that a name is imported from another
+module, if both define it and differ; nor what the order of statements or the import of a module does.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,6 +94,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "robustness": ("benchmarks/robustness.py", *_SEARCH, "planner/hetis/planner/use_cases/robustness"),
 }
 
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SECTION = re.compile(r"<!-- (?!end |sources )(?P<name>[\w ]+?) -->\n(?P<text>.*?)<!-- end (?P=name) -->", re.DOTALL)
 _STAMP = re.compile(r"<!-- sources (?P<digest>[0-9a-f]+|not recorded)[^\n]*-->\n")
 
@@ -159,15 +166,13 @@ def stamp(name: str) -> str:
 
 def digest(name: str) -> str:
     """Return the digest of the present code that a table measures."""
-    return digest_of(sorted(_files(SOURCES[name])), lambda path: (ROOT / path).read_text(encoding="utf-8"))
+    return digest_of((ROOT / path).read_text(encoding="utf-8") for path in _files(SOURCES[name]))
 
 
-def digest_of(paths: Iterable[str], text_of: Callable[[str], str]) -> str:
-    """Return the digest of the files at these paths with these texts."""
-    whole = hashlib.sha256()
-    for path in paths:
-        whole.update(f"{path}\n{code_of(text_of(path))}\n".encode())
-    return whole.hexdigest()[:16]
+def digest_of(texts: Iterable[str]) -> str:
+    """Return the digest of the definitions in modules with these texts."""
+    definitions = sorted(definition for text in texts for definition in definitions_of(text))
+    return hashlib.sha256("\n\n".join(definitions).encode()).hexdigest()[:16]
 
 
 def is_source(path: str, sources: Iterable[str]) -> bool:
@@ -187,18 +192,71 @@ def _files(sources: tuple[str, ...]) -> Iterator[str]:
 
 
 @cache
-def code_of(text: str) -> str:
-    """Return a module without comments, docstrings and blank lines, the same under every version of Python."""
-    lines = text.splitlines()
+def definitions_of(text: str) -> tuple[str, ...]:
+    """Return the code of each top-level statement of a module, the same under every version of Python.
+
+    The lines are those of the text, because `ast.unparse` differs by version. In front of them are the renaming imports
+    that the statement uses. A decorator belongs to its definition.
+    """
+    module = ast.parse(text)
+    rows = _rows_of_code(text, module)
+    statements = [node for node in module.body if not _is_for_checkers(node)]
+    of_module = {name for node in statements if not isinstance(node, _SCOPES) for name in _renamings(node)}
+    found = []
+    for node in statements:
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        code = [row for row in rows[first - 1 : node.end_lineno] if row]
+        if code:
+            used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            renamed = sorted(f"{alias} = {what}" for alias, what in of_module | _renamings(node) if alias in used)
+            found.append("\n".join([*renamed, *code]))
+    return tuple(found)
+
+
+def _rows_of_code(text: str, module: ast.Module) -> list[str]:
+    """Return all rows of a module, with nothing in place of comments, docstrings and imports."""
+    lines = text.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            for row in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[row] = ""
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    rows = [line.encode() for line in lines]  # the columns of `ast` count bytes
+    for node in ast.walk(module):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())) | ast.Import() | ast.ImportFrom():
+                _strike(rows, node)
+    return [row.replace(b"\0", b"").decode().rstrip() for row in rows]
+
+
+def _strike(rows: list[bytes], node: ast.stmt) -> None:
+    """Write zeros over a statement, which keep the columns of those behind it."""
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    for row in range(node.lineno - 1, node.end_lineno):
+        start = node.col_offset if row == node.lineno - 1 else 0
+        end = node.end_col_offset if row == node.end_lineno - 1 else len(rows[row])
+        rows[row] = rows[row][:start] + bytes(end - start) + rows[row][end:]
+
+
+def _is_for_checkers(node: ast.stmt) -> bool:
+    """Return whether a statement is for readers of the module alone: of its types, or of its public names."""
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING") and not node.orelse
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets)
+
+
+def _renamings(statement: ast.stmt) -> set[tuple[str, str]]:
+    """Return the aliases of the imports in a statement that are not the name of what they import, with the latter."""
+    found = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            package = f"{node.module or ''}." if isinstance(node, ast.ImportFrom) else ""
+            for imported in node.names:
+                *_, module, name = ["", *f"{package}{imported.name}".split(".")]
+                if imported.asname not in (None, name):
+                    found.add((imported.asname, f"{module}.{name}"))
+    return found
 
 
 def _commit() -> str:

@@ -24,7 +24,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.placement import template as of_search
-from hetis.solver.placement.options import kept_bytes
+from hetis.solver.placement.stage_cost import kept_bytes
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage, configurations

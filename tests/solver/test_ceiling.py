@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import example, problem
 from hetis.solver.placement.ceiling import Ceiling, all_lines, ceilings, limits_of, queries_of
-from hetis.solver.placement.options import kept_of_groups, layers_in_room, layers_on_card, roomiest_split
 from hetis.solver.placement.pricing import best_replica
+from hetis.solver.placement.stage_cost import kept_of_groups, layers_in_room, layers_on_card, roomiest_split
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Configuration, configurations

@@ -35,12 +35,12 @@ import numpy as np
 
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.options import (
+from hetis.solver.placement.options import Reach
+from hetis.solver.placement.stage_cost import (
     ROUNDING,
     Layer,
     PoolTimes,
     Ranks,
-    Reach,
     chunk_cap,
     has_pools,
     interval_cap,

@@ -7,7 +7,6 @@ import numpy as np
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import (
-    ROUNDING,
     Options,
     overdrawn,
     penalised_prices,
@@ -16,6 +15,7 @@ from hetis.solver.placement.options import (
     total_price,
     traced,
 )
+from hetis.solver.placement.stage_cost import ROUNDING
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
 

@@ -44,17 +44,10 @@ from hetis.solver.placement.frontier import (
 )
 from hetis.solver.placement.generation import LEAST_MILP_SECONDS, MILP_SECONDS, NO_LINKS, Pool, parts_inside
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Verdict
-from hetis.solver.placement.options import (
-    EVERYTHING,
-    Options,
-    TimeLimits,
-    chunk_cap,
-    interval_cap,
-    list_options,
-    stage_rows,
-)
+from hetis.solver.placement.options import EVERYTHING, Options, TimeLimits, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
 from hetis.solver.placement.pricing import Part, whole
+from hetis.solver.placement.stage_cost import chunk_cap, interval_cap
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 from hetis.solver.plan import Role

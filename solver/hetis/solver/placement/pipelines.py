@@ -22,7 +22,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
-from hetis.solver.placement.options import ROUNDING, FixedTimes, fill_fixed, iterations_of, layers_on_rank, stretch
+from hetis.solver.placement.stage_cost import ROUNDING, FixedTimes, fill_fixed, iterations_of, layers_on_rank, stretch
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role

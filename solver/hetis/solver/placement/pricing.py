@@ -26,7 +26,6 @@ from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import (
     NO_STAGES,
     TimeLimits,
-    interval_cap,
     list_options,
     option_prices,
     overdrawn,
@@ -40,6 +39,7 @@ from hetis.solver.placement.sequential import (
     least_weighted,
     useful_options,
 )
+from hetis.solver.placement.stage_cost import interval_cap
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray, Tables, cover_tables
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 from hetis.solver.plan import Role

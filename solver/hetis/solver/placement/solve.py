@@ -17,9 +17,9 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import UNIFIED, FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.master import demanded_rate, row_costs_of
-from hetis.solver.placement.options import state_on_rank
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
 from hetis.solver.placement.search import equal_stages, search
+from hetis.solver.placement.stage_cost import state_on_rank
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import (

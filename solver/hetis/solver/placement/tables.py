@@ -4,7 +4,7 @@ A *rank type* s is a device class with a TP size, or with a number of GPUs whose
 with as many of the GPUs). A *mix* x is a pair (b, C), which is (0, C) for a prefill replica and (b, 0) for a decode
 replica; there are others for every d, which only rank types with this d may have: they are a replica on their own, with
 one iteration of all copies in flight. Roles of a stage are plain, first, last, and both (a stage that is first and
-last). The cost of a stage is then a few look-ups away (`options.py`). `tabulation.py` fills the tables.
+last). The cost of a stage is then a few look-ups away (`stage_cost.py`). `tabulation.py` fills the tables.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
-from hetis.solver.placement.options import (
+from hetis.solver.placement.stage_cost import (
     ROUNDING,
     iterations_of,
     kept_bytes,

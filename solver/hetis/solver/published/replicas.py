@@ -24,7 +24,7 @@ from hetis.solver.compiled import kernel_of
 from hetis.solver.cost import Regime
 from hetis.solver.placement import compiled as placement
 from hetis.solver.placement.fleet import DeviceClass, IntArray, class_of_slots
-from hetis.solver.placement.options import Iterations, kept_bytes, layers_on_rank, stretch
+from hetis.solver.placement.stage_cost import Iterations, kept_bytes, layers_on_rank, stretch
 from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, roles
 from hetis.solver.plan import Role
