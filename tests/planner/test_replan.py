@@ -145,6 +145,18 @@ def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
     assert "of the running plan" not in invoke(*asked, str(folder / "less.yaml")).stderr
 
 
+def test_the_next_plan_is_simulated_as_the_running_one_was(folder: Path) -> None:
+    running = json.loads((folder / "running.json").read_text())
+    running["inputs"]["service_level"] = {"ttft": "p99", "tpot": "mean", "attainment": None}
+    (folder / "held.json").write_text(json.dumps(running))
+    asked = ["replan", "--from", str(folder / "held.json"), "-c", str(folder / "less.yaml"), "-q"]
+    plan = json.loads(invoke(*asked, "-o", "json").stdout)["plan"]
+    assert plan["inputs"]["service_level"]["ttft"] == "p99"
+    assert plan["inputs"]["verification"]["ttft_s"] >= plan["inputs"]["verification"]["ttft_p95_s"]
+    assert "TTFT p99" in invoke(*asked).stdout
+    assert "Simulated" not in invoke(*asked, "--no-verify").stdout
+
+
 def test_diff_tells_what_replan_told(folder: Path) -> None:
     answer = replanned(folder, "more.yaml", "--out", str(folder / "grown.json"))
     result = invoke("diff", str(folder / "running.json"), str(folder / "grown.json"), "-o", "json")

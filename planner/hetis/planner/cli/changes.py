@@ -198,6 +198,7 @@ class NextPlanOptions:
 
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
+    verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
 
 
@@ -237,7 +238,9 @@ def replan(
     budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)
     found = search_interruptibly(
         terminal,
-        lambda report: replanning.replan(posed, costs, asked.max_moves, budget=budget, report=report),
+        lambda report: replanning.replan(
+            posed, costs, asked.max_moves, verify=answer.verify, budget=budget, report=report
+        ),
         unit=posed.problem.objective.unit,
         cancelled=budget.cancelled,
         so_far="the best answer",

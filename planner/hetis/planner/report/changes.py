@@ -12,11 +12,12 @@ from rich.text import Text
 
 from hetis.formats.documents import to_data
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.plan import goal_line, problem_title
+from hetis.planner.report.plan import goal_line, problem_title, simulated_words
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.replan import PosedReplan
+from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.solve import Replanning
@@ -184,6 +185,8 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterato
     yield "Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}"
     if found.fresh_value is not None:
         yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, had nothing run before"
+    if (simulated := verification_of(found.plan)) is not None:
+        yield "Simulated", simulated_words(simulated, found.plan)
     yield "Costs", change_cost_words(costs)
 
 

@@ -142,7 +142,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     for name, reached, limit in limits(plan):
         yield name, _limit(reached, limit)
     if (simulated := verification_of(plan)) is not None:
-        yield "Simulated", _simulated(simulated, plan)
+        yield "Simulated", simulated_words(simulated, plan)
     yield "Fleet", _fleet(plan)
     if lost := losses(plan):
         yield "Losses", lost
@@ -308,7 +308,7 @@ def _limit(reached: float, limit: float | None) -> Text:
     return text
 
 
-def _simulated(found: Verification, plan: Plan) -> Text:
+def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, which follows the model's values above."""
     level = service_level_of(plan)
     latencies = ", ".join(f"{one} {level.statistic(one)} {seconds(found.seconds(one))}" for one in Latency)

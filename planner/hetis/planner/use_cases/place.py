@@ -252,7 +252,7 @@ def simulated_plan(
         plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: level.data()})
     found = verified_plan(
         plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
-        report=_simulation_report(plan, report),
+        report=simulation_report(plan, report),
     )  # fmt: skip
     if tightening_of(found) is not None:
         found = _checked(found, problem, losses=True)
@@ -399,7 +399,7 @@ def _with_equal_stages(
     return replace(plan, inputs={**plan.inputs, EQUAL_STAGES: value, SIMPLE_SETUPS: by_size})
 
 
-def _simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
+def simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
     """Return a callback that reports a simulation as progress of the search, once per quarter of the requests."""
     started_s, told = time.monotonic() - plan.result.solve_s, [-1]
 

@@ -10,10 +10,12 @@ from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, PlacementSettings, inputs_of_plan
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, PlacementSettings, inputs_of_plan, simulation_report
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.verify import verified
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
@@ -140,9 +142,17 @@ def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str,
 
 
 def replan(
-    posed: PosedReplan, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report
+    posed: PosedReplan,
+    costs: ChangeCosts,
+    max_moves: int | None,
+    *,
+    verify: bool = True,
+    budget: Budget,
+    report: Report,
 ) -> Replanning:
-    """Solve, complete the plan with its inputs and notes, and check plan and change.
+    """Solve, complete the plan with its inputs and notes, check plan and change, and simulate the plan.
+
+    It is held to the service level of the running plan. Where it misses a limit, that is said and not searched again.
 
     Raises:
         InfeasibleError: no plan exists, or none within ``max_moves``.
@@ -163,10 +173,18 @@ def replan(
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
     notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
     notes += profile_notes(posed.problem)
-    plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
+    inputs = inputs_of_plan(posed.loaded, settings, posed.problem)
+    if (level := posed.running.inputs.get(SERVICE_LEVEL)) is not None:
+        inputs = {**inputs, SERVICE_LEVEL: level}
+    plan = replace(found.plan, inputs=inputs, notes=notes)
     found = replace(found, plan=plan)
     violations = [str(violation) for violation in check_plan(plan, posed.problem)]
     violations += check_replanning(question, found)
     if violations:
         raise UncheckedPlanError(tuple(violations))
-    return replace(found, plan=with_profile_errors(plan, posed.problem))
+    plan = with_profile_errors(plan, posed.problem)
+    if verify:
+        plan = verified(
+            plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=simulation_report(plan, report)
+        )
+    return replace(found, plan=plan)
