@@ -78,6 +78,8 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(
     assert begun is Begun.BEGUN
     assert progress
     assert all(isinstance(news, Progress) for news in progress)
+    times_s = [news.elapsed_s for news in progress if isinstance(news, Progress)]
+    assert times_s == sorted(times_s)
     assert isinstance(found, FoundPlan)
     plan = from_data(json.loads(found.document))
     assert isinstance(plan, Plan)

@@ -423,7 +423,8 @@ class _PlainLines:
         self._said_s = 0.0
 
     def __call__(self, plan: plan_pb2.Plan) -> None:
-        now = (plan.state, plan.activation, plan.progress.phase)
+        phase, _, _ = plan.progress.phase.partition(",")  # what follows says how far it is
+        now = (plan.state, plan.activation, phase)
         if now == self._last and time.monotonic() < self._said_s + PLAIN_INTERVAL_S:
             return
         self._last, self._said_s = now, time.monotonic()

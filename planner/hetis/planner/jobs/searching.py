@@ -27,7 +27,7 @@ from hetis.planner.jobs.messages import (
 )
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan, simulated_plan
-from hetis.solver.budget import Budget, Report
+from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.compiled import compilations_told_to
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 
@@ -71,10 +71,16 @@ class Searcher:
             else:
                 self._send(JobFrame(kind=phase, fields={"spent_s": clock() - began_s}))
 
+        def report_all(progress: Progress) -> None:
+            report(replace(progress, elapsed_s=clock() - started_s))  # searches one after another start at zero
+
         clock = SearchClock(on_change=tell)
+        started_s = clock()
         begin(phase)
         with compilations_told_to(clock.note):
-            answer = solve(posed, cancelled=cancelled, report=report, clock=clock, on_found=lambda: begin("verifying"))
+            answer = solve(
+                posed, cancelled=cancelled, report=report_all, clock=clock, on_found=lambda: begin("verifying")
+            )
         self._send(answer_to_frame(answer))
 
     def cancel(self) -> None:
