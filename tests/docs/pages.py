@@ -49,6 +49,10 @@ def fences(text: str) -> Iterator[tuple[str, str]]:
     return ((found["kind"], found["text"]) for found in _FENCE.finditer(text))
 
 
+def without_fences(text: str) -> str:
+    return _FENCE.sub("", text)
+
+
 def outputs() -> dict[CommandLine, list[str]]:
     """Return what pages show of the output of command lines, by ``<!-- output of LINE -->`` before the block."""
     found: dict[CommandLine, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Files and folders of the repository that pages name exist."""
+"""Files and folders of the repository that pages name or link to exist, and so do the headings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, without_fences
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 ROOTS = (
@@ -23,6 +23,8 @@ ROOTS = (
     "tests",
     "benchmarks",
 )
+_LINKED = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|srcset|href)=\"([^\"\s]+)\"")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _NAMED = re.compile(r"`([\w.-]+(?:/[\w.*-]*)*)`")
 
 
@@ -46,6 +48,25 @@ def missing(text: str) -> list[str]:
     return found
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = (heading.strip().lower() for heading in _HEADING.findall(without_fences(text)))
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Return the links to files that are not there, or to headings that their page does not have."""
+    found = []
+    for link in map("".join, _LINKED.findall(without_fences(page.read_text(encoding="utf-8")))):
+        path, _, anchor = link.partition("#")
+        to = page.parent / path if path else page
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not to.exists() or (anchor and to.suffix == ".md" and anchor not in anchors(to.read_text(encoding="utf-8"))):
+            found.append(link)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_that_a_page_names_lead_to_files(page: Path) -> None:
     assert not missing(page.read_text(encoding="utf-8"))
@@ -54,6 +75,18 @@ def test_paths_that_a_page_names_lead_to_files(page: Path) -> None:
 def test_a_path_that_leads_nowhere_is_found() -> None:
     text = "`tests/faults/`, `tests/faults/test_no_such.py`, `test_lease.py`, `test_nothing.py`, `and/or`, `docs/*.md`"
     assert missing(text) == ["tests/faults/test_no_such.py", "test_nothing.py"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    assert not dead_links(page)
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One `two`, three\n\n```bash\n# four\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text('[a](other.md#one-two-three) [b](other.md#four) [c](none.md) [d](https://e.f) <img src="h.png">')
+    assert dead_links(page) == ["other.md#four", "none.md", "h.png"]
 
 
 def test_the_map_of_the_architecture_names_what_there_is() -> None:

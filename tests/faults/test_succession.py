@@ -28,6 +28,7 @@ from tests.planner.service.process import REAL, Process
 from tests.planner.service.serving import details_of
 
 LEASE_S = 2.0
+LIMIT_S = 30.0  # three times what is promised, as in test_planners.py: machines are busy
 OPTIONS = (
     *("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json"),
     *("--set", "solver.processes=1", "--set", f"leadership.lease={LEASE_S:g}s"),
@@ -85,13 +86,11 @@ class Planner(Process):
         return bool(self.shown()["planner"]["role"] == "leader")
 
 
-def until(happens: Callable[[], bool], most_s: float) -> float:
-    """Wait for a condition and return how long it took."""
-    began_s = time.monotonic()
+def until(happens: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + LIMIT_S
     while not happens():
-        assert time.monotonic() - began_s < most_s
+        assert time.monotonic() < end_s
         time.sleep(0.05)
-    return time.monotonic() - began_s
 
 
 def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url: str, tmp_path: Path) -> None:
@@ -111,8 +110,7 @@ def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url
             next(stream)
         assert details_of(caught.value)["ErrorInfo"].metadata["leader_address"] == first.address
         first.signal(signal.SIGKILL)
-        took_s = until(second.leads, LEASE_S + 10)
-        assert took_s < LEASE_S + 8, took_s  # 2 s on an idle machine
+        until(second.leads)  # 2 s on an idle machine
         second.create("b")
         assert second.clusters() == ["clusters/a", "clusters/b"]
         assert second.shown()["planner"]["epoch"] >= 2
@@ -158,7 +156,7 @@ def test_a_token_that_is_taken_back_is_of_no_use_to_leader_and_standby_alike(sql
                 return bool(details_of(error)["ErrorInfo"].reason == "CREDENTIALS")  # type: ignore[arg-type]
             return False
 
-        until(is_refused, 20)
+        until(is_refused)
         assert len(reads.ListClusters(listing, timeout=10, metadata=kept).clusters) == 1
 
 
@@ -174,22 +172,22 @@ def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby
         with Planner(behind, tmp_path) as first, Planner(postgres_url, tmp_path) as second:
             first.create("a")
             proxy.freeze()
-            until(second.leads, LEASE_S + 10)
+            until(second.leads)
             assert not first.leads()  # the page needs no store
             assert first.status("metrics") == 200
             assert first.status("clusters/a") == 503
             with pytest.raises(grpc.RpcError) as caught:
                 first.create("b")
             assert details_of(caught.value)["ErrorInfo"].reason == "NOT_LEADER"
-            until(lambda: first.status("readyz") == 503, 20)
+            until(lambda: first.status("readyz") == 503)
             second.create("c")
             proxy.thaw()
-            until(lambda: first.status("readyz") == 200, 20)
+            until(lambda: first.status("readyz") == 200)
             assert first.clusters() == ["clusters/a", "clusters/c"]
             assert first.shown()["planner"]["role"] == "standby"
             second.signal(signal.SIGTERM)
             second.end()
-            until(first.leads, LEASE_S + 10)
+            until(first.leads)
             assert first.shown()["planner"]["epoch"] >= 3
 
 

@@ -55,3 +55,27 @@ def test_values_with_and_without_units(parse: Callable[[str], float], text: str,
 def test_nonsense_is_a_usage_error(parse: Callable[[str], float], text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "said"),
+    [
+        (values.share, "90", "'90' is out of range, must be above 0 and at most 100%, did you mean 90%?"),
+        (values.share, "100", "'100' is out of range, must be above 0 and at most 100%, did you mean 100%?"),
+        (values.share, "101", "'101' is out of range, must be above 0 and at most 100%"),
+        (values.share, "190%", "'190%' is out of range, must be above 0 and at most 100%"),
+        (values.share, "0", "'0' is out of range, must be above 0 and at most 100%"),
+        (values.error, "20", "'20' is out of range, must be at least 0% and below 100%, did you mean 20%?"),
+        (values.error, "1", "'1' is out of range, must be at least 0% and below 100%"),
+        (values.error, "100", "'100' is out of range, must be at least 0% and below 100%"),
+        (
+            values.prefix_hit_rate,
+            "40",
+            "'40' is out of range, must be at least 0% and below 100%, or trace, did you mean 40%?",
+        ),
+    ],
+)
+def test_a_share_whose_percent_sign_was_forgotten_is_told(parse: Callable[[str], object], text: str, said: str) -> None:
+    with pytest.raises(typer.BadParameter) as refused:
+        parse(text)
+    assert str(refused.value) == said

@@ -341,6 +341,7 @@ def test_what_is_not_readable_is_the_usual_level(pair: Placed, written: object) 
     ("options", "said"),
     [
         (["--attainment", "0"], "must be above 0 and at most 100%"),
+        (["--attainment", "90"], "must be above 0 and at most 100%, did you mean 90%?"),
         (["--ttft-statistic", "p42"], "'p42' is not one of"),
     ],
 )

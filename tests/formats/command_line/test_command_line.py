@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -36,6 +37,11 @@ def application() -> typer.Typer:
         if how == "code":
             terminal.error("went wrong", ["here", "there"])
             return 5
+        if how == "socket":
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            with ours:
+                ours.sendall(b"x")
         raise {"interrupt": KeyboardInterrupt, "value": ValueError}[how](how)
 
     @app.callback()
@@ -73,6 +79,18 @@ def test_every_way_to_end_is_an_exit_code(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("HETIS_DEBUG", "1")
     with pytest.raises(ValueError, match="value"):
         run("fail", "value")
+
+
+def test_a_socket_that_breaks_is_a_failure_that_is_told() -> None:
+    """Else a daemon would end without a word, as if the reader of its output had gone away."""
+    program = (
+        "import sys; from hetis.formats.command_line.verb import run_application;"
+        "from tests.formats.command_line.test_command_line import application;"
+        "told = lambda error: print(type(error).__name__, file=sys.stderr) or 1;"
+        "sys.exit(run_application(application(), 'hetis-test', ['fail', 'socket'], told))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "BrokenPipeError\n")
 
 
 def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:

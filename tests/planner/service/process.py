@@ -70,6 +70,17 @@ class Process:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def said(self) -> str:
+        """Return what stderr has so far."""
+        # Not by seek and read: the planner writes at the position of the same open file.
+        return os.pread(self._stderr.fileno(), 1 << 24, 0).decode(errors="replace")
+
+    def until_said(self, words: str, timeout_s: float = LIMIT_S) -> None:
+        end_s = time.monotonic() + timeout_s
+        while words not in (said := self.said()):
+            assert time.monotonic() < end_s, said
+            time.sleep(0.02)
+
     def end(self, timeout_s: float = LIMIT_S) -> tuple[int, str]:
         """Exit code and stderr."""
         self._process.communicate(timeout=timeout_s)

@@ -30,7 +30,7 @@ from hetis.v1.statuses import CODE_OF_REASON
 from tests.planner.service.serving import Served, details_of, failure_of, reason_of, run, served
 
 
-def get(served: Served, name: str, timeout: float | None = 5, **more: Any) -> Any:
+def get(served: Served, name: str, timeout: float | None = 20, **more: Any) -> Any:
     return PlanServiceStub(served.channel).GetPlan(plans.GetPlanRequest(name=name), timeout=timeout, **more)
 
 
@@ -50,7 +50,7 @@ def test_a_unary_call_without_a_deadline_is_refused() -> None:
     run(test)
 
 
-@pytest.mark.parametrize(("seconds", "accepted"), [(1, True), (60, True), (62, False), (1e6, False)])
+@pytest.mark.parametrize(("seconds", "accepted"), [(10, True), (60, True), (62, False), (1e6, False)])
 def test_a_deadline_may_be_sixty_seconds_away(seconds: float, accepted: bool) -> None:
     async def test() -> None:
         async with served() as planner:

@@ -68,7 +68,7 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path)
             began = time.monotonic()
             planner.signal(number)
             code, _ = planner.end()
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30  # the slow call has 50 s
             assert not slow.cancelled()
     assert code == {signal.SIGTERM: ServiceExitCode.TERMINATED, signal.SIGINT: ServiceExitCode.INTERRUPTED}[number]
 
@@ -255,13 +255,13 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         with grpc.secure_channel(address, grpc.ssl_channel_credentials(authority.pem), options) as channel:
             metadata = (("authorization", f"Bearer {token.strip()}"),)
             try:
-                PlanServiceStub(channel).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=5, metadata=metadata)
+                PlanServiceStub(channel).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=30, metadata=metadata)
             except grpc.RpcError as error:
                 return str(error.code().name)  # type: ignore[attr-defined]
             return "OK"
 
     def becomes(expected: str, authority: Authority, token: str) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while (seen := call(authority, token)) != expected:
             assert time.monotonic() < end, seen
             time.sleep(0.05)
@@ -276,8 +276,8 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         file = tmp_path / "t.yaml"
         text = file.read_text()
         file.write_text("this is no token file")
-        time.sleep(0.3)
-        assert call(old, first) == "OK"  # the last good one stays
+        planner.until_said("tokens: the new files are bad, the old ones stay in force")
+        assert call(old, first) == "OK"
         start, end = text.index("- name: first"), text.index("- name: second")
         file.write_text(text[:start] + text[end:])
         becomes("UNAUTHENTICATED", old, first)
@@ -287,8 +287,7 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         assert call(old, second) == "UNAVAILABLE"
         planner.signal(signal.SIGTERM)
         code, stderr = planner.end()
-    assert code == ServiceExitCode.OK
-    assert "tokens: the new files are bad, the old ones stay in force" in stderr
+    assert code == ServiceExitCode.OK, stderr
 
 
 def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) -> None:

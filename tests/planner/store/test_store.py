@@ -257,7 +257,7 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
         assert new.epoch == 2
         with pytest.raises(ServiceError, match="another planner leads: test"):
             await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        await asyncio.wait_for(old.until_replaced(), 1)
+        await asyncio.wait_for(old.until_replaced(), 60)
         assert await new.read(lambda tx: tx.clusters.all()) == []
         await old.close()
         await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing took nothing away
@@ -268,19 +268,19 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
 
 def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> None:
     async def scenario() -> None:
-        store = await Store.open(postgres_url, lease_s=0.5)
+        store = await Store.open(postgres_url, lease_s=2.0)  # a busy machine may delay a renewal by a second
         await store.lead("first")
         other = await Store.open(postgres_url)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(3.0)
         with pytest.raises(ServiceError, match="another planner leads") as caught:
             await other.lead("other")
         assert caught.value.retry_after_s is not None
-        assert 0 < caught.value.retry_after_s <= 0.5
+        assert 0 < caught.value.retry_after_s <= 2.0
         engine = sa.create_engine(opening.parse_url(postgres_url))
         with engine.begin() as connection:  # as if another had taken over
             connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
         engine.dispose()
-        await asyncio.wait_for(store.until_replaced(), 5)
+        await asyncio.wait_for(store.until_replaced(), 60)
         await store.close()
         await other.close()
 
@@ -309,7 +309,7 @@ def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> 
 
         def slow(tx: Transaction) -> None:
             loop.call_soon_threadsafe(entered.set)
-            leave.wait(10)
+            leave.wait(60)
             tx.clusters.insert(samples.cluster("clusters/a"))
             order.append("write")
 

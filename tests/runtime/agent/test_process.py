@@ -31,7 +31,7 @@ from tests.runtime.agent.builders import (
     change,
     stage_model,
 )
-from tests.runtime.agent.planner_double import PlannerDouble
+from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
 
 COMMAND = [sys.executable, "-c", "from hetis.runtime.agent.main import main; main()"]
 BUSY = {"rate_rps": 20, "prompt_tokens": 50, "output_tokens": 2000, "load_s": 0, "dense_step_s": 0.05}
@@ -182,11 +182,10 @@ def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Proces
             planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
             await planner.until(serving)
             base, move = await moves_of(executor)
-            what = change(base=base, timeout_s=1.5, moves=[move])
+            what = change(base=base, timeout_s=8.0, moves=[move])  # a busy machine takes seconds until READY
             planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
             await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
-        await asyncio.sleep(2.0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(WAIT_S):
             async for report in executor.watch_reports(0.1):
                 phases = {status.change_id: status.phase for status in report.changes}
                 assert report.replicas[0].assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
@@ -229,7 +228,7 @@ def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Pro
             assert [device.gpu_type for device in found.inventory.devices] == ["L4", "L4"]
             await planner.until(lambda message: message.HasField("heartbeat"))
             agent.send_signal(signal.SIGTERM)
-            return await asyncio.to_thread(agent.wait, 20)
+            return await asyncio.to_thread(agent.wait, WAIT_S)
 
     assert asyncio.run(story()) == 0
     assert "Traceback" not in processes.log()

@@ -101,11 +101,11 @@ def launched(folder: Path, vllm: str, *options: str, ports: int, log: Path) -> I
 
 def is_gone(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):  # the second: it went between opening and reading
         return True
     # Nobody has asked for its exit code yet where its parent is gone, too.
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def two_stages(kept: int, elsewhere: int) -> Plan:

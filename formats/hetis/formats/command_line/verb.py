@@ -11,9 +11,11 @@ import functools
 import inspect
 import io
 import os
+import select
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from enum import StrEnum
 from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -50,8 +52,8 @@ def run_application(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # bars and dashes become question marks instead of errors
-    with plain_streams():
-        return _run(application, name, arguments, report_failure, defaults)
+    with plain_streams(), _console() as has_lost_reader:
+        return _run(application, name, arguments, report_failure, defaults, has_lost_reader)
 
 
 def version_printer(name: str) -> Callable[[bool], None]:
@@ -73,6 +75,7 @@ def _run(
     arguments: Sequence[str],
     report_failure: Callable[[Exception], int],
     defaults: Callable[[], Mapping[str, Any] | None],
+    has_lost_reader: Callable[[], bool],
 ) -> int:
     try:
         code = _invoke(application, name, arguments, defaults())
@@ -81,7 +84,7 @@ def _run(
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if _is_broken_pipe(error):
+        if _is_broken_pipe(error) and has_lost_reader():  # a socket that breaks raises the same, and is a failure
             return _leave_broken_pipe()
         if os.environ.get("HETIS_DEBUG") == "1":
             raise
@@ -104,6 +107,30 @@ def _invoke(
 
 def _is_broken_pipe(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+@contextmanager
+def _console() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether the reader of stdout or stderr went away.
+
+    It asks copies of them: rich puts /dev/null in place of a stdout that broke before it passes the error on.
+    """
+    copies = list[int]()
+    for stream in (1, 2):
+        with suppress(OSError):  # it is closed
+            copies.append(os.dup(stream))
+
+    def has_lost_reader() -> bool:
+        poll = select.poll()
+        for copy_of_stream in copies:
+            poll.register(copy_of_stream, 0)  # errors and hang-ups are told unasked
+        return bool(poll.poll(0))
+
+    try:
+        yield has_lost_reader
+    finally:
+        for copy_of_stream in copies:
+            os.close(copy_of_stream)
 
 
 def _leave_broken_pipe() -> int:

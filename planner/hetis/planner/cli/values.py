@@ -80,7 +80,7 @@ def share(text: str) -> float:
     """Parse a ratio above 0 and up to 1."""
     value = ratio(text)
     if not 0 < value <= 1:
-        raise typer.BadParameter(f"{text!r} is out of range, must be above 0 and at most 100%")
+        raise typer.BadParameter(f"{text!r} is out of range, must be above 0 and at most 100%{_percent(text, value)}")
     return value
 
 
@@ -97,8 +97,15 @@ def prefix_hit_rate(text: str) -> float | Literal["trace"]:
 def _below_one(text: str, otherwise: str = "") -> float:
     value = ratio(text)
     if not 0 <= value < 1:
-        raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%{otherwise}")
+        hint = _percent(text, value) if value < 100 else ""
+        raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%{otherwise}{hint}")
     return value
+
+
+def _percent(text: str, value: float) -> str:
+    """Return ``, did you mean 90%?`` for a plain ``90``, whose sign was probably forgotten, or an empty string."""
+    is_plain = not text.rstrip().endswith("%")
+    return f", did you mean {text.strip()}%?" if is_plain and 1 < value <= 100 else ""
 
 
 def size(text: str) -> int:

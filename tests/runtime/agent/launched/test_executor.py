@@ -170,12 +170,12 @@ def test_an_engine_that_is_killed_is_loading_with_its_log_and_comes_back(tmp_pat
 
 def test_an_engine_that_falls_silent_is_killed_and_started_again(tmp_path: Path) -> None:
     async def story() -> None:
-        async with node_in(tmp_path, silence_timeout="1s") as node:
+        async with node_in(tmp_path, silence_timeout="5s") as node:
             await node.apply(applying(assigned()))
             await node.until_state("SERVING")
             control(tmp_path, silent=True)
             down = await node.until_state("LOADING")
-            assert f"has not answered http://127.0.0.1:{node.settings.port}/health for 1 s" in down.failure.message
+            assert f"has not answered http://127.0.0.1:{node.settings.port}/health for 5 s" in down.failure.message
             control(tmp_path)
             await node.until_state("SERVING")
             assert lives(tmp_path) == ["started", "started"]
