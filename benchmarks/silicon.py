@@ -259,8 +259,11 @@ def iteration_time(point: ServingPoint, timing: StageTiming) -> CopyTime:
         others: int, /,
     ) -> float:  # fmt: skip
         kernels_s = timing.seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
-        is_eager = graphs is Graphs.NONE or (graphs is Graphs.DECODE and chunk_tokens > 0)
-        return max(kernels_s, layers * eager_layer_s(point.engine, point.model)) if is_eager else kernels_s
+        if graphs is not Graphs.NONE and not chunk_tokens:
+            return kernels_s
+        mixes, has_pieces = decoding > 0 < chunk_tokens, graphs is Graphs.ALL
+        host_s = eager_layer_s(point.engine, point.model, mixes=mixes, attention_only=has_pieces)
+        return max(kernels_s, layers * host_s)
 
     return seconds
 

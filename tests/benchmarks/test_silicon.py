@@ -352,6 +352,16 @@ def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
     assert eager_layer_s("vllm", point.model) == 0
 
 
+def test_piecewise_graphs_leave_attention_to_the_host() -> None:
+    """Latent attention of decoding requests takes calls of its own beside that of prompts."""
+    model, call_s = pose(row(**mtp_row())).model, 25e-6
+    assert eager_layer_s("trtllm", model) == pytest.approx(56 * call_s)
+    assert eager_layer_s("trtllm", model, mixes=True) == pytest.approx(64 * call_s)
+    assert eager_layer_s("trtllm", model, mixes=True, attention_only=True) == pytest.approx(44 * call_s)
+    dense = pose(row()).model
+    assert eager_layer_s("trtllm", dense, mixes=True) == eager_layer_s("trtllm", dense) == pytest.approx(28 * call_s)
+
+
 def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_outside() -> None:
     """Dense points measured 20 ms more than predicted where nothing is read, those with experts 50 where much is."""
     dense, moe = row(batch_size="1"), row(batch_size="1", model_path="Qwen/Qwen3-30B-A3B")
