@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
+from benchmarks.measuring.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs
 from benchmarks.measuring.rows import Cell, Row
@@ -219,26 +219,53 @@ def predict(
         in_flight=point.requests, total=rounds * point.requests, prompt_tokens=point.prompt_tokens,
         output_tokens=point.output_tokens, shortest=point.shortest,
     )  # fmt: skip
-    engine = Engine(
+    engine = engine_of(point, seats, reading_s)
+    seconds = iteration_time(point, timing)
+    if settings.balance_iterations:
+        of_all = replace(load, in_flight=point.copies * load.in_flight, total=point.copies * load.total)
+        ttft_s, tpot_s = balanced_copies(of_all, engine, seconds, point.model.attended_tokens)
+    else:
+
+        def alike(
+            decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
+        ) -> float:
+            """Return the seconds of an iteration in which every copy has the same to do."""
+            others = (point.copies - 1) * (decoding + chunk_tokens)
+            return seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
+
+        ttft_s, tpot_s = closed_loop(load, engine, alike, point.model.attended_tokens)
+    return Outcome(point=point, ttft_s=ttft_s, tpot_s=tpot_s, seats=seats)
+
+
+def engine_of(point: ServingPoint, seats: int, reading_s: float) -> Engine:
+    """Return the engine as it was started for a point."""
+    settings = point.settings
+    return Engine(
         chunk_tokens=settings.chunk_tokens, seats=seats, mixes=MIXES[point.engine],
-        poll_iterations=settings.poll_iterations, wait_iterations=settings.wait_iterations,
-        wait_tokens=settings.wait_tokens, waits_by_turns=settings.waits_by_turns, draft_tokens=settings.draft_tokens,
-        tokens_per_iteration=1.0 + accepted(point), layers=point.model.num_layers, reading_s=reading_s,
+        keeps_whole=settings.keeps_whole, poll_iterations=settings.poll_iterations,
+        wait_iterations=settings.wait_iterations, wait_tokens=settings.wait_tokens, copies=point.copies,
+        balance_iterations=settings.balance_iterations, gather_iterations=settings.gather_iterations,
+        draft_tokens=settings.draft_tokens, tokens_per_iteration=1.0 + accepted(point),
+        layers=point.model.num_layers, reading_s=reading_s,
     )  # fmt: skip
 
-    eager_s = point.model.num_layers * eager_layer_s(point.engine, point.model)
+
+def iteration_time(point: ServingPoint, timing: StageTiming) -> CopyTime:
+    """Return the time of a copy's iterations, with the host that starts what is not in CUDA graphs."""
+    graphs, layers = point.settings.graphs, point.model.num_layers
 
     def seconds(
-        decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
-    ) -> float:
-        """Return the seconds of an iteration in which every copy has the same to do."""
-        others = (point.copies - 1) * (decoding + chunk_tokens)
+        decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
+        others: int, /,
+    ) -> float:  # fmt: skip
         kernels_s = timing.seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
-        is_eager = settings.graphs is Graphs.NONE or (settings.graphs is Graphs.DECODE and chunk_tokens > 0)
-        return max(kernels_s, eager_s) if is_eager else kernels_s
+        if graphs is not Graphs.NONE and not chunk_tokens:
+            return kernels_s
+        mixes, has_pieces = decoding > 0 < chunk_tokens, graphs is Graphs.ALL
+        host_s = eager_layer_s(point.engine, point.model, mixes=mixes, attention_only=has_pieces)
+        return max(kernels_s, layers * host_s)
 
-    ttft_s, tpot_s = closed_loop(load, engine, seconds, point.model.attended_tokens)
-    return Outcome(point=point, ttft_s=ttft_s, tpot_s=tpot_s, seats=seats)
+    return seconds
 
 
 def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:

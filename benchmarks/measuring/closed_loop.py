@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,15 @@ class IterationTime(Protocol):
     def __call__(
         self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
     ) -> float: ...
+
+
+class CopyTime(Protocol):
+    """The same with the tokens of other copies that share experts with this one."""
+
+    def __call__(
+        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
+        others: int, /,
+    ) -> float: ...  # fmt: skip
 
 
 class Attended(Protocol):
@@ -47,11 +57,15 @@ class Load:
 class Engine:
     """An engine's limits on an iteration.
 
-    It carries at most ``chunk_tokens`` tokens and ``seats`` requests with KV. Prompts may join decoding requests or
-    not. New requests are looked for after every iteration with prompts, and after ``poll_iterations`` others. While
-    requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens. These
-    iterations are counted from the last iteration with prompts if the engine ``waits_by_turns``, and from the arrival
-    otherwise. Before all that, the server reads one prompt after another, each token in ``reading_s`` seconds.
+    It carries at most ``chunk_tokens`` tokens, drafts among them, and ``seats`` requests with KV. Prompts may join
+    decoding requests or not. One for which an iteration has too little room left is split, or waits for the next one if
+    the engine ``keeps_whole`` prompts. New requests are looked for after every iteration with prompts, and after
+    ``poll_iterations`` others. While requests decode, prompts wait for ``wait_iterations``, or until an iteration has
+    ``wait_tokens`` tokens. Before all that, the server reads one prompt after another, each token in ``reading_s``
+    seconds.
+
+    ``copies`` that balance their prompts (`balanced_copies`) compute them when all have had some for
+    ``gather_iterations``, or in every ``balance_iterations``-th iteration in which some copy has none.
 
     Every decoding request drafts ``draft_tokens`` with one more layer beside the model's ``layers``. The model then
     computes them with the request's own token; ``tokens_per_iteration`` of all are kept, on average.
@@ -60,10 +74,13 @@ class Engine:
     chunk_tokens: int
     seats: int
     mixes: bool
+    keeps_whole: bool = False
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
-    waits_by_turns: bool = False
+    copies: int = 1
+    balance_iterations: int = 0
+    gather_iterations: int = 0
     draft_tokens: int = 0
     tokens_per_iteration: float = 1.0
     layers: int = 1
@@ -120,9 +137,8 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
                 now_s = arrived[0].read_s
                 continue
         holds_back = bool(num and waiting) and not prefilling and waited < engine.wait_iterations
-        if not engine.waits_by_turns:
-            holds_back = holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens
-            waited = waited if holds_back else 0
+        holds_back = holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens
+        waited = waited if holds_back else 0
         if holds_back:
             chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
         else:
@@ -136,8 +152,6 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             if holds_back:
                 steps = min(steps, engine.wait_iterations - waited)
                 waited += steps
-            elif engine.waits_by_turns and num:
-                waited = (waited + steps) % engine.wait_iterations
             middle = attended(context / num + gain * (steps - 1) / 2)
             now_s += steps * engine.decode_s(seconds, num, num * middle)
             unpolled = (unpolled + steps - 1) % engine.poll_iterations + 1
@@ -169,22 +183,126 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
     return ttft_s / load.total, tpot_s / load.total
 
 
+@dataclass(slots=True)
+class _Copy:
+    """The requests of one of several copies."""
+
+    waiting: deque[_Request]
+    decoding: int = 0
+    context: float = 0.0
+
+
+_Chunk = tuple[list[_Request], int, float, float]  # see `_chunk`
+_NO_CHUNK: _Chunk = [], 0, 0.0, 0.0
+
+
+def balanced_copies(load: Load, engine: Engine, seconds: CopyTime, attended: Attended) -> tuple[float, float]:
+    """Return what `closed_loop` does, for copies that iterate together and balance their prompts.
+
+    ``load`` is that of all copies. A new request goes to the copy with the fewest, and prompts are kept whole. Copies
+    that decode nothing do not wait. These are the rules of TensorRT-LLM's `_balance_adp_requests`.
+    """
+    gain = engine.tokens_per_iteration
+    copies = [_Copy(deque()) for _ in range(engine.copies)]
+    arrived, coming = deque[_Request](), iter(_lengths(load))
+    read_s = 0.0
+    for prompt, output in itertools.islice(coming, load.in_flight):
+        read_s += engine.reading_s * prompt
+        arrived.append(_Request(0.0, read_s, prompt, output))
+    finishing: list[tuple[int, int, _Copy, _Request]] = []
+    step, now_s, order = 0, 0.0, 0
+    waited, gathered = 0, 0  # iterations in which some copy had no prompt, and in which all had one
+    ttft_s, tpot_s = 0.0, 0.0
+    while arrived or finishing or any(copy.waiting for copy in copies):
+        while arrived and arrived[0].read_s <= now_s:
+            min(copies, key=lambda copy: len(copy.waiting) + copy.decoding).waiting.append(arrived.popleft())
+        if not any(copy.waiting or copy.decoding for copy in copies):
+            now_s = arrived[0].read_s
+            continue
+        all_decode = all(copy.decoding for copy in copies)
+        all_ready = all(copy.waiting and copy.decoding < engine.seats for copy in copies)
+        if all_ready:
+            waited, computes = 0, not all_decode or gathered == engine.gather_iterations
+            gathered = 0 if computes else gathered + 1
+        else:
+            computes = not all_decode or waited + 1 >= engine.balance_iterations
+            waited = 0 if computes else waited + 1
+        chunks = [_NO_CHUNK] * len(copies)
+        if computes:
+            chunks = [_chunk(copy.waiting, deque(), engine, copy.decoding, attended) for copy in copies]
+        steps = 1
+        if not any(chunk[0] for chunk in chunks) and not all_ready:
+            steps = finishing[0][0] - step
+            if arrived:
+                one_s = _slowest_s(copies, chunks, engine, seconds, attended, 0.0)
+                steps = min(steps, max(1, math.ceil((arrived[0].read_s - now_s) / one_s)))
+            if any(copy.waiting for copy in copies):
+                steps = min(steps, engine.balance_iterations - waited)
+            waited = (waited + steps - 1) % engine.balance_iterations
+        now_s += steps * _slowest_s(copies, chunks, engine, seconds, attended, gain * (steps - 1) / 2)
+        step += steps
+        for copy, chunk in zip(copies, chunks, strict=True):
+            copy.context += gain * steps * copy.decoding
+            for request in chunk[0]:
+                request.first_s = now_s
+                ttft_s += now_s - request.arrived_s
+                order += 1
+                heapq.heappush(finishing, (step + engine.iterations(request.output), order, copy, request))
+                copy.decoding, copy.context = copy.decoding + 1, copy.context + request.prompt
+        while finishing and finishing[0][0] == step:
+            _, _, copy, request = heapq.heappop(finishing)
+            copy.decoding -= 1
+            copy.context -= request.prompt + gain * engine.iterations(request.output)
+            tpot_s += (now_s - request.first_s) / max(1, request.output - 1)
+            if (lengths := next(coming, None)) is not None:
+                read_s = max(now_s, read_s) + engine.reading_s * lengths[0]
+                arrived.append(_Request(now_s, read_s, *lengths))
+    return ttft_s / load.total, tpot_s / load.total
+
+
+def _slowest_s(
+    copies: Sequence[_Copy], chunks: Sequence[_Chunk], engine: Engine, seconds: CopyTime, attended: Attended,
+    more_context: float,
+) -> float:  # fmt: skip
+    """Return the seconds of an iteration: those of the copy that has the most tokens.
+
+    ``more_context`` is what each request's context has grown by until the middle one of several iterations.
+    """
+    tokens = [
+        copy.decoding * (1 + engine.draft_tokens) + chunk[1] for copy, chunk in zip(copies, chunks, strict=True)
+    ]  # fmt: skip
+    place = max(range(len(copies)), key=lambda n: (tokens[n], copies[n].context))
+    num, (requests, chunk_tokens, pairs, read) = copies[place].decoding, chunks[place]
+    reading = num * attended(copies[place].context / num + more_context) if num else 0.0
+    drafted, others = num * (1 + engine.draft_tokens), sum(tokens) - tokens[place]
+    drafting_s = 0.0
+    if engine.draft_tokens and num:
+        beside = sum(copy.decoding for copy in copies) - num
+        drafting_s = engine.draft_tokens * seconds(num, reading, 0, 0.0, 0.0, num, beside) / engine.layers
+    return seconds(drafted, reading, chunk_tokens, pairs, read, drafted + len(requests), others) + drafting_s
+
+
 def _chunk(
     waiting: deque[_Request], prefilling: deque[_Request], engine: Engine, decoding: int, attended: Attended
-) -> tuple[list[_Request], int, float, float]:
+) -> _Chunk:
     """Return the requests whose prompts join the next iteration, its tokens, (query, key) pairs and KV read."""
-    budget = max(1, engine.chunk_tokens - (decoding if engine.mixes else 0))
+    beside = decoding * (1 + engine.draft_tokens) if engine.mixes else 0
+    budget = max(1, engine.chunk_tokens - beside)
     chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
     while budget:
         if not prefilling:
             if not waiting or decoding + sum(one.filled == one.prompt for one in chunk) >= engine.seats:
                 break
+            if engine.keeps_whole and chunk and waiting[0].prompt > budget:
+                break
             prefilling.append(waiting.popleft())
         request = prefilling[0]
-        part = min(budget, request.prompt - request.filled)
+        part = request.prompt - request.filled
+        if not engine.keeps_whole:
+            part = min(budget, part)
         mean = attended(request.filled + (part + 1) / 2)
         tokens, pairs, read = tokens + part, pairs + part * mean, read + mean + part / 2
-        request.filled, budget = request.filled + part, budget - part
+        request.filled, budget = request.filled + part, max(0, budget - part)
         chunk.append(request)
         if request.filled == request.prompt:
             prefilling.popleft()

@@ -24,7 +24,9 @@ ACCEPTANCE = {
 # TensorRT-LLM's scripts with MTP for DeepSeek-R1 were merged, and first run, on this day (pull request 392). They ran
 # in the image of the scripts without it until 1.2.0rc6.post3.
 _FIRST_MTP_DATE, _SHARED_IMAGE, _MTP_IMAGE = "2026-01-14", "1.1.0rc2.post2", "1.2.0rc6.post3"
-_BALANCE_ITERATIONS = 60  # attention_dp_config.timeout_iters
+# From pull request 258 on, DeepSeek-R1's scripts without drafts allow 8,192 tokens or more in an iteration.
+_LEAST_TOKENS_DATE = "2026-01-21"
+_BALANCE_ITERATIONS = 60  # attention_dp_config.timeout_iters of DeepSeek-R1's scripts; batching_wait_iters is 0
 
 
 class Graphs(Enum):
@@ -41,6 +43,7 @@ class Settings:
 
     Attributes:
         chunk_tokens: max_num_batched_tokens, chunked_prefill_size or max_num_tokens.
+        keeps_whole: whether prompts are never split among iterations (TensorRT-LLM without enable_chunked_prefill).
         stream_interval: tokens of a request that are sent together; 1 for vLLM, which sends from another process, and
             for SGLang with drafts, whose host works between iterations and not beside them.
         has_fp8_kv: whether the KV cache has 8 bits, whatever the weights; None: as for the engine elsewhere.
@@ -49,7 +52,8 @@ class Settings:
         poll_iterations: decoding iterations between two looks for new requests (SGLang's scheduler_recv_interval).
         wait_iterations, wait_tokens: new prompts wait for so many iterations, or until an iteration has so many tokens
             (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
-        waits_by_turns: whether these iterations are counted from the last prompts on (its attention_dp_config).
+        balance_iterations, gather_iterations: prompts wait until all copies have one and so many iterations after, or
+            for so many in all (timeout_iters and batching_wait_iters of its attention_dp_config); 0: they do not.
         graphs: which iterations run in CUDA graphs.
         draft_tokens: tokens that the model's own prediction layer drafts in an iteration
             (num_nextn_predict_layers of TensorRT-LLM's MTP, speculative_num_steps of SGLang's).
@@ -59,13 +63,15 @@ class Settings:
     """
 
     chunk_tokens: int = 8192
+    keeps_whole: bool = False
     stream_interval: int = 1
     has_fp8_kv: bool | None = None
     seats: int | None = None
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
-    waits_by_turns: bool = False
+    balance_iterations: int = 0
+    gather_iterations: int = 0
     graphs: Graphs = Graphs.DECODE
     draft_tokens: int = 0
     static_share: float | None = None
@@ -135,8 +141,7 @@ def _vllm(run: Run) -> tuple[Settings, ...]:
 
 
 def _trtllm(run: Run) -> tuple[Settings, ...]:
-    is_short = run.prompt_tokens == run.output_tokens == 1024
-    balance = _balance_iterations(run)
+    is_short, has_copies = run.prompt_tokens == run.output_tokens == 1024, run.copies > 1
     if "Llama" in run.model:
         waits = is_short and run.tp < 8
         settings = Settings(
@@ -145,48 +150,42 @@ def _trtllm(run: Run) -> tuple[Settings, ...]:
             wait_iterations=20 if waits else 0,
             wait_tokens=int(0.9 * 16384) if waits else 0,
         )
-    elif "gpt-oss" in run.model:
-        settings = Settings(chunk_tokens=20000, stream_interval=20, wait_iterations=balance, waits_by_turns=balance > 0)
-    elif run.image == _MTP_IMAGE or (run.image == _SHARED_IMAGE and run.date >= _FIRST_MTP_DATE):
-        drafts = 1 if run.copies > 1 else 3
-        # Without a lower limit: prompts of 8,192 tokens are computed one by one.
-        chunk_tokens = _blocks((drafts + 1) * run.requests + run.prompt_tokens)
+    elif "gpt-oss" in run.model:  # its attention_dp_config leaves both numbers to the engine
         settings = Settings(
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=20000,
+            stream_interval=20,
+            balance_iterations=50 if has_copies else 0,
+            gather_iterations=10 if has_copies else 0,
+        )
+    elif run.image == _MTP_IMAGE or (run.image == _SHARED_IMAGE and run.date >= _FIRST_MTP_DATE):
+        drafts, seats = 1 if has_copies else 3, run.requests
+        if has_copies and run.image == _MTP_IMAGE and run.precision == "fp4":
+            seats = run.requests * run.copies // 4
+        # Without a lower limit: prompts are computed one by one.
+        settings = Settings(
+            chunk_tokens=_blocks((drafts + 1) * seats + run.prompt_tokens),
             stream_interval=10,
-            seats=run.requests,
+            seats=seats,
             draft_tokens=drafts,
-            wait_iterations=balance,
-            waits_by_turns=balance > 0,
+            balance_iterations=_BALANCE_ITERATIONS if has_copies else 0,
             graphs=_graphs(run, drafts=True),
-            free_share=0.7 if run.copies > 1 and run.precision == "fp8" else 0.8,
+            free_share=0.7 if has_copies and run.precision == "fp8" else 0.8,
         )
     else:
-        chunk_tokens = max(8192, _blocks(run.requests * run.copies + run.prompt_tokens))
-        waits = is_short and run.precision == "fp8" and run.requests >= 64
+        chunk_tokens = _blocks(run.requests * run.copies + run.prompt_tokens)
+        if run.date >= _LEAST_TOKENS_DATE:
+            chunk_tokens = max(8192, chunk_tokens)
+        waits = is_short and run.precision == "fp8" and run.requests >= 64 and not has_copies
         settings = Settings(
             chunk_tokens=chunk_tokens,
             stream_interval=10,
-            wait_iterations=balance or (40 if waits else 0),
+            wait_iterations=40 if waits else 0,
             wait_tokens=int(0.8 * chunk_tokens) if waits else 0,
-            waits_by_turns=balance > 0,
+            balance_iterations=_BALANCE_ITERATIONS if has_copies else 0,
             graphs=_graphs(run, drafts=False),
             free_share=0.75 if run.precision == "fp8" and run.tp == 4 else 0.8,
         )
-    return (settings,)
-
-
-def _balance_iterations(run: Run) -> int:
-    """Return the iterations from one with prompts to the next: until all copies have one, on average, or the timeout.
-
-    A copy has a new prompt when one of its requests ends, each of them once in as many iterations as it has tokens.
-    TensorRT-LLM counts every iteration in which not all copies have a prompt, whether any of them has one or not, and
-    looks at no number of tokens (`_balance_adp_requests` of its `py_executor`).
-    """
-    if run.copies == 1:
-        return 0
-    turns = sum(1.0 / k for k in range(1, run.copies + 1))
-    return min(_BALANCE_ITERATIONS, round(turns * run.output_tokens / run.requests))
+    return (replace(settings, keeps_whole=True),)  # no script of these models splits prompts
 
 
 def _graphs(run: Run, drafts: bool) -> Graphs:

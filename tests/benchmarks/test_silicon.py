@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
-from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
+from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
 from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
 from benchmarks.measuring.serving_points import NotPosedError, ServingPoint, posed, read_rows
 from hetis.formats import catalogue
@@ -189,9 +189,69 @@ def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
     assert times(wait_iterations=1, wait_tokens=100) == pytest.approx((20 / 3, 17 / 9))
     # The prompt and the request that decodes are enough.
     assert times(wait_iterations=1, wait_tokens=5) == times()
-    # By turns, tokens are not looked at: the second waits for two iterations after the first prompt, until 5 s, and
-    # is done at 11 s, with a part of the third's prompt, which arrived at 8 s and is done at 14 s.
-    assert times(wait_iterations=2, waits_by_turns=True) == pytest.approx((20 / 3, 13 / 9))
+
+
+def test_prompts_are_split_or_wait_for_an_iteration_with_room() -> None:
+    """Three requests of 4 prompt and 13 output tokens arrive together; an iteration with a prompt takes 3 s."""
+
+    def ttft_s(**how: Any) -> float:
+        load = Load(in_flight=3, total=3, prompt_tokens=4, output_tokens=13)
+        engine = Engine(seats=3, mixes=True, layers=10**9, **how)
+        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)[0]
+
+    # Four tokens have room for one prompt, then for three tokens of the second, for its last and two of the third, and,
+    # beside two that decode, for the rest: first tokens after 3, 9 and 12 s.
+    assert ttft_s(chunk_tokens=4) == pytest.approx((3 + 9 + 12) / 3)
+    # Ten have room for two, and for half of the third or none of it, which is complete after 6 s in either case.
+    assert ttft_s(chunk_tokens=10) == ttft_s(chunk_tokens=10, keeps_whole=True) == pytest.approx((3 + 3 + 6) / 3)
+    # Six have room for one and a half: 3, 6, 9 s.
+    assert ttft_s(chunk_tokens=6) == ttft_s(chunk_tokens=6, keeps_whole=True) == pytest.approx((3 + 6 + 9) / 3)
+    # Drafts take room, too: of four tokens, one is left beside a request with two drafts, and one at the least.
+    assert ttft_s(chunk_tokens=4, draft_tokens=2) == pytest.approx((3 + 15 + 27) / 3)
+
+
+def test_whole_prompts_are_fewer_in_an_iteration() -> None:
+    """Four prompts of 4 tokens in iterations of 6: split, four take three of 3 s; whole, each takes one."""
+
+    def ttft_s(*, keeps_whole: bool) -> float:
+        load = Load(in_flight=4, total=4, prompt_tokens=4, output_tokens=1)
+        engine = Engine(chunk_tokens=6, seats=4, mixes=False, keeps_whole=keeps_whole)
+        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)[0]
+
+    assert ttft_s(keeps_whole=False) == pytest.approx((3 + 6 + 6 + 9) / 4)
+    assert ttft_s(keeps_whole=True) == pytest.approx((3 + 6 + 9 + 12) / 4)
+
+
+def test_copies_wait_until_all_have_a_prompt() -> None:
+    """Two copies and requests of 4 prompt and 4 output tokens; times as above. An iteration has room for a prompt."""
+
+    def times(requests: int, **how: int) -> tuple[float, float]:
+        load = Load(in_flight=requests, total=requests, prompt_tokens=4, output_tokens=4)
+        engine = Engine(chunk_tokens=5, seats=2, mixes=True, keeps_whole=True, copies=2, **how)
+        return balanced_copies(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)
+
+    # Each copy computes a prompt: tokens at 3, 4, 7, 8 s. The third waits for an iteration, and is computed in the
+    # second one without a prompt on the other copy: tokens at 7, 8, 9, 10 s.
+    assert times(3, balance_iterations=2) == pytest.approx((13 / 3, 13 / 9))
+    # It does not wait: 6, 7, 8, 9 s.
+    assert times(3, balance_iterations=1) == pytest.approx((12 / 3, 13 / 9))
+    # With a fourth, both have prompts and need not wait, or gather for an iteration.
+    assert times(4, balance_iterations=9)[0] == pytest.approx((2 * 3 + 2 * 6) / 4)
+    assert times(4, balance_iterations=9, gather_iterations=1)[0] == pytest.approx((2 * 3 + 2 * 7) / 4)
+
+
+def test_a_copy_alone_is_as_one_engine() -> None:
+    load = Load(in_flight=5, total=40, prompt_tokens=40, output_tokens=30, shortest=0.5)
+    engine = Engine(
+        chunk_tokens=60, seats=4, mixes=True, keeps_whole=True, balance_iterations=1, reading_s=0.1, draft_tokens=1,
+        tokens_per_iteration=1.5, layers=4,
+    )  # fmt: skip
+
+    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int, *_: int) -> float:
+        return 1.0 + 0.1 * decoding + 0.01 * attended + 0.2 * tokens + 0.001 * pairs + 0.01 * rows
+
+    one = closed_loop(load, engine, seconds, lambda context: context)
+    assert balanced_copies(load, engine, seconds, lambda context: context) == pytest.approx(one)
 
 
 def test_drafts_are_computed_with_the_request_s_own_token_and_half_of_all_are_kept() -> None:
@@ -239,17 +299,24 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     assert settings(model="Qwen3.5-397B-A17B", tp=4).draft_tokens == 3
     assert settings(model="Qwen3.5-397B-A17B", tp=4, experts=4).draft_tokens == 0
     assert settings(engine="trtllm", requests=64) == Settings(
-        chunk_tokens=8192, stream_interval=10, wait_iterations=40, wait_tokens=6553, free_share=0.8
+        chunk_tokens=1152, keeps_whole=True, stream_interval=10, wait_iterations=40, wait_tokens=921, free_share=0.8
     )
     assert settings(engine="trtllm", requests=64, precision="fp4").wait_iterations == 0
     assert settings(engine="trtllm", requests=64, prompt_tokens=8192).chunk_tokens == 8320
     mtp = {"engine": "trtllm", "image": "1.2.0rc6.post3", "requests": 4}
-    assert settings(**mtp) == Settings(chunk_tokens=1152, stream_interval=10, seats=4, draft_tokens=3, free_share=0.8)
+    assert settings(**mtp) == Settings(
+        chunk_tokens=1152, keeps_whole=True, stream_interval=10, seats=4, draft_tokens=3, free_share=0.8
+    )
     assert settings(**mtp | {"requests": 64}).graphs is Graphs.ALL
-    # Eight copies wait for each other's prompts: 1024 / 4 (1 + 1/2 + ... + 1/8) iterations, but 60 at the most.
-    assert (settings(**mtp, copies=8).draft_tokens, settings(**mtp, copies=8).wait_iterations) == (1, 60)
-    pair = settings(engine="trtllm", copies=2, requests=32)
-    assert (pair.wait_iterations, pair.waits_by_turns) == (48, True)
+    # Copies wait for each other's prompts.
+    copies = settings(**mtp, copies=8)
+    assert (copies.draft_tokens, copies.seats, copies.balance_iterations) == (1, 4, 60)
+    assert settings(**mtp, copies=8, precision="fp4").seats == 8
+    experts = settings(engine="trtllm", model="gpt-oss-120b", copies=2)
+    assert (experts.balance_iterations, experts.gather_iterations) == (50, 10)
+    # Since this day, an iteration has room for several short prompts.
+    days = ("2025-11-02", "2026-01-21")
+    assert [settings(engine="trtllm", date=day).chunk_tokens for day in days] == [1152, 8192]
     # The image of scripts without drafts ran those with them, too, from the day on that they were merged.
     shared = {"engine": "trtllm", "image": "1.1.0rc2.post2"}
     assert [settings(**shared, date=day).draft_tokens for day in ("2025-12-15", "2026-01-14")] == [0, 3]
@@ -285,6 +352,16 @@ def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
     assert eager_layer_s("vllm", point.model) == 0
 
 
+def test_piecewise_graphs_leave_attention_to_the_host() -> None:
+    """Latent attention of decoding requests takes calls of its own beside that of prompts."""
+    model, call_s = pose(row(**mtp_row())).model, 25e-6
+    assert eager_layer_s("trtllm", model) == pytest.approx(56 * call_s)
+    assert eager_layer_s("trtllm", model, mixes=True) == pytest.approx(64 * call_s)
+    assert eager_layer_s("trtllm", model, mixes=True, attention_only=True) == pytest.approx(44 * call_s)
+    dense = pose(row()).model
+    assert eager_layer_s("trtllm", dense, mixes=True) == eager_layer_s("trtllm", dense) == pytest.approx(28 * call_s)
+
+
 def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_outside() -> None:
     """Dense points measured 20 ms more than predicted where nothing is read, those with experts 50 where much is."""
     dense, moe = row(batch_size="1"), row(batch_size="1", model_path="Qwen/Qwen3-30B-A3B")
@@ -304,7 +381,7 @@ def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_
 def test_a_server_reads_one_prompt_after_another() -> None:
     """Two requests of 4 prompt and 3 output tokens; a token is read in 2 s: prompts are read after 8 and 16 s."""
 
-    def times(reading_s: float, **how: int) -> tuple[float, float]:
+    def times(reading_s: float, **how: Any) -> tuple[float, float]:
         load = Load(in_flight=2, total=2, prompt_tokens=4, output_tokens=3)
         engine = Engine(chunk_tokens=8, seats=2, mixes=True, reading_s=reading_s, **how)
         return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)

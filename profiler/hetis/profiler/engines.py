@@ -48,16 +48,28 @@ ENGINES: Mapping[str, HostTime] = {
 # attention and its projections, and the MLP or the experts with their routing.
 _GROUPED_CALLS, _LATENT_CALLS, _LINEAR_CALLS = 14, 36, 52
 _MLP_CALLS, _EXPERT_CALLS = 14, 20
+# TensorRT-LLM computes latent attention of decoding requests beside that of prompts, with absorbed projections: two
+# products, the rotation of queries and attention itself (`forward_absorption_generation` of its attention module).
+_ABSORBED_CALLS = 8
 
 
-def eager_layer_s(engine: str, model: ModelSpec) -> float:
+def eager_layer_s(engine: str, model: ModelSpec, *, mixes: bool = False, attention_only: bool = False) -> float:
     """Return the least seconds of a layer in an iteration with prompts, in which Python starts every kernel.
 
     The time of a call is that of an all-reduce started alone, without a CUDA graph, in aiconfigurator-core's tables of
     B200 (SGLang: 29 us; TensorRT-LLM, which has no such row: the mean of SGLang's and vLLM's).
+
+    Args:
+        mixes: the iteration has decoding requests, too.
+        attention_only: all but attention is in piecewise CUDA graphs. TensorRT-LLM splits them at its operator
+            ``mla_custom_op_inplace``, which includes the projections around the latents.
     """
-    mixer = _LINEAR_CALLS if model.linear else _LATENT_CALLS if model.mla else _GROUPED_CALLS
-    return ENGINES[engine].call_s * (mixer + (_EXPERT_CALLS if model.moe else _MLP_CALLS))
+    calls = _LINEAR_CALLS if model.linear else _LATENT_CALLS if model.mla else _GROUPED_CALLS
+    if model.mla and mixes:
+        calls += _ABSORBED_CALLS
+    if not attention_only:
+        calls += _EXPERT_CALLS if model.moe else _MLP_CALLS
+    return ENGINES[engine].call_s * calls
 
 
 def for_engine(
