@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -37,6 +37,14 @@ class Placed:
 
     groups: IntArray
     unplaced: Sequence[str]
+
+
+class Rule(Protocol):
+    """Places the heads of new requests, as `hetis.solver.dispatch.solve.Dispatcher` does."""
+
+    def __init__(self, stage: Stage) -> None: ...
+
+    def dispatch(self, load: DeviceLoad, requests: Requests) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,13 @@ def main() -> None:
         _tell(emulated.serve(json.loads(line)))
 
 
+def use_rule(allocator: Any, rule: type[Rule]) -> None:
+    """Have a `HeadAllocator` place heads by a rule from its next costs on, in the place of the solver's dispatcher."""
+    module = importlib.import_module(type(allocator).__module__)
+    assert hasattr(module, "Dispatcher"), "this is where rules go"
+    module.Dispatcher = rule  # type: ignore[attr-defined]
+
+
 class NoRedispatch:
     """Leaves all heads where they are, as the rules that hetis is compared with do."""
 
@@ -176,9 +191,12 @@ class EmulatedEngine:
 
         compile_redispatch()  # otherwise it takes a minute of the first traffic on a new machine
         self._make_pace, self._wait_until = Pace, wait_until
-        self._allocator_module: Any = importlib.import_module("hetis.runtime.vllm.allocator")
-        assert self._allocator_module.Dispatcher is Dispatcher, "this is where other rules go"
-        self._rules = {"paper": PaperRule, "equal": EqualSplit, "primary only": PrimaryOnly, "hetis": Dispatcher}
+        self._rules: dict[str, type[Rule]] = {
+            "paper": PaperRule,
+            "equal": EqualSplit,
+            "primary only": PrimaryOnly,
+            "hetis": Dispatcher,
+        }
         core = llm.llm_engine.engine_core.engine_core
         self._engine, self._files = llm.llm_engine, files
         self._side = core.scheduler.connector._scheduler
@@ -197,7 +215,7 @@ class EmulatedEngine:
         later = [self._make_pace(**one) for one in asked["later"]] if asked["later"] else None
         self._set_paces(paces)
         allocator = self._side.allocator
-        self._allocator_module.Dispatcher = self._rules[asked["rule"]]
+        use_rule(allocator, self._rules[asked["rule"]])
         allocator.change_costs(self._costs(paces))  # the next request makes a dispatcher
         self._side._redispatch = self._redispatch if asked["rule"] == "hetis" else NoRedispatch()
         for number, (prompt, tokens) in enumerate(zip(asked["prompts"], asked["tokens"], strict=True)):

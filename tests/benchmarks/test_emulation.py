@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.measuring.emulated import Pace, wait_until
-from benchmarks.measuring.emulated_engine import EqualSplit, PaperRule, PrimaryOnly
+from benchmarks.measuring.emulated_engine import EqualSplit, PaperRule, PrimaryOnly, use_rule
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
+from hetis.runtime.vllm import allocator
 from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
 from tests.benchmarks.test_benchmarks import rows_of, run
 from tests.runtime.vllm.running import PYTHON, needs_vllm
@@ -33,6 +34,20 @@ def stage(seconds: list[float], *, call_s: float = 0.0, transfer_s: float = 0.0)
         transfer_s=np.full(num, transfer_s),
         primary=Primary(device=0),
     )
+
+
+def test_a_rule_places_the_heads_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "Dispatcher", allocator.Dispatcher)  # afterwards it is as before
+    heads = allocator.HeadAllocator(stage([1e-6, 1e-3]), free_here=lambda: 1000)
+    heads.set_blocks(1, 1000)
+    placed = {}
+    for rule in (EqualSplit, PrimaryOnly):
+        use_rule(heads, rule)
+        heads.change_costs(stage([1e-6, 1e-3 * len(placed)]))
+        heads.place(rule.__name__, tokens=16, most_output=16, has_hits=False)
+        heads.admitted(rule.__name__, anchor=len(placed))
+        placed[rule.__name__] = sorted(heads.devices(rule.__name__))
+    assert placed == {"EqualSplit": [0] * 4 + [1] * 4, "PrimaryOnly": [0] * 8}
 
 
 def request(tokens: int = 16) -> Requests:
