@@ -246,20 +246,20 @@ def engine_of(point: ServingPoint, seats: int, reading_s: float) -> Engine:
         wait_iterations=settings.wait_iterations, wait_tokens=settings.wait_tokens, copies=point.copies,
         balance_iterations=settings.balance_iterations, gather_iterations=settings.gather_iterations,
         draft_tokens=settings.draft_tokens, tokens_per_iteration=1.0 + accepted(point),
-        layers=point.model.num_layers, reading_s=reading_s,
+        layers=point.model.num_layers, reading_s=reading_s, schedules_ahead=settings.schedules_ahead,
     )  # fmt: skip
 
 
 def iteration_time(point: ServingPoint, timing: StageTiming) -> CopyTime:
     """Return the time of a copy's iterations, with the host that starts what is not in CUDA graphs."""
-    graphs, layers = point.settings.graphs, point.model.num_layers
+    graphs, graph_tokens, layers = point.settings.graphs, point.settings.graph_tokens, point.model.num_layers
 
     def seconds(
         decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
         others: int, /,
     ) -> float:  # fmt: skip
         kernels_s = timing.seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
-        if graphs is not Graphs.NONE and not chunk_tokens:
+        if graphs is not Graphs.NONE and (not chunk_tokens or decoding + chunk_tokens <= graph_tokens):
             return kernels_s
         mixes, has_pieces = decoding > 0 < chunk_tokens, graphs is Graphs.ALL
         host_s = eager_layer_s(point.engine, point.model, mixes=mixes, attention_only=has_pieces)
@@ -321,9 +321,9 @@ def room_bytes(point: ServingPoint, setting: Setting, shape: StageShape, timing:
 
 def profile_of(point: ServingPoint) -> Profile:
     """Return the shipped profile, or the modelled one if there is none, with the engine applied."""
-    return engine_profile(
-        point.gpu, point.engine, point.settings.stream_interval, point.has_whole_experts, point.copies == 1
-    )
+    settings = point.settings
+    is_default = settings.default_experts and (point.copies == 1 or point.engine != "trtllm")
+    return engine_profile(point.gpu, point.engine, settings.stream_interval, point.has_whole_experts, is_default)
 
 
 @cache
@@ -362,10 +362,10 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
 
 
 def beside_row(point: ServingPoint) -> dict[str, str | float]:
-    """Return what published settings add to a row: 8-bit KV, and tokens that are drafted and accepted."""
+    """Return what published settings change in a row: 8-bit KV, ranks, and tokens that are drafted and accepted."""
     drafts = point.settings.draft_tokens
     kv: dict[str, str | float] = {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {}
-    if point.copies > 1:
+    if point.copies > 1 or point.row.get("attention_dp_size") not in ("", "1", None):
         kv |= {"tp_size": str(point.tp), "attention_dp_size": str(point.copies), "batch_size": str(point.requests)}
         kv |= {"moe_tp_size": "1", "moe_ep_size": str(point.tp * point.copies)}
     return kv | ({"nextn": drafts, "nextn_accepted": accepted(point)} if drafts else {})

@@ -64,6 +64,9 @@ class Engine:
     ``wait_tokens`` tokens. Before all that, the server reads one prompt after another, each token in ``reading_s``
     seconds.
 
+    An engine that ``schedules_ahead`` schedules the next iteration as this one starts: what arrives meanwhile joins the
+    one after the next.
+
     ``copies`` that balance their prompts (`balanced_copies`) compute them when all have had some for
     ``gather_iterations``, or in every ``balance_iterations``-th iteration in which some copy has none.
 
@@ -85,6 +88,7 @@ class Engine:
     tokens_per_iteration: float = 1.0
     layers: int = 1
     reading_s: float = 0.0
+    schedules_ahead: bool = False
 
     def drafting_s(self, seconds: IterationTime, decoding: int, attended: float) -> float:
         """Return the seconds in which ``decoding`` requests draft, by one layer and one token after another."""
@@ -124,17 +128,18 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
         arrived.append(_Request(0.0, read_s, prompt, output))
     finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all of its tokens
     num, context, step, now_s, order = 0, 0.0, 0, 0.0, 0
+    scheduled_s = 0.0  # when the next iteration is, or was, scheduled
     gain = engine.tokens_per_iteration
     waiting, prefilling = deque[_Request](), deque[_Request]()
     unpolled, waited = 0, 0  # iterations since the last look for new requests, and those that prompts have waited
     ttft_s, tpot_s = 0.0, 0.0
     while arrived or waiting or prefilling or finishing:
         if not num or unpolled >= engine.poll_iterations:
-            while arrived and arrived[0].read_s <= now_s:
+            while arrived and arrived[0].read_s <= scheduled_s:
                 waiting.append(arrived.popleft())
             unpolled = 0
             if not (num or waiting or prefilling):
-                now_s = arrived[0].read_s
+                now_s = scheduled_s = max(now_s, arrived[0].read_s)
                 continue
         holds_back = bool(num and waiting) and not prefilling and waited < engine.wait_iterations
         holds_back = holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens
@@ -147,13 +152,15 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             steps = finishing[0][0] - step
             if arrived:
                 unread = math.ceil((arrived[0].read_s - now_s) / engine.decode_s(seconds, num, context))
+                unread = max(0, unread) + engine.schedules_ahead
                 looks = max(0, math.ceil((unread + unpolled) / engine.poll_iterations) - 1)
                 steps = min(steps, (1 + looks) * engine.poll_iterations - unpolled)
             if holds_back:
                 steps = min(steps, engine.wait_iterations - waited)
                 waited += steps
             middle = attended(context / num + gain * (steps - 1) / 2)
-            now_s += steps * engine.decode_s(seconds, num, num * middle)
+            one_s = engine.decode_s(seconds, num, num * middle)
+            now_s += steps * one_s
             unpolled = (unpolled + steps - 1) % engine.poll_iterations + 1
         else:
             steps, unpolled, waited = 1, engine.poll_iterations, 0
@@ -161,8 +168,10 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             drafted = beside * (1 + engine.draft_tokens)
             last = sum(request.filled == request.prompt for request in chunk)
             reading = beside * attended(context / beside) if beside else 0.0
-            now_s += seconds(drafted, reading, tokens, pairs, read, drafted + last)
-            now_s += engine.drafting_s(seconds, beside, reading)
+            one_s = seconds(drafted, reading, tokens, pairs, read, drafted + last)
+            one_s += engine.drafting_s(seconds, beside, reading)
+            now_s += one_s
+        scheduled_s = now_s - one_s if engine.schedules_ahead else now_s
         if not chunk or engine.mixes:
             step, context = step + steps, context + gain * steps * num
         for request in chunk:
@@ -210,14 +219,14 @@ def balanced_copies(load: Load, engine: Engine, seconds: CopyTime, attended: Att
         read_s += engine.reading_s * prompt
         arrived.append(_Request(0.0, read_s, prompt, output))
     finishing: list[tuple[int, int, _Copy, _Request]] = []
-    step, now_s, order = 0, 0.0, 0
+    step, now_s, scheduled_s, order = 0, 0.0, 0.0, 0
     waited, gathered = 0, 0  # iterations in which some copy had no prompt, and in which all had one
     ttft_s, tpot_s = 0.0, 0.0
     while arrived or finishing or any(copy.waiting for copy in copies):
-        while arrived and arrived[0].read_s <= now_s:
+        while arrived and arrived[0].read_s <= scheduled_s:
             min(copies, key=lambda copy: len(copy.waiting) + copy.decoding).waiting.append(arrived.popleft())
         if not any(copy.waiting or copy.decoding for copy in copies):
-            now_s = arrived[0].read_s
+            now_s = scheduled_s = max(now_s, arrived[0].read_s)
             continue
         all_decode = all(copy.decoding for copy in copies)
         all_ready = all(copy.waiting and copy.decoding < engine.seats for copy in copies)
@@ -235,11 +244,14 @@ def balanced_copies(load: Load, engine: Engine, seconds: CopyTime, attended: Att
             steps = finishing[0][0] - step
             if arrived:
                 one_s = _slowest_s(copies, chunks, engine, seconds, attended, 0.0)
-                steps = min(steps, max(1, math.ceil((arrived[0].read_s - now_s) / one_s)))
+                unread = max(0, math.ceil((arrived[0].read_s - now_s) / one_s))
+                steps = min(steps, max(1, unread + engine.schedules_ahead))
             if any(copy.waiting for copy in copies):
                 steps = min(steps, engine.balance_iterations - waited)
             waited = (waited + steps - 1) % engine.balance_iterations
-        now_s += steps * _slowest_s(copies, chunks, engine, seconds, attended, gain * (steps - 1) / 2)
+        one_s = _slowest_s(copies, chunks, engine, seconds, attended, gain * (steps - 1) / 2)
+        now_s += steps * one_s
+        scheduled_s = now_s - one_s if engine.schedules_ahead else now_s
         step += steps
         for copy, chunk in zip(copies, chunks, strict=True):
             copy.context += gain * steps * copy.decoding

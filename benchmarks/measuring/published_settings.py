@@ -26,6 +26,9 @@ ACCEPTANCE = {
 _FIRST_MTP_DATE, _SHARED_IMAGE, _MTP_IMAGE = "2026-01-14", "1.1.0rc2.post2", "1.2.0rc6.post3"
 # From pull request 258 on, DeepSeek-R1's scripts without drafts allow 8,192 tokens or more in an iteration.
 _LEAST_TOKENS_DATE = "2026-01-21"
+# vLLM captures CUDA graphs of up to so many tokens (max_cudagraph_capture_size) unless it is told otherwise. On B200 it
+# was 1,024 from July 2026 on (pull request 49390), after these runs.
+_GRAPH_TOKENS = 512
 _BALANCE_ITERATIONS = 60  # attention_dp_config.timeout_iters of DeepSeek-R1's scripts; batching_wait_iters is 0
 
 
@@ -54,7 +57,11 @@ class Settings:
             (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
         balance_iterations, gather_iterations: prompts wait until all copies have one and so many iterations after, or
             for so many in all (timeout_iters and batching_wait_iters of its attention_dp_config); 0: they do not.
+        schedules_ahead: whether an iteration is scheduled while the one before it runs (vLLM's async_scheduling, the
+            overlap schedulers of the others), so that a request that arrives meanwhile is too late for it.
+        default_experts: whether experts run in the kernels that the engine's recipes choose.
         graphs: which iterations run in CUDA graphs.
+        graph_tokens: those with prompts do, too, up to so many tokens (vLLM's max_cudagraph_capture_size).
         draft_tokens: tokens that the model's own prediction layer drafts in an iteration
             (num_nextn_predict_layers of TensorRT-LLM's MTP, speculative_num_steps of SGLang's).
         static_share: share of a GPU's memory for weights and KV (SGLang's mem_fraction_static).
@@ -72,7 +79,10 @@ class Settings:
     wait_tokens: int = 0
     balance_iterations: int = 0
     gather_iterations: int = 0
+    schedules_ahead: bool = True
+    default_experts: bool = True
     graphs: Graphs = Graphs.DECODE
+    graph_tokens: int = 0
     draft_tokens: int = 0
     static_share: float | None = None
     free_share: float | None = None
@@ -101,21 +111,28 @@ class Run:
     output_tokens: int
 
 
-def settings_elsewhere(container: str) -> Settings:
+def settings_elsewhere(engine: str, container: str) -> Settings:
     """Return the settings of a run by others, in a container.
+
+    All runs of vLLM are in 0.12.0, which schedules ahead only if it is told to (from 0.14.0 on by default).
 
     Nobody says how the runs in Dynamo 0.9.0 were started. Their TPOT is the same under 5 and under 56 requests, and on
     4 and on 8 GPUs: that of an engine without CUDA graphs.
     """
+    if engine == "vllm":
+        return Settings(schedules_ahead=False, graph_tokens=_GRAPH_TOKENS)
     return Settings(graphs=Graphs.NONE if "tensorrtllm-runtime:0.9.0" in container else Graphs.DECODE)
 
 
 def with_ranks(run: Run) -> Run:
     """Return the run with the ranks of experts and of attention that its configuration has.
 
-    Rows of DeepSeek-R1 in FP4 of 2025 state neither. SGLang shared out whole experts; TensorRT-LLM did so above some
-    requests in flight, and from others on it ran attention data-parallel.
+    Two dumps state attention data parallelism for every row of vLLM with whole experts, see `_vllm_ranks`. Rows of
+    DeepSeek-R1 in FP4 of 2025 state neither. SGLang shared out whole experts; TensorRT-LLM did so above some requests
+    in flight, and from others on it ran attention data-parallel.
     """
+    if run.engine == "vllm" and "MiniMax" in run.model:
+        return _vllm_ranks(run)
     if run.model != "DeepSeek-R1" or run.precision != "fp4" or not "2025" <= run.date < "2026" or run.experts > 1:
         return run
     if run.engine == "sglang":
@@ -128,16 +145,38 @@ def with_ranks(run: Run) -> Run:
     return replace(run, experts=run.tp) if run.requests > most else run
 
 
+def _vllm_ranks(run: Run) -> Run:
+    """Return a run of MiniMax-M2.5 with the ranks that its script starts.
+
+    On B200 in image v0.17.0 it shares out whole experts even for an EP_SIZE of 1. Only the script of B200 in FP4 has
+    attention data parallelism, for a single configuration (``dp-attn: true``, whose requests changed on 21 April 2026).
+    """
+    if run.gpu.startswith("B200") and run.image.startswith("v0.17"):
+        return replace(run, experts=run.tp)
+    requests = run.copies * run.requests
+    is_configuration = run.tp == 2 and run.prompt_tokens == run.output_tokens == 1024
+    if run.precision == "fp4" and is_configuration and requests >= (512 if run.date < "2026-04-21" else 256):
+        return run
+    return replace(run, copies=1, requests=requests)
+
+
 def settings_of(run: Run) -> tuple[Settings, ...]:
     """Return the settings of a run by InferenceX: those with drafts last where two scripts ran what the row names."""
     return {"vllm": _vllm, "trtllm": _trtllm, "sglang": _sglang}[run.engine](run)
 
 
 def _vllm(run: Run) -> tuple[Settings, ...]:
-    # The scripts of image v0.17.0 leave both settings to the engine.
     if "MiniMax" in run.model and run.gpu.startswith("B200") and not run.image.startswith("v0.17"):
-        return (Settings(chunk_tokens=2 * run.prompt_tokens, has_fp8_kv=True),)
-    return (Settings(),)
+        settings = Settings(has_fp8_kv=True, graph_tokens=_GRAPH_TOKENS)
+        if not run.image.startswith("nightly"):  # whose script was not merged, and left both to the engine
+            settings = replace(settings, chunk_tokens=2 * run.prompt_tokens, graph_tokens=2048)
+        return (settings,)
+    if "gpt-oss" in run.model:
+        return (Settings(graph_tokens=2048),)
+    if "Llama" in run.model and run.gpu.startswith("B200"):
+        return (Settings(),)  # cudagraph_mode FULL_DECODE_ONLY
+    # In image v0.17.0, VLLM_USE_FLASHINFER_MOE_FP8=0 and VLLM_MOE_USE_DEEP_GEMM=0 leave Triton's kernels on B200.
+    return (Settings(graph_tokens=_GRAPH_TOKENS, default_experts=not run.gpu.startswith("B200")),)
 
 
 def _trtllm(run: Run) -> tuple[Settings, ...]:
@@ -216,9 +255,11 @@ def _sglang(run: Run) -> tuple[Settings, ...]:
             chunk_tokens=32768, stream_interval=30, has_fp8_kv=run.precision != "bf16", seats=128,
             poll_iterations=often, static_share=0.82,
         )  # fmt: skip
+        # Drafts end the overlap, unless SGLANG_ENABLE_SPEC_V2 is set, as in DeepSeek-R1's script only.
+        drafting = replace(plain, stream_interval=1, schedules_ahead=False)
         # The only configuration of four GPUs that slices experts is the one with drafts.
         if run.precision == "fp8" and run.tp == 4 and run.experts == 1:
-            return (replace(plain, draft_tokens=3, stream_interval=1, seats=None, static_share=0.8),)
+            return (replace(drafting, draft_tokens=3, seats=None, static_share=0.8),)
         return (plain,)
     if run.precision == "fp4":
         plain = Settings(

@@ -173,7 +173,7 @@ def pose(row: Mapping[str, str]) -> tuple[ServingPoint, ...]:
     prompt_tokens, output_tokens = _whole(row, "isl"), _whole(row, "osl")
     experts = 1 if model.moe is None else _whole(row, "moe_ep_size", 1)
     inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
-    choices: tuple[Settings, ...] = (settings_elsewhere(row.get("silicon_data_source", "")),)
+    choices: tuple[Settings, ...] = (settings_elsewhere(row["backend"], row.get("silicon_data_source", "")),)
     if inferencex:
         run = Run(
             engine=row["backend"], image=_image(row), date=_date(row), model=label, gpu=gpu, precision=row["precision"],

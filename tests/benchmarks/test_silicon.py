@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_row_is_posed_as_it_says() -> None:
     inferencex = pose(row(silicon_data_source="source_file=2026-03-25.csv", backend="trtllm"))
     assert pose(row(**mtp_row())).settings.draft_tokens == 3
     assert (inferencex.shortest, inferencex.settings.stream_interval) == (0.8, 10)
-    assert (point.shortest, point.settings) == (0.98, Settings())
+    assert (point.shortest, point.settings) == (0.98, Settings(schedules_ahead=False, graph_tokens=512))
     # SGLang computes prompts separately, so that simultaneous requests stay together.
     assert pose(row(backend="sglang")).shortest == 1.0
 
@@ -191,6 +192,21 @@ def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
     assert times(wait_iterations=1, wait_tokens=5) == times()
 
 
+def test_a_request_is_too_late_for_the_iteration_that_is_scheduled_ahead() -> None:
+    """The same requests. What ends with an iteration is followed while the next one runs, and joins the one after."""
+
+    def times(**how: Any) -> tuple[float, float]:
+        load = Load(in_flight=2, total=3, prompt_tokens=4, output_tokens=4)
+        engine = Engine(chunk_tokens=4, seats=2, mixes=True, schedules_ahead=True, **how)
+        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)
+
+    # Tokens at 3, 6, 9, 10 s; 9, 10, 11, 14 s; the third arrives at 10 s, as the iteration at 11 s is scheduled: 17 s.
+    assert times() == pytest.approx((19 / 3, 15 / 9))
+    # Prompts are read in 0.4 s. The second is read while the first is computed, too late for the next iteration: tokens
+    # at 3.4, 4.4, 7.4, 10.4 s; 10.4, 11.4, 12.4, 15.4 s. The third is read at 10.8 s, after that of 11.4 s: 18.4 s.
+    assert times(reading_s=0.1) == pytest.approx((21.8 / 3, 15 / 9))
+
+
 def test_prompts_are_split_or_wait_for_an_iteration_with_room() -> None:
     """Three requests of 4 prompt and 13 output tokens arrive together; an iteration with a prompt takes 3 s."""
 
@@ -250,8 +266,9 @@ def test_a_copy_alone_is_as_one_engine() -> None:
     def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int, *_: int) -> float:
         return 1.0 + 0.1 * decoding + 0.01 * attended + 0.2 * tokens + 0.001 * pairs + 0.01 * rows
 
-    one = closed_loop(load, engine, seconds, lambda context: context)
-    assert balanced_copies(load, engine, seconds, lambda context: context) == pytest.approx(one)
+    for each in (engine, replace(engine, schedules_ahead=True)):
+        one = closed_loop(load, each, seconds, lambda context: context)
+        assert balanced_copies(load, each, seconds, lambda context: context) == pytest.approx(one)
 
 
 def test_drafts_are_computed_with_the_request_s_own_token_and_half_of_all_are_kept() -> None:
@@ -320,10 +337,19 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     # The image of scripts without drafts ran those with them, too, from the day on that they were merged.
     shared = {"engine": "trtllm", "image": "1.1.0rc2.post2"}
     assert [settings(**shared, date=day).draft_tokens for day in ("2025-12-15", "2026-01-14")] == [0, 3]
-    assert settings(engine="vllm", model="MiniMax-M2.5") == Settings(chunk_tokens=2048, has_fp8_kv=True)
-    assert settings(engine="vllm", model="MiniMax-M2.5", image="v0.17.0-cu130") == Settings()
-    assert settings(engine="vllm", model="MiniMax-M2.5", gpu="H100-SXM-80GB") == Settings()
-    assert settings_elsewhere("image=nvcr.io/nvidia/ai-dynamo/tensorrtllm-runtime:0.9.0").graphs is Graphs.NONE
+    vllm = {"engine": "vllm", "model": "MiniMax-M2.5"}
+    assert settings(**vllm) == Settings(chunk_tokens=2048, has_fp8_kv=True, graph_tokens=2048)
+    assert settings(**vllm, image="nightly-5b8c30d62b75") == Settings(has_fp8_kv=True, graph_tokens=512)
+    assert settings(**vllm, image="v0.17.0-cu130") == Settings(graph_tokens=512, default_experts=False)
+    assert settings(**vllm, gpu="H100-SXM-80GB") == Settings(graph_tokens=512)
+    assert settings(engine="vllm", model="gpt-oss-120b").graph_tokens == 2048
+    assert settings(engine="vllm", model="Llama-3.1-70B").graph_tokens == 0
+    # Requests are scheduled ahead, but for drafts in SGLang's first version of them, and for an old vLLM.
+    assert settings().schedules_ahead
+    assert not settings(model="Qwen3.5-397B-A17B", tp=4).schedules_ahead
+    assert not settings_elsewhere("vllm", "").schedules_ahead
+    runtime = "image=nvcr.io/nvidia/ai-dynamo/tensorrtllm-runtime:0.9.0"
+    assert settings_elsewhere("trtllm", runtime).graphs is Graphs.NONE
 
 
 def test_ranks_that_rows_of_2025_leave_out_are_those_of_the_configuration() -> None:
@@ -344,12 +370,44 @@ def test_ranks_that_rows_of_2025_leave_out_are_those_of_the_configuration() -> N
     assert ranks(date="2026-02-03", requests=256) == ranks(precision="fp8", requests=256) == (1, 1, 256)
 
 
+def test_ranks_of_vllm_are_those_that_its_scripts_start() -> None:
+    """Only one configuration of MiniMax-M2.5 has attention data parallelism, whatever rows say of it."""
+    run = Run(
+        engine="vllm", image="v0.19.0-cu130", date="2026-04-22", model="MiniMax-M2.5", gpu="B200-SXM-180GB",
+        precision="fp4", tp=2, experts=4, copies=2, requests=128, prompt_tokens=1024, output_tokens=1024,
+    )  # fmt: skip
+    assert with_ranks(run) == run
+    one = replace(run, copies=1, requests=256)
+    for other in ({"precision": "fp8"}, {"date": "2026-04-08"}, {"prompt_tokens": 8192}):
+        assert with_ranks(replace(run, **other)) == replace(one, **other)
+    assert with_ranks(replace(run, requests=64)).copies == with_ranks(replace(run, tp=4, copies=4)).copies == 1
+    # The first script for B200 shared out whole experts in any case.
+    first = replace(run, image="v0.17.0-cu130", precision="fp8", experts=1, copies=1)
+    assert with_ranks(first) == replace(first, experts=2)
+    # aiconfigurator is told the ranks, too.
+    named = {"id": "made_up_c64_tp4_ep4_1322", "silicon_data_source": "source_file=2026-04-06.csv", "tp_size": "4"}
+    stated = {"attention_dp_size": "4", "moe_ep_size": "16", "batch_size": "16", "precision": "fp8"}
+    point = pose(row(model_path="MiniMaxAI/MiniMax-M2.5", **named, **stated))
+    assert (point.tp, point.copies, point.requests, point.has_whole_experts) == (4, 1, 64, True)
+    beside = silicon.beside_row(point)
+    assert (beside["tp_size"], beside["attention_dp_size"], beside["moe_ep_size"]) == ("4", "1", "4")
+    assert beside["batch_size"] == "64"
+
+
+def test_iterations_with_more_tokens_than_graphs_are_started_by_the_host() -> None:
+    """vLLM has graphs of up to 512 tokens, prompts among them; decoding requests alone have some in any case."""
+    point = pose(row())
+    timing: Any = SimpleNamespace(seconds=lambda *_: 1e-3)
+    seconds = silicon.iteration_time(point, timing)
+    assert seconds(12, 0.0, 500, 0.0, 0.0, 13, 0) == seconds(600, 0.0, 0, 0.0, 0.0, 600, 0) == 1e-3
+    assert seconds(13, 0.0, 500, 0.0, 0.0, 14, 0) == pytest.approx(32 * 28 * 21e-6)
+
+
 def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
     """A request of 64 tokens decodes at the speed at which Python starts the kernels of 32 layers."""
     fields = {"silicon_data_source": "image=nvcr.io/nvidia/ai-dynamo/tensorrtllm-runtime:0.9.0", "batch_size": "1"}
     point = pose(row(**fields, backend="trtllm"))
     assert silicon.predict(point).tpot_s == pytest.approx(32 * eager_layer_s("trtllm", point.model))
-    assert eager_layer_s("vllm", point.model) == 0
 
 
 def test_piecewise_graphs_leave_attention_to_the_host() -> None:

@@ -118,6 +118,20 @@ def test_tensorrt_llm_runs_its_own_kernels_for_blackwell_as_sglang_does() -> Non
     assert pieces("trtllm", h100) == pieces("trtllm", h100, default_backend=False)
 
 
+def test_vllm_runs_triton_s_kernel_for_fp8_where_the_others_are_off() -> None:
+    def pieces(gpu: GpuType = B200, **how: bool) -> dict[tuple[float | None, int | None], tuple[Piece, ...]]:
+        fits = experts.expert_fits(gpu, "vllm", whole=True, **how)
+        return {(fit.scope.weight_bytes, fit.scope.tp): fit.pieces for fit in fits}
+
+    usual, triton = pieces(), pieces(default_backend=False)
+    assert usual.keys() == triton.keys()
+    assert {
+        weight_bytes for weight_bytes, ranks in usual if usual[weight_bytes, ranks] != triton[weight_bytes, ranks]
+    } == {1.0}
+    h100 = catalogue.find_gpu("H100-SXM-80GB").gpu
+    assert pieces(h100) == pieces(h100, default_backend=False)
+
+
 def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
@@ -144,11 +158,12 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
     others = [row | {"distribution": "balanced", "latency": 1e3} for row in rows]
     others += [row | {"moe_tp_size": 2, "moe_ep_size": 2, "latency": 1e3} for row in rows]
     others += [row | {"kernel_source": "made_up_min_latency", "latency": 1e-6} for row in rows]
-    for system, versions in experts._VERSIONS.items():
-        for engine, version in versions.items():
-            path = tmp_path / system / "moe" / engine / version / "moe_perf.parquet"
-            path.parent.mkdir(parents=True)
-            parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
+    asked = [(system, *each) for system, versions in experts._VERSIONS.items() for each in versions.items()]
+    asked += [(system, engine, version) for system, (engine, version, _) in experts._TRITON.items()]
+    for system, engine, version in asked:
+        path = tmp_path / system / "moe" / engine / version / "moe_perf.parquet"
+        path.parent.mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
     assert experts.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     made = json.loads((tmp_path / "out.json").read_text())["kernels"]
     assert len(made) == 24

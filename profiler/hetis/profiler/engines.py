@@ -22,8 +22,8 @@ from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
 class HostTime:
     """Seconds that the host takes for an iteration, and for every sequence in it.
 
-    ``call_s`` is the time of one call of PyTorch where an engine runs prompts without CUDA graphs, 0 where it compiles
-    them. It lengthens iterations with short prompts only (`eager_layer_s`), so it is not part of a profile.
+    ``call_s`` is the time of one call of PyTorch where an engine runs prompts without CUDA graphs. It lengthens
+    iterations with short prompts only (`eager_layer_s`), so it is not part of a profile.
     """
 
     step_s: float
@@ -40,7 +40,7 @@ _CALIBRATED = (
     "least mean absolute error over the serving points of Qwen3-32B and Llama-3.1-8B on H100 (docs/accuracy.md)"
 )
 ENGINES: Mapping[str, HostTime] = {
-    "vllm": HostTime(step_s=1.43e-3, sequence_s=41.7e-6, call_s=0.0, origin=_VIDUR),
+    "vllm": HostTime(step_s=1.43e-3, sequence_s=41.7e-6, call_s=21e-6, origin=_VIDUR),
     "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, call_s=29e-6, origin=_CALIBRATED),
     "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, call_s=25e-6, origin=_CALIBRATED),
 }
@@ -57,7 +57,7 @@ def eager_layer_s(engine: str, model: ModelSpec, *, mixes: bool = False, attenti
     """Return the least seconds of a layer in an iteration with prompts, in which Python starts every kernel.
 
     The time of a call is that of an all-reduce started alone, without a CUDA graph, in aiconfigurator-core's tables of
-    B200 (SGLang: 29 us; TensorRT-LLM, which has no such row: the mean of SGLang's and vLLM's).
+    B200 (SGLang: 29 us; vLLM: 21 us; TensorRT-LLM, which has no such row: the mean of both).
 
     Args:
         mixes: the iteration has decoding requests, too.

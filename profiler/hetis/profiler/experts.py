@@ -36,6 +36,10 @@ _VERSIONS = {
     **dict.fromkeys(("b200_sxm", "h100_sxm", "l40s"), _NEWEST),
     "a100_sxm": {"vllm": "0.14.0", "trtllm": "1.0.0", "sglang": "0.5.10"},
 }
+# Triton's kernel for FP8 in blocks of 128, which vLLM's own tables have until 0.19.0: what it runs on Blackwell without
+# those of FlashInfer and DeepGEMM. As engine, version and format of the table.
+_TRITON = {"b200_sxm": ("vllm", "0.19.0", "fp8_block")}
+_TRITON_NAME = "vllm with Triton"
 # MXFP4 is left out: engines choose among kernels for it, and the tables do not cover those that run gpt-oss.
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
 _SAME_KERNELS = {"trtllm": "sglang"}
@@ -73,16 +77,20 @@ def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool
 
     ``whole`` experts are shared out among the ranks of a stage; others are sliced. The backend that TensorRT-LLM's
     recipes choose on Blackwell (``TRTLLM``) is what SGLang calls, too, and its own tables have those that they choose
-    where attention is data-parallel (``CUTLASS``, ``DEEPGEMM``): those are meant without the ``default_backend``.
+    where attention is data-parallel (``CUTLASS``, ``DEEPGEMM``): those are meant without the ``default_backend``, and
+    under vLLM Triton's kernel for FP8.
     """
+    names = [engine]
     if default_backend and gpu.architecture == "Blackwell":
-        engine = _SAME_KERNELS.get(engine, engine)
-    kernels = [kernel for kernel in shipped() if kernel.engine == engine and kernel.whole == whole]
+        names = [_SAME_KERNELS.get(engine, engine)]
+    elif engine == "vllm" and not default_backend:
+        names = [_TRITON_NAME, engine]
+    kernels = [kernel for kernel in shipped() if kernel.whole == whole]
     chosen = dict[str, list[ExpertKernel]]()
-    for architecture in (gpu.architecture, _relative(gpu.architecture), NEAREST):
+    for architecture, name in itertools.product((gpu.architecture, _relative(gpu.architecture), NEAREST), names):
         known = set(chosen)
         for kernel in kernels:
-            if kernel.architecture == architecture and kernel.weights not in known:
+            if (kernel.architecture, kernel.engine) == (architecture, name) and kernel.weights not in known:
                 chosen.setdefault(kernel.weights, []).append(kernel)
     return tuple(_fit(kernel, gpu) for found in chosen.values() for kernel in found)
 
@@ -111,20 +119,26 @@ def shipped() -> tuple[ExpertKernel, ...]:
 
 def derived(tables: Path) -> Iterator[ExpertKernel]:
     """Yield every kernel for which the tables have enough points."""
-    for system, versions in _VERSIONS.items():
+    asked = [
+        (system, engine, engine, version, tuple(_FORMATS))
+        for system, versions in _VERSIONS.items()
+        for engine, version in versions.items()
+    ]
+    asked += [(system, engine, _TRITON_NAME, version, (dtype,)) for system, (engine, version, dtype) in _TRITON.items()]
+    for system, engine, kernel_engine, version, dtypes in asked:
         name = SYSTEMS[system]
         gpu = catalogue.find_gpu(name).gpu
-        for engine, version in versions.items():
-            rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")
-            for (dtype, weights), whole in itertools.product(_FORMATS.items(), (False, True)):
-                origin = f"{PUBLISHER}, {engine} {version} on {name}, {dtype} experts"
-                points = _points(rows, dtype, whole=whole)
-                parts = {r: {key: s for key, s in points.items() if r in (None, key[-1])} for r in (None, *_RANKS)}
-                for ranks, some in parts.items():
-                    if len(some) >= _LEAST_POINTS:
-                        yield _kernel(
-                            some, gpu, engine=engine, weights=weights, whole=whole, ranks=ranks, origin=origin
-                        )
+        rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")
+        for dtype, whole in itertools.product(dtypes, (False, True)):
+            origin = f"{PUBLISHER}, {engine} {version} on {name}, {dtype} experts"
+            points = _points(rows, dtype, whole=whole)
+            parts = {r: {key: s for key, s in points.items() if r in (None, key[-1])} for r in (None, *_RANKS)}
+            for ranks, some in parts.items():
+                if len(some) >= _LEAST_POINTS:
+                    yield _kernel(
+                        some, gpu, engine=kernel_engine, weights=_FORMATS[dtype], whole=whole, ranks=ranks,
+                        origin=origin,
+                    )  # fmt: skip
 
 
 Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts per token, experts, ranks
