@@ -30,10 +30,11 @@ from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.documents import load_model
+from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Profiles
 from hetis.planner.use_cases.robustness.profile_errors import corners, perturbed
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, silent
 from hetis.solver.dispatch.problem import (
     DeviceLoad,
     DispatchProblem,
@@ -205,6 +206,7 @@ def cases(*, quick: bool) -> list[Case]:
 
 def _rows(case: Case, samples: int, *, with_corners: bool) -> Iterator[Row]:
     rng = np.random.default_rng(0)
+    compile_kernels(case.problem.cluster.num_gpus(), ("hetis",), report=silent)  # longer than the time limit
     right = _solved(case, case.problem.profiles)
     drawn = [perturbed(case.problem.profiles, ERROR, rng) for _ in range(samples)]
     yield _row(case, right, "random", drawn)
