@@ -44,6 +44,9 @@ class Rule(Protocol):
 
     def __init__(self, stage: Stage) -> None: ...
 
+    @property
+    def stage(self) -> Stage: ...
+
     def dispatch(self, load: DeviceLoad, requests: Requests) -> Any: ...
 
 

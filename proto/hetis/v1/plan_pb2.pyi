@@ -413,9 +413,9 @@ class PlanSpec(_message.Message):
     mtp: _builtins.str
     """Multi-token prediction: drafted tokens and the rate at which each is accepted, `1:0.85`. Empty: as the model says."""
     skip_verification: _builtins.bool
-    """Show the plan unsimulated. False: traffic is simulated at the rate that the plan promises. Where it misses a limit, there
-    are up to two more searches, each of which may take the time limit, and the plan that serves most within the limits is
-    the answer.
+    """Do not simulate the plan. False: traffic is simulated at the rate that the plan promises, once the search is over. Where
+    it misses a limit, there are up to two more searches, each of which may take the time limit, and the plan that serves
+    most within the limits is the answer.
     """
     ttft_statistic: _builtins.str
     """Statistic of TTFT that simulated traffic has to keep within its limit: `mean`, `p50`, `p90`, `p95` or `p99`. The search
@@ -448,7 +448,7 @@ class PlanSpec(_message.Message):
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
         """When the search ends at the latest; the best plan by then is the answer. 10 ms to 24 hours; the server may allow
-        less. Unset: 60 s.
+        less. The simulation of the plan comes after it. Unset: 60 s.
         """
 
     @_builtins.property
@@ -576,7 +576,9 @@ class SolveProgress(_message.Message):
     GAP_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """What it does now, such as `pricing`: for people. Always set."""
+    """What it does now, such as `pricing`: for people. While the plan is simulated, the values below are the search's. Always
+    set.
+    """
     elapsed_s: _builtins.float
     """Since the search began, in seconds. Always set."""
     incumbent: _builtins.float
@@ -750,10 +752,12 @@ class Verification(_message.Message):
     ATTAINMENT_FIELD_NUMBER: _builtins.int
     KEPT_RPS_FIELD_NUMBER: _builtins.int
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Rate of the arrivals in requests/s: the one that the plan promises. Always set."""
     kept: _builtins.bool
-    """No latency was above its limit by more than chance. False: `misses` says which."""
+    """What the spec asks for was kept, up to chance. False: `misses` says what was not."""
     ttft_p95_s: _builtins.float
     """95th percentile of the time to first token, in seconds. Always set."""
     tpot_mean_s: _builtins.float
@@ -764,6 +768,10 @@ class Verification(_message.Message):
     """The highest rate tried that kept the limits, in requests/s; above `rate_rps` where that is known. Unset: none did."""
     num_requests: _builtins.int
     """Requests of the run. Always set."""
+    ttft_s: _builtins.float
+    """The statistic of TTFT that the spec asks for, in seconds. Unset: it is that of `ttft_p95_s`."""
+    tpot_s: _builtins.float
+    """The statistic of TPOT that the spec asks for, in seconds. Unset: it is that of `tpot_mean_s`."""
     @_builtins.property
     def misses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The limits that were not kept, a clause each. Empty: all were."""
@@ -779,14 +787,25 @@ class Verification(_message.Message):
         attainment: _builtins.float = ...,
         kept_rps: _builtins.float | None = ...,
         num_requests: _builtins.int = ...,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "kept_rps", b"kept_rps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "kept_rps", b"kept_rps", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "attainment", b"attainment", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "tpot_mean_s", b"tpot_mean_s", "ttft_p95_s", b"ttft_p95_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "attainment", b"attainment", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "tpot_mean_s", b"tpot_mean_s", "tpot_s", b"tpot_s", "ttft_p95_s", b"ttft_p95_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kept_rps: _TypeAlias = _typing.Literal["kept_rps"]  # noqa: Y015
     _WhichOneofArgType__kept_rps: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_rps) -> _WhichOneofReturnType__kept_rps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
 
 Global___Verification: _TypeAlias = Verification  # noqa: Y015
 

@@ -80,6 +80,9 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(
     assert all(isinstance(news, Progress) for news in progress)
     times_s = [news.elapsed_s for news in progress if isinstance(news, Progress)]
     assert times_s == sorted(times_s)
+    bounds = [news.bound for news in progress if isinstance(news, Progress) and "simulating" in news.phase]
+    assert bounds
+    assert None not in bounds
     assert isinstance(found, FoundPlan)
     plan = from_data(json.loads(found.document))
     assert isinstance(plan, Plan)
@@ -95,12 +98,11 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(
 
 def test_a_plan_is_held_to_the_level_that_is_asked_for_or_not_simulated(posed: PosedProblem) -> None:
     def answered(asked: PosedProblem) -> tuple[plan_pb2.PlanResult, int]:
-        found_at: list[str] = []
-        answer = solve(
-            asked, cancelled=threading.Event(), report=lambda _: None, on_found=lambda: found_at.append("found")
-        )
+        phases: list[str] = []
+        answer = solve(asked, cancelled=threading.Event(), report=lambda _: None, begin=phases.append)
         assert isinstance(answer, FoundPlan)
-        return plan_pb2.PlanResult.FromString(answer.result), len(found_at)
+        assert phases[0] == "searching"
+        return plan_pb2.PlanResult.FromString(answer.result), phases.count("verifying")
 
     lenient = replace(posed, settings=replace(posed.settings, strategy="uniform"))
     held, num_found = answered(replace(lenient, service_level=ServiceLevel(attainment=0.5)))
@@ -108,6 +110,22 @@ def test_a_plan_is_held_to_the_level_that_is_asked_for_or_not_simulated(posed: P
     assert any("simulated traffic has to keep 50% of the requests" in note for note in held.notes)
     unseen, num_found = answered(replace(lenient, verify=False))
     assert (unseen.HasField("verification"), num_found) == (False, 0)
+
+
+@pytest.mark.parametrize("when", ["0 of", "1,0"])
+def test_a_plan_whose_simulation_is_cancelled_is_answered_as_it_was_found(posed: PosedProblem, when: str) -> None:
+    cancelled = threading.Event()
+
+    def call_off(progress: Progress) -> None:
+        if progress.phase.startswith(f"simulating the plan, {when}"):
+            cancelled.set()
+
+    uniform = replace(posed, settings=replace(posed.settings, strategy="uniform"))
+    answer = solve(uniform, cancelled=cancelled, report=call_off)
+    assert cancelled.is_set()
+    assert isinstance(answer, FoundPlan)
+    result = plan_pb2.PlanResult.FromString(answer.result)
+    assert (result.status, result.HasField("verification")) == (plan_pb2.SOLVE_STATUS_OPTIMAL, False)
 
 
 def test_what_cannot_be_is_proved_with_reasons(posed: PosedProblem) -> None:

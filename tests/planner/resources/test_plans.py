@@ -298,8 +298,13 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
             "plan.spec.max_num_seqs": "max_num_seqs is 2147483648, must be 1 to 1000000000",
             "plan.spec.chunk_tokens": "chunk_tokens are 9, 9, must be ascending, each once",
         }
+        no_tpot = plan_pb2.Objective(tpot_unlimited=True)
         for level, says in (
             ({"ttft_statistic": "p96"}, "is 'p96', must be one of mean, p50, p90, p95, p99"),
+            (
+                {"tpot_statistic": "p99", "ttft_statistic": "p99", "objective": no_tpot},
+                "of TPOT is asked for, and TPOT",
+            ),
             ({"attainment": 90.0}, "attainment is 90, must be above 0 and at most 1 (100%)"),
             ({"attainment": 0.9, "tpot_statistic": "p50"}, "attainment counts requests instead of taking a statistic"),
             (

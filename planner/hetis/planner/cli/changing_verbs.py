@@ -27,7 +27,7 @@ APPLY_EXAMPLES = """Examples:
 
 
 @group
-class PromiseOptions:
+class VerificationOptions:
     """What a plan survives, and whether its limits are tried in simulated traffic."""
 
     survive: options.Survived | None = options.survive_option()
@@ -48,7 +48,7 @@ def apply(
     inputs: options.OptionalInputOptions,
     goal: options.GoalOptions,
     held_to: options.ServiceLevelOptions,
-    promise: PromiseOptions,
+    promise: VerificationOptions,
     family: options.FamilyOptions,
     replicas: options.ReplicaOptions,
     search: options.SearchOptions,

@@ -267,7 +267,7 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
         workers = f", {found.num_attention_workers:,} of them attention workers" if found.num_attention_workers else ""
         yield "Uses", f"{plural(found.num_replicas, 'replica')} on {plural(found.num_gpus, 'GPU')}{workers}"
         if found.HasField("verification"):
-            yield "Simulated", _simulated(found.verification)
+            yield "Simulated", _simulated(found.verification, plan.spec)
         yield "Solved", f"{word_of(plan_pb2.SolveStatus, found.status).lower()} in {seconds(found.solve_s)}"
     for note in plan.result.notes:
         yield "Note", note
@@ -276,12 +276,16 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
     yield "Activation", state(word_of(plan_pb2.ActivationState, plan.activation))
 
 
-def _simulated(found: plan_pb2.Verification) -> Text:
+def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     rate = f" at {digits(found.rate_rps, 4)} requests/s"
     if found.kept:
         beyond = f"; kept up to {digits(found.kept_rps, 4)}" if found.kept_rps > found.rate_rps else ""
-        latencies = f"TTFT p95 {seconds(found.ttft_p95_s)}, TPOT mean {seconds(found.tpot_mean_s)}"
-        return Text.assemble(("limits kept", "green"), f"{rate}: {latencies}{beyond}")
+        ttft_s = found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s
+        tpot_s = found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s
+        latencies = f"TTFT {spec.ttft_statistic or 'p95'} {seconds(ttft_s)}"
+        latencies += f", TPOT {spec.tpot_statistic or 'mean'} {seconds(tpot_s)}"
+        share = f"; {percent(found.attainment)} of the requests within all limits"
+        return Text.assemble(("limits kept", "green"), f"{rate}: {latencies}{share}{beyond}")
     least = f"kept up to {digits(found.kept_rps, 4)}" if found.HasField("kept_rps") else "no rate tried keeps them"
     return Text.assemble(("MISSED", "bold red"), f"{rate}: {', '.join(found.misses)}; {least}")
 

@@ -163,7 +163,8 @@ class PoolSettings:
     searches_per_process: int = 50
     grace_s: float = 60.0  # how long a search may take to answer after its time limit or after it was cancelled
     preparation_s: float = 600.0  # how long a process may load and compile before a search's time limit starts to run
-    # How long a process may simulate a plan, besides the time limits of further searches; then the plan is not verified
+    # How long a process may take to simulate a plan, besides the time limits of the searches that follow from it; then
+    # the plan is answered as it was found
     verification_s: float = 600.0
 
 
@@ -325,6 +326,7 @@ def _signal_name(number: int) -> str:
 
 
 LEAST_RETRY_S = 1.0
+VERIFYING_RETRY_S = 10.0  # while a search is past its time limit, so that its plan is simulated
 
 
 class SolverPool:
@@ -426,9 +428,10 @@ class SolverPool:
         return min(self._settings.running_per_caller or self._settings.num_processes, self._settings.num_processes)
 
     def retry_after_s(self) -> float:
-        """Return in how many seconds the first running search ends at the latest."""
+        """Return in how many seconds to ask again: when the first running search reaches its time limit."""
         now_s = self._clock()
         left_s = [since_s + search.time_limit_s - now_s for search, (_, since_s) in self._running.items()]
+        left_s = [one_s if one_s > 0 else VERIFYING_RETRY_S for one_s in left_s]
         return max(LEAST_RETRY_S, min(left_s, default=LEAST_RETRY_S))
 
     # --- for searches

@@ -59,6 +59,7 @@ class Searcher:
         load_kernels(posed.loaded.inputs.cluster.num_gpus(), for_engine=for_engine, report=report)
 
         phase, began_s = "searching", 0.0
+        found = Progress(phase="", elapsed_s=0.0)
 
         def begin(new: str) -> None:
             nonlocal phase, began_s
@@ -72,15 +73,17 @@ class Searcher:
                 self._send(JobFrame(kind=phase, fields={"spent_s": clock() - began_s}))
 
         def report_all(progress: Progress) -> None:
+            nonlocal found
+            if phase == "searching":
+                found = progress
+            else:  # searches for a tightened limit know another bound
+                progress = replace(progress, incumbent=found.incumbent, bound=found.bound, gap=found.gap)
             report(replace(progress, elapsed_s=clock() - started_s))  # searches one after another start at zero
 
         clock = SearchClock(on_change=tell)
         started_s = clock()
-        begin(phase)
         with compilations_told_to(clock.note):
-            answer = solve(
-                posed, cancelled=cancelled, report=report_all, clock=clock, on_found=lambda: begin("verifying")
-            )
+            answer = solve(posed, cancelled=cancelled, report=report_all, clock=clock, begin=begin)
         self._send(answer_to_frame(answer))
 
     def cancel(self) -> None:
@@ -127,11 +130,12 @@ def solve(
     cancelled: threading.Event,
     report: Report,
     clock: Callable[[], float] = time.monotonic,
-    on_found: Callable[[], None] = lambda: None,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Answer:
     """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check what is found.
 
-    Then call ``on_found`` and simulate the plan, if that is asked for.
+    Then simulate the plan, if that is asked for. ``begin`` is called with ``searching`` before each search and with
+    ``verifying`` before the simulation, which no time limit ends.
     """
     settings = posed.settings
 
@@ -140,14 +144,9 @@ def solve(
 
     try:
         loaded, problem = posed.inputs_for_engine(), posed.problem()
-        plan = make_plan(loaded, problem, settings, budget=budget(), report=report)
-        if posed.verify:
-            on_found()
-            problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-            plan = simulated_plan(
-                plan, loaded, problem, settings, level=posed.service_level, budget=budget, cancelled=cancelled,
-                report=report,
-            )  # fmt: skip
+        plan = make_plan(
+            loaded, problem, settings, budget=budget(), report=report, on_search=lambda: begin("searching")
+        )
     except InfeasibleError as error:
         return Infeasible(error.reasons)
     except NoPlanFoundError as error:
@@ -156,6 +155,16 @@ def solve(
         return Unsound(error.violations)
     except InvalidProblemError as error:
         return Invalid(str(error))
+    if posed.verify:
+        begin("verifying")
+        problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
+        try:
+            plan = simulated_plan(
+                plan, loaded, problem, settings, level=posed.service_level, budget=budget, cancelled=cancelled,
+                report=report, losses=False,
+            )  # fmt: skip
+        except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked all the same
+            plan = replace(plan, notes=(*plan.notes, f"could not be simulated: {error}"))
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:
         return Unsound(("its document reads as another plan",))

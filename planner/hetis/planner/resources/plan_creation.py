@@ -167,7 +167,7 @@ class PlanSearches:
             if result is not None and isinstance(outcome, FoundPlan):
                 tx.plan_documents.put(plan, outcome.document)
                 record.body.result.CopyFrom(result)
-                interrupted = result.status == plan_pb2.SOLVE_STATUS_INTERRUPTED
+                interrupted = is_called_off or result.status == plan_pb2.SOLVE_STATUS_INTERRUPTED
                 state = plan_pb2.PLAN_STATE_CANCELLED if interrupted else plan_pb2.PLAN_STATE_READY
                 return replace(record, state=state)
             if isinstance(outcome, CalledOff) or (isinstance(outcome, NothingFound) and is_called_off):

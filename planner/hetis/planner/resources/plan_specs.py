@@ -313,15 +313,21 @@ class _SpecReader:
         known_ones = [not text or self.choice(f"{name}_statistic", text, known) for name, text in given.items()]
         if not all(known_ones):
             return service_level.DEFAULT
-        asked = {name: Statistic(text) if text else None for name, text in given.items()}
-        try:
-            return service_level.asked_level(
-                **asked, attainment=spec.attainment or None, objective=objective, verify=not spec.skip_verification
-            )
-        except InvalidProblemError as error:
-            named = next((f"{name}_statistic" for name, one in asked.items() if one is not None), "attainment")
-            self.require(False, "attainment" if spec.attainment else named, str(error))
-            return service_level.DEFAULT
+        ttft, tpot = (Statistic(text) if text else None for text in given.values())
+        level, verify = service_level.DEFAULT, not spec.skip_verification
+        for field, own_ttft, own_tpot, attainment in (  # each alone first, so that the wrong one is named
+            ("ttft_statistic", ttft, None, None),
+            ("tpot_statistic", None, tpot, None),
+            ("attainment", ttft, tpot, spec.attainment or None),
+        ):
+            try:
+                level = service_level.asked_level(
+                    ttft=own_ttft, tpot=own_tpot, attainment=attainment, objective=objective, verify=verify
+                )
+            except InvalidProblemError as error:
+                self.require(False, field, str(error))
+                return service_level.DEFAULT
+        return level
 
     def _engine_settings(self) -> EngineSettings:
         """Return the settings that engines are started with, without wrong ones."""

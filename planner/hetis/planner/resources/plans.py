@@ -25,6 +25,7 @@ from hetis.planner.resources.requests import Tell, change_once, check, read_page
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL
 from hetis.planner.use_cases.sources import CONSTRAINTS, ENGINE_SETTINGS, PlanAndProblem, constraint_options
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_pb2, view_pb2
@@ -182,7 +183,7 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # in the answer
 _Kind = pb2.ReplicaDifferenceKind
-_SETTINGS = ("roles", "engine", ENGINE_SETTINGS, "seed", "threads", "gap_target", "time_limit_s")
+_SETTINGS = ("roles", "engine", ENGINE_SETTINGS, SERVICE_LEVEL, "seed", "threads", "gap_target", "time_limit_s")
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 

@@ -21,6 +21,7 @@ from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.service_level import ServiceLevel
+from hetis.planner.use_cases.simulate import NothingSimulatedError
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
@@ -199,12 +200,14 @@ def make_plan(
     market: Market | None = None,
     beside_equal_stages: bool = False,
     beside_engines: bool = False,
+    on_search: Callable[[], None] = lambda: None,
 ) -> Plan:
     """Search a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
 
     If no plan exists, ``market`` gives the GPUs that could be added (None: do not look). ``beside_equal_stages`` adds
     the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
-    If a loss must be survived, there are several searches, each with the time limit of the settings.
+    If a loss must be survived, there are several searches, each with the time limit of the settings. ``on_search`` is
+    called before each search.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -215,6 +218,7 @@ def make_plan(
     survive = settings.survive
 
     def find(posed: PlacementProblem) -> Plan:
+        on_search()
         own = replace(budget, time_limit_s=settings.time_limit_s) if survive else budget
         return search(posed, settings, budget=own, report=report, market=market)
 
@@ -234,11 +238,12 @@ def make_plan(
 
 def simulated_plan(
     plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
-    budget: Callable[[], Budget], cancelled: threading.Event, report: Report,
+    budget: Callable[[], Budget], cancelled: threading.Event, report: Report, losses: bool = True,
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; where it misses a limit, search again for a tighter one (`verified_plan`).
 
-    A plan that survives a loss is not searched for again. ``budget`` returns that of one search.
+    A plan that survives a loss is not searched for again. ``budget`` returns that of one search. ``losses``: add the
+    effects of losses to another plan. Once cancelled, the plan is returned as far as it is verified.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
@@ -248,18 +253,24 @@ def simulated_plan(
         again = search(posed, settings, budget=replace(budget(), explains=False), report=report)
         return describe(again, loaded, problem, settings)
 
-    if level != service_level.DEFAULT:
-        plan = replace(plan, inputs={**plan.inputs, service_level.SERVICE_LEVEL: level.data()})
-    found = verified_plan(
-        plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
-        report=simulation_report(plan, report),
-    )  # fmt: skip
-    if tightening_of(found) is not None:
-        found = _checked(found, problem, losses=True)
+    plan = held_to(level, plan)
+    try:
+        found = verified_plan(
+            plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
+            report=simulation_report(plan, report),
+        )  # fmt: skip
+    except NothingSimulatedError:  # cancelled before a simulation's first request
+        return plan
+    return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
+
+
+def held_to(level: ServiceLevel, plan: Plan) -> Plan:
+    """Return a plan that says what simulated traffic has to keep."""
     if level == service_level.DEFAULT:
-        return found
+        return plan
     note = f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
-    return replace(found, notes=(*found.notes, note))
+    inputs = {**plan.inputs, service_level.SERVICE_LEVEL: level.data()}
+    return replace(plan, inputs=inputs, notes=(*plan.notes, note))
 
 
 def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:

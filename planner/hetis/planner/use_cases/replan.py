@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
@@ -10,10 +11,17 @@ from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, PlacementSettings, inputs_of_plan, simulation_report
+from hetis.planner.use_cases.place import (
+    KV_IS_FOR_ENGINES,
+    PlacementSettings,
+    held_to,
+    inputs_of_plan,
+    simulation_report,
+)
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
-from hetis.planner.use_cases.service_level import SERVICE_LEVEL
+from hetis.planner.use_cases.service_level import service_level_of
+from hetis.planner.use_cases.simulate import NothingSimulatedError
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import verified
 from hetis.planner.use_cases.what_if import with_cluster
@@ -173,10 +181,8 @@ def replan(
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
     notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
     notes += profile_notes(posed.problem)
-    inputs = inputs_of_plan(posed.loaded, settings, posed.problem)
-    if (level := posed.running.inputs.get(SERVICE_LEVEL)) is not None:
-        inputs = {**inputs, SERVICE_LEVEL: level}
-    plan = replace(found.plan, inputs=inputs, notes=notes)
+    plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
+    plan = held_to(service_level_of(posed.running), plan)
     found = replace(found, plan=plan)
     violations = [str(violation) for violation in check_plan(plan, posed.problem)]
     violations += check_replanning(question, found)
@@ -184,7 +190,7 @@ def replan(
         raise UncheckedPlanError(tuple(violations))
     plan = with_profile_errors(plan, posed.problem)
     if verify:
-        plan = verified(
-            plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=simulation_report(plan, report)
-        )
+        told = simulation_report(plan, report)
+        with suppress(NothingSimulatedError):  # cancelled before a simulation's first request
+            plan = verified(plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=told)
     return replace(found, plan=plan)

@@ -232,7 +232,7 @@ def _serve(options: WorkerOptions) -> int:
 
 @contextmanager
 def _address_in(path: Path | None, address: str) -> Iterator[None]:
-    """Keep the address in a file meanwhile, from the first moment on: a signal may come before any engine.
+    """Hold the address in a file while the block runs, and remove it whatever ends it, even a signal meanwhile.
 
     Raises StartError where it cannot be written.
     """
