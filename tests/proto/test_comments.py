@@ -35,7 +35,18 @@ def test_every_field_says_what_its_zero_value_means() -> None:
 
 
 def test_every_floating_point_field_ends_in_its_unit_or_says_that_it_has_none() -> None:
-    plain = {"value", "bound", "gap", "incumbent", "limit", "dual", "gap_target", "held_out_mape", "other_value"}
+    plain = {
+        "value",
+        "attainment",
+        "bound",
+        "gap",
+        "incumbent",
+        "limit",
+        "dual",
+        "gap_target",
+        "held_out_mape",
+        "other_value",
+    }
     plain |= {"kv_thresholds", "high_water", "short_blocks_before", "short_blocks_after", "payback_steps"}
     plain |= {"kv_bytes_per_token", "exchange_bytes_per_head"}
     for file in files():
