@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
@@ -253,8 +254,7 @@ class Slot:
                     self._set_timer(limit_s, f"gave no answer {self._settings.grace_s:g} s after its time limit")
                 else:  # a plan is there already
                     limit_s = SEARCHES * search.time_limit_s + self._settings.verification_s - frame.fields["spent_s"]
-                    self._set_timer(None, "")
-                    self._timer = asyncio.get_running_loop().call_later(max(0.0, limit_s), self.call_off)
+                    self._call_in(limit_s, self.call_off)
             elif frame.kind == "compiling":
                 self._wait_for_preparation()
             elif frame.kind == "progress":
@@ -298,11 +298,15 @@ class Slot:
 
     def _set_timer(self, seconds: float | None, why: str) -> None:
         """Kill the process in ``seconds``; None cancels the timer."""
+        self._call_in(seconds, partial(self._kill, why))
+
+    def _call_in(self, seconds: float | None, act: Callable[[], None]) -> None:
+        """Set the timer, in place of what it was set to; None cancels it."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self._why_killed = None, ""
         if seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._kill, why)
+            self._timer = asyncio.get_running_loop().call_later(seconds, act)
 
     def _kill(self, why: str) -> None:
         if self._process is not None:

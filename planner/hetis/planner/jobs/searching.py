@@ -157,7 +157,6 @@ def solve(
         return Invalid(str(error))
     if posed.verify:
         begin("verifying")
-        problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
         try:
             plan = simulated_plan(
                 plan, loaded, problem, settings, level=posed.service_level, budget=budget, cancelled=cancelled,

@@ -254,6 +254,7 @@ def simulated_plan(
         return describe(again, loaded, problem, settings)
 
     plan = held_to(level, plan)
+    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     try:
         found = verified_plan(
             plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
