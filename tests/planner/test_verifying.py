@@ -20,6 +20,7 @@ from hetis.planner.report.plan import headline
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.place import PlacementSettings, missed
 from hetis.planner.use_cases.service_level import (
+    DEFAULT,
     SERVICE_LEVEL,
     ServiceLevel,
     Statistic,
@@ -399,11 +400,27 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     assert left is bare
 
 
-@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}, {"kept_rps": "x"}])
+@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])
 def test_what_is_not_readable_is_no_verification(pair: Placed, written: object) -> None:
+    assert verification_of(replace(pair[0], inputs={VERIFICATION: written})) is None
+
+
+@pytest.mark.parametrize("written", [{"kept_rps": "x"}, {"attainment": 1e308}, {"attainment": math.nan}])
+def test_a_verification_with_one_impossible_value_is_none(pair: Placed, written: dict[str, object]) -> None:
     whole = pair[0].inputs[VERIFICATION]
-    plan = replace(pair[0], inputs={VERIFICATION: {**whole, **written} if written == {"kept_rps": "x"} else written})
-    assert verification_of(plan) is None
+    assert verification_of(replace(pair[0], inputs={VERIFICATION: {**whole, **written}})) is None
+
+
+@pytest.mark.parametrize("attainment", [0.0, 1.01, 1e308, math.nan, math.inf, 10**400, "x", [0.9]])
+def test_an_impossible_attainment_is_no_service_level(pair: Placed, attainment: object) -> None:
+    written = {**ServiceLevel(attainment=0.9).data(), "attainment": attainment}
+    assert service_level_of(replace(pair[0], inputs={SERVICE_LEVEL: written})) == DEFAULT
+
+
+def test_cancelled_before_the_first_request_nothing_is_said_of_a_plan(pair: Placed) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    assert simulated_at(*pair, 1.0, pair[0].objective, seed=0, cancelled=cancelled, report=silent) is None
 
 
 def test_no_verify_leaves_it_out(placed: Path) -> None:

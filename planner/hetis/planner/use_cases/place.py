@@ -21,7 +21,6 @@ from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.simulate import NothingSimulatedError
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
@@ -255,13 +254,10 @@ def simulated_plan(
 
     plan = held_to(level, plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    try:
-        found = verified_plan(
-            plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
-            report=simulation_report(plan, report),
-        )  # fmt: skip
-    except NothingSimulatedError:  # cancelled before a simulation's first request
-        return plan
+    found = verified_plan(
+        plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
+        report=simulation_report(plan, report),
+    )  # fmt: skip
     return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
 
 

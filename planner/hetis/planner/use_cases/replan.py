@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
@@ -21,7 +20,6 @@ from hetis.planner.use_cases.place import (
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.service_level import service_level_of
-from hetis.planner.use_cases.simulate import NothingSimulatedError
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import verified
 from hetis.planner.use_cases.what_if import with_cluster
@@ -191,6 +189,5 @@ def replan(
     plan = with_profile_errors(plan, posed.problem)
     if verify:
         told = simulation_report(plan, report)
-        with suppress(NothingSimulatedError):  # cancelled before a simulation's first request
-            plan = verified(plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=told)
+        plan = verified(plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=told)
     return replace(found, plan=plan)

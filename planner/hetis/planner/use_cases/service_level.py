@@ -123,12 +123,12 @@ def service_level_from_data(found: object) -> ServiceLevel:
     names = {field.name for field in fields(ServiceLevel)}
     if not isinstance(found, Mapping) or set(found) != names:
         return DEFAULT
-    share = found["attainment"]
     try:
-        ttft, tpot = Statistic(found["ttft"]), Statistic(found["tpot"])
-        return ServiceLevel(ttft=ttft, tpot=tpot, attainment=None if share is None else float(share))
-    except (TypeError, ValueError):
+        share = None if found["attainment"] is None else float(found["attainment"])
+        level = ServiceLevel(ttft=Statistic(found["ttft"]), tpot=Statistic(found["tpot"]), attainment=share)
+    except (OverflowError, TypeError, ValueError):
         return DEFAULT
+    return level if share is None or 0.0 < share <= 1.0 else DEFAULT
 
 
 def limits_of(objective: Objective) -> dict[Latency, float]:

@@ -25,7 +25,7 @@ from hetis.planner.use_cases.service_level import (
     service_level_of,
     share_within,
 )
-from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
+from hetis.planner.use_cases.simulate import NothingSimulatedError, Question, answer, default_rate, seats_of
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
@@ -123,7 +123,9 @@ def verification_of(plan: Plan) -> Verification | None:
     values: dict[str, Any] = {name: found.get(name) for name in names}
     numbers = [values[name] for name in ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")]
     numbers += [values[name] or 0.0 for name in ("kept_rps", *optional)]
-    return Verification(**values) if all(isinstance(number, int | float) for number in numbers) else None
+    if not all(isinstance(number, int | float) for number in numbers):
+        return None
+    return Verification(**values) if 0.0 <= values["attainment"] <= 1.0 else None
 
 
 def kept_rate(plan: Plan) -> float | None:
@@ -234,7 +236,10 @@ def simulated_at(
             load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits,
             keep_run=level != DEFAULT,
         )  # fmt: skip
-        found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
+        try:
+            found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
+        except NothingSimulatedError:
+            return None
         if not found.complete:
             return None
         outcome = _judged(found.summary, held(level, found.summary, found.run, limits), num_requests)
