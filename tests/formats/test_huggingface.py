@@ -120,6 +120,71 @@ def test_quantisation_is_honoured(
     assert (model.weight_bytes, model.weights) == (weight_bytes, weights)
 
 
+ATTENTION_LEFT, SHARED_LEFT = "model.layers.*.self_attn*", "re:.*shared_experts.*"
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+@pytest.mark.parametrize(
+    ("published", "left", "weight_bytes"),
+    [
+        # A layer of Llama-2-70B has 855,638,016 parameters, 150,994,944 of them in attention.
+        (
+            "meta-llama__Llama-2-70b-hf",
+            {"exclude_modules": [ATTENTION_LEFT]},
+            0.5625 + 1.4375 * 150_994_944 / 855_638_016,
+        ),
+        ("meta-llama__Llama-2-70b-hf", {"exclude_modules": ["model.layers.0.self_attn.q_proj"]}, 0.5625),
+        ("meta-llama__Llama-2-70b-hf", {"exclude_modules": ["model.layers.*.self_attn.q_norm", "lm_head"]}, 0.5625),
+        # One of DeepSeek-V3 has 11,507,269,632; attention 187,105,280, of which the output takes 117,440,512, and the
+        # shared expert 44,040,192.
+        (
+            "deepseek-ai__DeepSeek-V3",
+            {
+                "ignore": [
+                    f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(61) for name in ("q_a", "q_b")
+                ]
+            },
+            0.5625 + 1.4375 * (187_105_280 - 117_440_512) / 11_507_269_632,
+        ),
+        ("deepseek-ai__DeepSeek-V3", {"ignore": [SHARED_LEFT]}, 0.5625 + 1.4375 * 44_040_192 / 11_507_269_632),
+        (
+            "deepseek-ai__DeepSeek-V3",
+            {"modules_to_not_convert": [ATTENTION_LEFT, SHARED_LEFT]},
+            0.5625 + 1.4375 * (11_507_269_632 - 256 * 44_040_192) / 11_507_269_632,
+        ),
+    ],
+)
+def test_modules_that_are_left_in_16_bits_count_as_such(
+    tmp_path: Path, published: str, left: dict[str, object], weight_bytes: float
+) -> None:
+    config = json.loads((FOLDER / f"{published}.json").read_text()) | {"quantization_config": MODELOPT | left}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).weight_bytes == pytest.approx(weight_bytes, rel=1e-12)
+
+
+def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_their_own(tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    beside = tmp_path / "hf_quant_config.json"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    beside.write_text(
+        '{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}'
+    )
+    model = load_model(tmp_path)
+    assert (model.weight_bytes, model.weights, model.kv_bytes) == (1.0, "fp8", 2.0)
+    assert load_model(tmp_path / "config.json") == model
+
+    beside.write_text('{\n"quantization": {"quant_algo": "MIXED_PRECISION"}}')
+    with pytest.raises(
+        DocumentError, match=r"hf_quant_config\.json:2: quantization: modelopt with MIXED_PRECISION bits"
+    ):
+        load_model(tmp_path)
+    beside.write_text("[]")
+    with pytest.raises(DocumentError, match=r"hf_quant_config\.json:1: quantization: is a list, must be a mapping"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert load_model(tmp_path).weights == "fp8"
+
+
 def test_a_folder_with_a_config_is_named_after_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "my-finetune"
     folder.mkdir()

@@ -40,10 +40,15 @@ def split_dtype(dtype: str) -> tuple[str, str]:
     return formats[0], formats[1]
 
 
-def layer_weight_bytes(dtype: str, model: ModelSpec) -> float:
-    """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts."""
-    _, weights = split_dtype(dtype)
-    return experts_weight_bytes(dtype, model) if weights == "mxfp4" else BYTES_PER_PARAMETER[weights]
+def layer_weight_bytes(dtype: str, model: ModelSpec, *, unquantised: float = 0.0) -> float:
+    """Return the mean bytes per parameter of a repeated layer, ``unquantised`` of whose parameters are in the format of
+    activations. ``mxfp4`` quantises only routed experts.
+    """
+    base, weights = split_dtype(dtype)
+    if weights == "mxfp4":
+        return experts_weight_bytes(dtype, model)
+    share = unquantised / model.layer_params()
+    return share * base_bytes(base) + (1.0 - share) * BYTES_PER_PARAMETER[weights]
 
 
 def experts_weight_bytes(dtype: str, model: ModelSpec) -> float:

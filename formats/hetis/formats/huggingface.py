@@ -19,8 +19,12 @@ from hetis.formats.positions import Text
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
+QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
 
-def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> ModelSpec:
+
+def model_from_config(
+    data: dict[str, Any], source: Text, *, name: str, beside: tuple[Any, Text] | None = None
+) -> ModelSpec:  # fmt: skip
     """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
     that are, or says what is not modelled), or fields are missing or impossible.
 
@@ -28,9 +32,11 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
         data: the parsed config.
         source: its text, for positions.
         name: of the model, if the config has no ``_name_or_path``.
+        beside: the `QUANTISATION_FILE` in the same folder, parsed, and its text. The config's own entry goes before it.
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
+    config.quantisation = _quantisation(config, beside)
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
@@ -41,16 +47,38 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
     model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
-    if _quantises_experts_alone(config):
-        return dtypes.with_weight_bytes(model, dtypes.experts_weight_bytes(dtype, model))
-    return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
+    if config.quantisation is None:
+        return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
+    return dtypes.with_weight_bytes(model, _weight_bytes(config.quantisation, model, dtype))
 
 
-def _quantises_experts_alone(config: Config) -> bool:
-    """Return whether attention and shared experts are among what compressed-tensors leaves in 16 bits."""
-    ignored = listed(mapping(config.data.get("quantization_config")).get("ignore"))
-    names = " ".join(name for name in ignored if isinstance(name, str))
-    return "self_attn" in names and "shared_experts" in names
+_WITHOUT = ("ignore", "exclude_modules", "modules_to_not_convert")  # what formats call the modules left in 16 bits
+_ATTENTION = re.compile(r"(self|linear)_attn(\.(?!indexer)\w*proj\w*)?(\.?\*)?$")  # whole, or one of its projections
+
+
+def _weight_bytes(quantisation: Config, model: ModelSpec, dtype: str) -> float:
+    """Return the mean bytes per parameter of a layer, of which attention or shared experts may be left in 16 bits."""
+    listed_names = [listed(quantisation.data.get(key)) for key in _WITHOUT]
+    names = [name for names in listed_names for name in names if isinstance(name, str)]
+    attention = [name for name in names if _ATTENTION.search(name)]
+    shared = [name for name in names if re.search(r"shared_experts?(?!_gate)", name)]
+    moe, left = model.moe, 0.0
+    has_shared = moe is not None and moe.shared_experts > 0
+    if _is_of_most_layers(attention, model):
+        if moe is not None and (not has_shared or _is_of_most_layers(shared, model)):
+            return dtypes.experts_weight_bytes(dtype, model)
+        left += model.attention_params()
+        if all("_proj" in name and "o_proj" not in name for name in attention):  # only what comes before attention
+            left -= model.hidden * model.q_heads * (model.mla.v_head_dim if model.mla else model.head_dim)
+    if moe is not None and _is_of_most_layers(shared, model):
+        left += model.expert_share * moe.shared_experts * model.expert_params()
+    return dtypes.layer_weight_bytes(dtype, model, unquantised=left)
+
+
+def _is_of_most_layers(names: Collection[str], model: ModelSpec) -> bool:
+    """Return whether modules are those of half of the layers at least; a pattern without a number is of all."""
+    numbers = [re.search(r"layers\.(\d+)\.", name) for name in names]
+    return None in numbers or 2 * len({found[1] for found in numbers if found}) >= model.num_layers
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -94,14 +122,30 @@ def _dtype(config: Config, quantised: str | None) -> str:
     return dtype
 
 
+def _quantisation(config: Config, beside: tuple[Any, Text] | None) -> Config | None:
+    """Return what says how weights are quantised, or None if nothing does, or nothing readable."""
+    found = config.data.get("quantization_config")
+    if found is not None:
+        if isinstance(found, dict):
+            return Config(found, config.source, config.problems, (*config.at, "quantization_config"))
+        config.refuse("quantization_config", f"is {shown(found)}, must be a mapping")
+    elif beside is not None:
+        data, source = beside
+        found = data.get("quantization") if isinstance(data, dict) else data
+        if isinstance(found, dict):
+            return Config({"quant_method": "modelopt", **found}, source, config.problems, ("quantization",))
+        config.problems += [
+            *source.problems,
+            source.problem(("quantization",), f"is {shown(found)}, must be a mapping"),
+        ]
+    return None
+
+
 def _quantised(config: Config) -> str | None:
     """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised."""
-    quantisation = config.data.get("quantization_config")
-    if quantisation is None:
+    if config.quantisation is None:
         return None
-    if not isinstance(quantisation, dict):
-        config.refuse("quantization_config", f"is {shown(quantisation)}, must be a mapping")
-        return None
+    quantisation = config.quantisation.data
     method = str(quantisation.get("quant_method", "")).lower()
     bits = quantisation.get("bits", quantisation.get("w_bit", 4))
     by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "fbgemm_fp8": "fp8"}
@@ -124,7 +168,7 @@ def _quantised(config: Config) -> str | None:
     has_bits = method in ("awq", "gptq", "compressed-tensors", "modelopt")
     supported = "fp8, mxfp4, bitsandbytes, modelopt, awq, gptq, compressed-tensors of 4 or 8 bits"
     what = f"{method} with {bits} bits" if has_bits else shown(method)
-    config.refuse("quantization_config", f"{what} is not supported; supported: {supported}")
+    config.quantisation.refuse_all(f"{what} is not supported; supported: {supported}")
     return None
 
 
@@ -141,6 +185,7 @@ class Config:
     problems: list[Problem] = field(default_factory=list)
     at: tuple[str, ...] = ()
     whole_data: dict[str, Any] = field(default_factory=dict)
+    quantisation: Config | None = None
 
     def part(self, name: str) -> Config | None:
         """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
@@ -193,6 +238,9 @@ class Config:
 
     def refuse(self, name: str, message: str) -> None:
         self.problems.append(self.source.problem((*self.at, name), message))
+
+    def refuse_all(self, message: str) -> None:
+        self.problems.append(self.source.problem(self.at, message))
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
