@@ -14,9 +14,10 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hetis.formats.endpoints import STREAM_OPEN
+from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import NEEDED, CallerRole, Identity
+from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
 from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
 from hetis.planner.service.telemetry import JsonLines, TextLines

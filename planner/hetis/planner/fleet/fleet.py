@@ -12,15 +12,16 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
+from hetis.planner.callers import Identity
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
-from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
+from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.link import Fenced, HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
+from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
 
@@ -157,9 +158,7 @@ class LiveFleet:
 
     # Agents.
 
-    async def connect(
-        self, identity: CallerIdentity, requests: AsyncIterator[Request]
-    ) -> AsyncGenerator[Response, None]:
+    async def connect(self, identity: Identity, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
         """Serve one stream until either side ends it. Raises ServiceError as in ``AgentService.ConnectNode``."""
         first = await _first_of(requests)
         name = self._admit(identity, first)
@@ -318,11 +317,12 @@ class LiveFleet:
 
     # Streams.
 
-    def _admit(self, identity: CallerIdentity, first: Request) -> str:
+    def _admit(self, identity: Identity, first: Request) -> str:
         hello = check_hello(first, epoch=self._epoch)
         if not NODE.matches(hello.node):
             raise invalid_field("hello.node", f"must have the form {NODE.text}")
-        identity.require_node(hello.node)
+        if not identity.speaks_for(hello.node):
+            raise wrong_node(identity, hello.node)
         if self._ending is not None:
             raise self._ending
         if cluster_of(hello.node) not in self._clusters:

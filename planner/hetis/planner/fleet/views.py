@@ -73,13 +73,6 @@ class Publishing(Protocol):
         """Return the hub of ``clusters/{cluster}``; to be requested each time."""
 
 
-class CallerIdentity(Protocol):
-    """The identity of a stream's caller."""
-
-    def require_node(self, node: str) -> None:
-        """Check that the caller may speak for this node. Raises WRONG_NODE."""
-
-
 class FleetObserver:
     """An observer that is called in the fleet's loop, must return at once, and by default does nothing."""
 

@@ -281,7 +281,7 @@ def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str
     tx.audit.append(
         AuditedChange(
             caller=caller.name,
-            role=caller.role,
+            role=caller.role or caller.name,  # the planner itself has none of the roles
             method=request.DESCRIPTOR.name.removesuffix("Request"),
             resource=named_in(request, "name", "cluster", "profile", "node") or named_in(answer, *RESOURCES),
             request_id=request.request_id,  # type: ignore[attr-defined]

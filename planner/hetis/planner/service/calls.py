@@ -12,9 +12,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from hetis.formats.endpoints import STREAM_OPEN
+from hetis.planner.callers import ANYBODY, Identity, present_caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import ANYBODY, Identity, caller, is_open, require_role, set_caller
+from hetis.planner.service.access import is_open, require_role
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
 from hetis.planner.service.limits import WRITES, StreamLimits, WriteRates
@@ -201,7 +202,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if is_open(method):  # probes watch to the end
             return await write()
         stream = asyncio.create_task(write())
-        self._streams[stream] = method, context, caller()
+        self._streams[stream] = method, context, present_caller()
         try:
             await stream
         except asyncio.CancelledError:
@@ -261,7 +262,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 DEADLINE_TOO_LONG, checked in this order.
         """
         if is_open(method):
-            set_caller(ANYBODY)
+            set_present_caller(ANYBODY)
             return
         identity = self._authenticator.identify(metadata, context.auth_context())
         record.comes_from(identity)
@@ -272,7 +273,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._require_leader(method)
         if not is_stream:
             require_deadline(method, context.time_remaining())
-        set_caller(identity)
+        set_present_caller(identity)
 
 
 def decoded(decode: Decode, raw: bytes) -> Message:

@@ -16,8 +16,8 @@ import grpc
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
+from hetis.planner.callers import Identity
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.access import Identity
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.store import AuditedChange
 
