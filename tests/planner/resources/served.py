@@ -58,12 +58,9 @@ def document(text: str = CLUSTER, name: str = "fleet.yaml") -> document_pb2.Docu
 def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> LiveNode:
     """Return a node as the fleet sees it; ``given`` fields are not as usual."""
     usual: dict[str, Any] = {
-        "name": "",
         "is_draining": False,
         "devices": (),
         "inventory": None,
-        "agent_version": "",
-        "capabilities": frozenset(),
         "connect_time_s": 5.0,
         "heard_time_s": 6.0,
     }

@@ -53,7 +53,8 @@ ERRORS: dict[str, Exception] = {
     "plans/gpus": ServiceError(
         Reason.ERROR_REASON_INVENTORY_MISMATCH,
         "2 GPUs are missing",
-        metadata={"cluster": "clusters/c", "missing_gpus": "n1/0, n2/3"},
+        metadata={"cluster": "clusters/c", "missing_gpus": 2},
+        violations=[failure_pb2.FieldViolation(field=gpu, description="is not there") for gpu in ("n1/0", "n2/3")],
     ),
     "plans/fields": too_many_violations(),
     "plans/document": single_problem("cluster.yaml", "is empty", line=3),

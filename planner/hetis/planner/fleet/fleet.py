@@ -23,7 +23,7 @@ from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
 from hetis.planner.store import Store
-from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
+from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
 
 Response = agent_service_pb2.ConnectNodeResponse
 MOST_MESSAGES = 1000  # not yet taken by the agent
@@ -234,13 +234,6 @@ class LiveFleet:
         """Return what the planner may do in the cluster; an empty policy has the defaults."""
         found = self._clusters.get(cluster)
         return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
-
-    def activation_progress(self, plan: str) -> plan_pb2.ActivationProgress | None:
-        """Return the progress of an active plan, or None if the plan is not active."""
-        for cluster in self._clusters.values():
-            if cluster.plan is not None and cluster.plan.name == plan:
-                return cluster.progress
-        return None
 
     async def cluster_changed(self, cluster: str) -> None:
         """Read a cluster again whose records were changed by others, and act on the changes."""

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hetis.planner.convert.clusters import BASIC, basic_redispatch, basic_view, cluster_message
-from hetis.planner.convert.names import node_name, timestamp
+from hetis.planner.convert.names import timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.store import PlanRecord
 from hetis.planner.watching import Hub
 from hetis.v1 import (
-    agent_service_pb2,
     cluster_pb2,
     inventory_pb2,
     plan_pb2,
@@ -30,13 +29,10 @@ from hetis.v1 import (
 class LiveNode:
     """A node as reported on its stream. Times are Unix seconds; None: never."""
 
-    name: str  # `clusters/{cluster}/nodes/{node}`
     state: cluster_pb2.NodeState.ValueType
     is_draining: bool  # whether it is to be emptied
     devices: tuple[report_pb2.DeviceReport, ...]  # last report of each GPU
     inventory: inventory_pb2.NodeInventory | None  # what its agent found; None: not known
-    agent_version: str  # empty if no agent was connected since the planner started
-    capabilities: frozenset[agent_service_pb2.AgentCapability.ValueType]
     connect_time_s: float | None
     heard_time_s: float | None
 
@@ -191,13 +187,10 @@ def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) 
     heard_s = cluster.leases.heard_s(node)
     connect_time_s = cluster.connect_time_s.get(node)
     return LiveNode(
-        name=node_name(cluster.name, node),
         state=cluster.leases.state(node),
         is_draining=cluster.is_draining(node),
         devices=() if link is None else link.devices,
         inventory=None if link is None else link.inventory,
-        agent_version="" if link is None else link.agent_version,
-        capabilities=frozenset() if link is None else link.capabilities,
         connect_time_s=connect_time_s,
         heard_time_s=None if heard_s is None or connect_time_s is None else unix_s - (now_s - heard_s),
     )

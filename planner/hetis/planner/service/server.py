@@ -28,13 +28,12 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     to leave removes, so that the others are never told that the planner drains.
     """
 
-    def __init__(self, services: Iterable[str]) -> None:
-        self._services = {"", SERVICE, *services}
+    def __init__(self) -> None:
+        self._services = {"", SERVICE}
         self._is_serving = False
         self._changed = asyncio.Event()
 
     def add(self, services: Iterable[str]) -> None:
-        """Add services to those given before."""
         self._services.update(services)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -126,7 +125,7 @@ class PlannerServer:
         if max_connections is not None:
             options += ((MAX_CONNECTIONS, max_connections),)
         self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
-        self.health = ServiceHealth(())
+        self.health = ServiceHealth()
         self.health.add_to(self._server)
         self._servicings = list(servicings)
 
