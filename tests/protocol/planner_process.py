@@ -17,8 +17,8 @@ from hetis.planner import callers
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.settings import FleetSettings
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.service import statuses
 from hetis.planner.store import Store
 from hetis.v1 import change_pb2, head_map_pb2, redispatch_pb2

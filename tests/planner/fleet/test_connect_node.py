@@ -15,7 +15,7 @@ import pytest
 from hetis.planner import callers
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.resources.shared import Hubs
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.store import Store, Transaction
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import (

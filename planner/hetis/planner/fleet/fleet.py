@@ -18,10 +18,11 @@ from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.link import Fenced, HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
+from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
 
@@ -96,7 +97,7 @@ class LiveFleet:
     def __init__(
         self,
         store: Store,
-        hubs: Publishing,
+        hubs: Hubs,
         *,
         epoch: int,
         settings: FleetSettings,

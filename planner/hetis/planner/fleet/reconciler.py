@@ -17,8 +17,9 @@ from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Contents
-from hetis.planner.fleet.views import Clock, FleetObserver, Publishing
+from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
 from hetis.planner.store import Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
@@ -84,7 +85,7 @@ class Reconciler:
 
     cluster: ClusterFleet  # its ``record`` is None before the first read, and when it is gone
     store: Store
-    hubs: Publishing
+    hubs: Hubs
     contents: PlanContents
     declared: DeclaredFleets
     clock: Clock

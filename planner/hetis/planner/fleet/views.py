@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from hetis.planner.convert.clusters import BASIC, basic_redispatch, basic_view, cluster_message
+from hetis.planner.convert.clusters import basic_redispatch, basic_view
 from hetis.planner.convert.names import timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.store import PlanRecord
-from hetis.planner.watching import Hub
 from hetis.v1 import (
     cluster_pb2,
     inventory_pb2,
@@ -59,16 +59,6 @@ class RunningReplicas(Protocol):
     def replica_view(self, name: str) -> LiveReplica | None: ...
 
 
-class Publishing(Protocol):
-    """The hubs of this leadership term, through which watchers get changes."""
-
-    @property
-    def plans(self) -> Hub[str, plan_pb2.Plan]: ...
-
-    def cluster(self, name: str) -> Hub[tuple[str, str], Any]:
-        """Return the hub of ``clusters/{cluster}``; to be requested each time."""
-
-
 class FleetObserver:
     """An observer that is called in the fleet's loop, must return at once, and by default does nothing."""
 
@@ -97,7 +87,7 @@ class Clock:
         return time.time()
 
 
-def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
+def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
     """Publish everything that has changed since the last time. ``now_s``: Unix time."""
     shown = cluster.take_shown()
     if not shown:
@@ -113,8 +103,7 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
         elif kind == "plan" and cluster.plan is not None and cluster.plan.name == name:
             hubs.plans.publish(name, plan_view(cluster, cluster.plan), now_s=now_s)
         elif kind == "cluster" and cluster.record is not None:
-            message = cluster_message(cluster.record, view=BASIC, num_connected=cluster.leases.num_connected)
-            hub.publish((kind, name), message, now_s=now_s)
+            hubs.publish_cluster(cluster.record, num_connected=cluster.leases.num_connected, now_s=now_s)
     under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
     for kind, name in shown:
         if kind == "redispatch" and name in under_way:
@@ -122,7 +111,7 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
 
 
 def publish_end(
-    cluster: ClusterFleet, hubs: Publishing, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
+    cluster: ClusterFleet, hubs: Hubs, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
 ) -> None:
     """Publish a re-dispatch in its final state; ``ended_s`` is the time in the store."""
     message = basic_redispatch(body)

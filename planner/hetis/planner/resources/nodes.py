@@ -18,9 +18,9 @@ from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode
 from hetis.planner.resources.requests import Tell, change_once, check, read_page_request, require_etag
-from hetis.planner.resources.shared import Hubs, publish_nodes
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup
@@ -389,7 +389,7 @@ class Nodes:
         node = last_part(request.name)
 
         async def tell() -> None:
-            publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())
+            self._hubs.publish_nodes(views.cluster.name, [node], now_s=self._clock())
             await self._fleet.cluster_changed(views.cluster.name)
 
         def change(tx: Transaction) -> tuple[R, Tell | None]:

@@ -16,12 +16,12 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plan_documents import IN_FORCE, SEARCHING, PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import Plans, load_bytes_of
 from hetis.planner.resources.requests import Tell, change_once, check, require_etag
-from hetis.planner.resources.shared import Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, replica_pb2, view_pb2
@@ -138,7 +138,8 @@ class PlanActivation:
         now_s = self._clock()
         for plan in plans:
             self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
-        publish_cluster(self._hubs, self._fleet, cluster, now_s=now_s)
+        num_connected = self._fleet.num_connected(cluster.name)
+        self._hubs.publish_cluster(cluster, num_connected=num_connected, now_s=now_s)
         await self._fleet.cluster_changed(cluster.name)
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:

@@ -19,6 +19,7 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.jobs.messages import (
     CalledOff,
     Crashed,
@@ -44,7 +45,6 @@ from hetis.planner.resources.plan_specs import (
     read_spec,
 )
 from hetis.planner.resources.requests import Checks, Tell, change_once, to_the_end
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.budget import Progress
