@@ -7,8 +7,7 @@ are told what follows from a write once it is stored.
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
 
@@ -35,15 +34,7 @@ class ClusterFleet:
         links, leases: by node id.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        epoch: int,
-        settings: FleetSettings,
-        counters: FleetCounters,
-        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
-    ) -> None:
+    def __init__(self, name: str, *, epoch: int, settings: FleetSettings, counters: FleetCounters) -> None:
         self.name = name  # `clusters/{cluster}`
         self.record: ClusterRecord | None = None  # None if nothing was read yet, or the cluster is gone
         self.plan: PlanRecord | None = None  # the active plan, or None
@@ -66,7 +57,6 @@ class ClusterFleet:
         self.settings = settings
         self.counters = counters
         self._epoch = epoch
-        self._new_id = new_id
         self._replicas_on: dict[str, set[str]] = {}  # names by node id
         self._talking: set[str] = set()  # nodes with messages to send
         self._waiting: set[str] = set()  # nodes with messages to send later
@@ -125,7 +115,6 @@ class ClusterFleet:
                 node_name(self.name, node),
                 epoch=self._epoch,
                 settings=self.settings,
-                new_id=self._new_id,
                 most_held=partial(self._most_held, node),
                 known=None if record is None else record.body,
             )

@@ -41,11 +41,9 @@ NEEDED: dict[str, tuple[CallerRole, ...]] = {
 """The roles of which a caller needs one, by ``/package.Service/Method``."""
 
 CONNECT = "/hetis.v1.AgentService/ConnectNode"
-OPEN_SERVICES = (
-    "grpc.health.v1.Health",
-    "grpc.reflection.v1.ServerReflection",
-    "grpc.reflection.v1alpha.ServerReflection",
-)
+HEALTH_SERVICE = "grpc.health.v1.Health"
+REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+OPEN_SERVICES = (HEALTH_SERVICE, *REFLECTION_SERVICES)
 """Services for probes and tools: anybody may call them, without a deadline. They reveal nothing that is not published.
 """
 

@@ -14,10 +14,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from hetis.planner.service.access import HEALTH_SERVICE, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.settings import is_socket_path, join_address, split_address
 
-SERVICE = "grpc.health.v1.Health"
 Status = Any  # health_pb2 has no types
 
 
@@ -29,7 +29,7 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._services = {"", SERVICE}
+        self._services = {"", HEALTH_SERVICE}
         self._is_serving = False
         self._changed = asyncio.Event()
 
@@ -152,7 +152,7 @@ class PlannerServer:
         for servicing in self._servicings:
             servicing.add(servicing.servicer, self._server)
         self.health.add(names)
-        add_reflection([*names, SERVICE], self._server)
+        add_reflection([*names, HEALTH_SERVICE], self._server)
         await self._server.start()
         self.health.serve(True)
 
@@ -209,9 +209,6 @@ def _error_of(
     except OSError as error:
         return error
     return None
-
-
-REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:

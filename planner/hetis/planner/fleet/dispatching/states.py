@@ -12,7 +12,7 @@ import asyncio
 import base64
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 from hetis.planner.convert.stages import stage_from_proto
@@ -43,8 +43,8 @@ _STATE = "/dispatchState"
 class DispatchStates:
     """One dispatch state per replica. Belongs to one event loop."""
 
-    def __init__(self, replicas: RunningReplicas, *, make_id: Callable[[], str] = lambda: str(uuid.uuid4())) -> None:
-        self._replicas, self._make_id = replicas, make_id
+    def __init__(self, replicas: RunningReplicas) -> None:
+        self._replicas = replicas
         self._states: dict[str, ReplicaDispatch] = {}  # by replica
         self._warming: asyncio.Task[None] | None = None  # loads the kernels; None: nobody needed them yet
 
@@ -145,9 +145,9 @@ class DispatchStates:
             raise invalid_field("dispatch_state.name", f"{replica.name} has no stages to dispatch: it is {what}")
         terms = {(stage.stage, stage.copy): stage_from_proto(stage) for stage in replica.stages}
         if sum(len(one.requests) for one in state.head_maps) <= MOST_DECLARED_IN_LOOP:
-            made = declared(state, terms, self._make_id())
+            made = declared(state, terms, str(uuid.uuid4()))
         else:
-            made = await asyncio.to_thread(declared, state, terms, self._make_id())
+            made = await asyncio.to_thread(declared, state, terms, str(uuid.uuid4()))
             replica = self._replica(replica.name)
             _require_generation(state, replica)
         made.follow(replica.conditions, replica.generation)
