@@ -273,7 +273,8 @@ class ClusterFleet:
         for saving in writes.redispatches:
             self.changes.saved(saving)
         if kept.plan is not None:
-            self._take_plan(kept.plan)
+            self.plan = kept.plan
+            self.show("plan", kept.plan.name)
 
     def _take_replica(self, write: ReplicaWrite, record: ReplicaRecord | None) -> None:
         replica = self.replicas.get(write.name)
@@ -324,10 +325,6 @@ class ClusterFleet:
         self.show("replica", name)
         self.dirty.discard(name)
         self.decide_all = True
-
-    def _take_plan(self, record: PlanRecord) -> None:
-        self.plan = record
-        self.show("plan", record.name)
 
     def note_progress(self, progress: plan_pb2.ActivationProgress) -> None:
         if self.plan is not None and progress != self.progress:

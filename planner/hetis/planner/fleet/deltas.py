@@ -91,7 +91,7 @@ class ReplicaSlot:
     ``most_held`` returns the highest generation that the node can have reached.
     """
 
-    def __init__(self, replica: str, most_held: Callable[[], int] = lambda: MOST_GENERATION) -> None:
+    def __init__(self, replica: str, most_held: Callable[[], int]) -> None:
         self.replica = replica
         self.held = 0  # generation that the node holds, as last reported; 0: nothing
         # Whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.

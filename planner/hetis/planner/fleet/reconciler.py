@@ -35,17 +35,19 @@ class PlanContents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()
+        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()  # by digest: names of deleted plans come again
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas. A plan's document never changes, so parsed plans can be kept."""
-        found = self._parsed.get(plan)
+        record = await self._store.read(lambda tx: tx.plans.get(plan))
+        digest = "" if record is None else record.body.result.document.digest
+        found = self._parsed.get(digest)
         if found is None:
             document = await self._store.read(lambda tx: tx.plan_documents.get(plan))
             found = None if document is None else await asyncio.to_thread(_parse, plan, document)
             if found is None:
                 return [None] * len(indices)
-            self._parsed[plan] = found
+            self._parsed[digest] = found
             if len(self._parsed) > _KEPT:
                 self._parsed.popitem(last=False)
         return await asyncio.to_thread(_contents, found, plan, indices)

@@ -13,11 +13,9 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
-from hetis.planner.store import PlanRecord
 from hetis.v1 import (
     cluster_pb2,
     inventory_pb2,
-    plan_pb2,
     redispatch_pb2,
     replica_pb2,
     report_pb2,
@@ -101,7 +99,9 @@ def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
             replica = cluster.replicas.get(name)
             hub.publish((kind, name), None if replica is None else replica_view(cluster, replica), now_s=now_s)
         elif kind == "plan" and cluster.plan is not None and cluster.plan.name == name:
-            hubs.plans.publish(name, plan_view(cluster, cluster.plan), now_s=now_s)
+            plan = basic_view(cluster.plan)
+            plan.activation_progress.CopyFrom(cluster.progress)
+            hubs.plans.publish(name, plan, now_s=now_s)
         elif kind == "cluster" and cluster.record is not None:
             hubs.publish_cluster(cluster.record, num_connected=cluster.leases.num_connected, now_s=now_s)
     under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
@@ -118,13 +118,6 @@ def publish_end(
     if not message.HasField("end_time"):
         message.end_time.CopyFrom(timestamp(ended_s))
     hubs.cluster(cluster.name).publish(("redispatch", body.name), message, now_s=now_s)
-
-
-def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
-    """Return the active plan in the view BASIC, with its current progress."""
-    plan = basic_view(record)
-    plan.activation_progress.CopyFrom(cluster.progress)
-    return plan
 
 
 def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica:

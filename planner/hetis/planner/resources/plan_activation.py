@@ -19,7 +19,7 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_documents import IN_FORCE, PlanDocuments, plan_state, require_gpus
-from hetis.planner.resources.plans import load_bytes_of
+from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
 from hetis.planner.resources.requests import Tell, change_once, check, require_etag
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -27,8 +27,6 @@ from hetis.v1 import plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
 R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
-
-_MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 
 
 @dataclass(slots=True, eq=False)
@@ -209,7 +207,7 @@ def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
 def _answer(response: type[R], change: ChangedPlans) -> R:
     """Return the answer, without the devices of the last steps if it would be too large."""
     answer = response(plan=basic_view(change.plans[0]), steps=change.steps)
-    too_many_bytes = answer.ByteSize() - _MOST_BYTES
+    too_many_bytes = answer.ByteSize() - MOST_BYTES
     for step in reversed(answer.steps):
         if too_many_bytes <= 0:
             break

@@ -246,11 +246,11 @@ class Calls(grpc.aio.ServerInterceptor):
             if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
                 code = grpc.StatusCode.UNIMPLEMENTED  # raised by generated code for methods that a servicer lacks
                 await context.abort(code, f"{method} is not implemented")
-            status = _status(error, record)
+            meant = _meant(error, record)
             if method in WRITES and record.caller and record.reason not in NOT_KEPT:
                 self._on_refusal(record.refused_change())
-            code = statuses.code_of(status)
-            await statuses.abort(context, status)
+            code = meant.code
+            await statuses.abort(context, statuses.to_status(meant))
         finally:
             record.end(code, self._telemetry.metrics)
 
@@ -284,7 +284,8 @@ def decoded(decode: Decode, raw: bytes) -> Message:
         raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, f"the request cannot be read: {error}") from None
 
 
-def _status(error: Exception, record: CallRecord) -> statuses.Status:
+def _meant(error: Exception, record: CallRecord) -> ServiceError:
+    """Return the error for the caller, and note it; a bug is logged, and becomes an incident."""
     meant = statuses.as_service_error(error)
     if meant is None:
         incident_id = secrets.token_hex(6)
@@ -295,7 +296,7 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
         )
         meant = statuses.incident(incident_id)
     record.failed(meant)
-    return statuses.to_status(meant)
+    return meant
 
 
 def _code_set(context: Context) -> grpc.StatusCode | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any, Never, cast
 from urllib.parse import quote
 
-import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -70,10 +69,6 @@ def to_status(error: ServiceError) -> Status:
     for detail in _details(error, status.message):
         status.details.add().Pack(detail)
     return status
-
-
-def code_of(status: Status) -> grpc.StatusCode:
-    return next(code for code in grpc.StatusCode if code.value[0] == status.code)
 
 
 async def abort(context: Any, status: Status) -> Never:

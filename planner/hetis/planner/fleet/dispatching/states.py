@@ -21,10 +21,9 @@ from hetis.planner.fleet.dispatching.messages import (
     check_batch,
     check_step,
     declared,
-    growth_violations,
     names_violations,
-    newcomer_violations,
     placement_to_proto,
+    request_violations,
 )
 from hetis.planner.fleet.dispatching.replica import BatchAdmission, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
@@ -67,7 +66,7 @@ class DispatchStates:
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
-        check_batch(len(request.requests), newcomer_violations("requests", request.requests))
+        check_batch(len(request.requests), request_violations("requests", request.requests, "growth_tokens"))
         admitted = await self._admitted(request.parent, state, request.requests, keep=not request.validate_only)
         return pb2.AdmitRequestsResponse(
             placements=_placements(state, request.requests, admitted),
@@ -104,16 +103,14 @@ class DispatchStates:
         return admitted
 
     def finish(self, request: pb2.FinishRequestsRequest) -> pb2.FinishRequestsResponse:
-        """Answer `FinishRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), names_violations("requests", request.requests))
         state.finish(request.requests)
         return pb2.FinishRequestsResponse()
 
     def grow(self, request: pb2.GrowRequestsRequest) -> pb2.GrowRequestsResponse:
-        """Answer `GrowRequests`."""
         state = self._state(request.parent, request.state_id)
-        check_batch(len(request.requests), growth_violations("requests", request.requests))
+        check_batch(len(request.requests), request_violations("requests", request.requests, "remaining_tokens"))
         return pb2.GrowRequestsResponse(stalled=state.grow(request.requests))
 
     def get(self, request: pb2.GetDispatchStateRequest) -> pb2.GetDispatchStateResponse:
@@ -134,7 +131,6 @@ class DispatchStates:
         return pb2.GetDispatchStateResponse(dispatch_state=answer, next_page_token=token)
 
     async def update(self, request: pb2.UpdateDispatchStateRequest) -> pb2.UpdateDispatchStateResponse:
-        """Answer `UpdateDispatchState`."""
         if wrong := [path for path in request.update_mask.paths if path not in ("head_maps", "*")]:
             raise invalid_field("update_mask", f"{wrong[0]} cannot be changed, only head_maps can")
         state = request.dispatch_state
