@@ -277,8 +277,6 @@ class LeaderChannel(_AnyLeaderChannel):
             return self._channels[endpoint]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """Return the callable for a unary method."""
-
         def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
             request = prepared_request(request)
             attempts = attempts_of(self.leaders, method, request, timeout)
@@ -320,8 +318,6 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
         return aio.Metadata(*super().metadata(given))
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """Return the callable for a unary method."""
-
         async def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
             request = prepared_request(request)
             attempts = attempts_of(self.leaders, method, request, timeout)

@@ -155,7 +155,6 @@ class ClusterFleet:
             raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node})
 
     def close(self, node: str, session: str) -> None:
-        """Note that a stream ended."""
         if self.links[node].close(session) and self.leases.disconnect(node):
             self.note_presence([node])
 
@@ -303,7 +302,6 @@ class ClusterFleet:
             self._talking.add(node)
 
     def remove(self, replica: Replica) -> None:
-        """Tell all its nodes to remove the replica."""
         for node in replica.nodes:
             self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains it any more"))
             self._talking.add(node)
@@ -630,7 +628,6 @@ class ClusterChanges:
                 self.tell(change)
 
     def answered(self, node: str, answer: DeltaAnswer, *, now_s: float) -> None:
-        """Take a node's answer to a directive."""
         change = self.under_way.get(answer.change_id)
         if change is not None:
             change.answered(node, answer.kind, answer.failure, now_s=now_s)

@@ -388,7 +388,6 @@ class NodeLink:
         self._head_maps.pop(request_id, None)
 
     def say_goodbye(self, reason: str) -> None:
-        """Say goodbye with the next `messages`."""
         goodbye = agent_service_pb2.Goodbye(reason=reason, reconnect_within=duration(self._settings.reconnect_s))
         self._outbox.append(Response(epoch=self._epoch, goodbye=goodbye))
 

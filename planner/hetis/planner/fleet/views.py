@@ -74,14 +74,12 @@ class FleetObserver:
 
 
 class Clock:
-    """The machine's clocks."""
+    """The machine's clocks: monotonic seconds, and Unix seconds."""
 
     def monotonic(self) -> float:
-        """Return monotonic seconds."""
         return time.monotonic()
 
     def time(self) -> float:
-        """Return Unix seconds."""
         return time.time()
 
 

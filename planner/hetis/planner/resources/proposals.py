@@ -136,7 +136,6 @@ class PlacementProposals(FleetObserver):
     # --- due work
 
     async def run(self) -> None:
-        """Run until cancelled."""
         while True:
             wait_s = await self.step()
             self._wake.clear()

@@ -49,7 +49,6 @@ class AuditRefusals:
         self._came.set()
 
     async def run(self) -> None:
-        """Run until cancelled."""
         while True:
             wait_s = await self.step()
             self._came.clear()

@@ -147,7 +147,6 @@ class PlannerServer:
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)
 
     async def start(self) -> None:
-        """Begin to answer."""
         names = [servicing.service for servicing in self._servicings]
         for servicing in self._servicings:
             servicing.add(servicing.servicer, self._server)
@@ -201,7 +200,6 @@ def _must_be_free(address: str) -> None:
 def _error_of(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
 ) -> OSError | None:
-    """Return the error of binding an address, or None."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

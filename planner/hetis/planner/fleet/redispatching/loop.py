@@ -83,7 +83,6 @@ class RedispatchLoop(FleetObserver):
     # --- due work
 
     async def run(self) -> None:
-        """Run until cancelled."""
         looks = set[asyncio.Task[None]]()
 
         def has_looked(look: asyncio.Task[None]) -> None:
