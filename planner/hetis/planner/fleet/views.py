@@ -13,6 +13,7 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
+from hetis.solver.cluster import node_of
 from hetis.v1 import (
     cluster_pb2,
     inventory_pb2,
@@ -197,7 +198,7 @@ def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
         fullest = dict[str, float]()
         for stage in replica.report.stages:
             for load in stage.devices:
-                if load.total_blocks and load.device not in seen and _is_there(cluster, load.device.partition("/")[0]):
+                if load.total_blocks and load.device not in seen and _is_there(cluster, node_of(load.device)):
                     share = load.used_blocks / load.total_blocks
                     fullest[load.device] = max(fullest.get(load.device, 0.0), share)
         yield from fullest.items()

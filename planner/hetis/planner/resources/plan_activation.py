@@ -302,7 +302,7 @@ def _engine_identity(shape: replica_pb2.ReplicaPlan) -> bytes:
 
 
 def _unused_name(cluster: str, plan: str, index: int, used: set[str]) -> str:
-    first = f"{cluster}/replicas/{plan.rpartition('/')[2]}-{index}"
+    first = f"{cluster}/replicas/{names.last_part(plan)}-{index}"
     name, again = first, 1
     while name in used:
         again += 1

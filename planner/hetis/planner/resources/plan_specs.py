@@ -21,7 +21,7 @@ from hetis.planner.resources.requests import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.place import PLACES, PlacementSettings
-from hetis.planner.use_cases.precision import in_precision
+from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
 from hetis.profiler.defaults import default_profile
@@ -101,10 +101,6 @@ def choose_profiles(
     return newest | chosen
 
 
-def gpu_types_of(cluster: Cluster) -> list[str]:
-    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))
-
-
 def pose(
     read: ReadSpec,
     record: ClusterRecord,
@@ -122,8 +118,8 @@ def pose(
     by_gpu = {
         gpu: (profiles[gpu].name, documents.read_document(profiles[gpu].body.document, Profile))
         if gpu in profiles
-        else default_profile(cluster.gpu_types[gpu])
-        for gpu in gpu_types_of(cluster)
+        else default_profile(gpu_type)
+        for gpu, gpu_type in gpu_types_of(cluster).items()
     }
     origin = f"{record.name} {etag_of(record)}"
     if left_out:
