@@ -160,8 +160,8 @@ class ClusterFleet:
 
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
-    ) -> list[HeadMapsRead | Fenced]:
-        """Handle a message, return events that concern others too. Raises ServiceError if the stream must end."""
+    ) -> list[HeadMapsRead]:
+        """Handle a message; return what others wait for. Raises ServiceError if the stream must end."""
         link = self.links[node]
         if link.session != session:
             message = f"another stream of node {node} began"
@@ -169,7 +169,7 @@ class ClusterFleet:
         self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
-        returned: list[HeadMapsRead | Fenced] = []
+        read: list[HeadMapsRead] = []
         found = link.receive(request, now_s=now_s)
         if not found and request.WhichOneof("message") == "report":
             self.counters.reports_dropped += 1
@@ -185,12 +185,18 @@ class ClusterFleet:
                     self._must_reassign(event.replica)
                 case change_pb2.ChangeStatus():
                     self.changes.hear(node, event)
-                case _:
-                    returned.append(event)
+                case HeadMapsRead():
+                    read.append(event)
+                case Fenced():
+                    raise ServiceError(
+                        Reason.ERROR_REASON_STALE_EPOCH,
+                        f"the agent has obeyed epoch {event.newest_epoch}, this planner's is {self._epoch}",
+                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
+                    )
         self._count_ignored(link)
         if link.has_more:
             self._talking.add(node)
-        return returned
+        return read
 
     def pass_time(self, now_s: float) -> None:
         """Expire leases and deadlines, and schedule what should be sent again."""

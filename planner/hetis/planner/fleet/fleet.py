@@ -19,7 +19,7 @@ from hetis.planner.failures import Reason, ServiceError, invalid_field, not_foun
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.fleet.link import Fenced, HeadMaps, HeadMapsRead, check_hello
+from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
@@ -338,17 +338,9 @@ class LiveFleet:
             stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be taken; see the log"))
 
     def _receive(self, cluster: ClusterFleet, node: str, stream: Stream, request: Request) -> None:
-        found = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
-        for event in found:
-            match event:
-                case HeadMapsRead():
-                    self._answer_reading(event)
-                case Fenced():
-                    raise ServiceError(
-                        Reason.ERROR_REASON_STALE_EPOCH,
-                        f"the agent has obeyed epoch {event.newest_epoch}, this planner's is {self._epoch}",
-                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
-                    )
+        read = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
+        for event in read:
+            self._answer_reading(event)
         self._after(cluster)
 
     def _close(self, cluster: ClusterFleet, node: str, name: str, stream: Stream) -> None:
