@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Contents
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import Store, Transaction
 from hetis.v1 import document_pb2, stage_pb2
 from tests.planner.fleet.samples import (

@@ -13,12 +13,13 @@ from typing import Any
 
 import grpc
 
+from hetis.planner import callers
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.settings import FleetSettings
-from hetis.planner.resources.shared import Hubs
-from hetis.planner.service import access, statuses
+from hetis.planner.service import statuses
 from hetis.planner.store import Store
 from hetis.v1 import change_pb2, head_map_pb2, redispatch_pb2
 from hetis.v1.agent_service_pb2_grpc import AgentServiceServicer, add_AgentServiceServicer_to_server
@@ -44,7 +45,7 @@ class _Servicer(AgentServiceServicer):
 
     async def ConnectNode(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         try:
-            async for response in self._fleet.connect(access.ANYBODY, request_iterator):
+            async for response in self._fleet.connect(callers.ANYBODY, request_iterator):
                 yield response
         except ServiceError as error:
             await statuses.abort(context, statuses.to_status(error))

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hetis.planner import callers
 from hetis.planner.client import Client
 from hetis.planner.failures import ServiceError
-from hetis.planner.service import access
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1 import agent_service_pb2 as pb
@@ -118,7 +118,7 @@ def test_the_fleet_takes_or_refuses_whatever_an_agent_says(world: World, errors:
             while (request := await requests.get()) is not None:
                 yield request
 
-        responses = fleet.connect(access.ANYBODY, stream())
+        responses = fleet.connect(callers.ANYBODY, stream())
         try:
             async for response in responses:
                 nonce = response.delta.nonce

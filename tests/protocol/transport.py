@@ -17,9 +17,10 @@ import grpc
 from grpc_status import rpc_status
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch
+from hetis.planner import callers
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.service import access, statuses
+from hetis.planner.service import statuses
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 
 LATENCY_S = 0.002
@@ -221,7 +222,7 @@ class Wire:
     async def _serve(self, fleet: LiveFleet) -> None:
         error: ServiceError | None = None
         try:
-            async with aclosing(fleet.connect(access.ANYBODY, self._requests())) as responses:
+            async with aclosing(fleet.connect(callers.ANYBODY, self._requests())) as responses:
                 async for response in responses:
                     if self.planner_stands:
                         self.carry(Way.DOWN, response)

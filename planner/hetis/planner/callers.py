@@ -1,35 +1,73 @@
-"""The present caller: the one whose call is being answered, or the planner itself."""
+"""Callers: who they are, which roles they have, and whose call is being answered."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class CallerRole(StrEnum):
+    """A role of credentials. AGENT stands apart: its own node's stream, and dispatch."""
+
+    VIEWER = "viewer"
+    ORCHESTRATOR = "orchestrator"
+    ADMIN = "admin"
+    AGENT = "agent"
+
+    @property
+    def includes(self) -> frozenset[CallerRole]:
+        """The role itself and the roles that it implies."""
+        if self is CallerRole.AGENT:
+            return frozenset({self})
+        ranked = (CallerRole.VIEWER, CallerRole.ORCHESTRATOR, CallerRole.ADMIN)
+        return frozenset(ranked[: ranked.index(self) + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Somebody who changes things.
+class Identity:
+    """A caller."""
 
-    Attributes:
-        name: of a token or a certificate; quotas count by it.
-        role: of the credentials.
-    """
+    name: str  # of a token or a certificate; quotas count by it
+    roles: frozenset[CallerRole]  # those granted, with all that they imply
+    # For agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any of its nodes) of the
+    # credentials; None for any node, which only a planner without credentials grants
+    scope: str | None = None
 
-    name: str
-    role: str
+    @property
+    def role(self) -> str:
+        """The roles that no other one implies, as text."""
+        implied = {lower for role in self.roles for lower in role.includes if lower is not role}
+        return ", ".join(sorted(self.roles - implied))
+
+    def speaks_for(self, node: str) -> bool:
+        """Return whether the caller may act as the agent of a node."""
+        if CallerRole.AGENT not in self.roles:
+            return False
+        return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")
+
+    def covers(self, other: Identity) -> bool:
+        """Return whether the caller may do everything that the other may."""
+        if not other.roles <= self.roles:
+            return False
+        if CallerRole.AGENT not in other.roles or self.scope in (None, other.scope):
+            return True
+        return other.scope is not None and other.scope.startswith(f"{self.scope}/nodes/")
 
 
-PLANNER = Caller(name="planner", role="planner")
-"""The planner itself: proposals, and work resumed after a restart."""
+ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
+"""Every caller of a planner that asks for no credentials, which listens on loopback only."""
+PLANNER = Identity(name="planner", roles=frozenset())
+"""The planner itself, whose work nobody calls for: proposals, and what is resumed after a restart."""
 
-_present: ContextVar[Caller] = ContextVar("hetis_present_caller", default=PLANNER)
+_caller: ContextVar[Identity] = ContextVar("hetis_caller", default=PLANNER)
 
 
-def present_caller() -> Caller:
+def present_caller() -> Identity:
     """Return the caller on whose behalf this task works."""
-    return _present.get()
+    return _caller.get()
 
 
-def set_present_caller(caller: Caller) -> None:
-    """Set the caller for the rest of this task, and for the tasks it starts."""
-    _present.set(caller)
+def set_present_caller(caller: Identity) -> None:
+    """Set the caller for the rest of this task, which is one call, and for the tasks that it starts."""
+    _caller.set(caller)

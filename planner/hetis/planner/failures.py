@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import grpc
 
 from hetis.formats.errors import DocumentError
+from hetis.planner.callers import Identity
 from hetis.solver.errors import HetisError
 from hetis.v1 import failure_pb2
 from hetis.v1.statuses import CODE_OF_REASON, REASON_PREFIX
@@ -84,6 +85,12 @@ def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry
         metadata={"caller": caller, "quota": quota, "limit": f"{limit:g}"},
         retry_after_s=retry_after_s,
     )
+
+
+def wrong_node(caller: Identity, node: str) -> ServiceError:
+    """Return the error of a caller that may not act as the agent of a node."""
+    message = f"the credentials {caller.name} are of {caller.scope or 'no node'}, not of {node}"
+    return ServiceError(Reason.ERROR_REASON_WRONG_NODE, message, metadata={"node": node})
 
 
 def invalid_fields(violations: Iterable[failure_pb2.FieldViolation]) -> ServiceError:

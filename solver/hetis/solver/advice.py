@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -181,14 +181,23 @@ def without(cluster: Cluster, names: Iterable[str]) -> Cluster:
     Raises:
         InvalidProblemError: some nodes do not exist (one message names all), or no node is left.
     """
-    gone = set(names)
-    groups = tuple(left for group in cluster.node_groups for left in _left_of(group, gone))
+    given = set(names)
     known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
-    if unknown := sorted(gone - known):
+    if unknown := sorted(given - known):
         raise InvalidProblemError(f"cluster {cluster.name} has no node {', '.join(unknown)}")
-    if not groups:
+    whole = [group for group in cluster.node_groups if group.name in given]
+    left = without_nodes(cluster, given.union(group.node_name(i) for group in whole for i in range(group.count)))
+    if not left.node_groups:
         raise InvalidProblemError(f"cluster {cluster.name} has no node left")
-    return replace(cluster, node_groups=groups, network=_network_of(cluster.network, groups))
+    return left
+
+
+def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
+    """Return the fleet without these nodes; the others keep their names and their links."""
+    if not nodes:
+        return cluster
+    groups = tuple(left for group in cluster.node_groups for left in _left_of(group, nodes))
+    return replace(cluster, node_groups=groups, network=network_between(cluster.network, groups))
 
 
 def node_names(cluster: Cluster) -> Iterator[str]:
@@ -197,21 +206,18 @@ def node_names(cluster: Cluster) -> Iterator[str]:
         yield from (group.node_name(i) for i in range(group.count))
 
 
-def _left_of(group: NodeGroup, gone: set[str]) -> Iterator[NodeGroup]:
-    """Yield the rest of a group: itself with fewer nodes if only its last ones went, otherwise its nodes one by one."""
-    if group.name in gone:
-        return
+def _left_of(group: NodeGroup, gone: Collection[str]) -> Iterator[NodeGroup]:
+    """Yield the rest of a group, which counts from 0 without gaps: nodes after the first gap stand alone."""
     left = [i for i in range(group.count) if group.node_name(i) not in gone]
-    if left == list(range(len(left))):
-        if left:
-            yield replace(group, count=len(left))
-        return
-    for i in left:
+    num_first = next((number for number, i in enumerate(left) if number != i), len(left))
+    if num_first:
+        yield replace(group, count=num_first)
+    for i in left[num_first:]:
         yield group.node(i)
 
 
-def _network_of(network: Network, groups: Sequence[NodeGroup]) -> Network:
-    """Return the network with links between remaining zones and nodes only."""
+def network_between(network: Network, groups: Sequence[NodeGroup]) -> Network:
+    """Return the network with links between the zones and nodes of these groups only."""
     zones = {group.zone for group in groups}
     nodes = {group.node_name(i) for group in groups for i in range(group.count)} if network.between_nodes else set()
     return replace(

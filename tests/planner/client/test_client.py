@@ -177,7 +177,6 @@ def test_errors_bring_their_details(planner: FakePlanner) -> None:
             ("cluster.document#nodes[2].gpus[0].type", "fleet.yaml:12: unknown"),
             ("cluster_id", "long"),
         ]
-        assert not error.is_conflict
         assert not error.is_unreachable
 
 
@@ -331,7 +330,7 @@ def test_details_that_cannot_be_read_do_no_harm(planner: FakePlanner) -> None:
     planner.fail = fail
     with Client(planner.address) as client, pytest.raises(CallError, match="with a broken tail") as caught:
         client.plans.GetPlan(GET)
-    assert (caught.value.reason, caught.value.is_conflict) == ("", True)
+    assert (caught.value.reason, caught.value.code) == ("", grpc.StatusCode.ABORTED)
 
 
 def test_the_base_install_is_enough_for_the_client() -> None:

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import grpc
 import pytest
 
+from hetis.planner.callers import CallerRole, Identity, set_present_caller
 from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError, Client
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
-from hetis.planner.service.access import CallerRole, Identity, set_caller
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
@@ -88,7 +88,7 @@ def called_by(identity: Identity, method: Callable[[Request, Any], Awaitable[Ans
     """Return the answer as the service computes it, with the caller known only in the call's task."""
 
     async def call() -> Answer:
-        set_caller(identity)
+        set_present_caller(identity)
         return await method(request, None)
 
     return asyncio.run(call())
@@ -253,7 +253,7 @@ def answers_to(service: Servicing, identity: Identity) -> pb2.DispatchRequestsRe
         async def requests() -> AsyncIterator[pb2.DispatchRequestsRequest]:
             yield pb2.DispatchRequestsRequest(sequence=7, parent=REPLICA)
 
-        set_caller(identity)
+        set_present_caller(identity)
         context: Any = None
         return await anext(aiter(service.servicer.DispatchRequests(requests(), context)))
 

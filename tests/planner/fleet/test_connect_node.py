@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
+from hetis.planner import callers
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.resources.shared import Hubs
-from hetis.planner.service import access
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.store import Store, Transaction
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import (
@@ -53,7 +53,7 @@ class _Clock:
 class _Servicer(agent_service_pb2_grpc.AgentServiceServicer):
     """The servicer as behind the interceptor: callers are set, and errors become a status with their reason."""
 
-    def __init__(self, fleet: LiveFleet, who: access.Identity) -> None:
+    def __init__(self, fleet: LiveFleet, who: callers.Identity) -> None:
         self._fleet, self._who = fleet, who
 
     async def ConnectNode(self, request_iterator, context):  # type: ignore[no-untyped-def] # noqa: N802
@@ -109,7 +109,7 @@ class LiveAgent:
 
 @asynccontextmanager
 async def planner(
-    who: access.Identity = access.ANYBODY, store: Any = None, epoch: int = 1
+    who: callers.Identity = callers.ANYBODY, store: Any = None, epoch: int = 1
 ) -> AsyncIterator[tuple[LiveFleet, agent_service_pb2_grpc.AgentServiceAsyncStub, Any, Hubs]]:
     store = store or store_with_plan(cluster_document())
     hubs = Hubs(epoch)
@@ -273,7 +273,7 @@ def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
 
 
 def test_an_agent_may_speak_for_its_own_node_only() -> None:
-    who = access.Identity(name="b", roles=frozenset({access.CallerRole.AGENT}), scope=f"{CLUSTER}/nodes/b")
+    who = callers.Identity(name="b", roles=frozenset({callers.CallerRole.AGENT}), scope=f"{CLUSTER}/nodes/b")
 
     async def body() -> None:
         async with planner(who) as (_, stub, _, _):
@@ -369,7 +369,7 @@ def test_a_planner_that_goes_waits_for_agents_that_are_slow_to_take_the_goodbye(
                 yield ModelAgent("a", Engines()).hello()
                 await asyncio.Event().wait()
 
-            stream = fleet.connect(access.ANYBODY, requests())
+            stream = fleet.connect(callers.ANYBODY, requests())
             assert (await anext(stream)).WhichOneof("message") == "welcome"
             stopping = asyncio.create_task(fleet.stop("an upgrade"))
             await asyncio.sleep(0.05)

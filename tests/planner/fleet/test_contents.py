@@ -10,11 +10,12 @@ import pytest
 
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet.reconciler import PlanContents
+from hetis.planner.fleet.replica import Contents
 from hetis.planner.use_cases.dispatch import load_stage_of_plan
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from tests.planner.command_line import invoke
 from tests.planner.fleet.memory_store import MemoryStore
-from tests.planner.fleet.samples import PLAN
+from tests.planner.fleet.samples import PLAN, plan_record
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -49,6 +50,24 @@ def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
         np.testing.assert_array_equal((one * heads).max(axis=1), (other * heads).max(axis=1))
     np.testing.assert_array_equal(first.stage.transfer_byte_s, stage.transfer_byte_s)
     np.testing.assert_array_equal(first.link_byte_s, expected.saved.move_byte_s())
+
+
+def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_contents(plan_file: str) -> None:
+    store = MemoryStore()
+    contents = PlanContents(store)  # type: ignore[arg-type]
+
+    async def contents_of(document: bytes, digest: str) -> Contents | None:
+        made = plan_record()
+        made.body.result.document.digest = digest
+        store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = made, document
+        return (await contents.of(PLAN, [0]))[0]
+
+    async def story() -> None:
+        assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
+        assert await contents_of(b"{}", "two") is None
+        assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
+
+    asyncio.run(story())
 
 
 def test_a_plan_that_is_gone_or_cannot_be_read_has_no_contents() -> None:

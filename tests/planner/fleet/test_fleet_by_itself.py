@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+from hetis.planner import callers
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.link import Request, Response
-from hetis.planner.resources.shared import Hubs
-from hetis.planner.service import access
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, cluster_pb2, redispatch_pb2
@@ -96,7 +96,7 @@ async def stream(fleet: LiveFleet, *messages: Request) -> AsyncIterator[list[Res
         await asyncio.Event().wait()
 
     async def listen() -> None:
-        async for message in fleet.connect(access.ANYBODY, requests()):
+        async for message in fleet.connect(callers.ANYBODY, requests()):
             sent.append(message)
 
     task = asyncio.create_task(listen())
@@ -275,7 +275,7 @@ def test_no_message_of_an_agent_is_larger_than_a_mebibyte() -> None:
 
         for messages in ((large,), (hello, Request(report=pb.NodeReport(), sequence=1, head_map=_large_piece()))):
             with pytest.raises(ServiceError) as caught:
-                async for _ in fleet.connect(access.ANYBODY, requests(*messages)):
+                async for _ in fleet.connect(callers.ANYBODY, requests(*messages)):
                     pass
             assert caught.value.reason_name == "MESSAGE_TOO_LARGE"
         await fleet.stop("the test is over")

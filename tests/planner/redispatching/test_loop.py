@@ -14,9 +14,9 @@ from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.link import HeadMaps
-from hetis.planner.fleet.proposals import PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.views import FleetObserver
+from hetis.planner.resources.proposals import PlacementProposals
 from hetis.solver.redispatch.triggers import makespan_s
 from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, replica_pb2, report_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2

@@ -6,10 +6,11 @@ import asyncio
 from pathlib import Path
 
 from hetis.planner.convert.documents import DeclaredFleets
-from hetis.planner.resources.plan_activation import PlanActivation, StoredPlacements
+from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
+from hetis.planner.resources.proposals import StoredPlacements
 from hetis.v1 import plan_pb2
 from tests.planner.resources.planned import Planner, planner_in
 

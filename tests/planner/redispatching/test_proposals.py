@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.proposals import PlacementProposals, is_better
+from hetis.planner.resources.proposals import PlacementProposals, is_better
 from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
 

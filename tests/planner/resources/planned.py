@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import grpc
 
 from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.jobs.pool import PoolSettings, SolverPool, SolverProcess
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics

@@ -16,11 +16,11 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
@@ -58,12 +58,9 @@ def document(text: str = CLUSTER, name: str = "fleet.yaml") -> document_pb2.Docu
 def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> LiveNode:
     """Return a node as the fleet sees it; ``given`` fields are not as usual."""
     usual: dict[str, Any] = {
-        "name": "",
         "is_draining": False,
         "devices": (),
         "inventory": None,
-        "agent_version": "",
-        "capabilities": frozenset(),
         "connect_time_s": 5.0,
         "heard_time_s": 6.0,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from hetis.planner.resources.shared import Hubs
+from hetis.planner.fleet.hubs import Hubs
 from hetis.v1 import redispatch_pb2
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.requests import fingerprint, to_the_end
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb

@@ -11,8 +11,8 @@ from typing import Any
 from prometheus_client.registry import Collector
 
 from hetis.formats.errors import single_problem
-from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found
-from hetis.planner.service.access import caller
+from hetis.planner.callers import present_caller
+from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found, wrong_node
 from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
@@ -53,7 +53,8 @@ ERRORS: dict[str, Exception] = {
     "plans/gpus": ServiceError(
         Reason.ERROR_REASON_INVENTORY_MISMATCH,
         "2 GPUs are missing",
-        metadata={"cluster": "clusters/c", "missing_gpus": "n1/0, n2/3"},
+        metadata={"cluster": "clusters/c", "missing_gpus": 2},
+        violations=[failure_pb2.FieldViolation(field=gpu, description="is not there") for gpu in ("n1/0", "n2/3")],
     ),
     "plans/fields": too_many_violations(),
     "plans/document": single_problem("cluster.yaml", "is empty", line=3),
@@ -76,7 +77,9 @@ class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
         if request.name == "plans/slow":
             self.entered.set()
             await self.release.wait()
-        return plan_service_pb2.GetPlanResponse(plan=plan_pb2.Plan(name=request.name, labels={"by": caller().name}))
+        return plan_service_pb2.GetPlanResponse(
+            plan=plan_pb2.Plan(name=request.name, labels={"by": present_caller().name})
+        )
 
     async def WatchPlan(self, request: Any, context: Any) -> AsyncIterator[Any]:
         if request.name in ERRORS:
@@ -101,7 +104,8 @@ class FakeAgents(agent_service_pb2_grpc.AgentServiceServicer):
         self.gone.clear()
         try:
             async for request in request_iterator:
-                caller().require_node(request.hello.node)
+                if not present_caller().speaks_for(request.hello.node):
+                    raise wrong_node(present_caller(), request.hello.node)
                 yield agent_service_pb2.ConnectNodeResponse(epoch=1, welcome=agent_service_pb2.Welcome())
                 await self.goodbye.wait()
                 yield agent_service_pb2.ConnectNodeResponse(epoch=1, goodbye=agent_service_pb2.Goodbye())

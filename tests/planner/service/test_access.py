@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from hetis.formats.errors import DocumentError
+from hetis.planner.callers import CallerRole
 from hetis.planner.failures import ServiceError
-from hetis.planner.service import command
-from hetis.planner.service.access import NEEDED, CallerRole
+from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Tokens, create_token, digest
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
@@ -62,10 +62,6 @@ def test_the_table_says_what_the_contract_says() -> None:
         assert CallerRole(role) in NEEDED[method], method
     for method in NEEDED.keys() - said.keys():
         assert "DispatchService" in method, f"the contract does not say the role of {method}"
-
-
-def test_the_roles_of_the_command_line_are_those_of_the_service() -> None:
-    assert [(role.name, role.value) for role in command.RoleOption] == [(role.name, role.value) for role in CallerRole]
 
 
 def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> None:

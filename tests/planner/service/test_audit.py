@@ -12,8 +12,8 @@ from pathlib import Path
 
 import grpc
 
+from hetis.planner.callers import CallerRole
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.access import CallerRole
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
 from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode

@@ -14,9 +14,10 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hetis.formats.endpoints import STREAM_OPEN
+from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import NEEDED, CallerRole, Identity
+from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
 from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
 from hetis.planner.service.telemetry import JsonLines, TextLines
@@ -193,7 +194,7 @@ def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
 def test_every_reason_becomes_a_status_with_its_code() -> None:
     for reason, code in CODE_OF_REASON.items():
         status = statuses.to_status(ServiceError(reason, "so", metadata={"name": "clusters/c/nodes/n"}))
-        assert statuses.code_of(status) is code
+        assert status.code == code.value[0]
         info = status.details[0]
         assert Reason.Name(reason).removeprefix("ERROR_REASON_").encode() in info.value
 

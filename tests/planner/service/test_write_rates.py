@@ -8,8 +8,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from hetis.planner.callers import CallerRole
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.access import NEEDED, CallerRole
+from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import create_token
 from hetis.planner.service.limits import WRITES, WriteRates
 from hetis.v1 import cluster_service_pb2 as pb

@@ -50,7 +50,6 @@ class Attempts:
     Args:
         method: in gRPC's form.
         clock: monotonic seconds.
-        jitter: returns a number from 0 to 1.
         may_change: whether the call may change something.
     """
 
@@ -58,7 +57,6 @@ class Attempts:
     method: str
     end_s: float
     clock: Callable[[], float]
-    jitter: Callable[[], float] = random.random
     may_change: bool = False
     tried: set[Endpoint] = field(default_factory=set)
     _num_waits: int = 0
@@ -102,7 +100,7 @@ class Attempts:
             self.tried.clear()
             longest_s = min(FIRST_WAIT_S * 2.0**self._num_waits, LONGEST_WAIT_S)
             self._num_waits += 1
-            wait_s = longest_s * (0.5 + 0.5 * self.jitter())
+            wait_s = longest_s * (0.5 + 0.5 * random.random())
         return None if self.clock() + wait_s >= self.end_s else wait_s
 
     def _of_all_attempts(self, error: CallError) -> CallError:
@@ -279,8 +277,6 @@ class LeaderChannel(_AnyLeaderChannel):
             return self._channels[endpoint]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """Return the callable for a unary method."""
-
         def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
             request = prepared_request(request)
             attempts = attempts_of(self.leaders, method, request, timeout)
@@ -322,8 +318,6 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
         return aio.Metadata(*super().metadata(given))
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """Return the callable for a unary method."""
-
         async def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
             request = prepared_request(request)
             attempts = attempts_of(self.leaders, method, request, timeout)

@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from grpc import aio
 
 from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel
 from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
@@ -31,14 +30,106 @@ R = TypeVar("R")
 Q = TypeVar("Q")
 
 
-class Client:
-    """A connection to a planner, opened by the first call.
+class Pages(Generic[R]):
+    """All items of a list, whose pages are fetched when they are needed.
+
+    Iterate over the lists of a `Client` with ``for``, and over those of an `AsyncClient` with ``async for``.
+    """
+
+    def __init__(self, call: Callable[[Any], Any], request: Message) -> None:
+        self._call, self._request = call, request
+
+    def __iter__(self) -> Iterator[R]:
+        request: Any = deepcopy(self._request)
+        while True:
+            page = self._call(request)
+            yield from _items(page)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def __aiter__(self) -> AsyncIterator[R]:
+        request: Any = deepcopy(self._request)
+        while True:
+            page = await self._call(request)
+            for item in _items(page):
+                yield item
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+
+def _items(page: Any) -> Iterable[Any]:
+    """Return the items of a page, which has no other list."""
+    return next(getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated)
+
+
+class _AnyClient:
+    """The stubs and the lists of both clients.
 
     Attributes:
         clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
             directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
         patience: makes the patience of a watch that is not given one.
     """
+
+    clusters: Any
+    plans: Any
+    profiles: Any
+    audit: Any
+    dispatch: Any
+
+    def __init__(self, channel: Any, patience: Callable[[], Patience]) -> None:
+        self._channel, self.patience = channel, patience
+        self._health = channel.unary_unary(HEALTH_METHOD)
+        self.clusters = cluster_grpc.ClusterServiceStub(channel)
+        self.plans = plan_grpc.PlanServiceStub(channel)
+        self.profiles = profile_grpc.ProfileServiceStub(channel)
+        self.audit = audit_grpc.AuditServiceStub(channel)
+        self.dispatch = dispatch_grpc.DispatchServiceStub(channel)
+
+    def list_clusters(self, *, page_size: int = 0) -> Pages[cluster_pb2.Cluster]:
+        return Pages(self.clusters.ListClusters, cluster_rpc.ListClustersRequest(page_size=page_size))
+
+    def list_nodes(
+        self, cluster: str, *, states: list[cluster_pb2.NodeState.ValueType] | None = None, page_size: int = 0
+    ) -> Pages[cluster_pb2.Node]:
+        request = cluster_rpc.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
+        return Pages(self.clusters.ListNodes, request)
+
+    def list_replicas(self, cluster: str, *, plan: str = "", page_size: int = 0) -> Pages[replica_pb2.Replica]:
+        request = cluster_rpc.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
+        return Pages(self.clusters.ListReplicas, request)
+
+    def list_redispatches(
+        self, cluster: str, *, replica: str = "", page_size: int = 0
+    ) -> Pages[redispatch_pb2.Redispatch]:
+        request = cluster_rpc.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
+        return Pages(self.clusters.ListRedispatches, request)
+
+    def list_plans(
+        self, *, cluster: str = "", states: list[plan_pb2.PlanState.ValueType] | None = None, page_size: int = 0
+    ) -> Pages[plan_pb2.Plan]:
+        request = plan_rpc.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
+        return Pages(self.plans.ListPlans, request)
+
+    def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> Pages[profile_pb2.Profile]:
+        request = profile_rpc.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
+        return Pages(self.profiles.ListProfiles, request)
+
+    def list_audited_changes(self, filters: audit_rpc.ListAuditedChangesRequest) -> Pages[audit_rpc.AuditedChange]:
+        """Yield the matching lines of the audit log, oldest first."""
+        return Pages(self.audit.ListAuditedChanges, filters)
+
+
+class Client(_AnyClient):
+    """A connection to a planner, opened by the first call."""
+
+    clusters: cluster_grpc.ClusterServiceStub
+    plans: plan_grpc.PlanServiceStub
+    profiles: profile_grpc.ProfileServiceStub
+    audit: audit_grpc.AuditServiceStub
+    dispatch: dispatch_grpc.DispatchServiceStub
 
     def __init__(
         self,
@@ -62,15 +153,8 @@ class Client:
         """
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        self._sleep, self.patience = sleep, patience
-        self._channel = LeaderChannel(connection, sleep)
-        channel = cast(grpc.Channel, self._channel)  # as far as stubs use one
-        self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
-        self.clusters = cluster_grpc.ClusterServiceStub(channel)
-        self.plans = plan_grpc.PlanServiceStub(channel)
-        self.profiles = profile_grpc.ProfileServiceStub(channel)
-        self.audit = audit_grpc.AuditServiceStub(channel)
-        self.dispatch = dispatch_grpc.DispatchServiceStub(channel)
+        super().__init__(LeaderChannel(connection, sleep), patience)
+        self._sleep = sleep
 
     def __enter__(self) -> Self:
         return self
@@ -82,8 +166,6 @@ class Client:
         """End the connection and every call on it."""
         self._channel.close()
 
-    # --- the planner itself
-
     def is_serving(self) -> bool:
         """Return whether the planner takes calls; False while it starts or drains.
 
@@ -91,43 +173,6 @@ class Client:
             CallError: it cannot be reached.
         """
         return says_serving(self._health(b""))
-
-    # --- lists, page by page
-
-    def list_clusters(self, *, page_size: int = 0) -> Iterator[cluster_pb2.Cluster]:
-        return _pages(self.clusters.ListClusters, cluster_rpc.ListClustersRequest(page_size=page_size))
-
-    def list_nodes(
-        self, cluster: str, *, states: list[cluster_pb2.NodeState.ValueType] | None = None, page_size: int = 0
-    ) -> Iterator[cluster_pb2.Node]:
-        request = cluster_rpc.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
-        return _pages(self.clusters.ListNodes, request)
-
-    def list_replicas(self, cluster: str, *, plan: str = "", page_size: int = 0) -> Iterator[replica_pb2.Replica]:
-        request = cluster_rpc.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
-        return _pages(self.clusters.ListReplicas, request)
-
-    def list_redispatches(
-        self, cluster: str, *, replica: str = "", page_size: int = 0
-    ) -> Iterator[redispatch_pb2.Redispatch]:
-        request = cluster_rpc.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
-        return _pages(self.clusters.ListRedispatches, request)
-
-    def list_plans(
-        self, *, cluster: str = "", states: list[plan_pb2.PlanState.ValueType] | None = None, page_size: int = 0
-    ) -> Iterator[plan_pb2.Plan]:
-        request = plan_rpc.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
-        return _pages(self.plans.ListPlans, request)
-
-    def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> Iterator[profile_pb2.Profile]:
-        request = profile_rpc.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
-        return _pages(self.profiles.ListProfiles, request)
-
-    def list_audited_changes(self, filters: audit_rpc.ListAuditedChangesRequest) -> Iterator[audit_rpc.AuditedChange]:
-        """Yield the matching lines of the audit log, oldest first."""
-        return _pages(self.audit.ListAuditedChanges, deepcopy(filters))
-
-    # --- watches, which continue after a lost connection
 
     def watch_plan(
         self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
@@ -215,8 +260,14 @@ class Client:
             self._sleep(wait_s)
 
 
-class AsyncClient:
+class AsyncClient(_AnyClient):
     """A connection to a planner, opened by the first call. Used like `Client`, with ``await`` and ``async for``."""
+
+    clusters: cluster_grpc.ClusterServiceAsyncStub
+    plans: plan_grpc.PlanServiceAsyncStub
+    profiles: profile_grpc.ProfileServiceAsyncStub
+    audit: audit_grpc.AuditServiceAsyncStub
+    dispatch: dispatch_grpc.DispatchServiceAsyncStub
 
     def __init__(
         self,
@@ -229,15 +280,8 @@ class AsyncClient:
         """Prepare a connection, as `Client` does."""
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        self._sleep, self.patience = sleep, patience
-        channel: Any = AsyncLeaderChannel(connection, sleep)
-        self._channel = channel
-        self._health: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
-        self.clusters: cluster_grpc.ClusterServiceAsyncStub = cluster_grpc.ClusterServiceStub(channel)
-        self.plans: plan_grpc.PlanServiceAsyncStub = plan_grpc.PlanServiceStub(channel)
-        self.profiles: profile_grpc.ProfileServiceAsyncStub = profile_grpc.ProfileServiceStub(channel)
-        self.audit: audit_grpc.AuditServiceAsyncStub = audit_grpc.AuditServiceStub(channel)
-        self.dispatch: dispatch_grpc.DispatchServiceAsyncStub = dispatch_grpc.DispatchServiceStub(channel)
+        super().__init__(AsyncLeaderChannel(connection, sleep), patience)
+        self._sleep = sleep
 
     async def __aenter__(self) -> Self:
         return self
@@ -249,50 +293,9 @@ class AsyncClient:
         """End the connection and every call on it."""
         await self._channel.close()
 
-    # --- the planner itself
-
     async def is_serving(self) -> bool:
         """Return whether the planner takes calls, as `Client.is_serving` does."""
         return says_serving(await self._health(b""))
-
-    # --- lists, page by page
-
-    def list_clusters(self, *, page_size: int = 0) -> AsyncIterator[cluster_pb2.Cluster]:
-        return _async_pages(self.clusters.ListClusters, cluster_rpc.ListClustersRequest(page_size=page_size))
-
-    def list_nodes(
-        self, cluster: str, *, states: list[cluster_pb2.NodeState.ValueType] | None = None, page_size: int = 0
-    ) -> AsyncIterator[cluster_pb2.Node]:
-        request = cluster_rpc.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
-        return _async_pages(self.clusters.ListNodes, request)
-
-    def list_replicas(self, cluster: str, *, plan: str = "", page_size: int = 0) -> AsyncIterator[replica_pb2.Replica]:
-        request = cluster_rpc.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
-        return _async_pages(self.clusters.ListReplicas, request)
-
-    def list_redispatches(
-        self, cluster: str, *, replica: str = "", page_size: int = 0
-    ) -> AsyncIterator[redispatch_pb2.Redispatch]:
-        request = cluster_rpc.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
-        return _async_pages(self.clusters.ListRedispatches, request)
-
-    def list_plans(
-        self, *, cluster: str = "", states: list[plan_pb2.PlanState.ValueType] | None = None, page_size: int = 0
-    ) -> AsyncIterator[plan_pb2.Plan]:
-        request = plan_rpc.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
-        return _async_pages(self.plans.ListPlans, request)
-
-    def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> AsyncIterator[profile_pb2.Profile]:
-        request = profile_rpc.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
-        return _async_pages(self.profiles.ListProfiles, request)
-
-    def list_audited_changes(
-        self, filters: audit_rpc.ListAuditedChangesRequest
-    ) -> AsyncIterator[audit_rpc.AuditedChange]:
-        """Yield the matching lines of the audit log, oldest first."""
-        return _async_pages(self.audit.ListAuditedChanges, deepcopy(filters))
-
-    # --- watches, which continue after a lost connection
 
     def watch_plan(
         self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
@@ -357,31 +360,6 @@ class AsyncClient:
             except grpc.RpcError as error:
                 wait_s = patience.next_wait_s(call_error(error))
             await self._sleep(wait_s)
-
-
-def _pages(call: Callable[[Q], Message], request: Q) -> Iterator[Any]:
-    """Yield all items of all pages, each fetched when the previous one is used up."""
-    while True:
-        page: Any = call(request)
-        yield from _items(page)
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token  # type: ignore[attr-defined]  # every list request has it
-
-
-async def _async_pages(call: Callable[[Q], Awaitable[Message]], request: Q) -> AsyncIterator[Any]:
-    while True:
-        page: Any = await call(request)
-        for item in _items(page):
-            yield item
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token  # type: ignore[attr-defined]
-
-
-def _items(page: Any) -> Iterable[Any]:
-    """Return the items of a page, which has no other list."""
-    return next(getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated)
 
 
 def _next_of_plan(request: plan_rpc.WatchPlanRequest, last: plan_rpc.WatchPlanResponse) -> plan_rpc.WatchPlanRequest:

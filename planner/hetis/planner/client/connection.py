@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,14 +147,14 @@ def says_serving(response: bytes) -> bool:
 M = TypeVar("M")
 
 
-def prepared_request(request: M, new_id: Callable[[], uuid.UUID] = uuid.uuid4) -> M:
+def prepared_request(request: M) -> M:
     """Return a copy of the request with a ``request_id`` if it has an empty field for it, else the request."""
     if not isinstance(request, Message) or "request_id" not in request.DESCRIPTOR.fields_by_name:
         return request
     if getattr(request, "request_id"):  # noqa: B009  # which message it is, is not known here
         return request
     named = deepcopy(request)
-    setattr(named, "request_id", str(new_id()))  # noqa: B010
+    setattr(named, "request_id", str(uuid.uuid4()))  # noqa: B010
     return named
 
 

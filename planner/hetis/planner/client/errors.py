@@ -62,15 +62,6 @@ class CallError(HetisError):
         """Return whether there was no answer, in time or at all; the call may have been executed."""
         return self.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
-    @property
-    def is_conflict(self) -> bool:
-        """Return whether somebody else was faster, or the state does not allow the call: read and decide again."""
-        return self.code in (
-            grpc.StatusCode.ABORTED,
-            grpc.StatusCode.ALREADY_EXISTS,
-            grpc.StatusCode.FAILED_PRECONDITION,
-        )
-
 
 def call_error(error: grpc.RpcError) -> CallError:
     """Return the error with its details; unreadable details are left out."""

@@ -392,8 +392,7 @@ class ChangeCoordinator:
         if state in FINAL or not self._knows_outcome or self.is_unsaved:
             return
         if all(node in self._finished or node in self._lost for node in self._parts):
-            flipped = self._outcome == Outcome.CHANGE_OUTCOME_FLIPPED
-            self._enter(State.REDISPATCH_STATE_DONE if flipped else State.REDISPATCH_STATE_ABORTED)
+            self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
 
     def _resolved(self) -> dict[str, Directive]:
         said = self._status.get(self.authority)

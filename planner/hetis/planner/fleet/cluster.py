@@ -7,8 +7,7 @@ are told what follows from a write once it is stored.
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
 
@@ -35,15 +34,7 @@ class ClusterFleet:
         links, leases: by node id.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        epoch: int,
-        settings: FleetSettings,
-        counters: FleetCounters,
-        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
-    ) -> None:
+    def __init__(self, name: str, *, epoch: int, settings: FleetSettings, counters: FleetCounters) -> None:
         self.name = name  # `clusters/{cluster}`
         self.record: ClusterRecord | None = None  # None if nothing was read yet, or the cluster is gone
         self.plan: PlanRecord | None = None  # the active plan, or None
@@ -66,7 +57,6 @@ class ClusterFleet:
         self.settings = settings
         self.counters = counters
         self._epoch = epoch
-        self._new_id = new_id
         self._replicas_on: dict[str, set[str]] = {}  # names by node id
         self._talking: set[str] = set()  # nodes with messages to send
         self._waiting: set[str] = set()  # nodes with messages to send later
@@ -125,7 +115,6 @@ class ClusterFleet:
                 node_name(self.name, node),
                 epoch=self._epoch,
                 settings=self.settings,
-                new_id=self._new_id,
                 most_held=partial(self._most_held, node),
                 known=None if record is None else record.body,
             )
@@ -166,14 +155,13 @@ class ClusterFleet:
             raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node})
 
     def close(self, node: str, session: str) -> None:
-        """Note that a stream ended."""
         if self.links[node].close(session) and self.leases.disconnect(node):
             self.note_presence([node])
 
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
-    ) -> list[HeadMapsRead | Fenced]:
-        """Handle a message, return events that concern others too. Raises ServiceError if the stream must end."""
+    ) -> list[HeadMapsRead]:
+        """Handle a message; return what others wait for. Raises ServiceError if the stream must end."""
         link = self.links[node]
         if link.session != session:
             message = f"another stream of node {node} began"
@@ -181,7 +169,7 @@ class ClusterFleet:
         self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
-        returned: list[HeadMapsRead | Fenced] = []
+        read: list[HeadMapsRead] = []
         found = link.receive(request, now_s=now_s)
         if not found and request.WhichOneof("message") == "report":
             self.counters.reports_dropped += 1
@@ -197,12 +185,18 @@ class ClusterFleet:
                     self._must_reassign(event.replica)
                 case change_pb2.ChangeStatus():
                     self.changes.hear(node, event)
-                case _:
-                    returned.append(event)
+                case HeadMapsRead():
+                    read.append(event)
+                case Fenced():
+                    raise ServiceError(
+                        Reason.ERROR_REASON_STALE_EPOCH,
+                        f"the agent has obeyed epoch {event.newest_epoch}, this planner's is {self._epoch}",
+                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
+                    )
         self._count_ignored(link)
         if link.has_more:
             self._talking.add(node)
-        return returned
+        return read
 
     def pass_time(self, now_s: float) -> None:
         """Expire leases and deadlines, and schedule what should be sent again."""
@@ -284,7 +278,8 @@ class ClusterFleet:
         for saving in writes.redispatches:
             self.changes.saved(saving)
         if kept.plan is not None:
-            self._take_plan(kept.plan)
+            self.plan = kept.plan
+            self.show("plan", kept.plan.name)
 
     def _take_replica(self, write: ReplicaWrite, record: ReplicaRecord | None) -> None:
         replica = self.replicas.get(write.name)
@@ -313,7 +308,6 @@ class ClusterFleet:
             self._talking.add(node)
 
     def remove(self, replica: Replica) -> None:
-        """Tell all its nodes to remove the replica."""
         for node in replica.nodes:
             self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains it any more"))
             self._talking.add(node)
@@ -335,10 +329,6 @@ class ClusterFleet:
         self.show("replica", name)
         self.dirty.discard(name)
         self.decide_all = True
-
-    def _take_plan(self, record: PlanRecord) -> None:
-        self.plan = record
-        self.show("plan", record.name)
 
     def note_progress(self, progress: plan_pb2.ActivationProgress) -> None:
         if self.plan is not None and progress != self.progress:
@@ -644,7 +634,6 @@ class ClusterChanges:
                 self.tell(change)
 
     def answered(self, node: str, answer: DeltaAnswer, *, now_s: float) -> None:
-        """Take a node's answer to a directive."""
         change = self.under_way.get(answer.change_id)
         if change is not None:
             change.answered(node, answer.kind, answer.failure, now_s=now_s)

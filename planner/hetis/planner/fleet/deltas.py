@@ -6,6 +6,7 @@ was lost, repeated or answered late before.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ class ReplicaSlot:
     ``most_held`` returns the highest generation that the node can have reached.
     """
 
-    def __init__(self, replica: str, most_held: Callable[[], int] = lambda: MOST_GENERATION) -> None:
+    def __init__(self, replica: str, most_held: Callable[[], int]) -> None:
         self.replica = replica
         self.held = 0  # generation that the node holds, as last reported; 0: nothing
         # Whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.
@@ -163,7 +164,7 @@ class ReplicaSlot:
         self.closed.clear()
         self._retry_s = 0.0
 
-    def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
+    def next_delta(self, now_s: float, *, answer_s: float) -> Delta | None:
         """Return the delta to send now, if any. One that was not answered for ``answer_s`` is sent again."""
         if not self.is_believed:
             return None
@@ -174,7 +175,7 @@ class ReplicaSlot:
             self._in_flight = self._difference(now_s)
             if self._in_flight is None:
                 return None
-            self._in_flight.nonce, self._in_flight.replica = new_nonce(), self.replica
+            self._in_flight.nonce, self._in_flight.replica = str(uuid.uuid4()), self.replica
         self._sent_s = now_s
         return self._in_flight
 

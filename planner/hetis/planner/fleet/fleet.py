@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
+from hetis.planner.callers import Identity
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
-from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
+from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.link import Fenced, HeadMaps, HeadMapsRead, check_hello
+from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
+from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
 from hetis.planner.store import Store
-from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
+from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
 
 Response = agent_service_pb2.ConnectNodeResponse
 MOST_MESSAGES = 1000  # not yet taken by the agent
@@ -95,7 +97,7 @@ class LiveFleet:
     def __init__(
         self,
         store: Store,
-        hubs: Publishing,
+        hubs: Hubs,
         *,
         epoch: int,
         settings: FleetSettings,
@@ -157,9 +159,7 @@ class LiveFleet:
 
     # Agents.
 
-    async def connect(
-        self, identity: CallerIdentity, requests: AsyncIterator[Request]
-    ) -> AsyncGenerator[Response, None]:
+    async def connect(self, identity: Identity, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
         """Serve one stream until either side ends it. Raises ServiceError as in ``AgentService.ConnectNode``."""
         first = await _first_of(requests)
         name = self._admit(identity, first)
@@ -236,13 +236,6 @@ class LiveFleet:
         found = self._clusters.get(cluster)
         return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
 
-    def activation_progress(self, plan: str) -> plan_pb2.ActivationProgress | None:
-        """Return the progress of an active plan, or None if the plan is not active."""
-        for cluster in self._clusters.values():
-            if cluster.plan is not None and cluster.plan.name == plan:
-                return cluster.progress
-        return None
-
     async def cluster_changed(self, cluster: str) -> None:
         """Read a cluster again whose records were changed by others, and act on the changes."""
         while True:
@@ -318,11 +311,12 @@ class LiveFleet:
 
     # Streams.
 
-    def _admit(self, identity: CallerIdentity, first: Request) -> str:
+    def _admit(self, identity: Identity, first: Request) -> str:
         hello = check_hello(first, epoch=self._epoch)
         if not NODE.matches(hello.node):
             raise invalid_field("hello.node", f"must have the form {NODE.text}")
-        identity.require_node(hello.node)
+        if not identity.speaks_for(hello.node):
+            raise wrong_node(identity, hello.node)
         if self._ending is not None:
             raise self._ending
         if cluster_of(hello.node) not in self._clusters:
@@ -344,17 +338,9 @@ class LiveFleet:
             stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be taken; see the log"))
 
     def _receive(self, cluster: ClusterFleet, node: str, stream: Stream, request: Request) -> None:
-        found = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
-        for event in found:
-            match event:
-                case HeadMapsRead():
-                    self._answer_reading(event)
-                case Fenced():
-                    raise ServiceError(
-                        Reason.ERROR_REASON_STALE_EPOCH,
-                        f"the agent has obeyed epoch {event.newest_epoch}, this planner's is {self._epoch}",
-                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
-                    )
+        read = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
+        for event in read:
+            self._answer_reading(event)
         self._after(cluster)
 
     def _close(self, cluster: ClusterFleet, node: str, name: str, stream: Stream) -> None:

@@ -96,10 +96,9 @@ class Reported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
-    """The node holds a later generation than it was to be given: a new one must be chosen, above ``held``."""
+    """The node holds a later generation than it was to be given: a new one must be chosen."""
 
     replica: str
-    held: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +177,6 @@ class NodeLink:
         *,
         epoch: int,
         settings: FleetSettings,
-        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         most_held: Callable[[str], int | None] = lambda _: None,
         known: cluster_pb2.Node | None = None,
     ) -> None:
@@ -199,7 +197,6 @@ class NodeLink:
         self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
-        self._new_id = new_id
         self.session = ""  # of the current stream, whose messages alone count; empty: there is none
         self.boot_id = ""  # of the last connected agent; empty: there was none
         self.slots: dict[str, ReplicaSlot] = {}  # by replica; changed through `slot` and `heard_slot`
@@ -272,7 +269,7 @@ class NodeLink:
         Raises ServiceError as `check_hello`; the earlier stream continues.
         """
         hello = check_hello(request, epoch=self._epoch)
-        self.session, self.boot_id = self._new_id(), hello.boot_id
+        self.session, self.boot_id = str(uuid.uuid4()), hello.boot_id
         self.agent_version, self.engine_address = hello.agent_version, hello.engine_address
         self.capabilities = frozenset(hello.capabilities)
         self._report_sequence = self._inventory_sequence = 0
@@ -347,7 +344,7 @@ class NodeLink:
             if self._must_wait(slot):
                 self._put_off[replica] = None
                 continue
-            delta = slot.next_delta(now_s, new_nonce=self._new_id, answer_s=self._settings.answer_s)
+            delta = slot.next_delta(now_s, answer_s=self._settings.answer_s)
             if delta is not None:
                 found.append(Response(epoch=self._epoch, delta=delta))
                 if delta.HasField("removal"):
@@ -380,7 +377,7 @@ class NodeLink:
 
     def ask_head_maps(self, replica: str) -> str:
         """Request head maps with the next `messages`; return the id of the request."""
-        request_id = self._new_id()
+        request_id = str(uuid.uuid4())
         self._head_maps[request_id] = HeadMapPieces(replica, most_bytes=self._settings.piece_bytes)
         asked = agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica)
         self._outbox.append(Response(epoch=self._epoch, state_request=asked))
@@ -391,7 +388,6 @@ class NodeLink:
         self._head_maps.pop(request_id, None)
 
     def say_goodbye(self, reason: str) -> None:
-        """Say goodbye with the next `messages`."""
         goodbye = agent_service_pb2.Goodbye(reason=reason, reconnect_within=duration(self._settings.reconnect_s))
         self._outbox.append(Response(epoch=self._epoch, goodbye=goodbye))
 
@@ -442,7 +438,7 @@ class NodeLink:
             newest = nack.failure.metadata.get("newest_epoch", "")
             events.append(Fenced(newest_epoch=int(newest) if newest.isdecimal() else 0))
         elif nack.failure.reason == Reason.ERROR_REASON_GENERATION_MISMATCH and answer.kind == "assignment":
-            events.append(Behind(replica=nack.replica, held=nack.generation))
+            events.append(Behind(replica=nack.replica))
         return events
 
     def _note_answered(self, replica: str) -> None:

@@ -17,8 +17,9 @@ from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Contents
-from hetis.planner.fleet.views import Clock, FleetObserver, Publishing
+from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
 from hetis.planner.store import Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
@@ -34,17 +35,19 @@ class PlanContents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()
+        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()  # by digest: names of deleted plans come again
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas. A plan's document never changes, so parsed plans can be kept."""
-        found = self._parsed.get(plan)
+        record = await self._store.read(lambda tx: tx.plans.get(plan))
+        digest = "" if record is None else record.body.result.document.digest
+        found = self._parsed.get(digest)
         if found is None:
             document = await self._store.read(lambda tx: tx.plan_documents.get(plan))
             found = None if document is None else await asyncio.to_thread(_parse, plan, document)
             if found is None:
                 return [None] * len(indices)
-            self._parsed[plan] = found
+            self._parsed[digest] = found
             if len(self._parsed) > _KEPT:
                 self._parsed.popitem(last=False)
         return await asyncio.to_thread(_contents, found, plan, indices)
@@ -84,7 +87,7 @@ class Reconciler:
 
     cluster: ClusterFleet  # its ``record`` is None before the first read, and when it is gone
     store: Store
-    hubs: Publishing
+    hubs: Hubs
     contents: PlanContents
     declared: DeclaredFleets
     clock: Clock

@@ -51,11 +51,6 @@ class Contents:
     # For the dispatcher of the primary, one per copy of each stage; none for a prefill replica
     stages: tuple[stage_pb2.StageModel, ...]
 
-    @classmethod
-    def nothing(cls) -> Contents:
-        """Return the contents of a plan that can no longer be read, with which a replica can be drained and stopped."""
-        return cls(model=document_pb2.Document(), stages=())
-
 
 class Replica:
     """The state of one replica.
@@ -125,7 +120,8 @@ class Replica:
     def take_contents(self, contents: Contents | None) -> None:
         """Take its plan's contents; None: the plan cannot be read, so a replica that has no assignment never starts."""
         self.cannot_start = contents is None and self.standing.goal is None
-        self.contents = contents or Contents.nothing()
+        # Without contents, it can still be drained and stopped
+        self.contents = contents or Contents(model=document_pb2.Document(), stages=())
 
     def hear(self, report: report_pb2.ReplicaReport, *, time_s: float) -> None:
         """Take a report of its primary."""

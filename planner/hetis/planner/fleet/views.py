@@ -6,19 +6,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from hetis.planner.convert.clusters import BASIC, basic_redispatch, basic_view, cluster_message
-from hetis.planner.convert.names import node_name, timestamp
+from hetis.planner.convert.clusters import basic_redispatch, basic_view
+from hetis.planner.convert.names import timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
-from hetis.planner.store import PlanRecord
-from hetis.planner.watching import Hub
+from hetis.solver.cluster import node_of
 from hetis.v1 import (
-    agent_service_pb2,
     cluster_pb2,
     inventory_pb2,
-    plan_pb2,
     redispatch_pb2,
     replica_pb2,
     report_pb2,
@@ -30,13 +28,10 @@ from hetis.v1 import (
 class LiveNode:
     """A node as reported on its stream. Times are Unix seconds; None: never."""
 
-    name: str  # `clusters/{cluster}/nodes/{node}`
     state: cluster_pb2.NodeState.ValueType
     is_draining: bool  # whether it is to be emptied
     devices: tuple[report_pb2.DeviceReport, ...]  # last report of each GPU
     inventory: inventory_pb2.NodeInventory | None  # what its agent found; None: not known
-    agent_version: str  # empty if no agent was connected since the planner started
-    capabilities: frozenset[agent_service_pb2.AgentCapability.ValueType]
     connect_time_s: float | None
     heard_time_s: float | None
 
@@ -63,23 +58,6 @@ class RunningReplicas(Protocol):
     def replica_view(self, name: str) -> LiveReplica | None: ...
 
 
-class Publishing(Protocol):
-    """The hubs of this leadership term, through which watchers get changes."""
-
-    @property
-    def plans(self) -> Hub[str, plan_pb2.Plan]: ...
-
-    def cluster(self, name: str) -> Hub[tuple[str, str], Any]:
-        """Return the hub of ``clusters/{cluster}``; to be requested each time."""
-
-
-class CallerIdentity(Protocol):
-    """The identity of a stream's caller."""
-
-    def require_node(self, node: str) -> None:
-        """Check that the caller may speak for this node. Raises WRONG_NODE."""
-
-
 class FleetObserver:
     """An observer that is called in the fleet's loop, must return at once, and by default does nothing."""
 
@@ -97,18 +75,16 @@ class FleetObserver:
 
 
 class Clock:
-    """The machine's clocks."""
+    """The machine's clocks: monotonic seconds, and Unix seconds."""
 
     def monotonic(self) -> float:
-        """Return monotonic seconds."""
         return time.monotonic()
 
     def time(self) -> float:
-        """Return Unix seconds."""
         return time.time()
 
 
-def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
+def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
     """Publish everything that has changed since the last time. ``now_s``: Unix time."""
     shown = cluster.take_shown()
     if not shown:
@@ -122,10 +98,11 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
             replica = cluster.replicas.get(name)
             hub.publish((kind, name), None if replica is None else replica_view(cluster, replica), now_s=now_s)
         elif kind == "plan" and cluster.plan is not None and cluster.plan.name == name:
-            hubs.plans.publish(name, plan_view(cluster, cluster.plan), now_s=now_s)
+            plan = basic_view(cluster.plan)
+            plan.activation_progress.CopyFrom(cluster.progress)
+            hubs.plans.publish(name, plan, now_s=now_s)
         elif kind == "cluster" and cluster.record is not None:
-            message = cluster_message(cluster.record, view=BASIC, num_connected=cluster.leases.num_connected)
-            hub.publish((kind, name), message, now_s=now_s)
+            hubs.publish_cluster(cluster.record, num_connected=cluster.leases.num_connected, now_s=now_s)
     under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
     for kind, name in shown:
         if kind == "redispatch" and name in under_way:
@@ -133,20 +110,13 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
 
 
 def publish_end(
-    cluster: ClusterFleet, hubs: Publishing, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
+    cluster: ClusterFleet, hubs: Hubs, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
 ) -> None:
     """Publish a re-dispatch in its final state; ``ended_s`` is the time in the store."""
     message = basic_redispatch(body)
     if not message.HasField("end_time"):
         message.end_time.CopyFrom(timestamp(ended_s))
     hubs.cluster(cluster.name).publish(("redispatch", body.name), message, now_s=now_s)
-
-
-def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
-    """Return the active plan in the view BASIC, with its current progress."""
-    plan = basic_view(record)
-    plan.activation_progress.CopyFrom(cluster.progress)
-    return plan
 
 
 def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica:
@@ -198,13 +168,10 @@ def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) 
     heard_s = cluster.leases.heard_s(node)
     connect_time_s = cluster.connect_time_s.get(node)
     return LiveNode(
-        name=node_name(cluster.name, node),
         state=cluster.leases.state(node),
         is_draining=cluster.is_draining(node),
         devices=() if link is None else link.devices,
         inventory=None if link is None else link.inventory,
-        agent_version="" if link is None else link.agent_version,
-        capabilities=frozenset() if link is None else link.capabilities,
         connect_time_s=connect_time_s,
         heard_time_s=None if heard_s is None or connect_time_s is None else unix_s - (now_s - heard_s),
     )
@@ -231,7 +198,7 @@ def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
         fullest = dict[str, float]()
         for stage in replica.report.stages:
             for load in stage.devices:
-                if load.total_blocks and load.device not in seen and _is_there(cluster, load.device.partition("/")[0]):
+                if load.total_blocks and load.device not in seen and _is_there(cluster, node_of(load.device)):
                     share = load.used_blocks / load.total_blocks
                     fullest[load.device] = max(fullest.get(load.device, 0.0), share)
         yield from fullest.items()

@@ -184,7 +184,6 @@ class Slot:
 
     @property
     def pid(self) -> int | None:
-        """The id of the process, or None if there is none."""
         return None if self._process is None else self._process.pid
 
     async def warm_up(self) -> None:
@@ -221,7 +220,6 @@ class Slot:
         self._set_timer(self._settings.grace_s, f"gave no answer {self._settings.grace_s:g} s after it was called off")
 
     async def stop(self) -> None:
-        """End the process."""
         self._set_timer(None, "")
         self._is_ready = False
         if self._process is not None:

@@ -16,8 +16,8 @@ from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
-from hetis.planner.resources.shared import Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
@@ -139,11 +139,12 @@ class Clusters:
 
     async def _tell(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
         """Tell watchers and fleet about a cluster that was created or changed."""
-        publish_cluster(self._hubs, self._fleet, record, now_s=self._clock())
+        num_connected = self._fleet.num_connected(record.name)
+        self._hubs.publish_cluster(record, num_connected=num_connected, now_s=self._clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
             was, is_ = await self._fleets.of(before), await self._fleets.of(record)
             changed = await run_in_thread_gc_paused(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
-            publish_nodes(self._hubs, record.name, changed, now_s=self._clock())
+            self._hubs.publish_nodes(record.name, changed, now_s=self._clock())
         await self._fleet.cluster_changed(record.name)
 
     async def _tell_deleted(self, name: str, plans: Sequence[str]) -> None:

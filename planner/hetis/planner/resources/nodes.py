@@ -18,12 +18,13 @@ from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode
 from hetis.planner.resources.requests import Tell, change_once, check, read_page_request, require_etag
-from hetis.planner.resources.shared import Hubs, publish_nodes
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup
+from hetis.solver.advice import network_between
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, NodeGroup
 from hetis.v1 import cluster_pb2, document_pb2, inventory_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
@@ -271,12 +272,11 @@ def _gpus_of(group: NodeGroup) -> list[str]:
 def _found_document(declared: Cluster, found: Mapping[str, ReportedNode]) -> document_pb2.Document:
     types = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()} | dict(declared.gpu_types)
     groups = list(_found_groups(declared, found, types))
-    names = {group.node_name(index) for group in groups for index in range(group.count)}
     value = Cluster(
         name=declared.name,
         node_groups=tuple(groups),
         gpu_types={slots.gpu: types[slots.gpu] for group in groups for slots in group.gpus},
-        network=_network_of(declared.network, names, {group.zone for group in groups}),
+        network=network_between(declared.network, groups),
     )
     return documents.document_from_data(cluster_to_data(value, embed_gpu_types=True), "Cluster")
 
@@ -313,16 +313,6 @@ def _slots(found: Iterable[str], types: Mapping[str, GpuType], declared: Sequenc
         if gpu in types:
             counts[gpu] = counts.get(gpu, 0) + 1
     return tuple(GpuSlots(gpu=gpu, count=count, usd_per_hour=prices.get(gpu)) for gpu, count in counts.items())
-
-
-def _network_of(network: Network, nodes: set[str], zones: set[str]) -> Network:
-    """Return the network without links of nodes and zones that were not found."""
-    return Network(
-        default=network.default,
-        zone_default=network.zone_default,
-        between_zones={pair: link for pair, link in network.between_zones.items() if zones.issuperset(pair)},
-        between_nodes={pair: link for pair, link in network.between_nodes.items() if nodes.issuperset(pair)},
-    )
 
 
 @dataclass(slots=True, eq=False)
@@ -389,7 +379,7 @@ class Nodes:
         node = last_part(request.name)
 
         async def tell() -> None:
-            publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())
+            self._hubs.publish_nodes(views.cluster.name, [node], now_s=self._clock())
             await self._fleet.cluster_changed(views.cluster.name)
 
         def change(tx: Transaction) -> tuple[R, Tell | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,20 +16,17 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
-from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import IN_FORCE, SEARCHING, PlanDocuments, plan_state, require_gpus
-from hetis.planner.resources.plans import Plans, load_bytes_of
+from hetis.planner.resources.plan_documents import IN_FORCE, PlanDocuments, plan_state, require_gpus
+from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
 from hetis.planner.resources.requests import Tell, change_once, check, require_etag
-from hetis.planner.resources.shared import Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.v1 import plan_pb2, replica_pb2, view_pb2
+from hetis.v1 import plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
 R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
-
-_MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +135,8 @@ class PlanActivation:
         now_s = self._clock()
         for plan in plans:
             self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
-        publish_cluster(self._hubs, self._fleet, cluster, now_s=now_s)
+        num_connected = self._fleet.num_connected(cluster.name)
+        self._hubs.publish_cluster(cluster, num_connected=num_connected, now_s=now_s)
         await self._fleet.cluster_changed(cluster.name)
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
@@ -209,7 +207,7 @@ def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
 def _answer(response: type[R], change: ChangedPlans) -> R:
     """Return the answer, without the devices of the last steps if it would be too large."""
     answer = response(plan=basic_view(change.plans[0]), steps=change.steps)
-    too_many_bytes = answer.ByteSize() - _MOST_BYTES
+    too_many_bytes = answer.ByteSize() - MOST_BYTES
     for step in reversed(answer.steps):
         if too_many_bytes <= 0:
             break
@@ -304,7 +302,7 @@ def _engine_identity(shape: replica_pb2.ReplicaPlan) -> bytes:
 
 
 def _unused_name(cluster: str, plan: str, index: int, used: set[str]) -> str:
-    first = f"{cluster}/replicas/{plan.rpartition('/')[2]}-{index}"
+    first = f"{cluster}/replicas/{names.last_part(plan)}-{index}"
     name, again = first, 1
     while name in used:
         again += 1
@@ -391,54 +389,3 @@ def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord |
     was_up = before is not None and before.activation != plan_pb2.ACTIVATION_STATE_FAILED
     earlier = before.name if before is not None and was_up else cluster.earlier_plan
     return "" if earlier == plan.name else earlier
-
-
-_MOST_KEPT = 64  # plans whose replicas are cached; two per cluster are requested over and over
-
-
-@dataclass(slots=True, eq=False)
-class StoredPlacements:
-    """Reads the replicas from a plan's document once per state of the plan."""
-
-    _store: Store
-    _plans: Plans
-    _creation: PlanCreation
-    _activation: PlanActivation
-    _kept: dict[str, plan_pb2.Plan] = field(default_factory=dict)
-
-    async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
-        record = await self._store.read(lambda reader: reader.clusters.get(cluster))
-        return None if record is None or not record.active_plan else await self.plan(record.active_plan)
-
-    async def plan(self, name: str) -> plan_pb2.Plan | None:
-        record: PlanRecord | None = await self._store.read(lambda reader: reader.plans.get(name))
-        if record is None:
-            self._kept.pop(name, None)
-            return None
-        if record.state in SEARCHING:
-            return basic_view(record)
-        kept = self._kept.get(name)
-        if kept is None or kept.etag != etag_of(record):
-            request = pb2.GetPlanRequest(name=name, view=view_pb2.VIEW_FULL)
-            kept = self._kept[name] = (await self._plans.get(request)).plan
-            while len(self._kept) > _MOST_KEPT:
-                del self._kept[next(iter(self._kept))]
-        return kept
-
-    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        return await self._creation.propose(cluster, spec, reason)
-
-    async def withdraw(self, plan: str) -> None:
-        """Cancel a running search, which keeps what it found; delete a plan that nobody activated."""
-        try:
-            record = await self._store.read(lambda reader: reader.plans.get(plan))
-            if record is not None and record.state in SEARCHING:
-                await self._plans.cancel(pb2.CancelPlanRequest(name=plan))
-            elif record is not None:
-                await self._plans.delete(pb2.DeletePlanRequest(name=plan))
-        except ServiceError as error:
-            if error.reason not in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_RESOURCE_IN_USE):
-                raise
-
-    async def activate(self, plan: str) -> None:
-        await self._activation.activate(pb2.ActivatePlanRequest(name=plan))

@@ -19,6 +19,7 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.jobs.messages import (
     CalledOff,
     Crashed,
@@ -39,14 +40,13 @@ from hetis.planner.resources.plan_specs import (
     SearchLimits,
     check_labels,
     choose_profiles,
-    gpu_types_of,
     pose,
     read_spec,
 )
 from hetis.planner.resources.requests import Checks, Tell, change_once, to_the_end
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.planner.use_cases.precision import gpu_types_of
 from hetis.solver.budget import Progress
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, failure_pb2, plan_pb2
@@ -304,7 +304,7 @@ class PlanCreation:
             if node.state == cluster_pb2.NODE_STATE_LOST
         )
         left_out = frozenset(node for node in {*draining, *lost} if node in declared)
-        gpus = gpu_types_of(declared.value)
+        gpus = list(gpu_types_of(declared.value))
         stored = await self._store.read(lambda reader: reader.profiles.all(gpu_type=frozenset(gpus)))
         profiles = choose_profiles(named, stored, gpus)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,11 +21,12 @@ from hetis.planner.resources.requests import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.place import PLACES, PlacementSettings
-from hetis.planner.use_cases.precision import in_precision
+from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
 from hetis.profiler.defaults import default_profile
-from hetis.solver.cluster import Cluster, Network, NodeGroup
+from hetis.solver.advice import without_nodes
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Role
@@ -100,10 +101,6 @@ def choose_profiles(
     return newest | chosen
 
 
-def gpu_types_of(cluster: Cluster) -> list[str]:
-    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))
-
-
 def pose(
     read: ReadSpec,
     record: ClusterRecord,
@@ -121,8 +118,8 @@ def pose(
     by_gpu = {
         gpu: (profiles[gpu].name, documents.read_document(profiles[gpu].body.document, Profile))
         if gpu in profiles
-        else default_profile(cluster.gpu_types[gpu])
-        for gpu in gpu_types_of(cluster)
+        else default_profile(gpu_type)
+        for gpu, gpu_type in gpu_types_of(cluster).items()
     }
     origin = f"{record.name} {etag_of(record)}"
     if left_out:
@@ -343,36 +340,3 @@ class _SpecReader:
             except InvalidProblemError as error:
                 self.require(False, name, str(error))
         return found
-
-
-def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
-    """Return the cluster without these nodes; the others keep their names and their links."""
-    if not nodes:
-        return cluster
-    groups = tuple(part for group in cluster.node_groups for part in _rest(group, nodes))
-    network: Network = replace(
-        cluster.network,
-        between_nodes={
-            pair: link for pair, link in cluster.network.between_nodes.items() if not set(pair) & set(nodes)
-        },
-        between_zones={
-            pair: link
-            for pair, link in cluster.network.between_zones.items()
-            if set(pair) <= {group.zone for group in groups}
-        },
-    )
-    return replace(cluster, node_groups=groups, network=network)
-
-
-def _rest(group: NodeGroup, nodes: Collection[str]) -> Iterator[NodeGroup]:
-    """Yield what is left of a group, which counts from 0 without gaps: nodes after the first gap stand alone."""
-    names = [group.node_name(index) for index in range(group.count)]
-    gaps = [index for index, name in enumerate(names) if name in nodes]
-    if not gaps:
-        yield group
-        return
-    if gaps[0]:
-        yield replace(group, count=gaps[0])
-    for name in names[gaps[0] :]:
-        if name not in nodes:
-            yield replace(group, name=name, count=1, numbered=False)

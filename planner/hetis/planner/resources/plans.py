@@ -12,6 +12,7 @@ from hetis.planner.convert.clusters import basic_view, full_view
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import complete, explanation_to_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.plan_creation import PlanSearches, problem_name
 from hetis.planner.resources.plan_documents import (
     IN_FORCE,
@@ -22,7 +23,6 @@ from hetis.planner.resources.plan_documents import (
     require_answer,
 )
 from hetis.planner.resources.requests import Tell, change_once, check, read_page, require_etag, to_the_end
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL

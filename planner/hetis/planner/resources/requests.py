@@ -12,9 +12,10 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from hetis.formats.errors import DocumentError
@@ -281,7 +282,7 @@ def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str
     tx.audit.append(
         AuditedChange(
             caller=caller.name,
-            role=caller.role,
+            role=caller.role or caller.name,  # the planner itself has none of the roles
             method=request.DESCRIPTOR.name.removesuffix("Request"),
             resource=named_in(request, "name", "cluster", "profile", "node") or named_in(answer, *RESOURCES),
             request_id=request.request_id,  # type: ignore[attr-defined]
@@ -294,13 +295,17 @@ def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str
 
 def named_in(message: Message, *fields: str) -> str:
     """Return the resource name in the first of these fields that has one, as text or in a message; or ""."""
-    for field in fields:
-        if field in message.DESCRIPTOR.fields_by_name:
-            value = getattr(message, field)
-            name = value if isinstance(value, str) else getattr(value, "name", "")
-            if isinstance(name, str) and name:
-                return name
+    for field in _present_fields(message.DESCRIPTOR, fields):
+        value = getattr(message, field)
+        name = value if isinstance(value, str) else getattr(value, "name", "")
+        if isinstance(name, str) and name:
+            return name
     return ""
+
+
+@cache
+def _present_fields(message: Descriptor, fields: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(field for field in fields if field in message.fields_by_name)
 
 
 def fingerprint(request: Message) -> str:

@@ -29,10 +29,10 @@ from hetis.planner.convert.clusters import (
 from hetis.planner.convert.names import last_part, timestamp
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import ClusterHub, Hubs
 from hetis.planner.fleet.views import show_live
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.requests import check, read_page
-from hetis.planner.resources.shared import ClusterHub, Hubs
 from hetis.planner.store import ClusterRecord, Reader, ReplicaRecord, Store
 from hetis.planner.watching import Event
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, Problem
-from hetis.planner.service.access import CallerRole
+from hetis.planner.callers import CallerRole
 from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.settings import Given, PlannerConfig, load_config, mistaken_variables
@@ -70,23 +70,23 @@ def print_effective(path: str | None, flags: Sequence[Given]) -> None:
 
 
 def make_token(
-    path: str, *, role: str, name: str | None, node: str | None, cluster: str | None, valid_days: str
+    path: str, *, role: CallerRole, name: str | None, node: str | None, cluster: str | None, valid_days: str
 ) -> None:
     """Print a new token on stdout, and everything else on stderr."""
     scope = _scope(role, node, cluster)
     expires = datetime.now(UTC) + _days(valid_days)
     chosen = name or "-".join([role, *((scope or "").split("/")[1::2])])
-    token = create_token(path, name=chosen, role=CallerRole(role), scope=scope, expires=expires)
+    token = create_token(path, name=chosen, role=role, scope=scope, expires=expires)
     print(token)
     ends = expires.isoformat(timespec="seconds")
     print(f"token {chosen}, role {role}, valid until {ends}; it is shown this once", file=sys.stderr)
 
 
-def _scope(role: str, node: str | None, cluster: str | None) -> str | None:
+def _scope(role: CallerRole, node: str | None, cluster: str | None) -> str | None:
     given = [scope for scope in (node, cluster) if scope is not None]
-    if role == CallerRole.AGENT and len(given) != 1:
+    if role is CallerRole.AGENT and len(given) != 1:
         raise DocumentError([Problem(file="--role agent", message="needs either --node or --cluster")])
-    if role != CallerRole.AGENT and given:
+    if role is not CallerRole.AGENT and given:
         raise DocumentError([Problem(file=f"--role {role}", message="takes neither --node nor --cluster")])
     if node is not None and "/nodes/" not in node:
         raise DocumentError([Problem(file="--node", message=f"{node!r} is not clusters/CLUSTER/nodes/NODE")])

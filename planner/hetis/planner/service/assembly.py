@@ -9,7 +9,7 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.proposals import PlacementProposals
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import Clock
@@ -17,13 +17,13 @@ from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import NodeReader, Nodes
-from hetis.planner.resources.plan_activation import PlanActivation, StoredPlacements
+from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.shared import Hubs
+from hetis.planner.resources.proposals import PlacementProposals, StoredPlacements
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops

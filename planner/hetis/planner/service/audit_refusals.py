@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from hetis.planner.failures import ServiceError
@@ -48,14 +49,11 @@ class AuditRefusals:
         self._came.set()
 
     async def run(self) -> None:
-        """Run until cancelled."""
         while True:
             wait_s = await self.step()
             self._came.clear()
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._came.wait(), wait_s)
-            except TimeoutError:
-                continue
 
     async def step(self) -> float | None:
         """Write what is due; return the seconds until more is, or None if nothing waits."""

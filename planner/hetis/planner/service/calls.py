@@ -12,9 +12,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from hetis.formats.endpoints import STREAM_OPEN
+from hetis.planner.callers import ANYBODY, Identity, present_caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import ANYBODY, Identity, caller, is_open, require_role, set_caller
+from hetis.planner.service.access import is_open, require_role
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
 from hetis.planner.service.limits import WRITES, StreamLimits, WriteRates
@@ -201,7 +202,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if is_open(method):  # probes watch to the end
             return await write()
         stream = asyncio.create_task(write())
-        self._streams[stream] = method, context, caller()
+        self._streams[stream] = method, context, present_caller()
         try:
             await stream
         except asyncio.CancelledError:
@@ -245,11 +246,11 @@ class Calls(grpc.aio.ServerInterceptor):
             if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
                 code = grpc.StatusCode.UNIMPLEMENTED  # raised by generated code for methods that a servicer lacks
                 await context.abort(code, f"{method} is not implemented")
-            status = _status(error, record)
+            meant = _meant(error, record)
             if method in WRITES and record.caller and record.reason not in NOT_KEPT:
                 self._on_refusal(record.refused_change())
-            code = statuses.code_of(status)
-            await statuses.abort(context, status)
+            code = meant.code
+            await statuses.abort(context, statuses.to_status(meant))
         finally:
             record.end(code, self._telemetry.metrics)
 
@@ -261,7 +262,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 DEADLINE_TOO_LONG, checked in this order.
         """
         if is_open(method):
-            set_caller(ANYBODY)
+            set_present_caller(ANYBODY)
             return
         identity = self._authenticator.identify(metadata, context.auth_context())
         record.comes_from(identity)
@@ -272,7 +273,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._require_leader(method)
         if not is_stream:
             require_deadline(method, context.time_remaining())
-        set_caller(identity)
+        set_present_caller(identity)
 
 
 def decoded(decode: Decode, raw: bytes) -> Message:
@@ -283,7 +284,8 @@ def decoded(decode: Decode, raw: bytes) -> Message:
         raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, f"the request cannot be read: {error}") from None
 
 
-def _status(error: Exception, record: CallRecord) -> statuses.Status:
+def _meant(error: Exception, record: CallRecord) -> ServiceError:
+    """Return the error for the caller, and note it; a bug is logged, and becomes an incident."""
     meant = statuses.as_service_error(error)
     if meant is None:
         incident_id = secrets.token_hex(6)
@@ -294,7 +296,7 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
         )
         meant = statuses.incident(incident_id)
     record.failed(meant)
-    return statuses.to_status(meant)
+    return meant
 
 
 def _code_set(context: Context) -> grpc.StatusCode | None:

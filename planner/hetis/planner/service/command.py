@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from functools import partial
 from typing import Annotated
 
 import typer
 
 from hetis.formats.command_line.verb import choice_of, run_application, version_printer
+from hetis.planner.callers import CallerRole
 from hetis.planner.service.exit_codes import ServiceExitCode
 
 _HELP = (
@@ -29,15 +29,6 @@ _EXAMPLES = """Examples:
 
   hetis-planner token create --file tokens.yaml --name node-7 --role agent --node clusters/c/nodes/n7"""
 _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ServiceExitCode)
-
-
-class RoleOption(StrEnum):
-    """The values of `access.CallerRole`, whose import would make --help slow; a test compares them."""
-
-    VIEWER = "viewer"
-    ORCHESTRATOR = "orchestrator"
-    ADMIN = "admin"
-    AGENT = "agent"
 
 
 app = typer.Typer(
@@ -128,7 +119,7 @@ def hetis_planner(
 @token.command("create")
 def create(
     file: Annotated[str, typer.Option("--file", metavar="FILE", help="The token file; made where there is none.")],
-    role: Annotated[RoleOption, typer.Option("--role", parser=choice_of(RoleOption), help="What its bearer may do.")],
+    role: Annotated[CallerRole, typer.Option("--role", parser=choice_of(CallerRole), help="What its bearer may do.")],
     name: Annotated[str | None, typer.Option("--name", help="For logs; unless given, made from role and node.")] = None,
     node: Annotated[
         str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="The node of an agent.")
@@ -141,7 +132,7 @@ def create(
     """Make a token, print it once on stdout, and append its SHA-256 to the token file."""
     from hetis.planner.service.actions import make_token
 
-    make_token(file, role=role.value, name=name, node=node, cluster=cluster, valid_days=valid)
+    make_token(file, role=role, name=name, node=node, cluster=cluster, valid_days=valid)
 
 
 ConfigOption = Annotated[

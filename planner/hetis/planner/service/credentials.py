@@ -22,8 +22,8 @@ from hetis.formats.errors import single_problem
 from hetis.formats.fields import API_VERSION, DocumentPart, Name, validated
 from hetis.formats.files import read_text, unreadable
 from hetis.formats.positions import parse_text
+from hetis.planner.callers import ANYBODY, CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.access import ANYBODY, CallerRole, Identity
 from hetis.planner.service.certificates import ends_of_certificates
 
 _START = "hetis_"  # lets scanners for leaked secrets recognise a token

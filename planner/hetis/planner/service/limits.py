@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from hetis.planner.callers import CallerRole
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, CallerRole, is_open
+from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100

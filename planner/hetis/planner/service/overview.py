@@ -20,12 +20,12 @@ from google.protobuf.message import Message
 from hetis.planner.convert.names import word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.settings import redispatch_policy
 from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.shared import Hubs
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Reader, Store
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
@@ -235,14 +235,10 @@ class Overviews:
     epoch: int
     leader_since_s: float
     most_searches: int  # solver processes
-    clock: Callable[[], float] = time.monotonic  # monotonic seconds
     _kept: _Kept = ((), {})
-    _kept_s: float = field(init=False)
+    _kept_s: float = field(default_factory=time.monotonic)
     _counting: asyncio.Future[_Kept] | None = None
-    _counted_at_s: float | None = None  # or tried to
-
-    def __post_init__(self) -> None:
-        self._kept_s = self.clock()
+    _counted_at_s: float = -math.inf  # or tried to
 
     async def overview(self) -> Overview:
         await self._count()
@@ -255,7 +251,7 @@ class Overviews:
                 for name, plan, num_declared in clusters
             ),
             num_plans=plans,
-            counted_s_ago=self.clock() - self._kept_s,
+            counted_s_ago=time.monotonic() - self._kept_s,
             queued=self.pool.num_waiting,
             searching=self.pool.num_running,
             solver_processes=self.most_searches,
@@ -311,7 +307,7 @@ class Overviews:
 
     async def _count(self) -> None:
         """Refresh an outdated count. A store that does not answer is not waited for, and gets only one query."""
-        if self._counting is None and self._counted_at_s is not None and self.clock() < self._counted_at_s + FRESH_S:
+        if self._counting is None and time.monotonic() < self._counted_at_s + FRESH_S:
             return
         if self._counting is None:
             self._counting = asyncio.ensure_future(self.store.read(_read))
@@ -322,8 +318,8 @@ class Overviews:
         if counting is None:  # another waiter has taken it
             return
         if counting.exception() is None:
-            self._kept, self._kept_s = counting.result(), self.clock()
-        self._counted_at_s = self.clock()
+            self._kept, self._kept_s = counting.result(), time.monotonic()
+        self._counted_at_s = time.monotonic()
 
     def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
         states = Counter(node.state for node in self.fleet.nodes_of(cluster).values())

@@ -108,7 +108,8 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         stack.callback(signals.close)
         if traces is not None:
             stack.push_async_callback(asyncio.to_thread, traces.close)
-        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=write_rates(config))
+        writes = WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
+        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=writes)
         credentials = access.certificates.credentials() if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)
@@ -208,10 +209,6 @@ async def show_failure(planner: Succession, loops: Loops, server: PlannerServer)
     """Wait for a failure, then report in health that no service serves; ``/healthz`` checks independently."""
     async with _first_of(planner.until_failed(), loops.failed.wait()):
         server.health.serve(False)
-
-
-def write_rates(config: PlannerConfig) -> WriteRates:
-    return WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
 
 
 def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:

@@ -14,10 +14,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from hetis.planner.service.access import HEALTH_SERVICE, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.settings import is_socket_path, join_address, split_address
 
-SERVICE = "grpc.health.v1.Health"
 Status = Any  # health_pb2 has no types
 
 
@@ -28,13 +28,12 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     to leave removes, so that the others are never told that the planner drains.
     """
 
-    def __init__(self, services: Iterable[str]) -> None:
-        self._services = {"", SERVICE, *services}
+    def __init__(self) -> None:
+        self._services = {"", HEALTH_SERVICE}
         self._is_serving = False
         self._changed = asyncio.Event()
 
     def add(self, services: Iterable[str]) -> None:
-        """Add services to those given before."""
         self._services.update(services)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -126,7 +125,7 @@ class PlannerServer:
         if max_connections is not None:
             options += ((MAX_CONNECTIONS, max_connections),)
         self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
-        self.health = ServiceHealth(())
+        self.health = ServiceHealth()
         self.health.add_to(self._server)
         self._servicings = list(servicings)
 
@@ -148,12 +147,11 @@ class PlannerServer:
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)
 
     async def start(self) -> None:
-        """Begin to answer."""
         names = [servicing.service for servicing in self._servicings]
         for servicing in self._servicings:
             servicing.add(servicing.servicer, self._server)
         self.health.add(names)
-        add_reflection([*names, SERVICE], self._server)
+        add_reflection([*names, HEALTH_SERVICE], self._server)
         await self._server.start()
         self.health.serve(True)
 
@@ -202,7 +200,6 @@ def _must_be_free(address: str) -> None:
 def _error_of(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
 ) -> OSError | None:
-    """Return the error of binding an address, or None."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -210,9 +207,6 @@ def _error_of(
     except OSError as error:
         return error
     return None
-
-
-REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:

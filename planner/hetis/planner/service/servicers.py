@@ -8,7 +8,8 @@ from inspect import isasyncgenfunction, isawaitable
 from types import SimpleNamespace
 from typing import Any
 
-from hetis.planner.failures import ServiceError
+from hetis.planner.callers import CallerRole, present_caller
+from hetis.planner.failures import ServiceError, wrong_node
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.resources.clusters import Clusters
@@ -18,7 +19,6 @@ from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
-from hetis.planner.service.access import CallerRole, caller
 from hetis.planner.service.server import Servicing
 from hetis.v1 import agent_service_pb2 as agent
 from hetis.v1 import dispatch_service_pb2 as dispatch
@@ -109,7 +109,7 @@ def agent_methods(fleet: LiveFleet) -> Methods:
     """Return the stream of an agent for the node in its credentials; the fleet does the rest."""
 
     async def connect(requests: AsyncIterator[agent.ConnectNodeRequest]) -> AsyncIterator[agent.ConnectNodeResponse]:
-        async with aclosing(fleet.connect(caller(), requests)) as responses:
+        async with aclosing(fleet.connect(present_caller(), requests)) as responses:
             async for response in responses:
                 yield response
 
@@ -126,10 +126,12 @@ def dispatch_methods(
 
     def require_primary(replica: str, role: CallerRole) -> None:
         """Raise WRONG_NODE unless the caller has ``role`` or is of the primary's node; tell strangers nothing else."""
-        if role not in caller().roles:
+        caller = present_caller()
+        if role not in caller.roles:
             view = replicas.replica_view(replica)
-            cluster, _, _ = replica.partition("/replicas/")
-            caller().require_node(f"{cluster}/nodes/{view.primary_node if view else ''}")
+            node = f"{replica.partition('/replicas/')[0]}/nodes/{view.primary_node if view else ''}"
+            if not caller.speaks_for(node):
+                raise wrong_node(caller, node)
 
     def checked(
         method: Callable[[Any], Any],

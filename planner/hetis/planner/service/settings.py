@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer
 
 from hetis.formats import endpoints, units
 from hetis.formats.endpoints import is_loopback
@@ -99,6 +99,7 @@ def half_of_the_cores() -> int:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Seconds = Annotated[Duration, PlainSerializer(units.format_duration)]
 FilePath = Annotated[str, Field(min_length=1)]
 
 
@@ -122,7 +123,7 @@ class SolverPart(DocumentPart):
 
     processes: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=half_of_the_cores)
     queue: Annotated[int, Field(ge=1, le=100_000)] = 32
-    max_search: Annotated[Duration, Field(gt=0, le=86_400)] = 3600.0
+    max_search: Annotated[Seconds, Field(gt=0, le=86_400)] = 3600.0
     running_per_caller: Annotated[int, Field(ge=1, le=256)] | None = None
     queued_per_caller: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
@@ -157,8 +158,8 @@ class LogPart(DocumentPart):
 class AgentsPart(DocumentPart):
     """The interval of agents' heartbeats, and the silence after which a node is lost."""
 
-    heartbeat: Annotated[Duration, Field(ge=0.05, le=600)] = 5.0
-    lease: Annotated[Duration, Field(ge=0.1, le=3600)] = 20.0
+    heartbeat: Annotated[Seconds, Field(ge=0.05, le=600)] = 5.0
+    lease: Annotated[Seconds, Field(ge=0.1, le=3600)] = 20.0
 
 
 class LeadershipPart(DocumentPart):
@@ -170,7 +171,7 @@ class LeadershipPart(DocumentPart):
     """
 
     standby: bool | None = None
-    lease: Annotated[Duration, Field(ge=0.5, le=300)] = 5.0
+    lease: Annotated[Seconds, Field(ge=0.5, le=300)] = 5.0
     advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
@@ -198,12 +199,12 @@ class PlannerConfig(DocumentPart):
     connections: ConnectionsPart = ConnectionsPart()
     tls: TlsPart | None = None
     tokens: FilePath | None = None
-    reload: Annotated[Duration, Field(ge=0.05, le=86_400)] = 30.0
+    reload: Annotated[Seconds, Field(ge=0.05, le=86_400)] = 30.0
     log: LogPart = LogPart()
     agents: AgentsPart = AgentsPart()
     leadership: LeadershipPart = LeadershipPart()
     telemetry: TelemetryPart = TelemetryPart()
-    drain_timeout: Annotated[Duration, Field(ge=0, le=3600)] = 30.0
+    drain_timeout: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
 
     @property
     def asks_for_credentials(self) -> bool:
@@ -250,21 +251,7 @@ class PlannerConfig(DocumentPart):
         """Return the document with every default filled in, without secrets."""
         data = self.model_dump(by_alias=True, exclude_none=True)
         data["store"] = without_password(self.store)
-        for part, name in _DURATIONS:
-            holder = data if part is None else data.get(part)
-            if holder is not None:
-                holder[name] = units.format_duration(holder[name])
         return {name: value for name, value in data.items() if value != {}}
-
-
-_DURATIONS: tuple[tuple[str | None, str], ...] = (
-    ("solver", "max_search"),
-    ("agents", "heartbeat"),
-    ("agents", "lease"),
-    ("leadership", "lease"),
-    (None, "reload"),
-    (None, "drain_timeout"),
-)
 
 
 def without_password(url: str) -> str:

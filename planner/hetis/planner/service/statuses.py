@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any, Never, cast
 from urllib.parse import quote
 
-import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -72,10 +71,6 @@ def to_status(error: ServiceError) -> Status:
     return status
 
 
-def code_of(status: Status) -> grpc.StatusCode:
-    return next(code for code in grpc.StatusCode if code.value[0] == status.code)
-
-
 async def abort(context: Any, status: Status) -> Never:
     """End a call with a status and its details. Raises grpc.aio.AbortError always."""
     found = rpc_status.to_status(status)
@@ -90,7 +85,7 @@ def _details(error: ServiceError, message: str) -> Iterable[Message]:
     metadata = {key: _shortened(value, 400) for key, value in error.metadata.items()}
     yield error_details_pb2.ErrorInfo(reason=error.reason_name, domain=DOMAIN, metadata=metadata)
     if error.reason == Reason.ERROR_REASON_INVENTORY_MISMATCH:
-        yield _missing_gpus(error, message)
+        yield _missing_gpus(error)
     elif error.violations:
         yield _bad_request(error)
     if error.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
@@ -121,17 +116,14 @@ def _bad_request(error: ServiceError) -> Message:
     return cast(Message, found)
 
 
-def _missing_gpus(error: ServiceError, message: str) -> Message:
-    cluster = error.metadata.get("cluster", "")
-    missing = [(violation.field, violation.description) for violation in error.violations] or [
-        (gpu.strip(), message) for gpu in error.metadata.get("missing_gpus", "").split(",") if gpu.strip()
-    ]
+def _missing_gpus(error: ServiceError) -> Message:
     failure: Any = error_details_pb2.PreconditionFailure()
-    for position, (subject, description) in enumerate(missing or [(cluster, message)]):
-        failure.violations.add(type="GPU_MISSING", subject=subject[:200], description=_shortened(description, 300))
+    for position, missing in enumerate(error.violations):
+        subject, description = missing.field[:200], _shortened(missing.description, 300)
+        failure.violations.add(type="GPU_MISSING", subject=subject, description=description)
         if failure.ByteSize() > _MOST_DETAIL_BYTES:
             failure.violations.pop()
-            left = len(missing) - position
+            cluster, left = error.metadata["cluster"], len(error.violations) - position
             failure.violations.add(type="GPU_MISSING", subject=cluster, description=f"... and {left} more GPUs")
             break
     return cast(Message, failure)

@@ -9,15 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
+from hetis.planner.callers import Identity
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.access import Identity
+from hetis.planner.resources.requests import named_in
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.store import AuditedChange
 
@@ -226,7 +225,7 @@ class CallRecord:
 
     def asks(self, request: Message) -> None:
         """Note the name of the resource, and the id, of a request."""
-        self._request_name = _name_of(request)
+        self._request_name = named_in(request, *_NAMING)[:200]
         self._request_id = getattr(request, "request_id", "")
 
     def failed(self, error: ServiceError) -> None:
@@ -288,20 +287,3 @@ class Telemetry:
         }
         span = None if self._traces is None else self._traces.begin(method, carrier)
         return CallRecord(method, peer, span, is_stream=is_stream)
-
-
-@cache
-def _naming_fields(message: Descriptor) -> tuple[str, ...]:
-    fields = message.fields_by_name
-    return tuple(name for name in _NAMING if name in fields and not fields[name].is_repeated)
-
-
-def _name_of(request: Message) -> str:
-    """Return the resource that a request names, at most 200 characters; empty if it names none."""
-    for naming in _naming_fields(request.DESCRIPTOR):
-        value = getattr(request, naming)
-        if isinstance(value, str) and value:
-            return value[:200]
-        if isinstance(value, Message) and isinstance(found := getattr(value, "name", ""), str) and found:
-            return found[:200]
-    return ""

@@ -51,7 +51,7 @@ def back_up(url: str, file: Path) -> int:
     try:
         with _stored(url) as connection, _errors_of(str(file)):
             opening.keep_private(made)
-            target = opening.make_engine(opening.parse_url(f"sqlite:///{made}"), lease_s=_LEASE_S)
+            target, _, _ = _engine(f"sqlite:///{made}")
             with target.begin() as written:
                 opening.migrate(written)
                 num = _copy(connection, written)
@@ -76,8 +76,7 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
 @contextlib.contextmanager
 def _stored(url: str) -> Iterator[sa.Connection]:
     """Read one consistent state of a store of this version, which may be in use."""
-    engine, label = _engine(url)
-    file = opening.file_of(opening.parse_url(url))
+    engine, label, file = _engine(url)
     if file is not None and not file.is_file():
         raise StoreError(f"{label}: no such store")
     try:
@@ -109,12 +108,11 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
     with tempfile.TemporaryDirectory(prefix="hetis-restore-") as folder:
         copied = Path(folder) / "backup.db"
         shutil.copyfile(file, copied)  # a backup of an older version is migrated, but the file itself must not change
-        source, _ = _engine(f"sqlite:///{copied}")
+        source, _, _ = _engine(f"sqlite:///{copied}")
         try:
             with _errors_of(str(file)), source.begin() as connection:
                 opening.check_file(connection, str(file))
-                is_empty = not sa.inspect(connection).get_table_names()
-                if is_empty:
+                if not sa.inspect(connection).get_table_names():
                     raise StoreError(f"{file} is empty, and no backup")
                 if opening.needs_migration(connection, str(file)):
                     opening.migrate(connection)
@@ -158,12 +156,11 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
 
     Raises StoreError if a planner leads with the store, or it cannot be used.
     """
-    engine, label = _engine(url)
-    file = opening.file_of(opening.parse_url(url))
+    engine, label, file = _engine(url)
     lock = FileLock(file) if file else None
     try:
         if file is not None and lock is not None:
-            if not file.absolute().parent.is_dir():
+            if not file.parent.is_dir():
                 raise StoreError(f"store {label} cannot be opened: the folder does not exist")
             if not lock.take():
                 raise StoreError(f"store {label} is in use by a planner: stop it first")
@@ -181,9 +178,10 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
             lock.release()
 
 
-def _engine(url: str) -> tuple[sa.Engine, str]:
+def _engine(url: str) -> tuple[sa.Engine, str, Path | None]:
+    """Return an engine, the store's name for messages, and its file if it is one."""
     parsed = opening.parse_url(url)
-    return opening.make_engine(parsed, lease_s=_LEASE_S), opening.label_of(parsed)
+    return opening.make_engine(parsed, lease_s=_LEASE_S), opening.label_of(parsed), opening.file_of(parsed)
 
 
 @contextlib.contextmanager

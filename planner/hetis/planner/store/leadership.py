@@ -189,7 +189,6 @@ def check(connection: sa.Connection, epoch: int) -> None:
 
 
 def holder_of(connection: sa.Connection) -> str:
-    """Return the last leader."""
     return str(connection.execute(sa.select(records.leadership.c.holder).where(_ROW)).scalar_one())
 
 

@@ -154,7 +154,6 @@ class Breaker:
         self._moved_s = self._clock()
 
     def close(self) -> None:
-        """Forget the connection."""
         with self._lock:
             self._forget()
 

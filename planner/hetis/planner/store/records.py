@@ -7,7 +7,7 @@ database, whereas PostgreSQL's default is the order of a language.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, Table, Text
@@ -115,10 +115,21 @@ def _column(name: str, kind: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[
     return Column(name, kind, nullable=False)
 
 
-def _table(name: str, *indices: Index, **columns: TypeEngine[Any] | type[TypeEngine[Any]]) -> Table:
-    """Return a table of records, all of which have a name, a body and a version."""
-    own = {**columns, "body": LargeBinary, "version": BigInteger}
-    return Table(name, metadata, Column("name", NAME, primary_key=True), *map(_column, own, own.values()), *indices)
+_COLUMNS: dict[str, TypeEngine[Any] | type[TypeEngine[Any]]] = {
+    **dict.fromkeys(("cluster", "replica"), NAME),
+    **dict.fromkeys(("create_time_s", "update_time_s"), Double),
+    **dict.fromkeys(("state", "activation"), Integer),
+    **dict.fromkeys(("version", "generation"), BigInteger),
+    "draining": Boolean,
+    "body": LargeBinary,
+}
+"""The columns of records' fields; all others are text."""
+
+
+def _table(name: str, record: type[Any], *indices: Index) -> Table:
+    """Return a table with a column for each field of a record."""
+    own = [_column(field.name, _COLUMNS.get(field.name, Text)) for field in fields(record) if field.name != "name"]
+    return Table(name, metadata, Column("name", NAME, primary_key=True), *own, *indices)
 
 
 leadership = Table(
@@ -129,38 +140,21 @@ leadership = Table(
     _column("holder", Text),
     _column("lease_end_s", Double),  # Unix time of the database server; 0 if nobody holds it
 )
-clusters = _table("clusters", active_plan=Text, earlier_plan=Text, create_time_s=Double, update_time_s=Double)
-nodes = _table("nodes", Index("nodes_of_cluster", "cluster", "name"), cluster=NAME, draining=Boolean)
-profiles = _table(
-    "profiles", Index("profiles_of_type", "gpu_type", "name"), gpu_type=Text, create_time_s=Double, update_time_s=Double
-)
+clusters = _table("clusters", ClusterRecord)
+nodes = _table("nodes", NodeRecord, Index("nodes_of_cluster", "cluster", "name"))
+profiles = _table("profiles", ProfileRecord, Index("profiles_of_type", "gpu_type", "name"))
 plans = _table(
     "plans",
+    PlanRecord,
     Index("plans_by_age", "create_time_s", "name"),
     Index("plans_of_cluster", "cluster", "create_time_s", "name"),
-    cluster=NAME,
-    state=Integer,
-    activation=Integer,
-    create_time_s=Double,
 )
 plan_documents = Table(
     "plan_documents", metadata, Column("name", NAME, primary_key=True), _column("content", LargeBinary)
 )
-replicas = _table(
-    "replicas",
-    Index("replicas_of_cluster", "cluster", "name"),
-    cluster=NAME,
-    plan=Text,
-    state=Integer,
-    generation=BigInteger,
-)
+replicas = _table("replicas", ReplicaRecord, Index("replicas_of_cluster", "cluster", "name"))
 redispatches = _table(
-    "redispatches",
-    Index("redispatches_of_cluster", "cluster", "create_time_s", "name"),
-    cluster=NAME,
-    replica=NAME,
-    state=Integer,
-    create_time_s=Double,
+    "redispatches", RedispatchRecord, Index("redispatches_of_cluster", "cluster", "create_time_s", "name")
 )
 requests = Table(
     "requests",

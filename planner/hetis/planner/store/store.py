@@ -32,7 +32,7 @@ class StoreHealth:
         self._clock = clock
         self._answered_s = clock()  # when the last transaction succeeded
         self._began_s: float | None = None  # when the present transaction began
-        self._has_failed = self._is_failing = False
+        self._is_failing = False  # whether the last transaction that ended failed
         self.errors = 0  # transactions that failed
         self.seconds = 0.0  # duration of all transactions together
         # Transactions by duration, at most that of the bucket in `BUCKETS_S`; the last counts the longer ones
@@ -54,24 +54,25 @@ class StoreHealth:
         """Return for how long no transaction has succeeded, 0 if the last one that ended did."""
         return self.answered_s_ago if self._is_failing else 0.0
 
-    def began(self) -> None:
-        self._began_s, self._has_failed = self._clock(), False
-
-    def failed(self) -> None:
-        """Mark the present transaction as failed."""
-        self._has_failed = True
-
-    def ended(self) -> None:
-        now_s = self._clock()
-        took_s = now_s - (self._began_s if self._began_s is not None else now_s)
-        self._began_s = None
-        self.seconds += took_s
-        self.buckets[bisect_left(BUCKETS_S, took_s)] += 1
-        self._is_failing = self._has_failed
-        if self._has_failed:
-            self.errors += 1
-        else:
-            self._answered_s = now_s
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a transaction, which has failed if it raises STORE_UNAVAILABLE."""
+        self._began_s = began_s = self._clock()
+        has_failed = False
+        try:
+            yield
+        except ServiceError as error:
+            has_failed = error.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE
+            raise
+        finally:
+            now_s, self._began_s = self._clock(), None
+            self.seconds += now_s - began_s
+            self.buckets[bisect_left(BUCKETS_S, now_s - began_s)] += 1
+            self._is_failing = has_failed
+            if has_failed:
+                self.errors += 1
+            else:
+                self._answered_s = now_s
 
 
 T = TypeVar("T")
@@ -492,15 +493,8 @@ class Store:
             raise opening.unavailable(error, self._label) from None
 
     def _timed(self, work: Callable[..., T], *arguments: object) -> T:
-        self.health.began()
-        try:
+        with self.health.counted():
             return work(*arguments)
-        except ServiceError as error:
-            if error.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE:
-                self.health.failed()
-            raise
-        finally:
-            self.health.ended()
 
     def _release(self, epoch: int | None) -> None:
         if epoch is not None and self._lease_s:

@@ -199,7 +199,6 @@ class PlanDocumentView:
         self._connection = connection
 
     def get(self, name: str) -> bytes | None:
-        """Return the document of the plan of that name, or None."""
         table = records.plan_documents
         return self._connection.execute(sa.select(table.c.content).where(table.c.name == name)).scalar_one_or_none()
 

@@ -205,8 +205,8 @@ def check_step(request: pb2.DispatchRequestsRequest) -> None:
         raise invalid_field(too_many[0], f"are {len(parts[too_many[0]])}, must be at most {MOST_REQUESTS}")
     violations = chain(
         names_violations("finished", request.finished),
-        growth_violations("grown", request.grown),
-        newcomer_violations("new_requests", request.new_requests),
+        request_violations("grown", request.grown, "remaining_tokens"),
+        request_violations("new_requests", request.new_requests, "growth_tokens"),
     )
     _require_none(violations)
 
@@ -222,15 +222,8 @@ def names_violations(path: str, names: Iterable[str]) -> Violations:
         yield from name_violations(f"{path}[{n}]", one, seen)
 
 
-def newcomer_violations(path: str, requests: Iterable[pb2.NewRequest]) -> Violations:
-    return _numbers_violations(path, requests, "growth_tokens")
-
-
-def growth_violations(path: str, requests: Iterable[pb2.Growth]) -> Violations:
-    return _numbers_violations(path, requests, "remaining_tokens")
-
-
-def _numbers_violations(path: str, requests: Iterable[pb2.NewRequest | pb2.Growth], tokens: str) -> Violations:
+def request_violations(path: str, requests: Iterable[pb2.NewRequest | pb2.Growth], tokens: str) -> Violations:
+    """Yield what is wrong with new or growing requests; ``tokens`` is the field of the tokens still to come."""
     seen = set[str]()
     for n, one in enumerate(requests):
         yield from name_violations(f"{path}[{n}].id", one.id, seen)

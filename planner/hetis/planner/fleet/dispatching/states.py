@@ -12,7 +12,7 @@ import asyncio
 import base64
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 from hetis.planner.convert.stages import stage_from_proto
@@ -21,10 +21,9 @@ from hetis.planner.fleet.dispatching.messages import (
     check_batch,
     check_step,
     declared,
-    growth_violations,
     names_violations,
-    newcomer_violations,
     placement_to_proto,
+    request_violations,
 )
 from hetis.planner.fleet.dispatching.replica import BatchAdmission, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
@@ -43,8 +42,8 @@ _STATE = "/dispatchState"
 class DispatchStates:
     """One dispatch state per replica. Belongs to one event loop."""
 
-    def __init__(self, replicas: RunningReplicas, *, make_id: Callable[[], str] = lambda: str(uuid.uuid4())) -> None:
-        self._replicas, self._make_id = replicas, make_id
+    def __init__(self, replicas: RunningReplicas) -> None:
+        self._replicas = replicas
         self._states: dict[str, ReplicaDispatch] = {}  # by replica
         self._warming: asyncio.Task[None] | None = None  # loads the kernels; None: nobody needed them yet
 
@@ -67,7 +66,7 @@ class DispatchStates:
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
-        check_batch(len(request.requests), newcomer_violations("requests", request.requests))
+        check_batch(len(request.requests), request_violations("requests", request.requests, "growth_tokens"))
         admitted = await self._admitted(request.parent, state, request.requests, keep=not request.validate_only)
         return pb2.AdmitRequestsResponse(
             placements=_placements(state, request.requests, admitted),
@@ -104,16 +103,14 @@ class DispatchStates:
         return admitted
 
     def finish(self, request: pb2.FinishRequestsRequest) -> pb2.FinishRequestsResponse:
-        """Answer `FinishRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), names_violations("requests", request.requests))
         state.finish(request.requests)
         return pb2.FinishRequestsResponse()
 
     def grow(self, request: pb2.GrowRequestsRequest) -> pb2.GrowRequestsResponse:
-        """Answer `GrowRequests`."""
         state = self._state(request.parent, request.state_id)
-        check_batch(len(request.requests), growth_violations("requests", request.requests))
+        check_batch(len(request.requests), request_violations("requests", request.requests, "remaining_tokens"))
         return pb2.GrowRequestsResponse(stalled=state.grow(request.requests))
 
     def get(self, request: pb2.GetDispatchStateRequest) -> pb2.GetDispatchStateResponse:
@@ -134,7 +131,6 @@ class DispatchStates:
         return pb2.GetDispatchStateResponse(dispatch_state=answer, next_page_token=token)
 
     async def update(self, request: pb2.UpdateDispatchStateRequest) -> pb2.UpdateDispatchStateResponse:
-        """Answer `UpdateDispatchState`."""
         if wrong := [path for path in request.update_mask.paths if path not in ("head_maps", "*")]:
             raise invalid_field("update_mask", f"{wrong[0]} cannot be changed, only head_maps can")
         state = request.dispatch_state
@@ -145,9 +141,9 @@ class DispatchStates:
             raise invalid_field("dispatch_state.name", f"{replica.name} has no stages to dispatch: it is {what}")
         terms = {(stage.stage, stage.copy): stage_from_proto(stage) for stage in replica.stages}
         if sum(len(one.requests) for one in state.head_maps) <= MOST_DECLARED_IN_LOOP:
-            made = declared(state, terms, self._make_id())
+            made = declared(state, terms, str(uuid.uuid4()))
         else:
-            made = await asyncio.to_thread(declared, state, terms, self._make_id())
+            made = await asyncio.to_thread(declared, state, terms, str(uuid.uuid4()))
             replica = self._replica(replica.name)
             _require_generation(state, replica)
         made.follow(replica.conditions, replica.generation)

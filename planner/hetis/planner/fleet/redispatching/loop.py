@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -37,26 +36,13 @@ SOLVE_BUDGET_S = 10.0  # an older state is no basis for moves
 _WATCHED = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
 _log = logging.getLogger("hetis.planner.redispatching")
 
-Solve = Callable[[StagePlanner, StageLook], Awaitable[FoundMoves | None]]
-
 
 class RedispatchLoop(FleetObserver):
     """Start `run` once; it repeats `step`, which does what is due now."""
 
-    def __init__(
-        self,
-        fleet: LiveFleet,
-        dispatch: DispatchStates,
-        *,
-        clock: Clock,
-        make_id: Callable[[], str] = lambda: str(uuid.uuid4()),
-        solve: Solve | None = None,
-    ) -> None:
-        """``solve`` looks at one stage; if None, the loop's own thread does, within `SOLVE_BUDGET_S`."""
-        self._fleet, self._dispatch = fleet, dispatch
-        self._clock, self._make_id = clock, make_id
+    def __init__(self, fleet: LiveFleet, dispatch: DispatchStates, *, clock: Clock) -> None:
+        self._fleet, self._dispatch, self._clock = fleet, dispatch, clock
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="redispatch")
-        self._solve = solve or self._solve_in_thread
         self._watched: dict[str, WatchedReplica] = {}
         self._wake = asyncio.Event()
 
@@ -97,7 +83,6 @@ class RedispatchLoop(FleetObserver):
     # --- due work
 
     async def run(self) -> None:
-        """Run until cancelled."""
         looks = set[asyncio.Task[None]]()
 
         def has_looked(look: asyncio.Task[None]) -> None:
@@ -181,7 +166,7 @@ class RedispatchLoop(FleetObserver):
             )
             moves = None
             try:
-                moves = await self._solve(stage.planner, look)
+                moves = await self._solve_in_thread(stage.planner, look)
             except HetisError as error:  # the map contradicts itself: as good as no answer
                 _log.warning("%s, stage %s, copy %s: %s", name, *place, error)
             is_change = moves is not None and not policy.is_advisory
@@ -247,7 +232,7 @@ class RedispatchLoop(FleetObserver):
     def _redispatch_of(
         self, view: LiveReplica, place: Place, base_generation: int, found: FoundMoves, policy: RedispatchPolicy
     ) -> redispatch_pb2.Redispatch:
-        change_id = self._make_id()
+        change_id = str(uuid.uuid4())
         created = timestamp(self._clock.time())
         plan, begins = found.plan, redispatch_pb2.REDISPATCH_STATE_PREPARING
         state = redispatch_pb2.REDISPATCH_STATE_ADVISED if policy.is_advisory else begins

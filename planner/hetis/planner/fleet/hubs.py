@@ -1,4 +1,4 @@
-"""Parts that all resources share: the live fleet, and the hubs of watchers."""
+"""The hubs of one leadership term, through which watchers of plans and clusters get changes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from google.protobuf.message import Message
 
 from hetis.planner.convert.clusters import BASIC, cluster_message
 from hetis.planner.convert.names import node_name
-from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.store import ClusterRecord
 from hetis.planner.store.tables import KEPT_REDISPATCHES
 from hetis.planner.watching import Hub
 from hetis.v1 import cluster_pb2, plan_pb2
+
+_MOST_ONE_BY_ONE = 1000  # nodes; above it, watchers get the whole present state again
 
 
 class ClusterHub(Hub[tuple[str, str], Message]):
@@ -37,7 +38,7 @@ class ClusterHub(Hub[tuple[str, str], Message]):
 
 
 class Hubs:
-    """The hubs of one leadership term. ``plans``: by plan name; values in the view BASIC."""
+    """All hubs of one leadership term. ``plans``: by plan name; values in the view BASIC."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -50,6 +51,20 @@ class Hubs:
         if name not in self._clusters:
             self._clusters[name] = ClusterHub(self.epoch)
         return self._clusters[name]
+
+    def publish_cluster(self, record: ClusterRecord, *, num_connected: int, now_s: float) -> None:
+        """Publish that the document, policy, plans or connected nodes of a cluster have changed."""
+        message = cluster_message(record, view=BASIC, num_connected=num_connected)
+        self.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
+
+    def publish_nodes(self, cluster: str, nodes: Collection[str], *, now_s: float) -> None:
+        """Publish that these nodes were changed, added or removed; watches look up their state when they need it."""
+        if len(nodes) > _MOST_ONE_BY_ONE:
+            self.renew_cluster(cluster)
+            return
+        for node in nodes:
+            name = node_name(cluster, node)
+            self.cluster(cluster).publish(("node", name), cluster_pb2.Node(name=name), now_s=now_s)
 
     def round_of(self, name: str) -> int:
         """Return how often `renew_cluster` was called: sequence numbers are only valid within one round."""
@@ -66,26 +81,6 @@ class Hubs:
             hub.close()
 
     def close(self) -> None:
-        """End all watches."""
         self.plans.close()
         for hub in self._clusters.values():
             hub.close()
-
-
-_MOST_ONE_BY_ONE = 1000  # nodes; above it, watchers get the whole present state again
-
-
-def publish_cluster(hubs: Hubs, fleet: LiveFleet, record: ClusterRecord, *, now_s: float) -> None:
-    """Publish that the document, policy or plans of a cluster have changed."""
-    message = cluster_message(record, view=BASIC, num_connected=fleet.num_connected(record.name))
-    hubs.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
-
-
-def publish_nodes(hubs: Hubs, cluster: str, nodes: Collection[str], *, now_s: float) -> None:
-    """Publish that these nodes were changed, added or removed; watches look up their state."""
-    if len(nodes) > _MOST_ONE_BY_ONE:
-        hubs.renew_cluster(cluster)
-        return
-    for node in nodes:
-        name = node_name(cluster, node)
-        hubs.cluster(cluster).publish(("node", name), cluster_pb2.Node(name=name), now_s=now_s)

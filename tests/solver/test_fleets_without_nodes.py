@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.documents import from_data, to_data
-from hetis.planner.resources.plan_specs import without_nodes
+from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 
 LINK = Link(bytes_per_s=1e10, latency_s=1e-5)

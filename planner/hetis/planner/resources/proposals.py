@@ -13,49 +13,85 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
+from hetis.planner.convert.clusters import basic_view
 from hetis.planner.convert.names import last_part
 from hetis.planner.convert.plans import role_of
-from hetis.planner.failures import ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.replica import dense_devices_of, nodes_of
 from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock, FleetObserver
+from hetis.planner.resources.plan_activation import PlanActivation
+from hetis.planner.resources.plan_creation import PlanCreation
+from hetis.planner.resources.plan_documents import SEARCHING
+from hetis.planner.resources.plans import Plans
+from hetis.planner.store import PlanRecord, Store, etag_of
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
-from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
+from hetis.v1 import cluster_pb2, plan_pb2, view_pb2
+from hetis.v1 import plan_service_pb2 as pb2
 
 POLL_S = 2.0  # how often a running search is polled
 GATHERED_S = 0.5  # batches changes of capacity: each look covers all nodes, and after a restart all connect
 LEAST_GAIN = 0.01  # relative gain in rate that a proposal needs to be activated automatically
 MOST_NAMED = 5  # nodes named in a reason
-_SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
 _GONE = (cluster_pb2.NODE_STATE_LOST, cluster_pb2.NODE_STATE_UNDECLARED)
+_MOST_KEPT = 64  # plans whose replicas are cached; two per cluster are requested over and over
 _log = logging.getLogger("hetis.planner.proposals")
 
 
-class Placements(Protocol):
-    """The methods of the plans that proposals use."""
+@dataclass(slots=True, eq=False)
+class StoredPlacements:
+    """The plans, as proposals need them. The replicas in a plan's document are read once per state of the plan."""
+
+    _store: Store
+    _plans: Plans
+    _creation: PlanCreation
+    _activation: PlanActivation
+    _kept: dict[str, plan_pb2.Plan] = field(default_factory=dict)
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
         """Return the active plan with its spec and its replicas, or None."""
-        ...
+        record = await self._store.read(lambda reader: reader.clusters.get(cluster))
+        return None if record is None or not record.active_plan else await self.plan(record.active_plan)
 
-    async def plan(self, name: str) -> plan_pb2.Plan | None: ...
+    async def plan(self, name: str) -> plan_pb2.Plan | None:
+        record: PlanRecord | None = await self._store.read(lambda reader: reader.plans.get(name))
+        if record is None:
+            self._kept.pop(name, None)
+            return None
+        if record.state in SEARCHING:
+            return basic_view(record)
+        kept = self._kept.get(name)
+        if kept is None or kept.etag != etag_of(record):
+            request = pb2.GetPlanRequest(name=name, view=view_pb2.VIEW_FULL)
+            kept = self._kept[name] = (await self._plans.get(request)).plan
+            while len(self._kept) > _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return kept
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
         """Make a new plan for the available nodes and return its name. Raises ServiceError if it cannot be made now."""
-        ...
+        return await self._creation.propose(cluster, spec, reason)
 
     async def withdraw(self, plan: str) -> None:
-        """Withdraw a proposal that the next one replaces: cancel its search, or delete it."""
-        ...
+        """Cancel a running search, which keeps what it found; delete a plan that nobody activated."""
+        try:
+            record = await self._store.read(lambda reader: reader.plans.get(plan))
+            if record is not None and record.state in SEARCHING:
+                await self._plans.cancel(pb2.CancelPlanRequest(name=plan))
+            elif record is not None:
+                await self._plans.delete(pb2.DeletePlanRequest(name=plan))
+        except ServiceError as error:
+            if error.reason not in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_RESOURCE_IN_USE):
+                raise
 
     async def activate(self, plan: str) -> None:
         """Activate a plan; raises ServiceError if that is impossible now."""
-        ...
+        await self._activation.activate(pb2.ActivatePlanRequest(name=plan))
 
 
 @dataclass(slots=True)
@@ -80,7 +116,7 @@ class _Cluster:
 class PlacementProposals(FleetObserver):
     """At most one open proposal per cluster. Start `run` once; `step` does what is due now."""
 
-    def __init__(self, fleet: LiveFleet, placements: Placements, *, clock: Clock) -> None:
+    def __init__(self, fleet: LiveFleet, placements: StoredPlacements, *, clock: Clock) -> None:
         self._fleet, self._placements, self._clock = fleet, placements, clock
         self._clusters: dict[str, _Cluster] = {}
         self._wake = asyncio.Event()
@@ -100,7 +136,6 @@ class PlacementProposals(FleetObserver):
     # --- due work
 
     async def run(self) -> None:
-        """Run until cancelled."""
         while True:
             wait_s = await self.step()
             self._wake.clear()
@@ -175,7 +210,7 @@ class PlacementProposals(FleetObserver):
             await self._placements.withdraw(known.proposal)
             known.proposal = ""
             return None
-        if proposal.state in _SEARCHING:
+        if proposal.state in SEARCHING:
             return POLL_S
         is_wanted = (
             policy.mode == cluster_pb2.REACTION_MODE_AUTOMATIC
@@ -222,25 +257,13 @@ def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
     """Return an upper bound on what the nodes ``there`` leave of a plan: KV may take other routes than planned."""
     left = dict.fromkeys(Role, 0.0)
     for replica in result.replicas:
-        if _dense_nodes(replica) <= there:
+        if there.issuperset(map(node_of, dense_devices_of(replica))):
             left[role_of(replica)] += replica.rate_rps
     return left[Role.UNIFIED] + min(left[Role.PREFILL], left[Role.DECODE])
 
 
-def _dense_nodes(replica: replica_pb2.ReplicaPlan) -> set[str]:
-    """Return the nodes without which the replica cannot serve."""
-    return {node_of(device) for stage in replica.stages for device in stage.devices}
-
-
 def _nodes_of(plan: plan_pb2.Plan) -> frozenset[str]:
-    """Return the nodes that a plan uses."""
-    workers = {
-        node_of(device)
-        for replica in plan.result.replicas
-        for pool in replica.attention_workers
-        for device in pool.devices
-    }
-    return frozenset(workers.union(*map(_dense_nodes, plan.result.replicas)))
+    return frozenset(node for replica in plan.result.replicas for node in nodes_of(replica))
 
 
 def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
