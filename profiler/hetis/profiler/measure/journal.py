@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,11 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from pydantic import TypeAdapter
+
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.files import unreadable, write_atomically
-from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
+from hetis.formats.files import MAX_BYTES, decoded, read_bytes, write_atomically
+from hetis.profiler.measure.points import Measured
 
 _VERSION = 1
+_POINT = TypeAdapter(Measured)
 
 
 def journal_of(out: str | os.PathLike[str]) -> Path:
@@ -29,10 +31,7 @@ def points_in(path: Path) -> int | None:
     Raises:
         DocumentError: it cannot be read.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise unreadable(str(path), error) from None
+    raw = read_bytes(path, most=MAX_BYTES)
     try:
         _header(raw.split(b"\n")[0].decode("utf-8", errors="replace"), path)
     except DocumentError:
@@ -46,10 +45,7 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
     Raises:
         DocumentError: the file is not a journal, or belongs to a run with other settings.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise unreadable(str(path), error) from None
+    lines = decoded(read_bytes(path, most=MAX_BYTES), str(path)).split("\n")
     header = _header(lines[0], path)
     differing = [
         Problem(file=str(path), path=name, message=f"is {header.get(name)!r} in the interrupted run, now {value!r}")
@@ -117,24 +113,6 @@ def _header(line: str, path: Path) -> Mapping[str, Any]:
 
 def _measured(line: str, path: Path, number: int) -> Measured:
     try:
-        data = json.loads(line)
-        found = Measured(point=MeasuredPoint(**data["point"]), sample=TimedSample(**data["sample"]))
-        if _is_sound(found):
-            return found
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise single_problem(str(path), "is damaged: not a measured point", line=number)
-
-
-def _is_sound(found: Measured) -> bool:
-    """Return whether the values have the right types; a file may hold anything."""
-    point, sample = found.point, found.sample
-    texts = [point.op, point.kernel, *point.texts.keys(), *point.texts.values(), *point.columns.keys()]
-    counts, times = list(point.columns.values()), [sample.seconds, sample.spread, sample.jitter]
-    return (
-        all(isinstance(text, str) for text in texts)
-        and all(type(count) is int and count >= 0 for count in counts)
-        and all(type(value) in (int, float) and 0 <= value < math.inf for value in times)
-        and sample.seconds > 0
-        and isinstance(sample.cold, bool)
-    )
+        return _POINT.validate_json(line, strict=True)
+    except ValueError:  # a file may hold anything
+        raise single_problem(str(path), "is damaged: not a measured point", line=number) from None
