@@ -106,11 +106,9 @@ class MeasuredBy(DocumentPart):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
-    """Rows of one operator by one kernel. ``columns`` are as in `MeasuredOp`, all of one length.
-
-    Raises:
-        InvalidProblemError: a column is missing, unknown, of another length, or holds a value out of its range. The
-            message names column and row (from 1).
+    """Rows of one operator by one kernel. ``columns`` are as in `MeasuredOp`, all of one length. Raises
+    InvalidProblemError if a column is missing, unknown, of another length, or holds a value out of its range. The
+    message names column and row (from 1).
     """
 
     op: MeasuredOp

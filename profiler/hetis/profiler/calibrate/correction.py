@@ -81,10 +81,8 @@ class CalibrationResult:
 
 
 def calibrate(observed: Observed, replica: CalibratedReplica) -> CalibrationResult:
-    """Fit a correction of the replica's profile, and judge it.
-
-    Raises:
-        InvalidProblemError: there are too few observations.
+    """Fit a correction of the replica's profile, and judge it. Raises InvalidProblemError if there are too few
+    observations.
     """
     left_out = Counter(observed.left_out)
     table = _without_standstills(_table(observed, replica), left_out)

@@ -19,10 +19,8 @@ LEAST_TOKENS = 10  # latencies in an interval, below which it is no mean
 
 
 def observed_in_scrapes(url: str, scrapes: Sequence[Scrape], *, context_tokens: float | None = None) -> Observed:
-    """Return an observation for each engine and interval with enough work.
-
-    Raises:
-        DocumentError: the context of decoding requests is not known.
+    """Return an observation for each engine and interval with enough work. Raises DocumentError if the context of
+    decoding requests is not known.
     """
     found, left_out = list[Observation](), Counter[str]()
     for (_, before), (_, after) in pairwise(scrapes):

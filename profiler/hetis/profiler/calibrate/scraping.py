@@ -68,11 +68,7 @@ def watch(
 
 
 def metrics_address(url: str) -> str:
-    """Return the URL with a path.
-
-    Raises:
-        DocumentError: it is no http or https URL.
-    """
+    """Return the URL with a path. Raises DocumentError if it is no http or https URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
@@ -83,11 +79,7 @@ def metrics_address(url: str) -> str:
 
 
 def engines_in(text: str, name: str) -> dict[str, EngineState]:
-    """Return the engines in what ``/metrics`` answers, by their label.
-
-    Raises:
-        DocumentError: no metric is vLLM's.
-    """
+    """Return the engines in what ``/metrics`` answers, by their label. Raises DocumentError if no metric is vLLM's."""
     found = defaultdict[str, EngineState](EngineState)
     for line in text.splitlines():
         sample = _SAMPLE.match(line)

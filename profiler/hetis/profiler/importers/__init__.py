@@ -21,10 +21,8 @@ FORMATS = tuple(_IMPORTERS)
 
 def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
     """Return the measurements of all ``files`` together: one per GPU, engine, version and host, in a fixed order.
-
-    Raises:
-        DocumentError: with every problem of every file (file, row, column, value and limit); nothing is returned in
-            part.
+    Raises DocumentError with every problem of every file (file, row, column, value and limit); nothing is returned in
+    part.
     """
     if form not in _IMPORTERS:
         raise single_problem(form, f"is not one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")

@@ -64,10 +64,8 @@ class Sheet:
         return all(name in self.columns for name in names)
 
     def require(self, forms: Mapping[str, Iterable[str]]) -> str:
-        """Return the first of ``forms`` (name to columns) whose columns the sheet has.
-
-        Raises:
-            DocumentError: there is none; it names the columns missing for the nearest form.
+        """Return the first of ``forms`` (name to columns) whose columns the sheet has. Raises DocumentError if there is
+        none; it names the columns missing for the nearest form.
         """
         missing = {name: [column for column in columns if not self.has(column)] for name, columns in forms.items()}
         name = min(missing, key=lambda form: len(missing[form]))
@@ -212,10 +210,8 @@ class Collection:
         self._notes[gpu, by][text] = None
 
     def finish(self) -> list[Measurements]:
-        """Return all measurements, in a fixed order.
-
-        Raises:
-            DocumentError: there are times that no GPU of that type can reach.
+        """Return all measurements, in a fixed order. Raises DocumentError if there are times that no GPU of that type
+        can reach.
         """
         problems, results = list[Problem](), list[Measurements]()
         for (gpu, by), opened in sorted(self._tables.items(), key=lambda x: (x[0][0], str(x[0][1]), x[0][1].host)):
@@ -251,10 +247,8 @@ def _implausible(table: Table, gpu: GpuType, places: Sequence[tuple[SheetRow, st
 
 
 def read_sheet(path: Path) -> Sheet:
-    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not.
-
-    Raises:
-        DocumentError: the file is unreadable, truncated, empty, ragged, or parquet without a library to read it.
+    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not. Raises
+    DocumentError if the file is unreadable, truncated, empty, ragged, or parquet without a library to read it.
     """
     raw = read_bytes(path, most=MAX_BYTES)
     return _parquet(path, raw) if path.suffix == ".parquet" else _csv(path, _text(path, raw))

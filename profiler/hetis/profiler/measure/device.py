@@ -165,10 +165,8 @@ Device = CpuDevice | CudaDevice
 
 
 def open_device(name: str) -> Device:
-    """Return the device called ``cpu``, ``cuda`` or ``cuda:1``.
-
-    Raises:
-        InvalidProblemError: there is no such device here. The message says what there is.
+    """Return the device called ``cpu``, ``cuda`` or ``cuda:1``. Raises InvalidProblemError if there is no such device
+    here. The message says what there is.
     """
     if name == "cpu":
         return CpuDevice()

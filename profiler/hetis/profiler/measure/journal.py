@@ -26,10 +26,8 @@ def journal_of(out: str | os.PathLike[str]) -> Path:
 
 
 def points_in(path: Path) -> int | None:
-    """Return the number of points in a journal, or None if the file is not a journal.
-
-    Raises:
-        DocumentError: it cannot be read.
+    """Return the number of points in a journal, or None if the file is not a journal. Raises DocumentError if it cannot
+    be read.
     """
     raw = read_bytes(path, most=MAX_BYTES)
     try:
@@ -40,10 +38,8 @@ def points_in(path: Path) -> int | None:
 
 
 def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
-    """Return the points of an interrupted run, without one that was still being written.
-
-    Raises:
-        DocumentError: the file is not a journal, or belongs to a run with other settings.
+    """Return the points of an interrupted run, without one that was still being written. Raises DocumentError if the
+    file is not a journal, or belongs to a run with other settings.
     """
     lines = decoded(read_bytes(path, most=MAX_BYTES), str(path)).split("\n")
     header = _header(lines[0], path)
@@ -65,10 +61,8 @@ class Journal:
     """Appends one line per point, each passed to the system at once. A context manager."""
 
     def __init__(self, path: Path, settings: Mapping[str, str], known: list[Measured]) -> None:
-        """Rewrite the file with the ``known`` points, which drops a cut-off line.
-
-        Raises:
-            DocumentError: the file cannot be written.
+        """Rewrite the file with the ``known`` points, which drops a cut-off line. Raises DocumentError if the file
+        cannot be written.
         """
         self._path = path
         lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]

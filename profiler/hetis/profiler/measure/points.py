@@ -125,7 +125,7 @@ def _powers(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
 def series_of(
     model: ModelSpec, extent: Extent, *, paths: Sequence[str], peer_kernel: str, peer_path: str
 ) -> tuple[PointSeries, ...]:
-    """Return every series of ``model``.
+    """Return every series of ``model``. Raises InvalidProblemError if the model has layers that cannot be measured.
 
     Args:
         model: its layer is measured; there are no kernels here for latent, linear and gated attention and experts.
@@ -133,9 +133,6 @@ def series_of(
         paths: of copies that the device can make: h2d, d2h, d2d.
         peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
         peer_path: ``loopback`` or ``peer``.
-
-    Raises:
-        InvalidProblemError: the model has layers that cannot be measured.
     """
     kinds = {
         "latent attention": model.mla is not None,
