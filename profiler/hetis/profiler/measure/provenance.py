@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 
@@ -63,7 +63,7 @@ def measured_by(request: RunRequest, device: Device, driver: str) -> MeasuredBy:
     """Return the provenance of the result."""
     software = f", CUDA {torch.version.cuda}, driver {driver or 'unknown'}" if device.on_cuda else ""
     return MeasuredBy(
-        tool=f"hetis-profile {_version('hetis')}",
+        tool=f"hetis-profile {version('hetis')}",
         engine="torch",
         engine_version=str(torch.__version__),
         source=f"run --device {request.device} --model {request.model.name}" + (" --quick" if request.quick else ""),
@@ -71,10 +71,3 @@ def measured_by(request: RunRequest, device: Device, driver: str) -> MeasuredBy:
         f"{platform.system()} {platform.machine()}{software}",
         date=datetime.fromtimestamp(time.time(), UTC).date().isoformat(),
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
