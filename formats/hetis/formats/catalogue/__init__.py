@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from hetis.formats.errors import all_nearest, did_you_mean_one_of, nearest
+from hetis.formats.errors import all_nearest, did_you_mean_one_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
@@ -257,8 +257,8 @@ def resolve_model(name: str, known: Collection[str]) -> str:
     if len(found) > 1:
         raise UnknownNameError("model", name, found, ambiguous=True)
     by_short = {candidate.rpartition("/")[2]: candidate for candidate in known}
-    near = found[0] if found else by_short.get(nearest(name.rpartition("/")[2], by_short) or "")
-    raise UnknownNameError("model", name, [near] if near else [])
+    near = found or [by_short[short] for short in all_nearest(name.rpartition("/")[2], by_short)]
+    raise UnknownNameError("model", name, near[:1])
 
 
 def _model_key(name: str) -> str:
