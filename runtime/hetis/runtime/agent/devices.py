@@ -82,7 +82,7 @@ def node_inventory(
         source=source,
         driver_version=driver_version,
         num_cpus=os.cpu_count() or 0,
-        memory_bytes=_memory_bytes(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
     inventory.digest = digest_of(inventory)
     return inventory
@@ -93,13 +93,6 @@ def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
     bare = deepcopy(inventory)
     bare.digest = ""
     return f"sha256:{hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()}"
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # the system does not tell
-        return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
