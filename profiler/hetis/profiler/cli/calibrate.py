@@ -186,8 +186,7 @@ def _logged(path: str, context: float | None) -> Observed:
 
 
 def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float) -> Observed:
-    from hetis.profiler.calibrate.intervals import observed_in_scrapes
-    from hetis.profiler.calibrate.scraping import watch
+    from hetis.profiler.calibrate.scraping import observed_in_scrapes, watch
 
     every_s = max(_LEAST_INTERVAL_S, watch_s / _INTERVALS)
     with waiting(terminal, f"watching {url} for {watch_s:g} s"):
