@@ -93,9 +93,9 @@ def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedDevices:
-    """Idle, healthy devices of the given types, all linked if their type has NVLink."""
+    """Idle, healthy devices of the given types, all linked if their type has NVLink; or a node without devices."""
 
-    types: tuple[GpuType, ...]  # one per device, in the order of their index
+    types: tuple[GpuType, ...] = ()  # one per device, in the order of their index
     host_name: str = ""  # for the inventory. Empty: the system's own.
 
     @classmethod
@@ -120,7 +120,7 @@ class SimulatedDevices:
 
     def inventory(self) -> inventory_pb2.NodeInventory:
         return node_inventory(
-            inventory_pb2.DEVICE_SOURCE_SIMULATED,
+            inventory_pb2.DEVICE_SOURCE_SIMULATED if self.types else inventory_pb2.DEVICE_SOURCE_NONE,
             [self._device(index, gpu) for index, gpu in enumerate(self.types)],
             host_name=self.host_name,
         )
@@ -402,9 +402,9 @@ def open_devices(source: str, *, host_name: str = "") -> Devices:
             except DevicesUnavailableError:
                 if kind == "nvml":
                     raise
-                return NoDevices(host_name)
+                return SimulatedDevices(host_name=host_name)
         case "none" if not rest:
-            return NoDevices(host_name)
+            return SimulatedDevices(host_name=host_name)
         case "simulated":
             return SimulatedDevices.parse(rest, host_name=host_name)
     raise DevicesUnavailableError(f"unknown source of devices {source!r}, expected {SOURCES}")
@@ -417,19 +417,3 @@ def discover(source: str, *, host_name: str = "") -> inventory_pb2.NodeInventory
         return devices.inventory()
     finally:
         devices.close()
-
-
-@dataclass(frozen=True, slots=True)
-class NoDevices:
-    """A node without devices."""
-
-    host_name: str
-
-    def inventory(self) -> inventory_pb2.NodeInventory:
-        return node_inventory(inventory_pb2.DEVICE_SOURCE_NONE, [], host_name=self.host_name)
-
-    def sample(self) -> list[report_pb2.DeviceReport]:
-        return []
-
-    def close(self) -> None:
-        pass
