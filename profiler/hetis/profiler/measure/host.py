@@ -58,11 +58,6 @@ def cpu_device_name() -> str:
     return f"CPU-{re.sub(r'[^A-Za-z0-9.]+', '-', cpu_name()).strip('-')}-{num_cores()}-cores"
 
 
-def memory_bytes() -> int:
-    """Return the physical memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collection[int] | None = None) -> Cache:
     """Return the total last-level cache of the cores that this process may use; each cache is counted once.
 

@@ -20,14 +20,11 @@ from hetis.profiler.measure.host import TIMES
 
 def gpu_name(wanted: str, device: Device) -> str:
     """Return the GPU type of the result: as requested, or the catalogue's name for the driver's name of the device."""
-    for name in (wanted, device.name):
-        if name:
-            try:
-                return find_gpu(name).gpu.name
-            except UnknownNameError:
-                if name == wanted:
-                    return wanted
-    return device.name
+    name = wanted or device.name
+    try:
+        return find_gpu(name).gpu.name
+    except UnknownNameError:
+        return name
 
 
 def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
