@@ -21,6 +21,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetis.formats.endpoints import joined, split_address
+from hetis.formats.errors import DocumentError
+from hetis.formats.files import write_atomically
 from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
 from hetis.solver.errors import HetisError
@@ -225,7 +227,7 @@ def _serve(options: WorkerOptions) -> int:
         # inference_mode once, not for every frame
         with listener, _address_in(options.port_file, joined(host, port)), torch.inference_mode():
             loop.run()
-    except StartError as error:
+    except DocumentError as error:
         return _failed(options, str(error), EXIT_FAILED)
     return 0
 
@@ -234,23 +236,18 @@ def _serve(options: WorkerOptions) -> int:
 def _address_in(path: Path | None, address: str) -> Iterator[None]:
     """Hold the address in a file while the block runs, and remove it whatever ends it, even a signal meanwhile.
 
-    Raises StartError where it cannot be written.
+    Raises DocumentError where it cannot be written.
     """
     if path is None:
         yield
         return
-    part, content = path.with_name(f".{path.name}.{os.getpid()}"), f"{address}\n".encode()
+    content = f"{address}\n".encode()
     try:
-        try:
-            part.write_bytes(content)
-            part.replace(path)  # as a whole
-        except OSError as error:
-            raise StartError(f"{path}: {error.strerror or error}") from None
+        write_atomically(path, content)
         yield
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
-            if path.read_bytes() == content:  # and not another worker's
+            if path.is_file() and path.read_bytes() == content:  # and not another worker's
                 path.unlink()
 
 
