@@ -119,7 +119,11 @@ def find_workload(name: str) -> WorkloadEntry:
     """Return the workload called ``name``. Case and ``-`` for ``_`` do not matter; the suffix ``_lengths`` is optional.
     Raises UnknownNameError, with the nearest name, if there is none.
     """
-    return _workload(resolve_workload(name, workload_names()))
+    wanted = name.lower().replace("-", "_")
+    found = next((one for one in workload_names() if wanted in (one, one.removesuffix("_lengths"))), None)
+    if found is None:
+        raise UnknownNameError("workload", name, all_nearest(wanted, workload_names()))
+    return _workload(found)
 
 
 def _read(file: str) -> Any:
@@ -271,12 +275,3 @@ def _model_key(name: str) -> str:
 
 def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[^a-z0-9.]+", name.lower().rpartition("/")[2]) if word]
-
-
-def resolve_workload(name: str, known: Collection[str]) -> str:
-    """Return the workload of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_workload`."""
-    wanted = name.lower().replace("-", "_")
-    found = next((one for one in known if wanted in (one, one.removesuffix("_lengths"))), None)
-    if found is None:
-        raise UnknownNameError("workload", name, all_nearest(wanted, known))
-    return found
