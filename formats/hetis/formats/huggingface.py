@@ -21,13 +21,9 @@ from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShap
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> ModelSpec:
-    """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
-    that are, or says what is not modelled), or fields are missing or impossible.
-
-    Args:
-        data: the parsed config.
-        source: its text, for positions.
-        name: of the model, if the config has no ``_name_or_path``.
+    """Return the model of a ``config.json``, called ``name`` if that has no ``_name_or_path``. Raises DocumentError if
+    the architecture is not supported (it lists those that are, or says what is not modelled), or fields are missing or
+    impossible.
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)

@@ -118,10 +118,8 @@ def _refit(
 
 
 def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients:
-    """Return the non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded.
-
-    Args:
-        columns: shape [features, points].
+    """Return the non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded. ``columns`` has the
+    shape [features, points].
     """
     weights, ones = importance, np.ones(columns.shape[1])
     piece: Coefficients = ()
@@ -134,9 +132,7 @@ def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients
 
 def non_negative_least_squares(columns: FloatArray, wanted: FloatArray, weights: FloatArray) -> Coefficients:
     """Return the a >= 0 that minimises sum w (a . x - wanted)^2: the best over all supports, which are few here.
-
-    Args:
-        columns: shape [features, points]; ``wanted`` and ``weights``: shape [points].
+    ``columns`` has the shape [features, points], ``wanted`` and ``weights`` [points].
     """
     size = len(columns)
     gram = [[float((weights * columns[i] * columns[j]).sum()) for j in range(size)] for i in range(size)]

@@ -40,14 +40,11 @@ def run_application(
     *,
     defaults: Callable[[], Mapping[str, Any] | None] = lambda: None,
 ) -> int:
-    """Run one command line and return its exit code. With ``HETIS_DEBUG=1`` an error is raised instead.
+    """Run one command line, ``name`` in its help, and return its exit code. With ``HETIS_DEBUG=1`` an error is raised
+    instead.
 
-    Args:
-        application: the verbs.
-        name: of the command, as shown in its help.
-        arguments: without the command itself.
-        report_failure: prints an error and returns its exit code.
-        defaults: returns defaults of options, by verb and parameter. None: only those of the options.
+    ``report_failure`` prints an error and returns its exit code; ``defaults`` returns defaults of options by verb and
+    parameter, or None for those of the options.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":

@@ -52,17 +52,10 @@ def watch(
     url: str, *, for_s: float, every_s: float, fetch: Callable[[str], str] | None = None,
     clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
 ) -> list[Scrape]:  # fmt: skip
-    """Return scrapes of ``url`` over ``for_s`` seconds. Only the first one must succeed.
+    """Return scrapes of ``url`` over ``for_s`` seconds, one every ``every_s``. Only the first one must succeed.
 
-    Args:
-        url: of the server; its path is ``/metrics`` if it has none.
-        for_s: from the first scrape to the last.
-        every_s: from one scrape to the next.
-        fetch, clock, sleep: replaced by tests.
-
-    Raises:
-        UnreachableError: no answer to the first call.
-        DocumentError: that is no URL, or no vLLM answers there.
+    Raises UnreachableError if the first call has no answer, and DocumentError if that is no URL, or no vLLM answers
+    there. ``fetch``, ``clock`` and ``sleep`` are replaced by tests.
     """
     address, fetch = metrics_address(url), fetch or fetch_text
     found = [(clock(), engines_in(fetch(address), address))]
@@ -111,11 +104,8 @@ def engines_in(text: str, name: str) -> dict[str, EngineState]:
 
 
 def fetch_text(url: str) -> str:
-    """Return the body of an answer, within a time and a size.
-
-    Raises:
-        UnreachableError: there is none.
-        DocumentError: it is too large.
+    """Return the body of an answer, within a time and a size. Raises UnreachableError if there is none, and
+    DocumentError if it is too large.
     """
     try:
         body = metrics_body(url, timeout_s=TIMEOUT_S, max_bytes=MAX_BYTES, opened=urllib.request.urlopen)

@@ -78,11 +78,9 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue.
-
-    Raises:
-        DocumentError: the name is neither a file nor a GPU type, or the file is not a profile.
-        InvalidProblemError: nothing is known about the GPU type.
+    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue. Raises
+    DocumentError if the name is neither a file nor a GPU type, or the file is not a profile, and InvalidProblemError if
+    nothing is known about the GPU type.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.errors import single_problem

@@ -59,11 +59,10 @@ def cpu_device_name() -> str:
 
 
 def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collection[int] | None = None) -> Cache:
-    """Return the total last-level cache of the cores that this process may use; each cache is counted once.
+    """Return the total last-level cache of these cores, or of those that this process may use; each cache is counted
+    once.
 
-    Args:
-        cpus: the kernel's folder with one folder per core.
-        cores: their numbers. None: those of this process.
+    ``cpus`` is the kernel's folder with one folder per core.
     """
     found: dict[tuple[int, str], int] = {}
     for core in os.sched_getaffinity(0) if cores is None else cores:

@@ -73,12 +73,8 @@ class GpuWatch:
     """Samples one GPU from time to time."""
 
     def __init__(self, address: GpuAddress | None, *, clock: Callable[[], float], nvml: Any = None) -> None:
-        """Initialise.
-
-        Args:
-            address: None: there is no GPU, so nothing is ever seen.
-            clock: monotonic seconds.
-            nvml: a module with the functions of ``pynvml``, or None for that one if installed.
+        """Initialise. Without an ``address`` there is no GPU, and nothing is ever seen. ``clock`` tells monotonic
+        seconds, and ``nvml`` is a module with the functions of ``pynvml``, or None for that one if installed.
         """
         self._clock = clock
         self._nvml, self._device = _opened(address, nvml)

@@ -385,16 +385,10 @@ async def watch_engine(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     take: Callable[[], Awaitable[Scrape]] | None = None,
 ) -> AsyncIterator[EngineNews]:
-    """Yield news after every scrape, including failed ones, until the caller stops.
+    """Yield news after every scrape of ``url``, including failed ones, until the caller stops.
 
-    A scrape that takes longer than the interval delays the next one, so a slow engine is never scraped twice at once.
-
-    Args:
-        url: of the metrics, such as ``http://127.0.0.1:8000/metrics``.
-        interval_s: from the start of one scrape to the start of the next.
-        timeout_s: for one scrape.
-        clock, sleep: replaced in tests.
-        take: replaces the GET in tests.
+    Scrapes start every ``interval_s``. One that takes longer delays the next, so a slow engine is never scraped twice
+    at once. ``clock``, ``sleep`` and ``take``, which stands for the GET, are replaced in tests.
     """
 
     async def get() -> Scrape:

@@ -98,11 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> WorkerOptions:
-    """Return the settings that options and variables give together.
-
-    Raises:
-        WorkerOptionError: with everything that is missing or wrong.
-        SystemExit: an unknown option, or ``--help``.
+    """Return the settings that options and variables give together. Raises WorkerOptionError with everything that is
+    missing or wrong, and SystemExit for an unknown option or ``--help``.
     """
     given = vars(make_parser().parse_args(arguments))
     wrong: list[str] = []

@@ -36,10 +36,8 @@ _INTERVAL = Duration(nanos=200_000_000)
 class SimulatedServer:
     """Runs one engine until it is closed. Implements `EngineHost`.
 
-    Args:
-        socket: where the agent calls; created for this user only.
-        peer_address: ``host:port`` where other engines read. Port 0: any free port.
-        control: what to simulate, checked while running. None: an idle engine.
+    The agent calls at ``socket``, which is created for this user only, and other engines read at ``peer_address``,
+    where port 0 means any. Without ``control``, which is checked while running, the engine is idle.
     """
 
     def __init__(
