@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -57,33 +57,20 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
     return found
 
 
-class Journal:
-    """Appends one line per point, each passed to the system at once. A context manager."""
+@contextmanager
+def journal_in(path: Path, settings: Mapping[str, str], known: list[Measured]) -> Iterator[Callable[[Measured], None]]:
+    """Yield a function that appends a point: the system has it when it returns. The file is rewritten before with the
+    ``known`` points, which drops a cut-off line. Raises DocumentError if it cannot be written.
+    """
+    lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
+    write_atomically(path, "".join(lines))  # known points survive whenever this process dies
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
 
-    def __init__(self, path: Path, settings: Mapping[str, str], known: list[Measured]) -> None:
-        """Rewrite the file with the ``known`` points, which drops a cut-off line. Raises DocumentError if the file
-        cannot be written.
-        """
-        self._path = path
-        lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
-        write_atomically(path, "".join(lines))  # known points survive whenever this process dies
-        try:
-            self._file: TextIO = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
-        except OSError as error:
-            raise single_problem(str(path), f"cannot be written: {error.strerror}") from None
+        def add(found: Measured) -> None:
+            file.write(_line_of(found))
+            file.flush()
 
-    def add(self, found: Measured) -> None:
-        """Append a point. The system has it when this returns."""
-        self._file.write(_line_of(found))
-        self._file.flush()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+        yield add
 
 
 def _line_of(found: Measured) -> str:
