@@ -149,7 +149,7 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     whole = gzip.compress(json.dumps(DATA).encode(), mtime=0)
     cut = len(whole) - 20
     cases = {
-        "cut.json.gz": (whole[:-20], f"is truncated: the gzip stream ends after {cut} bytes without its end mark"),
+        "cut.json.gz": (whole[:-20], f"is truncated: its gzip stream ends after {cut} bytes without an end mark"),
         "plain.json.gz": (b"{}", "is not gzip-compressed, though its name ends in .gz"),
         "empty.json": (b"", "is empty"),
         "nan.json": (b'{"gpu": NaN}', "is not JSON: NaN is no JSON number"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats.errors import did_you_mean, nearest
+from hetis.formats.errors import all_nearest, did_you_mean
 
 GPUS = ("H100-SXM-80GB", "H100-PCIe-80GB", "A100-SXM-80GB", "L4", "T4")
 WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
@@ -26,7 +26,7 @@ WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
 )
 def test_a_name_that_is_alike_or_begins_alike(name: str, known: tuple[str, ...], found: str | None) -> None:
 
-    assert nearest(name, known) == found
+    assert next(iter(all_nearest(name, known)), None) == found
 
 
 def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:
@@ -39,6 +39,4 @@ def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:
 
 @given(st.sampled_from(GPUS + WORKLOADS), st.integers(min_value=3, max_value=20))
 def test_the_beginning_of_a_name_finds_one_that_begins_so(name: str, letters: int) -> None:
-    found = nearest(name[:letters], GPUS + WORKLOADS)
-    assert found is not None
-    assert found.startswith(name[:letters])
+    assert all_nearest(name[:letters], GPUS + WORKLOADS)[0].startswith(name[:letters])

@@ -78,13 +78,13 @@ tenants:
         (3, "must be >= 1"),
         (5, "'fsat' is not in gpus, did you mean fast?"),
         (5, "has none for fast"),
-        (6, "tenant 'a' appears twice"),
+        (6, "duplicate tenant 'a', first at tenants[0]"),
         (6, "must be >= 0.0001"),
         (6, "are all 0"),
         (7, "neither speedups nor a model"),
         (8, "workload is missing"),
         (9, "stands beside jobs"),
-        (10, "job 'x' appears twice"),
+        (10, "duplicate job 'x', first at tenants[3].jobs[0]"),
         (10, "stands beside speedups"),
     ):
         assert any(f":{line}:" in told and words in told for told in run.stderr.splitlines()), (line, words, run.stderr)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hetis.profiler.fit.pieces import split
 from hetis.profiler.fit.points import Points
-from hetis.profiler.fit.split import split
 from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.profile import FitScope, Op
 from tools import efficiency

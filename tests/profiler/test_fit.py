@@ -17,10 +17,9 @@ from hetis.formats.profile import parse_profile
 from hetis.profiler.defaults import profile_text
 from hetis.profiler.fit import fit_profile, selected_points
 from hetis.profiler.fit.errors import MIN_P95, error_stats
-from hetis.profiler.fit.pieces import fit_points
+from hetis.profiler.fit.pieces import fit_points, split
 from hetis.profiler.fit.points import Points
 from hetis.profiler.fit.report import remark
-from hetis.profiler.fit.split import split
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Source
 

@@ -260,9 +260,9 @@ def _check_state(data: Mapping[str, Any]) -> Found:
     """Yield problems with names, heads, costs, head groups, moves and KV blocks, as (path, message)."""
     devices, requests, moves = (entries(data.get(name)) for name in ("devices", "requests", "moves"))
     yield from _check_heads(data)
-    yield from duplicates("devices", devices, "name", "device")
-    yield from duplicates("requests", requests, "id", "request")
-    yield from duplicates("moves", moves, "number", "move")
+    yield from duplicates(("devices",), devices, "name", "device")
+    yield from duplicates(("requests",), requests, "id", "request")
+    yield from duplicates(("moves",), moves, "number", "move")
     stage = _Stage(_heads(data), {d["name"]: (i, d) for i, d in devices if isinstance(d.get("name"), str)})
     yield from _check_devices(devices, data, stage)
     for j, request in requests:
@@ -484,7 +484,7 @@ DISPATCH_REQUESTS = kind_of(
     NewRequests,
     to_value=lambda document: value_of(NewRequests, document),
     to_data=plain,
-    check=lambda data: duplicates("requests", entries(data.get("requests")), "id", "request"),
+    check=lambda data: duplicates(("requests",), entries(data.get("requests")), "id", "request"),
 )
 
 

@@ -36,20 +36,9 @@ if TYPE_CHECKING:
 else:
     _Base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
 
-__all__ = [
-    "KINDS",
-    "Value",
-    "digest",
-    "dump",
-    "dump_data",
-    "from_data",
-    "json_schema",
-    "kind_of",
-    "load",
-    "load_cluster",
-]
-__all__ += ["load_layers_problem", "load_model", "load_plan", "load_profile", "load_requests", "load_share_problem"]
-__all__ += ["load_state", "load_tenants", "load_workload", "to_data", "write_atomically", "yaml_text"]
+__all__ = ["KINDS", "Value", "digest", "dump", "dump_data", "from_data", "json_schema", "kind_of", "load", "to_data"]
+__all__ += ["load_cluster", "load_layers_problem", "load_model", "load_plan", "load_profile", "load_requests"]
+__all__ += ["load_share_problem", "load_state", "load_tenants", "load_workload", "write_atomically", "yaml_text"]
 Value = (
     Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
     | FleetTenants

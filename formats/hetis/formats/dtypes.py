@@ -106,13 +106,9 @@ def chosen_precision(text: str, known: Collection[str]) -> Chosen:
 def with_precision(
     model: ModelSpec, *, weights: str | Chosen | None = None, kv: str | Chosen | None = None
 ) -> ModelSpec:  # fmt: skip
-    """Return the same model with its layers' weights or its KV in another precision. None changes nothing. Raises
-    ValueError if a text is no choice.
-
-    Args:
-        model: its embeddings and LM head stay the same.
-        weights: a choice of names in `PRECISIONS`, or its text (`chosen_precision`).
-        kv: a choice of names in `KV_PRECISIONS`, or its text.
+    """Return the same model with its layers' weights or its KV, but not its embeddings and LM head, in another
+    precision: a choice of names in `PRECISIONS` and `KV_PRECISIONS`, or its text (`chosen_precision`). None changes
+    nothing. Raises ValueError if a text is no choice.
     """
     of_weights, of_kv = _chosen(weights, PRECISIONS), _chosen(kv, KV_PRECISIONS)
     found = _in(model, of_weights.everywhere, of_kv.everywhere)

@@ -149,10 +149,8 @@ class LeaderSearch:
     def failed(self, endpoint: Endpoint, leader_address: str, tried: set[Endpoint]) -> bool:
         """Note that a call of ``endpoint`` failed, and return whether another endpoint should be tried at once.
 
-        Args:
-            endpoint: the endpoint that was called.
-            leader_address: the leader's addresses according to its answer. Empty: it named none.
-            tried: endpoints that have failed since the caller last waited; modified.
+        ``leader_address`` has the leader's addresses according to its answer, and is empty if it named none. ``tried``
+        are the endpoints that have failed since the caller last waited; modified.
         """
         tried.add(endpoint)
         with self._lock:

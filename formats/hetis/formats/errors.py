@@ -55,11 +55,6 @@ def single_problem(file: str, message: str, *, line: int | None = None, column: 
     return DocumentError([Problem(file=file, message=message, line=line, column=column)])
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most similar to ``name``, ignoring case, or None if nothing is close."""
-    return next(iter(all_nearest(name, known)), None)
-
-
 def all_nearest(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names most similar to ``name``, ignoring case: several if they share the nearest beginning.
 

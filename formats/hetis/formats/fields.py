@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 from hetis.formats import catalogue, units
 from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, did_you_mean, shown, single_problem
 from hetis.formats.files import file_label, read_text
-from hetis.formats.positions import Text, parse_text
+from hetis.formats.positions import Path, Text, parse_text, path_text
 from hetis.solver.errors import InvalidProblemError
 
 API_VERSION = "hetis/v1"
@@ -268,7 +268,7 @@ def entries(value: object) -> list[tuple[int, dict[str, Any]]]:
     return [(i, entry) for i, entry in enumerate(listed(value)) if isinstance(entry, dict)]
 
 
-def duplicates(where: str, among: Iterable[tuple[int, dict[str, Any]]], field: str, noun: str) -> Found:
+def duplicates(path: Path, among: Iterable[tuple[int, dict[str, Any]]], field: str, noun: str) -> Found:
     """Yield a problem for every entry whose name an earlier one has."""
     first = dict[Any, int]()
     for i, entry in among:
@@ -276,7 +276,7 @@ def duplicates(where: str, among: Iterable[tuple[int, dict[str, Any]]], field: s
         if isinstance(name, bool) or not isinstance(name, str | int):
             continue
         if name in first:
-            yield (where, i, field), f"duplicate {noun} {shown(name)}, first at {where}[{first[name]}]"
+            yield (*path, i, field), f"duplicate {noun} {shown(name)}, first at {path_text((*path, first[name]))}"
         first.setdefault(name, i)
 
 

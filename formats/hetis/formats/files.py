@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import sys
@@ -29,24 +30,56 @@ def read_text(path: str | os.PathLike[str]) -> str:
     unreadable, a folder, larger than 64 MiB, or not UTF-8 text.
     """
     label = file_label(path)
-    try:
-        if label == "stdin" and os.fspath(path) == "-":
-            raw = sys.stdin.buffer.read(MAX_BYTES + 1)
-        else:
-            with open(path, "rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise unreadable(label, error) from None
-    if len(raw) > MAX_BYTES:
-        raise single_problem(label, f"is larger than {MAX_BYTES // 2**20} MiB")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"byte {raw[error.start]:#04x} at offset {error.start}"
-        raise single_problem(label, f"is not UTF-8 text ({where})") from None
+    text = decoded(read_bytes(path, most=MAX_BYTES), label)
     if "\0" in text:
         raise single_problem(label, f"is not text: it holds a zero byte at offset {text.index(chr(0))}")
     return text
+
+
+def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:
+    """Return the content of a file of at most ``most`` bytes (``-``: standard input). Raises DocumentError."""
+    label = file_label(path)
+    try:
+        if os.fspath(path) == "-":
+            raw = sys.stdin.buffer.read(most + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise unreadable(label, error) from None
+    if len(raw) > most:
+        raise single_problem(label, f"is larger than {most // 2**20} MiB")
+    return raw
+
+
+def unpacked(raw: bytes, label: str, *, most: int) -> bytes:
+    """Return bytes as they are unless they are gzip-compressed. Raises DocumentError if they are damaged, more than
+    ``most`` when unpacked, or not compressed though the name ends in ``.gz``.
+    """
+    if raw[:2] != b"\x1f\x8b":
+        if label.endswith(".gz"):
+            raise single_problem(label, "is not gzip-compressed, though its name ends in .gz")
+        return raw
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as stream:
+            content = stream.read(most + 1)
+    except EOFError:
+        what = f"is truncated: its gzip stream ends after {len(raw)} bytes without an end mark"
+        raise single_problem(label, what) from None
+    except (OSError, zlib.error) as error:
+        raise single_problem(label, f"is damaged: {error}") from None
+    if len(content) > most:
+        raise single_problem(label, f"is larger than {most // 2**20} MiB when unpacked")
+    return content
+
+
+def decoded(raw: bytes, label: str) -> str:
+    """Return UTF-8 text without a byte order mark. Raises DocumentError if it is none."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte {raw[error.start]:#04x} at offset {error.start}"
+        raise single_problem(label, f"is not UTF-8 text ({where})") from None
 
 
 def unreadable(label: str, error: OSError | ValueError) -> DocumentError:

@@ -10,7 +10,6 @@ import gzip
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from hetis.formats.errors import did_you_mean, shown, single_problem
 from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, mapping
-from hetis.formats.files import MAX_BYTES, file_label, unreadable, write_atomically
+from hetis.formats.files import MAX_BYTES, decoded, file_label, read_bytes, unpacked, write_atomically
 from hetis.formats.positions import Text
 from hetis.solver.errors import InvalidProblemError
 
@@ -107,11 +106,9 @@ class MeasuredBy(DocumentPart):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
-    """Rows of one operator by one kernel. ``columns`` are as in `MeasuredOp`, all of one length.
-
-    Raises:
-        InvalidProblemError: a column is missing, unknown, of another length, or holds a value out of its range. The
-            message names column and row (from 1).
+    """Rows of one operator by one kernel. ``columns`` are as in `MeasuredOp`, all of one length. Raises
+    InvalidProblemError if a column is missing, unknown, of another length, or holds a value out of its range. The
+    message names column and row (from 1).
     """
 
     op: MeasuredOp
@@ -164,14 +161,8 @@ def load_measurements(path: str | os.PathLike[str]) -> Measurements:
     measurements; with every problem (for each column the first wrong row and the number of others).
     """
     label = file_label(path)
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise unreadable(label, error) from None
-    if len(raw) > MAX_BYTES:
-        raise single_problem(label, f"is larger than {MAX_BYTES // 2**20} MiB")
-    return parse_measurements(_json(_unpacked(raw, label), label), label)
+    raw = unpacked(read_bytes(path, most=MAX_BYTES), label, most=4 * MAX_BYTES)
+    return parse_measurements(_json(decoded(raw, label), label), label)
 
 
 def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None:
@@ -229,30 +220,11 @@ def _plain(value: float | str) -> float | int | str:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _unpacked(raw: bytes, label: str) -> bytes:
-    if raw[:2] != b"\x1f\x8b":
-        if label.endswith(".gz"):
-            raise single_problem(label, "is not gzip-compressed, though its name ends in .gz")
-        return raw
+def _json(text: str, label: str) -> Any:
     try:
-        stream = zlib.decompressobj(wbits=31)
-        text = stream.decompress(raw, MAX_BYTES * 4)
-    except zlib.error as error:
-        raise single_problem(label, f"is damaged: {error}") from None
-    if stream.unconsumed_tail:
-        raise single_problem(label, f"is larger than {MAX_BYTES * 4 // 2**20} MiB when unpacked")
-    if not stream.eof:
-        raise single_problem(label, f"is truncated: the gzip stream ends after {len(raw)} bytes without its end mark")
-    return text
-
-
-def _json(raw: bytes, label: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise single_problem(label, f"is not UTF-8 text (offset {error.start})") from None
+        return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        what = "is empty" if not raw.strip() else f"is not JSON: {error.msg}"
+        what = "is empty" if not text.strip() else f"is not JSON: {error.msg}"
         raise single_problem(label, what, line=error.lineno, column=error.colno) from None
     except (ValueError, RecursionError) as error:
         raise single_problem(label, f"is not JSON: {error}") from None

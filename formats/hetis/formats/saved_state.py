@@ -16,7 +16,6 @@ from hetis.formats import catalogue, dtypes
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None
     if (model is None) == (inline is None):
         raise InvalidProblemError("a stage has the heads of a model, or heads of its own")
     if model is not None:
-        spec = catalogue_model(model)
+        spec = catalogue.find_model(model).model
         if spec.linear is not None or spec.indexer is not None:
             what = "states" if spec.linear is not None else "a choice of tokens"
             raise InvalidProblemError(f"heads of {spec.name} cannot move: its layers have {what} that all heads share")
@@ -62,11 +61,6 @@ def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None
 def kv_element_bytes(dtype: str) -> float:
     """Return the bytes per element of the KV cache. Raises ValueError for an unknown format."""
     return dtypes.BYTES_PER_PARAMETER[dtypes.split_dtype(dtype)[1]]
-
-
-def catalogue_model(name: str) -> ModelSpec:
-    """Return the model that a file names. Raises `hetis.formats.catalogue.UnknownNameError` if there is none."""
-    return catalogue.find_model(name).model
 
 
 def blocks_in(num_bytes: int, *, heads: HeadShape, num_layers: int, tp: int = 1) -> int:
@@ -143,7 +137,8 @@ class SavedState:
     def group_flops_per_token(self) -> float | None:
         """FLOPs of one head group per token attended to, in one layer, or None if only byte counts are known."""
         if self.model is not None:
-            return catalogue_model(self.model).decode_attention_flops(1.0, self.heads.queries_per_group)
+            model = catalogue.find_model(self.model).model
+            return model.decode_attention_flops(1.0, self.heads.queries_per_group)
         if self.inline is not None and self.inline.head_dim is not None:
             return 4.0 * self.inline.head_dim * self.heads.queries_per_group
         return None

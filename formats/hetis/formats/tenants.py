@@ -5,7 +5,7 @@ types and the tenants' speed-ups on them, given or to be derived from a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from hetis.formats.fields import (
     Found,
     Name,
     Title,
+    duplicates,
     entries,
     kind_of,
     mapping,
@@ -117,22 +118,11 @@ def _tenants_data(value: FleetTenants) -> dict[str, Any]:
 def _check_tenants(data: Mapping[str, Any]) -> Found:
     """Yield problems with duplicate names, and with a worth that only some tenants have."""
     parts = entries(data.get("tenants"))
-    yield from _twice("tenant", ("tenants",), parts)
+    yield from duplicates(("tenants",), parts, "name", "tenant")
     priced = [i for i, part in parts if part.get("worth") is not None]
     for i, _ in parts:
         if priced and i not in priced:
             yield ("tenants", i), f"has no worth, tenant {priced[0] + 1} has: say it of all or of none"
-
-
-def _twice(
-    noun: str, path: tuple[str | int, ...], parts: list[tuple[int, dict[str, Any]]]
-) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    seen = set[str]()
-    for i, part in parts:
-        if isinstance(name := part.get("name"), str):
-            if name in seen:
-                yield (*path, i, "name"), f"{noun} {shown(name)} appears twice"
-            seen.add(name)
 
 
 TENANTS = kind_of(TenantsDocument, FleetTenants, to_value=_to_tenants, to_data=_tenants_data, check=_check_tenants)
@@ -226,7 +216,7 @@ def _inputs_data(inputs: ShareInputs) -> dict[str, Any]:
 def _check_shares(data: Mapping[str, Any]) -> Found:
     """Yield problems with duplicate names and with speed-ups that are missing, given twice, or for unknown GPUs."""
     gpus, tenants = mapping(data.get("gpus")), entries(data.get("tenants"))
-    yield from _twice("tenant", ("tenants",), tenants)
+    yield from duplicates(("tenants",), tenants, "name", "tenant")
     claimants = 0
     for i, tenant in tenants:
         where = ("tenants", i)
@@ -239,7 +229,7 @@ def _check_shares(data: Mapping[str, Any]) -> Found:
         for field in ("speedups", "model", "workload", "min_gpus"):
             if field in tenant:
                 yield (*where, field), "stands beside jobs: say it of each job"
-        yield from _twice("job", (*where, "jobs"), entries(jobs))
+        yield from duplicates((*where, "jobs"), entries(jobs), "name", "job")
         for j, job in entries(jobs):
             yield from _check_work(job, (*where, "jobs", j), gpus)
     if claimants > MAX_CLAIMANTS:

@@ -169,10 +169,7 @@ def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator
     """Yield the rows of a file that holds one JSON value. Raises DocumentError if the file is not JSON, or not in a
     known form.
 
-    Args:
-        label: the file, for messages.
-        file: its text.
-        count: counts the tokens of a text in conversations, which have no counts. None: conversations are refused.
+    ``count`` counts the tokens of a text in conversations, which have no counts. None: conversations are refused.
     """
     begin = file.read(_CHUNK)
     if begin.lstrip()[:1] == "{":

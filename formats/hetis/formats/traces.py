@@ -258,10 +258,8 @@ def hit_tokens(label: str, prompt_tokens: IntArray, order: IntArray) -> IntArray
     """Return how many tokens of each prompt an earlier request has left in an unlimited cache, at most all but one.
     Raises DocumentError if a request does not name the blocks of its prompt.
 
-    Args:
-        label: a JSONL trace that was read already.
-        prompt_tokens: of its requests, in the order of the file, [requests].
-        order: of arrival: numbers of requests, [requests].
+    ``prompt_tokens`` are those of the requests in the order of the file, a JSONL trace that was read already, and
+    ``order`` has their numbers in the order of arrival, both of shape [requests].
     """
     blocks = _blocks(label, prompt_tokens)
     hits = np.zeros(len(prompt_tokens), np.int64)

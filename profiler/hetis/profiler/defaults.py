@@ -33,10 +33,7 @@ def default_profile(gpu: GpuType) -> tuple[str, Profile]:
     what its host takes of an iteration, and its kernels of experts and latent attention (docs/accuracy.md).
 
     A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
-    profile is for another card.
-
-    Raises:
-        InvalidProblemError: none is shipped and none can be modelled.
+    profile is for another card. Raises InvalidProblemError if none is shipped and none can be modelled.
     """
     origin, kernels = _kernels_of(gpu)
     return origin, for_engine(kernels, gpu, HOST)

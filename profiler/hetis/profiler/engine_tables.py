@@ -38,11 +38,7 @@ K = TypeVar("K")
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a table.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the rows of a table. Raises OSError if it cannot be read."""
     from pyarrow import parquet
 
     rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()

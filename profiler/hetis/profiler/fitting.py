@@ -118,25 +118,25 @@ def _refit(
 
 
 def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients:
-    """Return the non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded.
-
-    Args:
-        columns: shape [features, points].
+    """Return the non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded. ``columns`` has the
+    shape [features, points].
     """
-    weights = importance
+    weights, ones = importance, np.ones(columns.shape[1])
     piece: Coefficients = ()
     for _ in range(_REWEIGHTS + 1):
-        piece = _non_negative_least_squares(columns, weights)
-        residual = sum((a * x for a, x in zip(piece, columns, strict=True)), -np.ones(columns.shape[1]))
+        piece = non_negative_least_squares(columns, ones, weights)
+        residual = sum((a * x for a, x in zip(piece, columns, strict=True)), -ones)
         weights = importance / np.maximum(np.abs(residual), 0.02)
     return tuple(rounded(a) for a in piece)
 
 
-def _non_negative_least_squares(columns: FloatArray, weights: FloatArray) -> Coefficients:
-    """Return the best least-squares solution >= 0 over all supports, which is exact for the few features here."""
+def non_negative_least_squares(columns: FloatArray, wanted: FloatArray, weights: FloatArray) -> Coefficients:
+    """Return the a >= 0 that minimises sum w (a . x - wanted)^2: the best over all supports, which are few here.
+    ``columns`` has the shape [features, points], ``wanted`` and ``weights`` [points].
+    """
     size = len(columns)
     gram = [[float((weights * columns[i] * columns[j]).sum()) for j in range(size)] for i in range(size)]
-    target = [float((weights * columns[i]).sum()) for i in range(size)]
+    target = [float((weights * columns[i] * wanted).sum()) for i in range(size)]
     full = _solve(gram, target)
     if full is not None and min(full) >= 0:  # feasible without the constraint, so the best with it
         return tuple(full)

@@ -91,9 +91,7 @@ class Efficiencies:
 
 def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> Profile:
     """Return the roofline of ``gpu``: the catalogue's peaks times ``efficiencies``, or those in the package if None.
-
-    Raises:
-        InvalidProblemError: no efficiencies are known for the architecture of ``gpu``.
+    Raises InvalidProblemError if no efficiencies are known for the architecture of ``gpu``.
     """
     efficiencies = efficiencies or shipped_efficiencies()
     arch = efficiencies.architectures.get(gpu.architecture)

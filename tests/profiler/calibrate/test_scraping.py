@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 
 from hetis.formats.errors import DocumentError
 from hetis.profiler.calibrate import scraping
-from hetis.profiler.calibrate.intervals import observed_in_scrapes
 from hetis.profiler.calibrate.observed import Observed, ObservedKind
-from hetis.profiler.calibrate.scraping import UnreachableError, engines_in, fetch_text, metrics_address, watch
+from hetis.profiler.calibrate.scraping import (
+    UnreachableError,
+    engines_in,
+    fetch_text,
+    metrics_address,
+    observed_in_scrapes,
+    watch,
+)
 from tests.profiler.calibrate.logs import SCRAPES, prom
 
 CACHE = 'kv_cache_size_tokens="100000"'

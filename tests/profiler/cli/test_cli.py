@@ -236,10 +236,10 @@ def test_a_run_interrupted_before_its_first_point_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hetis.profiler.measure import session
-    from hetis.profiler.measure.journal import Journal
+    from hetis.profiler.measure.journal import journal_in
 
     def interrupted(request: session.RunRequest, report: object) -> None:
-        with Journal(request.journal, {}, []):
+        with journal_in(request.journal, {}, []):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "measure", interrupted)

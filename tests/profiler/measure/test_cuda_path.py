@@ -117,7 +117,8 @@ def test_an_interrupted_run_does_not_go_on_upon_another_machine(
         device="cuda:0", gpu="", model=TINY, quick=True, limit_s=1.0, journal=tmp_path / "j", resume=True
     )
     mine = provenance_room.settings_of(request, "H200", device, "570.86")
-    session.Journal(request.journal, mine, []).__exit__(None, None, None)
+    with session.journal_in(request.journal, mine, []):
+        pass
     assert session.read_journal(request.journal, mine) == []
     device.address = GpuAddress(uuid="5678")
     monkeypatch.setattr(provenance_room.platform, "node", lambda: "elsewhere")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.profiler.measure.journal import Journal, journal_of, points_in, read_journal
+from hetis.profiler.measure.journal import journal_in, journal_of, points_in, read_journal
 from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
 
 SETTINGS = {"device": "cpu", "model": "m"}
@@ -24,9 +24,9 @@ FOUND = [
 def path(tmp_path: Path) -> Path:
     """A journal of three points."""
     where = journal_of(tmp_path / "raw.json")
-    with Journal(where, SETTINGS, FOUND[:1]) as journal:
+    with journal_in(where, SETTINGS, FOUND[:1]) as add:
         for found in FOUND[1:]:
-            journal.add(found)
+            add(found)
     return where
 
 
@@ -37,7 +37,7 @@ def test_what_was_written_is_read(path: Path) -> None:
 
 def test_points_are_counted_without_settings(path: Path, tmp_path: Path) -> None:
     assert points_in(path) == 3
-    with Journal(tmp_path / "fresh", SETTINGS, []):
+    with journal_in(tmp_path / "fresh", SETTINGS, []):
         assert points_in(tmp_path / "fresh") == 0
     path.write_bytes(b"\xff\n\n")
     assert points_in(path) is None
@@ -96,5 +96,8 @@ def test_what_is_no_journal_is_refused(path: Path, text: str) -> None:
 
 
 def test_a_missing_folder_is_an_error_not_a_traceback(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="cannot be written"):
-        Journal(tmp_path / "none" / "x.journal", SETTINGS, [])
+    with (
+        pytest.raises(DocumentError, match="cannot be written"),
+        journal_in(tmp_path / "none" / "x.journal", SETTINGS, []),
+    ):
+        pytest.fail("it is there")

@@ -33,20 +33,27 @@ class FakeGpu:
 class FakeNvml:
     """The functions of ``pynvml`` that a watch asks; ``gpus`` in NVML's order."""
 
+    NVMLError = RuntimeError
+
     def __init__(self, *gpus: FakeGpu, counters: bool = True) -> None:
         self.gpus = gpus
         self.counters = counters
 
     def nvmlInit(self) -> None: ...  # noqa: N802 - NVML's name
 
-    def nvmlSystemGetDriverVersion(self) -> bytes:  # noqa: N802
-        return b"570.86"
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.86"
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:  # noqa: N802
-        return next(gpu for gpu in self.gpus if f"GPU-{gpu.uuid}" == uuid)
+        return self._found([gpu for gpu in self.gpus if f"GPU-{gpu.uuid}" == uuid])
 
     def nvmlDeviceGetHandleByPciBusId(self, bus: str) -> FakeGpu:  # noqa: N802
-        return next(gpu for gpu in self.gpus if gpu.bus == bus)
+        return self._found([gpu for gpu in self.gpus if gpu.bus == bus])
+
+    def _found(self, gpus: list[FakeGpu]) -> FakeGpu:
+        if not gpus:
+            raise RuntimeError("Not Found")
+        return gpus[0]
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, gpu: FakeGpu) -> int:  # noqa: N802
         return gpu.bits

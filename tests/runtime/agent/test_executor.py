@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: P
         await executors["p"].call(expired)
         assert (await executors["w"].call(expired)).outcome == ABORTED
         async with asyncio.timeout(60):  # and loads of its device come the same way
-            while not worker.engine.report(worker.now_s()).devices[0].used_blocks:
+            while not worker.engine.report(time.monotonic()).devices[0].used_blocks:
                 await asyncio.sleep(0.05)
         await primary.close()
         for executor in executors.values():

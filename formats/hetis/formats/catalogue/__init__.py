@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from hetis.formats.errors import all_nearest, did_you_mean_one_of, nearest
+from hetis.formats.errors import all_nearest, did_you_mean_one_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
@@ -119,7 +119,11 @@ def find_workload(name: str) -> WorkloadEntry:
     """Return the workload called ``name``. Case and ``-`` for ``_`` do not matter; the suffix ``_lengths`` is optional.
     Raises UnknownNameError, with the nearest name, if there is none.
     """
-    return _workload(resolve_workload(name, workload_names()))
+    wanted = name.lower().replace("-", "_")
+    found = next((one for one in workload_names() if wanted in (one, one.removesuffix("_lengths"))), None)
+    if found is None:
+        raise UnknownNameError("workload", name, all_nearest(wanted, workload_names()))
+    return _workload(found)
 
 
 def _read(file: str) -> Any:
@@ -257,8 +261,8 @@ def resolve_model(name: str, known: Collection[str]) -> str:
     if len(found) > 1:
         raise UnknownNameError("model", name, found, ambiguous=True)
     by_short = {candidate.rpartition("/")[2]: candidate for candidate in known}
-    near = found[0] if found else by_short.get(nearest(name.rpartition("/")[2], by_short) or "")
-    raise UnknownNameError("model", name, [near] if near else [])
+    near = found or [by_short[short] for short in all_nearest(name.rpartition("/")[2], by_short)]
+    raise UnknownNameError("model", name, near[:1])
 
 
 def _model_key(name: str) -> str:
@@ -271,12 +275,3 @@ def _model_key(name: str) -> str:
 
 def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[^a-z0-9.]+", name.lower().rpartition("/")[2]) if word]
-
-
-def resolve_workload(name: str, known: Collection[str]) -> str:
-    """Return the workload of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_workload`."""
-    wanted = name.lower().replace("-", "_")
-    found = next((one for one in known if wanted in (one, one.removesuffix("_lengths"))), None)
-    if found is None:
-        raise UnknownNameError("workload", name, all_nearest(wanted, known))
-    return found

@@ -40,20 +40,29 @@ def run_application(
     *,
     defaults: Callable[[], Mapping[str, Any] | None] = lambda: None,
 ) -> int:
-    """Run one command line and return its exit code. With ``HETIS_DEBUG=1`` an error is raised instead.
+    """Run one command line, ``name`` in its help, and return its exit code. With ``HETIS_DEBUG=1`` an error is raised
+    instead.
 
-    Args:
-        application: the verbs.
-        name: of the command, as shown in its help.
-        arguments: without the command itself.
-        report_failure: prints an error and returns its exit code.
-        defaults: returns defaults of options, by verb and parameter. None: only those of the options.
+    ``report_failure`` prints an error and returns its exit code; ``defaults`` returns defaults of options by verb and
+    parameter, or None for those of the options.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # bars and dashes become question marks instead of errors
     with plain_streams(), _console() as has_lost_reader:
-        return _run(application, name, arguments, report_failure, defaults, has_lost_reader)
+        try:
+            code = _invoke(application, name, arguments, defaults())
+            sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the handlers below
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if _is_broken_pipe(error) and has_lost_reader():  # a socket that breaks raises the same, and is a failure
+                return _leave_broken_pipe()
+            if os.environ.get("HETIS_DEBUG") == "1":
+                raise
+            return report_failure(error)
+        return code
 
 
 def version_printer(name: str) -> Callable[[bool], None]:
@@ -67,29 +76,6 @@ def version_printer(name: str) -> Callable[[bool], None]:
             raise typer.Exit
 
     return print_version
-
-
-def _run(
-    application: typer.Typer,
-    name: str,
-    arguments: Sequence[str],
-    report_failure: Callable[[Exception], int],
-    defaults: Callable[[], Mapping[str, Any] | None],
-    has_lost_reader: Callable[[], bool],
-) -> int:
-    try:
-        code = _invoke(application, name, arguments, defaults())
-        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the handlers below
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if _is_broken_pipe(error) and has_lost_reader():  # a socket that breaks raises the same, and is a failure
-            return _leave_broken_pipe()
-        if os.environ.get("HETIS_DEBUG") == "1":
-            raise
-        return report_failure(error)
-    return code
 
 
 def _invoke(

@@ -111,11 +111,8 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     """Return the cluster of an inventory. Raises DocumentError if a product name matches no type or several, two nodes
     share a name, or nothing is usable.
 
-    Args:
-        inventory: what the tools reported.
-        name: of the cluster.
-        link: between any two nodes of a zone. None: `DEFAULT_LINK`, which the file then states.
-        said: types of products that the user named; see `said_types`.
+    ``link`` is that between any two nodes of a zone; None: `DEFAULT_LINK`, which the file then states. ``said`` has the
+    types of products that the user named (`said_types`).
     """
     groups, left_out, notes = list[NodeGroup](), list[str](), list[str]()
     problems: dict[str, Problem] = {}

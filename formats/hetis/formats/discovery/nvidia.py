@@ -67,14 +67,10 @@ def memory_in_use(used_bytes: int | None, memory_bytes: int | None) -> str:
 def host_node(
     name: str, gpus: Sequence[DriverGpu], *, pairs: Iterable[int], with_busy: bool, where: Problem
 ) -> FoundNode:
-    """Return a host with the GPUs that a plan may use.
+    """Return a host with the GPUs that a plan may use, of all in the order of their indices.
 
-    Args:
-        name: of the host.
-        gpus: all of them, in the order of their indices.
-        pairs: NVLinks between the two GPUs of every pair. Empty: unknown.
-        with_busy: GPUs that are in use count as free.
-        where: the place in its file, for problems.
+    ``pairs`` are the NVLinks between the two GPUs of every pair, empty if unknown. With ``with_busy``, GPUs in use
+    count as free.
     """
     reasons = [gpu.reason(with_busy=with_busy) for gpu in gpus]
     free = [gpu for gpu, reason in zip(gpus, reasons, strict=True) if not reason]

@@ -46,14 +46,10 @@ _KNOWN = (
 def read_inventory(
     paths: Sequence[str], source: FleetSource = FleetSource.AUTO, *, with_busy: bool = False
 ) -> Inventory:
-    """Return the nodes that files of one tool describe (``-``: standard input). Raises DocumentError with all problems:
-    files are unreadable, from an unknown tool, or from several tools; or the source reads no files (`FleetSource.NVML`,
-    `FleetSource.AGENTS`).
-
-    Args:
-        paths: several for kubectl and nvidia-smi; one for the others.
-        source: the tool that wrote them.
-        with_busy: GPUs that are in use count as free.
+    """Return the nodes that files of one tool describe (``-``: standard input): several for kubectl and nvidia-smi, one
+    for the others. Raises DocumentError with all problems: files are unreadable, from an unknown tool, or from several
+    tools; or the source reads no files (`FleetSource.NVML`, `FleetSource.AGENTS`). With ``with_busy``, GPUs in use
+    count as free.
     """
     if len(paths) > MAX_FILES or len(set(paths)) != len(paths):
         twice = next((path for path in paths if paths.count(path) > 1), None) if len(paths) <= MAX_FILES else None

@@ -28,12 +28,10 @@ from hetis.planner.cli import (
 from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 
-_EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
-
 app = typer.Typer(
     name="hetis-plan",
     help="Plan LLM serving on a mixed GPU fleet, with a proof of how good the plan is.",
-    epilog=_EPILOG,
+    epilog=ExitCode.listed(),
     no_args_is_help=True,
     add_completion=False,  # the verb `completion` prints the script; nothing edits the user's shell files
     pretty_exceptions_enable=False,

@@ -28,7 +28,6 @@ _EXAMPLES = """Examples:
   hetis-planner --listen 127.0.0.1:0 --status-page off --ready-json
 
   hetis-planner token create --file tokens.yaml --name node-7 --role agent --node clusters/c/nodes/n7"""
-_EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ServiceExitCode)
 
 
 app = typer.Typer(
@@ -45,7 +44,7 @@ _setting = partial(typer.Option, rich_help_panel="What to use", show_default=Fal
 _filter = partial(typer.Option, show_default=False)
 
 
-@app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}")
+@app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{ServiceExitCode.listed()}")
 def hetis_planner(
     context: typer.Context,
     config: Annotated[

@@ -21,7 +21,6 @@ from hetis.formats.saved_state import (
     SavedDevice,
     SavedState,
     blocks_in,
-    catalogue_model,
 )
 from hetis.planner.use_cases.grouping import abbreviate
 from hetis.planner.use_cases.sources import PlanAndProblem, attempt, load_plan_and_problem
@@ -221,7 +220,7 @@ def _pieces_of(saved: SavedState, device: SavedDevice, profile: Profile) -> Piec
     if flops is None or saved.heads.kv_bytes_per_token <= 0:
         raise InvalidProblemError(f"{device.name}: {device.gpu} cannot be modelled for heads of unknown size")
     if saved.model is not None:
-        fit = profile.fit(Op.DECODE_ATTENTION, catalogue_model(saved.model), device.tp)
+        fit = profile.fit(Op.DECODE_ATTENTION, catalogue.find_model(saved.model).model, device.tp)
     else:
         fits = (fit for fit in profile.fits if fit.op is Op.DECODE_ATTENTION and fit.scope == FitScope())
         fit = next(fits, None)

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hetis.profiler.calibrate.observed import Observed
 from hetis.profiler.calibrate.replica import CalibratedReplica
-from hetis.profiler.fitting import FloatArray
+from hetis.profiler.fitting import FloatArray, non_negative_least_squares
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
 
@@ -81,10 +80,8 @@ class CalibrationResult:
 
 
 def calibrate(observed: Observed, replica: CalibratedReplica) -> CalibrationResult:
-    """Fit a correction of the replica's profile, and judge it.
-
-    Raises:
-        InvalidProblemError: there are too few observations.
+    """Fit a correction of the replica's profile, and judge it. Raises InvalidProblemError if there are too few
+    observations.
     """
     left_out = Counter(observed.left_out)
     table = _without_standstills(_table(observed, replica), left_out)
@@ -255,29 +252,9 @@ def _fit(table: _Table, names: Sequence[str]) -> FloatArray:
     target = 1.0 - table.own(names) / table.seconds
     weights, values = np.ones(len(target)), np.zeros(len(names))
     for _ in range(_REWEIGHTS):
-        values = _non_negative(features, target, weights)
+        values = np.array(non_negative_least_squares(features.T, target, weights))
         weights = 1.0 / np.maximum(np.abs(features @ values - target), 0.01)
     return values
-
-
-def _non_negative(features: FloatArray, target: FloatArray, weights: FloatArray) -> FloatArray:
-    """Return the weighted least squares solution >= 0: the best over all sets of parameters that are not zero."""
-    weighted = features * weights[:, None]
-    gram, right = weighted.T @ features, weighted.T @ target
-    scale = np.sqrt(np.diag(gram))  # the columns differ by orders of magnitude
-    gram, right = gram / np.outer(scale, scale), right / scale
-    size = len(right)
-    best, most = np.zeros(size), 0.0
-    for count in range(size, 0, -1):
-        for support in map(list, combinations(range(size), count)):
-            found = np.linalg.lstsq(gram[np.ix_(support, support)], right[support], rcond=None)[0]
-            gain = float(found @ right[support])
-            if found.min() >= 0 and gain > most:
-                most, best = gain, np.zeros(size)
-                best[support] = found
-        if count == size and most > 0:  # feasible without the constraint, so the best with it
-            break
-    return best / scale
 
 
 def _judgements(table: _Table, before: FloatArray, after: FloatArray) -> list[HeldOutErrors]:

@@ -30,15 +30,10 @@ NO_GAP = (
 
 
 def observed_in_log(label: str, log: IterationLog, *, context_tokens: float | None = None) -> Observed:
-    """Return the observations in a log.
+    """Return the observations in a log. Raises DocumentError if it is of a pipeline, or does not say the context of
+    decoding requests.
 
-    Args:
-        label: the file, for messages.
-        log: its lines.
-        context_tokens: that a decoding request attends to on average. None: as the log says.
-
-    Raises:
-        DocumentError: it is of a pipeline, or does not say the context of decoding requests.
+    ``context_tokens`` is what a decoding request attends to on average. None: as the log says.
     """
     if log.pp is not None and log.pp > 1:
         raise single_problem(label, f"is of an engine with {log.pp} pipeline stages, whose iterations overlap")

@@ -34,10 +34,8 @@ class CalibratedReplica:
     """A model on one tensor-parallel group, priced with the formulas of docs/cost-model.md."""
 
     def __init__(self, model: ModelSpec, profile: Profile, *, tp: int, link: Link) -> None:
-        """Check that the replica can be.
-
-        Raises:
-            InvalidProblemError: the model cannot be split like that, or its weights do not fit.
+        """Check that the replica can be. Raises InvalidProblemError if the model cannot be split like that, or its
+        weights do not fit.
         """
         rank = rank_shape(model, tp)
         if rank is None:

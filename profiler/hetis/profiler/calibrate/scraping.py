@@ -1,4 +1,8 @@
-"""``/metrics`` of a running vLLM, read every few seconds: counters and gauges of each of its engines."""
+"""Observations of the intervals between scrapes of a running vLLM's ``/metrics``, by engine.
+
+An interval says less than a log: the mean latency between tokens, which is the mean time of the iterations that decode,
+and what they computed together. Iterations with a prompt are told from those without by the number of first tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,21 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from urllib.parse import urlsplit, urlunsplit
 
 from hetis.formats.endpoints import metrics_body, reason_of
 from hetis.formats.errors import single_problem
+from hetis.profiler.calibrate.observed import Observation, Observed, ObservedKind, ObservedWork
 from hetis.solver.errors import HetisError
 
 TIMEOUT_S = 10.0  # for a whole answer
 MAX_BYTES = 16 * 2**20  # a busy server with many adapters and buckets sends some MiB
+LEAST = 8
+LEAST_TOKENS = 10  # latencies in an interval, below which it is no mean
 _MOST = 1e18  # of any value; what is more has lost its precision, or is no number
 
 # Collectors that refuse colons write `vllm_`. Buckets are most of the lines, and not needed.
@@ -44,17 +52,10 @@ def watch(
     url: str, *, for_s: float, every_s: float, fetch: Callable[[str], str] | None = None,
     clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
 ) -> list[Scrape]:  # fmt: skip
-    """Return scrapes of ``url`` over ``for_s`` seconds. Only the first one must succeed.
+    """Return scrapes of ``url`` over ``for_s`` seconds, one every ``every_s``. Only the first one must succeed.
 
-    Args:
-        url: of the server; its path is ``/metrics`` if it has none.
-        for_s: from the first scrape to the last.
-        every_s: from one scrape to the next.
-        fetch, clock, sleep: replaced by tests.
-
-    Raises:
-        UnreachableError: no answer to the first call.
-        DocumentError: that is no URL, or no vLLM answers there.
+    Raises UnreachableError if the first call has no answer, and DocumentError if that is no URL, or no vLLM answers
+    there. ``fetch``, ``clock`` and ``sleep`` are replaced by tests.
     """
     address, fetch = metrics_address(url), fetch or fetch_text
     found = [(clock(), engines_in(fetch(address), address))]
@@ -68,11 +69,7 @@ def watch(
 
 
 def metrics_address(url: str) -> str:
-    """Return the URL with a path.
-
-    Raises:
-        DocumentError: it is no http or https URL.
-    """
+    """Return the URL with a path. Raises DocumentError if it is no http or https URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
@@ -83,11 +80,7 @@ def metrics_address(url: str) -> str:
 
 
 def engines_in(text: str, name: str) -> dict[str, EngineState]:
-    """Return the engines in what ``/metrics`` answers, by their label.
-
-    Raises:
-        DocumentError: no metric is vLLM's.
-    """
+    """Return the engines in what ``/metrics`` answers, by their label. Raises DocumentError if no metric is vLLM's."""
     found = defaultdict[str, EngineState](EngineState)
     for line in text.splitlines():
         sample = _SAMPLE.match(line)
@@ -111,11 +104,8 @@ def engines_in(text: str, name: str) -> dict[str, EngineState]:
 
 
 def fetch_text(url: str) -> str:
-    """Return the body of an answer, within a time and a size.
-
-    Raises:
-        UnreachableError: there is none.
-        DocumentError: it is too large.
+    """Return the body of an answer, within a time and a size. Raises UnreachableError if there is none, and
+    DocumentError if it is too large.
     """
     try:
         body = metrics_body(url, timeout_s=TIMEOUT_S, max_bytes=MAX_BYTES, opened=urllib.request.urlopen)
@@ -127,3 +117,77 @@ def fetch_text(url: str) -> str:
     if body is None:
         raise single_problem(url, f"answers with more than {MAX_BYTES // 2**20} MiB")
     return body.decode("utf-8", errors="replace")
+
+
+def observed_in_scrapes(url: str, scrapes: Sequence[Scrape], *, context_tokens: float | None = None) -> Observed:
+    """Return an observation for each engine and interval with enough work. Raises DocumentError if the context of
+    decoding requests is not known.
+    """
+    found, left_out = list[Observation](), Counter[str]()
+    for (_, before), (_, after) in pairwise(scrapes):
+        for engine, state in after.items():
+            if engine not in before:
+                continue
+            seen = _observation(url, before[engine], state, context_tokens)
+            if isinstance(seen, str):
+                left_out[seen] += 1
+            else:
+                found.append(seen)
+    return Observed(
+        what="intervals", origin="vLLM's /metrics", least=LEAST, observations=tuple(found), left_out=left_out
+    )  # fmt: skip
+
+
+def _observation(url: str, before: EngineState, after: EngineState, context_tokens: float | None) -> Observation | str:
+    """Return the mean iteration of an interval, or the reason why there is none."""
+
+    def grown(*names: str) -> float:
+        """Return the difference of the first counter that the version has."""
+        name = next((name for name in names if name in after.values), names[0])
+        return after.values[name] - before.values[name]
+
+    latency = next(
+        (n for n in ("inter_token_latency_seconds", "time_per_output_token_seconds") if f"{n}_sum" in after.values), ""
+    )
+    waited_s, decoded = grown(f"{latency}_sum"), grown(f"{latency}_count")
+    iterations, tokens = grown("iteration_tokens_total_count"), grown("iteration_tokens_total_sum")
+    first_tokens, generated = grown("time_to_first_token_seconds_count"), grown("generation_tokens_total")
+    if min(waited_s, decoded, iterations, tokens, first_tokens, generated) < 0:
+        return "the server was restarted"
+    if decoded < LEAST_TOKENS or iterations < 1 or waited_s <= 0:
+        return "idle"
+    if grown("spec_decode_num_draft_tokens_total") > 0:
+        return "speculative decoding"
+    context = _context(before, after) if context_tokens is None else context_tokens
+    if context is None:
+        raise single_problem(url, "does not say how full the KV cache is: --context gives the tokens of a request")
+    decoding = max(1.0, decoded / iterations)
+    decode = ObservedWork(decoding=decoding, attended_tokens=decoding * context)
+    prompt_tokens = max(0.0, tokens - generated)  # without those that a prefix cache had
+    with_prompt = min(iterations, first_tokens) if prompt_tokens > 0 else 0.0
+    share = with_prompt / iterations
+    parts = [(1.0 - share, decode)] if share < 1 else []
+    if share > 0:
+        chunk = ObservedWork(
+            decoding=decoding,
+            attended_tokens=decoding * context,
+            prompts=max(1.0, first_tokens / with_prompt),
+            chunk_tokens=prompt_tokens / with_prompt,
+        )
+        parts.append((share, chunk))
+    return Observation(kind=ObservedKind.INTERVAL, seconds=waited_s / decoded, parts=tuple(parts))
+
+
+def _context(before: EngineState, after: EngineState) -> float | None:
+    """Return the mean KV tokens of a running request at both ends, less the empty half of its last block."""
+    try:
+        block = int(after.cache.get("block_size", ""))
+        capacity = float(after.cache.get("kv_cache_size_tokens") or int(after.cache["num_gpu_blocks"]) * block)
+    except (KeyError, ValueError):
+        return None
+    usage = "kv_cache_usage_perc" if "kv_cache_usage_perc" in after.values else "gpu_cache_usage_perc"
+    held = [one.values[usage] * capacity for one in (before, after)]
+    running = sum(one.values["num_requests_running"] for one in (before, after))
+    if usage not in after.values or not 0 < capacity < float("inf"):
+        return None
+    return max(1.0, sum(held) / running - (block - 1) / 2) if running else 1.0

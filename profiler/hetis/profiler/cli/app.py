@@ -17,7 +17,6 @@ from hetis.profiler.cli.fit import FIT_EXAMPLES, fit
 from hetis.profiler.cli.measurements import RUN_EXAMPLES, import_tables
 from hetis.profiler.cli.measurements import run as run_verb
 
-_EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ProfileExitCode)
 # Where a missing module can be obtained.
 _EXTRAS = dict.fromkeys(("pyarrow", "plotly", "matplotlib"), "'hetis[profiler]'")
 _EXTRAS["torch"] = "'hetis[profiler]', or torch as its site says for your GPU"
@@ -25,7 +24,7 @@ _EXTRAS["torch"] = "'hetis[profiler]', or torch as its site says for your GPU"
 app = typer.Typer(
     name="hetis-profile",
     help="Measure what a GPU reaches, import what others measured, fit it, and say how wrong the fit is.",
-    epilog=_EPILOG,
+    epilog=ProfileExitCode.listed(),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -67,8 +67,7 @@ def calibrate(
         typer.Option("--out", metavar="PROFILE", help="Corrected profile to write; .yaml or .yml for YAML, else JSON."),
     ],
     gpu: Annotated[
-        str,
-        typer.Option("--gpu", metavar="NAME", show_default="the profile's", help="GPU type that it runs on."),
+        str, typer.Option("--gpu", metavar="NAME", show_default="the profile's", help="GPU type that it runs on.")
     ] = "",
     profile: Annotated[
         Path | None,
@@ -81,14 +80,10 @@ def calibrate(
         typer.Option("--tp", min=1, show_default="the log's, or 1", help="Tensor-parallel degree of the server."),
     ] = None,
     weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="P", show_default="the checkpoint's", help="bf16, fp8, int8, ..."
-        ),
+        str | None, typer.Option("--weights", metavar="P", show_default="the checkpoint's", help="bf16, fp8, int8, ...")
     ] = None,
     kv: Annotated[
-        str | None,
-        typer.Option("--kv", metavar="P", show_default="bf16, or the file's", help="bf16 or fp8."),
+        str | None, typer.Option("--kv", metavar="P", show_default="bf16, or the file's", help="bf16 or fp8.")
     ] = None,
     context: Annotated[
         float | None,
@@ -105,7 +100,7 @@ def calibrate(
         typer.Option("--for", parser=_seconds, metavar="TIME", show_default="60s", help="How long to watch a URL."),
     ] = None,
     cluster: ClusterOption = None,
-) -> ProfileExitCode:  # fmt: skip
+) -> ProfileExitCode:
     """Correct a profile by a running vLLM's own times, and report its error before and after.
 
     A factor on kernels, seconds per iteration and seconds per sequence are fitted, as far
@@ -191,8 +186,7 @@ def _logged(path: str, context: float | None) -> Observed:
 
 
 def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float) -> Observed:
-    from hetis.profiler.calibrate.intervals import observed_in_scrapes
-    from hetis.profiler.calibrate.scraping import watch
+    from hetis.profiler.calibrate.scraping import observed_in_scrapes, watch
 
     every_s = max(_LEAST_INTERVAL_S, watch_s / _INTERVALS)
     with waiting(terminal, f"watching {url} for {watch_s:g} s"):

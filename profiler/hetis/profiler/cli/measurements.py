@@ -110,7 +110,10 @@ def run(
     for note in result.measurements.notes:
         (terminal.warn if note in result.disturbances else terminal.detail)(note)
     if cluster_out is not None:
-        _write_cluster(cluster_out, result)
+        from hetis.formats.documents import dump, write_atomically
+        from hetis.profiler.measure.host_cluster import host_cluster
+
+        write_atomically(cluster_out, dump(host_cluster(result)))
     if result.num_known:
         terminal.say(f"{result.num_known} points were known from the interrupted run")
     terminal.emit(lambda: _run_document(result, out), lambda: _run_table(result, out))
@@ -154,15 +157,6 @@ def _progress_words(news: RunProgress) -> tuple[str, str]:
     known = "new" if news.uncertainty >= 1 else f"known to {news.uncertainty:.0%}"
     left = f"at most {int(news.left_s) // 60}:{int(news.left_s) % 60:02d} left"
     return f"{news.done} points, next {news.what} ({known})", left
-
-
-def _write_cluster(path: Path, result: RunResult) -> None:
-    import yaml
-
-    from hetis.formats.files import write_atomically
-    from hetis.profiler.measure.host_cluster import host_cluster
-
-    write_atomically(path, yaml.safe_dump(host_cluster(result), sort_keys=False))
 
 
 def _run_document(result: RunResult, out: Path) -> dict[str, Any]:

@@ -37,10 +37,8 @@ GpuOrFileArgument = Annotated[
 
 
 def require_outputs(*paths: Path | None) -> None:
-    """Refuse paths that cannot be written, before the work. Paths that are None are skipped.
-
-    Raises:
-        DocumentError: with a problem for each.
+    """Refuse paths that cannot be written, before the work. Paths that are None are skipped. Raises DocumentError with
+    a problem for each.
     """
     from hetis.formats.errors import DocumentError, Problem
 
@@ -55,9 +53,7 @@ def require_outputs(*paths: Path | None) -> None:
 
 def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
     """Return the measurements in all files, which are of one GPU type: ``gpu``, the profile's, or that of the first.
-
-    Raises:
-        DocumentError: with the problems of all files.
+    Raises DocumentError with the problems of all files.
     """
     from hetis.formats.errors import DocumentError, Problem
     from hetis.formats.measurements import load_measurements
@@ -82,11 +78,9 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue.
-
-    Raises:
-        DocumentError: the name is neither a file nor a GPU type, or the file is not a profile.
-        InvalidProblemError: nothing is known about the GPU type.
+    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue. Raises
+    DocumentError if the name is neither a file nor a GPU type, or the file is not a profile, and InvalidProblemError if
+    nothing is known about the GPU type.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.errors import single_problem
@@ -107,10 +101,8 @@ def profile_of(name: str) -> Profile:
 
 
 def gpu_type(name: str, cluster: Path | None) -> GpuType:
-    """Return the GPU type ``name`` of a cluster file, or else of the catalogue.
-
-    Raises:
-        DocumentError: the file cannot be read, or neither has the type. The message says what to do.
+    """Return the GPU type ``name`` of a cluster file, or else of the catalogue. Raises DocumentError if the file cannot
+    be read, or neither has the type. The message says what to do.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.cluster import load_cluster
@@ -127,11 +119,7 @@ def gpu_type(name: str, cluster: Path | None) -> GpuType:
 
 
 def save_profile(path: Path, profile: Profile) -> None:
-    """Write the whole file or nothing.
-
-    Raises:
-        DocumentError: it cannot be written.
-    """
+    """Write the whole file or nothing. Raises DocumentError if it cannot be written."""
     from hetis.formats.documents import dump
     from hetis.formats.files import write_atomically
 

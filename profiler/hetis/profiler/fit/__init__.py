@@ -50,11 +50,9 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
     """Fit every operator that was measured. The others are the roofline's, marked ``modelled``.
 
     If several sources measured an operator, the first in ``measurements`` counts and the others judge. Modelled fits of
-    any scope stay in addition to fitted ones of a head shape or TP size, so that every model finds a fit.
-
-    Raises:
-        InvalidProblemError: there is nothing to fit, measurements are of another GPU, times look as if in another unit,
-            or the architecture is unknown.
+    any scope stay in addition to fitted ones of a head shape or TP size, so that every model finds a fit. Raises
+    InvalidProblemError if there is nothing to fit, measurements are of another GPU, times look as if in another unit,
+    or the architecture is unknown.
     """
     others = sorted({m.gpu for m in measurements} - {gpu.name})
     if others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.measurements import Measurements
 from hetis.profiler.importers import aiconfigurator, simulators
 from hetis.profiler.importers.reading import Collection, Sheet, read_sheet
@@ -21,15 +21,9 @@ FORMATS = tuple(_IMPORTERS)
 
 def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
     """Return the measurements of all ``files`` together: one per GPU, engine, version and host, in a fixed order.
-
-    Raises:
-        DocumentError: with every problem of every file (file, row, column, value and limit); nothing is returned in
-            part.
+    Raises DocumentError with every problem of every file (file, row, column, value and limit); nothing is returned in
+    part. ``form`` is one of `FORMATS`.
     """
-    if form not in _IMPORTERS:
-        raise single_problem(form, f"is not one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    if not files:
-        raise single_problem(form, "needs at least one file to import")
     collection, problems = Collection(), list[Problem]()
     for file in files:
         try:

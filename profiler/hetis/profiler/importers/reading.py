@@ -6,10 +6,8 @@ Every problem gets a clear error, and nothing is read in part: a sheet is rectan
 from __future__ import annotations
 
 import csv
-import gzip
 import importlib
 import io
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.files import unreadable
+from hetis.formats.files import decoded, read_bytes, unpacked
 from hetis.formats.measurements import MAX_COUNT, MAX_SECONDS, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.plausibility import roofline_seconds, unit_doubt
 from hetis.solver.cluster import GpuType
@@ -66,10 +64,8 @@ class Sheet:
         return all(name in self.columns for name in names)
 
     def require(self, forms: Mapping[str, Iterable[str]]) -> str:
-        """Return the first of ``forms`` (name to columns) whose columns the sheet has.
-
-        Raises:
-            DocumentError: there is none; it names the columns missing for the nearest form.
+        """Return the first of ``forms`` (name to columns) whose columns the sheet has. Raises DocumentError if there is
+        none; it names the columns missing for the nearest form.
         """
         missing = {name: [column for column in columns if not self.has(column)] for name, columns in forms.items()}
         name = min(missing, key=lambda form: len(missing[form]))
@@ -214,10 +210,8 @@ class Collection:
         self._notes[gpu, by][text] = None
 
     def finish(self) -> list[Measurements]:
-        """Return all measurements, in a fixed order.
-
-        Raises:
-            DocumentError: there are times that no GPU of that type can reach.
+        """Return all measurements, in a fixed order. Raises DocumentError if there are times that no GPU of that type
+        can reach.
         """
         problems, results = list[Problem](), list[Measurements]()
         for (gpu, by), opened in sorted(self._tables.items(), key=lambda x: (x[0][0], str(x[0][1]), x[0][1].host)):
@@ -253,45 +247,20 @@ def _implausible(table: Table, gpu: GpuType, places: Sequence[tuple[SheetRow, st
 
 
 def read_sheet(path: Path) -> Sheet:
-    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not.
-
-    Raises:
-        DocumentError: the file is unreadable, truncated, empty, ragged, or parquet without a library to read it.
+    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not. Raises
+    DocumentError if the file is unreadable, truncated, empty, ragged, or parquet without a library to read it.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise unreadable(str(path), error) from None
-    if len(raw) > MAX_BYTES:
-        raise single_problem(str(path), f"is larger than {MAX_BYTES // 2**20} MiB")
+    raw = read_bytes(path, most=MAX_BYTES)
     return _parquet(path, raw) if path.suffix == ".parquet" else _csv(path, _text(path, raw))
 
 
 def _text(path: Path, raw: bytes) -> str:
-    packed = raw[:2] == b"\x1f\x8b"
-    if packed:
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as stream:
-                raw = stream.read(MAX_BYTES + 1)
-        except EOFError:
-            raise single_problem(
-                str(path), f"is truncated: its gzip stream ends after {len(raw)} bytes without an end mark"
-            ) from None
-        except (OSError, zlib.error) as error:
-            raise single_problem(str(path), f"is damaged: {error}") from None
-    elif path.suffix == ".gz":
-        raise single_problem(str(path), "is not gzip-compressed, though its name ends in .gz")
-    if len(raw) > MAX_BYTES:
-        raise single_problem(str(path), f"is larger than {MAX_BYTES // 2**20} MiB when unpacked")
-    if not packed and raw.strip() and not raw.endswith((b"\n", b"\r")):
+    content = unpacked(raw, str(path), most=MAX_BYTES)
+    if content is raw and raw.strip() and not raw.endswith((b"\n", b"\r")):
         # A number that lost its last digits is still a number; gzip has an end mark instead.
         message = "ends in the middle of a line, as if it were cut off: if it is whole, add a line end"
         raise single_problem(str(path), message, line=1 + raw.count(b"\n"))
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise single_problem(str(path), f"is not UTF-8 text (offset {error.start})") from None
+    return decoded(content, str(path))
 
 
 def _csv(path: Path, text: str) -> Sheet:

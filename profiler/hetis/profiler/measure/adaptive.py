@@ -251,12 +251,8 @@ class RunRequest:
 
 
 def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:
-    """Time one point until the rule is satisfied.
-
-    Args:
-        time_calls: runs the operator n times in succession and returns the total seconds.
-        clock: monotonic seconds; used for the limits, never for the result.
-        rule: when to stop.
+    """Time one point until the rule is satisfied. ``time_calls`` runs the operator n times in succession and returns
+    the total seconds; ``clock`` is used for the limits, never for the result.
     """
     start_s = clock()
     warm_s = time_calls(1)

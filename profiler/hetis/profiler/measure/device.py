@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class CpuDevice:
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.name = host.cpu_device_name()
-        self.memory_bytes = host.memory_bytes()
+        self.memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.architecture = "unknown"
         self.pool = OperandPool(self.torch_device, host.last_level_cache())
 
@@ -165,10 +166,8 @@ Device = CpuDevice | CudaDevice
 
 
 def open_device(name: str) -> Device:
-    """Return the device called ``cpu``, ``cuda`` or ``cuda:1``.
-
-    Raises:
-        InvalidProblemError: there is no such device here. The message says what there is.
+    """Return the device called ``cpu``, ``cuda`` or ``cuda:1``. Raises InvalidProblemError if there is no such device
+    here. The message says what there is.
     """
     if name == "cpu":
         return CpuDevice()

@@ -1,4 +1,4 @@
-"""This host: its processor's name, its load, its cache sizes. Complete on Linux; elsewhere less is known.
+"""This host: its processor's name, its load, its cache sizes.
 
 Operands rotate, so that each call finds its own where serving does: in memory, not in a cache. Between two uses of the
 same bytes, at least `TIMES` the last-level cache of other bytes are read. That has the effect of a flush between calls,
@@ -41,10 +41,7 @@ class Cache:
 
 def cpu_name() -> str:
     """Return ``AMD EPYC``, for example, or the machine's architecture."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     name = found.group(1) if found else platform.processor() or platform.machine() or "CPU"
     name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*$", " ", name)
@@ -53,7 +50,7 @@ def cpu_name() -> str:
 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(_cores())
+    return len(os.sched_getaffinity(0))
 
 
 def cpu_device_name() -> str:
@@ -61,20 +58,14 @@ def cpu_device_name() -> str:
     return f"CPU-{re.sub(r'[^A-Za-z0-9.]+', '-', cpu_name()).strip('-')}-{num_cores()}-cores"
 
 
-def memory_bytes() -> int:
-    """Return the physical memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collection[int] | None = None) -> Cache:
-    """Return the total last-level cache of the cores that this process may use; each cache is counted once.
+    """Return the total last-level cache of these cores, or of those that this process may use; each cache is counted
+    once.
 
-    Args:
-        cpus: the kernel's folder with one folder per core.
-        cores: their numbers. None: those of this process.
+    ``cpus`` is the kernel's folder with one folder per core.
     """
     found: dict[tuple[int, str], int] = {}
-    for core in _cores() if cores is None else cores:
+    for core in os.sched_getaffinity(0) if cores is None else cores:
         for cache in (cpus / f"cpu{core}" / "cache").glob("index*"):
             try:
                 level, size, shared = ((cache / name).read_text(encoding="ascii").strip() for name in _CACHE_FILES)
@@ -88,10 +79,6 @@ def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collec
     return Cache(num_bytes=num_bytes or _ASSUMED_CACHE, origin="as the system says" if num_bytes else "assumed")
 
 
-def _cores() -> Collection[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-
-
 class HostWatch:
     """Processor time that other processes took since it was created."""
 
@@ -100,7 +87,7 @@ class HostWatch:
         self._own = _own_cpu_s()
 
     def share(self) -> float:
-        """Return their share of all cores, or 0 if it is unknown. A little is always the system's own."""
+        """Return their share of all cores, or 0 before a tick has passed. A little is always the system's own."""
         busy, total = _cpu_times()
         elapsed = total - self._total
         if elapsed <= 0:
@@ -110,11 +97,8 @@ class HostWatch:
 
 
 def _cpu_times() -> tuple[float, float]:
-    """Return (seconds that cores were busy or stolen, total seconds) since boot over all cores; (0, 0) if unknown."""
-    try:
-        first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
-    except (OSError, IndexError):
-        return 0.0, 0.0
+    """Return (seconds that cores were busy or stolen, total seconds) since boot over all cores."""
+    first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
     ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in first[:8]]
     idle = ticks[3] + ticks[4]  # idle, waiting for a disk
     return sum(ticks) - idle, sum(ticks)

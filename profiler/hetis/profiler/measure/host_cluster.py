@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from hetis.formats.catalogue import gpus
-from hetis.formats.fields import API_VERSION
 from hetis.formats.measurements import MeasuredOp, Measurements
-from hetis.formats.units import format_bandwidth, format_bytes, format_duration, format_flops
 from hetis.profiler.measure.session import RunResult
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 
-_NETWORK_BYTES_PER_S, _NETWORK_LATENCY_S = 1.25e9, 50e-6  # if nothing was measured: 10 Gb/s
+_NETWORK = Link(bytes_per_s=1.25e9, latency_s=50e-6)  # if nothing was measured: 10 Gb/s
 
 
-def host_cluster(result: RunResult) -> dict[str, Any]:
-    """Return the document of a cluster with one node, as plain data. Peaks are the best rates measured."""
-    value = result.measurements
-    bandwidth, latency = _link(value)
-    document: dict[str, Any] = {
-        "apiVersion": API_VERSION,
-        "kind": "Cluster",
-        "name": "this-host",
-        "nodes": [{"name": "host", "gpus": [{"type": value.gpu, "count": 1}]}],
-        "network": {"bandwidth": format_bandwidth(bandwidth), "latency": format_duration(latency)},
-    }
-    if value.gpu not in {entry.gpu.name for entry in gpus()}:
-        document["gpu_types"] = {
-            value.gpu: {
-                "architecture": result.architecture,
-                "memory": format_bytes(result.memory_bytes),
-                "memory_bandwidth": format_bandwidth(_digits(peak_bytes_per_s(value))),
-                "fp16": format_flops(_digits(peak_flops(value))),
-                "pcie": format_bandwidth(bandwidth),
-            }
-        }
-    return document
+def host_cluster(result: RunResult) -> Cluster:
+    """Return a cluster of one node with the device. Peaks that the catalogue lacks are the best rates measured."""
+    value, link = result.measurements, _link(result.measurements)
+    gpu = next((entry.gpu for entry in gpus() if entry.gpu.name == value.gpu), None) or GpuType(
+        name=value.gpu,
+        architecture=result.architecture,
+        memory_bytes=result.memory_bytes,
+        mem_bytes_per_s=_digits(peak_bytes_per_s(value)),
+        fp16_flops=_digits(peak_flops(value)),
+        pcie_bytes_per_s=link.bytes_per_s,
+    )
+    return Cluster(
+        name="this-host",
+        node_groups=(NodeGroup(name="host", gpus=(GpuSlots(gpu=gpu.name, count=1),)),),
+        gpu_types={gpu.name: gpu},
+        network=Network(default=link),
+    )
 
 
 def peak_flops(value: Measurements) -> float:
@@ -62,13 +54,14 @@ def peak_bytes_per_s(value: Measurements) -> float:
     return float(max(rates))
 
 
-def _link(value: Measurements) -> tuple[float, float]:
-    """Return (best bytes/s, seconds of the smallest message) between two processes of this host."""
+def _link(value: Measurements) -> Link:
+    """Return the best rate, and the time of the smallest message, between two processes of this host."""
     for t in value.tables:
         if t.op is MeasuredOp.TRANSFER and set(t.text("path")) <= {"loopback", "peer"}:
             num_bytes, times = t.numbers("num_bytes"), t.seconds
-            return _digits(float((num_bytes / times).max())), _digits(float(times[int(np.argmin(num_bytes))]))
-    return _NETWORK_BYTES_PER_S, _NETWORK_LATENCY_S
+            latency_s = _digits(float(times[int(np.argmin(num_bytes))]))
+            return Link(bytes_per_s=_digits(float((num_bytes / times).max())), latency_s=latency_s)
+    return _NETWORK
 
 
 def _digits(value: float) -> float:

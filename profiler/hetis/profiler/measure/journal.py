@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.files import unreadable, write_atomically
-from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
+from hetis.formats.files import MAX_BYTES, decoded, read_bytes, write_atomically
+from hetis.profiler.measure.points import Measured
 
 _VERSION = 1
+_POINT = TypeAdapter(Measured)
 
 
 def journal_of(out: str | os.PathLike[str]) -> Path:
@@ -24,15 +26,10 @@ def journal_of(out: str | os.PathLike[str]) -> Path:
 
 
 def points_in(path: Path) -> int | None:
-    """Return the number of points in a journal, or None if the file is not a journal.
-
-    Raises:
-        DocumentError: it cannot be read.
+    """Return the number of points in a journal, or None if the file is not a journal. Raises DocumentError if it cannot
+    be read.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise unreadable(str(path), error) from None
+    raw = read_bytes(path, most=MAX_BYTES)
     try:
         _header(raw.split(b"\n")[0].decode("utf-8", errors="replace"), path)
     except DocumentError:
@@ -41,15 +38,10 @@ def points_in(path: Path) -> int | None:
 
 
 def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
-    """Return the points of an interrupted run, without one that was still being written.
-
-    Raises:
-        DocumentError: the file is not a journal, or belongs to a run with other settings.
+    """Return the points of an interrupted run, without one that was still being written. Raises DocumentError if the
+    file is not a journal, or belongs to a run with other settings.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise unreadable(str(path), error) from None
+    lines = decoded(read_bytes(path, most=MAX_BYTES), str(path)).split("\n")
     header = _header(lines[0], path)
     differing = [
         Problem(file=str(path), path=name, message=f"is {header.get(name)!r} in the interrupted run, now {value!r}")
@@ -65,35 +57,20 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
     return found
 
 
-class Journal:
-    """Appends one line per point, each passed to the system at once. A context manager."""
+@contextmanager
+def journal_in(path: Path, settings: Mapping[str, str], known: list[Measured]) -> Iterator[Callable[[Measured], None]]:
+    """Yield a function that appends a point: the system has it when it returns. The file is rewritten before with the
+    ``known`` points, which drops a cut-off line. Raises DocumentError if it cannot be written.
+    """
+    lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
+    write_atomically(path, "".join(lines))  # known points survive whenever this process dies
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
 
-    def __init__(self, path: Path, settings: Mapping[str, str], known: list[Measured]) -> None:
-        """Rewrite the file with the ``known`` points, which drops a cut-off line.
+        def add(found: Measured) -> None:
+            file.write(_line_of(found))
+            file.flush()
 
-        Raises:
-            DocumentError: the file cannot be written.
-        """
-        self._path = path
-        lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
-        write_atomically(path, "".join(lines))  # known points survive whenever this process dies
-        try:
-            self._file: TextIO = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
-        except OSError as error:
-            raise single_problem(str(path), f"cannot be written: {error.strerror}") from None
-
-    def add(self, found: Measured) -> None:
-        """Append a point. The system has it when this returns."""
-        self._file.write(_line_of(found))
-        self._file.flush()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+        yield add
 
 
 def _line_of(found: Measured) -> str:
@@ -117,24 +94,6 @@ def _header(line: str, path: Path) -> Mapping[str, Any]:
 
 def _measured(line: str, path: Path, number: int) -> Measured:
     try:
-        data = json.loads(line)
-        found = Measured(point=MeasuredPoint(**data["point"]), sample=TimedSample(**data["sample"]))
-        if _is_sound(found):
-            return found
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise single_problem(str(path), "is damaged: not a measured point", line=number)
-
-
-def _is_sound(found: Measured) -> bool:
-    """Return whether the values have the right types; a file may hold anything."""
-    point, sample = found.point, found.sample
-    texts = [point.op, point.kernel, *point.texts.keys(), *point.texts.values(), *point.columns.keys()]
-    counts, times = list(point.columns.values()), [sample.seconds, sample.spread, sample.jitter]
-    return (
-        all(isinstance(text, str) for text in texts)
-        and all(type(count) is int and count >= 0 for count in counts)
-        and all(type(value) in (int, float) and 0 <= value < math.inf for value in times)
-        and sample.seconds > 0
-        and isinstance(sample.cold, bool)
-    )
+        return _POINT.validate_json(line, strict=True)
+    except ValueError:  # a file may hold anything
+        raise single_problem(str(path), "is damaged: not a measured point", line=number) from None

@@ -53,11 +53,7 @@ class PeerProcesses:
         return {process.pid for process, theirs in zip(self._processes, self._devices, strict=True) if theirs == device}
 
     def wait_until_ready(self) -> None:
-        """Wait until both have connected.
-
-        Raises:
-            PeersLostError: one of them failed, or took more than a minute.
-        """
+        """Wait until both have connected. Raises PeersLostError if one of them failed, or took more than a minute."""
         self._answer(START_LIMIT_S)
 
     def timer(self, op: str, num_bytes: int) -> Callable[[int], float]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from hetis.profiler.fitting import FloatArray
 from hetis.solver.errors import InvalidProblemError
@@ -20,6 +22,8 @@ GATHER_KERNEL = "torch index_select"
 KV_BLOCK_BYTES = 8192  # 16 tokens, 128 dimensions, K and V: one KV block of a head group
 _WEIGHT_BITS = 16
 _ODD_TOKENS = (3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)  # between the powers, where tiles are half empty
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,7 @@ class MeasuredPoint:
 
     op: str  # name of the table it belongs to, such as ``gemm``
     kernel: str  # what computes it, such as ``torch sdpa``; points of two kernels never share a fit
-    columns: Mapping[str, int]  # the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens
+    columns: Mapping[str, Count]  # the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens
     texts: Mapping[str, str] = field(default_factory=dict)  # its text columns, such as the path of a transfer
 
     @property
@@ -46,9 +50,9 @@ class TimedSample:
     that every call found its operands outside the cache (`hetis.profiler.measure.host`).
     """
 
-    seconds: float
-    spread: float
-    jitter: float = 0.0
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    spread: Share
+    jitter: Share = 0.0
     cold: bool = False
 
 
@@ -121,7 +125,7 @@ def _powers(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
 def series_of(
     model: ModelSpec, extent: Extent, *, paths: Sequence[str], peer_kernel: str, peer_path: str
 ) -> tuple[PointSeries, ...]:
-    """Return every series of ``model``.
+    """Return every series of ``model``. Raises InvalidProblemError if the model has layers that cannot be measured.
 
     Args:
         model: its layer is measured; there are no kernels here for latent, linear and gated attention and experts.
@@ -129,9 +133,6 @@ def series_of(
         paths: of copies that the device can make: h2d, d2h, d2d.
         peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
         peer_path: ``loopback`` or ``peer``.
-
-    Raises:
-        InvalidProblemError: the model has layers that cannot be measured.
     """
     kinds = {
         "latent attention": model.mla is not None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 
@@ -20,14 +20,11 @@ from hetis.profiler.measure.host import TIMES
 
 def gpu_name(wanted: str, device: Device) -> str:
     """Return the GPU type of the result: as requested, or the catalogue's name for the driver's name of the device."""
-    for name in (wanted, device.name):
-        if name:
-            try:
-                return find_gpu(name).gpu.name
-            except UnknownNameError:
-                if name == wanted:
-                    return wanted
-    return device.name
+    name = wanted or device.name
+    try:
+        return find_gpu(name).gpu.name
+    except UnknownNameError:
+        return name
 
 
 def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
@@ -63,7 +60,7 @@ def measured_by(request: RunRequest, device: Device, driver: str) -> MeasuredBy:
     """Return the provenance of the result."""
     software = f", CUDA {torch.version.cuda}, driver {driver or 'unknown'}" if device.on_cuda else ""
     return MeasuredBy(
-        tool=f"hetis-profile {_version('hetis')}",
+        tool=f"hetis-profile {version('hetis')}",
         engine="torch",
         engine_version=str(torch.__version__),
         source=f"run --device {request.device} --model {request.model.name}" + (" --quick" if request.quick else ""),
@@ -71,10 +68,3 @@ def measured_by(request: RunRequest, device: Device, driver: str) -> MeasuredBy:
         f"{platform.system()} {platform.machine()}{software}",
         date=datetime.fromtimestamp(time.time(), UTC).date().isoformat(),
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

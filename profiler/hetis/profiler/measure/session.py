@@ -13,7 +13,7 @@ import numpy as np
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.measure.adaptive import QUICK_RULES, Campaign, RunRequest, SamplingRule, StoppingRule, sample
 from hetis.profiler.measure.host import HostWatch
-from hetis.profiler.measure.journal import Journal, read_journal
+from hetis.profiler.measure.journal import journal_in, read_journal
 from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample, extent_of, series_of
 from hetis.profiler.measure.watch import GpuWatch, disturbance_notes
 from hetis.solver.errors import HetisError
@@ -78,7 +78,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     campaign = Campaign(series, stopping, known)
     kernels = Kernels(device, request.model, watch.look)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(request.journal, settings, known))
+        keep = stack.enter_context(journal_in(request.journal, settings, known))
         peers = stack.enter_context(PeerProcesses(peer_devices))
         peers.wait_until_ready()
 
@@ -96,7 +96,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
         before = time_point(reference)
         watch.begin()
         host = HostWatch()
-        _run(campaign, time_point, report, journal, limit_s=request.limit_s, begin_s=begin_s)
+        _run(campaign, time_point, report, keep, limit_s=request.limit_s, begin_s=begin_s)
         after = time_point(reference)
     if not campaign.is_started():
         raise NotEnoughPointsError(
@@ -129,7 +129,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
 
 def _run(
     campaign: Campaign, time_point: Callable[[MeasuredPoint], TimedSample], report: Callable[[RunProgress], None],
-    journal: Journal, *, limit_s: float, begin_s: float,
+    keep: Callable[[Measured], None], *, limit_s: float, begin_s: float,
 ) -> None:  # fmt: skip
     """Measure the points that the campaign asks for."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
@@ -152,7 +152,7 @@ def _run(
         )
         found = Measured(point=choice.point, sample=time_point(choice.point))
         campaign.add(found)
-        journal.add(found)
+        keep(found)
         took_s.append(time.monotonic() - now_s)
 
 

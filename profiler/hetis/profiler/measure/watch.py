@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hetis.formats.discovery.nvidia import Nvml
 from hetis.profiler.measure.points import Measured
 
 # Clock-event reasons that make kernels slower than the GPU can be: bits of nvmlDeviceGetCurrentClocksEventReasons.
@@ -72,12 +73,8 @@ class GpuWatch:
     """Samples one GPU from time to time."""
 
     def __init__(self, address: GpuAddress | None, *, clock: Callable[[], float], nvml: Any = None) -> None:
-        """Initialise.
-
-        Args:
-            address: None: there is no GPU, so nothing is ever seen.
-            clock: monotonic seconds.
-            nvml: a module with the functions of ``pynvml``, or None for that one if installed.
+        """Initialise. Without an ``address`` there is no GPU, and nothing is ever seen. ``clock`` tells monotonic
+        seconds, and ``nvml`` is a module with the functions of ``pynvml``, or None for that one if installed.
         """
         self._clock = clock
         self._nvml, self._device = _opened(address, nvml)
@@ -130,13 +127,7 @@ class GpuWatch:
 
     def driver(self) -> str:
         """Return the driver's version, or an empty string if NVML does not say."""
-        if self._nvml is None:
-            return ""
-        try:
-            version = self._nvml.nvmlSystemGetDriverVersion()
-        except Exception:
-            return ""
-        return version.decode() if isinstance(version, bytes) else str(version)
+        return "" if self._nvml is None else str(self._nvml.ask("nvmlSystemGetDriverVersion", otherwise=""))
 
     def _read_counters(self) -> Mapping[str, float]:
         """Return the seconds of violations since the driver started, by policy, of those that the GPU counts."""
@@ -149,12 +140,7 @@ class GpuWatch:
 
     def _ask(self, function: str, *arguments: object) -> Any:
         """Return the answer, or None: not every GPU, driver or permission supports every query."""
-        if self._device is None:
-            return None
-        try:
-            return getattr(self._nvml, function)(self._device, *arguments)
-        except Exception:
-            return None
+        return None if self._device is None else self._nvml.ask(function, self._device, *arguments)
 
 
 def architecture_of(major: int, minor: int) -> str:
@@ -178,23 +164,20 @@ def strangers(running: Sequence[int], own: Collection[int]) -> int:
     return len(running) - known if known else max(0, len(running) - len(own))
 
 
-def _opened(address: GpuAddress | None, nvml: Any) -> tuple[Any, Any]:
+def _opened(address: GpuAddress | None, library: Any) -> tuple[Any, Any]:
     """Return (NVML, handle of the GPU), with None for what is unavailable: no module, driver, GPU or permission."""
     if address is None:
         return None, None
     try:
-        nvml = nvml if nvml is not None else importlib.import_module("pynvml")
-        nvml.nvmlInit()
+        library = library or importlib.import_module("pynvml")
+        library.nvmlInit()
     except Exception:
         return None, None
+    nvml = Nvml(library)
     questions = [("nvmlDeviceGetHandleByUUID", f"{kind}-{address.uuid}") for kind in ("GPU", "MIG") if address.uuid]
     questions += [("nvmlDeviceGetHandleByPciBusId", address.bus)] if address.bus else []
-    for function, name in questions:
-        try:
-            return nvml, getattr(nvml, function)(name)
-        except Exception:  # a MIG slice is known by another name, and its bus is the whole GPU's
-            continue
-    return nvml, None
+    found = (nvml.ask(function, name) for function, name in questions)  # the bus of a MIG slice is the whole GPU's
+    return nvml, next((device for device in found if device is not None), None)
 
 
 def disturbance_notes(

@@ -262,17 +262,10 @@ class AgentCore:
     def _refuse_stale(self, message: ConnectNodeResponse) -> None:
         failure = stale_epoch(message.epoch, self._fence.newest)
         if message.HasField("delta"):
-            replica = self._replicas.get(message.delta.replica)
-            self._outbox.send(
-                ConnectNodeRequest(
-                    nack=DeltaNack(
-                        nonce=message.delta.nonce,
-                        replica=message.delta.replica,
-                        generation=replica.held.held_generation if replica else 0,
-                        failure=failure,
-                    )
-                )
-            )
+            nonce, name = message.delta.nonce, message.delta.replica
+            generation = self._replicas[name].held.held_generation if name in self._replicas else 0
+            nack = DeltaNack(nonce=nonce, replica=name, generation=generation, failure=failure)
+            self._outbox.send(ConnectNodeRequest(nack=nack))
         self._outbox.end_stream(failure)
         self._is_welcome = False
 
@@ -285,17 +278,11 @@ class AgentCore:
             self._is_welcome = False
 
     def _welcome(self, message: ConnectNodeResponse, now_s: float) -> None:
-        if message.welcome.protocol_version != PROTOCOL_VERSION:
-            self._outbox.end_stream(
-                failure_of(
-                    ErrorReason.ERROR_REASON_PROTOCOL_VERSION,
-                    f"the planner chose protocol version {message.welcome.protocol_version}, this agent speaks "
-                    f"{PROTOCOL_VERSION}",
-                    protocol_version=message.welcome.protocol_version,
-                    min_version=PROTOCOL_VERSION,
-                    max_version=PROTOCOL_VERSION,
-                )
-            )
+        chosen = message.welcome.protocol_version
+        if chosen != PROTOCOL_VERSION:
+            why = f"the planner chose protocol version {chosen}, this agent speaks {PROTOCOL_VERSION}"
+            versions = {"protocol_version": chosen, "min_version": PROTOCOL_VERSION, "max_version": PROTOCOL_VERSION}
+            self._outbox.end_stream(failure_of(ErrorReason.ERROR_REASON_PROTOCOL_VERSION, why, **versions))
             return
         self._is_welcome = True
         self._outbox.welcome(message.epoch)

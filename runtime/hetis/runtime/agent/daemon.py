@@ -45,30 +45,6 @@ _log = logging.getLogger(__name__)
 Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
 
-def scraped_reports(
-    url: str,
-    held: Callable[[], Sequence[ReplicaState]],
-    num_devices: int,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    told: Callable[[EngineNews, float], None] = lambda news, age_s: None,
-) -> Reports:
-    """Return reports made from an engine's metrics.
-
-    Args:
-        held: returns the replicas that are assigned to the node.
-        num_devices: number of the node's devices; the engine is assumed to run on all of them.
-        told: called after every scrape, for metrics.
-    """
-
-    async def reports() -> AsyncIterator[WatchReportsResponse]:
-        async for news in watch_engine(url, interval_s=SCRAPE_S, clock=clock):
-            told(news, news.age_s(clock()))
-            yield report_of(news, held(), num_devices, engine_id=url)
-
-    return reports
-
-
 def report_of(
     news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
 ) -> WatchReportsResponse:
@@ -364,17 +340,15 @@ async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitSta
 def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: AgentMetrics) -> Reports:
     if executor is not None:
         return lambda: executor.watch_reports(LEAST_REPORT_S)
-    if parts.choice.kind is EngineKind.NONE:
-        return _no_reports
-    return scraped_reports(
-        parts.choice.where,
-        core.held,
-        len(core.inventory.devices),
-        told=lambda news, age_s: metrics.engine_scraped(news.state.value, age_s),
-    )
 
+    async def scraped() -> AsyncIterator[WatchReportsResponse]:
+        url = parts.choice.where
+        async for news in watch_engine(url, interval_s=SCRAPE_S):
+            metrics.engine_scraped(news.state.value, news.age_s(time.monotonic()))
+            yield report_of(news, core.held(), len(core.inventory.devices), engine_id=url)
 
-async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
-    """Yield one empty report without an engine, so that the agent does not wait for one."""
-    yield WatchReportsResponse()
-    await asyncio.Event().wait()
+    async def none() -> AsyncIterator[WatchReportsResponse]:
+        yield WatchReportsResponse()  # so that the agent does not wait for one
+        await asyncio.Event().wait()
+
+    return none if parts.choice.kind is EngineKind.NONE else scraped

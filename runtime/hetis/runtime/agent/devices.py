@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
-from hetis.formats.catalogue import GpuEntry, UnknownNameError, find_gpu
+from hetis.formats.catalogue import UnknownNameError, find_gpu
+from hetis.formats.discovery.fleet import UnclearBoardError, board_of
+from hetis.formats.discovery.found import FoundGpus
 from hetis.formats.discovery.nvidia import Nvml
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
@@ -51,12 +53,6 @@ _THROTTLE_REASONS: dict[str, _Reason.ValueType] = {
     "HwSlowdown": report_pb2.THROTTLE_REASON_HARDWARE,
     "HwPowerBrakeSlowdown": report_pb2.THROTTLE_REASON_HARDWARE,
 }
-# Drivers report less than the nominal memory: ECC on GDDR takes a sixteenth, firmware some hundred MiB. Boards that
-# share a name differ by a quarter or more (A100 40 and 80 GB, V100 16 and 32 GB).
-LEAST_MEMORY_SHARE = 0.88
-MOST_MEMORY_SHARE = 1.06
-# Words that drivers add but that distinguish no two boards: `RTX PRO 6000 Blackwell Server Edition`, `B300 SXM6 AC`.
-_DECORATION = re.compile(r"\b(blackwell|edition|superchip|ac|dgx display)\b", re.IGNORECASE)
 MAX_DEVICES = 64  # per node, as the contract says
 MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; readers only look at how far a clock is below this one
 COOL_C = 45.0
@@ -82,7 +78,7 @@ def node_inventory(
         source=source,
         driver_version=driver_version,
         num_cpus=os.cpu_count() or 0,
-        memory_bytes=_memory_bytes(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
     inventory.digest = digest_of(inventory)
     return inventory
@@ -95,18 +91,11 @@ def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
     return f"sha256:{hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()}"
 
 
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # the system does not tell
-        return 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedDevices:
-    """Idle, healthy devices of the given types, all linked if their type has NVLink."""
+    """Idle, healthy devices of the given types, all linked if their type has NVLink; or a node without devices."""
 
-    types: tuple[GpuType, ...]  # one per device, in the order of their index
+    types: tuple[GpuType, ...] = ()  # one per device, in the order of their index
     host_name: str = ""  # for the inventory. Empty: the system's own.
 
     @classmethod
@@ -131,7 +120,7 @@ class SimulatedDevices:
 
     def inventory(self) -> inventory_pb2.NodeInventory:
         return node_inventory(
-            inventory_pb2.DEVICE_SOURCE_SIMULATED,
+            inventory_pb2.DEVICE_SOURCE_SIMULATED if self.types else inventory_pb2.DEVICE_SOURCE_NONE,
             [self._device(index, gpu) for index, gpu in enumerate(self.types)],
             host_name=self.host_name,
         )
@@ -228,15 +217,15 @@ class NvmlDevices:
         product_name = ask("nvmlDeviceGetName", found.handle, otherwise="")
         memory = ask("nvmlDeviceGetMemoryInfo", found.handle)
         memory_bytes = int(memory.total) if memory is not None else 0
-        entry = None if found.is_slice else gpu_entry(product_name, memory_bytes)
+        known = None if found.is_slice else gpu_of(product_name, memory_bytes)
         major, minor = ask("nvmlDeviceGetCudaComputeCapability", found.whole, otherwise=(0, 0))
         return inventory_pb2.GpuDevice(
             index=index,
-            gpu_type=entry.gpu.name if entry else "",
+            gpu_type=known.name if known else "",
             product_name=product_name,
             uuid=ask("nvmlDeviceGetUUID", found.handle, otherwise=""),
             # Drivers subtract what ECC and firmware take; the cluster's document counts the nominal size.
-            memory_bytes=entry.gpu.memory_bytes if entry else memory_bytes,
+            memory_bytes=known.memory_bytes if known else memory_bytes,
             compute_capability=major * 10 + minor,
             pci_bus_id=self._address(found.whole),
             pcie_bytes_per_s=self._pcie_bytes_per_s(found),
@@ -371,24 +360,15 @@ def _is_lost(nvml: ModuleType, error: Exception) -> bool:
     return getattr(error, "value", None) in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED)
 
 
-def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
-    """Return the catalogue's entry for a product, or None if no entry matches both name and memory.
-
-    ``product_name``: as the driver reports it, such as ``NVIDIA H100 80GB HBM3``. ``memory_bytes``: as the driver
-    reports it. 0: unknown, so the name alone decides.
+def gpu_of(product_name: str, memory_bytes: int) -> GpuType | None:
+    """Return the catalogue's type of a product by what the driver says, or None if none or several match both name and
+    memory (0: unknown).
     """
-    for name in (product_name, _DECORATION.sub(" ", product_name)):
-        try:
-            found = [find_gpu(name)]
-        except UnknownNameError as error:  # a single candidate is a guess, not a match
-            found = [find_gpu(one) for one in error.candidates] if len(error.candidates) > 1 else []
-        shares = [(entry, memory_bytes / entry.gpu.memory_bytes) for entry in found]
-        fitting = [one for one, share in shares if not share or LEAST_MEMORY_SHARE <= share <= MOST_MEMORY_SHARE]
-        # `NVIDIA H200` is the SXM board: for the others the driver's name includes PCIe or NVL.
-        of_the_name = fitting if len(fitting) == 1 else [entry for entry in fitting if "-SXM" in entry.gpu.name]
-        if len(of_the_name) == 1:
-            return of_the_name[0]
-    return None
+    try:
+        board = board_of(FoundGpus(product=product_name, count=1, memory_bytes=memory_bytes or None), {})
+    except UnclearBoardError:
+        return None
+    return find_gpu(board).gpu
 
 
 class Devices(Protocol):
@@ -422,9 +402,9 @@ def open_devices(source: str, *, host_name: str = "") -> Devices:
             except DevicesUnavailableError:
                 if kind == "nvml":
                     raise
-                return NoDevices(host_name)
+                return SimulatedDevices(host_name=host_name)
         case "none" if not rest:
-            return NoDevices(host_name)
+            return SimulatedDevices(host_name=host_name)
         case "simulated":
             return SimulatedDevices.parse(rest, host_name=host_name)
     raise DevicesUnavailableError(f"unknown source of devices {source!r}, expected {SOURCES}")
@@ -437,19 +417,3 @@ def discover(source: str, *, host_name: str = "") -> inventory_pb2.NodeInventory
         return devices.inventory()
     finally:
         devices.close()
-
-
-@dataclass(frozen=True, slots=True)
-class NoDevices:
-    """A node without devices."""
-
-    host_name: str
-
-    def inventory(self) -> inventory_pb2.NodeInventory:
-        return node_inventory(inventory_pb2.DEVICE_SOURCE_NONE, [], host_name=self.host_name)
-
-    def sample(self) -> list[report_pb2.DeviceReport]:
-        return []
-
-    def close(self) -> None:
-        pass

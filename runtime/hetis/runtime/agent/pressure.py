@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import math
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -32,6 +33,7 @@ from hetis.solver.errors import HetisError
 from hetis.v1 import report_pb2
 
 VLLM, SGLANG = "vllm:", "sglang:"  # prefixes of their metrics
+_WITHOUT_COLON = re.compile(r"^(# (?:TYPE|HELP) )?(vllm|sglang)_", re.MULTILINE)
 _CAPACITY = "capacity"
 FULL_RATIO = 0.9  # share of KV held by requests above which those that wait do so for KV
 _SAME_REQUESTS = frozenset({"tp_rank", "pp_rank", "moe_ep_rank", "pid"})  # SGLang's ranks that report the same requests
@@ -311,26 +313,13 @@ def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
 def read_text(text: str, *, name: str) -> Scrape:
     """Read the text that an engine sent. ``name`` is its source, for messages."""
     try:
-        readings = read_metrics(_known_prefixes(text))
+        # SGLang and collectors that refuse colons write ``sglang_`` and ``vllm_``.
+        readings = read_metrics(_WITHOUT_COLON.sub(r"\1\2:", "\n".join(text.splitlines()) + "\n"))
     except UnreadableMetricsError as error:
         return Scrape(state=ScrapeState.UNREADABLE, message=f"{name}: {error}")
     if not readings:
         return Scrape(state=ScrapeState.NO_ENGINE, message=f"{name}: no metric begins with {VLLM} or {SGLANG}")
     return Scrape(state=ScrapeState.READ, readings=tuple(readings))
-
-
-def _known_prefixes(text: str) -> str:
-    """Restore the prefixes' colons: SGLang and collectors that refuse colons write ``sglang_`` and ``vllm_``."""
-    lines = []
-    for line in text.splitlines():
-        for known in (VLLM, SGLANG):
-            other = known.replace(":", "_")
-            if line.startswith(other):
-                line = known + line.removeprefix(other)
-            elif line.startswith((f"# TYPE {other}", f"# HELP {other}")):
-                line = line.replace(other, known, 1)
-        lines.append(line)
-    return "\n".join(lines) + "\n"
 
 
 def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
@@ -396,16 +385,10 @@ async def watch_engine(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     take: Callable[[], Awaitable[Scrape]] | None = None,
 ) -> AsyncIterator[EngineNews]:
-    """Yield news after every scrape, including failed ones, until the caller stops.
+    """Yield news after every scrape of ``url``, including failed ones, until the caller stops.
 
-    A scrape that takes longer than the interval delays the next one, so a slow engine is never scraped twice at once.
-
-    Args:
-        url: of the metrics, such as ``http://127.0.0.1:8000/metrics``.
-        interval_s: from the start of one scrape to the start of the next.
-        timeout_s: for one scrape.
-        clock, sleep: replaced in tests.
-        take: replaces the GET in tests.
+    Scrapes start every ``interval_s``. One that takes longer delays the next, so a slow engine is never scraped twice
+    at once. ``clock``, ``sleep`` and ``take``, which stands for the GET, are replaced in tests.
     """
 
     async def get() -> Scrape:

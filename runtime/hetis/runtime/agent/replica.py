@@ -39,12 +39,10 @@ _OUTCOME = {
 
 
 class ReplicaAgent:
-    """The agent's work on one replica.
+    """The agent's work on one replica, whose state on this node is ``held``, as read from disk or empty.
 
-    Args:
-        held: state of the replica on this node, as read from disk or empty.
-        capabilities: what the agent can do for its engine.
-        clock: names the origin of times, see `ReplicaState.to_bytes`.
+    ``capabilities`` are what the agent can do for its engine; ``clock`` names the origin of times, see
+    `ReplicaState.to_bytes`.
     """
 
     def __init__(

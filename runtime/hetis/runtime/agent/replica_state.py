@@ -430,9 +430,8 @@ def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability
     kind = delta.WhichOneof("change")
     if delta.generation > (held.generation + MOST_AHEAD if held.generation else MOST_AT_FIRST):
         failure = generation_mismatch(delta.base_generation, held.held_generation)
-        failure.message = (
-            f"generation {delta.generation} is too far above {held.generation}, which is the newest here, to be meant"
-        )
+        far = f"generation {delta.generation} is too far above {held.generation}, which is the newest here"
+        failure.message = f"{far}, to be meant"
         return failure
     if kind in ("assignment", "removal"):
         return _assignment_refusal(delta, held)
@@ -467,24 +466,19 @@ def _prepare_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
         return None if known.is_open and known.desired is DesiredPhase.PREPARED else _wrong_phase(known, "has ended")
     other = held.open_change
     if other is not None:
-        return failure_of(
-            ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT,
-            f"change {other.id} of the replica is under way",
-            change_id=other.id,
-        )
+        why = f"change {other.id} of the replica is under way"
+        return failure_of(ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT, why, change_id=other.id)
     if held.assignment is None or delta.base_generation != held.generation:
         return generation_mismatch(delta.base_generation, held.held_generation)
     return None
 
 
 def _commit_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
-    change = held.changes.get(delta.commit.change_id)
+    change_id = delta.commit.change_id
+    change = held.changes.get(change_id)
     if change is None:
-        return failure_of(
-            ErrorReason.ERROR_REASON_CHANGE_UNKNOWN,
-            f"change {delta.commit.change_id} was never prepared here",
-            change_id=delta.commit.change_id,
-        )
+        why = f"change {change_id} was never prepared here"
+        return failure_of(ErrorReason.ERROR_REASON_CHANGE_UNKNOWN, why, change_id=change_id)
     if not change.is_authority:
         return _wrong_phase(change, "is not the authority")
     return _wrong_phase(change, "is not ready") if change.phase == ChangePhase.CHANGE_PHASE_PREPARING else None
@@ -492,9 +486,5 @@ def _commit_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
 
 def _wrong_phase(change: ChangeState, why: str) -> Failure:
     phase = phase_name(change.phase)
-    return failure_of(
-        ErrorReason.ERROR_REASON_CHANGE_PHASE,
-        f"change {change.id} is {phase} here and {why}",
-        change_id=change.id,
-        phase=phase,
-    )
+    text = f"change {change.id} is {phase} here and {why}"
+    return failure_of(ErrorReason.ERROR_REASON_CHANGE_PHASE, text, change_id=change.id, phase=phase)

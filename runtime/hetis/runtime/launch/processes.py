@@ -239,9 +239,7 @@ def start(command: Command, log: Path | None = None) -> Started:
     Its output is appended to ``log``; None: to our own.
     """
     environment = os.environ | dict(command.environment)
-    words = words_of(command)
-    if sys.platform == "linux":
-        words = _ending_with_parent(words, environment)
+    words = _ending_with_parent(words_of(command), environment)
     with ExitStack() as stack:
         output = None if log is None else stack.enter_context(log.open("ab"))
         process = subprocess.Popen(

@@ -294,12 +294,8 @@ class EngineChanges:
             change.flip_by_s = min(change.deadline_s, now_s + timeout_s)
         return change
 
-    def release(self, change_id: str, moves: Iterable[MoveResult], generation: int, now_s: float) -> int:
-        """Handle ReleaseMoves: the change was flipped.
-
-        Returns the blocks per layer that this frees: none. The authority freed them at the flip, and counts them for
-        all.
-        """
+    def release(self, change_id: str, moves: Iterable[MoveResult], generation: int, now_s: float) -> None:
+        """Handle ReleaseMoves: the change was flipped, at which the authority has freed the blocks of all."""
         change = self._known(change_id)
         if change.phase == ChangePhase.CHANGE_PHASE_ABORTED or (change.is_authority and change.is_open):
             raise has_ended(change, "was not flipped")
@@ -308,7 +304,6 @@ class EngineChanges:
         self._learn_flipped(change, generation)
         change.phase = ChangePhase.CHANGE_PHASE_RELEASED
         change.forget_s = now_s + REMEMBERED_S
-        return 0
 
     def abort(
         self, change_id: str, why: Failure, authority: Iterable[ChangeStatus] | None, now_s: float

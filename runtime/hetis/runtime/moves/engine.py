@@ -22,17 +22,17 @@ from hetis.v1.stage_pb2 import StageDevice, StageModel
 MOST_BYTES = (1 << 20) - 4096  # per piece of head maps; the message around it fits in the rest of 1 MiB
 
 
-def pieces_of(head_maps: Iterable[HeadMap], *, most_bytes: int = MOST_BYTES) -> Iterator[list[HeadMap]]:
-    """Yield lists of head maps of at most ``most_bytes`` bytes. A larger map is split by its requests.
+def pieces_of(head_maps: Iterable[HeadMap]) -> Iterator[list[HeadMap]]:
+    """Yield lists of head maps of at most `MOST_BYTES` bytes. A larger map is split by its requests.
 
     Yields at least one list, possibly empty. Each part of a map repeats its devices; the moves are in the first part.
     """
     piece: list[HeadMap] = []
     size = 0
     for head_map in head_maps:
-        for part in _parts_of(head_map, most_bytes):
+        for part in _parts_of(head_map):
             part_size = part.ByteSize() + 8
-            if piece and size + part_size > most_bytes:
+            if piece and size + part_size > MOST_BYTES:
                 yield piece
                 piece, size = [], 0
             piece.append(part)
@@ -40,8 +40,8 @@ def pieces_of(head_maps: Iterable[HeadMap], *, most_bytes: int = MOST_BYTES) -> 
     yield piece
 
 
-def _parts_of(head_map: HeadMap, most_bytes: int) -> Iterator[HeadMap]:
-    if head_map.ByteSize() + 8 <= most_bytes:
+def _parts_of(head_map: HeadMap) -> Iterator[HeadMap]:
+    if head_map.ByteSize() + 8 <= MOST_BYTES:
         yield head_map
         return
     part = HeadMap(stage=head_map.stage, copy=head_map.copy, devices=head_map.devices)
@@ -50,7 +50,7 @@ def _parts_of(head_map: HeadMap, most_bytes: int) -> Iterator[HeadMap]:
     for field in ("moves", "requests"):
         for entry in getattr(head_map, field):
             entry_size = entry.ByteSize() + 8
-            if not is_empty and size + entry_size > most_bytes:
+            if not is_empty and size + entry_size > MOST_BYTES:
                 yield part
                 part = HeadMap(stage=head_map.stage, copy=head_map.copy, devices=head_map.devices)
                 size = base
@@ -189,8 +189,8 @@ class SteeredEngine(ABC, Generic[TakenT]):
     def release_moves(self, request: messages.ReleaseMovesRequest, now_s: float) -> messages.ReleaseMovesResponse:
         self._fence(request.epoch)
         changes = self._changes_of(request.change_id)
-        freed = changes.release(request.change_id, request.moves, request.generation, now_s)
-        return messages.ReleaseMovesResponse(freed_blocks=freed)
+        changes.release(request.change_id, request.moves, request.generation, now_s)
+        return messages.ReleaseMovesResponse()
 
     def abort_moves(
         self, request: messages.AbortMovesRequest, now_s: float, *, authority: Iterable[ChangeStatus] | None = None

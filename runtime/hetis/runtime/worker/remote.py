@@ -72,11 +72,8 @@ class RemoteDevice:
     def __init__(
         self, name: str, shape: KvShape, channel: Channel, *, epoch: int, key: bytes, timeout_s: float = 10.0
     ) -> None:
-        """Greet the worker. A worker that owes an answer for ``timeout_s`` is lost.
-
-        Raises:
-            DeviceLostError: it does not answer, or refuses the key.
-            StaleEpochError: it obeys a later engine.
+        """Greet the worker. A worker that owes an answer for ``timeout_s`` is lost. Raises DeviceLostError if it does
+        not answer, or refuses the key, and StaleEpochError if it obeys a later engine.
         """
         self.name, self.shape = name, shape
         # The channel failed. Every call then raises `DeviceLostError`, except `abort` and `drop`, which have nothing

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from hetis.formats.catalogue import gpus
-from hetis.runtime.agent.devices import COOL_C, MAX_CLOCK_HZ, DevicesUnavailableError, discover, gpu_entry, open_devices
+from hetis.runtime.agent.devices import COOL_C, MAX_CLOCK_HZ, DevicesUnavailableError, discover, gpu_of, open_devices
 from hetis.v1 import inventory_pb2, report_pb2
 
 MIB = 2**20
@@ -46,15 +46,13 @@ MIB = 2**20
     ],
 )
 def test_a_product_is_a_type_when_name_and_memory_agree(product: str, memory_mib: int, gpu_type: str) -> None:
-    entry = gpu_entry(product, memory_mib * MIB)
-    assert (entry.gpu.name if entry else "") == gpu_type
+    found = gpu_of(product, memory_mib * MIB)
+    assert (found.name if found else "") == gpu_type
 
 
 def test_every_nvidia_type_is_found_by_its_own_name_and_memory() -> None:
     for known in gpus():
-        entry = gpu_entry(known.gpu.name, known.gpu.memory_bytes)
-        assert entry is not None
-        assert entry.gpu.name == known.gpu.name
+        assert gpu_of(known.gpu.name, known.gpu.memory_bytes) == known.gpu
 
 
 def test_simulated_devices_are_of_the_types_that_are_said() -> None:

@@ -97,13 +97,7 @@ def num_at_work(news: EngineNews) -> int | None:
 
 
 class LaunchExecutor:
-    """An `Executor` whose engines are processes that it has started.
-
-    Args:
-        node: id of this node.
-        folder: for sessions, logs and files of engines.
-        clock: seconds that only grow.
-    """
+    """An `Executor` whose engines are processes that it has started, with sessions, logs and files in ``folder``."""
 
     def __init__(
         self, settings: EngineSettingsDocument, *, node: str, folder: Path, clock: Callable[[], float] = time.monotonic

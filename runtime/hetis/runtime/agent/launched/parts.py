@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from google.protobuf.json_format import MessageToDict
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
@@ -29,11 +30,11 @@ from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
 from hetis.formats.endpoints import host_of, is_host, joined
 from hetis.formats.errors import DocumentError
-from hetis.formats.fields import Document, Duration, read_data, validated
+from hetis.formats.fields import Document, Duration, read_data, validated, value_of
 from hetis.formats.model import load_model
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import ReplicaPlan, Role
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, ReplicaRole
 from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
@@ -249,37 +250,16 @@ def _serving(layout: Layout, settings: EngineSettingsDocument, name: str, checkp
 
 def replica_of(message: ReplicaMessage) -> ReplicaPlan:
     """Return the replica of a message. The planner has its own conversion, since neither may import the other."""
-    return ReplicaPlan(
+    data = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+    def parts(name: str) -> list[dict[str, Any]]:
+        return [{**part, "gpu": part["gpu_type"]} for part in data[name]]
+
+    return value_of(
+        ReplicaPlan,
+        data,
         rate=message.rate_rps,
-        ttft_s=message.ttft_s,
-        tpot_s=message.tpot_s,
-        micro_batch=message.micro_batch,
-        in_flight=message.in_flight,
-        chunk_tokens=message.chunk_tokens,
-        kv_tokens=message.kv_tokens,
-        stages=tuple(
-            StagePlan(
-                gpu=stage.gpu_type,
-                tp=stage.tp,
-                copies=stage.copies,
-                first_layer=stage.first_layer,
-                num_layers=stage.num_layers,
-                devices=tuple(stage.devices),
-                kv_head_groups_kept=stage.kv_head_groups_kept,
-            )
-            for stage in message.stages
-        ),
-        attention_workers=tuple(
-            AttentionWorkerPool(
-                stage=pool.stage,
-                gpu=pool.gpu_type,
-                devices=tuple(pool.devices),
-                kv_head_groups=pool.kv_head_groups,
-                shared=pool.shared,
-            )
-            for pool in message.attention_workers
-        ),
         role=_ROLES.get(message.role, Role.UNIFIED),
-        kv_zones=tuple(message.kv_zones),
-        expert_parallel=message.expert_parallel,
+        stages=parts("stages"),
+        attention_workers=parts("attention_workers"),
     )

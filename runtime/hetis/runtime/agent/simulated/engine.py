@@ -132,14 +132,10 @@ class _Held(TakenReplica):
 
 
 class SimulatedEngine(SteeredEngine[_Held]):
-    """One engine.
+    """The engine of a ``node``, the part of ``node/index`` before the slash.
 
-    Args:
-        node: its id in the cluster, the part of ``node/index`` before the slash.
-        num_devices: number of its GPUs.
-        seed: for arrivals and lengths. Equal seeds and equal calls make equal runs.
-        admission: decides where new requests go.
-        engine_id: id of this run. None: a new UUID.
+    Equal seeds and equal calls make equal runs. ``admission`` decides where new requests go; ``engine_id`` is that of
+    this run, a new UUID unless given.
     """
 
     def __init__(

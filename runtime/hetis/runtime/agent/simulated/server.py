@@ -36,10 +36,8 @@ _INTERVAL = Duration(nanos=200_000_000)
 class SimulatedServer:
     """Runs one engine until it is closed. Implements `EngineHost`.
 
-    Args:
-        socket: where the agent calls; created for this user only.
-        peer_address: ``host:port`` where other engines read. Port 0: any free port.
-        control: what to simulate, checked while running. None: an idle engine.
+    The agent calls at ``socket``, which is created for this user only, and other engines read at ``peer_address``,
+    where port 0 means any. Without ``control``, which is checked while running, the engine is idle.
     """
 
     def __init__(
@@ -49,11 +47,10 @@ class SimulatedServer:
         *,
         peer_address: str = "127.0.0.1:0",
         control: ControlFile | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.address = ""  # where other engines read, once started
-        self._socket, self._peer_address, self._control, self._clock = socket, peer_address, control, clock
+        self._socket, self._peer_address, self._control = socket, peer_address, control
         self._stepped, self._peers = asyncio.Event(), PeerWatches(engine)
         self._servers: list[grpc.aio.Server] = []
         self._loop: asyncio.Task[None] | None = None
@@ -104,11 +101,8 @@ class SimulatedServer:
             self.engine.is_warm = False
             self._warming = asyncio.create_task(warm_up())
 
-    def now_s(self) -> float:
-        return self._clock()
-
     async def do(self, work: Callable[[SteeredEngine[Any], float], T]) -> T:
-        return work(self.engine, self._clock())
+        return work(self.engine, time.monotonic())
 
     async def stepped(self) -> None:
         """Wait until the engine has looked at the clock again."""
@@ -125,9 +119,9 @@ class SimulatedServer:
             self.engine.control = self._control.control
 
     async def _run(self) -> None:
-        looked_s = self._clock()
+        looked_s = time.monotonic()
         while True:
-            now_s = self._clock()
+            now_s = time.monotonic()
             if now_s - looked_s >= CONTROL_S:
                 looked_s = now_s
                 self._look_at_control()
@@ -136,7 +130,7 @@ class SimulatedServer:
             self._peers.follow()
             self._stepped.set()
             self._stepped = asyncio.Event()
-            await asyncio.sleep(min(max(self.engine.next_s() - self._clock(), 0.001), LONGEST_STEP_S))
+            await asyncio.sleep(min(max(self.engine.next_s() - time.monotonic(), 0.001), LONGEST_STEP_S))
 
 
 def _add_peer_methods(servicer: ExecutorServicer, server: grpc.aio.Server) -> None:
