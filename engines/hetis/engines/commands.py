@@ -65,7 +65,6 @@ class Command:
 
     @property
     def line(self) -> str:
-        """The command as a line for a shell."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.shown)])
 
 
@@ -135,7 +134,6 @@ def worker_settings(process: Process, *, listen: str, device: str) -> dict[str, 
 
 
 def as_json(commands: Sequence[Command]) -> str:
-    """Return a JSON list of objects, one per process."""
     rows = [
         {
             "name": command.process.name,

@@ -123,8 +123,6 @@ def refuse_shared_cards(layout: Layout) -> None:
 
 
 class ReplicaObjects:
-    """Makes the objects of one deployment."""
-
     def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
         self._layout, self._of = layout, deployment
         told = ("--host", ANY, "--port", str(FRONT_PORT))

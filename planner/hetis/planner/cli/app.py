@@ -97,7 +97,6 @@ def hetis_plan(
 
 
 def main() -> NoReturn:
-    """Run the ``hetis-plan`` command and exit."""
     sys.exit(run(sys.argv[1:]))
 
 

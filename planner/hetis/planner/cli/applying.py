@@ -109,7 +109,6 @@ class FileProblem:
 
     @property
     def is_given(self) -> bool:
-        """Return whether there is a problem to solve."""
         return self.inputs.model is not None or self.inputs.workload is not None
 
     def refuse_contradictions(self, plan_file: str | None) -> None:
@@ -132,7 +131,6 @@ class FileProblem:
                 yield profile, load_profile(profile)
 
     def plan(self) -> plan_pb2.Plan:
-        """Return the plan to create."""
         assert self.inputs.cluster is not None
         return plan_pb2.Plan(cluster=_cluster_name(self.inputs.cluster), spec=self._spec())
 
@@ -229,8 +227,6 @@ def _content(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applying:
-    """One run of ``apply``."""
-
     terminal: Terminal
     client: Client
     asked: options.ApplyOptions

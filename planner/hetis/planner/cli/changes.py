@@ -37,12 +37,12 @@ count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1
 class FleetOptions:
     """The GPUs that join or leave with their nodes, or what could be bought."""
 
-    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.", shown=False)
+    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.")
     remove: list[str] | None = _fleet(
-        "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable.", shown=False
+        "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable."
     )
     node_like: str | None = _fleet(
-        "--node-like NODE: GPUs join in nodes like this one: as many GPUs, its zone, NIC and link inside.", shown=False
+        "--node-like NODE: GPUs join in nodes like this one: as many GPUs, its zone, NIC and link inside."
     )
     gpus_per_node: int | None = _fleet(
         "--gpus-per-node N: GPUs of a node that joins; the last one has what is left.", min=1, shown="8"
@@ -62,7 +62,6 @@ class FleetOptions:
     count: int = count_option()
 
     def refuse_half_a_question(self) -> None:
-        """Refuse options that contradict each other, or none."""
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next asks about the fleet as it is: leave out --add and --remove")
@@ -74,8 +73,6 @@ class FleetOptions:
 
 @group
 class AnswerOptions:
-    """Outputs of a what-if question."""
-
     html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
 
@@ -172,7 +169,6 @@ class ReplanOptions:
     model: str | None = _input(
         "--model -m NAME|FILE: Refuse a plan of another model; its own is used in any case.",
         autocompletion=values.model_names,
-        shown=False,
     )
     profile: list[str] | None = options.profile_option()
     rate: float | None = options.rate_option()
@@ -194,8 +190,6 @@ class ReplanOptions:
 
 @group
 class NextPlanOptions:
-    """Outputs of a re-planning: the next plan, and its page."""
-
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
     verify: bool = options.verify_option()

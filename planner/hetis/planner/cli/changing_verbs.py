@@ -40,9 +40,7 @@ def apply(
     client: Client,
     what: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[FILE|PLAN]...", show_default=False, help="Cluster and Profile files; a plan to activate."
-        ),
+        typer.Argument(metavar="[FILE|PLAN]...", help="Cluster and Profile files; a plan to activate."),
     ] = None,
     *,
     inputs: options.OptionalInputOptions,
@@ -70,8 +68,6 @@ def apply(
 
 @group
 class RollbackOptions(InCluster):
-    """In which cluster, and how."""
-
     dry_run: bool = options.check_only_option()
     no_wait: bool = options.no_wait_option()
 

@@ -48,8 +48,6 @@ def cluster_verbs() -> None:
 
 @group
 class DiscoveryOptions:
-    """The sources of a discovery, and the form of the cluster file."""
-
     source: FleetSource = option(
         "--from: "
         "What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this host. "
@@ -61,7 +59,6 @@ class DiscoveryOptions:
     gpu: list[str] | None = option(
         "--gpu NAME=TYPE: "
         "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable.",
-        shown=False,
     )
     with_busy: bool = option("--with-busy: GPUs that are in use are part of the fleet.", False)
     bandwidth: float | None = option("--bandwidth RATE: Between nodes.", parser=values.bandwidth, shown="100Gbps")
@@ -85,7 +82,6 @@ def discover(
         list[str] | None,
         typer.Argument(
             metavar="[FILE...]",
-            show_default=False,
             help="What the tool printed; several of kubectl and nvidia-smi. Default: standard input, which - is, too.",
         ),
     ] = None,

@@ -36,30 +36,23 @@ _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 
 @group
 class StateOptions:
-    """The form of the answer, and where the state after it is saved."""
-
     explain: bool = _result("--explain: Say why, in words.", False)
     out: Path | None = _result(
-        "--out FILE: Save the state that this leads to; .yaml or .yml for YAML, anything else is JSON.", shown=False
+        "--out FILE: Save the state that this leads to; .yaml or .yml for YAML, anything else is JSON."
     )
 
 
 @group
 class RequestOptions:
-    """The stage, the requests that are new, and how closely is searched."""
-
-    state: str | None = _input("--state FILE: A DispatchState file; - is stdin.", shown=False)
+    state: str | None = _input("--state FILE: A DispatchState file; - is stdin.")
     plan: str | None = _input(
         "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running.",
-        shown=False,
     )
     replica: int = _input("--replica: Replica of the plan, from 0.", 0, min=0)
     stage: int = _input("--stage: Stage of that replica, from 1.", 1, min=1)
-    requests: str | None = _input(
-        "--requests FILE: New requests: a DispatchRequests file, or its list alone.", shown=False
-    )
+    requests: str | None = _input("--requests FILE: New requests: a DispatchRequests file, or its list alone.")
     request: list[str] | None = _input(
-        "--request CONTEXT/OUTPUT: A new request by its tokens, such as 8000/300; repeatable.", shown=False
+        "--request CONTEXT/OUTPUT: A new request by its tokens, such as 8000/300; repeatable."
     )
     profile: list[str] | None = options.profile_option()
     exact: bool = _search("--exact: Search whole head groups to the best (MILP).", False)
@@ -142,8 +135,6 @@ def announce_compilation(terminal: Terminal) -> None:
 
 @group
 class RedispatchOptions:
-    """The running stage, and when a move pays."""
-
     state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
     profile: list[str] | None = options.profile_option()
     theta: float = _search(
@@ -168,8 +159,6 @@ class RedispatchOptions:
 
 @group
 class MoveOptions(StateOptions):
-    """Options of the moves that were found."""
-
     strict: bool = _result("--strict: Exit 5 when KV blocks stay short or on draining devices.", False)
 
 

@@ -37,8 +37,6 @@ _cluster = panel("In a cluster")
 
 @group
 class ExportOptions:
-    """The target that is to run the plan, and its settings."""
-
     to: ExportTarget = option("--to: What is to run the plan.", ...)
     out: str = option("--out DIR|-: A folder that is new or empty; -: what says it all, on stdout.", "-")
     strict: bool = option("--strict: Exit 5, and write nothing, when anything of the plan is not carried.", False)
@@ -78,7 +76,7 @@ def export(
     terminal: Terminal,
     plan: PlanArgument,
     engine_options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.")
     ] = None,
     *,
     asked: ExportOptions,
@@ -143,8 +141,6 @@ hetis-plan upstreams --to litellm --model Llama-3.1-70B
 
 
 class RouterFormat(StrEnum):
-    """Routers whose list can be written."""
-
     NGINX = "nginx"
     ENVOY = "envoy"
     LITELLM = "litellm"
@@ -152,8 +148,6 @@ class RouterFormat(StrEnum):
 
 @group
 class UpstreamOptions:
-    """The list of upstreams: its kind, its place and how often it is written."""
-
     to: RouterFormat = option("--to: The router that reads the list.", RouterFormat.NGINX)
     cluster: str | None = cluster_name_option()
     out: str = option("--out FILE|-: Where the list goes; -: to stdout.", "-")

@@ -90,8 +90,6 @@ hetis-plan convert vllm-server.log --out trace.csv
 
 @group
 class ConvertOptions:
-    """The place of the converted trace, and facts that its source does not state."""
-
     out: str = option("--out FILE|-: A .csv or .jsonl file, or with .gz; -: CSV on stdout.", "-")
     characters_per_token: float | None = option(
         "--characters-per-token: For texts without numbers of tokens.", min=0.1, max=100.0, shown="4"

@@ -108,8 +108,6 @@ def version(terminal: Terminal) -> ExitCode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One finding of the examination."""
-
     subject: str
     verdict: CheckVerdict
     detail: str

@@ -31,8 +31,6 @@ _goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
 
 @group
 class PreferenceOptions:
-    """Further preferences for a plan."""
-
     price_pins: bool = _goal(
         "--price-pins: Solve again without each pin and forbidden thing: what the objective would gain.", False
     )
@@ -47,12 +45,9 @@ class PreferenceOptions:
 
 @group
 class ResultOptions:
-    """Options of a finished plan: studies, checks and outputs."""
-
     profile_error: float | None = _search(
         "--profile-error ERROR: Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
         parser=values.error,
-        shown=False,
     )
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
@@ -208,8 +203,6 @@ def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objec
 
 @group
 class CompareOptions:
-    """The strategies that are compared."""
-
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
@@ -224,9 +217,7 @@ class CompareOptions:
 
 @group
 class ComparisonOutputOptions:
-    """Outputs of a comparison."""
-
-    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.", shown=False)
+    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.")
     html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
 
@@ -330,8 +321,6 @@ def judge(compared: Sequence[Compared]) -> ExitCode:
 
 @group
 class LayersOptions:
-    """The settings of a search for a placement of layers."""
-
     time_limit: float = option(
         "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
     )

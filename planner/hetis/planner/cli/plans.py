@@ -108,8 +108,6 @@ def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
 
 @group
 class ReportOptions:
-    """The sections of the page, and where it is saved."""
-
     simulate: bool = option(
         "--simulate: Simulate every plan at rates up to and beyond the planned one, and draw it.", False
     )

@@ -45,8 +45,6 @@ class GetFormat(StrEnum):
 
 @group
 class ShownOptions(InCluster):
-    """The cluster of resources, and their form."""
-
     output_format: GetFormat = option("--output -o: Form of the data.", GetFormat.TABLE)
 
 
@@ -55,7 +53,7 @@ def get(
     terminal: Terminal,
     client: Client,
     kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
-    name: Annotated[str | None, typer.Argument(help="One of them; all unless given.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them; all unless given.")] = None,
     *,
     shown: ShownOptions,
 ) -> ExitCode:
@@ -96,7 +94,6 @@ def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, want
 
 
 def fetched(client: Client, what: str, name: str) -> Any:
-    """Read one resource, whole."""
     from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
 
     plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
@@ -288,8 +285,6 @@ def _moment(text: str) -> datetime:
 
 @group
 class FilterOptions:
-    """Filters of the lines that are shown."""
-
     caller: str = _filter("--caller: Name of credentials.", "")
     method: str = _filter("--method: Such as CreatePlan.", "")
     resource: str = _filter("--resource: What was changed, or the plan that was chosen.", "")

@@ -90,7 +90,6 @@ class ResourceColumn(NamedTuple):
 
 
 def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> RenderableType:
-    """Return one row per resource of this kind."""
     if not resources:
         return Text(f"no {kind}", style="dim")
     columns = [column for column in COLUMNS[kind] if wide or not column.wide]
@@ -99,7 +98,6 @@ def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> Re
 
 
 def state(text: str) -> Text:
-    """Return a state in its colour."""
     return Text(text, style="green" if text in _GOOD else "red" if text in _BAD else "yellow" if text else "")
 
 
@@ -323,14 +321,12 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
 
 
 def audit_data(line: audit_service_pb2.AuditedChange) -> dict[str, Any]:
-    """Return a line of the audit log as plain data."""
     rest = ("epoch", "caller", "role", "method", "resource", "request_id", "plan", "outcome", "times", "hash")
     moment = line.time.ToDatetime(UTC).isoformat(timespec="milliseconds")
     return {"number": line.number, "time": moment} | {name: getattr(line, name) for name in rest}
 
 
 def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableType:
-    """Return lines of the audit log, refused ones red."""
     if not lines:
         return Text("no lines", style="dim")
     made = table("", "<time (UTC)", "'caller", "<method", "'resource", "'plan", "<outcome", fixed=True)

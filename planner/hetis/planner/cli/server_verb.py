@@ -29,15 +29,11 @@ cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its na
 
 @group
 class InCluster:
-    """The cluster of a resource."""
-
     cluster: str | None = cluster_name_option()
 
 
 @group
 class PlannerOptions:
-    """The address of a planner, and the credentials of the caller."""
-
     server: str = _planner(
         "--server HOST:PORT: The planner; several with commas.", DEFAULT_SERVER, envvar="HETIS_SERVER"
     )

@@ -35,8 +35,6 @@ class ShareRule(StrEnum):
 
 @group
 class ShareOptions:
-    """The fleet, by which rule it is shared, and what is done with the plans."""
-
     cluster: str = options.cluster_option()
     profile: list[str] | None = options.profile_option()
     rule: ShareRule = option("--rule: What everybody is owed.", ShareRule.MAX_MIN)
@@ -47,9 +45,7 @@ class ShareOptions:
     gap: float = options.gap_option("0.5%")
     seed: int = options.seed_option()
     threads: int = options.threads_option()
-    out: Path | None = option(
-        "--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result", shown=False
-    )
+    out: Path | None = option("--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result")
     dry_run: bool = options.dry_run_option()
 
 
@@ -129,8 +125,6 @@ class FairRule(StrEnum):
 
 @group
 class FairOptions:
-    """By which rule GPU types are shared, and what else is asked of it."""
-
     rule: FairRule = option(
         "--rule: How to share. The other rules are compared below the shares.", FairRule.COOPERATIVE
     )

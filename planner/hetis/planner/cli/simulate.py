@@ -50,8 +50,6 @@ class Router(StrEnum):
 
 @group
 class SimulateOptions:
-    """The traffic, limits and faults of a simulation."""
-
     trace: str | None = _traffic(
         "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
         autocompletion=values.workload_names,
@@ -125,14 +123,12 @@ class SimulateOptions:
         max=values.MOST_SETTING,
         shown="as memory allows",
     )
-    fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.", shown=False)
-    join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.", shown=False)
-    faults: str | None = _fleet("--faults FILE: The same as CSV: at_s,device,event (fail or join).", shown=False)
-    perfetto: Path | None = _result(
-        "--perfetto FILE: What every stage did, for ui.perfetto.dev; of the first run.", shown=False
-    )
-    requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.", shown=False)
-    plot: Path | None = _result("--plot FILE: Pictures of the first run, or of the sweep: .html or .png.", shown=False)
+    fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
+    join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.")
+    faults: str | None = _fleet("--faults FILE: The same as CSV: at_s,device,event (fail or join).")
+    perfetto: Path | None = _result("--perfetto FILE: What every stage did, for ui.perfetto.dev; of the first run.")
+    requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
+    plot: Path | None = _result("--plot FILE: Pictures of the first run, or of the sweep: .html or .png.")
     html: Path | None = options.html_option()
 
     def refuse_contradictions(self) -> None:
@@ -153,7 +149,6 @@ class SimulateOptions:
                 raise typer.BadParameter(f"{name} shows one run: it goes without --sweep")
 
     def refuse_unwritable(self) -> None:
-        """Refuse files that could not be written."""
         from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_unwritable
 
         for path in (self.perfetto, self.requests_csv, self.plot):

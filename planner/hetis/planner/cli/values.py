@@ -109,7 +109,6 @@ def _percent(text: str, value: float) -> str:
 
 
 def size(text: str) -> int:
-    """Parse bytes: ``10GiB``."""
     from hetis.formats.units import parse_bytes
 
     return _parsed(parse_bytes, text)
@@ -155,7 +154,6 @@ class Names:
 
 
 def strategy(text: str) -> str:
-    """Parse the name of a strategy."""
     return one_of(text, _strategies())
 
 
@@ -218,14 +216,12 @@ def kv(text: str) -> str:
 
 
 def mtp(text: str) -> str:
-    """Parse drafted tokens and their acceptance."""
     from hetis.formats.model import drafts
 
     return _checked(text, drafts)
 
 
 def _checked(text: str, read: Callable[[str], object]) -> str:
-    """Return a text that can be read."""
     _parsed(read, text)
     return text
 
@@ -246,17 +242,14 @@ def _engines() -> list[str]:
 
 
 def strategy_names(incomplete: str) -> list[str]:
-    """Return the strategies that start with this."""
     return _completing(incomplete, _strategies())
 
 
 def engine_names(incomplete: str) -> list[str]:
-    """Return the engines that start with this."""
     return _completing(incomplete, _engines())
 
 
 def workload_names(incomplete: str) -> list[str]:
-    """Return the traces of the catalogue that start with this."""
     from hetis.formats.catalogue import workloads
 
     return _completing(incomplete, (entry.workload.name for entry in workloads()))

@@ -63,7 +63,6 @@ mkdir -p logs
 
 
 def write_shell(launchable: Launchable) -> Written:
-    """Return scripts for vLLM or SGLang."""
     files, shown = dict[str, str](), list[str]()
     for node, here in launchable.by_node().items():
         for _, one in here:
@@ -138,7 +137,6 @@ def _launch_script(launchable: Launchable, node: str, here: list[tuple[int, Laun
 
 
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
-    """Return the command line that runs a replica's part of a node."""
     addresses, settings = one.addresses, launchable.settings
     told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
     told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]

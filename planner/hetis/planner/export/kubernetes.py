@@ -100,7 +100,6 @@ def namespace(launchable: Launchable) -> dict[str, str]:
 
 
 def address(launchable: Launchable, service: str, port: int) -> str:
-    """Return where a Service is reached."""
     inside = f".{launchable.settings.namespace}.svc" if launchable.settings.namespace else ""
     return f"{service}{inside}:{port}"
 
@@ -153,13 +152,11 @@ class PodGroup:
         )
 
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        """Return the pod of the first stage."""
         [first, *_] = self._layout.servers
         pod = self.objects.server_pod(0, self.objects.arguments(0, master=self._leader))
         return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        """Return the pods of all further stages."""
         arguments = list(self.objects.arguments(1, master=self._leader))
         if len(self._further) == 1:
             pod = self.objects.server_pod(1, arguments)

@@ -28,8 +28,6 @@ from hetis.solver.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """An export."""
-
     files: Mapping[str, str]  # text by path
     shown: tuple[str, ...]  # the essential files, for standard output
     lost: tuple[str, ...]  # what is not carried of the plan, a sentence each
@@ -123,7 +121,6 @@ def export_wanted(
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
-    """Yield what is wrong with the settings, a sentence each."""
     for node, host in given.hosts.items():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line

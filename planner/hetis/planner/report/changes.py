@@ -37,7 +37,6 @@ _WORDS = {
 
 @as_group
 def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names allow it."""
     yield _figures(diff)
     for warning in diff.warnings:
         yield Text(warning, style="yellow")
@@ -118,7 +117,6 @@ def shape_of(replica: ReplicaPlan) -> str:
 
 
 def load_table(change: PlanChange) -> Table:
-    """Return what GPUs load, the largest amounts first; equal amounts together."""
     by_size: dict[int, list[str]] = {}
     for device, size in change.loads.items():
         by_size.setdefault(round(size), []).append(device)
@@ -134,7 +132,6 @@ def load_table(change: PlanChange) -> Table:
 
 
 def diff_document(diff: PlanDiff) -> dict[str, Any]:
-    """Return the difference as plain data."""
     return document(
         "PlanDiff",
         before={"result": diff.before.result, "figures": diff.figures_before},
@@ -157,7 +154,6 @@ MAX_STEPS = 40  # steps listed; -o json has all
 
 @as_group
 def render_replan(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names allow it."""
     yield problem_title(posed.loaded.inputs)
     yield goal_line(posed.problem.objective)
     yield facts(_facts(found, posed, costs))
@@ -218,7 +214,6 @@ def _steps(found: Replanning, posed: PosedReplan) -> RenderableType:
 
 
 def step_rows(found: Replanning, posed: PosedReplan) -> Iterator[list[str]]:
-    """Return the cells of every step, in order."""
     return (_step_row(step, found, posed) for step in found.transition.steps)
 
 

@@ -206,7 +206,6 @@ BAR_WIDTH = 8
 
 @as_group
 def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     plan, stage = found.plan, found.stage
     num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
     yield Text.assemble(
@@ -300,7 +299,6 @@ def _worth(price_s: float) -> str:
 
 @as_group
 def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     plan, stage = found.plan, found.stage
     moving = plural(len(plan.moves), "move") if plan.moves else "nothing moves"
     yield Text.assemble(
@@ -372,7 +370,6 @@ def _size(num_bytes: float) -> str:
 
 
 def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """Return the document of ``kind: Dispatch``."""
     plan, names = found.plan, found.stage.snapshot.stage.devices
     devices = _devices(found.stage, found.before, found.after, found.reached)
     for i, device in enumerate(devices):
@@ -402,7 +399,6 @@ def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = N
 
 
 def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """Return the document of ``kind: Redispatch``."""
     plan, names = found.plan, found.stage.snapshot.stage.devices
     settings = ("budget_bytes", "least_gain", "patience", "ahead_steps", "refill_token_s")
     how = ("seconds", "payback_steps", "reason", "wave", "together")

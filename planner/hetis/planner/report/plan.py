@@ -106,7 +106,6 @@ def _title(plan: Plan) -> Text:
 
 
 def problem_title(inputs: Inputs) -> Text:
-    """Return what is planned."""
     fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
     return _named_problem(inputs.model.name, fleet, inputs.workload.name)
 
@@ -116,7 +115,6 @@ def _named_problem(model: str, fleet: str, workload: str) -> Text:
 
 
 def goal_line(objective: Objective) -> Text:
-    """Return the objective and its limits in a line."""
     ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
     limits = [
         f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
@@ -281,7 +279,6 @@ def _range(expected: Predicted, plan: Plan) -> Text:
 
 
 def verdict(result: SolveResult) -> str:
-    """Return the meaning of the proof in words."""
     if result.status is Status.OPTIMAL:
         return "proven optimal: no plan of the family is better"
     if not math.isfinite(result.gap):
@@ -359,7 +356,6 @@ def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
 
 
 def worth(dual: float, plan: Plan) -> str:
-    """Return a marginal price with its unit."""
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
@@ -462,7 +458,6 @@ MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
 
 
 def render_replica(group: ReplicaGroup, palette: Mapping[str, str]) -> RenderableType:
-    """Return headline, picture and stage table of a group of equal replicas."""
     below = Group(_picture(group.first, palette), _stages(group, palette))
     return Group(_replica_headline(group), Padding(below, (0, 0, 0, 1)))
 

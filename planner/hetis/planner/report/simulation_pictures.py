@@ -55,7 +55,6 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
 
 
 def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
-    """Return the panels of a simulation."""
     swept = () if simulated.sweep is None else panels_of_sweep(simulated.sweep, simulated.question.limits)
     return (*swept, *(() if simulated.run is None else _of_run(simulated, simulated.run, plan)))
 

@@ -24,7 +24,6 @@ MAX_SHAPES = 3  # per runner-up
 
 
 def render_robustness(robustness: Robustness, objective: Objective) -> RenderableType:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     title = f"Every coefficient of the profiles off by up to {percent(robustness.error)}"
     return section(title, Group(*_parts(robustness, objective)))
 
@@ -54,7 +53,6 @@ def _spreads(robustness: Robustness, objective: Objective) -> Table:
 
 
 def has_limits(objective: Objective) -> bool:
-    """Return whether any latency is limited."""
     return (objective.ttft_limit_s, objective.tpot_limit_s) != (None, None)
 
 

@@ -267,8 +267,6 @@ class Strips(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinksBlock(Block):
-    """Links to other pages of the same server: names and paths."""
-
     links: tuple[tuple[str, str], ...]
 
 

@@ -19,8 +19,6 @@ MAX_NAMED = COLORS  # replicas with a colour of their own; if there are more, eq
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuDuty:
-    """The use of a GPU, with the texts of its cell."""
-
     role: str
     color: int
     lines: tuple[str, ...]
@@ -69,7 +67,6 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
 
 
 def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, GpuDuty]]:
-    """Yield every GPU of a replica with its use."""
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
         duty = GpuDuty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))

@@ -196,7 +196,6 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
 
 
 def _purchase(found: BuyNext) -> Iterator[Block]:
-    """Yield the market's first offer in words if it gains anything."""
     if not found.offers:
         return
     best = found.offers[0]

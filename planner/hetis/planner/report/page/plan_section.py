@@ -166,7 +166,6 @@ def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    """Yield a comparison of the plan with replicas of equal stages."""
     alone = plan.inputs.get(EQUAL_STAGES)
     if isinstance(alone, int | float) and alone > 0:
         ratio = plan.result.value / alone - 1.0
@@ -488,7 +487,6 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
 
 
 def _made(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield what is needed to reproduce the plan."""
     inputs, result = plan.inputs, plan.result
     yield "Strategy", f"{plan.strategy}; {result.status} in {seconds(result.solve_s)}"
     yield "Family", plan.family
