@@ -32,7 +32,6 @@ _EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',
 
 app = typer.Typer(
     name="hetis-plan",
-    help="Plan LLM serving on a mixed GPU fleet, with a proof of how good the plan is.",
     epilog=_EPILOG,
     no_args_is_help=True,
     add_completion=False,  # the verb `completion` prints the script; nothing edits the user's shell files

@@ -41,11 +41,6 @@ cluster = typer.Typer(
 )
 
 
-@cluster.callback()
-def cluster_verbs() -> None:
-    """Describe a fleet from what its own tools know."""
-
-
 @group
 class DiscoveryOptions:
     source: FleetSource = option(

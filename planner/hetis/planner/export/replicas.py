@@ -13,7 +13,7 @@ from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, program_of
-from hetis.engines.versions import RECORDED, Engine
+from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
 from hetis.planner.export import ExportDevice
@@ -258,7 +258,7 @@ def engine_for(plan: Plan) -> Engine:
 
 def published_image(engine: Engine) -> str:
     """Return the image that the engine's makers publish; empty for our plugin, which has none."""
-    version = RECORDED[engine].version
+    version = VERSIONS[engine]
     return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hetis.engines.kubernetes import NAMESPACE
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
 from hetis.engines.serving import DECIDED, names_of
-from hetis.engines.versions import RECORDED, Engine
+from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
@@ -165,8 +165,7 @@ def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
 
 def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     """Return a README: what was exported, how it is started, and what is not carried."""
-    recorded, shares = RECORDED[launchable.engine], shares_of(launchable)
-    rows = []
+    shares, rows = shares_of(launchable), []
     for number, one in launchable.replicas.items():
         layers = "+".join(map(str, one.layout.layers))
         gpus = "; ".join(f"{p.node}/{','.join(map(str, p.gpus))}" for p in one.layout.processes)
@@ -184,7 +183,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             f"# A plan of hetis for {target}",
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
-            f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
+            f"{VERSIONS[launchable.engine]}. The plan serves {planned:.3g} requests/s saturated, what is exported "
             f"{left:.3g}.{_precision(launchable)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
