@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.command_line.terminal import Terminal
@@ -20,7 +19,7 @@ from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable
 from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
-from hetis.planner.cli.server_verb import full_name, id_of
+from hetis.planner.cli.server_verb import fetched, full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
@@ -35,7 +34,6 @@ from hetis.v1 import (
     plan_service_pb2,
     profile_pb2,
     profile_service_pb2,
-    view_pb2,
 )
 
 _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
@@ -79,7 +77,7 @@ def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_r
     form = document_pb2.DocumentKind.Value(f"DOCUMENT_KIND_{kind.upper()}")
     wanted = getattr(messages, kind)(name=f"{field}s/{own}", document=document(path, value, form))
     try:
-        present = call("Get", name=wanted.name, view=view_pb2.VIEW_BASIC)
+        present = fetched(client, f"{field}s", wanted.name, basic=True)
     except CallError as error:
         if error.reason != "NOT_FOUND":
             raise
@@ -252,7 +250,7 @@ class Applying:
             raise typer.BadParameter("one plan at a time: one of --model, --plan, a Plan file, or plans/NAME")
         self._apply(values)
         if plans:
-            return self._put_in_force(self._read(plans[0]))
+            return self._put_in_force(fetched(self.client, "plans", full_name("plans", plans[0]), basic=True))
         if imports:
             path, value = imports[0]
             imported = document(path, value, document_pb2.DOCUMENT_KIND_PLAN)
@@ -308,8 +306,7 @@ class Applying:
         only_checks = self.asked.dry_run or not self.asked.activate
         # With the cluster's etag, so that a plan activated by somebody else meanwhile is a conflict and not
         # overwritten.
-        named = cluster_service_pb2.GetClusterRequest(name=plan.cluster, view=view_pb2.VIEW_BASIC)
-        cluster = self.client.clusters.GetCluster(named).cluster
+        cluster = fetched(self.client, "clusters", plan.cluster, basic=True)
         answer = self.client.plans.ActivatePlan(
             plan_service_pb2.ActivatePlanRequest(name=plan.name, cluster_etag=cluster.etag, validate_only=only_checks)
         )
@@ -323,11 +320,6 @@ class Applying:
         self._show(plan, answer.steps)
         return outcome(self.terminal, plan, activated=not self.asked.no_wait)
 
-    def _read(self, name: str) -> plan_pb2.Plan:
-        request = plan_service_pb2.GetPlanRequest(name=full_name("plans", name), view=view_pb2.VIEW_BASIC)
-        return self.client.plans.GetPlan(request).plan
-
     def _show(self, plan: plan_pb2.Plan, steps: Any = ()) -> ExitCode:
-        shown: Message = plan
-        self.terminal.emit(lambda: resource_data(shown), lambda: plan_summary(plan, steps))
+        self.terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))
         return ExitCode.OK

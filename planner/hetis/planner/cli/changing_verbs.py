@@ -10,7 +10,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group
-from hetis.planner.cli.server_verb import InCluster, chosen_cluster, full_name, server_verb
+from hetis.planner.cli.server_verb import InCluster, chosen_cluster, fetched, full_name, server_verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -87,15 +87,14 @@ def rollback(
     It names the plan to go back from, so that repeating it does not go back twice.
     """
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
-    from hetis.v1 import cluster_service_pb2, plan_service_pb2
+    from hetis.v1 import plan_service_pb2
 
     if plan is None:
         name = chosen_cluster(client, how.cluster)
-        present = client.clusters.GetCluster(cluster_service_pb2.GetClusterRequest(name=name)).cluster
-        if not present.active_plan:
+        plan = fetched(client, "clusters", name).active_plan
+        if not plan:
             terminal.error(f"{name} has no plan in force")
             return ExitCode.CONFLICT
-        plan = present.active_plan
     request = plan_service_pb2.RollbackPlanRequest(name=full_name("plans", plan), validate_only=how.dry_run)
     answer = client.plans.RollbackPlan(request)
     earlier, waits = answer.plan, not (how.dry_run or how.no_wait)

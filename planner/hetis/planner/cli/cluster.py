@@ -13,7 +13,7 @@ from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
-from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option
+from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 
 if TYPE_CHECKING:
     from hetis.formats.discovery.fleet import Discovered
@@ -126,13 +126,11 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
     from hetis.planner.convert.agent_nodes import agents_inventory
     from hetis.planner.convert.documents import read_document
     from hetis.solver.cluster import Cluster
-    from hetis.v1 import cluster_pb2, cluster_service_pb2
+    from hetis.v1 import cluster_pb2
 
-    declared = client.clusters.GetCluster(cluster_service_pb2.GetClusterRequest(name=parent)).cluster.document
+    declared = fetched(client, "clusters", parent).document
     nodes = [
-        node
-        if node.state == cluster_pb2.NODE_STATE_EXPECTED
-        else client.clusters.GetNode(cluster_service_pb2.GetNodeRequest(name=node.name)).node
+        node if node.state == cluster_pb2.NODE_STATE_EXPECTED else fetched(client, "nodes", node.name)
         for node in client.list_nodes(parent)
     ]
     return agents_inventory(parent, nodes, read_document(declared, Cluster), with_busy=with_busy)

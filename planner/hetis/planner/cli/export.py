@@ -15,7 +15,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, panel, verb
-from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, server_verb
+from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
     ``rates`` are the planned rates by replica and plan that are known; missing ones are fetched and added.
     """
     from hetis.planner.export.routing import weighted
-    from hetis.v1 import cluster_service_pb2, replica_pb2
+    from hetis.v1 import replica_pb2
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
@@ -249,8 +249,7 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
         if basic.state in up and basic.role not in apart and basic.report.endpoint:
             one = basic.name, basic.plan
             if one not in rates:
-                request = cluster_service_pb2.GetReplicaRequest(name=basic.name)  # the lists leave out the shape
-                rates[one] = client.clusters.GetReplica(request).replica.shape.rate_rps
+                rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
             serving[basic.report.endpoint] = rates[one]
     return weighted(dict(sorted(serving.items())))
 

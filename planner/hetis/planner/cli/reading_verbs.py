@@ -23,6 +23,7 @@ from hetis.planner.cli.server_verb import (
     InCluster,
     chosen_cluster,
     collection,
+    fetched,
     full_name,
     server_verb,
 )
@@ -91,17 +92,6 @@ def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, want
         lambda: resource_table(what, found, wide=form is GetFormat.WIDE),
         width=WIDE if form is GetFormat.WIDE else None,
     )
-
-
-def fetched(client: Client, what: str, name: str) -> Any:
-    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
-
-    plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
-    own: dict[str, Any] = {"plans": plans, "profiles": profiles}
-    service, requests = own.get(what, (client.clusters, cluster_service_pb2))
-    kind = KINDS[what]
-    answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name))
-    return getattr(answer, kind.lower())
 
 
 def listed(client: Client, what: str, cluster: str) -> list[Any]:
@@ -222,7 +212,7 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
         return ExitCode.UNREACHABLE
     clusters = list(client.list_clusters())
     working = list(client.list_plans(states=[plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING]))
-    active = {name: _plan(client, name) for cluster in clusters if (name := cluster.active_plan)}
+    active = [fetched(client, "plans", name, basic=True) for one in clusters if (name := one.active_plan)]
     proposals = [
         plan
         for plan in client.list_plans(states=[plan_pb2.PLAN_STATE_READY])
@@ -237,21 +227,15 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
             "kind": "PlannerStatus",
             "serving": serving,
             "clusters": [resource_data(cluster) for cluster in clusters],
-            "active_plans": [resource_data(plan) for plan in active.values()],
+            "active_plans": [resource_data(plan) for plan in active],
             "working_plans": [resource_data(plan) for plan in working],
             "proposals": [resource_data(plan) for plan in proposals],
         }
 
-    terminal.emit(document, lambda: _page(clusters, [*active.values(), *working, *proposals]))
+    terminal.emit(document, lambda: _page(clusters, [*active, *working, *proposals]))
     for plan in proposals:
         terminal.say(f"proposed: {plan.proposal_reason}; hetis-plan apply --activate {plan.name}")
     return ExitCode.OK
-
-
-def _plan(client: Client, name: str) -> Any:
-    from hetis.v1 import plan_service_pb2, view_pb2
-
-    return client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=name, view=view_pb2.VIEW_BASIC)).plan
 
 
 def _page(clusters: list[Any], plans: list[Any]) -> RenderableType:

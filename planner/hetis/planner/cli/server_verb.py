@@ -162,3 +162,15 @@ def chosen_cluster(client: Client, given: str | None) -> str:
 def id_of(text: str) -> str:
     """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
+
+
+def fetched(client: Client, what: str, name: str, *, basic: bool = False) -> Any:
+    """Read one resource of a collection; ``basic``: without documents."""
+    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2, view_pb2
+
+    plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
+    own: dict[str, Any] = {"plans": plans, "profiles": profiles}
+    service, requests = own.get(what, (client.clusters, cluster_service_pb2))
+    kind, view = KINDS[what], {"view": view_pb2.VIEW_BASIC} if basic else {}
+    answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name, **view))
+    return getattr(answer, kind.lower())
