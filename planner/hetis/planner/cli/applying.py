@@ -23,6 +23,7 @@ from hetis.planner.cli.server_verb import fetched, full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
+from hetis.planner.use_cases.json_values import fields_of
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.profile import Profile
@@ -40,28 +41,19 @@ _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
 _NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
-    """The outcome for a file: ``what`` is created, updated or unchanged."""
-
-    resource: Any
-    what: str
-
-
 def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
     """Return the file read as ``value``, as it is, so that the planner's messages have its lines.
 
     Standard input cannot be read twice, so its value is serialised.
     """
-    if path != "-":
-        return document_of_file(path, kind)
-    return document_pb2.Document(kind=kind, content=dump(value, "json").encode("utf-8"), source_name="stdin")
+    return _content("stdin", value, kind) if path == "-" else document_of_file(path, kind)
 
 
-def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> Applied:
+def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> tuple[Any, str]:
     """Create the cluster or profile of a file, under an id made from its name or GPU type, or update it.
 
-    It is updated as it was read, and never over somebody else's change.
+    It is updated as it was read, and never over somebody else's change. Return the resource, and whether it is created,
+    updated or unchanged.
     """
     kind, messages, requests, calls, own = (
         ("Cluster", cluster_pb2, cluster_service_pb2, client.clusters, id_of(value.name))
@@ -81,12 +73,11 @@ def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_r
     except CallError as error:
         if error.reason != "NOT_FOUND":
             raise
-        made = call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run)
-        return Applied(resource=made, what="created")
+        return call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run), "created"
     wanted.etag = present.etag
     changed = call("Update", **{field: wanted}, validate_only=dry_run)
     same = present.document.digest and present.document.digest == changed.document.digest
-    return Applied(resource=changed, what="unchanged" if same else "updated")
+    return changed, "unchanged" if same else "updated"
 
 
 # --- the problem of a plan
@@ -146,31 +137,24 @@ class FileProblem:
         time_limit = Duration()
         time_limit.FromNanoseconds(round(search.time_limit * 1e9))
         profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in inputs.profile or ())
+        same: dict[str, Any] = {  # fields that are called like their options; None leaves one unset
+            **fields_of(inputs, "weights", "kv", "mtp"),
+            **fields_of(family, "strategy", "engine"),
+            **fields_of(replicas, "max_stages", "max_gpus", "min_layers", "max_nodes", "max_num_seqs", "kv_blocks"),
+            **fields_of(self.held_to, "ttft_statistic", "tpot_statistic", "attainment"),
+            **fields_of(self, "survive"),
+        }
         spec = plan_pb2.PlanSpec(
             profiles=[full_name("profiles", name) for name in profiles],
             objective=self._objective(),
-            strategy=family.strategy,
             roles=[TO_PROTO[role] for role in Role if role in (family.roles or ())],
-            weights=inputs.weights or "",
-            kv=inputs.kv or "",
-            mtp=inputs.mtp or "",
-            survive="" if self.survive is None else self.survive.value,
-            engine=family.engine or "",
-            max_stages=replicas.max_stages or 0,
-            max_gpus=replicas.max_gpus or 0,
-            min_layers=replicas.min_layers or 0,
-            max_nodes=replicas.max_nodes or 0,
-            max_num_seqs=replicas.max_num_seqs or 0,
             chunk_tokens=sorted(replicas.chunk_tokens or ()),
-            kv_blocks=replicas.kv_blocks or 0,
             skip_verification=not self.verify,
-            ttft_statistic=self.held_to.ttft_statistic or "",
-            tpot_statistic=self.held_to.tpot_statistic or "",
-            attainment=self.held_to.attainment or 0.0,
             gap_target=search.gap,
             time_limit=time_limit,
             seed=search.seed,
             num_threads=search.threads,
+            **same,
         )
         assert inputs.model is not None
         assert inputs.workload is not None
@@ -228,7 +212,7 @@ class Applying:
     terminal: Terminal
     client: Client
     asked: options.ApplyOptions
-    _done: list[Applied] = field(default_factory=list)
+    _done: list[tuple[Any, str]] = field(default_factory=list)  # resources and what was done with them
 
     def run(self, *, files: Sequence[str], problem: FileProblem) -> ExitCode:
         """Do everything, in the order of dependencies.
@@ -259,7 +243,8 @@ class Applying:
             return self._follow(problem.plan())
         if not self._done:
             raise typer.BadParameter("nothing to apply: files, --plan, or --cluster, --model and --workload")
-        self.terminal.emit(lambda: list_data("Applied", [done.resource for done in self._done]), self._table)
+        lines = "\n".join(f"{resource.name}  {what}" for resource, what in self._done)
+        self.terminal.emit(lambda: list_data("Applied", [resource for resource, _ in self._done]), lambda: lines)
         return ExitCode.OK
 
     def _apply(self, values: list[tuple[str, Value]]) -> None:
@@ -269,14 +254,9 @@ class Applying:
                 continue
             if not isinstance(value, Cluster | Profile):
                 raise typer.BadParameter(f"{path} is a {type(value).__name__}, expected a Cluster, Profile or Plan")
-            done = apply_resource(self.client, path, value, dry_run=dry_run)
-            self._done.append(done)
-            self.terminal.say(f"{done.resource.name} {done.what}{' (dry run)' if dry_run else ''}")
-
-    def _table(self) -> Any:
-        from rich.text import Text
-
-        return Text("\n".join(f"{done.resource.name}  {done.what}" for done in self._done))
+            resource, what = apply_resource(self.client, path, value, dry_run=dry_run)
+            self._done.append((resource, what))
+            self.terminal.say(f"{resource.name} {what}{' (dry run)' if dry_run else ''}")
 
     def _follow(self, wanted: plan_pb2.Plan) -> ExitCode:
         """Create a plan and take it as far as requested: wait for it, save it, put it in force."""

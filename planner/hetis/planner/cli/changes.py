@@ -15,6 +15,8 @@ from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
+from hetis.planner.cli.searching import search_interruptibly
+from hetis.solver.budget import Budget
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
@@ -95,11 +97,9 @@ def what_if(
     Ctrl-C once shows what there is, twice leaves at once.
     """
     from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import comparison as report
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.place import load
-    from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
@@ -207,10 +207,8 @@ def replan(
     at once.
     """
     from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.use_cases import replan as replanning
-    from hetis.solver.budget import Budget
     from hetis.solver.replanning.change import ChangeCosts
 
     refuse_unwritable(answer.out)

@@ -132,13 +132,11 @@ def disconnect(
 
     For a node whose credentials somebody else uses: take those back first, or the same agent comes again.
     """
-    from rich.text import Text
-
     from hetis.planner.cli.resource_views import resource_data
     from hetis.v1 import cluster_service_pb2
 
     parent = None if node.startswith("clusters/") else chosen_cluster(client, where.cluster)
     request = cluster_service_pb2.DisconnectNodeRequest(name=full_name("nodes", node, parent))
     found = client.clusters.DisconnectNode(request).node
-    terminal.emit(lambda: resource_data(found), lambda: Text(f"the agent of {found.name} was disconnected"))
+    terminal.emit(lambda: resource_data(found), lambda: f"the agent of {found.name} was disconnected")
     return ExitCode.OK

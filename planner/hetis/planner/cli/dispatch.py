@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.errors import DocumentError
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.searching import work_interruptibly
+from hetis.solver.budget import Budget
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.dispatch import CostedStage
@@ -86,13 +89,10 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.formats.errors import DocumentError
     from hetis.planner.cli.outputs import not_saved, refuse_unwritable, save
-    from hetis.planner.cli.searching import work_interruptibly
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
-    from hetis.solver.budget import Budget
 
     refuse_unwritable(answer.out)
     loaded = asked.load()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -140,15 +139,12 @@ hetis-plan upstreams --to litellm --model Llama-3.1-70B
 """
 
 
-class RouterFormat(StrEnum):
-    NGINX = "nginx"
-    ENVOY = "envoy"
-    LITELLM = "litellm"
+RouterFormat = Literal["nginx", "envoy", "litellm"]
 
 
 @group
 class UpstreamOptions:
-    to: RouterFormat = option("--to: The router that reads the list.", RouterFormat.NGINX)
+    to: RouterFormat = option("--to: The router that reads the list.", "nginx")
     cluster: str | None = cluster_name_option()
     out: str = option("--out FILE|-: Where the list goes; -: to stdout.", "-")
     follow: bool = option("--follow: Write it again at every change, until Ctrl-C.", False)
@@ -165,7 +161,7 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     """
     from hetis.formats.files import write_atomically
 
-    if asked.to is RouterFormat.LITELLM and not asked.model:
+    if asked.to == "litellm" and not asked.model:
         raise typer.BadParameter("--to litellm needs --model: what clients call it")
     try:
         command = shlex.split(asked.run)
@@ -190,9 +186,9 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
 def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> str:
     from hetis.planner.export.routing import envoy_list, litellm_list, nginx_list
 
-    if to is RouterFormat.LITELLM:
+    if to == "litellm":
         return litellm_list(servers, model)
-    return nginx_list(servers) if to is RouterFormat.NGINX else envoy_list(servers)
+    return nginx_list(servers) if to == "nginx" else envoy_list(servers)
 
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:

@@ -10,7 +10,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
@@ -400,10 +399,7 @@ class SearchOptions:
         )
 
 
-class Survived(StrEnum):
-    NODE = "node"
-    ZONE = "zone"
-
+Survived = Literal["node", "zone"]  # a loss that the demand must survive
 
 verify_option = partial(
     _result,

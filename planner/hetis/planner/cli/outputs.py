@@ -15,6 +15,7 @@ from hetis.formats.documents import Value, dump
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.report.figures import plural, seconds
 from hetis.solver.plan import Objective, Plan
 
 if TYPE_CHECKING:
@@ -156,7 +157,6 @@ def say_what_would_be_solved(
     """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most."""
     from rich.text import Text
 
-    from hetis.planner.report.figures import plural, seconds
     from hetis.planner.report.plan import goal_line
 
     def rows() -> list[Text]:

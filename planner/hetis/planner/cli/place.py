@@ -15,13 +15,14 @@ from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.searching import search_interruptibly
+from hetis.solver.budget import Budget, Report
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
     from hetis.planner.use_cases.place import PlacedPlan, PlacementRequest
     from hetis.planner.use_cases.sources import LoadedInputs
-    from hetis.solver.budget import Report
-    from hetis.solver.errors import InfeasibleError
     from hetis.solver.plan import Objective
     from hetis.solver.problem import PlacementProblem
 
@@ -94,7 +95,7 @@ def place(
             family,
             replicas,
             simplest_within=preferences.simplest_within,
-            survive="" if preferences.survive is None else preferences.survive.value,
+            survive=preferences.survive or "",
         ),
         verify=results.verify,
         other_engines=results.other_engines,
@@ -123,11 +124,9 @@ def finish(
     """Solve with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
     from hetis.planner.cli.failures import report_failure, say_failure
     from hetis.planner.cli.outputs import STDOUT, save_or_tell
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.use_cases.place import missed
     from hetis.planner.use_cases.place import place as placed
-    from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 
     cancelled, settings = threading.Event(), request.settings
 
@@ -247,13 +246,11 @@ def compare(
         save_plans,
         say_what_would_be_solved,
     )
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.use_cases.compare import compare_engines
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
-    from hetis.solver.budget import Budget
     from hetis.solver.placement.families import ANY_ENGINE
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
@@ -342,10 +339,8 @@ def layers(
     Ctrl-C once prints the best placement so far; twice leaves at once.
     """
     from hetis.formats.layers_problem import load_layers_problem
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.layers import layers_document, render_layers
     from hetis.planner.use_cases.layers import is_compiled, place_layers
-    from hetis.solver.budget import Budget
 
     problem = load_layers_problem(file)
     if not is_compiled():

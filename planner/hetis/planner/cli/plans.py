@@ -14,6 +14,9 @@ from hetis.planner.cli import options
 from hetis.planner.cli.changes import count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
+from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
+from hetis.planner.report.figures import plural
+from hetis.solver.budget import Budget
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,7 +69,6 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     The bound is taken on trust, as are the prices: the search proved them, and they are not derived again. So is what
     stands beside the plan: other setups, losses, simulation, notes.
     """
-    from hetis.planner.report.figures import plural
     from hetis.planner.use_cases.json_values import json_value
     from hetis.solver.check import check_plan
 
@@ -148,7 +150,6 @@ def report(
 
 
 def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
-    from hetis.planner.cli.searching import simulate_interruptibly
     from hetis.planner.use_cases.verify import latency_curve
 
     return simulate_interruptibly(
@@ -162,9 +163,7 @@ def _market(
     terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: ReportOptions
 ) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape
-    from hetis.solver.budget import Budget
 
     if cancelled.is_set():
         return None

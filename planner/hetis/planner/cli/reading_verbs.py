@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,19 +33,12 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client
 
 
-class GetFormat(StrEnum):
-    """`OutputFormat`, and one form for lists only."""
-
-    TABLE = "table"
-    WIDE = "wide"
-    JSON = "json"
-    YAML = "yaml"
-    NAME = "name"
+GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, and one form for lists only
 
 
 @group
 class ShownOptions(InCluster):
-    output_format: GetFormat = option("--output -o: Form of the data.", GetFormat.TABLE)
+    output_format: GetFormat = option("--output -o: Form of the data.", "table")
 
 
 @server_verb(prints_data=False)
@@ -71,26 +63,22 @@ def get(
         found = [fetched(client, what, full_name(what, wanted, parent))]
     else:
         found = listed(client, what, parent or (full_name("clusters", shown.cluster) if shown.cluster else ""))
-    _show(replace(terminal, output=_PLAIN.get(form, OutputFormat.TABLE)), what, found, form, wanted)
+    output = OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE
+    _show(replace(terminal, output=output), what, found, form, wanted)
     return ExitCode.OK
 
 
-_PLAIN = {GetFormat.JSON: OutputFormat.JSON, GetFormat.YAML: OutputFormat.YAML}
-
-
 def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, wanted: str | None) -> None:
-    from rich.text import Text
-
     from hetis.planner.cli.resource_views import list_data, resource_data, resource_table
 
-    if form is GetFormat.NAME:
+    if form == "name":
         if found:
-            terminal.emit(list, lambda: Text("\n".join(one.name for one in found)), width=WIDE)
+            terminal.emit(list, lambda: "\n".join(one.name for one in found), width=WIDE)
         return
     terminal.emit(
         lambda: resource_data(found[0]) if wanted else list_data(f"{KINDS[what]}List", found),
-        lambda: resource_table(what, found, wide=form is GetFormat.WIDE),
-        width=WIDE if form is GetFormat.WIDE else None,
+        lambda: resource_table(what, found, wide=form == "wide"),
+        width=WIDE if form == "wide" else None,
     )
 
 
@@ -138,8 +126,6 @@ def watch(
 def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
     import json
 
-    from rich.text import Text
-
     from hetis.planner.cli.resource_views import line_of_event, resource_data
 
     with interrupts_that_arrive():
@@ -150,7 +136,7 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
                 print("---", flush=True)
                 terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
             elif said := line_of_event(event):
-                terminal.emit(dict, lambda said=said: Text(said), width=WIDE)  # type: ignore[misc]
+                terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # a watch of a cluster ends with Ctrl-C or an error
 
 

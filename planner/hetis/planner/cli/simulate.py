@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.errors import DocumentError
 from hetis.planner.cli import options, values
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
+from hetis.planner.cli.searching import simulate_interruptibly
 
 if TYPE_CHECKING:
     from hetis.formats.traces import Trace
@@ -38,14 +39,8 @@ hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps
 """
 MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
+Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
-
-
-class Router(StrEnum):
-    LEAST_WORK = "least-work"
-    WEIGHTED = "weighted"
-    FEWEST_REQUESTS = "fewest-requests"
-    FEWEST_TOKENS = "fewest-tokens"
 
 
 @group
@@ -97,7 +92,7 @@ class SimulateOptions:
     threads: int = _runs("--threads: Runs at once, as processes; 0: one per core.", 0, min=0)
     greedy: bool = _fleet("--greedy: Stages take whatever waits, instead of keeping micro-batches apart.", False)
     paced: bool = _fleet("--paced: Chunks of prompts no larger than keep the seats filled.", False)
-    router: Router = _fleet("--router: How requests are spread over replicas.", Router.LEAST_WORK)
+    router: Router = _fleet("--router: How requests are spread over replicas.", "least-work")
     no_dispatch: bool = _fleet("--no-dispatch: Head groups stay split as planned, request by request.", False)
     no_redispatch: bool = _fleet("--no-redispatch: Head groups of running requests never move.", False)
     theta: float = _fleet(
@@ -207,7 +202,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         settings=Settings(
             discipline="greedy" if asked.greedy else "apart",
             chunks="paced" if asked.paced else "planned",
-            router=asked.router.value,
+            router=asked.router,
             dispatch=not asked.no_dispatch,
             redispatch=not asked.no_redispatch and not asked.no_dispatch,
             theta=asked.theta,
@@ -272,7 +267,6 @@ def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tu
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
-    from hetis.planner.cli.searching import simulate_interruptibly
     from hetis.planner.report.simulation import render_simulation, simulation_document
     from hetis.planner.use_cases.simulate import NothingSimulatedError, answer
 
@@ -298,7 +292,6 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
 
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
     """Save before printing, so that a stdout reader that goes away does not cost the files."""
-    from hetis.formats.errors import DocumentError
     from hetis.formats.files import write_atomically
     from hetis.planner.cli.outputs import save_page
     from hetis.simulator.records import perfetto_json, requests_csv
