@@ -119,7 +119,7 @@ def what_if(
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
             solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit,
-            engine=None if settings.engine is None else settings.engine.name,
+            engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
 
@@ -221,10 +221,9 @@ def replan(
     for warning in posed.warnings:
         terminal.warn(warning)
     if answer.dry_run:
-        engine = posed.problem.family.engine
         return say_what_would_be_solved(
             terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
-            time_limit_s=search.time_limit, engine=None if engine is None else engine.name,
+            time_limit_s=search.time_limit, engine=posed.problem.family.engine,
         )  # fmt: skip
     costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
     budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)

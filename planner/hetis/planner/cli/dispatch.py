@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.errors import DocumentError
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
@@ -89,7 +88,7 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.planner.cli.outputs import not_saved, refuse_unwritable, save
+    from hetis.planner.cli.outputs import refuse_unwritable, save, saves
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
@@ -105,15 +104,10 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
         cancelled=budget.cancelled,
         stopping="with the best placement so far",
     )
-    sentences = explain_dispatch(found) if answer.explain else None
-    saved = True
-    if answer.out is not None:
-        # If this fails, print the answer all the same; the machine is to blame, not the input.
-        try:
-            save(found.saved, answer.out)
-            terminal.say(f"saved {answer.out}")
-        except DocumentError as error:
-            saved = not_saved(terminal, "state", error)
+    sentences = tuple(explain_dispatch(found)) if answer.explain else None
+    # If this fails, print the answer all the same; the machine is to blame, not the input.
+    out = answer.out
+    saved = out is None or saves(terminal, "state", lambda: save(terminal, found.saved, out))
     terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if not saved:
         return ExitCode.INTERNAL
@@ -184,10 +178,9 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
         refill_token_s=asked.refill,
     )
     found = redispatch_stage(loaded, settings)
-    sentences = explain_redispatch(found) if answer.explain else None
+    sentences = tuple(explain_redispatch(found)) if answer.explain else None
     if answer.out is not None:
-        save(found.saved, answer.out)
-        terminal.say(f"saved {answer.out}")
+        save(terminal, found.saved, answer.out)
     terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks stay short, or on draining devices")

@@ -20,6 +20,7 @@ from hetis.solver.plan import Objective, Plan
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.sources import Inputs
+    from hetis.solver.problem import EngineRules
 
 STDOUT = Path("-")  # stands for standard output
 
@@ -83,7 +84,7 @@ def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
         refuse_unwritable(_plan_file(folder, name))
 
 
-def save(value: Value, path: Path) -> None:
+def save(terminal: Terminal, value: Value, path: Path) -> None:
     """Write the whole document or nothing; YAML if the name's suffix is that of YAML.
 
     Raises:
@@ -91,14 +92,13 @@ def save(value: Value, path: Path) -> None:
     """
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
     write_atomically(path, dump(value, form))
+    terminal.say(f"saved {path}")
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
     """Write plans by name, as ``NAME.json``. Raises DocumentError: a file cannot be written."""
     for name, plan in plans.items():
-        path = _plan_file(folder, name)
-        save(plan, path)
-        terminal.say(f"saved {path}")
+        save(terminal, plan, _plan_file(folder, name))
 
 
 def _plan_file(folder: Path, name: str) -> Path:
@@ -126,23 +126,20 @@ def save_or_tell(
     if path == STDOUT:
         terminal.write(dump(plan, "json"))
     elif path is not None:
-        try:
-            save(plan, path)
-            terminal.say(f"saved {path}")
-        except DocumentError as error:
-            saved = not_saved(terminal, "plan", error)
+        saved = saves(terminal, "plan", lambda: save(terminal, plan, path))
     if html is not None:
-        try:
-            save_page(terminal, page(), html)
-        except DocumentError as error:
-            saved = not_saved(terminal, "page", error)
+        saved = saves(terminal, "page", lambda: save_page(terminal, page(), html)) and saved
     return saved
 
 
-def not_saved(terminal: Terminal, what: str, error: DocumentError) -> bool:
-    """Report that something was not saved, although the verb goes on, and return False."""
-    terminal.error(f"the {what} was not saved", [str(problem) for problem in error.problems])
-    return False
+def saves(terminal: Terminal, what: str, write: Callable[[], None]) -> bool:
+    """Return whether ``write`` could save something; its failure is reported, and the verb goes on."""
+    try:
+        write()
+    except DocumentError as error:
+        terminal.error(f"the {what} was not saved", [str(problem) for problem in error.problems])
+        return False
+    return True
 
 
 def say_what_would_be_solved(
@@ -152,7 +149,7 @@ def say_what_would_be_solved(
     strategies: Sequence[str],
     time_limit_s: float,
     solves: int = 1,
-    engine: str | None = None,
+    engine: EngineRules | None = None,
 ) -> ExitCode:
     """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most."""
     from rich.text import Text
@@ -160,7 +157,7 @@ def say_what_would_be_solved(
     from hetis.planner.report.plan import goal_line
 
     def rows() -> list[Text]:
-        solved_by = f"{', '.join(strategies)}{f' for {engine}' if engine else ''}"
+        solved_by = f"{', '.join(strategies)}{f' for {engine.name}' if engine else ''}"
         lines = [
             Text.assemble(
                 ("ok", "green"),
@@ -188,7 +185,7 @@ def say_what_would_be_solved(
             for inputs, objective in problems
         ],
         "strategies": list(strategies),
-        "engine": engine,
+        "engine": engine and engine.name,
         "solves": solves,
         "time_limit_s": time_limit_s,
     }

@@ -106,10 +106,9 @@ def place(
     loaded = load(request)
     problem = pose(request, loaded)
     if results.dry_run:
-        engine = problem.family.engine
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
-            time_limit_s=search.time_limit, engine=None if engine is None else engine.name,
+            time_limit_s=search.time_limit, engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
 
@@ -184,17 +183,17 @@ def _print(terminal: Terminal, answer: PlacedPlan) -> None:
 
 def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objective) -> dict[str, Any]:
     from hetis.planner.report.studies import infeasible_parts
+    from hetis.planner.use_cases.json_values import document
     from hetis.solver.plan import Status
 
-    result = {"status": Status.INFEASIBLE.value, "objective": objective.kind.value}
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "Plan",
-        "strategy": strategy,
-        "result": {**result, "value": None, "bound": None, "gap": None, "unit": objective.unit},
+    result = {"status": Status.INFEASIBLE, "objective": objective.kind, "value": None, "bound": None, "gap": None}
+    return document(
+        "Plan",
+        strategy=strategy,
+        result={**result, "unit": objective.unit},
         **infeasible_parts(error),
-        "replicas": [],
-    }
+        replicas=[],
+    )
 
 
 # --- compare

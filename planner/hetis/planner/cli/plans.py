@@ -39,26 +39,17 @@ ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "note
 def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits every replica, what GPUs are worth, why some idle."""
     from hetis.planner.report.explanation import render_explanation
-    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.json_values import document, fields_of, json_value
     from hetis.solver.placement.explanation import explain_plan
 
     (found,) = _load(terminal, [plan])
     explanation = explain_plan(found.plan, found.problem)
-
-    def document() -> dict[str, object]:
-        return {
-            "apiVersion": "hetis/v1",
-            "kind": "Explanation",
-            "strategy": found.plan.strategy,
-            "result": json_value(found.plan.result),
-            "prices": json_value(found.plan.prices),
-            "runners_up": json_value(found.plan.runners_up),
-            "notes": list(found.plan.notes),
-            **json_value(explanation),
-        }
-
+    of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
     wide = terminal.output is OutputFormat.WIDE
-    terminal.emit(document, lambda: render_explanation(found.plan, explanation, wide=wide))
+    terminal.emit(
+        lambda: document("Explanation", **of_plan, **json_value(explanation)),
+        lambda: render_explanation(found.plan, explanation, wide=wide),
+    )
     return ExitCode.OK
 
 
@@ -88,10 +79,8 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
             "stands beside the plan: other setups, losses, simulation, notes",
         )
 
-    def document() -> dict[str, object]:
-        return {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}
-
-    terminal.emit(document, table)
+    answer = {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}
+    terminal.emit(lambda: answer, table)
     return ExitCode.INVALID if violations else ExitCode.OK
 
 

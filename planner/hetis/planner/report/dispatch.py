@@ -29,16 +29,6 @@ PATHS = {
 }
 
 
-def explain_dispatch(found: Dispatched) -> tuple[str, ...]:
-    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
-    return tuple(_dispatch_sentences(found))
-
-
-def explain_redispatch(found: Redispatched) -> tuple[str, ...]:
-    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
-    return tuple(_redispatch_sentences(found))
-
-
 def costs_sentence(stage: CostedStage) -> str | None:
     """Return a sentence on devices with modelled costs, or None if all costs are given or measured."""
     modelled = [device for device in stage.saved.devices if stage.origins[device.name] == MODELLED]
@@ -65,7 +55,8 @@ def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
     )
 
 
-def _dispatch_sentences(found: Dispatched) -> Iterator[str]:
+def explain_dispatch(found: Dispatched) -> Iterator[str]:
+    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
     stage, plan = found.stage, found.plan
     devices = stage.saved.devices
     yield bottleneck_sentence(stage, found.after)
@@ -127,7 +118,8 @@ def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
     )
 
 
-def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
+def explain_redispatch(found: Redispatched) -> Iterator[str]:
+    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
     plan, stage = found.plan, found.stage
     names = stage.snapshot.stage.devices
     yield bottleneck_sentence(stage, found.before)

@@ -17,7 +17,7 @@ from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
-from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, section, table
+from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, kept_words, missed_words, section, table
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
@@ -90,7 +90,12 @@ def price_table(plan: Plan) -> Table:
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
     heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
-    return table(*heads, rows=(_price_row(price, plan, zone=zone) for price in plan.prices if price in shown))
+    rows = (
+        (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *price_cells(price, plan))
+        for price in plan.prices
+        if price in shown
+    )
+    return table(*heads, rows=rows)
 
 
 def _title(plan: Plan) -> Text:
@@ -308,20 +313,10 @@ def _limit(reached: float, limit: float | None) -> Text:
 def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, which follows the model's values above."""
     level = service_level_of(plan)
-    latencies = ", ".join(f"{one} {level.statistic(one)} {seconds(found.seconds(one))}" for one in Latency)
-    at = f"at {digits(found.rate_rps, 4)} requests/s"
     if found.kept:
-        words = f" {at}: {latencies}; {attained(found, plan)}{kept_beyond(found)}"
-        return Text.assemble(("limits kept", "green"), words)
-    least = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps, 4)}"
-    return Text.assemble(("MISSED", "bold red"), f" {at}: {', '.join(misses(found, plan))}; {least}")
-
-
-def kept_beyond(found: Verification) -> str:
-    """Return a clause about a rate above the planned one that kept the limits, too; empty if there is none."""
-    if found.kept_rps is None or found.kept_rps <= found.rate_rps:
-        return ""
-    return f"; kept up to {digits(found.kept_rps, 4)}"
+        latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in Latency)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps)
+    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps)
 
 
 def _fleet(plan: Plan) -> str:
@@ -349,10 +344,10 @@ def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iter
         )
 
 
-def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
-    idle = price.available - price.used
-    counts = [price.gpus_per_node, price.available, price.used, price.as_attention_workers, idle]
-    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), worth(price.dual, plan)]
+def price_cells(price: ClassPrice, plan: Plan) -> tuple[str, ...]:
+    """Return how many GPUs of a class are there, used, attention workers and idle, and what one is worth."""
+    counts = (price.available, price.used, price.as_attention_workers, price.available - price.used)
+    return (*(f"{count:,}" for count in counts), worth(price.dual, plan))
 
 
 def worth(dual: float, plan: Plan) -> str:

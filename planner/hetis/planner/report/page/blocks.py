@@ -125,7 +125,6 @@ class Stack(Block):
 
     rows: tuple[StackRow, ...]
     numbers: Grid
-    note: str = ""
 
     def legend(self) -> Sequence[Segment]:
         """Return every name once, with its colour."""
@@ -165,10 +164,10 @@ class GpuCell:
     ``role`` is ``stage``, ``worker`` or ``idle``, and ``filled`` is the share of a bar below.
     """
 
-    index: str
     role: str
     color: int
     lines: tuple[str, ...]
+    index: str = ""
     filled: float | None = None
     span: int = 1
 
@@ -210,12 +209,8 @@ class CurveBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    at: float
-    text: str
+    """A text at a place of an axis."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitBlock:
     at: float
     text: str
 
@@ -232,7 +227,7 @@ class Chart:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     curves: tuple[CurveBlock, ...]
-    limits: tuple[LimitBlock, ...] = ()
+    limits: tuple[Tick, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,14 +34,14 @@ from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
     folded,
-    kept_beyond,
     limits,
+    price_cells,
     simple_setups,
     stage_rows,
     verdict,
-    worth,
 )
 from hetis.planner.report.simulation_pictures import Panel
+from hetis.planner.report.tables import kept_beyond
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
@@ -184,7 +184,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     if found is None:
         return
     if found.kept:
-        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{kept_beyond(found)}"
+        beyond = kept_beyond(found.rate_rps, found.kept_rps)
+        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
@@ -394,23 +395,11 @@ def _segments(amounts: Mapping[str, float], whole: float, colors: Mapping[str, i
 
 def _prices(plan: Plan) -> Grid:
     zones = len({price.zone for price in plan.prices}) > 1
-    rows = tuple(
-        (
-            price.gpu,
-            *([price.zone] if zones else []),
-            f"{price.available:,}",
-            f"{price.used:,}",
-            f"{price.as_attention_workers:,}",
-            f"{price.available - price.used:,}",
-            worth(price.dual, plan),
-        )
-        for price in plan.prices
-    )
     where = ["'zone"] if zones else []
     return Grid(
         title="What the GPUs are worth",
         columns=columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
-        rows=rows,
+        rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
         note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
         "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
     )
