@@ -122,10 +122,7 @@ def what_if(
             engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
-
-    def budget() -> Budget:
-        return Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
-
+    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
     if fleet.buy_next:
         market, shape = wanted.market, wanted.change.shape

@@ -15,14 +15,10 @@ from hetis.planner.cli.server_verb import InCluster, chosen_cluster, fetched, fu
 if TYPE_CHECKING:
     from hetis.planner.client import Client
 
-APPLY_EXAMPLES = """Examples:
-
-  hetis-plan apply cluster.yaml l4-profile.yaml
-
-  hetis-plan apply -c cluster.yaml -m Llama-2-70B -w 8000/300 --activate
-
-  hetis-plan apply --plan plan.json --activate
-
+APPLY_EXAMPLES = """Examples:\n
+  hetis-plan apply cluster.yaml l4-profile.yaml\n
+  hetis-plan apply -c cluster.yaml -m Llama-2-70B -w 8000/300 --activate\n
+  hetis-plan apply --plan plan.json --activate\n
   hetis-plan apply --activate plans/night"""
 
 

@@ -21,18 +21,12 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client
     from hetis.solver.cluster import Link
 
-DISCOVER_EXAMPLES = """Examples:
-
-kubectl get nodes,pods -A -o json | hetis-plan cluster discover --out cluster.yaml
-
-nvidia-smi -q -x > $(hostname).xml; hetis-plan cluster discover *.xml --out cluster.yaml
-
-scontrol show nodes --json | hetis-plan cluster discover --gpu a100=A100-SXM-80GB
-
-ray list nodes --detail --format json --limit 1000 | hetis-plan cluster discover --gpu H100=H100-SXM-80GB
-
-hetis-plan cluster discover --from agents --server planner:8470 --out cluster.yaml
-"""
+DISCOVER_EXAMPLES = """Examples:\n
+kubectl get nodes,pods -A -o json | hetis-plan cluster discover --out cluster.yaml\n
+nvidia-smi -q -x > $(hostname).xml; hetis-plan cluster discover *.xml --out cluster.yaml\n
+scontrol show nodes --json | hetis-plan cluster discover --gpu a100=A100-SXM-80GB\n
+ray list nodes --detail --format json --limit 1000 | hetis-plan cluster discover --gpu H100=H100-SXM-80GB\n
+hetis-plan cluster discover --from agents --server planner:8470 --out cluster.yaml"""
 
 _MOST_SHOWN = 50  # sentences on stderr; the file has all
 

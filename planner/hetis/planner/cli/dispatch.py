@@ -19,20 +19,12 @@ from hetis.solver.budget import Budget
 if TYPE_CHECKING:
     from hetis.planner.use_cases.dispatch import CostedStage
 
-DISPATCH_EXAMPLES = """\
-Examples:
-
-hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain
-
-hetis-plan dispatch --plan plan.json --request 8000/300 --out state.json
-"""
-REDISPATCH_EXAMPLES = """\
-Examples:
-
-hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain
-
-hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB --out state.json
-"""
+DISPATCH_EXAMPLES = """Examples:\n
+hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain\n
+hetis-plan dispatch --plan plan.json --request 8000/300 --out state.json"""
+REDISPATCH_EXAMPLES = """Examples:\n
+hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain\n
+hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB --out state.json"""
 _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 
 

@@ -22,14 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EXPORT_EXAMPLES = """Examples:
-
-hetis-plan export plan.json --to vllm --model /models/llama --node-address gpu1=10.0.0.1 --out exported
-
-hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -f -
-
-hetis-plan export plan.json --to sglang --strict -- --context-length 8192
-"""
+EXPORT_EXAMPLES = """Examples:\n
+hetis-plan export plan.json --to vllm --model /models/llama --node-address gpu1=10.0.0.1 --out exported\n
+hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -f -\n
+hetis-plan export plan.json --to sglang --strict -- --context-length 8192"""
 
 _cluster = panel("In a cluster")
 
@@ -82,9 +78,8 @@ def export(
 ) -> ExitCode:
     """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
     from hetis.formats.documents import load_plan
-    from hetis.planner.export.files import folder_refusals, write_files
     from hetis.planner.export.replicas import ExportSettings
-    from hetis.planner.export.targets import export_wanted
+    from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
 
     hosts, wrong = _hosts(asked.node_address or ())
     folder = None if asked.out == "-" else Path(asked.out)
@@ -131,12 +126,9 @@ def _spelled(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-UPSTREAMS_EXAMPLES = """Examples:
-
-hetis-plan upstreams --to nginx --out /etc/nginx/hetis.conf --follow --run "nginx -s reload"
-
-hetis-plan upstreams --to litellm --model Llama-3.1-70B
-"""
+UPSTREAMS_EXAMPLES = """Examples:\n
+hetis-plan upstreams --to nginx --out /etc/nginx/hetis.conf --follow --run "nginx -s reload"\n
+hetis-plan upstreams --to litellm --model Llama-3.1-70B"""
 
 
 RouterFormat = Literal["nginx", "envoy", "litellm"]

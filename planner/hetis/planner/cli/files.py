@@ -73,14 +73,10 @@ def init(
     return ExitCode.OK
 
 
-CONVERT_EXAMPLES = """Examples:
-
-hetis-plan convert profile_export.jsonl --out trace.csv
-
-hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz
-
-hetis-plan convert vllm-server.log --out trace.csv
-"""
+CONVERT_EXAMPLES = """Examples:\n
+hetis-plan convert profile_export.jsonl --out trace.csv\n
+hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz\n
+hetis-plan convert vllm-server.log --out trace.csv"""
 
 
 @group

@@ -154,20 +154,16 @@ def say_what_would_be_solved(
     """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most."""
     from rich.text import Text
 
-    from hetis.planner.report.plan import goal_line
+    from hetis.planner.report.plan import problem_line
+    from hetis.planner.use_cases.json_values import fields_of
 
-    def rows() -> list[Text]:
+    def table() -> Text:
         solved_by = f"{', '.join(strategies)}{f' for {engine.name}' if engine else ''}"
         lines = [
-            Text.assemble(
-                ("ok", "green"),
-                f"  {inputs.model.name} on {inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')}) "
-                f"for {inputs.workload.name}: {goal_line(objective).plain}",
-            )
-            for inputs, objective in problems
+            Text.assemble(("ok", "green"), f"  {problem_line(inputs, objective)}") for inputs, objective in problems
         ]
         times = f"{plural(solves, 'time')} {seconds(time_limit_s)} at most"
-        return [*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")]
+        return Text("\n").join([*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")])
 
     document = {
         "kind": "DryRun",
@@ -178,9 +174,7 @@ def say_what_would_be_solved(
                 "gpus": inputs.cluster.num_gpus(),
                 "workload": inputs.workload.name,
                 "objective": objective.kind.value,
-                "ttft_limit_s": objective.ttft_limit_s,
-                "tpot_limit_s": objective.tpot_limit_s,
-                "demand_rps": objective.demand_rps,
+                **fields_of(objective, "ttft_limit_s", "tpot_limit_s", "demand_rps"),
             }
             for inputs, objective in problems
         ],
@@ -189,5 +183,5 @@ def say_what_would_be_solved(
         "solves": solves,
         "time_limit_s": time_limit_s,
     }
-    terminal.emit(lambda: document, lambda: Text("\n").join(rows()))
+    terminal.emit(lambda: document, table)
     return ExitCode.OK

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -275,9 +276,7 @@ def compare(
             time_limit_s=search.time_limit,
         )  # fmt: skip
     cancelled = threading.Event()
-
-    def budget() -> Budget:
-        return Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:

@@ -140,6 +140,10 @@ def gap_of(plan: plan_pb2.Plan) -> str:
     return percent(found.gap) if found.HasField("gap") else ""
 
 
+def _node_state(node: cluster_pb2.Node) -> str:
+    return word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
+
+
 def _mode(mode: int) -> str:
     return word_of(cluster_pb2.ReactionMode, mode).lower() if mode else "default"
 
@@ -173,9 +177,7 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
     ),
     "nodes": (
         ResourceColumn("'node", lambda n: last_part(n.name)),
-        ResourceColumn(
-            "'state", lambda n: state(word_of(cluster_pb2.NodeState, n.state) + (" draining" if n.draining else ""))
-        ),
+        ResourceColumn("'state", lambda n: state(_node_state(n))),
         ResourceColumn("GPUs", lambda n: str(len(n.devices))),
         ResourceColumn("'KV of the fullest", lambda n: kv_bar(n.devices)),
         ResourceColumn("'trouble", lambda n: _trouble(n.devices)),
@@ -300,8 +302,7 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
         return Text(f"throttled: {', '.join(slowed)}" if slowed else "", style="yellow")
 
     for node in nodes:
-        name = word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
-        first = (last_part(node.name), state(name), ago(node.heard_time))
+        first = (last_part(node.name), state(_node_state(node)), ago(node.heard_time))
         for device in node.devices:
             made.add_row(
                 *first,
@@ -353,8 +354,8 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
         case "node":
             node = event.node
             kv = kv_ratio(node.devices)
-            state = word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
-            return f"{at} node {last_part(node.name)}: {state}" + (f", KV {percent(kv)}" if kv is not None else "")
+            full = "" if kv is None else f", KV {percent(kv)}"
+            return f"{at} node {last_part(node.name)}: {_node_state(node)}{full}"
         case "removed_node":
             return f"{at} node {last_part(event.removed_node)}: gone"
         case "replica":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
 
@@ -86,7 +86,7 @@ class PlannerOptions:
 
 
 def server_verb(
-    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE, is_endless: bool = False
+    *, prints_data: bool = True, is_endless: bool = False
 ) -> Callable[[Callable[..., ExitCode]], Callable[..., None]]:
     """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client.
 
@@ -103,7 +103,7 @@ def server_verb(
         terminal, _client, *own = inspect.signature(function).parameters.values()
         planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=PlannerOptions)
         with_client.__signature__ = inspect.Signature([terminal, *own, planner])  # type: ignore[attr-defined]
-        return verb(prints_data=prints_data, output=output)(with_client)
+        return verb(prints_data=prints_data)(with_client)
 
     return decorate
 

@@ -26,17 +26,11 @@ if TYPE_CHECKING:
     from hetis.solver.problem import PlacementProblem
     from hetis.solver.workload import Workload
 
-SIMULATE_EXAMPLES = """\
-Examples:
-
-hetis-plan simulate plan.json --seeds 5
-
-hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html
-
-hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms
-
-hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps
-"""
+SIMULATE_EXAMPLES = """Examples:\n
+hetis-plan simulate plan.json --seeds 5\n
+hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
+hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
+hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
@@ -238,16 +232,9 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Simula
 
 
 def _limits(objective: Objective, asked: SimulateOptions) -> Objective:
-    def limit(given: float | None, planned: float | None) -> float | None:
-        if given is None:
-            return planned
-        return None if given == values.NO_LIMIT else given
-
-    return replace(
-        objective,
-        ttft_limit_s=limit(asked.ttft, objective.ttft_limit_s),
-        tpot_limit_s=limit(asked.tpot, objective.tpot_limit_s),
-    )
+    given = {"ttft_limit_s": asked.ttft, "tpot_limit_s": asked.tpot}
+    limits: dict[str, Any] = {name: limit for name, limit in given.items() if limit is not None}
+    return replace(objective, **{name: None if limit == values.NO_LIMIT else limit for name, limit in limits.items()})
 
 
 def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:

@@ -10,8 +10,7 @@ from hetis.engines.commands import Command
 from hetis.engines.layout import ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
-from hetis.planner.export.files import Written
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, published_image
 from hetis.solver.plan import Role
 
 

@@ -19,8 +19,7 @@ from hetis.engines.kubernetes import (
 )
 from hetis.engines.layout import Process
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.files import Written
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, published_image
 from hetis.solver.plan import Role
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from hetis.engines.serving import connector_of, partition_of, room_options, shape_options
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.files import Written
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 

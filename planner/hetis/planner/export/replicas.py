@@ -162,6 +162,18 @@ class Launchable:
             yield from (f"replica {number}: {reason}" for reason in reasons)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The files of a target."""
+
+    files: Mapping[str, str]  # text by path; a path that ends in ``.sh`` is a program
+    shown: tuple[str, ...]  # the essential files, for standard output
+    endpoints: Mapping[int, str]  # of each replica, by its position in the plan
+    start: str  # instructions in Markdown
+    carried: Launchable  # the replicas that it can have
+    not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
+
+
 def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
     """Return the parts of a plan that an engine can launch.
 

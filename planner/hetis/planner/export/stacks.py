@@ -9,7 +9,6 @@ from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, a
 from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.files import Written
 from hetis.planner.export.kubernetes import (
     LEADER,
     PodGroup,
@@ -21,7 +20,7 @@ from hetis.planner.export.kubernetes import (
     replica_objects,
     written_for_cluster,
 )
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
 

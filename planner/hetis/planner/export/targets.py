@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hetis.engines.kubernetes import NAMESPACE
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
@@ -14,12 +15,12 @@ from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.files import write_atomically
 from hetis.planner.export import ExportDevice, ExportTarget
-from hetis.planner.export.files import Written
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import write_ray
-from hetis.planner.export.replicas import ExportSettings, Launchable, launchable, weights_used
+from hetis.planner.export.replicas import ExportSettings, Launchable, Written, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
 from hetis.solver.model import ModelSpec
@@ -158,6 +159,34 @@ def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
     except catalogue.UnknownNameError:
         return shape.name
     return asked if _HF_ID.fullmatch(asked) and known == shape.name else shape.name
+
+
+# --- files
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write every file atomically, and make scripts executable. Raises DocumentError: one cannot be written."""
+    for path, text in files.items():
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise single_problem(str(target.parent), f"cannot be made: {error.strerror}") from None
+        write_atomically(target, text)
+        if path.endswith(".sh"):
+            target.chmod(target.stat().st_mode | 0o111)
+
+
+def folder_refusals(folder: Path, *, force: bool) -> list[str]:
+    """Return why files cannot be written to the folder; empty if they can."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            return [f"{folder} is no folder"]
+        if not force and folder.is_dir() and any(folder.iterdir()):
+            return [f"{folder} is not empty: name another, or force it"]
+    except OSError as error:
+        return [f"{folder}: {error.strerror}"]
+    return []
 
 
 # --- README

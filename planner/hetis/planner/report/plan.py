@@ -41,6 +41,7 @@ from hetis.solver.plan import (
 
 if TYPE_CHECKING:
     from hetis.solver.planning import ConstraintPrice
+    from hetis.solver.problem import PlacementProblem
 
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
@@ -110,7 +111,7 @@ def _title(plan: Plan) -> Text:
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
-def problem_title(inputs: Inputs) -> Text:
+def problem_title(inputs: Inputs | PlacementProblem) -> Text:
     fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
     return _named_problem(inputs.model.name, fleet, inputs.workload.name)
 
@@ -127,6 +128,11 @@ def goal_line(objective: Objective) -> Text:
     ]
     demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
     return Text(f"{objective.kind.value}{demand}; {', '.join(limits)}", style="dim")
+
+
+def problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:
+    """Return what is planned, for which objective."""
+    return f"{problem_title(inputs).plain}: {goal_line(objective).plain}"
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:

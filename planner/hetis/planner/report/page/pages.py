@@ -25,7 +25,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.plan import goal_line
+from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.use_cases.compare import Compared, figures_of
 from hetis.planner.use_cases.replan import PosedReplan
@@ -75,7 +75,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
     if without:
         blocks.append(Sentences(title="Without a plan", terms=without))
-    lead = _problem_line(inputs, objective)
+    lead = problem_line(inputs, objective)
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
         name, best = with_plan[_best([plan for _, plan in with_plan])]
@@ -94,7 +94,7 @@ def what_if_page(found: WhatIf) -> str:
     ]
     if found.plan_change is not None:
         blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
-    lead = _problem_line(inputs, found.objective)
+    lead = problem_line(inputs, found.objective)
     sections = [Section(anchor="change", heading="Another fleet", lead=lead, blocks=tuple(blocks))]
     for number, (name, side) in enumerate((("After", found.after), ("Before", found.before)), start=1):
         sections += _side(name, side, number)
@@ -127,7 +127,7 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
         note=lowest_words(found, posed).strip(),
     )
     blocks = (Tiles(tiles=tiles), steps, Sentences(title="Replicas", lines=(change_counts(found.change),)))
-    lead = _problem_line(posed.loaded.inputs, posed.problem.objective)
+    lead = problem_line(posed.loaded.inputs, posed.problem.objective)
     sections = [Section(anchor="change", heading="From the running plan to the next", lead=lead, blocks=blocks)]
     sections.append(_section(ShownPlan(name="The new plan", plan=found.plan, problem=posed.problem), 1))
     return _page(f"Re-planned: {_title(posed.problem)}", sections)
@@ -191,7 +191,7 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
     )  # fmt: skip
     if found.left_out:
         blocks.append(Sentences(title="Not solved in time", lines=found.left_out))
-    lead = _problem_line(found.before.loaded.inputs, found.objective)
+    lead = problem_line(found.before.loaded.inputs, found.objective)
     return Section(anchor=anchor, heading=heading, lead=lead, blocks=tuple(blocks))
 
 
@@ -263,12 +263,6 @@ def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem) -> tuple[str, ..
 def _best(plans: Sequence[Plan]) -> int:
     sign = 1.0 if plans[0].objective.maximises else -1.0
     return max(range(len(plans)), key=lambda i: sign * plans[i].result.value)
-
-
-def _problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:
-    gpus = plural(inputs.cluster.num_gpus(), "GPU")
-    what = f"{inputs.model.name} on {inputs.cluster.name} ({gpus}) for {inputs.workload.name}"
-    return f"{what}: {goal_line(objective).plain}"
 
 
 def _title(problem: PlacementProblem) -> str:

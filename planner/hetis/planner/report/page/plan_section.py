@@ -36,6 +36,7 @@ from hetis.planner.report.plan import (
     folded,
     limits,
     price_cells,
+    problem_title,
     simple_setups,
     stage_rows,
     verdict,
@@ -78,11 +79,10 @@ def plan_section(
     """
     explanation = explain_plan(plan, problem)
     figures = figures_of(plan, problem) if plan.replicas else None
-    gpus = plural(problem.cluster.num_gpus(), "GPU")
     return Section(
         anchor=anchor,
         heading=name,
-        lead=f"{problem.model.name} on {problem.cluster.name} ({gpus}) for {problem.workload.name}",
+        lead=problem_title(problem).plain,
         blocks=tuple(_blocks(plan, problem, explanation, figures, panels, traffic)),
     )
 
@@ -363,14 +363,17 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
     for part in explanation.stage_times:
         amounts = {share.name: share.amount / part.copies for share in time_shares(part)}
         names += [name for name in amounts if name not in names]
-        each = part.total_s / part.copies
+        each, whole = part.total_s / part.copies, slowest[part.replica]
         label = f"R{part.replica} stage {part.stage + 1}"
         sizes = parallel_sizes(part.tp, part.copies, shares_experts=plan.replicas[part.replica].expert_parallel)
         rows.append(
             StackRow(
                 label=f"{label}: {part.gpu} {sizes}",
                 text=f"{seconds(each)}{', the bottleneck' if part.is_bottleneck else ''}",
-                segments=_segments(amounts, slowest[part.replica], _TIME_COLORS),
+                segments=tuple(
+                    Segment(name=name, share=amount / whole if whole else 0.0, color=_TIME_COLORS[name])
+                    for name, amount in amounts.items()
+                ),
             )
         )
         numbers.append((label, amounts, each))
@@ -381,13 +384,6 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
     table = Grid(title="As numbers", columns=columns("'stage", *names, "together"), rows=cells, folded=True)
     intro = "The time that one request costs every stage, per copy; the longest of a replica sets its rate."
     return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
-
-
-def _segments(amounts: Mapping[str, float], whole: float, colors: Mapping[str, int]) -> tuple[Segment, ...]:
-    return tuple(
-        Segment(name=name, share=amount / whole if whole else 0.0, color=colors[name])
-        for name, amount in amounts.items()
-    )
 
 
 # --- the rest
