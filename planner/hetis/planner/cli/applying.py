@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from google.protobuf.duration_pb2 import Duration
 
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.command_line.terminal import Terminal
@@ -22,6 +21,7 @@ from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, r
 from hetis.planner.cli.server_verb import fetched, full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
+from hetis.planner.convert.names import duration
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
 from hetis.planner.use_cases.json_values import fields_of
 from hetis.solver.cluster import Cluster
@@ -134,8 +134,6 @@ class FileProblem:
 
     def _spec(self) -> plan_pb2.PlanSpec:
         inputs, family, replicas, search = self.inputs, self.family, self.replicas, self.search
-        time_limit = Duration()
-        time_limit.FromNanoseconds(round(search.time_limit * 1e9))
         profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in inputs.profile or ())
         same: dict[str, Any] = {  # fields that are called like their options; None leaves one unset
             **fields_of(inputs, "weights", "kv", "mtp"),
@@ -151,7 +149,7 @@ class FileProblem:
             chunk_tokens=sorted(replicas.chunk_tokens or ()),
             skip_verification=not self.verify,
             gap_target=search.gap,
-            time_limit=time_limit,
+            time_limit=duration(search.time_limit),
             seed=search.seed,
             num_threads=search.threads,
             **same,

@@ -127,6 +127,8 @@ prefix_hit_rate_option = partial(
     shown="the workload's, or 0",
 )
 rate_option = partial(_goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.rate)
+ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
+tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)
 strategy_option = partial(
     _search,
     "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
@@ -250,16 +252,8 @@ class GoalOptions:
         f"--objective GOAL: What the plan is good for: {', '.join(ObjectiveKind)}.", ObjectiveKind.GOODPUT
     )
     rate: float | None = rate_option()
-    ttft: float | None = _goal(
-        "--ttft TIME|none: Limit of the p95 time to first token.",
-        parser=values.ttft_limit,
-        shown="2s; throughput: none",
-    )
-    tpot: float | None = _goal(
-        "--tpot TIME|none: Limit of the mean time per output token.",
-        parser=values.tpot_limit,
-        shown="100ms; throughput: none",
-    )
+    ttft: float | None = ttft_option(shown="2s; throughput: none")
+    tpot: float | None = tpot_option(shown="100ms; throughput: none")
 
 
 @group

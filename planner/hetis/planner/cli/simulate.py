@@ -61,12 +61,8 @@ class SimulateOptions:
     saturate: bool = _traffic("--saturate: A request is always waiting: how much is served?", False)
     sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
     tolerance: float = _goal("--tolerance SHARE: How closely --sweep brackets that rate.", "2%", parser=values.share)
-    ttft: float | None = _goal(
-        "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit, shown="the plan's"
-    )
-    tpot: float | None = _goal(
-        "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit, shown="the plan's"
-    )
+    ttft: float | None = options.ttft_option(shown="the plan's")
+    tpot: float | None = options.tpot_option(shown="the plan's")
     requests: int | None = _runs(
         "--requests N: Requests of each run.",
         min=1,

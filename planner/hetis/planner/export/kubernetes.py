@@ -229,11 +229,7 @@ def write_lws(launchable: Launchable) -> Written:
 
 
 def groupable(launchable: Launchable) -> Launchable:
-    """Return the replicas whose pods can be made from two templates.
-
-    Raises:
-        NotExportableError: none is left.
-    """
+    """Return the replicas whose pods can be made from two templates. Raises NotExportableError: none is left."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
         if why := PodGroup(launchable, one, leader=LEADER).why_not():

@@ -31,7 +31,6 @@ from hetis.planner.report.page.blocks import (
     Sentences,
     Strip,
     Strips,
-    TableColumn,
     Tick,
     Tile,
     Tiles,
@@ -259,14 +258,8 @@ def _replicas(cluster: ClusterNow) -> Grid:
     return Grid(
         title="Replicas",
         columns=(
-            TableColumn(name="", numeric=False),
-            TableColumn(name="replica", numeric=False),
-            TableColumn(name="plan", numeric=False),
-            TableColumn(name="state", numeric=False),
-            *(
-                TableColumn(name=name)
-                for name in ("GPUs", "running", "waiting", "TTFT", "TPOT", "preempted", "generation")
-            ),
+            *("'", "'replica", "'plan", "'state"),
+            *("GPUs", "running", "waiting", "TTFT", "TPOT", "preempted", "generation"),
         ),
         rows=tuple(rows),
         bad=tuple(bad),
@@ -395,12 +388,10 @@ def _redispatches(cluster: ClusterNow) -> Block:
             )
         )
     rest = len(newest) - len(rows)
-    numeric = {"moves", "KV", "a layer of a step"}
-    names = ("at", "replica", "because", "moves", "KV", "a layer of a step", "state")
     return Grid(
         title="Re-dispatches",
         intro="Head groups that were moved while requests ran, the latest first; times are UTC.",
-        columns=tuple(TableColumn(name=name, numeric=name in numeric) for name in names),
+        columns=("'at", "'replica", "'because", "moves", "KV", "a layer of a step", "'state"),
         rows=tuple(rows),
         bad=tuple(bad),
         strong=next((i for i, one in enumerate(newest[: len(rows)]) if _state(one) in _UNDER_WAY), None),

@@ -53,21 +53,10 @@ class Tiles(Block):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TableColumn:
-    name: str
-    numeric: bool = True
-
-
-def columns(*names: str) -> tuple[TableColumn, ...]:
-    """Return columns by name; those of text begin with a quote."""
-    return tuple(TableColumn(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Grid(Block):
     """A table. ``strong`` is the most important row, ``bad`` rows have trouble; if ``folded``, it opens on a click."""
 
-    columns: tuple[TableColumn, ...]
+    columns: tuple[str, ...]  # their heads; those of text have a quote before it
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     strong: int | None = None

@@ -21,7 +21,6 @@ from hetis.planner.report.page.blocks import (
     Sentences,
     Tile,
     Tiles,
-    columns,
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
@@ -89,7 +88,7 @@ def what_if_page(found: WhatIf) -> str:
     inputs = found.before.loaded.inputs
     blocks: list[Block] = [
         Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
-        Grid(title="Before and after", columns=columns("'", "before", "after"), rows=tuple(side_rows(found))),
+        Grid(title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found))),
         Sentences(title="Difference of the best plans", lines=(verdict_words(found.difference, found.objective),)),
     ]
     if found.plan_change is not None:
@@ -122,7 +121,7 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
     steps = Grid(
         title="Steps, in this order",
         intro=change_cost_words(costs),
-        columns=columns("", "'action", "'what", "load", "takes up to", "capacity"),
+        columns=("", "'action", "'what", "load", "takes up to", "capacity"),
         rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
         note=lowest_words(found, posed).strip(),
     )
@@ -151,7 +150,7 @@ def _section(shown: ShownPlan, number: int) -> Section:
     panels: tuple[Panel, ...] = ()
     traffic = ""
     if shown.curve is not None:
-        panels = panels_of_sweep(shown.curve.sweep, shown.curve.limits)
+        panels = tuple(panels_of_sweep(shown.curve.sweep, shown.curve.limits))
         traffic = (
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
             f"bands are 95% intervals. {_kept_until(shown.curve)}"
@@ -181,7 +180,7 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
         Grid(
             title="The market, best purchase per dollar first",
             intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-            columns=columns(
+            columns=(
                 "'GPU", "USD/h each", "marginal price", f"{found.objective.unit} then", "gain", "per GPU", "per USD/h",
                 "proven", "'",
             ),
@@ -233,7 +232,7 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], o
     )  # fmt: skip
     yield Grid(
         title="In figures",
-        columns=columns(
+        columns=(
             "'", "requests/s", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens", "TTFT p95", "TPOT mean",
             "KV tokens", "GPUs", "idle",
         ),

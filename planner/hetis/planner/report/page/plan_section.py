@@ -27,7 +27,6 @@ from hetis.planner.report.page.blocks import (
     Tiles,
     Waterfall,
     Waterfalls,
-    columns,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.plan import (
@@ -280,7 +279,7 @@ def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
     rest = groups[MAX_SHAPES:]
     return Grid(
         title="Replicas",
-        columns=columns(
+        columns=(
             "'replica",
             "requests/s saturated",
             "TTFT p95",
@@ -304,7 +303,7 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
     )
     return Grid(
         title="Stages",
-        columns=columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
+        columns=("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
         rows=tuple(rows),
         folded=True,
     )
@@ -329,9 +328,7 @@ def _memory(explanation: Explanation) -> Waterfalls:
         before = tightest.get(part.gpu)
         if before is None or part.free_bytes < before.free_bytes:
             tightest[part.gpu] = part
-    table = Grid(
-        title="All stages, in GiB", columns=columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True
-    )
+    table = Grid(title="All stages, in GiB", columns=("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True)
     falls = []
     for gpu, part in tightest.items():
         steps, begin = list[ChangeStep](), 0.0
@@ -381,7 +378,7 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
         (label, *(seconds(of[name]) if of.get(name) else "–" for name in names), seconds(each))
         for label, of, each in numbers
     )
-    table = Grid(title="As numbers", columns=columns("'stage", *names, "together"), rows=cells, folded=True)
+    table = Grid(title="As numbers", columns=("'stage", *names, "together"), rows=cells, folded=True)
     intro = "The time that one request costs every stage, per copy; the longest of a replica sets its rate."
     return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
 
@@ -394,7 +391,7 @@ def _prices(plan: Plan) -> Grid:
     where = ["'zone"] if zones else []
     return Grid(
         title="What the GPUs are worth",
-        columns=columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
+        columns=("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
         rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
         note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
         "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
@@ -405,7 +402,7 @@ def _runners_up(plan: Plan) -> Grid:
     return Grid(
         title="Not chosen",
         intro="Replicas that came closest, each with its own saturated rate.",
-        columns=columns("'a replica of", "requests/s", "'why not"),
+        columns=("'a replica of", "requests/s", "'why not"),
         rows=tuple(
             (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate)) for one in plan.runners_up
         ),
@@ -465,7 +462,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     return Grid(
         title="Profiles and their errors",
         intro=intro + (f" {given}." if given else ""),
-        columns=columns("'GPU", "'operator", "'source", "error", "'from"),
+        columns=("'GPU", "'operator", "'source", "error", "'from"),
         rows=tuple(rows),
         folded=True,
     )
