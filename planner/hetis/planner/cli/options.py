@@ -371,11 +371,6 @@ class SearchOptions:
     threads: int = threads_option()
 
     def settings(self, family: FamilyOptions, replicas: ReplicaOptions, **more: Any) -> PlacementSettings:
-        """Return the settings of a search in a family of plans.
-
-        Raises:
-            BadParameter: the options contradict each other.
-        """
         from hetis.planner.use_cases.sources import ordered
 
         return self.settings_of(

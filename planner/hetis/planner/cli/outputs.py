@@ -1,4 +1,7 @@
-"""Outputs of verbs: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``."""
+"""Outputs of verbs: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``.
+
+Files that cannot be written raise DocumentError, options that cannot be met BadParameter.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,7 @@ STDOUT = Path("-")  # stands for standard output
 
 
 def refuse_unwritable(path: Path | None) -> None:
-    """Refuse before a long search a file that could not be written after it; standard output and None pass.
-
-    Raises:
-        DocumentError: the folder is missing or may not be written, or the path is a folder.
-    """
+    """Refuse before a long search a file that could not be written after it; standard output and None pass."""
     if path is None or path == STDOUT:
         return
     folder = path.resolve().parent
@@ -43,26 +42,13 @@ def refuse_unwritable(path: Path | None) -> None:
 
 
 def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
-    """Refuse before the work if a library is missing, and name the extra that installs it.
-
-    Raises:
-        BadParameter: the library is not installed.
-    """
+    """Refuse before the work if a library is missing, and name the extra that installs it."""
     if importlib.util.find_spec(name) is None:
         raise typer.BadParameter(f"{name} is not installed, which {wanted_by} needs: pip install 'hetis[{extra}]'")
 
 
 def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
-    """Refuse before the work a page that could not be saved; None: no page was requested.
-
-    Args:
-        path: of the page.
-        beside: where the verb saves something else; its table goes to standard output in any case.
-
-    Raises:
-        DocumentError: the page cannot be written there.
-        BadParameter: the library that makes pages is not installed, or something else is written there, too.
-    """
+    """Refuse before the work a page that could not be saved, or would be saved where something else is (``beside``)."""
     if path is None:
         return
     if path == STDOUT:
@@ -73,7 +59,7 @@ def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
 
 
 def refuse_unwritable_page(path: Path) -> None:
-    """Refuse the same for a verb that prints nothing else: DocumentError for the file, BadParameter without jinja2."""
+    """Refuse the same for a verb that prints nothing else."""
     refuse_unwritable(path)
     refuse_missing_library("jinja2", extra="planner", wanted_by="a page")
 
@@ -85,18 +71,14 @@ def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
 
 
 def save(terminal: Terminal, value: Value, path: Path) -> None:
-    """Write the whole document or nothing; YAML if the name's suffix is that of YAML.
-
-    Raises:
-        DocumentError: the file cannot be written.
-    """
+    """Write the whole document or nothing; YAML if the name's suffix is that of YAML."""
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
     write_atomically(path, dump(value, form))
     terminal.say(f"saved {path}")
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Write plans by name, as ``NAME.json``. Raises DocumentError: a file cannot be written."""
+    """Write plans by name, as ``NAME.json``."""
     for name, plan in plans.items():
         save(terminal, plan, _plan_file(folder, name))
 
@@ -106,7 +88,7 @@ def _plan_file(folder: Path, name: str) -> Path:
 
 
 def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Write the page, on standard output for ``-``. Raises DocumentError: the file cannot be written."""
+    """Write the page, on standard output for ``-``."""
     if path == STDOUT:
         terminal.write(page)
         return

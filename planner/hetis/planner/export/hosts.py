@@ -168,11 +168,7 @@ _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 
 def write_compose(launchable: Launchable) -> Written:
-    """Return a folder for each node with its compose.yaml and the plugin's files.
-
-    Raises:
-        NotExportableError: an image is missing.
-    """
+    """Return a folder for each node with its compose.yaml and the plugin's files."""
     image = launchable.settings.image or published_image(launchable.engine)
     wrong = [] if image else ["--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it"]
     if launchable.has_workers and not launchable.settings.worker_image:

@@ -24,11 +24,7 @@ from hetis.solver.plan import Role
 
 
 def write_kubernetes(launchable: Launchable) -> Written:
-    """Return a file for each replica, and a kustomization of them all.
-
-    Raises:
-        NotExportableError: pods cannot do what the replicas need, or options are missing.
-    """
+    """Return a file for each replica, and a kustomization of them all."""
     check_cluster_options(launchable)
     made, left_out = dict[int, list[dict[str, Any]]](), dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
@@ -56,11 +52,7 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
 
 
 def check_cluster_options(launchable: Launchable) -> None:
-    """Check that the options for Kubernetes objects are complete.
-
-    Raises:
-        NotExportableError: with every missing option.
-    """
+    """Raise NotExportableError with every missing option for Kubernetes objects."""
     one = next(iter(launchable.replicas.values()))
     wrong = deployment_of(launchable, one).wrong(one.serving.model, has_workers=launchable.has_workers)
     if wrong:
@@ -211,11 +203,7 @@ _MOST_ROLES = 10  # in a DisaggregatedSet
 
 
 def write_lws(launchable: Launchable) -> Written:
-    """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects.
-
-    Raises:
-        NotExportableError: no replica can be made of such pods, or options are missing.
-    """
+    """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects."""
     check_cluster_options(launchable)
     launchable = groupable(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())

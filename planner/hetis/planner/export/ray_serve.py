@@ -19,11 +19,7 @@ _TINY = 0.001
 
 
 def write_ray(launchable: Launchable) -> Written:
-    """Return a config file of Ray Serve.
-
-    Raises:
-        NotExportableError: the engine is not unmodified vLLM, or no replica can be placed in this way.
-    """
+    """Return a config file of Ray Serve."""
     if launchable.engine is Engine.SGLANG:
         raise NotExportableError(("Ray Serve LLM runs vLLM: --engine is sglang",))
     left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}

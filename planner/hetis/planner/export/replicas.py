@@ -175,11 +175,7 @@ class Written:
 
 
 def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
-    """Return the parts of a plan that an engine can launch.
-
-    Raises:
-        NotExportableError: nothing can be launched; with the reasons of all replicas.
-    """
+    """Return what an engine can launch of a plan. Raises NotExportableError with all reasons if there is nothing."""
     plan, changes = with_single_copies(plan)
     engine = settings.engine or engine_for(plan)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
@@ -327,11 +323,7 @@ def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
 def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int]]:
     """Pair replicas along the plan's routes, those with most traffic first, and leave out replicas without a partner.
 
-    Returns:
-        The remaining replicas, and the decode replica of every prefill replica.
-
-    Raises:
-        NotExportableError: nothing is left.
+    Return what is left, and the decode replica of every prefill replica. Raises NotExportableError if nothing is left.
     """
     pairs, taken = dict[int, int](), set[int]()
     there = launchable.replicas.keys()

@@ -36,6 +36,7 @@ class Export:
     rate: float  # saturated requests/s that remain of ``planned``
 
 
+# They raise NotExportableError if no replica can be launched on their target, or with every option that is missing.
 _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.VLLM: write_shell,
     ExportTarget.SGLANG: write_shell,
@@ -92,9 +93,6 @@ def export_wanted(
     """Check the settings, complete them by the plan, and return it as the files of a target.
 
     Args:
-        plan: the plan.
-        target: what runs it.
-        settings: as given.
         file: of the plan, for messages.
         spelled: returns an option's spelling in the caller's interface.
         more_wrong: the caller's own errors, reported together with those found here.

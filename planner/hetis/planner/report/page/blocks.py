@@ -148,16 +148,13 @@ class Waterfalls(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCell:
-    """A GPU of a node, or ``span`` neighbours that do the same.
+    """A GPU of a node, or ``span`` neighbours that do the same."""
 
-    ``role`` is ``stage``, ``worker`` or ``idle``, and ``filled`` is the share of a bar below.
-    """
-
-    role: str
+    role: str  # ``stage``, ``worker`` or ``idle``
     color: int
     lines: tuple[str, ...]
     index: str = ""
-    filled: float | None = None
+    filled: float | None = None  # share of a bar below
     span: int = 1
 
 
