@@ -40,7 +40,7 @@ class StateOptions:
 class RequestOptions:
     state: str | None = _input("--state FILE: A DispatchState file; - is stdin.")
     plan: str | None = _input(
-        "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running.",
+        "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running."
     )
     replica: int = _input("--replica: Replica of the plan, from 0.", 0, min=0)
     stage: int = _input("--stage: Stage of that replica, from 1.", 1, min=1)

@@ -116,8 +116,7 @@ _to_solve, _plan = panel("To solve"), panel("Plan")
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(
-    _input,
-    "--profile FILE: Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled.",
+    _input, "--profile FILE: Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled."
 )
 prefix_hit_rate_option = partial(
     _input,
@@ -145,8 +144,7 @@ gap_option = partial(
 seed_option = partial(_search, "--seed: Same seed, same plan.", 0, min=0)
 threads_option = partial(_search, "--threads: Solver threads; 0 uses every core.", 1, min=0)
 out_option = partial(
-    _result,
-    "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table.",
+    _result, "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table."
 )
 html_option = partial(_result, "--html FILE: Also save one page of HTML that needs no network; see `report`.")
 dry_run_option = partial(
@@ -192,7 +190,7 @@ class OptionalInputOptions:
         shown="no drafts",
     )
     profile: list[str] | None = _to_solve(
-        "--profile FILE|NAME: Profile to use: a file, which is applied first, or one that is there; repeatable.",
+        "--profile FILE|NAME: Profile to use: a file, which is applied first, or one that is there; repeatable."
     )
 
 
@@ -261,12 +259,12 @@ class ConstraintOptions:
     pin: list[str] | None = _goal(
         "--pin CONSTRAINT: "
         "node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, unified "
-        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
+        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable."
     )
     forbid: list[str] | None = _goal(
         "--forbid CONSTRAINT: "
         "gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; shared-experts. "
-        "Repeatable.",
+        "Repeatable."
     )
 
 

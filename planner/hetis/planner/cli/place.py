@@ -93,10 +93,7 @@ def place(
         replicas,
         constraints,
         settings=search.settings(
-            family,
-            replicas,
-            simplest_within=preferences.simplest_within,
-            survive=preferences.survive or "",
+            family, replicas, simplest_within=preferences.simplest_within, survive=preferences.survive or ""
         ),
         verify=results.verify,
         other_engines=results.other_engines,
@@ -189,11 +186,7 @@ def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objec
 
     result = {"status": Status.INFEASIBLE, "objective": objective.kind, "value": None, "bound": None, "gap": None}
     return document(
-        "Plan",
-        strategy=strategy,
-        result={**result, "unit": objective.unit},
-        **infeasible_parts(error),
-        replicas=[],
+        "Plan", strategy=strategy, result={**result, "unit": objective.unit}, **infeasible_parts(error), replicas=[]
     )
 
 

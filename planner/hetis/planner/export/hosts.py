@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -181,7 +182,9 @@ def write_compose(launchable: Launchable) -> Written:
         for _, one in here:
             for command in one.commands:
                 if command.process.node == node:
-                    services[service_of(one, command)] = _service(launchable, one, command, image)
+                    # A name among services may contain no slash and no dot.
+                    name = re.sub(r"[/.+]", "-", f"{one.name}-{command.process.name}")
+                    services[name] = _service(launchable, one, command, image)
                     files |= {f"{node}/{path}": text for path, text in command.files.items()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
@@ -190,11 +193,6 @@ def write_compose(launchable: Launchable) -> Written:
         files[f"{node}/compose.yaml"] = yaml_text(whole)
         shown.append(f"{node}/compose.yaml")
     return _written(launchable, files, shown, _HOW_COMPOSE)
-
-
-def service_of(one: LaunchableReplica, command: Command) -> str:
-    """Return the name of a process among services, which may contain no slash and no dot."""
-    return f"{one.name}-{command.process.name}".replace("/", "-").replace(".", "-").replace("+", "-")
 
 
 def _service(launchable: Launchable, one: LaunchableReplica, command: Command, image: str) -> dict[str, Any]:
@@ -206,6 +204,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
     volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
     if one.serving.model.startswith("/") and not is_worker:
         volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
+    reserved = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(process.gpus)], "capabilities": ["gpu"]}
     service: dict[str, Any] = {
         "image": settings.worker_image if is_worker else image,
         # Images have entry points of their own; these words are the whole command.
@@ -217,7 +216,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
         "restart": "unless-stopped",
         "stop_grace_period": f"{command.stops_s:g}s",
         "labels": {"hetis.devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)},
-        "deploy": {"resources": {"reservations": {"devices": [_reserved(process.gpus)]}}},
+        "deploy": {"resources": {"reservations": {"devices": [reserved]}}},
     }
     if volumes:
         service["volumes"] = volumes
@@ -229,10 +228,6 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
         if launchable.engine is not Engine.SGLANG:
             environment["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
     return service
-
-
-def _reserved(gpus: tuple[int, ...]) -> Mapping[str, Any]:
-    return {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(gpus)], "capabilities": ["gpu"]}
 
 
 def _gpus(gpus: tuple[int, ...]) -> dict[str, str]:

@@ -221,14 +221,10 @@ def _step_row(step: Step, found: Replanning, posed: PosedReplan) -> list[str]:
     starting = step.action is Action.START
     plan = found.plan if starting else posed.running
     names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
-    loads = sum(_load_of(found, i) for i in step.replicas) if starting else 0.0
+    loads = sum(one.load_bytes for one in found.change.replicas if one.after in step.replicas) if starting else 0.0
     flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
     takes = seconds(step.seconds) if step.seconds else "-"
     return [step.action.value, names, gigabytes(loads) if loads else "-", takes, flow]
-
-
-def _load_of(found: Replanning, number: int) -> float:
-    return next(change.load_bytes for change in found.change.replicas if change.after == number)
 
 
 def lowest_words(found: Replanning, posed: PosedReplan) -> str:

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -38,11 +37,8 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
-
-if TYPE_CHECKING:
-    from hetis.solver.planning import ConstraintPrice
-    from hetis.solver.problem import PlacementProblem
-
+from hetis.solver.planning import ConstraintPrice
+from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40
@@ -336,8 +332,10 @@ def _fleet(plan: Plan) -> str:
 
 def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     shown = len(groups) if wide else MAX_SHAPES
+    palette = palette_of(plan)
     for group in groups[:shown]:
-        yield render_replica(group, palette_of(plan))
+        yield _replica_headline(group)
+        yield Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
         if wide and len(group.numbers) > 1:
             yield Padding(device_table(group, plan), (0, 0, 0, 1))
     rest = groups[shown:]
@@ -458,11 +456,6 @@ PICTURE_WIDTH = 78
 MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
 
 
-def render_replica(group: ReplicaGroup, palette: Mapping[str, str]) -> RenderableType:
-    below = Group(_picture(group.first, palette), _stages(group, palette))
-    return Group(_replica_headline(group), Padding(below, (0, 0, 0, 1)))
-
-
 def device_table(group: ReplicaGroup, plan: Plan) -> Table:
     """Return the GPUs of each of several equal replicas: those of its stages, and its attention workers."""
     made = ["'attention workers"] if any(replica.attention_workers for replica in plan.replicas) else []
@@ -488,7 +481,8 @@ def _replica_headline(group: ReplicaGroup) -> Text:
         (f"\n{name}", "bold"),
         (role, "bold magenta"),
         f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} tokens\n",
-        f" {_latencies(replica)} · {_in_flight(replica)}{_kv_zones(replica)}",
+        f" {_latencies(replica)} · {_in_flight(replica)}",
+        f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else "",
     )
 
 
@@ -506,10 +500,6 @@ def _in_flight(replica: ReplicaPlan) -> str:
     size, count = replica.micro_batch, replica.in_flight
     decoding = f"{size * count} decoding = {size} × {count} in flight"
     return decoding if replica.role is Role.DECODE else f"{decoding} · {chunks}"
-
-
-def _kv_zones(replica: ReplicaPlan) -> str:
-    return f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else ""
 
 
 def _picture(replica: ReplicaPlan, palette: Mapping[str, str]) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,11 +13,8 @@ from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.tables import facts, section, table
 from hetis.planner.use_cases.robustness.study import Regret, Robustness, RunnerUpPlan, Spread
 from hetis.solver.errors import InfeasibleError
+from hetis.solver.placement.infeasible import Conflict, ExplainedInfeasibleError, Relaxation
 from hetis.solver.plan import Objective, ObjectiveKind
-
-if TYPE_CHECKING:
-    from hetis.solver.placement.infeasible import Conflict, Relaxation
-
 
 MAX_CORNERS = 5  # shown; JSON has all
 MAX_SHAPES = 3  # per runner-up
@@ -108,8 +105,6 @@ def _corners(robustness: Robustness) -> Table:
 
 def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
     """Return ``reasons`` in sentences, and ``conflicts`` and ``relaxations`` if the solver gave them."""
-    from hetis.solver.placement.infeasible import ExplainedInfeasibleError
-
     if not isinstance(error, ExplainedInfeasibleError):
         return {"reasons": list(error.reasons)}
     return {

@@ -151,16 +151,15 @@ def _section(shown: ShownPlan, number: int) -> Section:
     traffic = ""
     if shown.curve is not None:
         panels = tuple(panels_of_sweep(shown.curve.sweep, shown.curve.limits))
+        kept = shown.curve.sweep.goodput_rps
+        until = (
+            f"The limits are kept up to {digits(kept)} requests/s of those." if kept else "No rate keeps the limits."
+        )
         traffic = (
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
-            f"bands are 95% intervals. {_kept_until(shown.curve)}"
+            f"bands are 95% intervals. {until}"
         )
     return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
-
-
-def _kept_until(curve: Curve) -> str:
-    kept = curve.sweep.goodput_rps
-    return f"The limits are kept up to {digits(kept)} requests/s of those." if kept else "No rate keeps the limits."
 
 
 def _side(name: str, side: Side, number: int) -> list[Section]:

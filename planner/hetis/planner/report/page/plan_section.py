@@ -110,7 +110,9 @@ def _blocks(
         yield _memory(explanation)
     if explanation.stage_times:
         yield _times(explanation, plan)
-    terms = tuple(zip(_explained(explanation, plan), explanation.bottlenecks, strict=False))
+    explained = dict.fromkeys(part.replica for part in explanation.stage_times)
+    names = (replica_name(number, plan.replicas[number].role) for number in explained)
+    terms = tuple(zip(names, explanation.bottlenecks, strict=False))
     workers = (("Attention workers", explanation.attention_workers),) if explanation.attention_workers else ()
     routes = tuple(("Prefill to decode", route) for route in explanation.kv_routes)
     yield Sentences(title="What limits it", terms=(*terms, *routes, *workers))
@@ -255,18 +257,15 @@ def _limits(plan: Plan) -> Scale:
 # --- replicas
 
 
-def _numbered(group: ReplicaGroup) -> str:
-    name = replica_name(group.numbers[0], group.first.role)
-    return name if len(group.numbers) == 1 else f"{name} and {len(group.numbers) - 1:,} equal"
-
-
 def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
     """Return the table of replicas; if ``lettered``, with their letters on the map."""
 
     def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
         one = group.first
+        letter = f"{shape_letter(number)}: " if lettered else ""
+        equal = f" and {len(group.numbers) - 1:,} equal" if len(group.numbers) > 1 else ""
         return (
-            (f"{shape_letter(number)}: " if lettered else "") + _numbered(group),
+            f"{letter}{replica_name(group.numbers[0], one.role)}{equal}",
             f"{digits(one.rate, 4)}",
             "" if one.role is Role.DECODE else seconds(one.ttft_s),
             "" if one.role is Role.PREFILL else seconds(one.tpot_s),
@@ -307,11 +306,6 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
         rows=tuple(rows),
         folded=True,
     )
-
-
-def _explained(explanation: Explanation, plan: Plan) -> list[str]:
-    numbers = dict.fromkeys(part.replica for part in explanation.stage_times)
-    return [replica_name(number, plan.replicas[number].role) for number in numbers]
 
 
 # --- memory and time
