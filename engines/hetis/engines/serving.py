@@ -203,15 +203,3 @@ def partition_of(layout: Layout) -> dict[str, str]:
     """Return the environment variable that gives each stage of the engine its layers."""
     variable = "SGLANG_PP_LAYER_PARTITION" if layout.engine is Engine.SGLANG else "VLLM_PP_LAYER_PARTITION"
     return {variable: ",".join(map(str, layout.layers))} if len(layout.layers) > 1 else {}
-
-
-def own_address_of(layout: Layout, host: str) -> dict[str, str]:
-    """Return the variable with a process's own address, for stages on several nodes."""
-    return {} if layout.engine is Engine.SGLANG else {HOST_VARIABLE: host}
-
-
-def kv_address_of(layout: Layout, host: str, port: int) -> dict[str, str]:
-    """Return the variables with the address where vLLM's prefill replica is asked for KV. SGLang has an option."""
-    if layout.role is not Role.PREFILL or layout.engine is Engine.SGLANG:
-        return {}
-    return {KV_HOST_VARIABLE: host, KV_PORT_VARIABLE: str(port)}

@@ -104,9 +104,7 @@ def _ungrouped(function: Callable[..., int]) -> Callable[..., int]:
     return ungrouped
 
 
-@functools.cache
-def _types_of(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_types_of = functools.cache(get_type_hints)
 
 
 # --- options of several verbs, of which each has its own group

@@ -20,7 +20,7 @@ from hetis.planner.export import ExportDevice
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, ReplicaPlan, Role, StagePlan
 
 _TUNED = re.compile(r"(?i)instruct|chat|-it$")
 _NODE = re.compile(
@@ -125,11 +125,14 @@ class Launchable:
                 found.setdefault(node, []).append((number, one))
         return found
 
+    def routes(self) -> list[KvRoute]:
+        """Return the plan's routes between the remaining replicas."""
+        return [route for route in self.plan.kv_routes if {route.prefill, route.decode} <= self.replicas.keys()]
+
     def rate(self) -> float:
         """Return the saturated requests/s of the remaining replicas, as predicted by the plan."""
-        there = self.replicas.keys()
         unified = sum(one.plan.rate for one in self.replicas.values() if one.plan.role is Role.UNIFIED)
-        return unified + sum(r.rate for r in self.plan.kv_routes if r.prefill in there and r.decode in there)
+        return unified + sum(route.rate for route in self.routes())
 
     def without(self, left_out: Mapping[int, tuple[str, ...]]) -> Launchable:
         """Return the plan without the replicas that the target cannot carry.
@@ -177,7 +180,8 @@ class Written:
 def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
     """Return what an engine can launch of a plan. Raises NotExportableError with all reasons if there is nothing."""
     plan, changes = with_single_copies(plan)
-    engine = settings.engine or engine_for(plan)
+    has_workers = any(replica.attention_workers for replica in plan.replicas)
+    engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
     changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
@@ -258,12 +262,6 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
         yield f"the plan is for {asked}, the checkpoint is {settings.model}: --model names the one that was tuned"
 
 
-def engine_for(plan: Plan) -> Engine:
-    """Return the engine that a plan needs: with our plugin if it has attention workers."""
-    has_workers = any(replica.attention_workers for replica in plan.replicas)
-    return Engine.VLLM_HETIS if has_workers else Engine.VLLM
-
-
 def published_image(engine: Engine) -> str:
     """Return the image that the engine's makers publish; empty for our plugin, which has none."""
     version = VERSIONS[engine]
@@ -326,9 +324,8 @@ def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, i
     Return what is left, and the decode replica of every prefill replica. Raises NotExportableError if nothing is left.
     """
     pairs, taken = dict[int, int](), set[int]()
-    there = launchable.replicas.keys()
-    for route in sorted(launchable.plan.kv_routes, key=lambda one: (-one.rate, one.prefill, one.decode)):
-        if {route.prefill, route.decode} <= there and not {route.prefill, route.decode} & taken:
+    for route in sorted(launchable.routes(), key=lambda one: (-one.rate, one.prefill, one.decode)):
+        if not {route.prefill, route.decode} & taken:
             pairs[route.prefill] = route.decode
             taken |= {route.prefill, route.decode}
     left_out: dict[int, tuple[str, ...]] = {
