@@ -208,7 +208,7 @@ def catalog(
 ) -> ExitCode:
     """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
     from hetis.planner.report import catalogue as tables
-    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.json_values import fields_of, json_value
     from hetis.profiler.defaults import profile_origin
     from hetis.solver.problem import Family
 
@@ -220,20 +220,18 @@ def catalog(
     match which:
         case "gpus":
             profiles = {name: profile_origin(entry.gpu) for name, entry in chosen.items()}
-            terminal.emit(
-                lambda: [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()],
-                lambda: tables.gpu_table(entries, profiles, wide=terminal.output is OutputFormat.WIDE),
-            )
+            data = [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()]
+            table = tables.gpu_table(entries, profiles, wide=terminal.output is OutputFormat.WIDE)
         case "models":
-            terminal.emit(lambda: json_value(entries), lambda: tables.model_table(entries))
+            data, table = json_value(entries), tables.model_table(entries)
         case "workloads":
-            terminal.emit(lambda: json_value(entries), lambda: tables.workload_table(entries))
+            data, table = json_value(entries), tables.workload_table(entries)
         case "strategies":
-            families = {name: one.restrict(Family()).describe() for name, one in chosen.items()}
-            terminal.emit(
-                lambda: [{"name": one.name, "summary": one.summary, "family": families[one.name]} for one in entries],
-                lambda: tables.strategy_table([(one.name, one.summary) for one in entries]),
-            )
+            data = [
+                {**fields_of(one, "name", "summary"), "family": one.restrict(Family()).describe()} for one in entries
+            ]
+            table = tables.strategy_table([(one.name, one.summary) for one in entries])
+    terminal.emit(lambda: data, lambda: table)
     return ExitCode.OK
 
 
