@@ -222,18 +222,13 @@ class InputOptions(OptionalInputOptions):
         self, goal: GoalOptions, replicas: ReplicaOptions, constraints: ConstraintOptions | None = None, **more: Any
     ) -> PlacementRequest:
         """Return the request of these options; ``more`` are its other fields."""
+        from hetis.planner.use_cases.json_values import fields_of
         from hetis.planner.use_cases.place import PlacementRequest, objective
 
         constraints = constraints or ConstraintOptions()
         return PlacementRequest(
-            cluster=self.cluster,
-            model=self.model,
-            workload=self.workload,
-            prefix_hit_rate=self.prefix_hit_rate,
+            **fields_of(self, "cluster", "model", "workload", "prefix_hit_rate", "weights", "kv", "mtp"),
             profiles=self.profile or (),
-            weights=self.weights,
-            kv=self.kv,
-            mtp=self.mtp,
             pins=constraints.pin or (),
             forbids=constraints.forbid or (),
             objective=objective(goal.objective, ttft_s=goal.ttft, tpot_s=goal.tpot, demand_rps=goal.rate),

@@ -40,11 +40,15 @@ def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
     yield _figures(diff)
     for warning in diff.warnings:
         yield Text(warning, style="yellow")
-    yield section("Replicas", Text(change_counts(diff.change)))
-    yield from changed_replicas(diff.change, diff.before, diff.after)
-    if diff.change.loads:
-        yield section("Weights to load", load_table(diff.change))
-    yield section("KV dropped", Text(dropped_words(diff.change)))
+    yield from _change_sections(diff.change, diff.before, diff.after)
+
+
+def _change_sections(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
+    yield section("Replicas", Text(change_counts(change)))
+    yield from changed_replicas(change, before, after)
+    if change.loads:
+        yield section("Weights to load", load_table(change))
+    yield section("KV dropped", Text(dropped_words(change)))
 
 
 def _figures(diff: PlanDiff) -> Table:
@@ -157,11 +161,7 @@ def render_replan(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> 
     yield problem_title(posed.loaded.inputs)
     yield goal_line(posed.problem.objective)
     yield facts(_facts(found, posed, costs))
-    yield section("Replicas", Text(change_counts(found.change)))
-    yield from changed_replicas(found.change, posed.running, found.plan)
-    if found.change.loads:
-        yield section("Weights to load", load_table(found.change))
-    yield section("KV dropped", Text(dropped_words(found.change)))
+    yield from _change_sections(found.change, posed.running, found.plan)
     yield section("Steps", _steps(found, posed))
     yield Text(lowest_words(found, posed))
 
