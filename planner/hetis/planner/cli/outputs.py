@@ -97,7 +97,7 @@ def save_page(terminal: Terminal, page: str, path: Path) -> None:
 
 
 def save_or_tell(
-    terminal: Terminal, plan: Plan, path: Path | None, *, html: Path | None = None, page: Callable[[], str] = str
+    terminal: Terminal, plan: Plan, path: Path | None, *, html: Path | None, page: Callable[[], str]
 ) -> bool:
     """Save a plan and its page before printing, so that a stdout reader that goes away does not cost them.
 

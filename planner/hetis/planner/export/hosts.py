@@ -16,11 +16,7 @@ from hetis.solver.plan import Role
 
 
 def _written(
-    launchable: Launchable,
-    files: Mapping[str, str],
-    shown: Iterable[str],
-    start: str,
-    not_carried: Iterable[str] = (),
+    launchable: Launchable, files: Mapping[str, str], shown: Iterable[str], start: str, not_carried: Iterable[str] = ()
 ) -> Written:
     """Return files for hosts, on which the front ends of replicas listen."""
     return Written(

@@ -26,13 +26,7 @@ from hetis.solver.replanning.transition import Action, Step
 MAX_ROWS = 40  # changing replicas listed; -o json has all
 MAX_LOADS = 16  # loading GPUs listed
 
-_WORDS = {
-    Fate.KEPT: "kept",
-    Fate.RESET: "other settings",
-    Fate.CHANGED: "changed",
-    Fate.NEW: "new",
-    Fate.GONE: "gone",
-}
+_WORDS = {Fate.KEPT: "kept", Fate.RESET: "other settings", Fate.CHANGED: "changed", Fate.NEW: "new", Fate.GONE: "gone"}
 
 
 @as_group
