@@ -32,6 +32,7 @@ DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json -o json | jq .change.counts"""
 
 _input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
+_time = partial(_change, parser=values.positive_duration)
 count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1, max=4096)
 
 
@@ -172,16 +173,10 @@ class ReplanOptions:
     max_moves: int | None = _change(
         "--max-moves N: GPUs of the new plan that may do something else than before.", min=0, shown="any number"
     )
-    horizon: float = _change(
-        "--horizon TIME: How long the new plan will last: what the change loses is spread over it.",
-        "1h",
-        parser=values.positive_duration,
+    horizon: float = _time(
+        "--horizon TIME: How long the new plan will last: what the change loses is spread over it.", "1h"
     )
-    restart: float = _change(
-        "--restart TIME: From stopping an engine to serving again, without reading weights.",
-        "30s",
-        parser=values.positive_duration,
-    )
+    restart: float = _time("--restart TIME: From stopping an engine to serving again, without reading weights.", "30s")
     load: float = _change("--load BANDWIDTH: At which every GPU reads its weights.", "2GB/s", parser=values.bandwidth)
 
 

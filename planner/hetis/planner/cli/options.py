@@ -111,6 +111,7 @@ _types_of = functools.cache(get_type_hints)
 
 _input, _goal, _search, _result = map(panel, ("Inputs", "Goal", "Search", "Result"))
 _to_solve, _plan = panel("To solve"), panel("Plan")
+_setting = partial(_search, min=1, max=values.MOST_SETTING)  # of every engine
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(
@@ -294,22 +295,18 @@ class ReplicaOptions:
         "--max-nodes-per-replica: Nodes that a replica may lie on, attention workers included, of an engine's plans.",
         min=1,
     )
-    max_num_seqs: int | None = _search(
-        "--max-num-seqs N: Requests that an engine runs at once (a replica, or each of its copies that share experts).",
-        min=1,
-        max=values.MOST_SETTING,
+    max_num_seqs: int | None = _setting(
+        "--max-num-seqs N: Requests that an engine runs at once (a replica, or each of its copies that share experts)."
     )
     chunk_tokens: frozenset[int] | None = _search(
         "--chunk-tokens N[,N...]: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
         parser=values.chunks,
         shown="256,512,2048",
     )
-    kv_blocks: int | None = _search(
+    kv_blocks: int | None = _setting(
         "--kv-blocks N: "
         "KV blocks of 16 tokens that an engine has at most (each of copies that share experts), such as its "
         "--num-gpu-blocks-override.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="as memory allows",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
+_setting = partial(_fleet, min=1, max=values.MOST_SETTING)  # of every engine
 
 
 @group
@@ -90,22 +92,16 @@ class SimulateOptions:
         "50%",
         parser=values.ratio,
     )
-    max_num_seqs: int | None = _fleet(
+    max_num_seqs: int | None = _setting(
         "--max-num-seqs N: Requests that every engine runs at once, each of copies that share experts.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="the plan's",
     )
-    chunk_tokens: int | None = _fleet(
+    chunk_tokens: int | None = _setting(
         "--chunk-tokens N: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="the plan's",
     )
-    kv_blocks: int | None = _fleet(
+    kv_blocks: int | None = _setting(
         "--kv-blocks N: KV blocks of 16 tokens that every engine has at most, such as its --num-gpu-blocks-override.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="as memory allows",
     )
     fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
