@@ -157,18 +157,16 @@ def as_json(commands: Sequence[Command]) -> str:
 
 def as_shell(commands: Sequence[Command]) -> str:
     """Return the shell commands of each node: files first, then a line per process."""
-    return "\n".join(_lines(commands))
-
-
-def _lines(commands: Sequence[Command]) -> Iterator[str]:
+    lines = list[str]()
     for node in dict.fromkeys(command.process.node for command in commands):
-        yield f"# on {node}"
+        lines.append(f"# on {node}")
         here = [command for command in commands if command.process.node == node]
         files = {path: text for command in here for path, text in command.files.items()}
         for path, text in files.items():
             folder = str(PurePosixPath(path).parent)
-            yield f"mkdir -p {shlex.quote(folder)} && cat > {shlex.quote(path)} <<'YAML'\n{text}YAML"
-        yield from (command.line for command in here)
+            lines.append(f"mkdir -p {shlex.quote(folder)} && cat > {shlex.quote(path)} <<'YAML'\n{text}YAML")
+        lines += [command.line for command in here]
+    return "\n".join(lines)
 
 
 def _places(layout: Layout, addresses: Addresses) -> Iterator[tuple[str, tuple[str, int]]]:

@@ -42,7 +42,7 @@ from hetis.planner.report.plan import (
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import kept_beyond
-from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
@@ -76,26 +76,18 @@ def plan_section(
     Raises:
         InvalidProblemError: the plan names devices, layers or settings that its problem does not have.
     """
-    explanation = explain_plan(plan, problem)
-    figures = figures_of(plan, problem) if plan.replicas else None
     return Section(
         anchor=anchor,
         heading=name,
         lead=problem_title(problem).plain,
-        blocks=tuple(_blocks(plan, problem, explanation, figures, panels, traffic)),
+        blocks=tuple(_blocks(plan, problem, panels, traffic)),
     )
 
 
-def _blocks(
-    plan: Plan,
-    problem: PlacementProblem,
-    explanation: Explanation,
-    figures: Figures | None,
-    panels: Sequence[Panel],
-    traffic: str,
-) -> Iterator[Block]:
-    if figures is not None:
-        yield Tiles(tiles=tuple(_tiles(plan, figures, problem)))
+def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traffic: str) -> Iterator[Block]:
+    explanation = explain_plan(plan, problem)
+    if plan.replicas:
+        yield Tiles(tiles=tuple(_tiles(plan, problem)))
     yield _worth(plan)
     if plan.replicas:
         yield _limits(plan)
@@ -132,8 +124,8 @@ def _blocks(
 # --- key figures
 
 
-def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[Tile]:
-    kind = plan.objective.kind
+def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
+    kind, figures = plan.objective.kind, figures_of(plan, problem)
     expected = predicted_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
     kept = kept_rate(plan) if kind is ObjectiveKind.GOODPUT else None
