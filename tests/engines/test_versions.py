@@ -11,9 +11,10 @@ import pytest
 from hetis.engines.commands import Addresses, Command, commands_of
 from hetis.engines.layout import layout_of
 from hetis.engines.serving import Serving, program_of
-from hetis.engines.versions import RECORDED, Engine
+from hetis.engines.versions import VERSIONS, Engine
 from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing_experts, stage_of, staged
+from tests.engines.recorded import RECORDED
 
 WHOLE = stage_of(kv_head_groups_kept=8)
 PAIR = stage_of(num_layers=3, tp=2, devices=("a/1", "a/0"), kv_head_groups_kept=4)
@@ -51,7 +52,7 @@ def told(command: Command) -> dict[str, str]:
 @pytest.mark.parametrize("engine", list(Engine))
 def test_engines_are_told_nothing_that_was_not_recorded(engine: Engine) -> None:
     recorded, plans = RECORDED[engine], PLANS | (WITH_WORKERS if engine is Engine.VLLM_HETIS else {})
-    assert re.fullmatch(r"\d+\.\d+\.\d+", recorded.version)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSIONS[engine])
     for plan in plans.values():
         for command in commands(plan, engine):
             if command.process.kind.value.startswith("server"):

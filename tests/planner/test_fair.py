@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_the_rule_that_is_asked_for_comes_first(tmp_path: Path) -> None:
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:
-    assert [rule.value for rule in FairRule] == [rule.value for rule in FairnessRule]
+    assert list(get_args(FairRule)) == [rule.value for rule in FairnessRule]
 
 
 def test_everything_wrong_with_a_file_is_told_at_once_with_its_line(tmp_path: Path) -> None:

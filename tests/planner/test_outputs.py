@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import dump, load_plan
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.outputs import refuse_unwritable, save
@@ -20,12 +21,13 @@ PLAN = plans.plan(plans.paper_replica())
 PROGRAM = """
 import os, resource, signal, sys
 from pathlib import Path
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.outputs import save
 from hetis.formats.errors import DocumentError
 from tests.planner import plans
 {sabotage}
 try:
-    save(plans.plan(*plans.large_replicas(2000)), Path(sys.argv[1]))
+    save(Terminal(), plans.plan(*plans.large_replicas(2000)), Path(sys.argv[1]))
 except DocumentError as error:
     print(error)
     sys.exit(7)
@@ -46,14 +48,14 @@ def save_in_process(path: Path, sabotage: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize("name", ["plan.json", "plan.yaml", "plan.yml", "plan"])
 def test_a_saved_plan_reads_back_equal(name: str, tmp_path: Path) -> None:
-    save(PLAN, tmp_path / name)
+    save(Terminal(), PLAN, tmp_path / name)
     assert load_plan(tmp_path / name) == PLAN
     assert (tmp_path / name).read_text().startswith("apiVersion" if name.endswith("ml") else "{")
 
 
 def test_a_process_that_dies_leaves_the_old_plan(tmp_path: Path) -> None:
     target = tmp_path / "plan.json"
-    save(PLAN, target)
+    save(Terminal(), PLAN, target)
     done = save_in_process(target, DIE_BEFORE_RENAME)
     assert done.returncode == -signal.SIGKILL
     assert target.read_text() == dump(PLAN, "json")
@@ -63,7 +65,7 @@ def test_a_process_that_dies_leaves_the_old_plan(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_was_there_and_says_so(old: bool, tmp_path: Path) -> None:
     target = tmp_path / "plan.json"
     if old:
-        save(PLAN, target)
+        save(Terminal(), PLAN, target)
     done = save_in_process(target, DISK_OF_100_KB)
     assert done.returncode == 7, done.stderr
     assert f"{target}: cannot be written" in done.stdout

@@ -15,17 +15,20 @@ import yaml
 from hetis.engines.layout import Layout, Process
 from hetis.engines.serving import (
     CONFIG_VARIABLE,
+    HOST_VARIABLE,
+    KV_HOST_VARIABLE,
     KV_PORT,
+    KV_PORT_VARIABLE,
     MASTER_PORT,
     Meeting,
     Serving,
     arguments_of,
     drain_s,
-    kv_address_of,
-    own_address_of,
     partition_of,
 )
+from hetis.engines.versions import Engine
 from hetis.formats.endpoints import is_ip, joined
+from hetis.solver.plan import Role
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 WORKER_PORT = 7070
@@ -65,7 +68,6 @@ class Command:
 
     @property
     def line(self) -> str:
-        """The command as a line for a shell."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.shown)])
 
 
@@ -79,15 +81,17 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
     places = dict(_places(layout, addresses))
     config = config_of(layout, places, key_file=addresses.key_file, executor=serving.executor)
     master = _reached(layout.servers[0], layout.servers, addresses)
+    is_vllm = layout.engine is not Engine.SGLANG
     commands = []
     for number, process in enumerate(layout.servers):
         environment = _gpus(process, serving.device)
-        if len(layout.servers) > 1 and is_ip(own := _reached(process, layout.servers, addresses)):
-            environment |= own_address_of(layout, own)
+        if is_vllm and len(layout.servers) > 1 and is_ip(own := _reached(process, layout.servers, addresses)):
+            environment[HOST_VARIABLE] = own
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
-        if not number:
-            environment |= kv_address_of(layout, addresses.host(process.node), addresses.kv_port)
+        if is_vllm and not number and layout.role is Role.PREFILL:  # SGLang has an option for it
+            environment[KV_HOST_VARIABLE] = addresses.host(process.node)
+            environment[KV_PORT_VARIABLE] = str(addresses.kv_port)
         meeting = Meeting(host=master, port=addresses.master_port, kv_port=addresses.kv_port)
         commands.append(
             Command(
@@ -135,7 +139,6 @@ def worker_settings(process: Process, *, listen: str, device: str) -> dict[str, 
 
 
 def as_json(commands: Sequence[Command]) -> str:
-    """Return a JSON list of objects, one per process."""
     rows = [
         {
             "name": command.process.name,
@@ -154,18 +157,16 @@ def as_json(commands: Sequence[Command]) -> str:
 
 def as_shell(commands: Sequence[Command]) -> str:
     """Return the shell commands of each node: files first, then a line per process."""
-    return "\n".join(_lines(commands))
-
-
-def _lines(commands: Sequence[Command]) -> Iterator[str]:
+    lines = list[str]()
     for node in dict.fromkeys(command.process.node for command in commands):
-        yield f"# on {node}"
+        lines.append(f"# on {node}")
         here = [command for command in commands if command.process.node == node]
         files = {path: text for command in here for path, text in command.files.items()}
         for path, text in files.items():
             folder = str(PurePosixPath(path).parent)
-            yield f"mkdir -p {shlex.quote(folder)} && cat > {shlex.quote(path)} <<'YAML'\n{text}YAML"
-        yield from (command.line for command in here)
+            lines.append(f"mkdir -p {shlex.quote(folder)} && cat > {shlex.quote(path)} <<'YAML'\n{text}YAML")
+        lines += [command.line for command in here]
+    return "\n".join(lines)
 
 
 def _places(layout: Layout, addresses: Addresses) -> Iterator[tuple[str, tuple[str, int]]]:

@@ -97,11 +97,7 @@ def annotations_of(process: Process) -> dict[str, str]:
 
 
 def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> list[dict[str, Any]]:
-    """Return the objects of a replica, in an order in which they can be applied.
-
-    Raises:
-        LayoutError: worker processes share GPUs, which pods cannot.
-    """
+    """Return the objects of a replica, in an order in which they can be applied. Raises as `refuse_shared_cards`."""
     if serving.device == "cuda":
         refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
@@ -123,8 +119,6 @@ def refuse_shared_cards(layout: Layout) -> None:
 
 
 class ReplicaObjects:
-    """Makes the objects of one deployment."""
-
     def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
         self._layout, self._of = layout, deployment
         told = ("--host", ANY, "--port", str(FRONT_PORT))

@@ -38,8 +38,6 @@ class ProcessKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One process."""
-
     name: str  # unique in the replica
     kind: ProcessKind
     stage: int  # the stage that it computes or holds KV for; the first one if the engine is one process
@@ -59,8 +57,6 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A replica."""
-
     engine: Engine
     role: Role  # its role: unified, prefill or decode
     tensor_parallel: int  # ranks of every stage, in each of the data-parallel copies
@@ -143,7 +139,6 @@ class _Room:
         return max(self.pages - 1, 1) * PAGE_TOKENS
 
     def of_ranks(self, stage: StagePlan) -> int:
-        """Return the bytes on a rank of the stage."""
         is_last = stage.first_layer + stage.num_layers == self.num_layers
         layers = stage.num_layers + (self.draft_layers if is_last else 0)
         kv_bytes = stage.kv_head_groups_kept * self.pages * layers * self.page_bytes
@@ -234,7 +229,6 @@ def planned_model(plan: Plan) -> ModelSpec | None:
 
 
 def _planned(plan: Plan, name: str) -> Any:
-    """Return a document of the plan's inputs, or None."""
     documents = plan.inputs.get("documents")
     return documents.get(name) if isinstance(documents, Mapping) else None
 

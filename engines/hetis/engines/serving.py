@@ -130,7 +130,6 @@ def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
 
 
 def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
-    """Return program and options of one process of vLLM."""
     arguments = [*serving.program, *(() if serving.program[-1] == "serve" else ("--model",)), serving.model]
     if serving.served_name:
         arguments += ["--served-model-name", serving.served_name]
@@ -149,7 +148,6 @@ def words_of(options: Mapping[str, str]) -> list[str]:
 
 
 def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
-    """Return program and options of one process of SGLang."""
     # With attention data parallelism SGLang divides ranks, requests and chunks by the number of copies.
     stages, copies = len(layout.layers), layout.data_parallel
     told = {"--model-path": serving.model}
@@ -197,7 +195,6 @@ def program_of(engine: Engine) -> tuple[str, ...]:
 
 
 def arguments_of(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
-    """Return program and options of one process of the engine, counted from 0."""
     command_line = sglang_arguments if layout.engine is Engine.SGLANG else vllm_arguments
     return command_line(layout, serving, number, meeting)
 
@@ -206,15 +203,3 @@ def partition_of(layout: Layout) -> dict[str, str]:
     """Return the environment variable that gives each stage of the engine its layers."""
     variable = "SGLANG_PP_LAYER_PARTITION" if layout.engine is Engine.SGLANG else "VLLM_PP_LAYER_PARTITION"
     return {variable: ",".join(map(str, layout.layers))} if len(layout.layers) > 1 else {}
-
-
-def own_address_of(layout: Layout, host: str) -> dict[str, str]:
-    """Return the variable with a process's own address, for stages on several nodes."""
-    return {} if layout.engine is Engine.SGLANG else {HOST_VARIABLE: host}
-
-
-def kv_address_of(layout: Layout, host: str, port: int) -> dict[str, str]:
-    """Return the variables with the address where vLLM's prefill replica is asked for KV. SGLang has an option."""
-    if layout.role is not Role.PREFILL or layout.engine is Engine.SGLANG:
-        return {}
-    return {KV_HOST_VARIABLE: host, KV_PORT_VARIABLE: str(port)}

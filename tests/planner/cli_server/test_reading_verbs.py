@@ -16,7 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.reading_verbs import interrupts_that_arrive
+from hetis.planner.cli.planner_verbs import interrupts_that_arrive
 from hetis.planner.cli.resource_views import COLUMNS, ago, wait_for_plan
 from hetis.planner.client import Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2

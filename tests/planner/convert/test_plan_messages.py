@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.documents import digest
+from hetis.formats.files import content_digest
 from hetis.planner.convert.plans import (
     complete,
-    digest_of,
     objective_from_proto,
     progress_to_proto,
     replica_from_proto,
@@ -107,11 +107,11 @@ def test_a_result_counts_and_says_what_was_proved(
     assert message.num_attention_workers == sum(len(r.worker_devices()) for r in replicas)
     assert message.HasField("bound") == message.HasField("gap") == math.isfinite(bound)
     assert (message.value, list(message.notes)) == (value, [note])
-    assert (message.document_bytes, message.document.digest) == (8, digest_of(b"document"))
+    assert (message.document_bytes, message.document.digest) == (8, content_digest(b"document"))
 
 
 def test_the_digest_of_a_plan_is_that_of_its_canonical_document() -> None:
-    assert digest_of(document_bytes(MADE)) == digest(MADE)
+    assert content_digest(document_bytes(MADE)) == digest(MADE)
 
 
 def test_the_full_view_has_everything_where_there_is_room() -> None:

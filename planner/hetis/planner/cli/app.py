@@ -13,15 +13,14 @@ import typer
 from hetis.formats.command_line.verb import run_application, version_printer
 from hetis.planner.cli import (
     changes,
-    changing_verbs,
     cluster,
     dispatch,
     export,
     files,
     installation,
     place,
+    planner_verbs,
     plans,
-    reading_verbs,
     sharing,
     simulate,
 )
@@ -30,7 +29,6 @@ from hetis.planner.cli.exit_codes import ExitCode
 
 app = typer.Typer(
     name="hetis-plan",
-    help="Plan LLM serving on a mixed GPU fleet, with a proof of how good the plan is.",
     epilog=ExitCode.listed(),
     no_args_is_help=True,
     add_completion=False,  # the verb `completion` prints the script; nothing edits the user's shell files
@@ -61,16 +59,16 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (dispatch.redispatch, dispatch.REDISPATCH_EXAMPLES),
     ),
     "With a planner": (
-        (changing_verbs.apply, changing_verbs.APPLY_EXAMPLES),
-        reading_verbs.get,
-        reading_verbs.watch,
-        reading_verbs.agents,
-        reading_verbs.status,
+        (planner_verbs.apply, planner_verbs.APPLY_EXAMPLES),
+        planner_verbs.get,
+        planner_verbs.watch,
+        planner_verbs.agents,
+        planner_verbs.status,
         (export.upstreams, export.UPSTREAMS_EXAMPLES),
-        changing_verbs.rollback,
-        changing_verbs.cancel,
-        changing_verbs.disconnect,
-        reading_verbs.audit,
+        planner_verbs.rollback,
+        planner_verbs.cancel,
+        planner_verbs.disconnect,
+        planner_verbs.audit,
     ),
     "Files": (files.init, (files.convert, files.CONVERT_EXAMPLES), files.validate, files.schema, files.catalog),
     "This installation": (installation.doctor, installation.completion, installation.version),
@@ -95,7 +93,6 @@ def hetis_plan(
 
 
 def main() -> NoReturn:
-    """Run the ``hetis-plan`` command and exit."""
     sys.exit(run(sys.argv[1:]))
 
 

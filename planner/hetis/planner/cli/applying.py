@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.command_line.terminal import Terminal
@@ -20,10 +18,12 @@ from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable
 from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
-from hetis.planner.cli.server_verb import full_name, id_of
+from hetis.planner.cli.server_verb import fetched, full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
+from hetis.planner.convert.names import duration
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
+from hetis.planner.use_cases.json_values import fields_of
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.profile import Profile
@@ -35,19 +35,10 @@ from hetis.v1 import (
     plan_service_pb2,
     profile_pb2,
     profile_service_pb2,
-    view_pb2,
 )
 
 _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
 _NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
-    """The outcome for a file: ``what`` is created, updated or unchanged."""
-
-    resource: Any
-    what: str
 
 
 def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
@@ -55,15 +46,14 @@ def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType)
 
     Standard input cannot be read twice, so its value is serialised.
     """
-    if path != "-":
-        return document_of_file(path, kind)
-    return document_pb2.Document(kind=kind, content=dump(value, "json").encode("utf-8"), source_name="stdin")
+    return _content("stdin", value, kind) if path == "-" else document_of_file(path, kind)
 
 
-def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> Applied:
+def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> tuple[Any, str]:
     """Create the cluster or profile of a file, under an id made from its name or GPU type, or update it.
 
-    It is updated as it was read, and never over somebody else's change.
+    It is updated as it was read, and never over somebody else's change. Return the resource, and whether it is created,
+    updated or unchanged.
     """
     kind, messages, requests, calls, own = (
         ("Cluster", cluster_pb2, cluster_service_pb2, client.clusters, id_of(value.name))
@@ -79,16 +69,15 @@ def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_r
     form = document_pb2.DocumentKind.Value(f"DOCUMENT_KIND_{kind.upper()}")
     wanted = getattr(messages, kind)(name=f"{field}s/{own}", document=document(path, value, form))
     try:
-        present = call("Get", name=wanted.name, view=view_pb2.VIEW_BASIC)
+        present = fetched(client, f"{field}s", wanted.name, basic=True)
     except CallError as error:
         if error.reason != "NOT_FOUND":
             raise
-        made = call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run)
-        return Applied(resource=made, what="created")
+        return call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run), "created"
     wanted.etag = present.etag
     changed = call("Update", **{field: wanted}, validate_only=dry_run)
     same = present.document.digest and present.document.digest == changed.document.digest
-    return Applied(resource=changed, what="unchanged" if same else "updated")
+    return changed, "unchanged" if same else "updated"
 
 
 # --- the problem of a plan
@@ -109,7 +98,6 @@ class FileProblem:
 
     @property
     def is_given(self) -> bool:
-        """Return whether there is a problem to solve."""
         return self.inputs.model is not None or self.inputs.workload is not None
 
     def refuse_contradictions(self, plan_file: str | None) -> None:
@@ -132,7 +120,6 @@ class FileProblem:
                 yield profile, load_profile(profile)
 
     def plan(self) -> plan_pb2.Plan:
-        """Return the plan to create."""
         assert self.inputs.cluster is not None
         return plan_pb2.Plan(cluster=_cluster_name(self.inputs.cluster), spec=self._spec())
 
@@ -147,34 +134,25 @@ class FileProblem:
 
     def _spec(self) -> plan_pb2.PlanSpec:
         inputs, family, replicas, search = self.inputs, self.family, self.replicas, self.search
-        time_limit = Duration()
-        time_limit.FromNanoseconds(round(search.time_limit * 1e9))
         profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in inputs.profile or ())
+        same: dict[str, Any] = {  # fields that are called like their options; None leaves one unset
+            **fields_of(inputs, "weights", "kv", "mtp"),
+            **fields_of(family, "strategy", "engine"),
+            **fields_of(replicas, "max_stages", "max_gpus", "min_layers", "max_nodes", "max_num_seqs", "kv_blocks"),
+            **fields_of(self.held_to, "ttft_statistic", "tpot_statistic", "attainment"),
+            **fields_of(self, "survive"),
+        }
         spec = plan_pb2.PlanSpec(
             profiles=[full_name("profiles", name) for name in profiles],
             objective=self._objective(),
-            strategy=family.strategy,
             roles=[TO_PROTO[role] for role in Role if role in (family.roles or ())],
-            weights=inputs.weights or "",
-            kv=inputs.kv or "",
-            mtp=inputs.mtp or "",
-            survive="" if self.survive is None else self.survive.value,
-            engine=family.engine or "",
-            max_stages=replicas.max_stages or 0,
-            max_gpus=replicas.max_gpus or 0,
-            min_layers=replicas.min_layers or 0,
-            max_nodes=replicas.max_nodes or 0,
-            max_num_seqs=replicas.max_num_seqs or 0,
             chunk_tokens=sorted(replicas.chunk_tokens or ()),
-            kv_blocks=replicas.kv_blocks or 0,
             skip_verification=not self.verify,
-            ttft_statistic=self.held_to.ttft_statistic or "",
-            tpot_statistic=self.held_to.tpot_statistic or "",
-            attainment=self.held_to.attainment or 0.0,
             gap_target=search.gap,
-            time_limit=time_limit,
+            time_limit=duration(search.time_limit),
             seed=search.seed,
             num_threads=search.threads,
+            **same,
         )
         assert inputs.model is not None
         assert inputs.workload is not None
@@ -229,12 +207,10 @@ def _content(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applying:
-    """One run of ``apply``."""
-
     terminal: Terminal
     client: Client
     asked: options.ApplyOptions
-    _done: list[Applied] = field(default_factory=list)
+    _done: list[tuple[Any, str]] = field(default_factory=list)  # resources and what was done with them
 
     def run(self, *, files: Sequence[str], problem: FileProblem) -> ExitCode:
         """Do everything, in the order of dependencies.
@@ -256,7 +232,7 @@ class Applying:
             raise typer.BadParameter("one plan at a time: one of --model, --plan, a Plan file, or plans/NAME")
         self._apply(values)
         if plans:
-            return self._put_in_force(self._read(plans[0]))
+            return self._put_in_force(fetched(self.client, "plans", full_name("plans", plans[0]), basic=True))
         if imports:
             path, value = imports[0]
             imported = document(path, value, document_pb2.DOCUMENT_KIND_PLAN)
@@ -265,7 +241,8 @@ class Applying:
             return self._follow(problem.plan())
         if not self._done:
             raise typer.BadParameter("nothing to apply: files, --plan, or --cluster, --model and --workload")
-        self.terminal.emit(lambda: list_data("Applied", [done.resource for done in self._done]), self._table)
+        lines = "\n".join(f"{resource.name}  {what}" for resource, what in self._done)
+        self.terminal.emit(lambda: list_data("Applied", [resource for resource, _ in self._done]), lambda: lines)
         return ExitCode.OK
 
     def _apply(self, values: list[tuple[str, Value]]) -> None:
@@ -275,14 +252,9 @@ class Applying:
                 continue
             if not isinstance(value, Cluster | Profile):
                 raise typer.BadParameter(f"{path} is a {type(value).__name__}, expected a Cluster, Profile or Plan")
-            done = apply_resource(self.client, path, value, dry_run=dry_run)
-            self._done.append(done)
-            self.terminal.say(f"{done.resource.name} {done.what}{' (dry run)' if dry_run else ''}")
-
-    def _table(self) -> Any:
-        from rich.text import Text
-
-        return Text("\n".join(f"{done.resource.name}  {done.what}" for done in self._done))
+            resource, what = apply_resource(self.client, path, value, dry_run=dry_run)
+            self._done.append((resource, what))
+            self.terminal.say(f"{resource.name} {what}{' (dry run)' if dry_run else ''}")
 
     def _follow(self, wanted: plan_pb2.Plan) -> ExitCode:
         """Create a plan and take it as far as requested: wait for it, save it, put it in force."""
@@ -312,8 +284,7 @@ class Applying:
         only_checks = self.asked.dry_run or not self.asked.activate
         # With the cluster's etag, so that a plan activated by somebody else meanwhile is a conflict and not
         # overwritten.
-        named = cluster_service_pb2.GetClusterRequest(name=plan.cluster, view=view_pb2.VIEW_BASIC)
-        cluster = self.client.clusters.GetCluster(named).cluster
+        cluster = fetched(self.client, "clusters", plan.cluster, basic=True)
         answer = self.client.plans.ActivatePlan(
             plan_service_pb2.ActivatePlanRequest(name=plan.name, cluster_etag=cluster.etag, validate_only=only_checks)
         )
@@ -327,11 +298,6 @@ class Applying:
         self._show(plan, answer.steps)
         return outcome(self.terminal, plan, activated=not self.asked.no_wait)
 
-    def _read(self, name: str) -> plan_pb2.Plan:
-        request = plan_service_pb2.GetPlanRequest(name=full_name("plans", name), view=view_pb2.VIEW_BASIC)
-        return self.client.plans.GetPlan(request).plan
-
     def _show(self, plan: plan_pb2.Plan, steps: Any = ()) -> ExitCode:
-        shown: Message = plan
-        self.terminal.emit(lambda: resource_data(shown), lambda: plan_summary(plan, steps))
+        self.terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))
         return ExitCode.OK

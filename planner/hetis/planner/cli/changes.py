@@ -15,6 +15,8 @@ from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
+from hetis.planner.cli.searching import search_interruptibly
+from hetis.solver.budget import Budget
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
@@ -30,6 +32,7 @@ DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json -o json | jq .change.counts"""
 
 _input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
+_time = partial(_change, parser=values.positive_duration)
 count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1, max=4096)
 
 
@@ -37,12 +40,12 @@ count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1
 class FleetOptions:
     """The GPUs that join or leave with their nodes, or what could be bought."""
 
-    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.", shown=False)
+    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.")
     remove: list[str] | None = _fleet(
-        "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable.", shown=False
+        "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable."
     )
     node_like: str | None = _fleet(
-        "--node-like NODE: GPUs join in nodes like this one: as many GPUs, its zone, NIC and link inside.", shown=False
+        "--node-like NODE: GPUs join in nodes like this one: as many GPUs, its zone, NIC and link inside."
     )
     gpus_per_node: int | None = _fleet(
         "--gpus-per-node N: GPUs of a node that joins; the last one has what is left.", min=1, shown="8"
@@ -62,7 +65,6 @@ class FleetOptions:
     count: int = count_option()
 
     def refuse_half_a_question(self) -> None:
-        """Refuse options that contradict each other, or none."""
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next asks about the fleet as it is: leave out --add and --remove")
@@ -74,8 +76,6 @@ class FleetOptions:
 
 @group
 class AnswerOptions:
-    """Outputs of a what-if question."""
-
     html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
 
@@ -98,11 +98,9 @@ def what_if(
     Ctrl-C once shows what there is, twice leaves at once.
     """
     from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import comparison as report
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.place import load
-    from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
@@ -122,13 +120,10 @@ def what_if(
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
             solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit,
-            engine=None if settings.engine is None else settings.engine.name,
+            engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
-
-    def budget() -> Budget:
-        return Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
-
+    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
     if fleet.buy_next:
         market, shape = wanted.market, wanted.change.shape
@@ -172,30 +167,21 @@ class ReplanOptions:
     model: str | None = _input(
         "--model -m NAME|FILE: Refuse a plan of another model; its own is used in any case.",
         autocompletion=values.model_names,
-        shown=False,
     )
     profile: list[str] | None = options.profile_option()
     rate: float | None = options.rate_option()
     max_moves: int | None = _change(
         "--max-moves N: GPUs of the new plan that may do something else than before.", min=0, shown="any number"
     )
-    horizon: float = _change(
-        "--horizon TIME: How long the new plan will last: what the change loses is spread over it.",
-        "1h",
-        parser=values.positive_duration,
+    horizon: float = _time(
+        "--horizon TIME: How long the new plan will last: what the change loses is spread over it.", "1h"
     )
-    restart: float = _change(
-        "--restart TIME: From stopping an engine to serving again, without reading weights.",
-        "30s",
-        parser=values.positive_duration,
-    )
+    restart: float = _time("--restart TIME: From stopping an engine to serving again, without reading weights.", "30s")
     load: float = _change("--load BANDWIDTH: At which every GPU reads its weights.", "2GB/s", parser=values.bandwidth)
 
 
 @group
 class NextPlanOptions:
-    """Outputs of a re-planning: the next plan, and its page."""
-
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
     verify: bool = options.verify_option()
@@ -213,10 +199,8 @@ def replan(
     at once.
     """
     from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.use_cases import replan as replanning
-    from hetis.solver.budget import Budget
     from hetis.solver.replanning.change import ChangeCosts
 
     refuse_unwritable(answer.out)
@@ -229,10 +213,9 @@ def replan(
     for warning in posed.warnings:
         terminal.warn(warning)
     if answer.dry_run:
-        engine = posed.problem.family.engine
         return say_what_would_be_solved(
             terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
-            time_limit_s=search.time_limit, engine=None if engine is None else engine.name,
+            time_limit_s=search.time_limit, engine=posed.problem.family.engine,
         )  # fmt: skip
     costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
     budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)

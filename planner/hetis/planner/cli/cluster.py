@@ -13,7 +13,7 @@ from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
-from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option
+from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 
 if TYPE_CHECKING:
     from hetis.formats.discovery.fleet import Discovered
@@ -21,18 +21,12 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client
     from hetis.solver.cluster import Link
 
-DISCOVER_EXAMPLES = """Examples:
-
-kubectl get nodes,pods -A -o json | hetis-plan cluster discover --out cluster.yaml
-
-nvidia-smi -q -x > $(hostname).xml; hetis-plan cluster discover *.xml --out cluster.yaml
-
-scontrol show nodes --json | hetis-plan cluster discover --gpu a100=A100-SXM-80GB
-
-ray list nodes --detail --format json --limit 1000 | hetis-plan cluster discover --gpu H100=H100-SXM-80GB
-
-hetis-plan cluster discover --from agents --server planner:8470 --out cluster.yaml
-"""
+DISCOVER_EXAMPLES = """Examples:\n
+kubectl get nodes,pods -A -o json | hetis-plan cluster discover --out cluster.yaml\n
+nvidia-smi -q -x > $(hostname).xml; hetis-plan cluster discover *.xml --out cluster.yaml\n
+scontrol show nodes --json | hetis-plan cluster discover --gpu a100=A100-SXM-80GB\n
+ray list nodes --detail --format json --limit 1000 | hetis-plan cluster discover --gpu H100=H100-SXM-80GB\n
+hetis-plan cluster discover --from agents --server planner:8470 --out cluster.yaml"""
 
 _MOST_SHOWN = 50  # sentences on stderr; the file has all
 
@@ -41,15 +35,8 @@ cluster = typer.Typer(
 )
 
 
-@cluster.callback()
-def cluster_verbs() -> None:
-    """Describe a fleet from what its own tools know."""
-
-
 @group
 class DiscoveryOptions:
-    """The sources of a discovery, and the form of the cluster file."""
-
     source: FleetSource = option(
         "--from: "
         "What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this host. "
@@ -60,8 +47,7 @@ class DiscoveryOptions:
     name: str | None = option("--name: Of the cluster.", shown="discovered; from agents: that of --cluster")
     gpu: list[str] | None = option(
         "--gpu NAME=TYPE: "
-        "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable.",
-        shown=False,
+        "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable."
     )
     with_busy: bool = option("--with-busy: GPUs that are in use are part of the fleet.", False)
     bandwidth: float | None = option("--bandwidth RATE: Between nodes.", parser=values.bandwidth, shown="100Gbps")
@@ -85,7 +71,6 @@ def discover(
         list[str] | None,
         typer.Argument(
             metavar="[FILE...]",
-            show_default=False,
             help="What the tool printed; several of kubectl and nvidia-smi. Default: standard input, which - is, too.",
         ),
     ] = None,
@@ -135,13 +120,11 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
     from hetis.planner.convert.agent_nodes import agents_inventory
     from hetis.planner.convert.documents import read_document
     from hetis.solver.cluster import Cluster
-    from hetis.v1 import cluster_pb2, cluster_service_pb2
+    from hetis.v1 import cluster_pb2
 
-    declared = client.clusters.GetCluster(cluster_service_pb2.GetClusterRequest(name=parent)).cluster.document
+    declared = fetched(client, "clusters", parent).document
     nodes = [
-        node
-        if node.state == cluster_pb2.NODE_STATE_EXPECTED
-        else client.clusters.GetNode(cluster_service_pb2.GetNodeRequest(name=node.name)).node
+        node if node.state == cluster_pb2.NODE_STATE_EXPECTED else fetched(client, "nodes", node.name)
         for node in client.list_nodes(parent)
     ]
     return agents_inventory(parent, nodes, read_document(declared, Cluster), with_busy=with_busy)

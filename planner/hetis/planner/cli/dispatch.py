@@ -13,53 +13,40 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.searching import work_interruptibly
+from hetis.solver.budget import Budget
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.dispatch import CostedStage
 
-DISPATCH_EXAMPLES = """\
-Examples:
-
-hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain
-
-hetis-plan dispatch --plan plan.json --request 8000/300 --out state.json
-"""
-REDISPATCH_EXAMPLES = """\
-Examples:
-
-hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain
-
-hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB --out state.json
-"""
+DISPATCH_EXAMPLES = """Examples:\n
+hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain\n
+hetis-plan dispatch --plan plan.json --request 8000/300 --out state.json"""
+REDISPATCH_EXAMPLES = """Examples:\n
+hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain\n
+hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB --out state.json"""
 _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 
 
 @group
 class StateOptions:
-    """The form of the answer, and where the state after it is saved."""
-
     explain: bool = _result("--explain: Say why, in words.", False)
     out: Path | None = _result(
-        "--out FILE: Save the state that this leads to; .yaml or .yml for YAML, anything else is JSON.", shown=False
+        "--out FILE: Save the state that this leads to; .yaml or .yml for YAML, anything else is JSON."
     )
 
 
 @group
 class RequestOptions:
-    """The stage, the requests that are new, and how closely is searched."""
-
-    state: str | None = _input("--state FILE: A DispatchState file; - is stdin.", shown=False)
+    state: str | None = _input("--state FILE: A DispatchState file; - is stdin.")
     plan: str | None = _input(
-        "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running.",
-        shown=False,
+        "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running."
     )
     replica: int = _input("--replica: Replica of the plan, from 0.", 0, min=0)
     stage: int = _input("--stage: Stage of that replica, from 1.", 1, min=1)
-    requests: str | None = _input(
-        "--requests FILE: New requests: a DispatchRequests file, or its list alone.", shown=False
-    )
+    requests: str | None = _input("--requests FILE: New requests: a DispatchRequests file, or its list alone.")
     request: list[str] | None = _input(
-        "--request CONTEXT/OUTPUT: A new request by its tokens, such as 8000/300; repeatable.", shown=False
+        "--request CONTEXT/OUTPUT: A new request by its tokens, such as 8000/300; repeatable."
     )
     profile: list[str] | None = options.profile_option()
     exact: bool = _search("--exact: Search whole head groups to the best (MILP).", False)
@@ -93,13 +80,10 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.formats.errors import DocumentError
-    from hetis.planner.cli.outputs import not_saved, refuse_unwritable, save
-    from hetis.planner.cli.searching import work_interruptibly
+    from hetis.planner.cli.outputs import refuse_unwritable, save, saves
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
-    from hetis.solver.budget import Budget
 
     refuse_unwritable(answer.out)
     loaded = asked.load()
@@ -112,15 +96,10 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
         cancelled=budget.cancelled,
         stopping="with the best placement so far",
     )
-    sentences = explain_dispatch(found) if answer.explain else None
-    saved = True
-    if answer.out is not None:
-        # If this fails, print the answer all the same; the machine is to blame, not the input.
-        try:
-            save(found.saved, answer.out)
-            terminal.say(f"saved {answer.out}")
-        except DocumentError as error:
-            saved = not_saved(terminal, "state", error)
+    sentences = tuple(explain_dispatch(found)) if answer.explain else None
+    # If this fails, print the answer all the same; the machine is to blame, not the input.
+    out = answer.out
+    saved = out is None or saves(terminal, "state", lambda: save(terminal, found.saved, out))
     terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if not saved:
         return ExitCode.INTERNAL
@@ -142,8 +121,6 @@ def announce_compilation(terminal: Terminal) -> None:
 
 @group
 class RedispatchOptions:
-    """The running stage, and when a move pays."""
-
     state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
     profile: list[str] | None = options.profile_option()
     theta: float = _search(
@@ -168,8 +145,6 @@ class RedispatchOptions:
 
 @group
 class MoveOptions(StateOptions):
-    """Options of the moves that were found."""
-
     strict: bool = _result("--strict: Exit 5 when KV blocks stay short or on draining devices.", False)
 
 
@@ -195,10 +170,9 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
         refill_token_s=asked.refill,
     )
     found = redispatch_stage(loaded, settings)
-    sentences = explain_redispatch(found) if answer.explain else None
+    sentences = tuple(explain_redispatch(found)) if answer.explain else None
     if answer.out is not None:
-        save(found.saved, answer.out)
-        terminal.say(f"saved {answer.out}")
+        save(terminal, found.saved, answer.out)
     terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks stay short, or on draining devices")

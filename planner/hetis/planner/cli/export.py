@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -15,7 +14,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, panel, verb
-from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, server_verb
+from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
 
 if TYPE_CHECKING:
@@ -23,22 +22,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EXPORT_EXAMPLES = """Examples:
-
-hetis-plan export plan.json --to vllm --model /models/llama --node-address gpu1=10.0.0.1 --out exported
-
-hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -f -
-
-hetis-plan export plan.json --to sglang --strict -- --context-length 8192
-"""
+EXPORT_EXAMPLES = """Examples:\n
+hetis-plan export plan.json --to vllm --model /models/llama --node-address gpu1=10.0.0.1 --out exported\n
+hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -f -\n
+hetis-plan export plan.json --to sglang --strict -- --context-length 8192"""
 
 _cluster = panel("In a cluster")
 
 
 @group
 class ExportOptions:
-    """The target that is to run the plan, and its settings."""
-
     to: ExportTarget = option("--to: What is to run the plan.", ...)
     out: str = option("--out DIR|-: A folder that is new or empty; -: what says it all, on stdout.", "-")
     strict: bool = option("--strict: Exit 5, and write nothing, when anything of the plan is not carried.", False)
@@ -78,16 +71,15 @@ def export(
     terminal: Terminal,
     plan: PlanArgument,
     engine_options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.")
     ] = None,
     *,
     asked: ExportOptions,
 ) -> ExitCode:
     """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
     from hetis.formats.documents import load_plan
-    from hetis.planner.export.files import folder_refusals, write_files
     from hetis.planner.export.replicas import ExportSettings
-    from hetis.planner.export.targets import export_wanted
+    from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
 
     hosts, wrong = _hosts(asked.node_address or ())
     folder = None if asked.out == "-" else Path(asked.out)
@@ -134,27 +126,17 @@ def _spelled(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-UPSTREAMS_EXAMPLES = """Examples:
-
-hetis-plan upstreams --to nginx --out /etc/nginx/hetis.conf --follow --run "nginx -s reload"
-
-hetis-plan upstreams --to litellm --model Llama-3.1-70B
-"""
+UPSTREAMS_EXAMPLES = """Examples:\n
+hetis-plan upstreams --to nginx --out /etc/nginx/hetis.conf --follow --run "nginx -s reload"\n
+hetis-plan upstreams --to litellm --model Llama-3.1-70B"""
 
 
-class RouterFormat(StrEnum):
-    """Routers whose list can be written."""
-
-    NGINX = "nginx"
-    ENVOY = "envoy"
-    LITELLM = "litellm"
+RouterFormat = Literal["nginx", "envoy", "litellm"]
 
 
 @group
 class UpstreamOptions:
-    """The list of upstreams: its kind, its place and how often it is written."""
-
-    to: RouterFormat = option("--to: The router that reads the list.", RouterFormat.NGINX)
+    to: RouterFormat = option("--to: The router that reads the list.", "nginx")
     cluster: str | None = cluster_name_option()
     out: str = option("--out FILE|-: Where the list goes; -: to stdout.", "-")
     follow: bool = option("--follow: Write it again at every change, until Ctrl-C.", False)
@@ -171,7 +153,7 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     """
     from hetis.formats.files import write_atomically
 
-    if asked.to is RouterFormat.LITELLM and not asked.model:
+    if asked.to == "litellm" and not asked.model:
         raise typer.BadParameter("--to litellm needs --model: what clients call it")
     try:
         command = shlex.split(asked.run)
@@ -196,9 +178,9 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
 def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> str:
     from hetis.planner.export.routing import envoy_list, litellm_list, nginx_list
 
-    if to is RouterFormat.LITELLM:
+    if to == "litellm":
         return litellm_list(servers, model)
-    return nginx_list(servers) if to is RouterFormat.NGINX else envoy_list(servers)
+    return nginx_list(servers) if to == "nginx" else envoy_list(servers)
 
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:
@@ -246,7 +228,7 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
     ``rates`` are the planned rates by replica and plan that are known; missing ones are fetched and added.
     """
     from hetis.planner.export.routing import weighted
-    from hetis.v1 import cluster_service_pb2, replica_pb2
+    from hetis.v1 import replica_pb2
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
@@ -255,8 +237,7 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
         if basic.state in up and basic.role not in apart and basic.report.endpoint:
             one = basic.name, basic.plan
             if one not in rates:
-                request = cluster_service_pb2.GetReplicaRequest(name=basic.name)  # the lists leave out the shape
-                rates[one] = client.clusters.GetReplica(request).replica.shape.rate_rps
+                rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
             serving[basic.report.endpoint] = rates[one]
     return weighted(dict(sorted(serving.items())))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.command_line.verb import one_of
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
+from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +52,6 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
 ) -> ExitCode:
     """Write a sample cluster and workload file."""
-    from hetis.formats.errors import DocumentError, Problem, single_problem
     from hetis.formats.files import write_atomically
 
     targets = {directory / name: text for name, text in SAMPLES.items()}
@@ -66,32 +66,21 @@ def init(
         terminal.say(f"made the folder {directory}")
     for path, text in targets.items():
         write_atomically(path, text)
-
-    def table() -> RenderableType:
-        from rich.text import Text
-
-        return Text("\n".join(str(path) for path in targets))
-
-    terminal.emit(lambda: [str(path) for path in targets], table)
+    names = [str(path) for path in targets]
+    terminal.emit(lambda: names, lambda: "\n".join(names))
     cluster, workload = targets
     terminal.say(f"next: hetis-plan place --cluster {cluster} --model {EXAMPLE_MODEL} --workload {workload}")
     return ExitCode.OK
 
 
-CONVERT_EXAMPLES = """Examples:
-
-hetis-plan convert profile_export.jsonl --out trace.csv
-
-hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz
-
-hetis-plan convert vllm-server.log --out trace.csv
-"""
+CONVERT_EXAMPLES = """Examples:\n
+hetis-plan convert profile_export.jsonl --out trace.csv\n
+hetis-plan convert ShareGPT_V3_unfiltered_cleaned_split.json --tokenizer /models/llama --rate 4 --out trace.jsonl.gz\n
+hetis-plan convert vllm-server.log --out trace.csv"""
 
 
 @group
 class ConvertOptions:
-    """The place of the converted trace, and facts that its source does not state."""
-
     out: str = option("--out FILE|-: A .csv or .jsonl file, or with .gz; -: CSV on stdout.", "-")
     characters_per_token: float | None = option(
         "--characters-per-token: For texts without numbers of tokens.", min=0.1, max=100.0, shown="4"
@@ -154,7 +143,6 @@ def validate(
     def table() -> RenderableType:
         from rich.text import Text
 
-        from hetis.planner.report.figures import plural
         from hetis.planner.report.tables import grid
 
         rows = (
@@ -175,26 +163,20 @@ def validate(
     return ExitCode.INVALID if any(result.problems for result in results) else ExitCode.OK
 
 
-class FileKind(StrEnum):
-    CLUSTER = "Cluster"
-    MODEL_SPEC = "ModelSpec"
-    WORKLOAD = "Workload"
-    PROFILE = "Profile"
-    PLAN = "Plan"
-    DISPATCH_STATE = "DispatchState"
-    DISPATCH_REQUESTS = "DispatchRequests"
-    SHARE_PROBLEM = "ShareProblem"
-    LAYERS_PROBLEM = "LayersProblem"
-    TENANTS = "Tenants"
+FileKind = Literal[
+    "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem",
+    "LayersProblem", "Tenants",
+]  # fmt: skip
+FILE_KINDS = get_args(FileKind)
 
 
-def _kind(text: str) -> FileKind:
-    known = {kind.lower(): kind for kind in FileKind}
-    return known.get(text.lower()) or FileKind(one_of(text, list(FileKind)))
+def _kind(text: str) -> str:
+    known = {kind.lower(): kind for kind in FILE_KINDS}
+    return known.get(text.lower()) or one_of(text, FILE_KINDS)
 
 
 def _names(incomplete: str) -> list[str]:
-    return [kind.value for kind in FileKind if kind.lower().startswith(incomplete.lower())]
+    return [kind for kind in FILE_KINDS if kind.lower().startswith(incomplete.lower())]
 
 
 @verb(output=OutputFormat.JSON)
@@ -202,7 +184,7 @@ def schema(
     terminal: Terminal,
     kind: Annotated[
         FileKind,
-        typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(FileKind)}."),
+        typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(FILE_KINDS)}."),
     ],
 ) -> ExitCode:
     """Print the JSON Schema of a kind of file, for editors and other tools."""
@@ -210,16 +192,12 @@ def schema(
 
     from hetis.formats.documents import json_schema
 
-    document = json_schema(kind.value)
+    document = json_schema(kind)
     terminal.emit(lambda: document, lambda: JSON.from_data(document))
     return ExitCode.OK
 
 
-class Catalogue(StrEnum):
-    GPUS = "gpus"
-    MODELS = "models"
-    WORKLOADS = "workloads"
-    STRATEGIES = "strategies"
+Catalogue = Literal["gpus", "models", "workloads", "strategies"]
 
 
 @verb()
@@ -229,34 +207,31 @@ def catalog(
     containing: Annotated[str, typer.Argument(help="Only names that contain this text.", show_default=False)] = "",
 ) -> ExitCode:
     """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
-    from hetis.formats.errors import did_you_mean
     from hetis.planner.report import catalogue as tables
-    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.json_values import fields_of, json_value
     from hetis.profiler.defaults import profile_origin
     from hetis.solver.problem import Family
 
     every = _by_name(which)
     chosen = {name: entry for name, entry in every.items() if containing.lower() in name.lower()}
     if not chosen:  # an empty list alone would look like all there is
-        terminal.warn(f"no name of the {which.value} contains {containing!r}{did_you_mean(containing, every)}")
+        terminal.warn(f"no name of the {which} contains {containing!r}{did_you_mean(containing, every)}")
     entries = list(chosen.values())
     match which:
-        case Catalogue.GPUS:
+        case "gpus":
             profiles = {name: profile_origin(entry.gpu) for name, entry in chosen.items()}
-            terminal.emit(
-                lambda: [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()],
-                lambda: tables.gpu_table(entries, profiles, wide=terminal.output is OutputFormat.WIDE),
-            )
-        case Catalogue.MODELS:
-            terminal.emit(lambda: json_value(entries), lambda: tables.model_table(entries))
-        case Catalogue.WORKLOADS:
-            terminal.emit(lambda: json_value(entries), lambda: tables.workload_table(entries))
-        case Catalogue.STRATEGIES:
-            families = {name: one.restrict(Family()).describe() for name, one in chosen.items()}
-            terminal.emit(
-                lambda: [{"name": one.name, "summary": one.summary, "family": families[one.name]} for one in entries],
-                lambda: tables.strategy_table([(one.name, one.summary) for one in entries]),
-            )
+            data = [{**json_value(entry), "profile": profiles[name]} for name, entry in chosen.items()]
+            table = tables.gpu_table(entries, profiles, wide=terminal.output is OutputFormat.WIDE)
+        case "models":
+            data, table = json_value(entries), tables.model_table(entries)
+        case "workloads":
+            data, table = json_value(entries), tables.workload_table(entries)
+        case "strategies":
+            data = [
+                {**fields_of(one, "name", "summary"), "family": one.restrict(Family()).describe()} for one in entries
+            ]
+            table = tables.strategy_table([(one.name, one.summary) for one in entries])
+    terminal.emit(lambda: data, lambda: table)
     return ExitCode.OK
 
 
@@ -265,11 +240,11 @@ def _by_name(which: Catalogue) -> dict[str, Any]:
     from hetis.solver.placement.families import STRATEGIES
 
     match which:
-        case Catalogue.GPUS:
+        case "gpus":
             return {entry.gpu.name: entry for entry in catalogue.gpus()}
-        case Catalogue.MODELS:
+        case "models":
             return {entry.model.name: entry for entry in catalogue.models()}
-        case Catalogue.WORKLOADS:
+        case "workloads":
             return {entry.workload.name: entry for entry in catalogue.workloads()}
-        case Catalogue.STRATEGIES:
+        case "strategies":
             return dict(STRATEGIES)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -71,21 +71,16 @@ def doctor(terminal: Terminal) -> ExitCode:
     return ExitCode.INTERNAL if any(f.verdict is CheckVerdict.FAILED for f in findings) else ExitCode.OK
 
 
-class Shell(StrEnum):
-    BASH = "bash"
-    ZSH = "zsh"
-    FISH = "fish"
-
-
 @verb(prints_data=False)
 def completion(
-    terminal: Terminal, shell: Annotated[Shell, typer.Argument(help="The shell the script is for.")]
+    terminal: Terminal,
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell the script is for.")],
 ) -> ExitCode:
     """Print a completion script: `source <(hetis-plan completion bash)`."""
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # imported there, not exported
 
     sys.stdout.write(
-        get_completion_script(prog_name="hetis-plan", complete_var="_HETIS_PLAN_COMPLETE", shell=shell.value) + "\n"
+        get_completion_script(prog_name="hetis-plan", complete_var="_HETIS_PLAN_COMPLETE", shell=shell) + "\n"
     )
     return ExitCode.OK
 
@@ -96,20 +91,12 @@ def version(terminal: Terminal) -> ExitCode:
     from hetis.planner.use_cases.versions import installed_versions
 
     versions = installed_versions()
-
-    def table() -> RenderableType:
-        from rich.text import Text
-
-        return Text("\n".join(f"{name} {number}" for name, number in versions.items()))
-
-    terminal.emit(lambda: versions, table)
+    terminal.emit(lambda: versions, lambda: "\n".join(f"{name} {number}" for name, number in versions.items()))
     return ExitCode.OK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One finding of the examination."""
-
     subject: str
     verdict: CheckVerdict
     detail: str

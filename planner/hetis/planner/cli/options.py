@@ -10,10 +10,9 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 import typer
 
@@ -42,13 +41,13 @@ def group(kind: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(kind)  # quick to make: --help makes them all
 
 
-def option(usage: str, default: Any = None, *, shown: str | bool = True, panel: str = "", **more: Any) -> Any:
+def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True, panel: str = "", **more: Any) -> Any:
     """Declare a field of a group to be an option.
 
     Args:
         usage: its names, the form of its value, and what the help says of it: ``--model -m NAME|FILE: The model.``
         default: its value unless it is given, which goes through the parser, too; ``...``: it must be given.
-        shown: the default in words, or whether the help shows it.
+        shown: the default in words; True: as it is, and nothing for None.
         panel: the part of the help in which it stands.
         **more: as in `typer.Option`.
     """
@@ -105,21 +104,18 @@ def _ungrouped(function: Callable[..., int]) -> Callable[..., int]:
     return ungrouped
 
 
-@functools.cache
-def _types_of(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_types_of = functools.cache(get_type_hints)
 
 
 # --- options of several verbs, of which each has its own group
 
 _input, _goal, _search, _result = map(panel, ("Inputs", "Goal", "Search", "Result"))
 _to_solve, _plan = panel("To solve"), panel("Plan")
+_setting = partial(_search, min=1, max=values.MOST_SETTING)  # of every engine
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(
-    _input,
-    "--profile FILE: Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled.",
-    shown=False,
+    _input, "--profile FILE: Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled."
 )
 prefix_hit_rate_option = partial(
     _input,
@@ -128,9 +124,9 @@ prefix_hit_rate_option = partial(
     parser=values.prefix_hit_rate,
     shown="the workload's, or 0",
 )
-rate_option = partial(
-    _goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.rate, shown=False
-)
+rate_option = partial(_goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.rate)
+ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
+tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)
 strategy_option = partial(
     _search,
     "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
@@ -147,13 +143,9 @@ gap_option = partial(
 seed_option = partial(_search, "--seed: Same seed, same plan.", 0, min=0)
 threads_option = partial(_search, "--threads: Solver threads; 0 uses every core.", 1, min=0)
 out_option = partial(
-    _result,
-    "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table.",
-    shown=False,
+    _result, "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table."
 )
-html_option = partial(
-    _result, "--html FILE: Also save one page of HTML that needs no network; see `report`.", shown=False
-)
+html_option = partial(_result, "--html FILE: Also save one page of HTML that needs no network; see `report`.")
 dry_run_option = partial(
     _search,
     "--dry-run: "
@@ -174,10 +166,10 @@ class OptionalInputOptions:
     """The problem of ``apply``, which may do something else than solve one."""
 
     cluster: str | None = _to_solve(
-        "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or a cluster that is there.", shown=False
+        "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or a cluster that is there."
     )
-    model: str | None = _to_solve("--model -m NAME|FILE: As at place.", shown=False)
-    workload: str | None = _to_solve("--workload -w NAME|FILE|P/O: As at place.", shown=False)
+    model: str | None = _to_solve("--model -m NAME|FILE: As at place.")
+    workload: str | None = _to_solve("--workload -w NAME|FILE|P/O: As at place.")
     prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot say
     weights: str | None = _input(
         "--weights P[,GPU=P...]: "
@@ -197,27 +189,22 @@ class OptionalInputOptions:
         shown="no drafts",
     )
     profile: list[str] | None = _to_solve(
-        "--profile FILE|NAME: Profile to use: a file, which is applied first, or one that is there; repeatable.",
-        shown=False,
+        "--profile FILE|NAME: Profile to use: a file, which is applied first, or one that is there; repeatable."
     )
 
 
 @group
 class ApplyOptions:
-    """The plan of ``apply``, and what is done with it."""
-
-    plan: str | None = _plan("--plan FILE: Import a Plan file instead.", shown=False)
+    plan: str | None = _plan("--plan FILE: Import a Plan file instead.")
     name: str = _plan("--name ID: Of the plan.", "", shown="chosen there")
     activate: bool = _plan("--activate: Put the plan in force and wait until it is.", False)
-    out: Path | None = _plan("--out FILE: Save the Plan as JSON.", shown=False)
+    out: Path | None = _plan("--out FILE: Save the Plan as JSON.")
     no_wait: bool = no_wait_option()
     dry_run: bool = check_only_option()
 
 
 @group
 class InputOptions(OptionalInputOptions):
-    """The problem to solve."""
-
     cluster: str = cluster_option()
     model: str = _input(
         "--model -m NAME|FILE: A name of `catalog models`, a ModelSpec file, or a Hugging Face config.json.",
@@ -236,18 +223,13 @@ class InputOptions(OptionalInputOptions):
         self, goal: GoalOptions, replicas: ReplicaOptions, constraints: ConstraintOptions | None = None, **more: Any
     ) -> PlacementRequest:
         """Return the request of these options; ``more`` are its other fields."""
+        from hetis.planner.use_cases.json_values import fields_of
         from hetis.planner.use_cases.place import PlacementRequest, objective
 
         constraints = constraints or ConstraintOptions()
         return PlacementRequest(
-            cluster=self.cluster,
-            model=self.model,
-            workload=self.workload,
-            prefix_hit_rate=self.prefix_hit_rate,
+            **fields_of(self, "cluster", "model", "workload", "prefix_hit_rate", "weights", "kv", "mtp"),
             profiles=self.profile or (),
-            weights=self.weights,
-            kv=self.kv,
-            mtp=self.mtp,
             pins=constraints.pin or (),
             forbids=constraints.forbid or (),
             objective=objective(goal.objective, ttft_s=goal.ttft, tpot_s=goal.tpot, demand_rps=goal.rate),
@@ -258,46 +240,30 @@ class InputOptions(OptionalInputOptions):
 
 @group
 class GoalOptions:
-    """The objective of a plan and its limits."""
-
     objective: ObjectiveKind = _goal(
         f"--objective GOAL: What the plan is good for: {', '.join(ObjectiveKind)}.", ObjectiveKind.GOODPUT
     )
     rate: float | None = rate_option()
-    ttft: float | None = _goal(
-        "--ttft TIME|none: Limit of the p95 time to first token.",
-        parser=values.ttft_limit,
-        shown="2s; throughput: none",
-    )
-    tpot: float | None = _goal(
-        "--tpot TIME|none: Limit of the mean time per output token.",
-        parser=values.tpot_limit,
-        shown="100ms; throughput: none",
-    )
+    ttft: float | None = ttft_option(shown="2s; throughput: none")
+    tpot: float | None = tpot_option(shown="100ms; throughput: none")
 
 
 @group
 class ConstraintOptions:
-    """Constraints that plans keep."""
-
     pin: list[str] | None = _goal(
         "--pin CONSTRAINT: "
         "node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, unified "
-        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
-        shown=False,
+        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable."
     )
     forbid: list[str] | None = _goal(
         "--forbid CONSTRAINT: "
         "gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; shared-experts. "
-        "Repeatable.",
-        shown=False,
+        "Repeatable."
     )
 
 
 @group
 class FamilyOptions:
-    """The family of plans to search."""
-
     strategy: str = strategy_option()
     roles: frozenset[Role] | None = _search(
         "--roles ROLE,...: What replicas may do: unified, or prefill,decode, or all three.",
@@ -320,33 +286,27 @@ class ReplicaOptions:
         "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8"
     )
     max_gpus: int | None = _search(
-        "--max-gpus: GPUs of a replica, attention workers included, of an engine's plans.", min=1, shown=False
+        "--max-gpus: GPUs of a replica, attention workers included, of an engine's plans.", min=1
     )
     min_layers: int | None = _search(
-        "--min-layers-per-stage: Layers that a stage holds at least, of an engine's plans.", min=1, shown=False
+        "--min-layers-per-stage: Layers that a stage holds at least, of an engine's plans.", min=1
     )
     max_nodes: int | None = _search(
         "--max-nodes-per-replica: Nodes that a replica may lie on, attention workers included, of an engine's plans.",
         min=1,
-        shown=False,
     )
-    max_num_seqs: int | None = _search(
-        "--max-num-seqs N: Requests that an engine runs at once (a replica, or each of its copies that share experts).",
-        min=1,
-        max=values.MOST_SETTING,
-        shown=False,
+    max_num_seqs: int | None = _setting(
+        "--max-num-seqs N: Requests that an engine runs at once (a replica, or each of its copies that share experts)."
     )
     chunk_tokens: frozenset[int] | None = _search(
         "--chunk-tokens N[,N...]: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
         parser=values.chunks,
         shown="256,512,2048",
     )
-    kv_blocks: int | None = _search(
+    kv_blocks: int | None = _setting(
         "--kv-blocks N: "
         "KV blocks of 16 tokens that an engine has at most (each of copies that share experts), such as its "
         "--num-gpu-blocks-override.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="as memory allows",
     )
 
@@ -381,7 +341,6 @@ class ServiceLevelOptions:
         "--attainment SHARE: "
         "Share of simulated requests that keep all limits (SLO attainment), instead of statistics; such as 90%.",
         parser=values.share,
-        shown=False,
     )
 
     def level(self, objective: Objective, *, verify: bool) -> ServiceLevel:
@@ -394,19 +353,12 @@ class ServiceLevelOptions:
 
 @group
 class SearchOptions:
-    """The time limit, gap, seed and threads of a search."""
-
     time_limit: float = time_limit_option("60s")
     gap: float = gap_option("0.1%")
     seed: int = seed_option()
     threads: int = threads_option()
 
     def settings(self, family: FamilyOptions, replicas: ReplicaOptions, **more: Any) -> PlacementSettings:
-        """Return the settings of a search in a family of plans.
-
-        Raises:
-            BadParameter: the options contradict each other.
-        """
         from hetis.planner.use_cases.sources import ordered
 
         return self.settings_of(
@@ -417,7 +369,6 @@ class SearchOptions:
         )
 
     def settings_of(self, **more: Any) -> PlacementSettings:
-        """Return the settings of a search."""
         from hetis.planner.use_cases.place import PlacementSettings
 
         return PlacementSettings(
@@ -425,12 +376,7 @@ class SearchOptions:
         )
 
 
-class Survived(StrEnum):
-    """A loss that the demand must survive."""
-
-    NODE = "node"
-    ZONE = "zone"
-
+Survived = Literal["node", "zone"]  # a loss that the demand must survive
 
 verify_option = partial(
     _result,
@@ -438,7 +384,7 @@ verify_option = partial(
     True,
 )
 survive_option = partial(
-    _goal, "--survive: Serve --rate when any one node, or zone, is lost, with --objective cost or gpus.", shown=False
+    _goal, "--survive: Serve --rate when any one node, or zone, is lost, with --objective cost or gpus."
 )
 
 

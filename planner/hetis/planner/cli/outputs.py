@@ -1,4 +1,7 @@
-"""Outputs of verbs: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``."""
+"""Outputs of verbs: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``.
+
+Files that cannot be written raise DocumentError, options that cannot be met BadParameter.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,18 @@ from hetis.formats.documents import Value, dump
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.report.figures import plural, seconds
 from hetis.solver.plan import Objective, Plan
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.sources import Inputs
+    from hetis.solver.problem import EngineRules
 
 STDOUT = Path("-")  # stands for standard output
 
 
 def refuse_unwritable(path: Path | None) -> None:
-    """Refuse before a long search a file that could not be written after it; standard output and None pass.
-
-    Raises:
-        DocumentError: the folder is missing or may not be written, or the path is a folder.
-    """
+    """Refuse before a long search a file that could not be written after it; standard output and None pass."""
     if path is None or path == STDOUT:
         return
     folder = path.resolve().parent
@@ -41,26 +42,13 @@ def refuse_unwritable(path: Path | None) -> None:
 
 
 def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
-    """Refuse before the work if a library is missing, and name the extra that installs it.
-
-    Raises:
-        BadParameter: the library is not installed.
-    """
+    """Refuse before the work if a library is missing, and name the extra that installs it."""
     if importlib.util.find_spec(name) is None:
         raise typer.BadParameter(f"{name} is not installed, which {wanted_by} needs: pip install 'hetis[{extra}]'")
 
 
 def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
-    """Refuse before the work a page that could not be saved; None: no page was requested.
-
-    Args:
-        path: of the page.
-        beside: where the verb saves something else; its table goes to standard output in any case.
-
-    Raises:
-        DocumentError: the page cannot be written there.
-        BadParameter: the library that makes pages is not installed, or something else is written there, too.
-    """
+    """Refuse before the work a page that could not be saved, or would be saved where something else is (``beside``)."""
     if path is None:
         return
     if path == STDOUT:
@@ -71,7 +59,7 @@ def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
 
 
 def refuse_unwritable_page(path: Path) -> None:
-    """Refuse the same for a verb that prints nothing else: DocumentError for the file, BadParameter without jinja2."""
+    """Refuse the same for a verb that prints nothing else."""
     refuse_unwritable(path)
     refuse_missing_library("jinja2", extra="planner", wanted_by="a page")
 
@@ -82,22 +70,17 @@ def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
         refuse_unwritable(_plan_file(folder, name))
 
 
-def save(value: Value, path: Path) -> None:
-    """Write the whole document or nothing; YAML if the name's suffix is that of YAML.
-
-    Raises:
-        DocumentError: the file cannot be written.
-    """
+def save(terminal: Terminal, value: Value, path: Path) -> None:
+    """Write the whole document or nothing; YAML if the name's suffix is that of YAML."""
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
     write_atomically(path, dump(value, form))
+    terminal.say(f"saved {path}")
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Write plans by name, as ``NAME.json``. Raises DocumentError: a file cannot be written."""
+    """Write plans by name, as ``NAME.json``."""
     for name, plan in plans.items():
-        path = _plan_file(folder, name)
-        save(plan, path)
-        terminal.say(f"saved {path}")
+        save(terminal, plan, _plan_file(folder, name))
 
 
 def _plan_file(folder: Path, name: str) -> Path:
@@ -105,7 +88,7 @@ def _plan_file(folder: Path, name: str) -> Path:
 
 
 def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Write the page, on standard output for ``-``. Raises DocumentError: the file cannot be written."""
+    """Write the page, on standard output for ``-``."""
     if path == STDOUT:
         terminal.write(page)
         return
@@ -114,7 +97,7 @@ def save_page(terminal: Terminal, page: str, path: Path) -> None:
 
 
 def save_or_tell(
-    terminal: Terminal, plan: Plan, path: Path | None, *, html: Path | None = None, page: Callable[[], str] = str
+    terminal: Terminal, plan: Plan, path: Path | None, *, html: Path | None, page: Callable[[], str]
 ) -> bool:
     """Save a plan and its page before printing, so that a stdout reader that goes away does not cost them.
 
@@ -125,23 +108,20 @@ def save_or_tell(
     if path == STDOUT:
         terminal.write(dump(plan, "json"))
     elif path is not None:
-        try:
-            save(plan, path)
-            terminal.say(f"saved {path}")
-        except DocumentError as error:
-            saved = not_saved(terminal, "plan", error)
+        saved = saves(terminal, "plan", lambda: save(terminal, plan, path))
     if html is not None:
-        try:
-            save_page(terminal, page(), html)
-        except DocumentError as error:
-            saved = not_saved(terminal, "page", error)
+        saved = saves(terminal, "page", lambda: save_page(terminal, page(), html)) and saved
     return saved
 
 
-def not_saved(terminal: Terminal, what: str, error: DocumentError) -> bool:
-    """Report that something was not saved, although the verb goes on, and return False."""
-    terminal.error(f"the {what} was not saved", [str(problem) for problem in error.problems])
-    return False
+def saves(terminal: Terminal, what: str, write: Callable[[], None]) -> bool:
+    """Return whether ``write`` could save something; its failure is reported, and the verb goes on."""
+    try:
+        write()
+    except DocumentError as error:
+        terminal.error(f"the {what} was not saved", [str(problem) for problem in error.problems])
+        return False
+    return True
 
 
 def say_what_would_be_solved(
@@ -151,26 +131,21 @@ def say_what_would_be_solved(
     strategies: Sequence[str],
     time_limit_s: float,
     solves: int = 1,
-    engine: str | None = None,
+    engine: EngineRules | None = None,
 ) -> ExitCode:
     """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most."""
     from rich.text import Text
 
-    from hetis.planner.report.figures import plural, seconds
-    from hetis.planner.report.plan import goal_line
+    from hetis.planner.report.plan import problem_line
+    from hetis.planner.use_cases.json_values import fields_of
 
-    def rows() -> list[Text]:
-        solved_by = f"{', '.join(strategies)}{f' for {engine}' if engine else ''}"
+    def table() -> Text:
+        solved_by = f"{', '.join(strategies)}{f' for {engine.name}' if engine else ''}"
         lines = [
-            Text.assemble(
-                ("ok", "green"),
-                f"  {inputs.model.name} on {inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')}) "
-                f"for {inputs.workload.name}: {goal_line(objective).plain}",
-            )
-            for inputs, objective in problems
+            Text.assemble(("ok", "green"), f"  {problem_line(inputs, objective)}") for inputs, objective in problems
         ]
         times = f"{plural(solves, 'time')} {seconds(time_limit_s)} at most"
-        return [*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")]
+        return Text("\n").join([*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")])
 
     document = {
         "kind": "DryRun",
@@ -181,16 +156,14 @@ def say_what_would_be_solved(
                 "gpus": inputs.cluster.num_gpus(),
                 "workload": inputs.workload.name,
                 "objective": objective.kind.value,
-                "ttft_limit_s": objective.ttft_limit_s,
-                "tpot_limit_s": objective.tpot_limit_s,
-                "demand_rps": objective.demand_rps,
+                **fields_of(objective, "ttft_limit_s", "tpot_limit_s", "demand_rps"),
             }
             for inputs, objective in problems
         ],
         "strategies": list(strategies),
-        "engine": engine,
+        "engine": engine and engine.name,
         "solves": solves,
         "time_limit_s": time_limit_s,
     }
-    terminal.emit(lambda: document, lambda: Text("\n").join(rows()))
+    terminal.emit(lambda: document, table)
     return ExitCode.OK

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +16,14 @@ from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.searching import search_interruptibly
+from hetis.solver.budget import Budget, Report
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
     from hetis.planner.use_cases.place import PlacedPlan, PlacementRequest
     from hetis.planner.use_cases.sources import LoadedInputs
-    from hetis.solver.budget import Report
-    from hetis.solver.errors import InfeasibleError
     from hetis.solver.plan import Objective
     from hetis.solver.problem import PlacementProblem
 
@@ -31,8 +33,6 @@ _goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
 
 @group
 class PreferenceOptions:
-    """Further preferences for a plan."""
-
     price_pins: bool = _goal(
         "--price-pins: Solve again without each pin and forbidden thing: what the objective would gain.", False
     )
@@ -47,12 +47,9 @@ class PreferenceOptions:
 
 @group
 class ResultOptions:
-    """Options of a finished plan: studies, checks and outputs."""
-
     profile_error: float | None = _search(
         "--profile-error ERROR: Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
         parser=values.error,
-        shown=False,
     )
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
@@ -96,10 +93,7 @@ def place(
         replicas,
         constraints,
         settings=search.settings(
-            family,
-            replicas,
-            simplest_within=preferences.simplest_within,
-            survive="" if preferences.survive is None else preferences.survive.value,
+            family, replicas, simplest_within=preferences.simplest_within, survive=preferences.survive or ""
         ),
         verify=results.verify,
         other_engines=results.other_engines,
@@ -110,10 +104,9 @@ def place(
     loaded = load(request)
     problem = pose(request, loaded)
     if results.dry_run:
-        engine = problem.family.engine
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
-            time_limit_s=search.time_limit, engine=None if engine is None else engine.name,
+            time_limit_s=search.time_limit, engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
 
@@ -128,11 +121,9 @@ def finish(
     """Solve with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
     from hetis.planner.cli.failures import report_failure, say_failure
     from hetis.planner.cli.outputs import STDOUT, save_or_tell
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.use_cases.place import missed
     from hetis.planner.use_cases.place import place as placed
-    from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 
     cancelled, settings = threading.Event(), request.settings
 
@@ -190,17 +181,13 @@ def _print(terminal: Terminal, answer: PlacedPlan) -> None:
 
 def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objective) -> dict[str, Any]:
     from hetis.planner.report.studies import infeasible_parts
+    from hetis.planner.use_cases.json_values import document
     from hetis.solver.plan import Status
 
-    result = {"status": Status.INFEASIBLE.value, "objective": objective.kind.value}
-    return {
-        "apiVersion": "hetis/v1",
-        "kind": "Plan",
-        "strategy": strategy,
-        "result": {**result, "value": None, "bound": None, "gap": None, "unit": objective.unit},
-        **infeasible_parts(error),
-        "replicas": [],
-    }
+    result = {"status": Status.INFEASIBLE, "objective": objective.kind, "value": None, "bound": None, "gap": None}
+    return document(
+        "Plan", strategy=strategy, result={**result, "unit": objective.unit}, **infeasible_parts(error), replicas=[]
+    )
 
 
 # --- compare
@@ -208,8 +195,6 @@ def _infeasible_document(error: InfeasibleError, strategy: str, objective: Objec
 
 @group
 class CompareOptions:
-    """The strategies that are compared."""
-
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
@@ -224,9 +209,7 @@ class CompareOptions:
 
 @group
 class ComparisonOutputOptions:
-    """Outputs of a comparison."""
-
-    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.", shown=False)
+    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.")
     html: Path | None = options.html_option()
     dry_run: bool = options.dry_run_option()
 
@@ -256,13 +239,11 @@ def compare(
         save_plans,
         say_what_would_be_solved,
     )
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.use_cases.compare import compare_engines
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
-    from hetis.solver.budget import Budget
     from hetis.solver.placement.families import ANY_ENGINE
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
@@ -288,9 +269,7 @@ def compare(
             time_limit_s=search.time_limit,
         )  # fmt: skip
     cancelled = threading.Event()
-
-    def budget() -> Budget:
-        return Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:
@@ -330,8 +309,6 @@ def judge(compared: Sequence[Compared]) -> ExitCode:
 
 @group
 class LayersOptions:
-    """The settings of a search for a placement of layers."""
-
     time_limit: float = option(
         "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
     )
@@ -353,10 +330,8 @@ def layers(
     Ctrl-C once prints the best placement so far; twice leaves at once.
     """
     from hetis.formats.layers_problem import load_layers_problem
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.layers import layers_document, render_layers
     from hetis.planner.use_cases.layers import is_compiled, place_layers
-    from hetis.solver.budget import Budget
 
     problem = load_layers_problem(file)
     if not is_compiled():

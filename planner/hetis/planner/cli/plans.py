@@ -14,6 +14,9 @@ from hetis.planner.cli import options
 from hetis.planner.cli.changes import count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
+from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
+from hetis.planner.report.figures import plural
+from hetis.solver.budget import Budget
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,26 +39,17 @@ ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "note
 def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits every replica, what GPUs are worth, why some idle."""
     from hetis.planner.report.explanation import render_explanation
-    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.json_values import document, fields_of, json_value
     from hetis.solver.placement.explanation import explain_plan
 
     (found,) = _load(terminal, [plan])
     explanation = explain_plan(found.plan, found.problem)
-
-    def document() -> dict[str, object]:
-        return {
-            "apiVersion": "hetis/v1",
-            "kind": "Explanation",
-            "strategy": found.plan.strategy,
-            "result": json_value(found.plan.result),
-            "prices": json_value(found.plan.prices),
-            "runners_up": json_value(found.plan.runners_up),
-            "notes": list(found.plan.notes),
-            **json_value(explanation),
-        }
-
+    of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
     wide = terminal.output is OutputFormat.WIDE
-    terminal.emit(document, lambda: render_explanation(found.plan, explanation, wide=wide))
+    terminal.emit(
+        lambda: document("Explanation", **of_plan, **json_value(explanation)),
+        lambda: render_explanation(found.plan, explanation, wide=wide),
+    )
     return ExitCode.OK
 
 
@@ -66,7 +60,6 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     The bound is taken on trust, as are the prices: the search proved them, and they are not derived again. So is what
     stands beside the plan: other setups, losses, simulation, notes.
     """
-    from hetis.planner.report.figures import plural
     from hetis.planner.use_cases.json_values import json_value
     from hetis.solver.check import check_plan
 
@@ -86,10 +79,8 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
             "stands beside the plan: other setups, losses, simulation, notes",
         )
 
-    def document() -> dict[str, object]:
-        return {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}
-
-    terminal.emit(document, table)
+    answer = {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}
+    terminal.emit(lambda: answer, table)
     return ExitCode.INVALID if violations else ExitCode.OK
 
 
@@ -108,8 +99,6 @@ def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
 
 @group
 class ReportOptions:
-    """The sections of the page, and where it is saved."""
-
     simulate: bool = option(
         "--simulate: Simulate every plan at rates up to and beyond the planned one, and draw it.", False
     )
@@ -150,7 +139,6 @@ def report(
 
 
 def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
-    from hetis.planner.cli.searching import simulate_interruptibly
     from hetis.planner.use_cases.verify import latency_curve
 
     return simulate_interruptibly(
@@ -164,9 +152,7 @@ def _market(
     terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: ReportOptions
 ) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape
-    from hetis.solver.budget import Budget
 
     if cancelled.is_set():
         return None

@@ -22,7 +22,7 @@ from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.tables import facts, table
+from hetis.planner.report.tables import facts, kept_words, missed_words, table
 from hetis.solver.budget import Progress
 from hetis.v1 import (
     audit_service_pb2,
@@ -90,7 +90,6 @@ class ResourceColumn(NamedTuple):
 
 
 def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> RenderableType:
-    """Return one row per resource of this kind."""
     if not resources:
         return Text(f"no {kind}", style="dim")
     columns = [column for column in COLUMNS[kind] if wide or not column.wide]
@@ -99,7 +98,6 @@ def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> Re
 
 
 def state(text: str) -> Text:
-    """Return a state in its colour."""
     return Text(text, style="green" if text in _GOOD else "red" if text in _BAD else "yellow" if text else "")
 
 
@@ -142,6 +140,10 @@ def gap_of(plan: plan_pb2.Plan) -> str:
     return percent(found.gap) if found.HasField("gap") else ""
 
 
+def _node_state(node: cluster_pb2.Node) -> str:
+    return word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
+
+
 def _mode(mode: int) -> str:
     return word_of(cluster_pb2.ReactionMode, mode).lower() if mode else "default"
 
@@ -175,9 +177,7 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
     ),
     "nodes": (
         ResourceColumn("'node", lambda n: last_part(n.name)),
-        ResourceColumn(
-            "'state", lambda n: state(word_of(cluster_pb2.NodeState, n.state) + (" draining" if n.draining else ""))
-        ),
+        ResourceColumn("'state", lambda n: state(_node_state(n))),
         ResourceColumn("GPUs", lambda n: str(len(n.devices))),
         ResourceColumn("'KV of the fullest", lambda n: kv_bar(n.devices)),
         ResourceColumn("'trouble", lambda n: _trouble(n.devices)),
@@ -277,17 +277,15 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
 
 
 def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
-    rate = f" at {digits(found.rate_rps, 4)} requests/s"
-    if found.kept:
-        beyond = f"; kept up to {digits(found.kept_rps, 4)}" if found.kept_rps > found.rate_rps else ""
-        ttft_s = found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s
-        tpot_s = found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s
-        latencies = f"TTFT {spec.ttft_statistic or 'p95'} {seconds(ttft_s)}"
-        latencies += f", TPOT {spec.tpot_statistic or 'mean'} {seconds(tpot_s)}"
-        share = f"; {percent(found.attainment)} of the requests within all limits"
-        return Text.assemble(("limits kept", "green"), f"{rate}: {latencies}{share}{beyond}")
-    least = f"kept up to {digits(found.kept_rps, 4)}" if found.HasField("kept_rps") else "no rate tried keeps them"
-    return Text.assemble(("MISSED", "bold red"), f"{rate}: {', '.join(found.misses)}; {least}")
+    kept_rps = found.kept_rps if found.HasField("kept_rps") else None
+    if not found.kept:
+        return missed_words(found.rate_rps, found.misses, kept_rps)
+    latencies = (
+        (f"TTFT {spec.ttft_statistic or 'p95'}", found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s),
+        (f"TPOT {spec.tpot_statistic or 'mean'}", found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s),
+    )
+    share = f"{percent(found.attainment)} of the requests within all limits"
+    return kept_words(found.rate_rps, latencies, share, kept_rps)
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
@@ -304,8 +302,7 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
         return Text(f"throttled: {', '.join(slowed)}" if slowed else "", style="yellow")
 
     for node in nodes:
-        name = word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
-        first = (last_part(node.name), state(name), ago(node.heard_time))
+        first = (last_part(node.name), state(_node_state(node)), ago(node.heard_time))
         for device in node.devices:
             made.add_row(
                 *first,
@@ -323,14 +320,12 @@ def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
 
 
 def audit_data(line: audit_service_pb2.AuditedChange) -> dict[str, Any]:
-    """Return a line of the audit log as plain data."""
     rest = ("epoch", "caller", "role", "method", "resource", "request_id", "plan", "outcome", "times", "hash")
     moment = line.time.ToDatetime(UTC).isoformat(timespec="milliseconds")
     return {"number": line.number, "time": moment} | {name: getattr(line, name) for name in rest}
 
 
 def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableType:
-    """Return lines of the audit log, refused ones red."""
     if not lines:
         return Text("no lines", style="dim")
     made = table("", "<time (UTC)", "'caller", "<method", "'resource", "'plan", "<outcome", fixed=True)
@@ -359,8 +354,8 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
         case "node":
             node = event.node
             kv = kv_ratio(node.devices)
-            state = word_of(cluster_pb2.NodeState, node.state) + (" draining" if node.draining else "")
-            return f"{at} node {last_part(node.name)}: {state}" + (f", KV {percent(kv)}" if kv is not None else "")
+            full = "" if kv is None else f", KV {percent(kv)}"
+            return f"{at} node {last_part(node.name)}: {_node_state(node)}{full}"
         case "removed_node":
             return f"{at} node {last_part(event.removed_node)}: gone"
         case "replica":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
 
@@ -29,15 +29,11 @@ cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its na
 
 @group
 class InCluster:
-    """The cluster of a resource."""
-
     cluster: str | None = cluster_name_option()
 
 
 @group
 class PlannerOptions:
-    """The address of a planner, and the credentials of the caller."""
-
     server: str = _planner(
         "--server HOST:PORT: The planner; several with commas.", DEFAULT_SERVER, envvar="HETIS_SERVER"
     )
@@ -90,7 +86,7 @@ class PlannerOptions:
 
 
 def server_verb(
-    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE, is_endless: bool = False
+    *, prints_data: bool = True, is_endless: bool = False
 ) -> Callable[[Callable[..., ExitCode]], Callable[..., None]]:
     """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client.
 
@@ -107,7 +103,7 @@ def server_verb(
         terminal, _client, *own = inspect.signature(function).parameters.values()
         planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=PlannerOptions)
         with_client.__signature__ = inspect.Signature([terminal, *own, planner])  # type: ignore[attr-defined]
-        return verb(prints_data=prints_data, output=output)(with_client)
+        return verb(prints_data=prints_data)(with_client)
 
     return decorate
 
@@ -166,3 +162,15 @@ def chosen_cluster(client: Client, given: str | None) -> str:
 def id_of(text: str) -> str:
     """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
+
+
+def fetched(client: Client, what: str, name: str, *, basic: bool = False) -> Any:
+    """Read one resource of a collection; ``basic``: without documents."""
+    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2, view_pb2
+
+    plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
+    own: dict[str, Any] = {"plans": plans, "profiles": profiles}
+    service, requests = own.get(what, (client.clusters, cluster_service_pb2))
+    kind, view = KINDS[what], {"view": view_pb2.VIEW_BASIC} if basic else {}
+    answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name, **view))
+    return getattr(answer, kind.lower())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +13,9 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
+from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
+from hetis.solver.budget import Budget
+from hetis.solver.errors import NoPlanFoundError
 
 SHARE_EXAMPLES = """Examples:\n
   hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml\n
@@ -24,22 +26,16 @@ FAIR_EXAMPLES = """Examples:\n
   hetis-plan fair examples/tenants.yaml --rounds 12 -o json"""
 
 
-class ShareRule(StrEnum):
-    """Rules by name; a test keeps this in step with `hetis.solver.tenants.problem.TenantRule`."""
-
-    EFFICIENCY = "efficiency"
-    EQUAL_THROUGHPUT = "equal-throughput"
-    MAX_MIN = "max-min"
-    SHARING_INCENTIVE = "sharing-incentive"
+# Tests keep these in step with `TenantRule` and `FairnessRule` of the solver, which are slow to import.
+ShareRule = Literal["efficiency", "equal-throughput", "max-min", "sharing-incentive"]
+FairRule = Literal["cooperative", "non-cooperative", "gavel", "gandiva-fair", "equal-split"]
 
 
 @group
 class ShareOptions:
-    """The fleet, by which rule it is shared, and what is done with the plans."""
-
     cluster: str = options.cluster_option()
     profile: list[str] | None = options.profile_option()
-    rule: ShareRule = option("--rule: What everybody is owed.", ShareRule.MAX_MIN)
+    rule: ShareRule = option("--rule: What everybody is owed.", "max-min")
     others: bool = option("--others/--no-others: Also share by the other rules, to compare.", True)
     envy: bool = option("--envy/--no-envy: Also place every tenant on the GPUs of every other.", True)
     strategy: str = options.strategy_option()
@@ -47,9 +43,7 @@ class ShareOptions:
     gap: float = options.gap_option("0.5%")
     seed: int = options.seed_option()
     threads: int = options.threads_option()
-    out: Path | None = option(
-        "--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result", shown=False
-    )
+    out: Path | None = option("--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result")
     dry_run: bool = options.dry_run_option()
 
 
@@ -67,12 +61,9 @@ def share(
     """
     from hetis.planner.cli.failures import report_failure
     from hetis.planner.cli.outputs import refuse_unwritable_plans, save_plans, say_what_would_be_solved
-    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.sharing import render_tenants, tenants_document
     from hetis.planner.use_cases.place import PlacementSettings
     from hetis.planner.use_cases.sharing import load_tenancy, share_out_fleet
-    from hetis.solver.budget import Budget
-    from hetis.solver.errors import NoPlanFoundError
     from hetis.solver.tenants.problem import TenantRule
 
     out = asked.out
@@ -87,7 +78,7 @@ def share(
             terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[asked.strategy],
             time_limit_s=asked.time_limit,
         )  # fmt: skip
-    first = TenantRule(asked.rule.value)
+    first = TenantRule(asked.rule)
     rules = (first, *(other for other in TenantRule if other is not first and asked.others))
     settings = PlacementSettings(
         strategy=asked.strategy, time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
@@ -117,23 +108,9 @@ def share(
 # --- fair
 
 
-class FairRule(StrEnum):
-    """Rules by name; a test keeps this in step with `hetis.solver.shares.problem.FairnessRule`."""
-
-    COOPERATIVE = "cooperative"
-    NON_COOPERATIVE = "non-cooperative"
-    GAVEL = "gavel"
-    GANDIVA_FAIR = "gandiva-fair"
-    EQUAL_SPLIT = "equal-split"
-
-
 @group
 class FairOptions:
-    """By which rule GPU types are shared, and what else is asked of it."""
-
-    rule: FairRule = option(
-        "--rule: How to share. The other rules are compared below the shares.", FairRule.COOPERATIVE
-    )
+    rule: FairRule = option("--rule: How to share. The other rules are compared below the shares.", "cooperative")
     rounds: int = option("--rounds: Also list whole GPUs for so many rounds.", 0, min=0, max=10_000)
     claims: int = option(
         "--claims: Also try so many false claims of every job, up and down: who gains?", 0, min=0, max=10_000
@@ -153,14 +130,12 @@ def fair(
     larger speed-ups than one has. Speed-ups stand in the file, or come from placements of a model on each GPU type.
     """
     from hetis.formats.documents import load_share_problem
-    from hetis.planner.cli.searching import work_interruptibly
     from hetis.planner.report.sharing import fair_document, render_fair
     from hetis.planner.use_cases.sharing import share_out
-    from hetis.solver.budget import Budget
     from hetis.solver.shares.problem import FairnessRule
 
     inputs = load_share_problem(file)
-    first = FairnessRule(asked.rule.value)
+    first = FairnessRule(asked.rule)
     rules = (first, *(other for other in FairnessRule if other is not first))
     budget = Budget(clock=time.monotonic)
     found = work_interruptibly(

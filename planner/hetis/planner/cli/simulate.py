@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.errors import DocumentError
 from hetis.planner.cli import options, values
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
+from hetis.planner.cli.searching import simulate_interruptibly
 
 if TYPE_CHECKING:
     from hetis.formats.traces import Trace
@@ -25,33 +27,20 @@ if TYPE_CHECKING:
     from hetis.solver.problem import PlacementProblem
     from hetis.solver.workload import Workload
 
-SIMULATE_EXAMPLES = """\
-Examples:
-
-hetis-plan simulate plan.json --seeds 5
-
-hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html
-
-hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms
-
-hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps
-"""
+SIMULATE_EXAMPLES = """Examples:\n
+hetis-plan simulate plan.json --seeds 5\n
+hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
+hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
+hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
+Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
-
-
-class Router(StrEnum):
-    LEAST_WORK = "least-work"
-    WEIGHTED = "weighted"
-    FEWEST_REQUESTS = "fewest-requests"
-    FEWEST_TOKENS = "fewest-tokens"
+_setting = partial(_fleet, min=1, max=values.MOST_SETTING)  # of every engine
 
 
 @group
 class SimulateOptions:
-    """The traffic, limits and faults of a simulation."""
-
     trace: str | None = _traffic(
         "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
         autocompletion=values.workload_names,
@@ -74,12 +63,8 @@ class SimulateOptions:
     saturate: bool = _traffic("--saturate: A request is always waiting: how much is served?", False)
     sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
     tolerance: float = _goal("--tolerance SHARE: How closely --sweep brackets that rate.", "2%", parser=values.share)
-    ttft: float | None = _goal(
-        "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit, shown="the plan's"
-    )
-    tpot: float | None = _goal(
-        "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit, shown="the plan's"
-    )
+    ttft: float | None = options.ttft_option(shown="the plan's")
+    tpot: float | None = options.tpot_option(shown="the plan's")
     requests: int | None = _runs(
         "--requests N: Requests of each run.",
         min=1,
@@ -99,7 +84,7 @@ class SimulateOptions:
     threads: int = _runs("--threads: Runs at once, as processes; 0: one per core.", 0, min=0)
     greedy: bool = _fleet("--greedy: Stages take whatever waits, instead of keeping micro-batches apart.", False)
     paced: bool = _fleet("--paced: Chunks of prompts no larger than keep the seats filled.", False)
-    router: Router = _fleet("--router: How requests are spread over replicas.", Router.LEAST_WORK)
+    router: Router = _fleet("--router: How requests are spread over replicas.", "least-work")
     no_dispatch: bool = _fleet("--no-dispatch: Head groups stay split as planned, request by request.", False)
     no_redispatch: bool = _fleet("--no-redispatch: Head groups of running requests never move.", False)
     theta: float = _fleet(
@@ -107,32 +92,24 @@ class SimulateOptions:
         "50%",
         parser=values.ratio,
     )
-    max_num_seqs: int | None = _fleet(
+    max_num_seqs: int | None = _setting(
         "--max-num-seqs N: Requests that every engine runs at once, each of copies that share experts.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="the plan's",
     )
-    chunk_tokens: int | None = _fleet(
+    chunk_tokens: int | None = _setting(
         "--chunk-tokens N: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="the plan's",
     )
-    kv_blocks: int | None = _fleet(
+    kv_blocks: int | None = _setting(
         "--kv-blocks N: KV blocks of 16 tokens that every engine has at most, such as its --num-gpu-blocks-override.",
-        min=1,
-        max=values.MOST_SETTING,
         shown="as memory allows",
     )
-    fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.", shown=False)
-    join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.", shown=False)
-    faults: str | None = _fleet("--faults FILE: The same as CSV: at_s,device,event (fail or join).", shown=False)
-    perfetto: Path | None = _result(
-        "--perfetto FILE: What every stage did, for ui.perfetto.dev; of the first run.", shown=False
-    )
-    requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.", shown=False)
-    plot: Path | None = _result("--plot FILE: Pictures of the first run, or of the sweep: .html or .png.", shown=False)
+    fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
+    join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.")
+    faults: str | None = _fleet("--faults FILE: The same as CSV: at_s,device,event (fail or join).")
+    perfetto: Path | None = _result("--perfetto FILE: What every stage did, for ui.perfetto.dev; of the first run.")
+    requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
+    plot: Path | None = _result("--plot FILE: Pictures of the first run, or of the sweep: .html or .png.")
     html: Path | None = options.html_option()
 
     def refuse_contradictions(self) -> None:
@@ -153,7 +130,6 @@ class SimulateOptions:
                 raise typer.BadParameter(f"{name} shows one run: it goes without --sweep")
 
     def refuse_unwritable(self) -> None:
-        """Refuse files that could not be written."""
         from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_unwritable
 
         for path in (self.perfetto, self.requests_csv, self.plot):
@@ -212,7 +188,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         settings=Settings(
             discipline="greedy" if asked.greedy else "apart",
             chunks="paced" if asked.paced else "planned",
-            router=asked.router.value,
+            router=asked.router,
             dispatch=not asked.no_dispatch,
             redispatch=not asked.no_redispatch and not asked.no_dispatch,
             theta=asked.theta,
@@ -248,16 +224,9 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Simula
 
 
 def _limits(objective: Objective, asked: SimulateOptions) -> Objective:
-    def limit(given: float | None, planned: float | None) -> float | None:
-        if given is None:
-            return planned
-        return None if given == values.NO_LIMIT else given
-
-    return replace(
-        objective,
-        ttft_limit_s=limit(asked.ttft, objective.ttft_limit_s),
-        tpot_limit_s=limit(asked.tpot, objective.tpot_limit_s),
-    )
+    given = {"ttft_limit_s": asked.ttft, "tpot_limit_s": asked.tpot}
+    limits: dict[str, Any] = {name: limit for name, limit in given.items() if limit is not None}
+    return replace(objective, **{name: None if limit == values.NO_LIMIT else limit for name, limit in limits.items()})
 
 
 def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:
@@ -277,7 +246,6 @@ def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tu
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: SimulateOptions) -> ExitCode:
     """Simulate with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
-    from hetis.planner.cli.searching import simulate_interruptibly
     from hetis.planner.report.simulation import render_simulation, simulation_document
     from hetis.planner.use_cases.simulate import NothingSimulatedError, answer
 
@@ -303,7 +271,6 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
 
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
     """Save before printing, so that a stdout reader that goes away does not cost the files."""
-    from hetis.formats.errors import DocumentError
     from hetis.formats.files import write_atomically
     from hetis.planner.cli.outputs import save_page
     from hetis.simulator.records import perfetto_json, requests_csv

@@ -12,6 +12,8 @@ from typing import Literal, TypeVar
 import typer
 
 from hetis.formats.command_line.verb import one_of
+from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
+from hetis.formats.units import parse_bandwidth, parse_bytes, parse_duration, parse_ratio
 from hetis.solver.plan import Role
 
 NO_LIMIT = float("inf")
@@ -46,15 +48,11 @@ def _limit(text: str, name: str) -> float:
 
 def positive_duration(text: str) -> float:
     """Parse seconds: ``50ms``, ``2s``, ``2``."""
-    from hetis.formats.units import parse_duration
-
     return _positive(_parsed(parse_duration, text), text)
 
 
 def device_at(text: str) -> tuple[str, float]:
     """Parse a device and seconds: ``a100/0@30s``."""
-    from hetis.formats.units import parse_duration
-
     device, at, time = text.rpartition("@")
     if not at or not device:
         raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s")
@@ -63,8 +61,6 @@ def device_at(text: str) -> tuple[str, float]:
 
 def ratio(text: str) -> float:
     """Parse a ratio: ``0.5%`` or ``0.005``."""
-    from hetis.formats.units import parse_ratio
-
     return _parsed(parse_ratio, text)
 
 
@@ -109,16 +105,11 @@ def _percent(text: str, value: float) -> str:
 
 
 def size(text: str) -> int:
-    """Parse bytes: ``10GiB``."""
-    from hetis.formats.units import parse_bytes
-
     return _parsed(parse_bytes, text)
 
 
 def bandwidth(text: str) -> float:
     """Parse bytes per second above zero: ``100Gbps`` or ``2GB/s``."""
-    from hetis.formats.units import parse_bandwidth
-
     return _positive(_parsed(parse_bandwidth, text), text)
 
 
@@ -155,7 +146,6 @@ class Names:
 
 
 def strategy(text: str) -> str:
-    """Parse the name of a strategy."""
     return one_of(text, _strategies())
 
 
@@ -205,27 +195,21 @@ def chunks(text: str) -> frozenset[int]:
 
 def weights(text: str) -> str:
     """Parse the precision of weights, which GPU types may have their own of."""
-    from hetis.formats.dtypes import PRECISIONS, chosen_precision
-
     return _checked(text, lambda text: chosen_precision(text, PRECISIONS))
 
 
 def kv(text: str) -> str:
     """Parse the precision of KV, which GPU types may have their own of."""
-    from hetis.formats.dtypes import KV_PRECISIONS, chosen_precision
-
     return _checked(text, lambda text: chosen_precision(text, KV_PRECISIONS))
 
 
 def mtp(text: str) -> str:
-    """Parse drafted tokens and their acceptance."""
     from hetis.formats.model import drafts
 
     return _checked(text, drafts)
 
 
 def _checked(text: str, read: Callable[[str], object]) -> str:
-    """Return a text that can be read."""
     _parsed(read, text)
     return text
 
@@ -246,17 +230,14 @@ def _engines() -> list[str]:
 
 
 def strategy_names(incomplete: str) -> list[str]:
-    """Return the strategies that start with this."""
     return _completing(incomplete, _strategies())
 
 
 def engine_names(incomplete: str) -> list[str]:
-    """Return the engines that start with this."""
     return _completing(incomplete, _engines())
 
 
 def workload_names(incomplete: str) -> list[str]:
-    """Return the traces of the catalogue that start with this."""
     from hetis.formats.catalogue import workloads
 
     return _completing(incomplete, (entry.workload.name for entry in workloads()))

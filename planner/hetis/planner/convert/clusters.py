@@ -48,12 +48,10 @@ def redispatch_message(record: RedispatchRecord, *, view: view_pb2.View.ValueTyp
 
 
 def basic_replica(message: replica_pb2.Replica) -> replica_pb2.Replica:
-    """Return a replica in the view BASIC."""
     return without(message, "shape")
 
 
 def basic_redispatch(message: redispatch_pb2.Redispatch) -> redispatch_pb2.Redispatch:
-    """Return a re-dispatch in the view BASIC."""
     return without(message, "change")
 
 

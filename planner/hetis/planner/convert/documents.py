@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from hetis.formats import documents
-from hetis.formats.cluster import parse_cluster
+from hetis.formats.cluster import CLUSTER
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import canonical_json, content_digest
-from hetis.formats.model import parse_model
-from hetis.formats.plan import parse_plan
-from hetis.formats.positions import Bounds, Text, parse_text
-from hetis.formats.profile import parse_profile
-from hetis.formats.workload import parse_workload
+from hetis.formats.model import MODEL_SPEC
+from hetis.formats.plan import PLAN
+from hetis.formats.positions import Bounds, parse_text
+from hetis.formats.profile import PROFILE
+from hetis.formats.workload import WORKLOAD
 from hetis.planner.store import ClusterRecord
 from hetis.planner.threads import run_in_thread_gc_paused, stop_if_unwanted
 from hetis.solver.cluster import Cluster
@@ -34,13 +34,7 @@ MAX_NODES = 10_000  # per cluster: extrapolated from 3,000 measured agents in on
 _MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
 MAX_SOURCE_NAME = 255
 V = TypeVar("V", Cluster, ModelSpec, Workload, Profile, Plan)
-_PARSERS: Mapping[type[Any], Callable[[Any, Text], Any]] = {
-    Cluster: parse_cluster,
-    ModelSpec: parse_model,
-    Workload: parse_workload,
-    Profile: parse_profile,
-    Plan: parse_plan,
-}
+_PARSERS = {kind.value: kind.parse for kind in (CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN)}
 _NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {
     "Cluster": document_pb2.DOCUMENT_KIND_CLUSTER,
     "ModelSpec": document_pb2.DOCUMENT_KIND_MODEL_SPEC,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.solver.budget import Progress
@@ -116,7 +116,7 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
         num_replicas=len(plan.replicas),
         num_gpus=sum(len(replica.devices()) for replica in plan.replicas),
         num_attention_workers=sum(len(replica.worker_devices()) for replica in plan.replicas),
-        document=document_pb2.Document(kind=document_pb2.DOCUMENT_KIND_PLAN, digest=digest_of(document)),
+        document=document_pb2.Document(kind=document_pb2.DOCUMENT_KIND_PLAN, digest=content_digest(document)),
         document_bytes=len(document),
         notes=plan.notes,
     )
@@ -172,11 +172,6 @@ def without_contents(message: plan_pb2.Plan) -> plan_pb2.Plan:
 
 def progress_to_proto(progress: Progress, unit: str) -> plan_pb2.SolveProgress:
     return _message(plan_pb2.SolveProgress, progress, unit=unit)
-
-
-def digest_of(document: bytes) -> str:
-    """Return the ``Document.digest`` of a document in canonical JSON."""
-    return f"sha256:{hashlib.sha256(document).hexdigest()}"
 
 
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:

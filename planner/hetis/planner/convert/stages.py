@@ -201,6 +201,7 @@ def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mappin
 
 _TO_STATUS = {status: report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{status.name}") for status in DeviceStatus}
 _FROM_STATUS = {number: status for status, number in _TO_STATUS.items()}
+_FROM_BEST = (DeviceStatus.OK, DeviceStatus.DRAINING, DeviceStatus.LOST)
 _NOTHING: Conditions = MappingProxyType({})
 
 
@@ -243,7 +244,7 @@ def snapshot_from_proto(
             raise InvalidProblemError(f"{device.name} is no device of the stage, which has {', '.join(names)}")
         place.append(i)
         totals[i] = device.total_blocks
-        statuses[i] = _worse(statuses[i], status_from_proto(device.status))
+        statuses[i] = max(statuses[i], status_from_proto(device.status), key=_FROM_BEST.index)
     lost = [i for i, status in enumerate(statuses) if status is DeviceStatus.LOST]
     groups = _groups(message, terms, place)
     gone = groups[:, lost].sum(axis=1) > 0
@@ -266,10 +267,6 @@ def snapshot_from_proto(
         groups=groups[~gone],
         moves=_moves(message, terms, {request.id for request in kept}),
     )
-
-
-def _worse(one: DeviceStatus, other: DeviceStatus) -> DeviceStatus:
-    return max(one, other, key=(DeviceStatus.OK, DeviceStatus.DRAINING, DeviceStatus.LOST).index)
 
 
 def _groups(message: head_map_pb2.HeadMap, terms: StageTerms, place: list[int]) -> IntArray:

@@ -9,8 +9,6 @@ from enum import StrEnum
 
 
 class ExportTarget(StrEnum):
-    """A target of an export."""
-
     VLLM = "vllm"
     SGLANG = "sglang"
     COMPOSE = "compose"
@@ -25,7 +23,5 @@ class ExportTarget(StrEnum):
 
 
 class ExportDevice(StrEnum):
-    """A device type of engines."""
-
     CUDA = "cuda"
     CPU = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,17 +11,12 @@ from hetis.engines.commands import Command
 from hetis.engines.layout import ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
-from hetis.planner.export.files import Written
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, published_image
 from hetis.solver.plan import Role
 
 
 def _written(
-    launchable: Launchable,
-    files: Mapping[str, str],
-    shown: Iterable[str],
-    start: str,
-    not_carried: Iterable[str] = (),
+    launchable: Launchable, files: Mapping[str, str], shown: Iterable[str], start: str, not_carried: Iterable[str] = ()
 ) -> Written:
     """Return files for hosts, on which the front ends of replicas listen."""
     return Written(
@@ -63,7 +59,6 @@ mkdir -p logs
 
 
 def write_shell(launchable: Launchable) -> Written:
-    """Return scripts for vLLM or SGLang."""
     files, shown = dict[str, str](), list[str]()
     for node, here in launchable.by_node().items():
         for _, one in here:
@@ -138,7 +133,6 @@ def _launch_script(launchable: Launchable, node: str, here: list[tuple[int, Laun
 
 
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
-    """Return the command line that runs a replica's part of a node."""
     addresses, settings = one.addresses, launchable.settings
     told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
     told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]
@@ -171,11 +165,7 @@ _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 
 def write_compose(launchable: Launchable) -> Written:
-    """Return a folder for each node with its compose.yaml and the plugin's files.
-
-    Raises:
-        NotExportableError: an image is missing.
-    """
+    """Return a folder for each node with its compose.yaml and the plugin's files."""
     image = launchable.settings.image or published_image(launchable.engine)
     wrong = [] if image else ["--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it"]
     if launchable.has_workers and not launchable.settings.worker_image:
@@ -188,7 +178,9 @@ def write_compose(launchable: Launchable) -> Written:
         for _, one in here:
             for command in one.commands:
                 if command.process.node == node:
-                    services[service_of(one, command)] = _service(launchable, one, command, image)
+                    # A name among services may contain no slash and no dot.
+                    name = re.sub(r"[/.+]", "-", f"{one.name}-{command.process.name}")
+                    services[name] = _service(launchable, one, command, image)
                     files |= {f"{node}/{path}": text for path, text in command.files.items()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
@@ -197,11 +189,6 @@ def write_compose(launchable: Launchable) -> Written:
         files[f"{node}/compose.yaml"] = yaml_text(whole)
         shown.append(f"{node}/compose.yaml")
     return _written(launchable, files, shown, _HOW_COMPOSE)
-
-
-def service_of(one: LaunchableReplica, command: Command) -> str:
-    """Return the name of a process among services, which may contain no slash and no dot."""
-    return f"{one.name}-{command.process.name}".replace("/", "-").replace(".", "-").replace("+", "-")
 
 
 def _service(launchable: Launchable, one: LaunchableReplica, command: Command, image: str) -> dict[str, Any]:
@@ -213,6 +200,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
     volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
     if one.serving.model.startswith("/") and not is_worker:
         volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
+    reserved = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(process.gpus)], "capabilities": ["gpu"]}
     service: dict[str, Any] = {
         "image": settings.worker_image if is_worker else image,
         # Images have entry points of their own; these words are the whole command.
@@ -224,7 +212,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
         "restart": "unless-stopped",
         "stop_grace_period": f"{command.stops_s:g}s",
         "labels": {"hetis.devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)},
-        "deploy": {"resources": {"reservations": {"devices": [_reserved(process.gpus)]}}},
+        "deploy": {"resources": {"reservations": {"devices": [reserved]}}},
     }
     if volumes:
         service["volumes"] = volumes
@@ -236,10 +224,6 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
         if launchable.engine is not Engine.SGLANG:
             environment["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
     return service
-
-
-def _reserved(gpus: tuple[int, ...]) -> Mapping[str, Any]:
-    return {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(gpus)], "capabilities": ["gpu"]}
 
 
 def _gpus(gpus: tuple[int, ...]) -> dict[str, str]:

@@ -19,17 +19,12 @@ from hetis.engines.kubernetes import (
 )
 from hetis.engines.layout import Process
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.files import Written
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, published_image
 from hetis.solver.plan import Role
 
 
 def write_kubernetes(launchable: Launchable) -> Written:
-    """Return a file for each replica, and a kustomization of them all.
-
-    Raises:
-        NotExportableError: pods cannot do what the replicas need, or options are missing.
-    """
+    """Return a file for each replica, and a kustomization of them all."""
     check_cluster_options(launchable)
     made, left_out = dict[int, list[dict[str, Any]]](), dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
@@ -57,11 +52,7 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
 
 
 def check_cluster_options(launchable: Launchable) -> None:
-    """Check that the options for Kubernetes objects are complete.
-
-    Raises:
-        NotExportableError: with every missing option.
-    """
+    """Raise NotExportableError with every missing option for Kubernetes objects."""
     one = next(iter(launchable.replicas.values()))
     wrong = deployment_of(launchable, one).wrong(one.serving.model, has_workers=launchable.has_workers)
     if wrong:
@@ -100,7 +91,6 @@ def namespace(launchable: Launchable) -> dict[str, str]:
 
 
 def address(launchable: Launchable, service: str, port: int) -> str:
-    """Return where a Service is reached."""
     inside = f".{launchable.settings.namespace}.svc" if launchable.settings.namespace else ""
     return f"{service}{inside}:{port}"
 
@@ -153,13 +143,11 @@ class PodGroup:
         )
 
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        """Return the pod of the first stage."""
         [first, *_] = self._layout.servers
         pod = self.objects.server_pod(0, self.objects.arguments(0, master=self._leader))
         return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        """Return the pods of all further stages."""
         arguments = list(self.objects.arguments(1, master=self._leader))
         if len(self._further) == 1:
             pod = self.objects.server_pod(1, arguments)
@@ -215,11 +203,7 @@ _MOST_ROLES = 10  # in a DisaggregatedSet
 
 
 def write_lws(launchable: Launchable) -> Written:
-    """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects.
-
-    Raises:
-        NotExportableError: no replica can be made of such pods, or options are missing.
-    """
+    """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects."""
     check_cluster_options(launchable)
     launchable = groupable(launchable)
     split = launchable.has_roles and all(one.plan.role is not Role.UNIFIED for one in launchable.replicas.values())
@@ -233,11 +217,7 @@ def write_lws(launchable: Launchable) -> Written:
 
 
 def groupable(launchable: Launchable) -> Launchable:
-    """Return the replicas whose pods can be made from two templates.
-
-    Raises:
-        NotExportableError: none is left.
-    """
+    """Return the replicas whose pods can be made from two templates. Raises NotExportableError: none is left."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
         if why := PodGroup(launchable, one, leader=LEADER).why_not():

@@ -8,8 +8,7 @@ from typing import Any
 from hetis.engines.serving import connector_of, partition_of, room_options, shape_options
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.files import Written
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
@@ -20,11 +19,7 @@ _TINY = 0.001
 
 
 def write_ray(launchable: Launchable) -> Written:
-    """Return a config file of Ray Serve.
-
-    Raises:
-        NotExportableError: the engine is not unmodified vLLM, or no replica can be placed in this way.
-    """
+    """Return a config file of Ray Serve."""
     if launchable.engine is Engine.SGLANG:
         raise NotExportableError(("Ray Serve LLM runs vLLM: --engine is sglang",))
     left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}
@@ -43,6 +38,9 @@ def write_ray(launchable: Launchable) -> Written:
     fronts = {decode: prefill for prefill, decode in pairs.items()}
     nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
+    # Some options after `--` are the engine's and some its server's, which Ray Serve LLM replaces.
+    options = " ".join(launchable.settings.engine_options)
+    given = [f"{options}: Ray takes no command line, set engine_kwargs in serve.yaml"] if options else []
     return Written(
         files={"serve.yaml": yaml_text(whole)},
         shown=("serve.yaml",),
@@ -50,7 +48,7 @@ def write_ray(launchable: Launchable) -> Written:
             number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
         },
         start=_HOW.format(resources=resources),
-        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray says"), *_options_given(launchable)),
+        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray says"), *given),
         carried=launchable,
     )
 
@@ -120,12 +118,6 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
     if order != further:
         return (f"vLLM orders Ray's workers by node and address: stages would be on {', '.join((first, *order))}",)
     return ()
-
-
-def _options_given(launchable: Launchable) -> list[str]:
-    """Name the options after ``--``: some are the engine's and some its server's, which Ray Serve LLM replaces."""
-    words = launchable.settings.engine_options
-    return [f"{' '.join(words)}: Ray takes no command line, set engine_kwargs in serve.yaml"] if words else []
 
 
 def _resource(node: str) -> str:

@@ -13,14 +13,14 @@ from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, program_of
-from hetis.engines.versions import RECORDED, Engine
+from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
 from hetis.planner.export import ExportDevice
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, ReplicaPlan, Role, StagePlan
 
 _TUNED = re.compile(r"(?i)instruct|chat|-it$")
 _NODE = re.compile(
@@ -125,11 +125,14 @@ class Launchable:
                 found.setdefault(node, []).append((number, one))
         return found
 
+    def routes(self) -> list[KvRoute]:
+        """Return the plan's routes between the remaining replicas."""
+        return [route for route in self.plan.kv_routes if {route.prefill, route.decode} <= self.replicas.keys()]
+
     def rate(self) -> float:
         """Return the saturated requests/s of the remaining replicas, as predicted by the plan."""
-        there = self.replicas.keys()
         unified = sum(one.plan.rate for one in self.replicas.values() if one.plan.role is Role.UNIFIED)
-        return unified + sum(r.rate for r in self.plan.kv_routes if r.prefill in there and r.decode in there)
+        return unified + sum(route.rate for route in self.routes())
 
     def without(self, left_out: Mapping[int, tuple[str, ...]]) -> Launchable:
         """Return the plan without the replicas that the target cannot carry.
@@ -162,14 +165,23 @@ class Launchable:
             yield from (f"replica {number}: {reason}" for reason in reasons)
 
 
-def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
-    """Return the parts of a plan that an engine can launch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The files of a target."""
 
-    Raises:
-        NotExportableError: nothing can be launched; with the reasons of all replicas.
-    """
+    files: Mapping[str, str]  # text by path; a path that ends in ``.sh`` is a program
+    shown: tuple[str, ...]  # the essential files, for standard output
+    endpoints: Mapping[int, str]  # of each replica, by its position in the plan
+    start: str  # instructions in Markdown
+    carried: Launchable  # the replicas that it can have
+    not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
+
+
+def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
+    """Return what an engine can launch of a plan. Raises NotExportableError with all reasons if there is nothing."""
     plan, changes = with_single_copies(plan)
-    engine = settings.engine or engine_for(plan)
+    has_workers = any(replica.attention_workers for replica in plan.replicas)
+    engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
     changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
@@ -250,15 +262,9 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
         yield f"the plan is for {asked}, the checkpoint is {settings.model}: --model names the one that was tuned"
 
 
-def engine_for(plan: Plan) -> Engine:
-    """Return the engine that a plan needs: with our plugin if it has attention workers."""
-    has_workers = any(replica.attention_workers for replica in plan.replicas)
-    return Engine.VLLM_HETIS if has_workers else Engine.VLLM
-
-
 def published_image(engine: Engine) -> str:
     """Return the image that the engine's makers publish; empty for our plugin, which has none."""
-    version = RECORDED[engine].version
+    version = VERSIONS[engine]
     return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
 
 
@@ -315,16 +321,11 @@ def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
 def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int]]:
     """Pair replicas along the plan's routes, those with most traffic first, and leave out replicas without a partner.
 
-    Returns:
-        The remaining replicas, and the decode replica of every prefill replica.
-
-    Raises:
-        NotExportableError: nothing is left.
+    Return what is left, and the decode replica of every prefill replica. Raises NotExportableError if nothing is left.
     """
     pairs, taken = dict[int, int](), set[int]()
-    there = launchable.replicas.keys()
-    for route in sorted(launchable.plan.kv_routes, key=lambda one: (-one.rate, one.prefill, one.decode)):
-        if {route.prefill, route.decode} <= there and not {route.prefill, route.decode} & taken:
+    for route in sorted(launchable.routes(), key=lambda one: (-one.rate, one.prefill, one.decode)):
+        if not {route.prefill, route.decode} & taken:
             pairs[route.prefill] = route.decode
             taken |= {route.prefill, route.decode}
     left_out: dict[int, tuple[str, ...]] = {

@@ -34,8 +34,7 @@ def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[
 
 def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, Any]:
     """Return endpoints with their rates and shares, and the pairs of prefill and decode replicas with theirs."""
-    shares = shares_of(launchable)
-    pairs = [r for r in launchable.plan.kv_routes if {r.prefill, r.decode} <= launchable.replicas.keys()]
+    shares, pairs = shares_of(launchable), launchable.routes()
     carried = sum(pair.rate for pair in pairs) or 1.0
     return {
         "model": launchable.settings.served_name or launchable.settings.model,
@@ -70,11 +69,10 @@ def shares_of(launchable: Launchable) -> dict[int, float]:
 
 def rate_of(launchable: Launchable, number: int) -> float:
     """Return the saturated requests/s of a replica; for prefill and decode replicas, those of the remaining routes."""
-    replica, there = launchable.replicas[number].plan, launchable.replicas.keys()
+    replica = launchable.replicas[number].plan
     if replica.role is Role.UNIFIED:
         return replica.rate
-    routes = [r for r in launchable.plan.kv_routes if r.prefill in there and r.decode in there]
-    return sum(r.rate for r in routes if number in (r.prefill, r.decode))
+    return sum(route.rate for route in launchable.routes() if number in (route.prefill, route.decode))
 
 
 def weight(share: float) -> int:

@@ -9,7 +9,6 @@ from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, a
 from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.files import Written
 from hetis.planner.export.kubernetes import (
     LEADER,
     PodGroup,
@@ -21,7 +20,7 @@ from hetis.planner.export.kubernetes import (
     replica_objects,
     written_for_cluster,
 )
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
 
@@ -34,11 +33,7 @@ _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"
 
 
 def write_llm_d(launchable: Launchable) -> Written:
-    """Return values for `helm`, manifests for `kubectl`, and the router's configuration.
-
-    Raises:
-        NotExportableError: no replica can be made of such pods, or options are missing.
-    """
+    """Return values for `helm`, manifests for `kubectl`, and the router's configuration."""
     check_cluster_options(launchable)
     launchable = groupable(launchable)
     values, manifests = dict[str, str](), dict[str, str]()
@@ -177,11 +172,7 @@ _PRESETS = {Role.UNIFIED: "worker", Role.DECODE: "decode-worker", Role.PREFILL: 
 
 
 def write_kserve(launchable: Launchable) -> Written:
-    """Return a file for each service.
-
-    Raises:
-        NotExportableError: no replica can be a service, or options are missing.
-    """
+    """Return a file for each service."""
     check_cluster_options(launchable)
     launchable, pairs = paired(groupable(launchable), "KServe")
     files, presets = dict[str, str](), dict[str, Any]()
@@ -272,11 +263,7 @@ _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"
 
 
 def write_dynamo(launchable: Launchable) -> Written:
-    """Return DynamoGraphDeployments: one with all replicas unless there are too many for a graph.
-
-    Raises:
-        NotExportableError: Dynamo does not support the engine, or no replica is a single pod.
-    """
+    """Return DynamoGraphDeployments: one with all replicas unless there are too many for a graph."""
     if launchable.engine not in _PROGRAMS:
         raise NotExportableError(("Dynamo's images lack our plugin: use --to lws or kubernetes, or --engine vllm",))
     left_out = {

@@ -6,20 +6,21 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hetis.engines.kubernetes import NAMESPACE
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
 from hetis.engines.serving import DECIDED, names_of
-from hetis.engines.versions import RECORDED, Engine
+from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.files import write_atomically
 from hetis.planner.export import ExportDevice, ExportTarget
-from hetis.planner.export.files import Written
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import write_ray
-from hetis.planner.export.replicas import ExportSettings, Launchable, launchable, weights_used
+from hetis.planner.export.replicas import ExportSettings, Launchable, Written, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
 from hetis.solver.model import ModelSpec
@@ -28,8 +29,6 @@ from hetis.solver.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """An export."""
-
     files: Mapping[str, str]  # text by path
     shown: tuple[str, ...]  # the essential files, for standard output
     lost: tuple[str, ...]  # what is not carried of the plan, a sentence each
@@ -37,6 +36,7 @@ class Export:
     rate: float  # saturated requests/s that remain of ``planned``
 
 
+# They raise NotExportableError if no replica can be launched on their target, or with every option that is missing.
 _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.VLLM: write_shell,
     ExportTarget.SGLANG: write_shell,
@@ -93,9 +93,6 @@ def export_wanted(
     """Check the settings, complete them by the plan, and return it as the files of a target.
 
     Args:
-        plan: the plan.
-        target: what runs it.
-        settings: as given.
         file: of the plan, for messages.
         spelled: returns an option's spelling in the caller's interface.
         more_wrong: the caller's own errors, reported together with those found here.
@@ -123,7 +120,6 @@ def export_wanted(
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
-    """Yield what is wrong with the settings, a sentence each."""
     for node, host in given.hosts.items():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
@@ -163,13 +159,40 @@ def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
     return asked if _HF_ID.fullmatch(asked) and known == shape.name else shape.name
 
 
+# --- files
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write every file atomically, and make scripts executable. Raises DocumentError: one cannot be written."""
+    for path, text in files.items():
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise single_problem(str(target.parent), f"cannot be made: {error.strerror}") from None
+        write_atomically(target, text)
+        if path.endswith(".sh"):
+            target.chmod(target.stat().st_mode | 0o111)
+
+
+def folder_refusals(folder: Path, *, force: bool) -> list[str]:
+    """Return why files cannot be written to the folder; empty if they can."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            return [f"{folder} is no folder"]
+        if not force and folder.is_dir() and any(folder.iterdir()):
+            return [f"{folder} is not empty: name another, or force it"]
+    except OSError as error:
+        return [f"{folder}: {error.strerror}"]
+    return []
+
+
 # --- README
 
 
 def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     """Return a README: what was exported, how it is started, and what is not carried."""
-    recorded, shares = RECORDED[launchable.engine], shares_of(launchable)
-    rows = []
+    shares, rows = shares_of(launchable), []
     for number, one in launchable.replicas.items():
         layers = "+".join(map(str, one.layout.layers))
         gpus = "; ".join(f"{p.node}/{','.join(map(str, p.gpus))}" for p in one.layout.processes)
@@ -187,7 +210,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             f"# A plan of hetis for {target}",
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
-            f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
+            f"{VERSIONS[launchable.engine]}. The plan serves {planned:.3g} requests/s saturated, what is exported "
             f"{left:.3g}.{_precision(launchable)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",

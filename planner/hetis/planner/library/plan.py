@@ -245,9 +245,8 @@ class Plan:
         """
         from hetis.engines.versions import Engine
         from hetis.planner.export import ExportDevice, ExportTarget
-        from hetis.planner.export.files import folder_refusals, write_files
         from hetis.planner.export.replicas import ExportSettings
-        from hetis.planner.export.targets import export_wanted
+        from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
 
         wrong = [] if folder is None else folder_refusals(Path(folder), force=force)
         settings = ExportSettings(

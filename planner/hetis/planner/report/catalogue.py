@@ -44,7 +44,6 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *
 
 
 def model_table(entries: Sequence[ModelEntry]) -> Table:
-    """Return models with the shape of their layers."""
     rows = (
         (
             entry.model.name,
@@ -61,7 +60,6 @@ def model_table(entries: Sequence[ModelEntry]) -> Table:
 
 
 def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
-    """Return traces with the lengths of their requests."""
     rows = (
         (
             entry.workload.name,
@@ -77,5 +75,4 @@ def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
 
 
 def strategy_table(entries: Sequence[tuple[str, str]]) -> Table:
-    """Return strategies with what each of them searches."""
     return table("'name", "'searches", rows=entries)

@@ -26,26 +26,23 @@ from hetis.solver.replanning.transition import Action, Step
 MAX_ROWS = 40  # changing replicas listed; -o json has all
 MAX_LOADS = 16  # loading GPUs listed
 
-_WORDS = {
-    Fate.KEPT: "kept",
-    Fate.RESET: "other settings",
-    Fate.CHANGED: "changed",
-    Fate.NEW: "new",
-    Fate.GONE: "gone",
-}
+_WORDS = {Fate.KEPT: "kept", Fate.RESET: "other settings", Fate.CHANGED: "changed", Fate.NEW: "new", Fate.GONE: "gone"}
 
 
 @as_group
 def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names allow it."""
     yield _figures(diff)
     for warning in diff.warnings:
         yield Text(warning, style="yellow")
-    yield section("Replicas", Text(change_counts(diff.change)))
-    yield from changed_replicas(diff.change, diff.before, diff.after)
-    if diff.change.loads:
-        yield section("Weights to load", load_table(diff.change))
-    yield section("KV dropped", Text(dropped_words(diff.change)))
+    yield from _change_sections(diff.change, diff.before, diff.after)
+
+
+def _change_sections(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
+    yield section("Replicas", Text(change_counts(change)))
+    yield from changed_replicas(change, before, after)
+    if change.loads:
+        yield section("Weights to load", load_table(change))
+    yield section("KV dropped", Text(dropped_words(change)))
 
 
 def _figures(diff: PlanDiff) -> Table:
@@ -118,7 +115,6 @@ def shape_of(replica: ReplicaPlan) -> str:
 
 
 def load_table(change: PlanChange) -> Table:
-    """Return what GPUs load, the largest amounts first; equal amounts together."""
     by_size: dict[int, list[str]] = {}
     for device, size in change.loads.items():
         by_size.setdefault(round(size), []).append(device)
@@ -134,7 +130,6 @@ def load_table(change: PlanChange) -> Table:
 
 
 def diff_document(diff: PlanDiff) -> dict[str, Any]:
-    """Return the difference as plain data."""
     return document(
         "PlanDiff",
         before={"result": diff.before.result, "figures": diff.figures_before},
@@ -157,15 +152,10 @@ MAX_STEPS = 40  # steps listed; -o json has all
 
 @as_group
 def render_replan(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names allow it."""
     yield problem_title(posed.loaded.inputs)
     yield goal_line(posed.problem.objective)
     yield facts(_facts(found, posed, costs))
-    yield section("Replicas", Text(change_counts(found.change)))
-    yield from changed_replicas(found.change, posed.running, found.plan)
-    if found.change.loads:
-        yield section("Weights to load", load_table(found.change))
-    yield section("KV dropped", Text(dropped_words(found.change)))
+    yield from _change_sections(found.change, posed.running, found.plan)
     yield section("Steps", _steps(found, posed))
     yield Text(lowest_words(found, posed))
 
@@ -218,7 +208,6 @@ def _steps(found: Replanning, posed: PosedReplan) -> RenderableType:
 
 
 def step_rows(found: Replanning, posed: PosedReplan) -> Iterator[list[str]]:
-    """Return the cells of every step, in order."""
     return (_step_row(step, found, posed) for step in found.transition.steps)
 
 
@@ -226,14 +215,10 @@ def _step_row(step: Step, found: Replanning, posed: PosedReplan) -> list[str]:
     starting = step.action is Action.START
     plan = found.plan if starting else posed.running
     names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
-    loads = sum(_load_of(found, i) for i in step.replicas) if starting else 0.0
+    loads = sum(one.load_bytes for one in found.change.replicas if one.after in step.replicas) if starting else 0.0
     flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
     takes = seconds(step.seconds) if step.seconds else "-"
     return [step.action.value, names, gigabytes(loads) if loads else "-", takes, flow]
-
-
-def _load_of(found: Replanning, number: int) -> float:
-    return next(change.load_bytes for change in found.change.replicas if change.after == number)
 
 
 def lowest_words(found: Replanning, posed: PosedReplan) -> str:

@@ -36,7 +36,6 @@ _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
 @as_group
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     yield problem_title(inputs)
     yield goal_line(objective)
     yield Text()
@@ -55,7 +54,6 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
-    """Return the comparison as plain data, with every plan in full."""
     return document("Comparison", objective=objective, strategies=[_entry(outcome, inputs) for outcome in compared])
 
 
@@ -141,7 +139,6 @@ _NOTE = (
 
 @as_group
 def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names allow it."""
     yield problem_title(found.before.loaded.inputs)
     yield goal_line(found.objective)
     for label, line in change_lines(found.change, found.before):
@@ -191,7 +188,6 @@ def _value_name(objective: Objective) -> str:
 
 
 def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
-    """Yield a figure, its value before, and its value after."""
     sides = (found.before, found.after)
     plans = [side.outcome.plan for side in sides]
     results = [plan.result if plan is not None else None for plan in plans]
@@ -318,7 +314,6 @@ def _market_table(found: BuyNext) -> Table:
 
 
 def offer_row(offer: ListedOffer) -> list[str]:
-    """Return the cells of a GPU type on the market."""
     plan, found = offer.after.outcome.plan, offer.difference.found
     per_gpu = found / offer.addition.count
     price = offer.usd_per_hour

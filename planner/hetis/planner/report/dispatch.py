@@ -29,16 +29,6 @@ PATHS = {
 }
 
 
-def explain_dispatch(found: Dispatched) -> tuple[str, ...]:
-    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
-    return tuple(_dispatch_sentences(found))
-
-
-def explain_redispatch(found: Redispatched) -> tuple[str, ...]:
-    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
-    return tuple(_redispatch_sentences(found))
-
-
 def costs_sentence(stage: CostedStage) -> str | None:
     """Return a sentence on devices with modelled costs, or None if all costs are given or measured."""
     modelled = [device for device in stage.saved.devices if stage.origins[device.name] == MODELLED]
@@ -65,7 +55,8 @@ def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
     )
 
 
-def _dispatch_sentences(found: Dispatched) -> Iterator[str]:
+def explain_dispatch(found: Dispatched) -> Iterator[str]:
+    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
     stage, plan = found.stage, found.plan
     devices = stage.saved.devices
     yield bottleneck_sentence(stage, found.after)
@@ -127,7 +118,8 @@ def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
     )
 
 
-def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
+def explain_redispatch(found: Redispatched) -> Iterator[str]:
+    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
     plan, stage = found.plan, found.stage
     names = stage.snapshot.stage.devices
     yield bottleneck_sentence(stage, found.before)
@@ -206,7 +198,6 @@ BAR_WIDTH = 8
 
 @as_group
 def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     plan, stage = found.plan, found.stage
     num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
     yield Text.assemble(
@@ -300,7 +291,6 @@ def _worth(price_s: float) -> str:
 
 @as_group
 def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     plan, stage = found.plan, found.stage
     moving = plural(len(plan.moves), "move") if plan.moves else "nothing moves"
     yield Text.assemble(
@@ -372,7 +362,6 @@ def _size(num_bytes: float) -> str:
 
 
 def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """Return the document of ``kind: Dispatch``."""
     plan, names = found.plan, found.stage.snapshot.stage.devices
     devices = _devices(found.stage, found.before, found.after, found.reached)
     for i, device in enumerate(devices):
@@ -402,7 +391,6 @@ def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = N
 
 
 def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """Return the document of ``kind: Redispatch``."""
     plan, names = found.plan, found.stage.snapshot.stage.devices
     settings = ("budget_bytes", "least_gain", "patience", "ahead_steps", "refill_token_s")
     how = ("seconds", "payback_steps", "reason", "wave", "together")

@@ -103,7 +103,6 @@ def _waterfall(parts: list[MemoryBar]) -> Table:
 
 
 def memory_shares(part: MemoryBar) -> list[Share]:
-    """Return the uses of a GPU's memory, without what is free."""
     return [
         Share("unusable", part.unusable_bytes, "×", "bright_black"),
         Share("engine", part.reserve_bytes, "░", "red"),
@@ -145,7 +144,6 @@ def _time_table(parts: list[StageTime]) -> Table:
 
 
 def time_shares(part: StageTime) -> list[Share]:
-    """Return the uses of a stage's time."""
     return [
         Share("dense", part.dense_s, "█", "cyan"),
         Share("all-reduce", part.all_reduce_s, "▒", "red"),
@@ -186,5 +184,4 @@ def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
 
 
 def legend(shares: Sequence[Share]) -> Unbroken:
-    """Return the legend of the parts."""
     return Unbroken([Text.assemble((f"{s.glyph} ", s.style), (s.name, "dim")) for s in shares], "  ")

@@ -21,7 +21,6 @@ BAR_WIDTH = 6
 
 @as_group
 def render_layers(found: Layered) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     problem, plan = found.problem, found.plan
     yield Text.assemble(
         (problem.name, "bold"),
@@ -36,7 +35,6 @@ def render_layers(found: Layered) -> Iterator[RenderableType]:
 
 
 def limit_sentence(found: Layered) -> str:
-    """Return a sentence on what limits the plan's rate."""
     judgement = found.plan.judgement
     match judgement.limit:
         case Limit.ROUND_TRIP:
@@ -94,7 +92,6 @@ def _stage_row(stage: LayerStage, found: Layered) -> tuple[str | Text, ...]:
 
 
 def layers_document(found: Layered) -> dict[str, Any]:
-    """Return the document of ``kind: LayersPlan``."""
     problem, plan = found.problem, found.plan
     return document(
         "LayersPlan",

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -17,7 +16,7 @@ from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
-from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, section, table
+from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, kept_words, missed_words, section, table
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
@@ -38,10 +37,8 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
-
-if TYPE_CHECKING:
-    from hetis.solver.planning import ConstraintPrice
-
+from hetis.solver.planning import ConstraintPrice
+from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40
@@ -90,7 +87,12 @@ def price_table(plan: Plan) -> Table:
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
     heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
-    return table(*heads, rows=(_price_row(price, plan, zone=zone) for price in plan.prices if price in shown))
+    rows = (
+        (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *price_cells(price, plan))
+        for price in plan.prices
+        if price in shown
+    )
+    return table(*heads, rows=rows)
 
 
 def _title(plan: Plan) -> Text:
@@ -105,8 +107,7 @@ def _title(plan: Plan) -> Text:
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
-def problem_title(inputs: Inputs) -> Text:
-    """Return what is planned."""
+def problem_title(inputs: Inputs | PlacementProblem) -> Text:
     fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
     return _named_problem(inputs.model.name, fleet, inputs.workload.name)
 
@@ -116,7 +117,6 @@ def _named_problem(model: str, fleet: str, workload: str) -> Text:
 
 
 def goal_line(objective: Objective) -> Text:
-    """Return the objective and its limits in a line."""
     ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
     limits = [
         f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
@@ -124,6 +124,11 @@ def goal_line(objective: Objective) -> Text:
     ]
     demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
     return Text(f"{objective.kind.value}{demand}; {', '.join(limits)}", style="dim")
+
+
+def problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:
+    """Return what is planned, for which objective."""
+    return f"{problem_title(inputs).plain}: {goal_line(objective).plain}"
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
@@ -281,7 +286,6 @@ def _range(expected: Predicted, plan: Plan) -> Text:
 
 
 def verdict(result: SolveResult) -> str:
-    """Return the meaning of the proof in words."""
     if result.status is Status.OPTIMAL:
         return "proven optimal: no plan of the family is better"
     if not math.isfinite(result.gap):
@@ -311,20 +315,10 @@ def _limit(reached: float, limit: float | None) -> Text:
 def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, which follows the model's values above."""
     level = service_level_of(plan)
-    latencies = ", ".join(f"{one} {level.statistic(one)} {seconds(found.seconds(one))}" for one in Latency)
-    at = f"at {digits(found.rate_rps, 4)} requests/s"
     if found.kept:
-        words = f" {at}: {latencies}; {attained(found, plan)}{kept_beyond(found)}"
-        return Text.assemble(("limits kept", "green"), words)
-    least = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps, 4)}"
-    return Text.assemble(("MISSED", "bold red"), f" {at}: {', '.join(misses(found, plan))}; {least}")
-
-
-def kept_beyond(found: Verification) -> str:
-    """Return a clause about a rate above the planned one that kept the limits, too; empty if there is none."""
-    if found.kept_rps is None or found.kept_rps <= found.rate_rps:
-        return ""
-    return f"; kept up to {digits(found.kept_rps, 4)}"
+        latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in Latency)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps)
+    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps)
 
 
 def _fleet(plan: Plan) -> str:
@@ -338,8 +332,10 @@ def _fleet(plan: Plan) -> str:
 
 def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     shown = len(groups) if wide else MAX_SHAPES
+    palette = palette_of(plan)
     for group in groups[:shown]:
-        yield render_replica(group, palette_of(plan))
+        yield _replica_headline(group)
+        yield Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
         if wide and len(group.numbers) > 1:
             yield Padding(device_table(group, plan), (0, 0, 0, 1))
     rest = groups[shown:]
@@ -352,14 +348,13 @@ def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iter
         )
 
 
-def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
-    idle = price.available - price.used
-    counts = [price.gpus_per_node, price.available, price.used, price.as_attention_workers, idle]
-    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), worth(price.dual, plan)]
+def price_cells(price: ClassPrice, plan: Plan) -> tuple[str, ...]:
+    """Return how many GPUs of a class are there, used, attention workers and idle, and what one is worth."""
+    counts = (price.available, price.used, price.as_attention_workers, price.available - price.used)
+    return (*(f"{count:,}" for count in counts), worth(price.dual, plan))
 
 
 def worth(dual: float, plan: Plan) -> str:
-    """Return a marginal price with its unit."""
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
@@ -461,12 +456,6 @@ PICTURE_WIDTH = 78
 MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
 
 
-def render_replica(group: ReplicaGroup, palette: Mapping[str, str]) -> RenderableType:
-    """Return headline, picture and stage table of a group of equal replicas."""
-    below = Group(_picture(group.first, palette), _stages(group, palette))
-    return Group(_replica_headline(group), Padding(below, (0, 0, 0, 1)))
-
-
 def device_table(group: ReplicaGroup, plan: Plan) -> Table:
     """Return the GPUs of each of several equal replicas: those of its stages, and its attention workers."""
     made = ["'attention workers"] if any(replica.attention_workers for replica in plan.replicas) else []
@@ -492,7 +481,8 @@ def _replica_headline(group: ReplicaGroup) -> Text:
         (f"\n{name}", "bold"),
         (role, "bold magenta"),
         f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} tokens\n",
-        f" {_latencies(replica)} · {_in_flight(replica)}{_kv_zones(replica)}",
+        f" {_latencies(replica)} · {_in_flight(replica)}",
+        f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else "",
     )
 
 
@@ -510,10 +500,6 @@ def _in_flight(replica: ReplicaPlan) -> str:
     size, count = replica.micro_batch, replica.in_flight
     decoding = f"{size * count} decoding = {size} × {count} in flight"
     return decoding if replica.role is Role.DECODE else f"{decoding} · {chunks}"
-
-
-def _kv_zones(replica: ReplicaPlan) -> str:
-    return f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else ""
 
 
 def _picture(replica: ReplicaPlan, palette: Mapping[str, str]) -> RenderableType:

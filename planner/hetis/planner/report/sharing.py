@@ -44,7 +44,6 @@ def claimant_names(found: Sharing) -> list[str]:
 
 @as_group
 def render_fair(found: Sharing) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names and GPU types allow it."""
     shares, properties = found.shares[0], found.properties[0]
     yield Text.assemble(("shares  ", "bold"), _RULES[shares.rule])
     yield Text.assemble(("value   ", "bold"), _value_line(found, shares))
@@ -172,7 +171,6 @@ def _round_table(found: Sharing) -> Table:
 
 
 def fair_document(found: Sharing) -> dict[str, Any]:
-    """Return everything as plain data."""
     problem = found.problem
     gpus = [gpu.gpu for gpu in problem.gpus]
     document: dict[str, Any] = {
@@ -233,7 +231,6 @@ _TENANT_RULES = {
 
 @as_group
 def render_tenants(found: SharedFleet) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if names and GPU types allow it."""
     answer = found.answers[0]
     yield Text.assemble(("rule    ", "bold"), f"{answer.rule}: {_TENANT_RULES[answer.rule]}")
     yield Text.assemble(

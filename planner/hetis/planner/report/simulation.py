@@ -27,7 +27,6 @@ NAMED = 4  # devices
 
 @as_group
 def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     yield _title(simulated, plan)
     yield facts(_facts(simulated, plan))
     if simulated.sweep is not None:

@@ -55,17 +55,12 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
 
 
 def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
-    """Return the panels of a simulation."""
     swept = () if simulated.sweep is None else panels_of_sweep(simulated.sweep, simulated.question.limits)
     return (*swept, *(() if simulated.run is None else _of_run(simulated, simulated.run, plan)))
 
 
-def panels_of_sweep(swept: RateSweep, limits: Objective) -> tuple[Panel, ...]:
-    """Return throughput and latencies over the rates that were tried, with the limits across."""
-    return tuple(_of_sweep(swept, limits))
-
-
-def _of_sweep(swept: RateSweep, limits: Objective) -> Iterator[Panel]:
+def panels_of_sweep(swept: RateSweep, limits: Objective) -> Iterator[Panel]:
+    """Yield throughput and latencies over the rates that were tried, with the limits across."""
     rates = np.array([point.rate_rps for point in swept.points])
     for title, estimates, limit in (
         ("Throughput", [point.summary.throughput_rps for point in swept.points], None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,18 +13,14 @@ from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.tables import facts, section, table
 from hetis.planner.use_cases.robustness.study import Regret, Robustness, RunnerUpPlan, Spread
 from hetis.solver.errors import InfeasibleError
+from hetis.solver.placement.infeasible import Conflict, ExplainedInfeasibleError, Relaxation
 from hetis.solver.plan import Objective, ObjectiveKind
-
-if TYPE_CHECKING:
-    from hetis.solver.placement.infeasible import Conflict, Relaxation
-
 
 MAX_CORNERS = 5  # shown; JSON has all
 MAX_SHAPES = 3  # per runner-up
 
 
 def render_robustness(robustness: Robustness, objective: Objective) -> RenderableType:
-    """Return the table view, at most 80 columns wide if the names allow it."""
     title = f"Every coefficient of the profiles off by up to {percent(robustness.error)}"
     return section(title, Group(*_parts(robustness, objective)))
 
@@ -54,7 +50,6 @@ def _spreads(robustness: Robustness, objective: Objective) -> Table:
 
 
 def has_limits(objective: Objective) -> bool:
-    """Return whether any latency is limited."""
     return (objective.ttft_limit_s, objective.tpot_limit_s) != (None, None)
 
 
@@ -110,8 +105,6 @@ def _corners(robustness: Robustness) -> Table:
 
 def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
     """Return ``reasons`` in sentences, and ``conflicts`` and ``relaxations`` if the solver gave them."""
-    from hetis.solver.placement.infeasible import ExplainedInfeasibleError
-
     if not isinstance(error, ExplainedInfeasibleError):
         return {"reasons": list(error.reasons)}
     return {

@@ -12,6 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hetis.planner.report.figures import digits, seconds
+
 P = ParamSpec("P")
 
 
@@ -76,6 +78,25 @@ def bullets(lines: Iterable[RenderableType]) -> Table:
 def section(title: str, body: RenderableType) -> RenderableType:
     """Return a body under its bold title."""
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
+
+
+def kept_words(rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None) -> Text:
+    """Return a sentence on a simulated plan that keeps its limits: its latencies and the share of requests in time."""
+    named = ", ".join(f"{name} {seconds(value_s)}" for name, value_s in latencies)
+    words = f" at {digits(rate_rps, 4)} requests/s: {named}; {share}{kept_beyond(rate_rps, kept_rps)}"
+    return Text.assemble(("limits kept", "green"), words)
+
+
+def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None) -> Text:
+    """Return a sentence on a simulated plan that misses limits."""
+    least = "no rate tried keeps them" if kept_rps is None else f"kept up to {digits(kept_rps, 4)}"
+    words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"
+    return Text.assemble(("MISSED", "bold red"), words)
+
+
+def kept_beyond(rate_rps: float, kept_rps: float | None) -> str:
+    """Return a clause about a rate above the planned one that kept the limits, too; empty if there is none."""
+    return "" if kept_rps is None or kept_rps <= rate_rps else f"; kept up to {digits(kept_rps, 4)}"
 
 
 def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> RenderableType:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hetis.formats.errors import DocumentError
+from hetis.formats.files import content_digest
 from hetis.planner.callers import PLANNER, present_caller
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import basic_view, without
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
-from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
+from hetis.planner.convert.plans import progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
@@ -156,7 +157,7 @@ class PlanSearches:
         result: plan_pb2.PlanResult | None = None
         if isinstance(outcome, FoundPlan):
             result = plan_pb2.PlanResult.FromString(outcome.result)
-            if await run_in_thread_gc_paused(digest_of, outcome.document) != result.document.digest:
+            if await run_in_thread_gc_paused(content_digest, outcome.document) != result.document.digest:
                 outcome = Unsound(("its document is not the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:

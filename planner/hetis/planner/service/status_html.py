@@ -31,14 +31,13 @@ from hetis.planner.report.page.blocks import (
     Sentences,
     Strip,
     Strips,
-    TableColumn,
     Tick,
     Tile,
     Tiles,
     ZoneMap,
     render_page,
 )
-from hetis.planner.report.page.fleet_map import IDLE, GpuDuty, replica_duties
+from hetis.planner.report.page.fleet_map import IDLE, replica_duties
 from hetis.planner.service.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
@@ -204,7 +203,7 @@ def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator
 
 
 def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
-    duties = dict[str, GpuDuty]()
+    duties = dict[str, GpuCell]()
     for number, replica in enumerate(cluster.replicas):
         duties.update(replica_duties(replica_from_proto(replica.shape), f"R{number}", colors[replica.name]))
     full = cluster.kv.now()
@@ -221,7 +220,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
     return FleetMap(title="The fleet now", zones=(zone,), legend=tuple(legend), note=note)
 
 
-def _card(name: str, node: LiveNode, duties: Mapping[str, GpuDuty], full: Mapping[str, float]) -> NodeCard:
+def _card(name: str, node: LiveNode, duties: Mapping[str, GpuCell], full: Mapping[str, float]) -> NodeCard:
     found = [] if node.inventory is None else list(node.inventory.devices)
     planned = {int(device.rpartition("/")[2]) for device in duties if node_of(device) == name}
     known = planned | {device.index for device in found} | {device.index for device in node.devices}
@@ -233,7 +232,7 @@ def _card(name: str, node: LiveNode, duties: Mapping[str, GpuDuty], full: Mappin
     return NodeCard(name=name, gpus=gpus, cells=cells)
 
 
-def _cell(device: str, index: int, duties: Mapping[str, GpuDuty], full: Mapping[str, float], state: str) -> GpuCell:
+def _cell(device: str, index: int, duties: Mapping[str, GpuCell], full: Mapping[str, float], state: str) -> GpuCell:
     duty = duties.get(device, IDLE)
     share = full.get(device, math.nan)
     lines = duty.lines if duty is not IDLE else ("no replica",)
@@ -259,14 +258,8 @@ def _replicas(cluster: ClusterNow) -> Grid:
     return Grid(
         title="Replicas",
         columns=(
-            TableColumn(name="", numeric=False),
-            TableColumn(name="replica", numeric=False),
-            TableColumn(name="plan", numeric=False),
-            TableColumn(name="state", numeric=False),
-            *(
-                TableColumn(name=name)
-                for name in ("GPUs", "running", "waiting", "TTFT", "TPOT", "preempted", "generation")
-            ),
+            *("'", "'replica", "'plan", "'state"),
+            *("GPUs", "running", "waiting", "TTFT", "TPOT", "preempted", "generation"),
         ),
         rows=tuple(rows),
         bad=tuple(bad),
@@ -395,12 +388,10 @@ def _redispatches(cluster: ClusterNow) -> Block:
             )
         )
     rest = len(newest) - len(rows)
-    numeric = {"moves", "KV", "a layer of a step"}
-    names = ("at", "replica", "because", "moves", "KV", "a layer of a step", "state")
     return Grid(
         title="Re-dispatches",
         intro="Head groups that were moved while requests ran, the latest first; times are UTC.",
-        columns=tuple(TableColumn(name=name, numeric=name in numeric) for name in names),
+        columns=("'at", "'replica", "'because", "moves", "KV", "a layer of a step", "'state"),
         rows=tuple(rows),
         bad=tuple(bad),
         strong=next((i for i, one in enumerate(newest[: len(rows)]) if _state(one) in _UNDER_WAY), None),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hetis.planner.report.figures import digits
-from hetis.planner.report.page.blocks import COLORS, Chart, CurveBlock, LimitBlock, Tick
+from hetis.planner.report.page.blocks import COLORS, Chart, CurveBlock, Tick
 from hetis.planner.report.simulation_pictures import Line, Panel
 from hetis.simulator.values import FloatArray
 
@@ -24,8 +24,8 @@ def chart_of(panel: Panel) -> Chart:
     xs = np.concatenate([line.x[np.isfinite(line.x)] for line in panel.lines] or [np.zeros(1)])
     tops = [_tops(line) for line in panel.lines]
     highest = max([*(float(top.max()) for top in tops if len(top)), *panel.limits, 0.0]) * ROOM or 1.0
-    x_axis = _LogAxis(xs) if panel.log_x else _Axis(0.0, float(xs.max(initial=0.0)) or 1.0)
-    y_axis = _Axis(0.0, highest)
+    x_axis = _LogAxis(xs) if panel.log_x else _Axis(float(xs.max(initial=0.0)) or 1.0)
+    y_axis = _Axis(highest)
 
     def x_at(values: FloatArray) -> FloatArray:
         return LEFT + (WIDTH - LEFT - RIGHT) * x_axis.shares(values)
@@ -55,7 +55,7 @@ def chart_of(panel: Panel) -> Chart:
         x_ticks=tuple(Tick(at=_one(x_at, value), text=text) for value, text in x_axis.ticks()),
         y_ticks=tuple(Tick(at=_one(y_at, value), text=text) for value, text in y_axis.ticks()),
         curves=tuple(curve(number, line) for number, line in enumerate(panel.lines) if len(line.x)),
-        limits=tuple(LimitBlock(at=_one(y_at, limit), text=f"limit {digits(limit)}") for limit in panel.limits),
+        limits=tuple(Tick(at=_one(y_at, limit), text=f"limit {digits(limit)}") for limit in panel.limits),
     )
 
 
@@ -73,18 +73,17 @@ def _path(x: FloatArray, y: FloatArray) -> str:
 
 
 class _Axis:
-    """A linear axis from ``low`` to ``high``."""
+    """A linear axis from zero to ``high``."""
 
-    def __init__(self, low: float, high: float) -> None:
-        self._low, self._high = low, high if high > low else low + 1.0
+    def __init__(self, high: float) -> None:
+        self._high = high if high > 0.0 else 1.0
 
     def shares(self, values: FloatArray) -> FloatArray:
-        return np.clip((values - self._low) / (self._high - self._low), 0.0, 1.0)
+        return np.clip(values / self._high, 0.0, 1.0)
 
     def ticks(self) -> Sequence[tuple[float, str]]:
-        step = _round_step((self._high - self._low) / 4)
-        count = int((self._high - self._low) / step + 1e-9)
-        return [(self._low + i * step, f"{self._low + i * step:,.10g}") for i in range(count + 1)]
+        step = _round_step(self._high / 4)
+        return [(i * step, f"{i * step:,.10g}") for i in range(int(self._high / step + 1e-9) + 1)]
 
 
 class _LogAxis:

@@ -53,21 +53,10 @@ class Tiles(Block):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TableColumn:
-    name: str
-    numeric: bool = True
-
-
-def columns(*names: str) -> tuple[TableColumn, ...]:
-    """Return columns by name; those of text begin with a quote."""
-    return tuple(TableColumn(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Grid(Block):
     """A table. ``strong`` is the most important row, ``bad`` rows have trouble; if ``folded``, it opens on a click."""
 
-    columns: tuple[TableColumn, ...]
+    columns: tuple[str, ...]  # their heads; those of text have a quote before it
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     strong: int | None = None
@@ -125,7 +114,6 @@ class Stack(Block):
 
     rows: tuple[StackRow, ...]
     numbers: Grid
-    note: str = ""
 
     def legend(self) -> Sequence[Segment]:
         """Return every name once, with its colour."""
@@ -160,16 +148,13 @@ class Waterfalls(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCell:
-    """A GPU of a node, or ``span`` neighbours that do the same.
+    """A GPU of a node, or ``span`` neighbours that do the same."""
 
-    ``role`` is ``stage``, ``worker`` or ``idle``, and ``filled`` is the share of a bar below.
-    """
-
-    index: str
-    role: str
+    role: str  # ``stage``, ``worker`` or ``idle``
     color: int
     lines: tuple[str, ...]
-    filled: float | None = None
+    index: str = ""
+    filled: float | None = None  # share of a bar below
     span: int = 1
 
 
@@ -210,12 +195,8 @@ class CurveBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    at: float
-    text: str
+    """A text at a place of an axis."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitBlock:
     at: float
     text: str
 
@@ -232,7 +213,7 @@ class Chart:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     curves: tuple[CurveBlock, ...]
-    limits: tuple[LimitBlock, ...] = ()
+    limits: tuple[Tick, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,8 +248,6 @@ class Strips(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinksBlock(Block):
-    """Links to other pages of the same server: names and paths."""
-
     links: tuple[tuple[str, str], ...]
 
 

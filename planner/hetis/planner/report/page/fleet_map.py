@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 from hetis.planner.report.figures import plural
 from hetis.planner.report.page.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
@@ -17,16 +17,7 @@ MAX_SINGLE = 48  # fleets of up to so many GPUs have a cell per GPU; in larger o
 MAX_NAMED = COLORS  # replicas with a colour of their own; if there are more, equal ones share it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuDuty:
-    """The use of a GPU, with the texts of its cell."""
-
-    role: str
-    color: int
-    lines: tuple[str, ...]
-
-
-IDLE = GpuDuty(role="idle", color=PLAIN, lines=("idle",))
+IDLE = GpuCell(role="idle", color=PLAIN, lines=("idle",))
 
 
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
@@ -60,7 +51,7 @@ def replica_name(number: int, role: Role) -> str:
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
-def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, GpuDuty]]:
+def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, GpuCell]]:
     for color, group in enumerate(groups):
         for number in group.numbers:
             replica = plan.replicas[number]
@@ -68,18 +59,17 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
             yield from replica_duties(replica, name, (number if named else color) % COLORS)
 
 
-def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, GpuDuty]]:
-    """Yield every GPU of a replica with its use."""
+def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, GpuCell]]:
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
-        duty = GpuDuty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
+        duty = GpuCell(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
         yield from ((device, duty) for device in stage.devices)
         for pool in pools:
             every = stage.kv_head_groups_kept + sum(one.kv_head_groups for one in pools)
             stages = "all stages" if pool.shared else f"stage {number + 1}"
             together = f", {len(pool.devices)} cards" if len(pool.devices) > 1 else ""
             lines = (f"{name} {stages}", f"attention{together}", f"{pool.kv_head_groups} of {every} heads")
-            helping = GpuDuty(role="worker", color=color, lines=lines)
+            helping = GpuCell(role="worker", color=color, lines=lines)
             yield from ((device, helping) for device in pool.devices)
 
 
@@ -106,20 +96,20 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
         yield f"{shape_letter(color)}: {equal}{role}", color
 
 
-def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, GpuDuty], *, joined: bool) -> ZoneMap:
+def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, GpuCell], *, joined: bool) -> ZoneMap:
     cards = [card for group in groups for card in _cards(group, duties, joined=joined)]
     rest = len(cards) - MAX_NODES
     more = f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else ""
     return ZoneMap(name=name, nodes=tuple(cards[:MAX_NODES]), rest=more)
 
 
-def _cards(group: NodeGroup, duties: Mapping[str, GpuDuty], *, joined: bool) -> Iterator[NodeCard]:
+def _cards(group: NodeGroup, duties: Mapping[str, GpuCell], *, joined: bool) -> Iterator[NodeCard]:
     """Yield a card for all nodes of the group whose GPUs do the same, or one per node unless ``joined``.
 
     Cards are in the order of their first nodes.
     """
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
-    alike: dict[tuple[int, tuple[GpuDuty, ...]], list[str]] = {}
+    alike: dict[tuple[int, tuple[GpuCell, ...]], list[str]] = {}
     for number in range(group.count):
         node = group.node_name(number)
         pattern = tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus)))
@@ -136,7 +126,7 @@ def _nodes(nodes: list[str]) -> str:
     return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
 
 
-def _cells(pattern: tuple[GpuDuty, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
+def _cells(pattern: tuple[GpuCell, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
     """Yield a cell for every GPU, or if ``joined`` one for neighbours in a row that do the same."""
     alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
     first = 0
@@ -148,5 +138,5 @@ def _cells(pattern: tuple[GpuDuty, ...], gpus: list[str], *, mixed: bool, joined
         duty, gpu = alike[first]
         index = str(first) if last == first else f"{first}–{last}"
         lines = (gpu, *duty.lines) if mixed else duty.lines
-        yield GpuCell(index=index, role=duty.role, color=duty.color, lines=lines, span=last - first + 1)
+        yield replace(duty, index=index, lines=lines, span=last - first + 1)
         first = last + 1

@@ -21,11 +21,10 @@ from hetis.planner.report.page.blocks import (
     Sentences,
     Tile,
     Tiles,
-    columns,
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.plan import goal_line
+from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.use_cases.compare import Compared, figures_of
 from hetis.planner.use_cases.replan import PosedReplan
@@ -75,7 +74,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
     if without:
         blocks.append(Sentences(title="Without a plan", terms=without))
-    lead = _problem_line(inputs, objective)
+    lead = problem_line(inputs, objective)
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
         name, best = with_plan[_best([plan for _, plan in with_plan])]
@@ -89,12 +88,12 @@ def what_if_page(found: WhatIf) -> str:
     inputs = found.before.loaded.inputs
     blocks: list[Block] = [
         Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
-        Grid(title="Before and after", columns=columns("'", "before", "after"), rows=tuple(side_rows(found))),
+        Grid(title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found))),
         Sentences(title="Difference of the best plans", lines=(verdict_words(found.difference, found.objective),)),
     ]
     if found.plan_change is not None:
         blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
-    lead = _problem_line(inputs, found.objective)
+    lead = problem_line(inputs, found.objective)
     sections = [Section(anchor="change", heading="Another fleet", lead=lead, blocks=tuple(blocks))]
     for number, (name, side) in enumerate((("After", found.after), ("Before", found.before)), start=1):
         sections += _side(name, side, number)
@@ -122,12 +121,12 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
     steps = Grid(
         title="Steps, in this order",
         intro=change_cost_words(costs),
-        columns=columns("", "'action", "'what", "load", "takes up to", "capacity"),
+        columns=("", "'action", "'what", "load", "takes up to", "capacity"),
         rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
         note=lowest_words(found, posed).strip(),
     )
     blocks = (Tiles(tiles=tiles), steps, Sentences(title="Replicas", lines=(change_counts(found.change),)))
-    lead = _problem_line(posed.loaded.inputs, posed.problem.objective)
+    lead = problem_line(posed.loaded.inputs, posed.problem.objective)
     sections = [Section(anchor="change", heading="From the running plan to the next", lead=lead, blocks=blocks)]
     sections.append(_section(ShownPlan(name="The new plan", plan=found.plan, problem=posed.problem), 1))
     return _page(f"Re-planned: {_title(posed.problem)}", sections)
@@ -151,17 +150,16 @@ def _section(shown: ShownPlan, number: int) -> Section:
     panels: tuple[Panel, ...] = ()
     traffic = ""
     if shown.curve is not None:
-        panels = panels_of_sweep(shown.curve.sweep, shown.curve.limits)
+        panels = tuple(panels_of_sweep(shown.curve.sweep, shown.curve.limits))
+        kept = shown.curve.sweep.goodput_rps
+        until = (
+            f"The limits are kept up to {digits(kept)} requests/s of those." if kept else "No rate keeps the limits."
+        )
         traffic = (
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
-            f"bands are 95% intervals. {_kept_until(shown.curve)}"
+            f"bands are 95% intervals. {until}"
         )
     return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
-
-
-def _kept_until(curve: Curve) -> str:
-    kept = curve.sweep.goodput_rps
-    return f"The limits are kept up to {digits(kept)} requests/s of those." if kept else "No rate keeps the limits."
 
 
 def _side(name: str, side: Side, number: int) -> list[Section]:
@@ -181,7 +179,7 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
         Grid(
             title="The market, best purchase per dollar first",
             intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-            columns=columns(
+            columns=(
                 "'GPU", "USD/h each", "marginal price", f"{found.objective.unit} then", "gain", "per GPU", "per USD/h",
                 "proven", "'",
             ),
@@ -191,12 +189,11 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
     )  # fmt: skip
     if found.left_out:
         blocks.append(Sentences(title="Not solved in time", lines=found.left_out))
-    lead = _problem_line(found.before.loaded.inputs, found.objective)
+    lead = problem_line(found.before.loaded.inputs, found.objective)
     return Section(anchor=anchor, heading=heading, lead=lead, blocks=tuple(blocks))
 
 
 def _purchase(found: BuyNext) -> Iterator[Block]:
-    """Yield the market's first offer in words if it gains anything."""
     if not found.offers:
         return
     best = found.offers[0]
@@ -234,7 +231,7 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], o
     )  # fmt: skip
     yield Grid(
         title="In figures",
-        columns=columns(
+        columns=(
             "'", "requests/s", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens", "TTFT p95", "TPOT mean",
             "KV tokens", "GPUs", "idle",
         ),
@@ -264,12 +261,6 @@ def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem) -> tuple[str, ..
 def _best(plans: Sequence[Plan]) -> int:
     sign = 1.0 if plans[0].objective.maximises else -1.0
     return max(range(len(plans)), key=lambda i: sign * plans[i].result.value)
-
-
-def _problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:
-    gpus = plural(inputs.cluster.num_gpus(), "GPU")
-    what = f"{inputs.model.name} on {inputs.cluster.name} ({gpus}) for {inputs.workload.name}"
-    return f"{what}: {goal_line(objective).plain}"
 
 
 def _title(problem: PlacementProblem) -> str:

@@ -27,22 +27,22 @@ from hetis.planner.report.page.blocks import (
     Tiles,
     Waterfall,
     Waterfalls,
-    columns,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
     folded,
-    kept_beyond,
     limits,
+    price_cells,
+    problem_title,
     simple_setups,
     stage_rows,
     verdict,
-    worth,
 )
 from hetis.planner.report.simulation_pictures import Panel
-from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.report.tables import kept_beyond
+from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
@@ -76,27 +76,18 @@ def plan_section(
     Raises:
         InvalidProblemError: the plan names devices, layers or settings that its problem does not have.
     """
-    explanation = explain_plan(plan, problem)
-    figures = figures_of(plan, problem) if plan.replicas else None
-    gpus = plural(problem.cluster.num_gpus(), "GPU")
     return Section(
         anchor=anchor,
         heading=name,
-        lead=f"{problem.model.name} on {problem.cluster.name} ({gpus}) for {problem.workload.name}",
-        blocks=tuple(_blocks(plan, problem, explanation, figures, panels, traffic)),
+        lead=problem_title(problem).plain,
+        blocks=tuple(_blocks(plan, problem, panels, traffic)),
     )
 
 
-def _blocks(
-    plan: Plan,
-    problem: PlacementProblem,
-    explanation: Explanation,
-    figures: Figures | None,
-    panels: Sequence[Panel],
-    traffic: str,
-) -> Iterator[Block]:
-    if figures is not None:
-        yield Tiles(tiles=tuple(_tiles(plan, figures, problem)))
+def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traffic: str) -> Iterator[Block]:
+    explanation = explain_plan(plan, problem)
+    if plan.replicas:
+        yield Tiles(tiles=tuple(_tiles(plan, problem)))
     yield _worth(plan)
     if plan.replicas:
         yield _limits(plan)
@@ -111,7 +102,9 @@ def _blocks(
         yield _memory(explanation)
     if explanation.stage_times:
         yield _times(explanation, plan)
-    terms = tuple(zip(_explained(explanation, plan), explanation.bottlenecks, strict=False))
+    explained = dict.fromkeys(part.replica for part in explanation.stage_times)
+    names = (replica_name(number, plan.replicas[number].role) for number in explained)
+    terms = tuple(zip(names, explanation.bottlenecks, strict=False))
     workers = (("Attention workers", explanation.attention_workers),) if explanation.attention_workers else ()
     routes = tuple(("Prefill to decode", route) for route in explanation.kv_routes)
     yield Sentences(title="What limits it", terms=(*terms, *routes, *workers))
@@ -131,8 +124,8 @@ def _blocks(
 # --- key figures
 
 
-def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[Tile]:
-    kind = plan.objective.kind
+def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
+    kind, figures = plan.objective.kind, figures_of(plan, problem)
     expected = predicted_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
     kept = kept_rate(plan) if kind is ObjectiveKind.GOODPUT else None
@@ -166,7 +159,6 @@ def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    """Yield a comparison of the plan with replicas of equal stages."""
     alone = plan.inputs.get(EQUAL_STAGES)
     if isinstance(alone, int | float) and alone > 0:
         ratio = plan.result.value / alone - 1.0
@@ -185,7 +177,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     if found is None:
         return
     if found.kept:
-        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{kept_beyond(found)}"
+        beyond = kept_beyond(found.rate_rps, found.kept_rps)
+        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
@@ -256,18 +249,15 @@ def _limits(plan: Plan) -> Scale:
 # --- replicas
 
 
-def _numbered(group: ReplicaGroup) -> str:
-    name = replica_name(group.numbers[0], group.first.role)
-    return name if len(group.numbers) == 1 else f"{name} and {len(group.numbers) - 1:,} equal"
-
-
 def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
     """Return the table of replicas; if ``lettered``, with their letters on the map."""
 
     def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
         one = group.first
+        letter = f"{shape_letter(number)}: " if lettered else ""
+        equal = f" and {len(group.numbers) - 1:,} equal" if len(group.numbers) > 1 else ""
         return (
-            (f"{shape_letter(number)}: " if lettered else "") + _numbered(group),
+            f"{letter}{replica_name(group.numbers[0], one.role)}{equal}",
             f"{digits(one.rate, 4)}",
             "" if one.role is Role.DECODE else seconds(one.ttft_s),
             "" if one.role is Role.PREFILL else seconds(one.tpot_s),
@@ -280,7 +270,7 @@ def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
     rest = groups[MAX_SHAPES:]
     return Grid(
         title="Replicas",
-        columns=columns(
+        columns=(
             "'replica",
             "requests/s saturated",
             "TTFT p95",
@@ -304,15 +294,10 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
     )
     return Grid(
         title="Stages",
-        columns=columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
+        columns=("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
         rows=tuple(rows),
         folded=True,
     )
-
-
-def _explained(explanation: Explanation, plan: Plan) -> list[str]:
-    numbers = dict.fromkeys(part.replica for part in explanation.stage_times)
-    return [replica_name(number, plan.replicas[number].role) for number in numbers]
 
 
 # --- memory and time
@@ -329,9 +314,7 @@ def _memory(explanation: Explanation) -> Waterfalls:
         before = tightest.get(part.gpu)
         if before is None or part.free_bytes < before.free_bytes:
             tightest[part.gpu] = part
-    table = Grid(
-        title="All stages, in GiB", columns=columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True
-    )
+    table = Grid(title="All stages, in GiB", columns=("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True)
     falls = []
     for gpu, part in tightest.items():
         steps, begin = list[ChangeStep](), 0.0
@@ -363,14 +346,17 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
     for part in explanation.stage_times:
         amounts = {share.name: share.amount / part.copies for share in time_shares(part)}
         names += [name for name in amounts if name not in names]
-        each = part.total_s / part.copies
+        each, whole = part.total_s / part.copies, slowest[part.replica]
         label = f"R{part.replica} stage {part.stage + 1}"
         sizes = parallel_sizes(part.tp, part.copies, shares_experts=plan.replicas[part.replica].expert_parallel)
         rows.append(
             StackRow(
                 label=f"{label}: {part.gpu} {sizes}",
                 text=f"{seconds(each)}{', the bottleneck' if part.is_bottleneck else ''}",
-                segments=_segments(amounts, slowest[part.replica], _TIME_COLORS),
+                segments=tuple(
+                    Segment(name=name, share=amount / whole if whole else 0.0, color=_TIME_COLORS[name])
+                    for name, amount in amounts.items()
+                ),
             )
         )
         numbers.append((label, amounts, each))
@@ -378,16 +364,9 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
         (label, *(seconds(of[name]) if of.get(name) else "–" for name in names), seconds(each))
         for label, of, each in numbers
     )
-    table = Grid(title="As numbers", columns=columns("'stage", *names, "together"), rows=cells, folded=True)
+    table = Grid(title="As numbers", columns=("'stage", *names, "together"), rows=cells, folded=True)
     intro = "The time that one request costs every stage, per copy; the longest of a replica sets its rate."
     return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
-
-
-def _segments(amounts: Mapping[str, float], whole: float, colors: Mapping[str, int]) -> tuple[Segment, ...]:
-    return tuple(
-        Segment(name=name, share=amount / whole if whole else 0.0, color=colors[name])
-        for name, amount in amounts.items()
-    )
 
 
 # --- the rest
@@ -395,23 +374,11 @@ def _segments(amounts: Mapping[str, float], whole: float, colors: Mapping[str, i
 
 def _prices(plan: Plan) -> Grid:
     zones = len({price.zone for price in plan.prices}) > 1
-    rows = tuple(
-        (
-            price.gpu,
-            *([price.zone] if zones else []),
-            f"{price.available:,}",
-            f"{price.used:,}",
-            f"{price.as_attention_workers:,}",
-            f"{price.available - price.used:,}",
-            worth(price.dual, plan),
-        )
-        for price in plan.prices
-    )
     where = ["'zone"] if zones else []
     return Grid(
         title="What the GPUs are worth",
-        columns=columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
-        rows=rows,
+        columns=("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
+        rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
         note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
         "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
     )
@@ -421,7 +388,7 @@ def _runners_up(plan: Plan) -> Grid:
     return Grid(
         title="Not chosen",
         intro="Replicas that came closest, each with its own saturated rate.",
-        columns=columns("'a replica of", "requests/s", "'why not"),
+        columns=("'a replica of", "requests/s", "'why not"),
         rows=tuple(
             (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate)) for one in plan.runners_up
         ),
@@ -481,14 +448,13 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     return Grid(
         title="Profiles and their errors",
         intro=intro + (f" {given}." if given else ""),
-        columns=columns("'GPU", "'operator", "'source", "error", "'from"),
+        columns=("'GPU", "'operator", "'source", "error", "'from"),
         rows=tuple(rows),
         folded=True,
     )
 
 
 def _made(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield what is needed to reproduce the plan."""
     inputs, result = plan.inputs, plan.result
     yield "Strategy", f"{plan.strategy}; {result.status} in {seconds(result.solve_s)}"
     yield "Family", plan.family

@@ -1,4 +1,4 @@
-"""Verbs that show what a planner has: ``get``, ``watch``, ``agents``, ``status`` and ``audit``."""
+"""Verbs about what a planner has: ``get``, ``watch``, ``agents``, ``status``, ``audit``; and those that change it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal
+from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel
 from hetis.planner.cli.server_verb import (
@@ -23,6 +23,7 @@ from hetis.planner.cli.server_verb import (
     InCluster,
     chosen_cluster,
     collection,
+    fetched,
     full_name,
     server_verb,
 )
@@ -33,21 +34,12 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client
 
 
-class GetFormat(StrEnum):
-    """`OutputFormat`, and one form for lists only."""
-
-    TABLE = "table"
-    WIDE = "wide"
-    JSON = "json"
-    YAML = "yaml"
-    NAME = "name"
+GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, and one form for lists only
 
 
 @group
 class ShownOptions(InCluster):
-    """The cluster of resources, and their form."""
-
-    output_format: GetFormat = option("--output -o: Form of the data.", GetFormat.TABLE)
+    output_format: GetFormat = option("--output -o: Form of the data.", "table")
 
 
 @server_verb(prints_data=False)
@@ -55,7 +47,7 @@ def get(
     terminal: Terminal,
     client: Client,
     kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
-    name: Annotated[str | None, typer.Argument(help="One of them; all unless given.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them; all unless given.")] = None,
     *,
     shown: ShownOptions,
 ) -> ExitCode:
@@ -72,39 +64,23 @@ def get(
         found = [fetched(client, what, full_name(what, wanted, parent))]
     else:
         found = listed(client, what, parent or (full_name("clusters", shown.cluster) if shown.cluster else ""))
-    _show(replace(terminal, output=_PLAIN.get(form, OutputFormat.TABLE)), what, found, form, wanted)
+    output = OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE
+    _show(replace(terminal, output=output), what, found, form, wanted)
     return ExitCode.OK
 
 
-_PLAIN = {GetFormat.JSON: OutputFormat.JSON, GetFormat.YAML: OutputFormat.YAML}
-
-
 def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, wanted: str | None) -> None:
-    from rich.text import Text
-
     from hetis.planner.cli.resource_views import list_data, resource_data, resource_table
 
-    if form is GetFormat.NAME:
+    if form == "name":
         if found:
-            terminal.emit(list, lambda: Text("\n".join(one.name for one in found)), width=WIDE)
+            terminal.emit(list, lambda: "\n".join(one.name for one in found), width=WIDE)
         return
     terminal.emit(
         lambda: resource_data(found[0]) if wanted else list_data(f"{KINDS[what]}List", found),
-        lambda: resource_table(what, found, wide=form is GetFormat.WIDE),
-        width=WIDE if form is GetFormat.WIDE else None,
+        lambda: resource_table(what, found, wide=form == "wide"),
+        width=WIDE if form == "wide" else None,
     )
-
-
-def fetched(client: Client, what: str, name: str) -> Any:
-    """Read one resource, whole."""
-    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
-
-    plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
-    own: dict[str, Any] = {"plans": plans, "profiles": profiles}
-    service, requests = own.get(what, (client.clusters, cluster_service_pb2))
-    kind = KINDS[what]
-    answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name))
-    return getattr(answer, kind.lower())
 
 
 def listed(client: Client, what: str, cluster: str) -> list[Any]:
@@ -151,8 +127,6 @@ def watch(
 def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
     import json
 
-    from rich.text import Text
-
     from hetis.planner.cli.resource_views import line_of_event, resource_data
 
     with interrupts_that_arrive():
@@ -163,7 +137,7 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
                 print("---", flush=True)
                 terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
             elif said := line_of_event(event):
-                terminal.emit(dict, lambda said=said: Text(said), width=WIDE)  # type: ignore[misc]
+                terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # a watch of a cluster ends with Ctrl-C or an error
 
 
@@ -225,7 +199,7 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
         return ExitCode.UNREACHABLE
     clusters = list(client.list_clusters())
     working = list(client.list_plans(states=[plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING]))
-    active = {name: _plan(client, name) for cluster in clusters if (name := cluster.active_plan)}
+    active = [fetched(client, "plans", name, basic=True) for one in clusters if (name := one.active_plan)]
     proposals = [
         plan
         for plan in client.list_plans(states=[plan_pb2.PLAN_STATE_READY])
@@ -240,21 +214,15 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
             "kind": "PlannerStatus",
             "serving": serving,
             "clusters": [resource_data(cluster) for cluster in clusters],
-            "active_plans": [resource_data(plan) for plan in active.values()],
+            "active_plans": [resource_data(plan) for plan in active],
             "working_plans": [resource_data(plan) for plan in working],
             "proposals": [resource_data(plan) for plan in proposals],
         }
 
-    terminal.emit(document, lambda: _page(clusters, [*active.values(), *working, *proposals]))
+    terminal.emit(document, lambda: _page(clusters, [*active, *working, *proposals]))
     for plan in proposals:
         terminal.say(f"proposed: {plan.proposal_reason}; hetis-plan apply --activate {plan.name}")
     return ExitCode.OK
-
-
-def _plan(client: Client, name: str) -> Any:
-    from hetis.v1 import plan_service_pb2, view_pb2
-
-    return client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=name, view=view_pb2.VIEW_BASIC)).plan
 
 
 def _page(clusters: list[Any], plans: list[Any]) -> RenderableType:
@@ -288,8 +256,6 @@ def _moment(text: str) -> datetime:
 
 @group
 class FilterOptions:
-    """Filters of the lines that are shown."""
-
     caller: str = _filter("--caller: Name of credentials.", "")
     method: str = _filter("--method: Such as CreatePlan.", "")
     resource: str = _filter("--resource: What was changed, or the plan that was chosen.", "")
@@ -322,4 +288,130 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     terminal.emit(
         lambda: {"kind": "AuditLog", "lines": [audit_data(line) for line in lines]}, lambda: audit_table(lines)
     )
+    return ExitCode.OK
+
+
+# --- apply, rollback, cancel, disconnect
+
+
+APPLY_EXAMPLES = """Examples:\n
+  hetis-plan apply cluster.yaml l4-profile.yaml\n
+  hetis-plan apply -c cluster.yaml -m Llama-2-70B -w 8000/300 --activate\n
+  hetis-plan apply --plan plan.json --activate\n
+  hetis-plan apply --activate plans/night"""
+
+
+@group
+class VerificationOptions:
+    """What a plan survives, and whether its limits are tried in simulated traffic."""
+
+    survive: options.Survived | None = options.survive_option()
+    verify: bool = options.verify_option()
+
+
+@server_verb()
+def apply(
+    terminal: Terminal,
+    client: Client,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE|PLAN]...", help="Cluster and Profile files; a plan to activate."),
+    ] = None,
+    *,
+    inputs: options.OptionalInputOptions,
+    goal: options.GoalOptions,
+    held_to: options.ServiceLevelOptions,
+    promise: VerificationOptions,
+    family: options.FamilyOptions,
+    replicas: options.ReplicaOptions,
+    search: options.SearchOptions,
+    asked: options.ApplyOptions,
+) -> ExitCode:
+    """Create or update clusters and profiles, solve on the planner, import plans, put plans in force.
+
+    Ctrl-C while waiting stops nothing: the plan goes on, and how to come back to it is said.
+    """
+    from hetis.planner.cli.applying import Applying, FileProblem
+
+    options.engine_rules(family.engine, family.strategy, replicas.limits)
+    problem = FileProblem(
+        inputs=inputs, goal=goal, held_to=held_to, survive=promise.survive, verify=promise.verify, family=family,
+        replicas=replicas, search=search,
+    )  # fmt: skip
+    return Applying(terminal=terminal, client=client, asked=asked).run(files=what or [], problem=problem)
+
+
+@group
+class RollbackOptions(InCluster):
+    dry_run: bool = options.check_only_option()
+    no_wait: bool = options.no_wait_option()
+
+
+@server_verb()
+def rollback(
+    terminal: Terminal,
+    client: Client,
+    plan: Annotated[
+        str | None, typer.Argument(show_default="that of the cluster", help="The plan in force, to go back from.")
+    ] = None,
+    *,
+    how: RollbackOptions,
+) -> ExitCode:
+    """Put the earlier plan in force again and wait until it is.
+
+    It names the plan to go back from, so that repeating it does not go back twice.
+    """
+    from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
+    from hetis.v1 import plan_service_pb2
+
+    if plan is None:
+        name = chosen_cluster(client, how.cluster)
+        plan = fetched(client, "clusters", name).active_plan
+        if not plan:
+            terminal.error(f"{name} has no plan in force")
+            return ExitCode.CONFLICT
+    request = plan_service_pb2.RollbackPlanRequest(name=full_name("plans", plan), validate_only=how.dry_run)
+    answer = client.plans.RollbackPlan(request)
+    earlier, waits = answer.plan, not (how.dry_run or how.no_wait)
+    terminal.say("nothing was changed" if how.dry_run else f"going back from {request.name} to {earlier.name}")
+    if waits:
+        earlier = wait_for_plan(terminal, client, earlier.name)
+    terminal.emit(lambda: resource_data(earlier), lambda: plan_summary(earlier, answer.steps))
+    return outcome(terminal, earlier, activated=waits)
+
+
+@server_verb()
+def cancel(
+    terminal: Terminal, client: Client, plan: Annotated[str, typer.Argument(help="The plan whose search is to end.")]
+) -> ExitCode:
+    """End a plan's search; the best plan so far is its answer. A search that is over stays as it is."""
+    from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
+    from hetis.v1 import plan_service_pb2
+
+    request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
+    client.plans.CancelPlan(request)
+    ended = wait_for_plan(terminal, client, request.name)
+    terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
+    return outcome(terminal, ended)
+
+
+@server_verb()
+def disconnect(
+    terminal: Terminal,
+    client: Client,
+    node: Annotated[str, typer.Argument(help="The node whose agent is to go.")],
+    *,
+    where: InCluster,
+) -> ExitCode:
+    """End the stream of the agent that is connected as a node; the next agent is let in. Needs role admin.
+
+    For a node whose credentials somebody else uses: take those back first, or the same agent comes again.
+    """
+    from hetis.planner.cli.resource_views import resource_data
+    from hetis.v1 import cluster_service_pb2
+
+    parent = None if node.startswith("clusters/") else chosen_cluster(client, where.cluster)
+    request = cluster_service_pb2.DisconnectNodeRequest(name=full_name("nodes", node, parent))
+    found = client.clusters.DisconnectNode(request).node
+    terminal.emit(lambda: resource_data(found), lambda: f"the agent of {found.name} was disconnected")
     return ExitCode.OK
