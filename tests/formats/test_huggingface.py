@@ -162,6 +162,19 @@ def test_modules_that_are_left_in_16_bits_count_as_such(
     assert load_model(tmp_path).weight_bytes == pytest.approx(weight_bytes, rel=1e-12)
 
 
+def test_a_checkpoint_of_mixed_precision_counts_attention_by_its_own_format(tmp_path: Path) -> None:
+    """Most modules of a part decide: Llama-2-70B with attention in 8 bits and all else in 4."""
+    modules = {f"model.layers.{layer}.self_attn.q_proj": {"quant_algo": "FP8"} for layer in range(80)}
+    modules |= {f"model.layers.{layer}.mlp.up_proj": {"quant_algo": "W4A16_NVFP4"} for layer in range(79)}
+    modules |= {"model.layers.79.mlp.up_proj": {"quant_algo": "FP8"}, "lm_head": {"quant_algo": "FP8"}}
+    quantisation = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": modules}
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    model = load_model(tmp_path)
+    assert model.weights == "nvfp4"
+    assert model.weight_bytes == pytest.approx(0.5625 + (1 - 0.5625) * 150_994_944 / 855_638_016, rel=1e-12)
+
+
 def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_their_own(tmp_path: Path) -> None:
     config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
     beside = tmp_path / "hf_quant_config.json"

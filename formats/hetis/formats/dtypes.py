@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from hetis.formats.errors import did_you_mean
@@ -40,15 +40,16 @@ def split_dtype(dtype: str) -> tuple[str, str]:
     return formats[0], formats[1]
 
 
-def layer_weight_bytes(dtype: str, model: ModelSpec, *, unquantised: float = 0.0) -> float:
-    """Return the mean bytes per parameter of a repeated layer, ``unquantised`` of whose parameters are in the format of
-    activations. ``mxfp4`` quantises only routed experts.
+def layer_weight_bytes(dtype: str, model: ModelSpec, apart: Iterable[tuple[float, float]] = ()) -> float:
+    """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts.
+
+    Each of ``apart`` is a number of the layer's parameters, and the bytes of each of these.
     """
-    base, weights = split_dtype(dtype)
+    _, weights = split_dtype(dtype)
     if weights == "mxfp4":
         return experts_weight_bytes(dtype, model)
-    share = unquantised / model.layer_params()
-    return share * base_bytes(base) + (1.0 - share) * BYTES_PER_PARAMETER[weights]
+    usual, params = BYTES_PER_PARAMETER[weights], model.layer_params()
+    return usual + sum(of_part / params * (own - usual) for of_part, own in apart)
 
 
 def experts_weight_bytes(dtype: str, model: ModelSpec) -> float:

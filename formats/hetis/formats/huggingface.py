@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,25 +55,44 @@ def model_from_config(
 
 _WITHOUT = ("ignore", "exclude_modules", "modules_to_not_convert")  # what formats call the modules left in 16 bits
 _ATTENTION = re.compile(r"(self|linear)_attn(\.(?!indexer)\w*proj\w*)?(\.?\*)?$")  # whole, or one of its projections
+_SHARED = re.compile(r"shared_experts?(?!_gate)")
+_MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
+_MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
 
 
 def _weight_bytes(quantisation: Config, model: ModelSpec, dtype: str) -> float:
-    """Return the mean bytes per parameter of a layer, of which attention or shared experts may be left in 16 bits."""
-    listed_names = [listed(quantisation.data.get(key)) for key in _WITHOUT]
-    names = [name for names in listed_names for name in names if isinstance(name, str)]
-    attention = [name for name in names if _ATTENTION.search(name)]
-    shared = [name for name in names if re.search(r"shared_experts?(?!_gate)", name)]
-    moe, left = model.moe, 0.0
-    has_shared = moe is not None and moe.shared_experts > 0
-    if _is_of_most_layers(attention, model):
-        if moe is not None and (not has_shared or _is_of_most_layers(shared, model)):
-            return dtypes.experts_weight_bytes(dtype, model)
-        left += model.attention_params()
-        if all("_proj" in name and "o_proj" not in name for name in attention):  # only what comes before attention
-            left -= model.hidden * model.q_heads * (model.mla.v_head_dim if model.mla else model.head_dim)
-    if moe is not None and _is_of_most_layers(shared, model):
-        left += model.expert_share * moe.shared_experts * model.expert_params()
-    return dtypes.layer_weight_bytes(dtype, model, unquantised=left)
+    """Return the mean bytes per parameter of a layer, whose attention or shared experts may have a format of their own:
+    16 bits, or that of a checkpoint of mixed precision."""
+    lists = [listed(quantisation.data.get(key)) for key in _WITHOUT]
+    left = [name for names in lists for name in names if isinstance(name, str)]
+    attention, shared = ([name for name in left if part.search(name)] for part in (_ATTENTION, _SHARED))
+    leaves_attention, leaves_shared = _is_of_most_layers(attention, model), _is_of_most_layers(shared, model)
+    shared_params = 0.0 if model.moe is None else model.moe.shared_experts * model.expert_share * model.expert_params()
+    if leaves_attention and model.moe is not None and (leaves_shared or not shared_params):
+        return dtypes.experts_weight_bytes(dtype, model)
+    apart, base = list[tuple[float, float]](), dtypes.base_bytes(dtype)
+    if leaves_attention:
+        is_partly = all("_proj" in name and "o_proj" not in name for name in attention)  # only what comes before it
+        output_params = model.hidden * model.q_heads * (model.mla.v_head_dim if model.mla else model.head_dim)
+        apart.append((model.attention_params() - (output_params if is_partly else 0), base))
+    elif mixed := _mixed(quantisation, _ATTENTION):
+        apart.append((model.attention_params(), dtypes.BYTES_PER_PARAMETER[mixed]))
+    if leaves_shared:
+        apart.append((shared_params, base))
+    elif mixed := _mixed(quantisation, _SHARED):
+        apart.append((shared_params, dtypes.BYTES_PER_PARAMETER[mixed]))
+    return dtypes.layer_weight_bytes(dtype, model, apart)
+
+
+def _mixed(quantisation: Config, part: re.Pattern[str] | None) -> str | None:
+    """Return the format of most modules of a part of the layers in a checkpoint of mixed precision: of attention, of
+    shared experts, or (None) of all else. None: it is not mixed, has no such modules, or in a format not known."""
+    found = Counter[str]()
+    for name, entry in mapping(quantisation.data.get("quantized_layers")).items():
+        is_of_part = part.search(name) if part else not (_ATTENTION.search(name) or _SHARED.search(name))
+        if is_of_part and "layers." in name:
+            found[str(mapping(entry).get("quant_algo")).upper()] += 1
+    return _MODELOPT.get(found.most_common(1)[0][0]) if found else None
 
 
 def _is_of_most_layers(names: Collection[str], model: ModelSpec) -> bool:
@@ -161,8 +181,9 @@ def _quantised(config: Config) -> str | None:
             return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
     if method == "modelopt":
         bits = str(quantisation.get("quant_algo", "")).upper()
-        if bits in ("FP8", "NVFP4"):
-            return bits.lower()
+        precision = _mixed(config.quantisation, None) if bits == "MIXED_PRECISION" else _MODELOPT.get(bits)
+        if precision is not None:
+            return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
     has_bits = method in ("awq", "gptq", "compressed-tensors", "modelopt")
