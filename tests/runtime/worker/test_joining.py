@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from time import sleep
 import pytest
 import torch
 
-from hetis.formats.errors import DocumentError
 from hetis.runtime.attention.kv import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.keys import key_of
@@ -128,33 +126,16 @@ def test_a_real_gpu_of_another_process_computes_what_is_defined(tmp_path: Path, 
 def test_a_signal_right_after_the_port_file_was_written_removes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replaced = os.replace
+    replaced = Path.replace
 
-    def replaced_and_stopped(path: str, target: Path) -> None:
+    def replaced_and_stopped(path: Path, target: Path) -> None:
         replaced(path, target)
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "replace", replaced_and_stopped)
+    monkeypatch.setattr(Path, "replace", replaced_and_stopped)
     with pytest.raises(SystemExit), _address_in(tmp_path / "port", "127.0.0.1:1"):
         pytest.fail("it serves")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_port_file_that_cannot_be_written_is_left_to_the_worker_that_wrote_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: str, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "port").write_text("127.0.0.1:1\n")
-    monkeypatch.setattr(os, "replace", refuse)
-    with (
-        pytest.raises(DocumentError, match="port: cannot be written: No space left on device"),
-        _address_in(tmp_path / "port", "127.0.0.1:2"),
-    ):
-        pytest.fail("it serves")
-    assert [path.name for path in tmp_path.iterdir()] == ["port"]
-    assert (tmp_path / "port").read_text() == "127.0.0.1:1\n"
 
 
 def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_path: Path) -> None:

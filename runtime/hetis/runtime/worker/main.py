@@ -21,8 +21,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetis.formats.endpoints import joined, split_address
-from hetis.formats.errors import DocumentError
-from hetis.formats.files import write_atomically
 from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
 from hetis.solver.errors import HetisError
@@ -98,8 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> WorkerOptions:
-    """Return the settings that options and variables give together. Raises WorkerOptionError with everything that is
-    missing or wrong, and SystemExit for an unknown option or ``--help``.
+    """Return the settings that options and variables give together.
+
+    Raises:
+        WorkerOptionError: with everything that is missing or wrong.
+        SystemExit: an unknown option, or ``--help``.
     """
     given = vars(make_parser().parse_args(arguments))
     wrong: list[str] = []
@@ -224,7 +225,7 @@ def _serve(options: WorkerOptions) -> int:
         # inference_mode once, not for every frame
         with listener, _address_in(options.port_file, joined(host, port)), torch.inference_mode():
             loop.run()
-    except DocumentError as error:
+    except StartError as error:
         return _failed(options, str(error), EXIT_FAILED)
     return 0
 
@@ -233,19 +234,23 @@ def _serve(options: WorkerOptions) -> int:
 def _address_in(path: Path | None, address: str) -> Iterator[None]:
     """Hold the address in a file while the block runs, and remove it whatever ends it, even a signal meanwhile.
 
-    Raises DocumentError where it cannot be written.
+    Raises StartError where it cannot be written.
     """
     if path is None:
         yield
         return
-    content = f"{address}\n".encode()
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_atomically(path, content)
+        try:
+            part.write_text(f"{address}\n")
+            part.replace(path)  # as a whole
+        except OSError as error:
+            raise StartError(f"{path}: {error.strerror or error}") from None
         yield
     finally:
-        with suppress(OSError):
-            if path.is_file() and path.read_bytes() == content:  # and not another worker's
-                path.unlink()
+        for written in (part, path):
+            with suppress(OSError):
+                written.unlink()
 
 
 def _make_core(options: WorkerOptions) -> WorkerCore:
