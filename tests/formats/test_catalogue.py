@@ -64,7 +64,7 @@ def test_every_model_is_there_and_its_numbers_add_up(data: Path) -> None:
 
 
 def test_parameter_counts_agree_with_the_packaged_ones() -> None:
-    assert len(catalogue.models()) == 57
+    assert len(catalogue.models()) == 62
     for entry in catalogue.models():
         assert entry.model.params() / 1e9 == pytest.approx(entry.params_b, rel=0.01), entry.model.name
 
@@ -187,6 +187,9 @@ def test_a_model_is_found_by_its_name_in_any_case_and_without_its_organisation(e
         ("Meta-Llama-3.1-70B-Instruct", "meta-llama/Meta-Llama-3.1-70B"),
         ("Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
         ("deepseek-r1", "deepseek-ai/DeepSeek-V3"),
+        ("DeepSeek-R1-0528", "deepseek-ai/DeepSeek-V3"),
+        ("deepseek-ai/DeepSeek-V3.1", "deepseek-ai/DeepSeek-V3"),
+        ("GLM-5.1", "zai-org/GLM-5"),
         ("gemma-2-9b-it", "google/gemma-2-9b"),
         ("bloom-176b", "bigscience/bloom"),
     ],

@@ -181,8 +181,10 @@ _GPU_ALIASES = {
 
 _MODEL_ALIASES = {
     "bloom-176b": "bigscience/bloom",
-    "deepseek-r1": "deepseek-ai/DeepSeek-V3",  # same shape, trained further
-    "deepseek-v3-0324": "deepseek-ai/DeepSeek-V3",
+    **dict.fromkeys(  # same shape, trained further
+        ("deepseek-r1", "deepseek-r1-0528", "deepseek-v3-0324", "deepseek-v3.1"), "deepseek-ai/DeepSeek-V3"
+    ),
+    "glm-5.1": "zai-org/GLM-5",
     "kimi-k2": "moonshotai/Kimi-K2-Instruct",
     "llama-33b": "huggyllama/llama-30b",
 }
