@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from typing import Annotated
 
 import pytest
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import BROKEN_PIPE, INTERRUPTED, OK, run_application, verb, version_printer
+from hetis.formats.command_line.verb import BROKEN_PIPE, INTERRUPTED, OK, run_application, verb, version_option
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
@@ -46,7 +47,7 @@ def application() -> typer.Typer:
 
     @app.callback()
     def command(
-        _version: bool = typer.Option(False, "--version", callback=version_printer("hetis-test"), is_eager=True),
+        _version: Annotated[bool, version_option("hetis-test")] = False,
     ) -> None: ...
 
     return app

@@ -65,8 +65,8 @@ def run_application(
         return code
 
 
-def version_printer(name: str) -> Callable[[bool], None]:
-    """Return the callback of a command's ``--version``."""
+def version_option(name: str) -> Any:
+    """Return a command's option ``--version``."""
 
     def print_version(wanted: bool) -> None:
         if wanted:
@@ -75,7 +75,7 @@ def version_printer(name: str) -> Callable[[bool], None]:
             print(f"{name} {version('hetis')}")
             raise typer.Exit
 
-    return print_version
+    return typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
 
 
 def _invoke(

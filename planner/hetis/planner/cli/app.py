@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.verb import run_application, version_printer
+from hetis.formats.command_line.verb import run_application, version_option
 from hetis.planner.cli import (
     changes,
     cluster,
@@ -82,12 +82,7 @@ app.add_typer(cluster.cluster, rich_help_panel="Files")
 
 @app.callback()
 def hetis_plan(
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=version_printer("hetis-plan"), is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    _version: Annotated[bool, version_option("hetis-plan")] = False,
 ) -> None:
     """Plan LLM serving on a mixed GPU fleet, with a proof of how good the plan is."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hetis.formats.command_line.verb import choice_of, run_application, version_printer
+from hetis.formats.command_line.verb import choice_of, run_application, version_option
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.exit_codes import ServiceExitCode
 
@@ -83,12 +83,7 @@ def hetis_planner(
     ready_json: Annotated[
         bool, typer.Option("--ready-json", help="When ready, print the addresses on stdout as a line of JSON.")
     ] = False,
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=version_printer("hetis-planner"), is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    _version: Annotated[bool, version_option("hetis-planner")] = False,
 ) -> None:
     """Handle the options that `_HELP` describes."""
     if context.invoked_subcommand is not None:

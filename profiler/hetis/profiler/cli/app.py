@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import internal_error, run_application, version_printer
+from hetis.formats.command_line.verb import internal_error, run_application, version_option
 from hetis.profiler.cli import profiles
 from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
 from hetis.profiler.cli.exit_codes import ProfileExitCode
@@ -41,12 +41,7 @@ for look in (profiles.show, profiles.compare, profiles.plot, profiles.check):
 
 @app.callback()
 def hetis_profile(
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=version_printer("hetis-profile"), is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    _version: Annotated[bool, version_option("hetis-profile")] = False,
 ) -> None:
     """Measure what a GPU reaches, import what others measured, fit it, and say how wrong the fit is."""
 
