@@ -90,8 +90,7 @@ class FileProblem:
     inputs: options.OptionalInputOptions
     goal: options.GoalOptions
     held_to: options.ServiceLevelOptions
-    survive: options.Survived | None
-    verify: bool
+    promise: options.VerificationOptions
     family: options.FamilyOptions
     replicas: options.ReplicaOptions
     search: options.SearchOptions
@@ -140,14 +139,14 @@ class FileProblem:
             **fields_of(family, "strategy", "engine"),
             **fields_of(replicas, "max_stages", "max_gpus", "min_layers", "max_nodes", "max_num_seqs", "kv_blocks"),
             **fields_of(self.held_to, "ttft_statistic", "tpot_statistic", "attainment"),
-            **fields_of(self, "survive"),
+            **fields_of(self.promise, "survive"),
         }
         spec = plan_pb2.PlanSpec(
             profiles=[full_name("profiles", name) for name in profiles],
             objective=self._objective(),
             roles=[TO_PROTO[role] for role in Role if role in (family.roles or ())],
             chunk_tokens=sorted(replicas.chunk_tokens or ()),
-            skip_verification=not self.verify,
+            skip_verification=not self.promise.verify,
             gap_target=search.gap,
             time_limit=duration(search.time_limit),
             seed=search.seed,

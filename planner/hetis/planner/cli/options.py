@@ -388,6 +388,14 @@ survive_option = partial(
 )
 
 
+@group
+class VerificationOptions:
+    """What a plan survives, and whether its limits are tried in simulated traffic."""
+
+    survive: Survived | None = survive_option()
+    verify: bool = verify_option()
+
+
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:
     """Return the rules set by ``--engine`` and its limits. None: any engine, as for published heuristics by default."""
     from hetis.planner.use_cases.sources import engine_rules as rules_of

@@ -67,7 +67,7 @@ def refuse_unwritable_page(path: Path) -> None:
 def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
     """Refuse the same for plans that `save_plans` will write."""
     for name in names:
-        refuse_unwritable(_plan_file(folder, name))
+        refuse_unwritable(folder / f"{name}.json")
 
 
 def save(terminal: Terminal, value: Value, path: Path) -> None:
@@ -80,11 +80,7 @@ def save(terminal: Terminal, value: Value, path: Path) -> None:
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
     """Write plans by name, as ``NAME.json``."""
     for name, plan in plans.items():
-        save(terminal, plan, _plan_file(folder, name))
-
-
-def _plan_file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.json"
+        save(terminal, plan, folder / f"{name}.json")
 
 
 def save_page(terminal: Terminal, page: str, path: Path) -> None:

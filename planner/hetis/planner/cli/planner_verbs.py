@@ -301,14 +301,6 @@ APPLY_EXAMPLES = """Examples:\n
   hetis-plan apply --activate plans/night"""
 
 
-@group
-class VerificationOptions:
-    """What a plan survives, and whether its limits are tried in simulated traffic."""
-
-    survive: options.Survived | None = options.survive_option()
-    verify: bool = options.verify_option()
-
-
 @server_verb()
 def apply(
     terminal: Terminal,
@@ -321,7 +313,7 @@ def apply(
     inputs: options.OptionalInputOptions,
     goal: options.GoalOptions,
     held_to: options.ServiceLevelOptions,
-    promise: VerificationOptions,
+    promise: options.VerificationOptions,
     family: options.FamilyOptions,
     replicas: options.ReplicaOptions,
     search: options.SearchOptions,
@@ -335,9 +327,8 @@ def apply(
 
     options.engine_rules(family.engine, family.strategy, replicas.limits)
     problem = FileProblem(
-        inputs=inputs, goal=goal, held_to=held_to, survive=promise.survive, verify=promise.verify, family=family,
-        replicas=replicas, search=search,
-    )  # fmt: skip
+        inputs=inputs, goal=goal, held_to=held_to, promise=promise, family=family, replicas=replicas, search=search
+    )
     return Applying(terminal=terminal, client=client, asked=asked).run(files=what or [], problem=problem)
 
 

@@ -225,8 +225,10 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Simula
 
 def _limits(objective: Objective, asked: SimulateOptions) -> Objective:
     given = {"ttft_limit_s": asked.ttft, "tpot_limit_s": asked.tpot}
-    limits: dict[str, Any] = {name: limit for name, limit in given.items() if limit is not None}
-    return replace(objective, **{name: None if limit == values.NO_LIMIT else limit for name, limit in limits.items()})
+    limits: dict[str, Any] = {
+        name: None if limit == values.NO_LIMIT else limit for name, limit in given.items() if limit is not None
+    }
+    return replace(objective, **limits)
 
 
 def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tuple[Fault, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from hetis.v1 import head_map_pb2, redispatch_pb2, report_pb2, stage_pb2
 
 HIGH_WATER = 0.9  # StageDevice.high_water if it is 0
 _HEADS = [field.name for field in fields(HeadShape)]  # the message's, too
-_AS_PROFILED: Mapping[str, float] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Conditions = Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
 
@@ -42,7 +43,7 @@ class StageTerms:
         return tuple(max((conditions.get(gpu, ok) for gpu in gpus), default=ok) for gpus in self.gpus)
 
 
-def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _AS_PROFILED) -> StageTerms:
+def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _NOTHING) -> StageTerms:
     """Return the stage for the solver.
 
     Args:
@@ -202,7 +203,6 @@ def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mappin
 _TO_STATUS = {status: report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{status.name}") for status in DeviceStatus}
 _FROM_STATUS = {number: status for status, number in _TO_STATUS.items()}
 _FROM_BEST = (DeviceStatus.OK, DeviceStatus.DRAINING, DeviceStatus.LOST)
-_NOTHING: Conditions = MappingProxyType({})
 
 
 def status_from_proto(status: report_pb2.DeviceStatus.ValueType) -> DeviceStatus:

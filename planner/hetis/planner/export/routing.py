@@ -95,10 +95,10 @@ def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
     return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
-def nginx_list(servers: Sequence[tuple[str, int]], name: str = "hetis") -> str:
+def nginx_list(servers: Sequence[tuple[str, int]]) -> str:
     """The block `upstream` of nginx. It needs a server in it: where there is none, one that is down."""
     lines = "".join(f"    server {endpoint} weight={share};\n" for endpoint, share in servers)
-    return f"upstream {name} {{\n{lines or _NO_SERVER}}}\n"
+    return f"upstream hetis {{\n{lines or _NO_SERVER}}}\n"
 
 
 def _nginx(unified: Sequence[tuple[str, int]]) -> str:
