@@ -85,7 +85,7 @@ tenants:
         (7, "neither speedups nor a model"),
         (8, "workload is missing"),
         (9, "stands beside jobs"),
-        (10, "duplicate job 'x', first at tenants[3].jobs[0]"),
+        (10, "duplicate job 'x', first at tenants[4].jobs[0]"),
         (10, "stands beside speedups"),
     ):
         assert any(f":{line}:" in told and words in told for told in run.stderr.splitlines()), (line, words, run.stderr)
