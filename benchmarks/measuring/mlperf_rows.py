@@ -176,7 +176,7 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, st
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restval=""))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"{path}: {error}") from None
     missing = [name for name in columns if rows and name not in rows[0]]
@@ -192,7 +192,8 @@ def pose(row: Mapping[str, str]) -> Submission:
         NotPosedError: it cannot be planned.
     """
     if row["Suite"] != "datacenter":
-        raise NotPosedError("suite edge: other samples, or one request at a time")
+        edge = "suite edge: other samples, or one request at a time"
+        raise NotPosedError(edge if row["Suite"] == "edge" else "no suite is recorded")
     if row["Scenario"] not in SCENARIOS:
         raise NotPosedError(f"scenario {row['Scenario']} has no throughput")
     if not row["Accelerator"]:

@@ -60,6 +60,7 @@ def test_a_row_is_posed_as_it_says() -> None:
 
 def test_what_cannot_be_planned_is_skipped_with_its_reason() -> None:
     assert "suite edge" in reason(Suite="edge")
+    assert reason(Suite="") == "no suite is recorded"
     assert "SingleStream" in reason(Scenario="SingleStream")
     assert "CPUs" in reason(Accelerator="")
     assert "GPU NVIDIA Jetson AGX Thor" in reason(Accelerator="NVIDIA Jetson AGX Thor 128G")
@@ -181,6 +182,10 @@ def test_a_table_that_is_missing_broken_or_another_says_so(
     other.write_text("ID,Submitter\n1,Someone\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"other\.csv: no column Category"):
         read_rows(other)
+    short = table_of(tmp_path / "short.csv", [row()])
+    with short.open("a", encoding="utf-8") as file:
+        file.write("5.1-0002,Someone,closed\n")
+    assert [one["Submitter"] + one["Suite"] for one in read_rows(short)] == ["Someonedatacenter", "Someone"]
     torn = tmp_path / "torn.csv.gz"
     torn.write_bytes(gzip.compress(b"ID,Submitter\n" * 1000)[:-20])
     with pytest.raises(SystemExit, match=r"torn\.csv\.gz: Compressed file ended"):
