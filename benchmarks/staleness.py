@@ -74,6 +74,16 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
+    "mlperf": (
+        *("benchmarks/mlperf.py", "benchmarks/measuring/mlperf_rows.py"),
+        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
+        *_SEARCH,
+    ),
+    "static batches": (
+        *("benchmarks/static_batches.py", "benchmarks/measuring/mlperf_rows.py"),
+        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
+        *("simulator/hetis/simulator/timing.py", *_COSTS),
+    ),
     "left_out": (
         *("benchmarks/left_out.py", "benchmarks/measuring/shipped_points.py"),
         *("tools/left_out.py", "tools/efficiency.py", "profiler/hetis/profiler/fit"),

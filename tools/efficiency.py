@@ -78,6 +78,12 @@ _RELATIVE = {
 
 # Hetis (SC'25) measured prefill MLP on a P100-12GB 24.5 times slower than on an A100-80GB; the peaks differ 16.7 times.
 _PASCAL_COMPUTE = 24.5 / (312.0 / 18.7)
+# TFLOPS of the fastest of many 16-bit products over the catalogue's peak, by one tool on the GPUs of both vendors
+# (stas00/ml-engineering, compute/accelerator, "Maximum Achievable Matmul FLOPS"). AMD's own figures for eight bits
+# agree for MI300X (1,273 beside an H100's 1,402.6: 1.46 times) and are less for MI325X (1,519: 1.22 times).
+_H100_SHARE = 794.5 / 989.0
+_CDNA3_COMPUTE = _H100_SHARE / math.sqrt((668.4 / 1307.4) * (784.9 / 1307.4))
+_CDNA4_COMPUTE = _H100_SHARE / (1565.0 / 2516.6)
 _RELATIVES = {
     "Pascal": (
         "Ampere",
@@ -93,8 +99,18 @@ _RELATIVES = {
     "Blackwell": ("Hopper", 1.0, "The generation before, where B200 has none. RTX parts (GDDR7) may be nearer to Ada."),
     "CDNA": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
     "CDNA2": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
-    "CDNA3": ("Hopper", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
-    "CDNA4": ("Hopper", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
+    "CDNA3": (
+        "Hopper",
+        _CDNA3_COMPUTE,
+        "Contemporary HBM part; no table. 16-bit products reach at most 51% of the peak on an MI300X and 60% on an "
+        "MI325X where an H100 reaches 80% (stas00/ml-engineering), so FLOPs take 1.45 times Hopper's share.",
+    ),
+    "CDNA4": (
+        "Hopper",
+        _CDNA4_COMPUTE,
+        "Contemporary HBM part; no table. 16-bit products reach at most 62% of the peak on an MI355X where an H100 "
+        "reaches 80% (stas00/ml-engineering), so FLOPs take 1.29 times Hopper's share.",
+    ),
     "Gaudi2": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Gaudi3": ("Hopper", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Battlemage": ("Ada", 1.0, "GDDR6 part with a large cache; no table."),

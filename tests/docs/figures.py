@@ -210,6 +210,22 @@ def by_model(column: str, engine: str, *models: str) -> Callable[[Table], Sequen
     ]
 
 
+def over_best(scenario: str, gpu: str, model: str = "") -> Callable[[Table], Sequence[float]]:
+    """Return the planned rates over the best published ones, of a scenario on such GPUs, in the order of the table."""
+    return lambda t: [
+        number(row["over best"])
+        for row in t.where(f"^{scenario}$")
+        if re.match(gpu, row["gpu"]) and row["model"].startswith(model)
+    ]
+
+
+def batches(gpu: str, engine: str, column: str) -> Callable[[Table], Sequence[float]]:
+    """Return the magnitude of a column over all models of an engine on a GPU."""
+    return lambda t: [
+        abs(number(row[column])) for row in t.where(f"^{gpu}$") if (row["engine"], row["model"]) == (engine, "all")
+    ]
+
+
 def operators(t: Table) -> list[Mapping[str, str]]:
     """Return the trials of single operators on GPUs that are left out."""
     return [row for row in t.where(": ") if not row["name"].startswith("plans")]
@@ -687,6 +703,36 @@ FIGURES = [
                 for what in ("tpot", "ttft")
             ],
         ),
+    ),
+    *_of(
+        "accuracy.md",
+        "mlperf",
+        (
+            "GB300. is planned #% too slow to #% too fast",
+            lambda t: [
+                100 * (1 - min(over_best("Offline", "G?[BH][123]00", "llama")(t))),
+                100 * (max(over_best("Offline", "G?[BH][123]00", "llama")(t)) - 1),
+            ],
+        ),
+        (r"too fast: # on B200, and", over_best("Offline", "B200", "llama3.1-8b")),
+        (r"MI355X, MXFP4 \| # \|", over_best("Offline", "MI355X")),
+        (r"Arc Pro B60, int4 \| #, # \|", over_best("Offline", "Arc")),
+        (r"RTX PRO 6000, NVFP4 \| # \|", over_best("Offline", "RTX", "llama2")),
+        (r"L40S \| # \|", over_best("Offline", "L40S")),
+        (r"DeepSeek-R1 \| # to # \|", lambda t: span(over_best("Offline", "", "deepseek")(t))),
+        (r"DeepSeek-R1, Server \| # to # \|", lambda t: span(over_best("Server", "", "deepseek")(t))),
+        (r"MI300X, Interactive \| # \|", over_best("Interactive", "MI300X")),
+        (
+            "planned at # of the best on MI300X and # on MI325X",
+            lambda t: [over_best("Offline", gpu)(t)[0] for gpu in ("MI300X", "MI325X")],
+        ),
+    ),
+    *_of(
+        "accuracy.md",
+        "static batches",
+        ("TensorRT-LLM is off by #% on", batches("all", "trtllm", "mape")),
+        ("vLLM is off by #%, nearly", batches("all", "vllm", "mape")),
+        ("on H100, #% too fast", batches("H100-SXM-80GB", "vllm", "bias")),
     ),
     *_of(
         "accuracy.md",

@@ -112,6 +112,16 @@ def test_every_gpu_of_the_catalogue_gets_a_profile() -> None:
         assert profile.reserve_bytes < profile.usable_bytes < entry.gpu.memory_bytes
 
 
+@pytest.mark.parametrize(("name", "share"), [("CDNA3", (0.511 * 0.600) ** 0.5), ("CDNA4", 0.622)])
+def test_amd_gpus_reach_less_of_their_peak(name: str, share: float) -> None:
+    """Published shares of 16-bit peaks: MI300X 51.1% and MI325X 60.0%, MI355X 62.2%, and H100 80.3%."""
+    architectures = shipped_efficiencies().architectures
+    for op, efficiency in architectures["Hopper"].ops.items():
+        for theirs, hopper in zip(architectures[name].ops[op].pieces, efficiency.pieces, strict=True):
+            assert theirs.flop == pytest.approx(hopper.flop * 0.803 / share, rel=0.01)
+            assert replace(theirs, flop=hopper.flop) == hopper
+
+
 def test_the_shipped_file_survives_a_round_trip() -> None:
     assert from_json(to_json(shipped_efficiencies())) == shipped_efficiencies()
 

@@ -1,0 +1,265 @@
+"""Plans against MLPerf Inference v5.1: the output tokens/s that a fleet is planned for, and those that were published.
+
+    python -m benchmarks.mlperf [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
+
+Every row of the table (`benchmarks.measuring.mlperf_rows`) is a submission. Those on equal nodes, of one model, format
+of the weights, scenario and engine are one group, for which one node is planned: the planner chooses replicas, stages,
+batches and chunks for the highest rate, in Server and Interactive for the goodput under MLPerf's limits. Profiles are
+those that are shipped or, for GPUs that nobody measured, modelled, with the host times of the engine. Nothing is fitted
+to these rows.
+
+A row is one group, with rates in output tokens/s of a GPU: ``predicted`` by the plan, ``best`` and ``median`` of its
+``n`` submissions, and the prediction over each. ``plan`` is its replicas. The last rows are totals, the mean absolute
+error (``mape``) and the mean (``bias``, negative: predicted too slow) of predicted / best - 1, and how many rows were
+posed and skipped. ``--markdown`` writes docs/accuracy.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import fleet
+from benchmarks.measuring.mlperf_rows import (
+    BENCHMARKS,
+    SCENARIOS,
+    NotPosedError,
+    Submission,
+    System,
+    pose,
+    read_rows,
+)
+from benchmarks.measuring.rows import Cell, Row
+from hetis.formats import catalogue, dtypes
+from hetis.formats.documents import load_model
+from hetis.planner.use_cases.sources import family_of
+from hetis.profiler.defaults import shipped_profile
+from hetis.profiler.engines import for_engine
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.budget import Budget
+from hetis.solver.errors import HetisError
+from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import EngineRules, EngineSettings, PlacementProblem
+from tools import tables
+
+POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "mlperf_v5_1.csv.gz"
+DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
+CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # submitters set the tokens of an iteration to 256 to 65,536
+TIME_LIMIT_S = 60.0
+QUICK_STRIDE = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A group of submissions and the plan for their node."""
+
+    submissions: tuple[Submission, ...]
+    plan: Plan
+
+    @property
+    def system(self) -> System:
+        return self.submissions[0].system
+
+    @property
+    def predicted(self) -> float:
+        """Return the output tokens/s of a GPU that the plan promises."""
+        return self.plan.result.value * output_tokens(self.submissions) / self.system.gpus
+
+    @property
+    def best(self) -> float:
+        return max(one.tokens_per_s for one in self.submissions)
+
+    @property
+    def is_measured(self) -> bool:
+        """Return whether the GPU has a shipped profile, and none that is modelled from relatives."""
+        return shipped_profile(self.system.gpu) is not None
+
+
+def main() -> None:
+    """Print a row per group, totals, and what was posed and skipped."""
+    parser = rows.parser("benchmarks.mlperf", __doc__)
+    parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
+    arguments = parser.parse_args()
+    if arguments.quick and not arguments.points.is_file():
+        print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
+        return  # the quick form must run everywhere, but the table is not ours to ship
+    table = read_rows(arguments.points)
+    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
+    groups, totals, covered = list(group_rows(outcomes)), list(total_rows(outcomes)), list(coverage(outcomes, skipped))
+    if arguments.markdown:
+        write_document(groups, totals, covered, arguments.points)
+    if arguments.json:
+        for row in (*groups, *totals, *covered):
+            print(json.dumps(row), flush=True)
+        return
+    print(rows.table(groups), "", rows.table(totals), "", sep="\n")
+    for row in covered:
+        print(f"{row['coverage']}: {row['n']:,} rows" + (f": {row['reason']}" if row["reason"] else ""))
+
+
+def predicted(
+    table: list[dict[str, str]], *, quick: bool = False, only: str = ""
+) -> tuple[list[Outcome], Counter[str]]:  # fmt: skip
+    """Return the plans of all groups, and the number of rows without one by reason."""
+    groups, skipped = grouped(table)
+    chosen = [members for members in groups if only in members[0].system.name]
+    found = list[Outcome]()
+    for members in chosen[:: QUICK_STRIDE if quick else 1]:
+        try:
+            found.append(Outcome(submissions=members, plan=plan_of(members)))
+        except HetisError as error:
+            skipped[f"no plan: {error}"] += len(members)
+    return found, skipped
+
+
+def grouped(table: list[dict[str, str]]) -> tuple[list[tuple[Submission, ...]], Counter[str]]:
+    """Return the posed submissions by system, sorted, and the number of other rows by reason.
+
+    A run is reported under both accuracy targets of a model, and counts once.
+    """
+    groups, skipped = defaultdict[System, list[Submission]](list), Counter[str]()
+    seen = set[tuple[str, ...]]()
+    for row in table:
+        try:
+            posed = pose(row)
+        except NotPosedError as error:
+            skipped[str(error)] += 1
+            continue
+        if posed.run in seen:
+            skipped["the same run under another accuracy target"] += 1
+            continue
+        seen.add(posed.run)
+        groups[posed.system].append(posed)
+
+    def order(system: System) -> tuple[object, ...]:
+        return SCENARIOS.index(system.scenario), system.name, system.gpus
+
+    return [tuple(groups[system]) for system in sorted(groups, key=order)], skipped
+
+
+def output_tokens(submissions: Sequence[Submission]) -> float:
+    """Return the mean output tokens of an answer."""
+    return fmean(one.output_tokens for one in submissions)
+
+
+def plan_of(submissions: Sequence[Submission]) -> Plan:
+    """Return the plan for one node of a group.
+
+    Raises:
+        HetisError: there is none.
+    """
+    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.monotonic)
+    return solve_placement(problem_of(submissions[0].system, output_tokens(submissions)), budget=budget)
+
+
+def problem_of(system: System, tokens: float) -> PlacementProblem:
+    """Return the placement of a group's model on one of its nodes, for answers of so many tokens on average.
+
+    Plans keep to the rules of vLLM, whichever engine it is: pipelines of whole replicas, which both run.
+    """
+    kind = catalogue.find_gpu(system.gpu).gpu
+    model = dtypes.with_precision(load_model(BENCHMARKS[system.benchmark].model), weights=system.weights, kv="fp8")
+    # Submitters of models with experts share out whole ones, beside attention data parallelism.
+    profile = for_engine(
+        shipped_profile(system.gpu) or modelled_profile(kind), kind, system.engine,
+        stream_interval=system.stream_interval(tokens), whole_experts=model.moe is not None,
+        default_backend=model.moe is None,
+    )  # fmt: skip
+    settings = EngineSettings(max_num_seqs=system.seats, chunk_tokens=CHUNKS)
+    return PlacementProblem(
+        cluster=fleet("node", (1, system.gpus, system.gpu)),
+        model=model,
+        workload=system.workload(tokens).clipped_to(model.max_position),
+        profiles={system.gpu: profile},
+        objective=system.objective,
+        family=family_of("hetis", (Role.UNIFIED,), EngineRules(name="vllm"), settings),
+    )
+
+
+def group_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
+    """Yield a row per group."""
+    for outcome in outcomes:
+        system, rates = outcome.system, [one.tokens_per_s for one in outcome.submissions]
+        yield {
+            "scenario": system.scenario, "gpu": system.gpu, "gpus": system.gpus, "model": system.benchmark,
+            "weights": system.weights, "engine": system.engine,
+            "profile": "measured" if outcome.is_measured else "modelled", "n": len(rates),
+            "predicted": _rate(outcome.predicted), "best": _rate(outcome.best), "median": _rate(median(rates)),
+            "over_best": _round(outcome.predicted / outcome.best, 3),
+            "over_median": _round(outcome.predicted / median(rates), 3), "plan": shape_of(outcome.plan),
+        }  # fmt: skip
+
+
+def shape_of(plan: Plan) -> str:
+    """Return the replicas of a plan in a few words, equal ones together."""
+    shapes = Counter(map(_shape, plan.replicas))
+    return ", ".join(f"{count} x {shape}" for shape, count in shapes.items())
+
+
+def _shape(replica: ReplicaPlan) -> str:
+    stages, role = replica.stages, "" if replica.role is Role.UNIFIED else f" {replica.role}"
+    if replica.expert_parallel:
+        return f"TP{stages[0].tp} x{stages[0].copies} EP{role}"
+    return f"TP{stages[0].tp}" + (f" PP{len(stages)}" if len(stages) > 1 else "") + role
+
+
+def total_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
+    """Yield the errors against the best submission of each group, by scenario and profile, and over all."""
+    for scenario in SCENARIOS:
+        of_scenario = [one for one in outcomes if one.system.scenario == scenario]
+        for profile, is_measured in (("measured", (True,)), ("modelled", (False,)), ("all", (True, False))):
+            errors = [one.predicted / one.best - 1.0 for one in of_scenario if one.is_measured in is_measured]
+            if errors:
+                yield {
+                    "scenario": scenario, "profile": profile, "groups": len(errors),
+                    "mape": _round(fmean(map(abs, errors)), 3), "bias": _round(fmean(errors), 3),
+                    "within_30_percent": sum(abs(error) <= 0.3 for error in errors),
+                }  # fmt: skip
+
+
+def coverage(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
+    """Yield the number of posed rows, and of the others by reason."""
+    yield {"coverage": "posed", "n": sum(len(one.submissions) for one in outcomes), "reason": ""}
+    for reason, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0])):
+        yield {"coverage": "skipped", "n": count, "reason": reason}
+
+
+def write_document(groups: Sequence[Row], totals: Sequence[Row], covered: Sequence[Row], points: Path) -> None:
+    """Write the tables of docs/accuracy.md."""
+    skipped = [{"rows": row["n"], "why not": row["reason"]} for row in covered if row["coverage"] == "skipped"]
+    for name, found in (("mlperf totals", totals), ("mlperf skipped", skipped)):
+        headings = [key.replace("_", " ") for key in found[0]]
+        tables.write(name, headings, (list(_shown(row).values()) for row in found))
+    said = (
+        f"{points.name}: {covered[0]['n']:,} rows in {len(groups)} groups, {sum(map(_count, skipped)):,} rows skipped."
+    )
+    rows.keep("mlperf", [_shown(row) for row in groups], said, DOCUMENT)
+
+
+def _shown(row: Row) -> dict[str, Cell]:
+    """Return a row with errors as percentages."""
+    return {key: f"{v:+.1%}" if key == "bias" else f"{v:.1%}" if key == "mape" else v for key, v in row.items()}
+
+
+def _count(row: Row) -> int:
+    return int(row["rows"] or 0)
+
+
+def _rate(value: float) -> float:
+    return round(value) if value >= 1000.0 else _round(value, 4)
+
+
+def _round(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+if __name__ == "__main__":
+    main()

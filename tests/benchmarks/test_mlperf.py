@@ -1,0 +1,200 @@
+"""Plans against MLPerf's results: how rows are posed and grouped, what is planned, and totals."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import mlperf
+from benchmarks.measuring import mlperf_rows
+from benchmarks.measuring.mlperf_rows import NotPosedError, Submission, pose, read_rows
+from hetis.solver.plan import ObjectiveKind
+
+ROW = {
+    "ID": "made-up-1", "Submitter": "Someone", "Category": "closed", "Suite": "datacenter", "Platform": "H200x8_TRT",
+    "UsedModel": "llama2-70b-99", "Scenario": "Offline", "Nodes": "2", "Accelerator": "NVIDIA H200-SXM-141GB",
+    "a#": "8", "weight_data_types": "fp8", "Software": "TensorRT 10.11, CUDA 12.9",
+    "Accuracy": "ROUGE1: 44.4  ROUGEL: 28.6  TOKENS_PER_SAMPLE: 292.5", "has_power": "False",
+    "Performance_Result": "64000", "Performance_Units": "Tokens/s", "Location": "",
+}  # fmt: skip
+RED_HAT = {
+    "Submitter": "RedHat", "UsedModel": "llama3.1-8b", "Accelerator": "NVIDIA H100-SXM-80GB", "a#": "1", "Nodes": "1",
+    "Software": "vLLM 0.10.0, RHEL 9.6", "Accuracy": "ROUGE1: 38.8  GEN_LEN: 8163079", "Performance_Result": "5777.08",
+}  # fmt: skip
+
+
+def row(**fields: str) -> dict[str, str]:
+    return ROW | fields
+
+
+def reason(**fields: str) -> str:
+    with pytest.raises(NotPosedError) as caught:
+        pose(row(**fields))
+    return str(caught.value)
+
+
+def test_a_row_is_posed_as_it_says() -> None:
+    posed = pose(row())
+    system = posed.system
+    assert (system.gpu, system.gpus, system.benchmark, system.engine) == ("H200-SXM-141GB", 8, "llama2-70b", "trtllm")
+    assert (system.weights, posed.output_tokens, posed.tokens_per_s) == ("fp8", 292.5, 4000.0)
+    # Cards of two GPUs, four-bit formats, and another spelling of the model.
+    intel = pose(
+        row(Accelerator="[MAXSUN] MS-Intel Arc Pro B60 Dual 48G Turbo", weight_data_types="UINT4", **{"a#": "4"})
+    )
+    assert (intel.system.gpu, intel.system.gpus, intel.system.weights) == ("Arc-Pro-B60-24GB", 8, "int4")
+    assert intel.tokens_per_s == 4000.0
+    assert pose(row(weight_data_types="fp4", UsedModel="llama3_1-405b")).system.benchmark == "llama3.1-405b"
+    # Answers of a fixed length, which the table does not have.
+    red_hat = pose(row(**RED_HAT))
+    assert (red_hat.system.engine, red_hat.output_tokens) == ("vllm", 128.0)
+    assert (red_hat.system.seats, system.seats) == (1024, 2048)
+
+
+def test_what_cannot_be_planned_is_skipped_with_its_reason() -> None:
+    assert "suite edge" in reason(Suite="edge")
+    assert reason(Suite="") == "no suite is recorded"
+    assert "SingleStream" in reason(Scenario="SingleStream")
+    assert "CPUs" in reason(Accelerator="")
+    assert "GPU NVIDIA Jetson AGX Thor" in reason(Accelerator="NVIDIA Jetson AGX Thor 128G")
+    assert "how long its prompts are" in reason(UsedModel="mixtral-8x7b")
+    assert "another checkpoint" in reason(UsedModel="llama3_1-70b-fp8_dyn")
+    assert reason(Software="Mango LLMBoost 2.1") == "the engine Mango LLMBoost is not known"
+    assert reason(weight_data_types="UNSET") == "the format of the weights is UNSET"
+    assert reason(Performance_Result="") == "Performance_Result is not recorded"
+    assert reason(Accuracy="ROUGE1: 44.4") == "tokens per sample are not recorded"
+
+
+def test_a_run_under_both_accuracy_targets_counts_once() -> None:
+    table = [row(), row(UsedModel="llama2-70b-99.9"), row(Submitter="Another"), row(Scenario="Server")]
+    groups, skipped = mlperf.grouped(table)
+    assert [(members[0].system.scenario, len(members)) for members in groups] == [("Offline", 2), ("Server", 1)]
+    assert dict(skipped) == {"the same run under another accuracy target": 1}
+
+
+def test_a_workload_has_the_lengths_of_the_data_set_and_of_the_answers() -> None:
+    moments = pose(row()).system.workload(292.5).moments()
+    assert moments.mean_prompt == pytest.approx(222.3, abs=0.1)
+    assert moments.mean_output == pytest.approx(292.5)
+    tenths = replace(pose(row()).system, benchmark="deepseek-r1").workload(3700.0)
+    moments = tenths.moments()
+    assert len(tenths.bins) == 10
+    assert moments.mean_prompt == pytest.approx(804, abs=1)
+    assert moments.mean_output == pytest.approx(3700)
+    # Long answers are in flight for long: their mean context is not that of a mean answer.
+    assert moments.resident_context > 2 * (804 + 3700 / 2) * 0.9
+
+
+def test_an_engine_handles_whole_answers_steps_or_tokens() -> None:
+    system = pose(row()).system
+    assert system.stream_interval(292.5) == 293
+    assert replace(system, benchmark="deepseek-r1").stream_interval(3700) == 1
+    assert replace(system, engine="vllm").stream_interval(300) == 1
+    assert replace(system, engine="vllm", gpu="MI300X-192GB").stream_interval(300) == mlperf_rows.AMD_STEPS
+
+
+def test_arrivals_have_the_limits_of_mlperf() -> None:
+    offline, server, interactive = (pose(row(Scenario=name)).system.objective for name in mlperf_rows.SCENARIOS)
+    assert (offline.kind, offline.ttft_limit_s, offline.tpot_limit_s) == (ObjectiveKind.THROUGHPUT, None, None)
+    assert (server.kind, server.ttft_limit_s, server.tpot_limit_s) == (ObjectiveKind.GOODPUT, 2.0, 0.2)
+    assert (interactive.ttft_limit_s, interactive.tpot_limit_s) == (0.45, 0.04)
+
+
+def planned(*submissions: Submission) -> mlperf.Outcome:
+    return mlperf.Outcome(submissions=submissions, plan=mlperf.plan_of(submissions))
+
+
+def test_a_node_is_planned_as_submitters_ran_it() -> None:
+    """One GPU with 1,024 seats, and none of its replicas only prefills."""
+    problem = mlperf.problem_of(pose(row(**RED_HAT)).system, 128.0)
+    assert (problem.model.weight_bytes, problem.model.kv_bytes, problem.cluster.num_gpus()) == (1.0, 1.0, 1)
+    outcome = planned(pose(row(**RED_HAT)))
+    (replica,) = outcome.plan.replicas
+    assert mlperf.shape_of(outcome.plan) == "1 x TP1"
+    assert replica.micro_batch * replica.in_flight <= 1024
+    assert outcome.predicted == pytest.approx(outcome.plan.result.value * 128.0)
+    (shown,) = mlperf.group_rows([outcome])
+    assert (shown["profile"], shown["n"], shown["best"], shown["median"]) == ("measured", 1, 5777, 5777)
+    assert shown["over_best"] == pytest.approx(outcome.predicted / 5777.08, abs=1e-3)
+
+
+def test_totals_by_hand() -> None:
+    """Predictions of 6,000 tokens/s on a measured GPU: a fifth too much against the best, and half of it."""
+    outcome = planned(pose(row(**RED_HAT)))
+    rate = outcome.predicted
+
+    def at(share: float) -> mlperf.Outcome:
+        return replace(outcome, submissions=(replace(outcome.submissions[0], tokens_per_s=rate / share),))
+
+    measured, whole = list(mlperf.total_rows([at(1.2), at(0.5)]))
+    assert {key: whole[key] for key in ("groups", "mape", "bias", "within_30_percent")} == {
+        "groups": 2, "mape": 0.35, "bias": -0.15, "within_30_percent": 1,
+    }  # fmt: skip
+    assert (measured["profile"], whole["profile"]) == ("measured", "all")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlperf", *words])
+    mlperf.main()
+
+
+def table_of(path: Path, rows_of_it: Sequence[dict[str, str]]) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(ROW))
+        writer.writeheader()
+        writer.writerows(rows_of_it)
+    return path
+
+
+def test_the_command_counts_every_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_of_it = [row(**RED_HAT), row(**RED_HAT | {"Performance_Result": "5000"}), row(Suite="edge")]
+    run(monkeypatch, "--points", str(table_of(tmp_path / "points.csv", rows_of_it)), "--json")
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["n"], one["best"], one["median"]) for one in shown if "plan" in one] == [(2, 5777, 5389)]
+    assert [(one["coverage"], one["n"]) for one in shown if "coverage" in one] == [("posed", 2), ("skipped", 1)]
+
+
+def test_a_model_that_fits_no_node_is_skipped(tmp_path: Path) -> None:
+    large = row(**RED_HAT | {"UsedModel": "llama3.1-405b", "Accuracy": "TOKENS_PER_SAMPLE: 650"})
+    outcomes, skipped = mlperf.predicted([large])
+    assert not outcomes
+    assert [reason.partition(":")[0] for reason in skipped] == ["no plan"]
+
+
+def test_a_table_that_is_missing_broken_or_another_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "none.csv"
+    with pytest.raises(SystemExit, match="no such file; --points says where"):
+        read_rows(missing)
+    run(monkeypatch, "--quick", "--points", str(missing))  # the quick form runs everywhere
+    assert "no such file" in capsys.readouterr().err
+    other = tmp_path / "other.csv"
+    other.write_text("ID,Submitter\n1,Someone\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"other\.csv: no column Category"):
+        read_rows(other)
+    short = table_of(tmp_path / "short.csv", [row()])
+    with short.open("a", encoding="utf-8") as file:
+        file.write("5.1-0002,Someone,closed\n")
+    assert [one["Submitter"] + one["Suite"] for one in read_rows(short)] == ["Someonedatacenter", "Someone"]
+    torn = tmp_path / "torn.csv.gz"
+    torn.write_bytes(gzip.compress(b"ID,Submitter\n" * 1000)[:-20])
+    with pytest.raises(SystemExit, match=r"torn\.csv\.gz: Compressed file ended"):
+        read_rows(torn)
+    plain = tmp_path / "plain.csv.gz"
+    plain.write_text("ID\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"plain\.csv\.gz: Not a gzipped file"):
+        read_rows(plain)
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit, match=r"binary\.csv: "):
+        read_rows(binary)
