@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def place(capsys: pytest.CaptureFixture[str], *options: str, model: str = "Meta-Llama-3-8B") -> Run:
-    inputs = ["place", "-c", "small.yaml", "-m", model, "-w", "1024/256", "-q", "-o", "json"]
+    inputs = ["place", "-c", "small.yaml", "-m", model, "-w", "1024/256", "--no-verify", "-q", "-o", "json"]
     code = run([*inputs, *options])
     return ExitCode(code), json.loads(capsys.readouterr().out or "{}")
 
@@ -63,7 +63,7 @@ def test_a_plan_keeps_its_constraints_and_prices_them(folder: Path, capsys: pyte
 
 
 def test_a_size_is_forbidden_where_the_fleet_has_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, plan = place(capsys, "--forbid", "tp=2", "--engine", "vllm", "--no-verify")
+    code, plan = place(capsys, "--forbid", "tp=2", "--engine", "vllm")
     assert code == ExitCode.OK
     assert {stage["tp"] for replica in plan["replicas"] for stage in replica["stages"]} == {1}
     assert set(plan["inputs"]["simple_setups"]) == {"1"}

@@ -198,7 +198,7 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small plan with attention workers, solved once."""
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     cluster = str(EXAMPLES / "h100-l4.yaml")
-    goal = ["--tpot", "50ms", "--ttft", "none", "--gap", "20%", "--out", str(path), "-q"]
+    goal = ["--tpot", "50ms", "--ttft", "none", "--gap", "20%", "--no-verify", "--out", str(path), "-q"]
     inputs = ["--cluster", cluster, "--model", "Llama-3.1-70B", "--workload", "8000/300"]
     assert invoke("place", *inputs, *goal).exit_code == 0
     return str(path)

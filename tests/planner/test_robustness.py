@@ -512,7 +512,7 @@ def test_place_prints_and_saves_the_study(
     monkeypatch.setattr(robustness, "SEARCHES", 2)  # of 12, which take half a minute
     path = tmp_path / "plan.json"
     arguments = ["place", "-c", str(EXAMPLES / "h100-p100.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
-    assert run([*arguments, "--profile-error", "20%", "--out", str(path)]) == ExitCode.OK
+    assert run([*arguments, "--profile-error", "20%", "--no-verify", "--out", str(path)]) == ExitCode.OK
     printed = capsys.readouterr().out
     for part in ("by the profiles' errors", "off by up to 20%", "within limits", "Runner-up", "Regret", "slower"):
         assert part in " ".join(printed.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from hetis.planner.convert.plans import complete, result_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.resources.plans import compare, load_bytes_of
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES
+from hetis.planner.use_cases.simulate import default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.verify import simulated_at
+from hetis.simulator.running import silent
 from hetis.solver.plan import Role
 from hetis.v1 import plan_pb2, replica_pb2
 from tests.planner.command_line import EXAMPLES, invoke
@@ -27,7 +31,7 @@ FLEET = ["--cluster", str(EXAMPLES / "h100-l4.yaml"), "--model", "Llama-3.1-8B",
 def split(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Its file; without unified replicas, under limits that this fleet can keep."""
     path = tmp_path_factory.mktemp("plans") / "split.json"
-    done = invoke("place", *FLEET, "--roles", "prefill,decode", "--ttft", "5s", "--out", str(path))
+    done = invoke("place", *FLEET, "--roles", "prefill,decode", "--ttft", "5s", "--no-verify", "--out", str(path))
     assert done.exit_code == ExitCode.OK, done.output
     return str(path)
 
@@ -44,6 +48,19 @@ def test_it_holds_and_its_value_is_what_the_routes_carry(split: str) -> None:
     assert plan.result.value == pytest.approx(0.9 * sum(route.rate for route in plan.kv_routes))
     assert document("check", split)["ok"]
     assert KV_IS_FOR_ENGINES in plan.notes
+
+
+def test_it_can_be_simulated_before_it_is_shown(split: str) -> None:
+    """With a tenth of the requests that `place` takes, which would take longer than all else here."""
+    found = load_plan_and_problem(split)
+    rate_rps = default_rate(found.plan, found.problem)
+    tried = simulated_at(
+        found.plan, found.problem, rate_rps, found.plan.objective, seed=0, cancelled=threading.Event(), report=silent,
+        lengths=(400,),
+    )  # fmt: skip
+    assert tried is not None
+    assert tried.num_requests == 400
+    assert 0 < tried.summary.tpot_s.p50 < tried.summary.ttft_s.p50
 
 
 def test_a_route_that_was_changed_by_hand_is_caught(split: str, tmp_path: Path) -> None:
@@ -100,7 +117,8 @@ def test_only_decode_replicas_are_dispatched(split: str) -> None:
 
 def test_both_roles_load_weights_and_differ_from_a_plan_without_them(split: str, tmp_path: Path) -> None:
     path = tmp_path / "unified.json"
-    assert invoke("place", *FLEET, "--roles", "unified", "--ttft", "5s", "--out", str(path)).exit_code == ExitCode.OK
+    asked = ["place", *FLEET, "--roles", "unified", "--ttft", "5s", "--no-verify", "--out", str(path)]
+    assert invoke(*asked).exit_code == ExitCode.OK
     before, after = load_plan_and_problem(str(path)), load_plan_and_problem(split)
     load_bytes = load_bytes_of(after)
     assert all(load_bytes(replica) > 16e9 for replica in after.plan.replicas)  # 8 billion weights of two bytes
