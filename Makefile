@@ -23,7 +23,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
 OLDER_VLLM = 0.31.0 0.30.0
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak soak-vllm lint types kernels kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak soak-vllm lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -36,7 +36,7 @@ help:
 	@echo "make soak-vllm  all tests of the plugin with vLLM $(OLDER_VLLM) (part of make soak)"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
-	@echo "make kernels  compile the dispatcher and the searches ahead of their first use"
+	@echo "make kernels  compile searches, dispatcher and attention ahead of their first use"
 	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
 	@echo "make docs    the documentation as a site, in build/site (open build/site/index.html)"
 	@echo "make reference  docs/reference again from the code: command lines, files, services, metrics"
@@ -87,7 +87,10 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Nothing needs these; tests wait less for one another when they were made before.
-kernels: kernels-placement kernels-dispatch
+kernels: kernels-placement kernels-dispatch kernels-attention
+
+kernels-attention: $(VENV)/.dev
+	@$(BIN)/python -c 'from hetis.runtime.worker.main import _compile_for_cpu; _compile_for_cpu()'
 
 kernels-dispatch: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.solver.dispatch.solve import compile_dispatch; compile_dispatch()'
