@@ -133,7 +133,11 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
             {"exclude_modules": [ATTENTION_LEFT]},
             0.5625 + 1.4375 * 150_994_944 / 855_638_016,
         ),
-        ("meta-llama__Llama-2-70b-hf", {"exclude_modules": ["model.layers.0.self_attn.q_proj"]}, 0.5625),
+        (
+            "meta-llama__Llama-2-70b-hf",
+            {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+            0.5625 + 1.4375 * 8192**2 / 80 / 855_638_016,
+        ),
         ("meta-llama__Llama-2-70b-hf", {"exclude_modules": ["model.layers.*.self_attn.q_norm", "lm_head"]}, 0.5625),
         # One of DeepSeek-V3 has 11,507,269,632; attention 187,105,280, of which the output takes 117,440,512, and the
         # shared expert 44,040,192.
@@ -144,7 +148,7 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
                     f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(61) for name in ("q_a", "q_b")
                 ]
             },
-            0.5625 + 1.4375 * (187_105_280 - 117_440_512) / 11_507_269_632,
+            0.5625 + 1.4375 * 1536 * (7168 + 128 * 192) / 11_507_269_632,
         ),
         ("deepseek-ai__DeepSeek-V3", {"ignore": [SHARED_LEFT]}, 0.5625 + 1.4375 * 44_040_192 / 11_507_269_632),
         (
@@ -162,17 +166,58 @@ def test_modules_that_are_left_in_16_bits_count_as_such(
     assert load_model(tmp_path).weight_bytes == pytest.approx(weight_bytes, rel=1e-12)
 
 
-def test_a_checkpoint_of_mixed_precision_counts_attention_by_its_own_format(tmp_path: Path) -> None:
-    """Most modules of a part decide: Llama-2-70B with attention in 8 bits and all else in 4."""
-    modules = {f"model.layers.{layer}.self_attn.q_proj": {"quant_algo": "FP8"} for layer in range(80)}
-    modules |= {f"model.layers.{layer}.mlp.up_proj": {"quant_algo": "W4A16_NVFP4"} for layer in range(79)}
-    modules |= {"model.layers.79.mlp.up_proj": {"quant_algo": "FP8"}, "lm_head": {"quant_algo": "FP8"}}
+def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tmp_path: Path) -> None:
+    """Llama-2-70B with attention in 8 bits and the MLP in 4, but for what is not listed: one matrix in 16."""
+    formats = {"self_attn.q": "FP8", "self_attn.k": "FP8", "self_attn.v": "FP8", "self_attn.o": "FP8"}
+    formats |= {"mlp.gate": "W4A16_NVFP4", "mlp.up": "W4A16_NVFP4", "mlp.down": "NVFP4"}
+    modules = {
+        f"model.layers.{layer}.{name}_proj": {"quant_algo": found}
+        for layer in range(80)
+        for name, found in formats.items()
+    }
+    del modules["model.layers.7.mlp.up_proj"]
     quantisation = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": modules}
     config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
     model = load_model(tmp_path)
     assert model.weights == "nvfp4"
-    assert model.weight_bytes == pytest.approx(0.5625 + (1 - 0.5625) * 150_994_944 / 855_638_016, rel=1e-12)
+    plain = (2 - 0.5625) * 8192 * 28672 / 80
+    expected = 0.5625 + ((1 - 0.5625) * 150_994_944 + plain) / 855_638_016
+    assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
+
+
+# Of Qwen3.5-27B, which has 48 layers of linear attention and 16 of full attention: parameters of a layer of each.
+LINEAR, FULL = 5120 * (10240 + 6144 + 96) + 6144 * 5120, 5120 * (2 * 6144 + 2 * 1024 + 6144)
+
+
+def test_no_work_is_unbounded(tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    config |= {"num_hidden_layers": 10**9, "quantization_config": MODELOPT | {"ignore": ["re:.*self_attn.*"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).weight_bytes == 0.5625
+
+
+@pytest.mark.parametrize(
+    ("left", "params"),
+    [
+        ({"dynamic": {"-:.*attn.*": {}, "-:.*shared_expert.*": {}}}, 48 * LINEAR + 16 * FULL),  # GPTQ
+        ({"ignored_layers": ["re:.*linear_attn.*"]}, 48 * LINEAR),
+        ({"ignore": [r"re:.*self_attn\..*"]}, 16 * FULL),
+        ({"ignore": [r"re:.*self_attn\.(q|k|v|o)_proj$"]}, 16 * FULL),
+        ({"ignore": [f"model.language_model.layers.{i}.self_attn" for i in range(3, 64, 4)]}, 16 * FULL),
+        (
+            {"ignore": [f"model.layers.{i}.linear_attn.in_proj_{x}" for i in range(64) for x in "ab"]},
+            48 * 2 * 5120 * 48,
+        ),
+        ({"ignore": ["re:model.layers.(0|1|2).linear_attn.*", "re:((a+)+)+", "re:["]}, 3 * LINEAR),
+        ({"ignore": [f"vision_tower.encoder.layers.{i}.self_attn.q_proj" for i in range(64)] + ["mtp*", 3, None]}, 0),
+    ],
+)
+def test_modules_are_matched_as_checkpoints_name_them(tmp_path: Path, left: dict[str, object], params: float) -> None:
+    config = json.loads((FOLDER / "Qwen__Qwen3.5-27B.json").read_text()) | {"quantization_config": MODELOPT | left}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path)
+    assert model.weight_bytes == pytest.approx(0.5625 + 1.4375 * params / 64 / model.layer_params(), rel=1e-12)
 
 
 def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_their_own(tmp_path: Path) -> None:
@@ -194,6 +239,7 @@ def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_t
     beside.write_text("[]")
     with pytest.raises(DocumentError, match=r"hf_quant_config\.json:1: quantization: is a list, must be a mapping"):
         load_model(tmp_path)
+    beside.write_text("")
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     assert load_model(tmp_path).weights == "fp8"
 

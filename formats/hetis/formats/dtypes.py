@@ -40,16 +40,16 @@ def split_dtype(dtype: str) -> tuple[str, str]:
     return formats[0], formats[1]
 
 
-def layer_weight_bytes(dtype: str, model: ModelSpec, apart: Iterable[tuple[float, float]] = ()) -> float:
+def layer_weight_bytes(dtype: str, model: ModelSpec, exceptions: Iterable[tuple[float, float]] = ()) -> float:
     """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts.
 
-    Each of ``apart`` is a number of the layer's parameters, and the bytes of each of these.
+    ``exceptions`` are parameters of the layer with a format of their own: their number, and the bytes of each.
     """
     _, weights = split_dtype(dtype)
     if weights == "mxfp4":
         return experts_weight_bytes(dtype, model)
     usual, params = BYTES_PER_PARAMETER[weights], model.layer_params()
-    return usual + sum(of_part / params * (own - usual) for of_part, own in apart)
+    return usual + sum(of_part / params * (own - usual) for of_part, own in exceptions)
 
 
 def experts_weight_bytes(dtype: str, model: ModelSpec) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from hetis.formats import dtypes
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
+from hetis.formats.quantised_modules import layer_weight_bytes, modelopt_precision
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
@@ -50,55 +50,22 @@ def model_from_config(
     model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
-    return dtypes.with_weight_bytes(model, _weight_bytes(config.quantisation, model, dtype))
+    linear_modules = _linear_modules(config, architecture)
+    return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear_modules))
 
 
-_WITHOUT = ("ignore", "exclude_modules", "modules_to_not_convert")  # what formats call the modules left in 16 bits
-_ATTENTION = re.compile(r"(self|linear)_attn(\.(?!indexer)\w*proj\w*)?(\.?\*)?$")  # whole, or one of its projections
-_SHARED = re.compile(r"shared_experts?(?!_gate)")
-_MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
-_MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
-
-
-def _weight_bytes(quantisation: Config, model: ModelSpec, dtype: str) -> float:
-    """Return the mean bytes per parameter of a layer, whose attention or shared experts may have a format of their own:
-    16 bits, or that of a checkpoint of mixed precision."""
-    lists = [listed(quantisation.data.get(key)) for key in _WITHOUT]
-    left = [name for names in lists for name in names if isinstance(name, str)]
-    attention, shared = ([name for name in left if part.search(name)] for part in (_ATTENTION, _SHARED))
-    leaves_attention, leaves_shared = _is_of_most_layers(attention, model), _is_of_most_layers(shared, model)
-    shared_params = 0.0 if model.moe is None else model.moe.shared_experts * model.expert_share * model.expert_params()
-    if leaves_attention and model.moe is not None and (leaves_shared or not shared_params):
-        return dtypes.experts_weight_bytes(dtype, model)
-    apart, base = list[tuple[float, float]](), dtypes.base_bytes(dtype)
-    if leaves_attention:
-        is_partly = all("_proj" in name and "o_proj" not in name for name in attention)  # only what comes before it
-        output_params = model.hidden * model.q_heads * (model.mla.v_head_dim if model.mla else model.head_dim)
-        apart.append((model.attention_params() - (output_params if is_partly else 0), base))
-    elif mixed := _mixed(quantisation, _ATTENTION):
-        apart.append((model.attention_params(), dtypes.BYTES_PER_PARAMETER[mixed]))
-    if leaves_shared:
-        apart.append((shared_params, base))
-    elif mixed := _mixed(quantisation, _SHARED):
-        apart.append((shared_params, dtypes.BYTES_PER_PARAMETER[mixed]))
-    return dtypes.layer_weight_bytes(dtype, model, apart)
-
-
-def _mixed(quantisation: Config, part: re.Pattern[str] | None) -> str | None:
-    """Return the format of most modules of a part of the layers in a checkpoint of mixed precision: of attention, of
-    shared experts, or (None) of all else. None: it is not mixed, has no such modules, or in a format not known."""
-    found = Counter[str]()
-    for name, entry in mapping(quantisation.data.get("quantized_layers")).items():
-        is_of_part = part.search(name) if part else not (_ATTENTION.search(name) or _SHARED.search(name))
-        if is_of_part and "layers." in name:
-            found[str(mapping(entry).get("quant_algo")).upper()] += 1
-    return _MODELOPT.get(found.most_common(1)[0][0]) if found else None
-
-
-def _is_of_most_layers(names: Collection[str], model: ModelSpec) -> bool:
-    """Return whether modules are those of half of the layers at least; a pattern without a number is of all."""
-    numbers = [re.search(r"layers\.(\d+)\.", name) for name in names]
-    return None in numbers or 2 * len({found[1] for found in numbers if found}) >= model.num_layers
+def _linear_modules(config: Config, architecture: str) -> dict[str, int]:
+    """Return the parameters of each matrix of a layer of linear attention; empty for other models."""
+    if "linear_num_value_heads" not in config.data:
+        return {}
+    hidden, heads = config.whole("hidden_size"), config.whole("linear_num_value_heads")
+    keys = config.whole("linear_num_key_heads", 16) * config.whole("linear_key_head_dim", 128)
+    values = heads * config.whole("linear_value_head_dim", 128)
+    out = {"out_proj": values * hidden}
+    if architecture == "Qwen3NextForCausalLM":
+        return {"in_proj_qkvz": hidden * 2 * (keys + values), "in_proj_ba": 2 * hidden * heads} | out
+    gates = {"in_proj_a": hidden * heads, "in_proj_b": hidden * heads}
+    return {"in_proj_qkv": hidden * (2 * keys + values), "in_proj_z": hidden * values} | gates | out
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -152,13 +119,16 @@ def _quantisation(config: Config, beside: tuple[Any, Text] | None) -> Config | N
     elif beside is not None:
         data, source = beside
         found = data.get("quantization") if isinstance(data, dict) else data
+        config.problems += source.problems
         if isinstance(found, dict):
             return Config({"quant_method": "modelopt", **found}, source, config.problems, ("quantization",))
-        config.problems += [
-            *source.problems,
-            source.problem(("quantization",), f"is {shown(found)}, must be a mapping"),
-        ]
+        config.problems.append(source.problem(("quantization",), f"is {shown(found)}, must be a mapping"))
     return None
+
+
+def says_how_it_is_quantised(data: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` says itself how its checkpoint is quantised."""
+    return any("quantization_config" in part for part in (data, mapping(data.get("text_config"))))
 
 
 def _quantised(config: Config) -> str | None:
@@ -181,8 +151,7 @@ def _quantised(config: Config) -> str | None:
             return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
     if method == "modelopt":
         bits = str(quantisation.get("quant_algo", "")).upper()
-        precision = _mixed(config.quantisation, None) if bits == "MIXED_PRECISION" else _MODELOPT.get(bits)
-        if precision is not None:
+        if precision := modelopt_precision(quantisation):
             return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"

@@ -1,0 +1,172 @@
+"""Which modules of a quantised Hugging Face checkpoint keep 16 bits, or have a format of their own.
+
+Checkpoints name modules as PyTorch does, ``model.layers.3.self_attn.q_proj``, below a prefix that differs by
+architecture: one by one, by a parent, by a glob (ModelOpt), or by a regular expression (compressed-tensors after
+``re:``, GPTQ after ``-:``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from hetis.formats import dtypes
+from hetis.formats.fields import listed, mapping
+from hetis.solver.model import ModelSpec
+
+# What formats call the modules that they leave in 16 bits.
+_UNQUANTISED_KEYS = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.")
+_MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
+_MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
+_MOST_LAYERS = 10_000  # whose modules are looked at one by one; no model has so many
+_MOST_WILDCARDS = 4  # of a regular expression; more could take very long to match
+_NESTED = re.compile(r"[*+}]\)?[*+{]")
+
+
+class _Module(NamedTuple):
+    """A matrix of every layer of its kind: its name in the layer, its parameters, and the number of such layers."""
+
+    name: str
+    params: float
+    layers: int
+
+
+def modelopt_precision(data: Mapping[str, Any]) -> str | None:
+    """Return the precision that ModelOpt states, that of most modules where it is mixed; None if it is not known."""
+    algorithm = str(data.get("quant_algo", "")).upper()
+    if algorithm != "MIXED_PRECISION":
+        return _MODELOPT.get(algorithm)
+    found = Counter(_algorithm(entry) for name, entry in _mixed(data).items() if "_attn." not in name)
+    return _MODELOPT.get(found.most_common(1)[0][0]) if found else None
+
+
+def layer_weight_bytes(
+    data: Mapping[str, Any], model: ModelSpec, dtype: str, linear_modules: Mapping[str, int]
+) -> float:  # fmt: skip
+    """Return the mean bytes per parameter of a layer of a checkpoint.
+
+    Args:
+        data: the checkpoint's ``quantization_config``.
+        model: its shape.
+        dtype: the formats of activations and weights, as in `hetis.formats.dtypes`.
+        linear_modules: the parameters of each matrix of a layer of linear attention.
+    """
+    if model.num_layers > _MOST_LAYERS:
+        return dtypes.layer_weight_bytes(dtype, model)
+    usual, base = dtypes.BYTES_PER_PARAMETER[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
+    stated, otherwise = (_stated_format(data), base) if _mixed(data) else (_ignored(data, base), usual)
+    exceptions, are_all_plain = list[tuple[float, float]](), True
+    for module in _modules(model, linear_modules):
+        found = (stated(f"layers.{layer}.{module.name}") for layer in range(model.num_layers))
+        sizes = [size for size in found if size is not None][: module.layers]
+        sizes += [otherwise] * (module.layers - len(sizes))
+        exceptions += [(module.params / model.num_layers, size) for size in sizes if size != usual]
+        are_all_plain &= set(sizes) == {base}
+    if are_all_plain and model.moe is not None:
+        return dtypes.experts_weight_bytes(dtype, model)
+    return dtypes.layer_weight_bytes(dtype, model, exceptions)
+
+
+def _modules(model: ModelSpec, linear_modules: Mapping[str, int]) -> Iterator[_Module]:
+    """Yield the matrices of attention, and of shared experts or a dense MLP."""
+    linear = 0 if model.linear is None else model.linear.layers
+    for name, params in linear_modules.items() if linear else ():
+        yield _Module(f"linear_attn.{name}", params, linear)
+    for name, params in _attention_modules(model):
+        yield _Module(f"self_attn.{name}", params, model.num_layers - linear)
+    if model.moe is None:
+        matrix = float(model.hidden * model.intermediate)
+        for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
+            yield _Module(f"mlp.{name}", matrix, model.num_layers)
+    elif model.moe.shared_experts:
+        shared = model.expert_share * model.moe.shared_experts * model.expert_params()
+        # DeepSeek and its kin have `shared_experts`, Qwen `shared_expert`: the checkpoint names one of them.
+        yield _Module("mlp.shared_expert*", shared, model.num_layers)
+
+
+def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
+    hidden, queries = model.hidden, model.q_heads
+    if model.mla is None:
+        size = queries * model.head_dim
+        yield "q_proj", hidden * size * (2 if model.gated_attention else 1)
+        yield from ((name, hidden * model.kv_heads * model.head_dim) for name in ("k_proj", "v_proj"))
+        yield "o_proj", hidden * size
+        return
+    mla = model.mla
+    size = queries * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    if mla.q_lora_rank is None:
+        yield "q_proj", hidden * size
+    else:
+        yield "q_a_proj", hidden * mla.q_lora_rank
+        yield "q_b_proj", mla.q_lora_rank * size
+    yield "kv_a_proj_with_mqa", hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    yield "kv_b_proj", mla.kv_lora_rank * queries * (mla.qk_nope_head_dim + mla.v_head_dim)
+    yield "o_proj", queries * mla.v_head_dim * hidden
+
+
+def _mixed(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return mapping(data.get("quantized_layers"))
+
+
+def _algorithm(entry: Any) -> str:
+    return str(mapping(entry).get("quant_algo")).upper()
+
+
+Stated = Callable[[str], float | None]  # bytes of a module's parameters, None if nothing is said of it
+
+
+def _stated_format(data: Mapping[str, Any]) -> Stated:
+    """Return what a checkpoint that lists the format of each module says of one."""
+    formats = {name: _MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
+
+    def stated(module: str) -> float | None:
+        found = (formats.get(name) for name in _names(module))
+        return next((dtypes.BYTES_PER_PARAMETER[one] for one in found if one is not None), None)
+
+    return stated
+
+
+def _ignored(data: Mapping[str, Any], base: float) -> Stated:
+    """Return what a checkpoint that lists the modules it does not quantise says of one."""
+    entries = [entry for key in _UNQUANTISED_KEYS for entry in listed(data.get(key)) if isinstance(entry, str)]
+    patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
+    patterns += [key.removeprefix("-:") for key in mapping(data.get("dynamic")) if key.startswith("-:")]
+    globs = [entry for entry in entries if not entry.startswith("re:") and "*" in entry]
+    exact = {entry for entry in entries if not entry.startswith("re:") and "*" not in entry}
+    expressions = [found for found in map(_expression, patterns) if found is not None]
+    if globs:
+        expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))
+
+    def stated(module: str) -> float | None:
+        for name in _names(module):
+            parts = name.split(".")
+            parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
+            if not exact.isdisjoint(parents) or any(one.match(name) for one in expressions):
+                return base
+        return None
+
+    return stated
+
+
+def _names(module: str) -> Iterator[str]:
+    """Yield what checkpoints may call a module."""
+    for prefix in _PREFIXES:
+        if module.endswith("mlp.shared_expert*"):
+            for plural in ("", "s"):
+                yield f"{prefix}{module.removesuffix('*')}{plural}.up_proj"
+        else:
+            yield f"{prefix}{module}"
+
+
+def _expression(pattern: str) -> re.Pattern[str] | None:
+    """Return a regular expression, or None if it is none, or could take very long to match."""
+    if sum(map(pattern.count, "*+{")) > _MOST_WILDCARDS or _NESTED.search(pattern):
+        return None
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return None
