@@ -234,18 +234,21 @@ def test_a_replica_whose_dense_path_lost_a_node_serves_nothing() -> None:
 
 
 def simulated(plan: plan_pb2.Plan, *, kept_rps: float | None) -> plan_pb2.Plan:
-    """The plan with a simulation at 2 requests/s, which missed a limit."""
-    plan.result.verification.CopyFrom(plan_pb2.Verification(rate_rps=2.0, kept=False, kept_rps=kept_rps))
+    """The plan with a simulation at 2 requests/s, which missed a limit unless it kept them at that rate."""
+    found = plan_pb2.Verification(rate_rps=2.0, kept=kept_rps == 2.0, kept_rps=kept_rps)
+    plan.result.verification.CopyFrom(found)
     return plan
 
 
 def test_a_plan_that_misses_its_limits_counts_by_the_rate_that_keeps_them() -> None:
-    before = plan_on("a", rate_rps=2.0)
+    before, missing = (simulated(plan_on("a", rate_rps=2.0), kept_rps=kept_rps) for kept_rps in (2.0, 1.0))
     assert not is_better(simulated(plan_on("a", rate_rps=3.9), kept_rps=1.0), before, {"a"})
     assert is_better(simulated(plan_on("a", rate_rps=4.1), kept_rps=1.0), before, {"a"})
     assert not is_better(simulated(plan_on("a", rate_rps=100.0), kept_rps=None), before, {"a"})
-    assert is_better(plan_on("a", rate_rps=1.1), simulated(before, kept_rps=1.0), {"a"})
-    assert not is_better(plan_on("a", rate_rps=0.9), before, {"a"})
+    assert is_better(simulated(plan_on("a", rate_rps=1.1), kept_rps=2.0), missing, {"a"})
+    # One of which nothing is known is compared as planned.
+    assert not is_better(plan_on("a", rate_rps=1.1), missing, {"a"})
+    assert is_better(simulated(plan_on("a", rate_rps=2.1), kept_rps=1.0), plan_on("a", rate_rps=2.0), {"a"})
 
 
 def split_plan(name: str = "plans/p", *, routed_rps: float = 2.0) -> plan_pb2.Plan:

@@ -1,4 +1,4 @@
-"""Verbs about what a planner has: ``get``, ``watch``, ``agents``, ``status``, ``audit``; and those that change it."""
+"""Verbs that read or change what a planner has."""
 
 from __future__ import annotations
 

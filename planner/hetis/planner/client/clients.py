@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -31,37 +31,46 @@ Q = TypeVar("Q")
 
 
 class Pages(Generic[R]):
-    """All items of a list, whose pages are fetched when they are needed.
+    """The items of a list, once: an iterator, which fetches a page when it is needed.
 
-    Iterate over the lists of a `Client` with ``for``, and over those of an `AsyncClient` with ``async for``.
+    That of a `Client` is for ``for`` and `next`, and that of an `AsyncClient` for ``async for`` and `anext`.
     """
 
     def __init__(self, call: Callable[[Any], Any], request: Message) -> None:
-        self._call, self._request = call, request
+        self._call = call
+        self._request: Any = deepcopy(request)
+        self._items: Iterator[Any] = iter(())
+        self._is_last = False
 
-    def __iter__(self) -> Iterator[R]:
-        request: Any = deepcopy(self._request)
-        while True:
-            page = self._call(request)
-            yield from _items(page)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+    def __iter__(self) -> Self:
+        return self
 
-    async def __aiter__(self) -> AsyncIterator[R]:
-        request: Any = deepcopy(self._request)
-        while True:
-            page = await self._call(request)
-            for item in _items(page):
-                yield item
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+    def __next__(self) -> R:
+        while (item := next(self._items, None)) is None:
+            if self._is_last:
+                raise StopIteration
+            page = self._call(self._request)
+            if isinstance(page, Awaitable):
+                cast(Any, page).close()
+                raise TypeError("a list of an AsyncClient is for `async for`")
+            self._turn_to(page)
+        return cast(R, item)
 
+    def __aiter__(self) -> Self:
+        return self
 
-def _items(page: Any) -> Iterable[Any]:
-    """Return the items of a page, which has no other list."""
-    return next(getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated)
+    async def __anext__(self) -> R:
+        while (item := next(self._items, None)) is None:
+            if self._is_last:
+                raise StopAsyncIteration
+            self._turn_to(await self._call(self._request))
+        return cast(R, item)
+
+    def _turn_to(self, page: Any) -> None:
+        """Take the items of a page, which has no other list."""
+        self._items = iter(next(getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated))
+        self._request.page_token = page.next_page_token
+        self._is_last = not page.next_page_token
 
 
 class _AnyClient:

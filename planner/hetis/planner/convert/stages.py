@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -21,9 +20,9 @@ from hetis.v1 import head_map_pb2, redispatch_pb2, report_pb2, stage_pb2
 
 HIGH_WATER = 0.9  # StageDevice.high_water if it is 0
 _HEADS = [field.name for field in fields(HeadShape)]  # the message's, too
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
 Conditions = Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
+_NO_CONDITIONS: Conditions = MappingProxyType({})
+_NOT_SLOW: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +42,7 @@ class StageTerms:
         return tuple(max((conditions.get(gpu, ok) for gpu in gpus), default=ok) for gpus in self.gpus)
 
 
-def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _NOTHING) -> StageTerms:
+def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _NOT_SLOW) -> StageTerms:
     """Return the stage for the solver.
 
     Args:
@@ -218,7 +217,7 @@ def snapshot_from_proto(
     message: head_map_pb2.HeadMap,
     terms: StageTerms,
     *,
-    conditions: Conditions = _NOTHING,
+    conditions: Conditions = _NO_CONDITIONS,
     high_water: float | None = None,
     changed: Collection[str] = (),
 ) -> StateSnapshot:

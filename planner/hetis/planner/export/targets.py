@@ -36,7 +36,7 @@ class Export:
     rate: float  # saturated requests/s that remain of ``planned``
 
 
-# They raise NotExportableError if no replica can be launched on their target, or with every option that is missing.
+# Each raises NotExportableError if its target can launch no replica, or with every option that is missing.
 _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.VLLM: write_shell,
     ExportTarget.SGLANG: write_shell,

@@ -40,10 +40,10 @@ class PlanContents:
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas. A plan's document never changes, so parsed plans can be kept."""
         record = await self._store.read(lambda tx: tx.plans.get(plan))
-        digest = "" if record is None else record.body.result.document.digest
-        found = self._parsed.get(digest)
+        found = None if record is None else self._parsed.get(record.body.result.document.digest)
         if found is None:
-            document = await self._store.read(lambda tx: tx.plan_documents.get(plan))
+            record, document = await self._store.read(lambda tx: (tx.plans.get(plan), tx.plan_documents.get(plan)))
+            digest = "" if record is None else record.body.result.document.digest
             found = None if document is None else await asyncio.to_thread(_parse, plan, document)
             if found is None:
                 return [None] * len(indices)

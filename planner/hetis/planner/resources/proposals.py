@@ -243,19 +243,20 @@ class PlacementProposals(FleetObserver):
 def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:
     """Return whether a proposal serves more than ``nodes`` leave of the active plan; False if that is not known.
 
-    Plans that miss their limits in simulated traffic count by the rate at which they keep them.
+    Where traffic was simulated for both, plans that miss their limits count by the rate at which they keep them.
     """
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
-    served = _kept_share(proposal.result) * served_rps(proposal.result)
-    left = _kept_share(plan.result) * left_rps(plan.result, set(nodes))
+    served, left = served_rps(proposal.result), left_rps(plan.result, set(nodes))
+    if proposal.result.HasField("verification") and plan.result.HasField("verification"):
+        served, left = served * _kept_share(proposal.result), left * _kept_share(plan.result)
     return served > left * (1 + LEAST_GAIN)
 
 
 def _kept_share(result: plan_pb2.PlanResult) -> float:
-    """Return the share of a plan's rate at which simulated traffic kept its limits; 1 if it was not simulated."""
+    """Return the share of a simulated plan's rate at which traffic kept its limits."""
     found = result.verification
-    if not result.HasField("verification") or found.kept:
+    if found.kept:
         return 1.0
     return found.kept_rps / found.rate_rps if found.rate_rps > 0.0 else 0.0
 

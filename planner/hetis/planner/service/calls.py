@@ -246,7 +246,7 @@ class Calls(grpc.aio.ServerInterceptor):
             if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
                 code = grpc.StatusCode.UNIMPLEMENTED  # raised by generated code for methods that a servicer lacks
                 await context.abort(code, f"{method} is not implemented")
-            meant = _meant(error, record)
+            meant = _service_error(error, record)
             if method in WRITES and record.caller and record.reason not in NOT_KEPT:
                 self._on_refusal(record.refused_change())
             code = meant.code
@@ -284,7 +284,7 @@ def decoded(decode: Decode, raw: bytes) -> Message:
         raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, f"the request cannot be read: {error}") from None
 
 
-def _meant(error: Exception, record: CallRecord) -> ServiceError:
+def _service_error(error: Exception, record: CallRecord) -> ServiceError:
     """Return the error for the caller, and note it; a bug is logged, and becomes an incident."""
     meant = statuses.as_service_error(error)
     if meant is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,11 @@ def journal_in(path: Path, settings: Mapping[str, str], known: list[Measured]) -
     """
     lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
     write_atomically(path, "".join(lines))  # known points survive whenever this process dies
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "a", encoding="utf-8", newline="\n"))
+        except OSError as error:
+            raise single_problem(str(path), f"cannot be written: {error.strerror or error}") from None
 
         def add(found: Measured) -> None:
             file.write(_line_of(found))

@@ -127,7 +127,8 @@ class GpuWatch:
 
     def driver(self) -> str:
         """Return the driver's version, or an empty string if NVML does not say."""
-        return "" if self._nvml is None else str(self._nvml.ask("nvmlSystemGetDriverVersion", otherwise=""))
+        version = "" if self._nvml is None else self._nvml.ask("nvmlSystemGetDriverVersion", otherwise="")
+        return version.decode() if isinstance(version, bytes) else str(version)  # older libraries answer bytes
 
     def _read_counters(self) -> Mapping[str, float]:
         """Return the seconds of violations since the driver started, by policy, of those that the GPU counts."""
