@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hetis.formats import catalogue
+from hetis.formats import catalogue, quantised_modules
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.huggingface import FAMILIES, NOT_MODELLED
@@ -188,6 +188,19 @@ def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tm
 
 # Of Qwen3.5-27B, which has 48 layers of linear attention and 16 of full attention: parameters of a layer of each.
 LINEAR, FULL = 5120 * (10240 + 6144 + 96) + 6144 * 5120, 5120 * (2 * 6144 + 2 * 1024 + 6144)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=repository)
+def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
+    """Attention left in 16 bits as a whole has all parameters of attention but the indexer's and the convolution's."""
+    model = load_model(path)
+    matrices = sum(params for _, params in quantised_modules._attention_modules(model))
+    indexer = 0
+    if model.indexer is not None and model.mla is not None:
+        one = model.indexer
+        assert model.mla.q_lora_rank is not None
+        indexer = model.mla.q_lora_rank * one.heads * one.head_dim + model.hidden * (one.head_dim + one.heads)
+    assert matrices + indexer == model._full_attention_params()
 
 
 def test_no_work_is_unbounded(tmp_path: Path) -> None:

@@ -10,22 +10,21 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from hetis.formats import dtypes
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
-from hetis.formats.fields import listed, mapping
+from hetis.formats.fields import listed, mapping, read_data
 from hetis.formats.positions import Text
 from hetis.formats.quantised_modules import layer_weight_bytes, modelopt_precision
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
-QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
+_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
 
 
-def model_from_config(
-    data: dict[str, Any], source: Text, *, name: str, beside: tuple[Any, Text] | None = None
-) -> ModelSpec:  # fmt: skip
+def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
     """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
     that are, or says what is not modelled), or fields are missing or impossible.
 
@@ -33,11 +32,11 @@ def model_from_config(
         data: the parsed config.
         source: its text, for positions.
         name: of the model, if the config has no ``_name_or_path``.
-        beside: the `QUANTISATION_FILE` in the same folder, parsed, and its text. The config's own entry goes before it.
+        folder: where the checkpoint is. A file there may say how it is quantised, if the config does not.
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
-    config.quantisation = _quantisation(config, beside)
+    config.quantisation = _quantisation(config, folder)
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
@@ -50,22 +49,8 @@ def model_from_config(
     model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
-    linear_modules = _linear_modules(config, architecture)
+    linear_modules = _delta_rule_matrices(config) if model.linear else {}
     return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear_modules))
-
-
-def _linear_modules(config: Config, architecture: str) -> dict[str, int]:
-    """Return the parameters of each matrix of a layer of linear attention; empty for other models."""
-    if "linear_num_value_heads" not in config.data:
-        return {}
-    hidden, heads = config.whole("hidden_size"), config.whole("linear_num_value_heads")
-    keys = config.whole("linear_num_key_heads", 16) * config.whole("linear_key_head_dim", 128)
-    values = heads * config.whole("linear_value_head_dim", 128)
-    out = {"out_proj": values * hidden}
-    if architecture == "Qwen3NextForCausalLM":
-        return {"in_proj_qkvz": hidden * 2 * (keys + values), "in_proj_ba": 2 * hidden * heads} | out
-    gates = {"in_proj_a": hidden * heads, "in_proj_b": hidden * heads}
-    return {"in_proj_qkv": hidden * (2 * keys + values), "in_proj_z": hidden * values} | gates | out
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -109,26 +94,24 @@ def _dtype(config: Config, quantised: str | None) -> str:
     return dtype
 
 
-def _quantisation(config: Config, beside: tuple[Any, Text] | None) -> Config | None:
+def _quantisation(config: Config, folder: Path | None) -> Config | None:
     """Return what says how weights are quantised, or None if nothing does, or nothing readable."""
-    found = config.data.get("quantization_config")
-    if found is not None:
-        if isinstance(found, dict):
-            return Config(found, config.source, config.problems, (*config.at, "quantization_config"))
-        config.refuse("quantization_config", f"is {shown(found)}, must be a mapping")
-    elif beside is not None:
-        data, source = beside
-        found = data.get("quantization") if isinstance(data, dict) else data
+    if "quantization_config" in config.data:
+        found, source, at = config.data["quantization_config"], config.source, (*config.at, "quantization_config")
+        if found is None:
+            return None
+    elif folder is not None and (beside := folder / _QUANTISATION_FILE).is_file():
+        data, source = read_data(beside)
+        found, at = data.get("quantization") if isinstance(data, dict) else data, ("quantization",)
         config.problems += source.problems
         if isinstance(found, dict):
-            return Config({"quant_method": "modelopt", **found}, source, config.problems, ("quantization",))
-        config.problems.append(source.problem(("quantization",), f"is {shown(found)}, must be a mapping"))
+            found = {"quant_method": "modelopt", **found}
+    else:
+        return None
+    if isinstance(found, dict):
+        return Config(found, source, config.problems, at)
+    config.problems.append(source.problem(at, f"is {shown(found)}, must be a mapping"))
     return None
-
-
-def says_how_it_is_quantised(data: Mapping[str, Any]) -> bool:
-    """Return whether a ``config.json`` says itself how its checkpoint is quantised."""
-    return any("quantization_config" in part for part in (data, mapping(data.get("text_config"))))
 
 
 def _quantised(config: Config) -> str | None:
@@ -367,16 +350,29 @@ def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
     The state is a matrix per value head in 32 bits, and the last inputs of the convolution in 16 (vLLM 0.32,
     ``gated_delta_net_state_shape``). Prompts are computed in chunks of 64 tokens.
     """
-    keys = config.whole("linear_num_key_heads", 16) * (key_dim := config.whole("linear_key_head_dim", 128))
-    heads, value_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_value_head_dim", 128)
-    values, kernel, hidden = heads * value_dim, config.whole("linear_conv_kernel_dim", 4), config.whole("hidden_size")
-    channels, within_chunk = 2 * keys + values, 2 * 64 * (3 * key_dim + 2 * value_dim)
+    heads, key_dim, value_dim, keys, values = _delta_rule_sizes(config)
+    channels, kernel = 2 * keys + values, config.whole("linear_conv_kernel_dim", 4)
+    within_chunk = 2 * 64 * (3 * key_dim + 2 * value_dim)
     return LinearShape(
         layers=layers,
-        params=hidden * (channels + values + 2 * heads) + channels * kernel + values * hidden,
+        params=sum(_delta_rule_matrices(config).values()) + channels * kernel,
         state_bytes=4.0 * heads * key_dim * value_dim + 2.0 * channels * (kernel - 1),
         token_flops=float(heads * (6 * key_dim * value_dim + within_chunk)),
     )
+
+
+def _delta_rule_sizes(config: Config) -> tuple[int, int, int, int, int]:
+    """Return the value heads, the sizes of a key and a value head, and the widths of all keys and all values."""
+    heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
+    value_dim = config.whole("linear_value_head_dim", 128)
+    return heads, key_dim, value_dim, config.whole("linear_num_key_heads", 16) * key_dim, heads * value_dim
+
+
+def _delta_rule_matrices(config: Config) -> dict[str, int]:
+    """Return the parameters of each matrix of a linear layer, without its convolution."""
+    hidden, (heads, _, _, keys, values) = config.whole("hidden_size"), _delta_rule_sizes(config)
+    inputs = {"in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_a": heads, "in_proj_b": heads}
+    return {name: hidden * width for name, width in (inputs | {"out_proj": values}).items()}
 
 
 def _experts(config: Config, width: int, num: int | None = None, active: int | None = None, **more: int) -> MoeShape:

@@ -184,13 +184,12 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
         return load_gguf(text)
     data, source = read_data(text)
     if isinstance(data, dict) and "apiVersion" not in data and ("architectures" in data or "model_type" in data):
-        from hetis.formats.huggingface import QUANTISATION_FILE, model_from_config, says_how_it_is_quantised
+        from hetis.formats.huggingface import model_from_config
 
         if Path(text).name != "config.json":
             return model_from_config(data, source, name=Path(text).stem)
-        beside = Path(text).with_name(QUANTISATION_FILE)
-        quantisation = read_data(beside) if beside.is_file() and not says_how_it_is_quantised(data) else None
-        return model_from_config(data, source, name=Path(text).resolve().parent.name, beside=quantisation)
+        folder = Path(text).resolve().parent
+        return model_from_config(data, source, name=folder.name, folder=folder)
     return parse_model(data, source)
 
 

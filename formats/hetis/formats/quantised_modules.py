@@ -22,15 +22,28 @@ _UNQUANTISED_KEYS = ("ignore", "exclude_modules", "modules_to_not_convert", "ign
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 _MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 _MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
+# Matrices of linear attention that Qwen3-Next has in one.
+_JOINED = {
+    "in_proj_qkv": "in_proj_qkvz",
+    "in_proj_z": "in_proj_qkvz",
+    "in_proj_a": "in_proj_ba",
+    "in_proj_b": "in_proj_ba",
+}
 _MOST_LAYERS = 10_000  # whose modules are looked at one by one; no model has so many
 _MOST_WILDCARDS = 4  # of a regular expression; more could take very long to match
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
 
-class _Module(NamedTuple):
-    """A matrix of every layer of its kind: its name in the layer, its parameters, and the number of such layers."""
+Stated = Callable[[str], float | None]  # bytes of a module's parameters by its name; None: nothing is said of it
 
-    name: str
+
+class _Module(NamedTuple):
+    """A matrix of every layer of its kind: its possible names in the layer, its parameters, and the number of layers.
+
+    All matrices of shared experts are one module, as they are quantised alike.
+    """
+
+    names: tuple[str, ...]
     params: float
     layers: int
 
@@ -61,9 +74,8 @@ def layer_weight_bytes(
     stated, otherwise = (_stated_format(data), base) if _mixed(data) else (_ignored(data, base), usual)
     exceptions, are_all_plain = list[tuple[float, float]](), True
     for module in _modules(model, linear_modules):
-        found = (stated(f"layers.{layer}.{module.name}") for layer in range(model.num_layers))
-        sizes = [size for size in found if size is not None][: module.layers]
-        sizes += [otherwise] * (module.layers - len(sizes))
+        sizes = [size for layer in range(model.num_layers) if (size := _first(stated, layer, module)) is not None]
+        sizes = sizes[: module.layers] + [otherwise] * (module.layers - len(sizes))
         exceptions += [(module.params / model.num_layers, size) for size in sizes if size != usual]
         are_all_plain &= set(sizes) == {base}
     if are_all_plain and model.moe is not None:
@@ -71,21 +83,27 @@ def layer_weight_bytes(
     return dtypes.layer_weight_bytes(dtype, model, exceptions)
 
 
+def _first(stated: Stated, layer: int, module: _Module) -> float | None:
+    """Return what is stated of a layer's module by the first of its possible names of which anything is."""
+    names = (f"{prefix}layers.{layer}.{name}" for prefix in _PREFIXES for name in module.names)
+    return next((size for size in map(stated, names) if size is not None), None)
+
+
 def _modules(model: ModelSpec, linear_modules: Mapping[str, int]) -> Iterator[_Module]:
     """Yield the matrices of attention, and of shared experts or a dense MLP."""
     linear = 0 if model.linear is None else model.linear.layers
-    for name, params in linear_modules.items() if linear else ():
-        yield _Module(f"linear_attn.{name}", params, linear)
+    for name, params in linear_modules.items():
+        names = (f"linear_attn.{name}", f"linear_attn.{_JOINED.get(name, name)}")
+        yield _Module(names, params, linear)
     for name, params in _attention_modules(model):
-        yield _Module(f"self_attn.{name}", params, model.num_layers - linear)
+        yield _Module((f"self_attn.{name}",), params, model.num_layers - linear)
     if model.moe is None:
         matrix = float(model.hidden * model.intermediate)
         for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
-            yield _Module(f"mlp.{name}", matrix, model.num_layers)
+            yield _Module((f"mlp.{name}",), matrix, model.num_layers)
     elif model.moe.shared_experts:
         shared = model.expert_share * model.moe.shared_experts * model.expert_params()
-        # DeepSeek and its kin have `shared_experts`, Qwen `shared_expert`: the checkpoint names one of them.
-        yield _Module("mlp.shared_expert*", shared, model.num_layers)
+        yield _Module(("mlp.shared_expert.up_proj", "mlp.shared_experts.up_proj"), shared, model.num_layers)
 
 
 def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
@@ -116,18 +134,10 @@ def _algorithm(entry: Any) -> str:
     return str(mapping(entry).get("quant_algo")).upper()
 
 
-Stated = Callable[[str], float | None]  # bytes of a module's parameters, None if nothing is said of it
-
-
 def _stated_format(data: Mapping[str, Any]) -> Stated:
     """Return what a checkpoint that lists the format of each module says of one."""
     formats = {name: _MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
-
-    def stated(module: str) -> float | None:
-        found = (formats.get(name) for name in _names(module))
-        return next((dtypes.BYTES_PER_PARAMETER[one] for one in found if one is not None), None)
-
-    return stated
+    return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
 
 
 def _ignored(data: Mapping[str, Any], base: float) -> Stated:
@@ -141,25 +151,13 @@ def _ignored(data: Mapping[str, Any], base: float) -> Stated:
     if globs:
         expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))
 
-    def stated(module: str) -> float | None:
-        for name in _names(module):
-            parts = name.split(".")
-            parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
-            if not exact.isdisjoint(parents) or any(one.match(name) for one in expressions):
-                return base
-        return None
+    def stated(name: str) -> float | None:
+        parts = name.split(".")
+        parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
+        is_ignored = not exact.isdisjoint(parents) or any(one.match(name) for one in expressions)
+        return base if is_ignored else None
 
     return stated
-
-
-def _names(module: str) -> Iterator[str]:
-    """Yield what checkpoints may call a module."""
-    for prefix in _PREFIXES:
-        if module.endswith("mlp.shared_expert*"):
-            for plural in ("", "s"):
-                yield f"{prefix}{module.removesuffix('*')}{plural}.up_proj"
-        else:
-            yield f"{prefix}{module}"
 
 
 def _expression(pattern: str) -> re.Pattern[str] | None:
