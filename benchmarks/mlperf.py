@@ -17,25 +17,24 @@ posed and skipped. ``--markdown`` writes docs/accuracy.md.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.measuring import rows
+from benchmarks.measuring import published_points, rows
 from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.mlperf_rows import (
     BENCHMARKS,
+    COLUMNS,
     SCENARIOS,
-    NotPosedError,
     Submission,
     System,
     pose,
-    read_rows,
 )
+from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue, dtypes
 from hetis.formats.documents import load_model
@@ -50,7 +49,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, EngineSettings, PlacementProblem
 from tools import tables
 
-POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "mlperf_v5_1.csv.gz"
+POINTS = FOLDER / "mlperf_v5_1.csv.gz"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # submitters set the tokens of an iteration to 256 to 65,536
 TIME_LIMIT_S = 60.0
@@ -85,15 +84,14 @@ class Outcome:
 
 def main() -> None:
     """Print a row per group, totals, and what was posed and skipped."""
-    parser = rows.parser("benchmarks.mlperf", __doc__)
-    parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
-    arguments = parser.parse_args()
-    if arguments.quick and not arguments.points.is_file():
-        print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
-        return  # the quick form must run everywhere, but the table is not ours to ship
-    table = read_rows(arguments.points)
+    arguments = published_points.parser("benchmarks.mlperf", __doc__, POINTS).parse_args()
+    table = published_points.asked_rows(arguments, COLUMNS)
+    if table is None:
+        return
     outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
-    groups, totals, covered = list(group_rows(outcomes)), list(total_rows(outcomes)), list(coverage(outcomes, skipped))
+    groups, totals = list(group_rows(outcomes)), list(total_rows(outcomes))
+    posed = sum(len(one.submissions) for one in outcomes)
+    covered = list(published_points.coverage("posed", posed, skipped))
     if arguments.markdown:
         write_document(groups, totals, covered, arguments.points)
     if arguments.json:
@@ -101,8 +99,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
     print(rows.table(groups), "", rows.table(totals), "", sep="\n")
-    for row in covered:
-        print(f"{row['coverage']}: {row['n']:,} rows" + (f": {row['reason']}" if row["reason"] else ""))
+    published_points.print_coverage(covered, "rows")
 
 
 def predicted(
@@ -225,32 +222,18 @@ def total_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
                 }  # fmt: skip
 
 
-def coverage(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
-    """Yield the number of posed rows, and of the others by reason."""
-    yield {"coverage": "posed", "n": sum(len(one.submissions) for one in outcomes), "reason": ""}
-    for reason, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0])):
-        yield {"coverage": "skipped", "n": count, "reason": reason}
-
-
 def write_document(groups: Sequence[Row], totals: Sequence[Row], covered: Sequence[Row], points: Path) -> None:
     """Write the tables of docs/accuracy.md."""
-    skipped = [{"rows": row["n"], "why not": row["reason"]} for row in covered if row["coverage"] == "skipped"]
-    for name, found in (("mlperf totals", totals), ("mlperf skipped", skipped)):
-        headings = [key.replace("_", " ") for key in found[0]]
-        tables.write(name, headings, (list(_shown(row).values()) for row in found))
-    said = (
-        f"{points.name}: {covered[0]['n']:,} rows in {len(groups)} groups, {sum(map(_count, skipped)):,} rows skipped."
-    )
+    headings = [key.replace("_", " ") for key in totals[0]]
+    tables.write("mlperf totals", headings, (list(_shown(row).values()) for row in totals))
+    skipped = published_points.write_skipped("mlperf", covered, "rows")
+    said = f"{points.name}: {covered[0]['n']:,} rows in {len(groups)} groups, {skipped:,} rows skipped."
     rows.keep("mlperf", [_shown(row) for row in groups], said, DOCUMENT)
 
 
 def _shown(row: Row) -> dict[str, Cell]:
     """Return a row with errors as percentages."""
     return {key: f"{v:+.1%}" if key == "bias" else f"{v:.1%}" if key == "mape" else v for key, v in row.items()}
-
-
-def _count(row: Row) -> int:
-    return int(row["rows"] or 0)
 
 
 def _rate(value: float) -> float:

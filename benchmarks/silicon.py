@@ -19,27 +19,26 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring import rows
+from benchmarks.measuring import published_points, rows
 from benchmarks.measuring.closed_loop import CopyTime, Engine, Load, balanced_copies, closed_loop
 from benchmarks.measuring.instances import NO_LIMITS, fleet
+from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.serving_points import (
+    COLUMNS,
     MIXES,
     NODE_GPUS,
-    NotPosedError,
     ServingPoint,
     posed,
-    read_rows,
 )
 from hetis.formats import catalogue
 from hetis.profiler.defaults import shipped_profile
@@ -53,9 +52,8 @@ from hetis.solver.cost import intra_link
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
 from hetis.solver.workload import LengthBin, Workload
-from tools import tables
 
-POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "serving_points.csv.gz"
+POINTS = FOLDER / "serving_points.csv.gz"
 PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
@@ -88,48 +86,39 @@ class Outcome:
 
 def main() -> None:
     """Print a row per (GPU, engine, model, kind, mode), and what was covered and skipped."""
-    parser = rows.parser("benchmarks.silicon", __doc__)
-    parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
+    parser = published_points.parser("benchmarks.silicon", __doc__, POINTS)
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
     parser.add_argument(
         "--overlap", type=float, default=0.0, metavar="SHARE",
         help="what a kernel for prefill and decode attention saves of the shorter one (default: 0, as plans count)",
     )  # fmt: skip
     arguments = parser.parse_args()
-    if arguments.quick and not arguments.points.is_file():
-        print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
-        return  # the quick form must run everywhere, but the table is not ours to ship
-    table = read_rows(arguments.points)
+    table = published_points.asked_rows(arguments, COLUMNS)
+    if table is None:
+        return
     outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only, overlap=arguments.overlap)
     peer = None if arguments.peer_python is None else peer_answers(arguments.peer_python, [o.point for o in outcomes])
-    shown = [*group_rows(outcomes, peer), *coverage_rows(outcomes, skipped)]
+    groups = list(group_rows(outcomes, peer))
+    covered = list(published_points.coverage("covered", len(outcomes), skipped))
     if arguments.markdown:
-        write_document(shown, arguments.points, peer)
+        write_document(groups, covered, arguments.points, peer)
     if arguments.json:
-        for row in shown:
+        for row in (*groups, *covered):
             print(json.dumps(row), flush=True)
         return
-    groups = [row for row in shown if "gpu" in row]
     print(rows.table(groups))
-    for row in shown[len(groups) :]:
-        print(f"{row['coverage']}: {row['n']:,} points" + (f": {row['reason']}" if row["reason"] else ""))
+    published_points.print_coverage(covered, "points")
     if peer is None:
         print(PEER_ABSENT)
 
 
-def write_document(shown: Sequence[Row], points: Path, peer: Peer | None) -> None:
+def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path, peer: Peer | None) -> None:
     """Write the tables of docs/accuracy.md."""
-    groups = [row for row in shown if "gpu" in row]
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
-    covered, skipped = ([row for row in shown if row.get("coverage") == name] for name in ("covered", "skipped"))
     about = PEER_ABSENT if peer is None else f"aiconfigurator {peer_version(peer)} answered the same points."
-    skipped_rows = [{"points": row["n"], "why not": row["reason"]} for row in skipped]
-    tables.write("silicon skipped", list(skipped_rows[0]), (list(row.values()) for row in skipped_rows))
-    said = (
-        f"{points.name}: {covered[0]['n']:,} points predicted, "
-        f"{sum(int(row['n'] or 0) for row in skipped):,} rows skipped. {about}"
-    )
+    skipped = published_points.write_skipped("silicon", covered, "points")
+    said = f"{points.name}: {covered[0]['n']:,} points predicted, {skipped:,} rows skipped. {about}"
     rows.keep("silicon", in_percent([*whole, *single]), said, DOCUMENT)
 
 
@@ -428,14 +417,6 @@ def peer_statistics(outcomes: Sequence[Outcome], peer: Peer) -> dict[str, Cell]:
         row[f"both_{name}_mape"] = _round(np.mean(ours)) if both else None
         row[f"peer_{name}_mape"] = _round(np.mean(theirs)) if both else None
     return row
-
-
-def coverage_rows(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
-    """Yield the number of predicted points, of points without a prediction, and of the latter by reason."""
-    yield {"coverage": "covered", "n": len(outcomes), "reason": ""}
-    reasons: Iterable[tuple[str, int]] = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    for reason, count in reasons:
-        yield {"coverage": "skipped", "n": count, "reason": reason}
 
 
 def _round(value: float | np.floating) -> float:

@@ -16,7 +16,6 @@ to 64, and ``p90``, which nine in ten stay below. ``--markdown`` writes docs/acc
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring import rows
+from benchmarks.measuring import published_points, rows
 from benchmarks.measuring.instances import NO_LIMITS, fleet
-from benchmarks.measuring.mlperf_rows import NotPosedError, read_rows
+from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue
 from hetis.formats.documents import load_model
@@ -42,9 +41,8 @@ from hetis.solver.cost import intra_link
 from hetis.solver.errors import HetisError
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import LengthBin, Workload
-from tools import tables
 
-POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "llm_inference_bench.csv.gz"
+POINTS = FOLDER / "llm_inference_bench.csv.gz"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 COLUMNS = ("Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency")
 # A row names neither memory nor form. Argonne has four A100 of 40 GB in a node of Polaris (ALCF's user guide), and in
@@ -94,15 +92,12 @@ class Outcome:
 
 def main() -> None:
     """Print a row per (GPU, engine, model), and what was posed and skipped."""
-    parser = rows.parser("benchmarks.static_batches", __doc__)
-    parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
-    arguments = parser.parse_args()
-    if arguments.quick and not arguments.points.is_file():
-        print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
-        return  # the quick form must run everywhere, but the table is not ours to ship
-    table = read_rows(arguments.points, COLUMNS)
+    arguments = published_points.parser("benchmarks.static_batches", __doc__, POINTS).parse_args()
+    table = published_points.asked_rows(arguments, COLUMNS)
+    if table is None:
+        return
     outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
-    groups, covered = list(group_rows(outcomes)), list(coverage(outcomes, skipped))
+    groups, covered = list(group_rows(outcomes)), list(published_points.coverage("predicted", len(outcomes), skipped))
     if arguments.markdown:
         write_document(groups, covered, arguments.points)
     if arguments.json:
@@ -110,8 +105,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
     print(rows.table(groups))
-    for row in covered:
-        print(f"{row['coverage']}: {row['n']:,} rows" + (f": {row['reason']}" if row["reason"] else ""))
+    published_points.print_coverage(covered, "rows")
 
 
 def predicted(
@@ -234,19 +228,10 @@ def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
     }  # fmt: skip
 
 
-def coverage(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
-    """Yield the number of predicted rows, and of the others by reason."""
-    yield {"coverage": "predicted", "n": len(outcomes), "reason": ""}
-    for reason, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0])):
-        yield {"coverage": "skipped", "n": count, "reason": reason}
-
-
 def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path) -> None:
     """Write the tables of docs/accuracy.md."""
-    skipped = [{"rows": row["n"], "why not": row["reason"]} for row in covered if row["coverage"] == "skipped"]
-    tables.write("static batches skipped", list(skipped[0]), (list(row.values()) for row in skipped))
-    others = sum(int(row["rows"] or 0) for row in skipped)
-    said = f"{points.name}: {covered[0]['n']:,} batches predicted, {others:,} rows skipped."
+    skipped = published_points.write_skipped("static batches", covered, "rows")
+    said = f"{points.name}: {covered[0]['n']:,} batches predicted, {skipped:,} rows skipped."
     rows.keep("static batches", in_percent(groups), said, DOCUMENT)
 
 

@@ -8,16 +8,13 @@ that were measured.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from benchmarks.measuring.published_points import NotPosedError
 from hetis.profiler.importers.reading import catalogue_name
-from hetis.solver.errors import HetisError
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.workload import LengthBin, Workload
 
@@ -42,10 +39,6 @@ AMD_STEPS = 7
 PYTORCH = ("deepseek-r1",)
 _TOKENS = re.compile(r"TOKENS_PER_SAMPLE: ([\d.]+)")
 OFFLINE, SCENARIOS = "Offline", ("Offline", "Server", "Interactive")
-
-
-class NotPosedError(HetisError):
-    """A row cannot be posed; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,26 +156,6 @@ class Submission:
     run: tuple[str, ...]  # the same for rows of one run under both accuracy targets
     output_tokens: float
     tokens_per_s: float  # per GPU
-
-
-def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
-    """Return the rows of a table, compressed or not.
-
-    Raises:
-        SystemExit: there is no such file, it is no such table, or columns are missing.
-    """
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; --points says where the measured rows are")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"{path}: {error}") from None
-    missing = [name for name in columns if rows and name not in rows[0]]
-    if missing or not rows:
-        raise SystemExit(f"{path}: {'no rows' if not rows else f'no column {missing[0]}'}")
-    return rows
 
 
 def pose(row: Mapping[str, str]) -> Submission:

@@ -8,8 +8,6 @@ row.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import re
 from collections import defaultdict
@@ -19,13 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring.published_points import NotPosedError
 from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of, with_ranks
 from hetis.formats import catalogue, dtypes
 from hetis.formats.huggingface import model_from_config
 from hetis.formats.positions import parse_text
 from hetis.profiler.importers.reading import catalogue_name
 from hetis.solver.cost import rank_shape
-from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published model configs
@@ -85,27 +83,6 @@ class ServingPoint:
     @property
     def kind(self) -> str:
         return "dense" if self.model.moe is None else "moe"
-
-
-class NotPosedError(HetisError):
-    """The cost model cannot express a row; the message says why."""
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table, compressed or not.
-
-    Raises:
-        SystemExit: there is no such file, or columns are missing.
-    """
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; --points says where the measured points are")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    missing = [name for name in COLUMNS if rows and name not in rows[0]]
-    if missing or not rows:
-        raise SystemExit(f"{path}: {'no rows' if not rows else f'no column {missing[0]}'}")
-    return rows
 
 
 def posed(rows: list[dict[str, str]]) -> list[ServingPoint | tuple[dict[str, str], str]]:

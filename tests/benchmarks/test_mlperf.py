@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks import mlperf
 from benchmarks.measuring import mlperf_rows
-from benchmarks.measuring.mlperf_rows import NotPosedError, Submission, pose, read_rows
+from benchmarks.measuring.mlperf_rows import COLUMNS, Submission, pose
+from benchmarks.measuring.published_points import NotPosedError, read_rows
 from hetis.solver.plan import ObjectiveKind
 
 ROW = {
@@ -175,26 +176,26 @@ def test_a_table_that_is_missing_broken_or_another_says_so(
 ) -> None:
     missing = tmp_path / "none.csv"
     with pytest.raises(SystemExit, match="no such file; --points says where"):
-        read_rows(missing)
+        read_rows(missing, COLUMNS)
     run(monkeypatch, "--quick", "--points", str(missing))  # the quick form runs everywhere
     assert "no such file" in capsys.readouterr().err
     other = tmp_path / "other.csv"
     other.write_text("ID,Submitter\n1,Someone\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"other\.csv: no column Category"):
-        read_rows(other)
+        read_rows(other, COLUMNS)
     short = table_of(tmp_path / "short.csv", [row()])
     with short.open("a", encoding="utf-8") as file:
         file.write("5.1-0002,Someone,closed\n")
-    assert [one["Submitter"] + one["Suite"] for one in read_rows(short)] == ["Someonedatacenter", "Someone"]
+    assert [one["Submitter"] + one["Suite"] for one in read_rows(short, COLUMNS)] == ["Someonedatacenter", "Someone"]
     torn = tmp_path / "torn.csv.gz"
     torn.write_bytes(gzip.compress(b"ID,Submitter\n" * 1000)[:-20])
     with pytest.raises(SystemExit, match=r"torn\.csv\.gz: Compressed file ended"):
-        read_rows(torn)
+        read_rows(torn, COLUMNS)
     plain = tmp_path / "plain.csv.gz"
     plain.write_text("ID\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"plain\.csv\.gz: Not a gzipped file"):
-        read_rows(plain)
+        read_rows(plain, COLUMNS)
     binary = tmp_path / "binary.csv"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SystemExit, match=r"binary\.csv: "):
-        read_rows(binary)
+        read_rows(binary, COLUMNS)

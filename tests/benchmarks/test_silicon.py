@@ -16,8 +16,9 @@ import pytest
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
 from benchmarks.measuring.closed_loop import Engine, Load, balanced_copies, closed_loop
+from benchmarks.measuring.published_points import NotPosedError, read_rows
 from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
-from benchmarks.measuring.serving_points import NotPosedError, ServingPoint, posed, read_rows
+from benchmarks.measuring.serving_points import COLUMNS, ServingPoint, posed
 from hetis.formats import catalogue
 from hetis.profiler.engines import eager_layer_s
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
@@ -510,11 +511,11 @@ def test_the_command_counts_every_row_once(
 
 def test_a_table_that_is_missing_or_another_says_so(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no such file; --points says where"):
-        read_rows(tmp_path / "none.csv")
+        read_rows(tmp_path / "none.csv", COLUMNS)
     other = tmp_path / "other.csv"
     other.write_text("id,backend\n1,vllm\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"other\.csv: no column model_path"):
-        read_rows(other)
+        read_rows(other, COLUMNS)
 
 
 def test_a_peer_that_cannot_be_started_says_so() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import static_batches
-from benchmarks.measuring.mlperf_rows import NotPosedError
+from benchmarks.measuring.published_points import NotPosedError
 from benchmarks.static_batches import Batch, Outcome, batch_s, pose, stage_of
 
 ROW = {
