@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from examples.demo_serve.processes import HERE, ChatClient, Json, Planner, Processes, told, vllm_python
-from examples.processes import ProcessError
+from examples.processes import ON_CPUS, ProcessError
 
 PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # names in the plan
 DEVICES = (PRIMARY, *WORKERS)
@@ -112,7 +112,7 @@ def tell(folder: Path, python: Path, out: TextIO) -> Json:
 def make_model(python: Path, folder: Path) -> str:
     """Make the model in a folder and return the answer of transformers. Raises ProcessError on failure."""
     command = [str(python), "-m", "examples.demo_serve.model", str(folder), QUESTION, str(TOKENS)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ON_CPUS
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ProcessError(f"the model was not made:\n{done.stderr[-2000:]}")

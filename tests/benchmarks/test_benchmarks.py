@@ -100,9 +100,9 @@ PROMISED = {
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 # Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.
-LONG = ("placement", "published", "ablations", "simulation", "staging", "goodput")
+LONG = ("placement", "published", "ablations", "simulation", "staging")
 # Their first row takes 10 CPU seconds or more, so that only `make soak` runs them.
-SLOW = ("paper", "robustness", "strategies", "hexgen3", "left_out")
+SLOW = ("paper", "robustness", "strategies", "hexgen3", "left_out", "goodput")
 
 
 LIMIT_S = 300  # far above what any of them needs; it only ends one that hangs

@@ -16,7 +16,7 @@ from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
 from hetis.runtime.vllm import allocator
 from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
 from tests.benchmarks.test_benchmarks import rows_of, run
-from tests.runtime.vllm.running import PYTHON, needs_vllm
+from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
 
 HEADS = HeadShape(head_groups=8, queries_per_group=2, kv_bytes_per_token=128.0, exchange_bytes_per_head=192.0)
 

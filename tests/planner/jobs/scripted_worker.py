@@ -45,6 +45,7 @@ def act(script: dict[str, Any]) -> None:
             send("found", str(script.get("document", os.getpid())).encode(), result="")
         case "wait":  # for the end, or until it is called off
             send("searching")
+            send("progress", phase="waiting", elapsed_s=0.0)
             cancelled.wait()
             send("found", b"incumbent", result=base64.b64encode(interrupted(b"incumbent")).decode())
         case "verify":  # until it is called off

@@ -64,6 +64,14 @@ async def begun(search: PooledSearch) -> None:
             return
 
 
+async def heard(search: PooledSearch) -> None:
+    """Wait until the process has said how the search goes: killed before, the search would be begun again."""
+    async with asyncio.timeout(30):
+        async for news in search.news():
+            if isinstance(news, Progress):
+                return
+
+
 def test_a_search_is_told_when_it_begins_how_it_goes_and_how_it_ends() -> None:
     async def scenario() -> list[News]:
         async with pool_of() as pool:
@@ -104,8 +112,7 @@ def test_a_process_killed_while_it_searches_is_a_crash_with_its_signal() -> None
     async def scenario() -> tuple[Outcome, Outcome]:
         async with pool_of() as pool:
             search = begin(pool, "wait")
-            await begun(search)
-            await asyncio.sleep(0.2)  # it has said that it searches; killed before, the search would be begun again
+            await heard(search)
             os.kill(pool.pids[0], signal.SIGKILL)
             return await outcome(search), await outcome(begin(pool, "find", document="p"))
 

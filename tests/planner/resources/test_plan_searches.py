@@ -50,8 +50,8 @@ def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Pa
 def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path) -> None:
     async def scenario(planner: Planner) -> None:
         await planner.create("night", seed=WAIT)
-        await planner.solving("plans/night")
-        await asyncio.sleep(0.2)
+        # Killed before it is heard, the search would be begun again.
+        await planner.until("plans/night", lambda plan: plan.HasField("progress"))
         os.kill(planner.pool.pids[0], signal.SIGKILL)
         plan = await planner.solved("plans/night")
         assert dict(plan.failure.metadata) == {"exit_code": "-9"}

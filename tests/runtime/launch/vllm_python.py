@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.processes import ON_CPUS
+
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
@@ -18,8 +20,7 @@ VARIABLES = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
     # Its numba is another one: in one folder each would throw away what the other has compiled.
     "NUMBA_CACHE_DIR": str(PYTHON.parents[1] / "numba"),
-}
+} | ON_CPUS
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "HETIS_VLLM_CONFIG"} | VARIABLES

@@ -19,15 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[3]
-PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-KEY = "a key of sixteen letters or more"
-ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
-LIMIT_S = 1800.0  # for a scenario, on a machine that does much else
+from tests.runtime.launch.vllm_python import PYTHON, ROOT, ROOTS, VARIABLES
 
-needs_vllm = pytest.mark.skipif(
-    not PYTHON.exists(), reason=f"NOT TESTED: vLLM is not installed in {PYTHON.parents[1]} (make vllm)"
-)
+KEY = "a key of sixteen letters or more"
+LIMIT_S = 1800.0  # for a scenario, on a machine that does much else
 
 Acts = list[dict[str, Any]]
 
@@ -89,19 +84,13 @@ def _server() -> _Server:
 
 
 def _environment(config: Path | None) -> dict[str, str]:
-    environment = os.environ | {
+    own = {
         # Of this tree, whichever the environment was made for.
         "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": "1",
-        # Its numba is another one: in one folder each would throw away what the other has compiled.
-        "NUMBA_CACHE_DIR": str(PYTHON.parents[1] / "numba"),
     }
+    environment = os.environ | VARIABLES | own
     environment.pop("HETIS_VLLM_CONFIG", None)
     return environment if config is None else environment | {"HETIS_VLLM_CONFIG": str(config)}
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.launch.vllm_python import needs_vllm
 from tests.runtime.vllm.checkpoints import FAMILIES, make_checkpoint, said_by_transformers
 from tests.runtime.vllm.engine import prompts_of
-from tests.runtime.vllm.running import config_of, needs_vllm, run_engine, workers
+from tests.runtime.vllm.running import config_of, run_engine, workers
 
 pytestmark = [needs_vllm, pytest.mark.soak]
 

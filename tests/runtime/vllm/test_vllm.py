@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.launch.vllm_python import needs_vllm
 from tests.runtime.vllm.checkpoints import make_checkpoint
-from tests.runtime.vllm.running import config_of, needs_vllm, run_engine, workers
+from tests.runtime.vllm.running import config_of, run_engine, workers
 
 pytestmark = needs_vllm
 
