@@ -71,17 +71,17 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
         *("benchmarks/measuring/published_points.py", "benchmarks/measuring/published_settings.py"),
-        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
+        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
     "mlperf": (
         *("benchmarks/mlperf.py", "benchmarks/measuring/mlperf_rows.py", "benchmarks/measuring/published_points.py"),
-        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
+        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
         *_SEARCH,
     ),
     "static batches": (
         *("benchmarks/static_batches.py", "benchmarks/measuring/published_points.py"),
-        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
+        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
     "left_out": (

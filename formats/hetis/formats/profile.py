@@ -51,13 +51,17 @@ class PiecePart(DocumentPart):
 
 
 class ScopePart(DocumentPart):
-    """The scope of a fit; a field left out means any."""
+    """The scope of a fit; a field left out means any.
+
+    `state_flops` are those of linear attention for one token and query head, in a model's mean layer.
+    """
 
     model: str | None = None
     tp: Annotated[int, Field(ge=1)] | None = None
     head_dim: Annotated[int, Field(ge=1)] | None = None
     queries_per_group: Annotated[int, Field(ge=1)] | None = None
     weight_bytes: Annotated[float, Field(gt=0)] | None = None
+    state_flops: Annotated[float, Field(gt=0)] | None = None
 
 
 Range = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)]

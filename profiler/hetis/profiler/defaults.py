@@ -30,7 +30,7 @@ def default_profile(gpu: GpuType) -> tuple[str, Profile]:
     """Return the origin and the profile of a GPU type without a file.
 
     All have the times of vLLM, whatever engine a plan is for, so that plans for different engines can be compared:
-    what its host takes of an iteration, and its kernels of experts and latent attention (docs/accuracy.md).
+    what its host takes of an iteration, and its kernels of experts, latent and linear attention (docs/accuracy.md).
 
     A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
     profile is for another card. Raises InvalidProblemError if none is shipped and none can be modelled.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from hetis.profiler.experts import expert_fits
 from hetis.profiler.latent import LATENT_HEADS, latent_fits
+from hetis.profiler.linear import linear_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -76,8 +77,8 @@ def for_engine(
     profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1, whole_experts: bool = False,
     default_backend: bool = True,
 ) -> Profile:  # fmt: skip
-    """Return the profile of ``gpu`` with the host time of ``engine``, and its kernels of experts and latent attention.
-    Raises InvalidProblemError if nobody measured the engine, or the interval is below 1.
+    """Return the profile of ``gpu`` with the host time of ``engine``, and its kernels of experts, latent attention and
+    linear attention. Raises InvalidProblemError if nobody measured the engine, or the interval is below 1.
 
     Args:
         stream_interval: tokens of a request that are returned together; a sequence takes its time once for all of them.
@@ -91,7 +92,8 @@ def for_engine(
         raise InvalidProblemError(f"no host times are known for engine {engine!r}; known: {', '.join(ENGINES)}")
     provenance = Provenance(source=Source.MODELLED, origin=f"{engine}: {host.origin}")
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
-    fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
+    fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS and fit.scope.state_flops is None]
+    fits += linear_fits(gpu, replace(profile, fits=tuple(fits)), engine)
     fits += expert_fits(gpu, engine, whole=whole_experts, default_backend=default_backend)
     fits += latent_fits(gpu, profile, engine)
     fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))

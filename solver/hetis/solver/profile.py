@@ -90,13 +90,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitScope:
-    """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins."""
+    """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins.
+
+    ``state_flops`` are those of linear attention for one token and query head, in a model's mean layer.
+    """
 
     model: str | None = None
     tp: int | None = None
     head_dim: int | None = None
     queries_per_group: int | None = None
     weight_bytes: float | None = None
+    state_flops: float | None = None
 
     def specificity(self, model: ModelSpec, tp: int) -> int | None:
         """Return the number of conditions that match, or None if one does not."""
@@ -106,6 +110,7 @@ class FitScope:
             (self.head_dim, model.head_dim),
             (self.queries_per_group, model.queries_per_group),
             (self.weight_bytes, model.weight_bytes),
+            (self.state_flops, model.state_flops() / model.q_heads),
         )
         if any(mine is not None and mine != theirs for mine, theirs in wanted):
             return None

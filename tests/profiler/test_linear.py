@@ -1,0 +1,133 @@
+"""The gated delta rule under an engine: what the shipped file says, and what a profile becomes with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.formats import catalogue
+from hetis.formats.documents import dump
+from hetis.formats.positions import parse_text
+from hetis.formats.profile import parse_profile
+from hetis.profiler import linear
+from hetis.profiler.engines import ENGINES, for_engine
+from hetis.profiler.plausibility import implausible_fits
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.profile import Op
+
+B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
+A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
+QWEN = catalogue.find_model("Qwen/Qwen3.5-397B-A17B").model
+RULE_FLOPS = 6 * 128 * 128 + 2 * 64 * (3 * 128 + 2 * 128)  # of a value head for one token, in chunks of 64
+# Rows of the tables of B200: engine, value heads, tokens of a prompt, microseconds of both kernels.
+PUBLISHED = (
+    ("vllm", 64, 8192, 481.4), ("vllm", 8, 8192, 349.3), ("vllm", 8, 1024, 61.8),
+    ("sglang", 64, 8192, 1066.5), ("sglang", 8, 8192, 343.4), ("sglang", 64, 1024, 152.2),
+)  # fmt: skip
+
+
+def kernel_of(engine: str, architecture: str = "Blackwell") -> linear.DeltaRuleKernel:
+    (kernel,) = (k for k in linear.shipped() if (k.architecture, k.engine) == (architecture, engine))
+    return kernel
+
+
+def rule_s(engine: str, heads: float, tokens: int) -> float:
+    kernel = kernel_of(engine)
+    work_s = kernel.flop * heads * tokens * RULE_FLOPS / B200.fp16_flops
+    return kernel.fixed_s + kernel.token_s * tokens + work_s
+
+
+@pytest.mark.parametrize(("engine", "heads", "tokens", "published_us"), PUBLISHED)
+def test_the_file_says_what_the_tables_measured(engine: str, heads: int, tokens: int, published_us: float) -> None:
+    assert rule_s(engine, heads, tokens) * 1e6 == pytest.approx(published_us, rel=0.15)
+
+
+def test_every_engine_has_a_kernel_on_three_architectures_and_errors_are_known() -> None:
+    kernels = linear.shipped()
+    assert {(k.architecture, k.engine) for k in kernels} == set(
+        itertools.product(("Hopper", "Blackwell", "Ada"), ENGINES)
+    )
+    for kernel in kernels:
+        assert 1e-5 < kernel.fixed_s < 4e-5
+        assert kernel.flop > 1
+        assert kernel.mape < (0.35 if kernel.architecture == "Ada" else 0.11)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_prompt_takes_the_rule_in_three_of_four_layers_and_attention_in_the_fourth(engine: str) -> None:
+    bare, tp = modelled_profile(B200), 4
+    hosted, attention = for_engine(bare, B200, engine), bare.fit(Op.PREFILL_ATTENTION, QWEN, tp)
+    mean = hosted.fit(Op.PREFILL_ATTENTION, QWEN, tp)
+    assert mean is not None
+    assert attention is not None
+    for tokens in (64, 1024, 16384):
+        heads = tokens * QWEN.q_heads / tp
+        flops = QWEN.attention_flops(tokens * tokens / 2, QWEN.q_heads / tp)  # of a mean layer
+        found = mean.seconds(flops=flops + tokens * QWEN.state_flops() / tp, num_bytes=0, tokens=tokens, heads=heads)
+        own = attention.seconds(flops=4.0 * flops, tokens=tokens, heads=heads)
+        assert found == pytest.approx(own / 4 + 0.75 * rule_s(engine, 64 / tp, tokens), rel=0.01)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_profile_of_an_engine_has_the_rule_for_models_that_have_it(engine: str) -> None:
+    bare = modelled_profile(B200)
+    hosted = for_engine(bare, B200, engine)
+    assert QWEN.linear is not None
+    half = replace(QWEN, linear=replace(QWEN.linear, layers=30))  # of no known share: as attention, by its FLOPs
+    for model in (catalogue.find_model("Llama-3.1-8B").model, half):
+        assert hosted.fit(Op.PREFILL_ATTENTION, model, 1) == bare.fit(Op.PREFILL_ATTENTION, model, 1)
+    assert hosted.fit(Op.DECODE_ATTENTION, QWEN, 1) == bare.fit(Op.DECODE_ATTENTION, QWEN, 1)
+    assert list(implausible_fits(hosted, B200)) == []
+    assert for_engine(hosted, B200, engine) == hosted
+    assert parse_profile(*parse_text(dump(hosted), "p.yaml")) == hosted
+
+
+def test_attention_fits_of_the_models_heads_have_the_rule_too_and_those_of_other_heads_do_not() -> None:
+    bare = modelled_profile(B200)
+    (fit,) = (fit for fit in bare.fits if fit.op is Op.PREFILL_ATTENTION)
+    measured = [replace(fit, scope=replace(fit.scope, head_dim=dim, queries_per_group=16)) for dim in (128, 256)]
+    profile = replace(bare, fits=(*bare.fits, *measured))
+    of_any, of_256 = linear.linear_fits(B200, profile, "vllm")
+    assert (of_any.scope.head_dim, of_256.scope.head_dim) == (None, 256)
+    assert for_engine(profile, B200, "vllm").fit(Op.PREFILL_ATTENTION, QWEN, 1) == of_256
+
+
+def test_what_was_not_measured_is_scaled_from_hopper_and_says_so() -> None:
+    (fit,) = linear.linear_fits(A100, modelled_profile(A100), "vllm")
+    assert fit.provenance.origin.endswith("gated delta rule; scaled from Hopper")
+    (fit,) = linear.linear_fits(B200, modelled_profile(B200), "vllm")
+    assert fit.provenance.origin.endswith("on B200-SXM-180GB, gated delta rule")
+
+
+def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    systems = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB", "l40s": "L40S"}
+    engines = {"vllm": "0.24.0", "sglang": "0.5.14", "trtllm": "1.3.0rc20"}
+    for (system, name), (engine, version) in itertools.product(systems.items(), engines.items()):
+        rows = list[dict[str, object]]()
+        peak = catalogue.find_gpu(name).gpu.fp16_flops
+        for heads, tokens in itertools.product((2, 16, 64), (16, 256, 1024, 8192, 32768)):
+            rule = 2e-5 + 3e-8 * tokens + 5.0 * heads * tokens * RULE_FLOPS / peak
+            row = {"phase": "context", "batch_size": 1, "seq_len": tokens, "num_v_heads": heads, "model_name": "m"}
+            rows += [row | {"kernel_source": "causal_conv1d_fn", "latency": 1e-3}]
+            rows += [row | {"kernel_source": "chunk_gated_delta_rule_triton", "latency": rule * 1e3}]
+            rows += [row | {"kernel_source": "causal_conv1d_fn", "latency": 1e3, "model_name": "no rule"}]
+            for other in ({"batch_size": 2}, {"seq_len": 8}, {"phase": "generation"}):
+                rows += [row | {"kernel_source": "other", "latency": 1e3} | other]
+        path = tmp_path / system / "linear_attention" / engine / version / "gdn_perf.parquet"
+        path.parent.mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert linear.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
+    made = json.loads((tmp_path / "out.json").read_text())["kernels"]
+    assert len(made) == 9
+    for kernel in made:
+        found = kernel["fixed_s"], kernel["token_s"], kernel["flop"]
+        assert found == pytest.approx((2.1e-5, 3e-8, 5.0), rel=0.01)
+        assert kernel["num_points"] == 15
+    assert linear.main(["--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
