@@ -1,4 +1,4 @@
-"""Kernels of engines: what `experts`, `latent` and `linear` share in deriving them from published tables and in shipping them.
+"""Kernels of engines: what `experts`, `latent` and `linear` share in deriving and shipping them.
 
 The tables are those of aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package). A kernel is a frozen
 dataclass with ``architecture`` and ``origin``; the kernels of a kind are rows of a JSON file beside this module.
