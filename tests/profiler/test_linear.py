@@ -15,7 +15,7 @@ from hetis.formats.positions import parse_text
 from hetis.formats.profile import parse_profile
 from hetis.profiler import linear
 from hetis.profiler.engines import ENGINES, for_engine
-from hetis.profiler.plausibility import implausible_fits
+from hetis.profiler.plausibility import implausible_fits, scope_words
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.profile import Op
 
@@ -92,7 +92,8 @@ def test_attention_fits_of_the_models_heads_have_the_rule_too_and_those_of_other
     measured = [replace(fit, scope=replace(fit.scope, head_dim=dim, queries_per_group=16)) for dim in (128, 256)]
     profile = replace(bare, fits=(*bare.fits, *measured))
     of_any, of_256 = linear.linear_fits(B200, profile, "vllm")
-    assert (of_any.scope.head_dim, of_256.scope.head_dim) == (None, 256)
+    assert list(scope_words(of_any.scope)) == ["linear attention, 270336 FLOP/token/head"]
+    assert of_256.scope == replace(of_any.scope, head_dim=256, queries_per_group=16)
     assert for_engine(profile, B200, "vllm").fit(Op.PREFILL_ATTENTION, QWEN, 1) == of_256
 
 

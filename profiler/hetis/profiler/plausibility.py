@@ -205,6 +205,8 @@ def scope_words(scope: FitScope) -> Iterator[str]:
         yield f"{scope.queries_per_group} q/group"
     if scope.weight_bytes is not None:
         yield f"{scope.weight_bytes:g} B/weight"
+    if scope.state_flops is not None:
+        yield f"linear attention, {scope.state_flops:g} FLOP/token/head"
 
 
 def _name(fit: Fit) -> str:
