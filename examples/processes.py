@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-# Variables of processes that compute on CPUs: a thread each, and tensors up to 32 MiB that the C library keeps and does
-# not return to the kernel. KV that grows with every token costs half as much CPU time again otherwise.
+# Variables of all processes of a demo, for those that compute on CPUs: a thread each, and tensors up to 32 MiB that the
+# C library keeps and does not return to the kernel. KV that grows with every token costs half as much CPU time again
+# otherwise.
 ON_CPUS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 

@@ -230,6 +230,7 @@ SCOPES = st.builds(
     head_dim=st.none() | SMALL,
     queries_per_group=st.none() | SMALL,
     weight_bytes=st.none() | st.floats(min_value=0.1, max_value=4),
+    state_flops=st.none() | st.floats(min_value=1, max_value=1e9),
 )
 
 

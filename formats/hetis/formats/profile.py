@@ -53,7 +53,7 @@ class PiecePart(DocumentPart):
 class ScopePart(DocumentPart):
     """The scope of a fit; a field left out means any.
 
-    `state_flops` are those of linear attention for one token and query head, in a model's mean layer.
+    `state_flops` is the number of FLOPs of linear attention for one token and query head, in the mean of all layers.
     """
 
     model: str | None = None

@@ -92,7 +92,8 @@ def for_engine(
         raise InvalidProblemError(f"no host times are known for engine {engine!r}; known: {', '.join(ENGINES)}")
     provenance = Provenance(source=Source.MODELLED, origin=f"{engine}: {host.origin}")
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
-    fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS and fit.scope.state_flops is None]
+    fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
+    fits = [fit for fit in fits if fit.op is not Op.PREFILL_ATTENTION or fit.scope.state_flops is None]
     fits += linear_fits(gpu, replace(profile, fits=tuple(fits)), engine)
     fits += expert_fits(gpu, engine, whole=whole_experts, default_backend=default_backend)
     fits += latent_fits(gpu, profile, engine)

@@ -3,10 +3,11 @@
 ``python -m hetis.profiler.linear --tables DIR --out FILE`` reads ``SYSTEM/linear_attention/ENGINE/VERSION/
 gdn_perf.parquet`` of aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's
 ``linear.json``. A row is one kernel of one layer in Qwen3.5; a prompt takes two, the convolution and the rule itself.
-Their time for one prompt is one piece: ``fixed + token T + flop F``. ``token`` is there because a chunk of 64 tokens
-waits for the state that the one before it leaves. The rule reaches 4% (SGLang) to 50% of a GPU's peak, so the
-attention fits of such models count its FLOPs by its own rate. In decode a state is read and written about as fast as
-KV is, and the fits stay as they are. The same tables always give the same bytes.
+Their time for one prompt is one piece: ``fixed + token T + flop F``. ``token`` is there because every 64 tokens wait
+for the state that those before them leave. Prompts of one iteration do not wait for one another, but the cost model
+has no more than the iteration's tokens and counts them as one prompt: too long where an iteration has many short ones.
+In decode a state is read and written about as fast as KV is, and the fits stay as they are. The same tables always
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import ModelSpec
-from hetis.solver.profile import Fit, Op, Profile, Source
+from hetis.solver.profile import Fit, Op, Profile
 
 FILE = "linear.json"
 # All models with the rule (Qwen3-Next, Qwen3.5) have it in three of four layers, with two of its heads per query head.
@@ -70,7 +71,10 @@ def linear_fits(gpu: GpuType, profile: Profile, engine: str) -> Iterator[Fit]:
 
 
 def _with_rule(fit: Fit, kernel: DeltaRuleKernel, gpu: GpuType) -> Fit:
-    """Return the fit of attention with the rule in the layers that have no attention."""
+    """Return the fit of attention with the rule in the layers that have no attention.
+
+    Only the FLOPs of the rule depend on the GPU; what a prompt waits for is the same on all of an architecture.
+    """
     model = _model()
     share, head_flops = model.kv_share, model.state_flops() / model.q_heads
     pieces = tuple(
@@ -78,16 +82,16 @@ def _with_rule(fit: Fit, kernel: DeltaRuleKernel, gpu: GpuType) -> Fit:
             piece,
             fixed_s=rounded(share * piece.fixed_s + (1.0 - share) * kernel.fixed_s),
             token_s=rounded(share * piece.token_s + (1.0 - share) * kernel.token_s),
-            # The piece counts the rule's FLOPs as attention's already, and FLOPs and bytes of the share that has any.
+            # `flop_s` charges the rule's FLOPs at attention's rate already. FLOPs and bytes are of the mean layer.
             head_s=rounded(share * piece.head_s + head_flops * max(0.0, kernel.flop / gpu.fp16_flops - piece.flop_s)),
         )
         for piece in fit.pieces
     )
-    origin = f"{fit.provenance.origin}; {provenance_of(kernel, gpu).origin}"
-    return replace(
-        fit,
+    rule = provenance_of(kernel, gpu)
+    return Fit(
+        op=fit.op,
         pieces=pieces,
-        provenance=replace(fit.provenance, source=Source.MODELLED, origin=origin, held_out_mape=None),
+        provenance=replace(rule, origin=f"{fit.provenance.origin}; {rule.origin}"),
         scope=replace(fit.scope, state_flops=head_flops),
     )
 

@@ -92,7 +92,8 @@ class Piece:
 class FitScope:
     """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins.
 
-    ``state_flops`` are those of linear attention for one token and query head, in a model's mean layer.
+    ``state_flops`` is the number of FLOPs of linear attention for one token and query head, in the mean of all layers:
+    the same for all models that have it in the same share of layers and with the same sizes.
     """
 
     model: str | None = None

@@ -70,6 +70,7 @@ async def heard(search: PooledSearch) -> None:
         async for news in search.news():
             if isinstance(news, Progress):
                 return
+    raise AssertionError("the search ended before it was heard")
 
 
 def test_a_search_is_told_when_it_begins_how_it_goes_and_how_it_ends() -> None:

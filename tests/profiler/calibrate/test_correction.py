@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.formats.catalogue import find_gpu
 from hetis.profiler.calibrate.correction import STOOD_STILL, CalibrationResult, calibrate
 from hetis.profiler.calibrate.observed import Observation, ObservedKind, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica
+from hetis.profiler.linear import linear_fits
+from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op, Profile, Source
-from tests.profiler.calibrate.truth import Truth, observed, replica, works
+from tests.profiler.calibrate.truth import GPU, Truth, observed, replica, works
 
 
 def values(found: CalibrationResult) -> dict[str, float]:
@@ -138,6 +141,19 @@ def test_only_what_took_part_is_corrected() -> None:
     assert eight_bit
     assert set(eight_bit) <= set(after.fits)  # kernels of another precision were not seen
     assert len(fits_of(after, Op.STEP)) == len(fits_of(after, Op.SAMPLE)) == 1
+
+
+def test_linear_attention_was_not_seen_where_another_model_ran() -> None:
+    own = replica()
+    linear = tuple(linear_fits(find_gpu(GPU).gpu, own.profile, "vllm"))
+    profile = replace(own.profile, fits=(*own.profile.fits, *linear))
+    both = CalibratedReplica(own.model, profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
+    after = calibrate(observed(list(works(400)), Truth(kernels=2.0)), both).profile
+    assert linear
+    assert after is not None
+    assert set(linear) <= set(after.fits)
+    plain = [fit for fit in own.profile.fits if fit.op is Op.PREFILL_ATTENTION]
+    assert not set(plain) & set(after.fits)
 
 
 def test_where_numbers_are_from_and_how_wrong_they_are_is_kept() -> None:

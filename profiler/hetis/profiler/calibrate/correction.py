@@ -132,8 +132,8 @@ def corrected(
 
     def changed(fit: Fit) -> Fit:
         mine = used.get(fit.op)
-        if mine is None or fit.scope.weight_bytes != mine.scope.weight_bytes:
-            return fit  # kernels of another precision are other kernels
+        if mine is None or _kernels_of(fit) != _kernels_of(mine):
+            return fit
         known = fit.provenance
         factor = values.get("kernels", 1.0)
         if fit is mine:
@@ -150,6 +150,11 @@ def corrected(
     if "sequence" in values:
         fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=values["sequence"]),), provenance=known, scope=FitScope()))
     return replace(replica.profile, fits=tuple(fits))
+
+
+def _kernels_of(fit: Fit) -> tuple[float | None, ...]:
+    """Return what tells a fit's kernels from others of its operator: precision, and whether attention is linear."""
+    return fit.scope.weight_bytes, fit.scope.state_flops
 
 
 def _scaled(piece: Piece, factor: float) -> Piece:
