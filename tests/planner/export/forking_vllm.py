@@ -1,4 +1,4 @@
-"""vLLM's server, whose ranks are forks of the engine's process, as on GPUs.
+"""vLLM's server, whose engine and ranks are forks, as on GPUs. A forked engine ends with exit code 1 now and then.
 
 On CPUs vLLM starts each as a new process, which takes longer to import vLLM than to serve all requests of a test.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import runpy
 
+from vllm.v1.engine import utils
 from vllm.v1.executor import multiproc_executor
 
-# The engine's process is started anew and imports this file, too.
-multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+utils.get_mp_context = multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 if __name__ == "__main__":
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
