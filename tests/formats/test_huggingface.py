@@ -245,10 +245,13 @@ def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_t
     assert load_model(tmp_path / "config.json") == model
 
     beside.write_text('{\n"quantization": {"quant_algo": "MIXED_PRECISION"}}')
-    with pytest.raises(
-        DocumentError, match=r"hf_quant_config\.json:2: quantization: modelopt with MIXED_PRECISION bits"
-    ):
+    with pytest.raises(DocumentError) as refused:
         load_model(tmp_path)
+    assert str(refused.value).endswith(
+        "hf_quant_config.json:2: quantization.quant_algo: is 'MIXED_PRECISION', must be FP8, "
+        "FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, NVFP4, W4A16_NVFP4, or MIXED_PRECISION of modules in "
+        "quantized_layers that have one of these"
+    )
     beside.write_text("[]")
     with pytest.raises(DocumentError, match=r"hf_quant_config\.json:1: quantization: is a list, must be a mapping"):
         load_model(tmp_path)

@@ -17,7 +17,7 @@ from hetis.formats import dtypes
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed, mapping, read_data
 from hetis.formats.positions import Text
-from hetis.formats.quantised_modules import layer_weight_bytes, modelopt_precision
+from hetis.formats.quantised_modules import MODELOPT, layer_weight_bytes, modelopt_precision
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
@@ -133,12 +133,14 @@ def _quantised(config: Config) -> str | None:
         if bits in (4, 8):
             return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
     if method == "modelopt":
-        bits = str(quantisation.get("quant_algo", "")).upper()
-        if precision := modelopt_precision(quantisation):
-            return precision
+        precision, algorithm = modelopt_precision(quantisation), shown(quantisation.get("quant_algo"))
+        if precision is None:
+            known = f"{', '.join(MODELOPT)}, or MIXED_PRECISION of modules in quantized_layers that have one of these"
+            config.quantisation.refuse("quant_algo", f"is {algorithm}, must be {known}")
+        return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    has_bits = method in ("awq", "gptq", "compressed-tensors", "modelopt")
+    has_bits = method in ("awq", "gptq", "compressed-tensors")
     supported = "fp8, mxfp4, bitsandbytes, modelopt, awq, gptq, compressed-tensors of 4 or 8 bits"
     what = f"{method} with {bits} bits" if has_bits else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {supported}")

@@ -20,8 +20,8 @@ from hetis.solver.model import ModelSpec
 # What formats call the modules that they leave in 16 bits.
 _UNQUANTISED_KEYS = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
-_MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
-_MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
+MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
+MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
 # Matrices of linear attention that Qwen3-Next has in one.
 _JOINED = {
     "in_proj_qkv": "in_proj_qkvz",
@@ -52,9 +52,9 @@ def modelopt_precision(data: Mapping[str, Any]) -> str | None:
     """Return the precision that ModelOpt states, that of most modules where it is mixed; None if it is not known."""
     algorithm = str(data.get("quant_algo", "")).upper()
     if algorithm != "MIXED_PRECISION":
-        return _MODELOPT.get(algorithm)
+        return MODELOPT.get(algorithm)
     found = Counter(_algorithm(entry) for name, entry in _mixed(data).items() if "_attn." not in name)
-    return _MODELOPT.get(found.most_common(1)[0][0]) if found else None
+    return MODELOPT.get(found.most_common(1)[0][0]) if found else None
 
 
 def layer_weight_bytes(
@@ -136,7 +136,7 @@ def _algorithm(entry: Any) -> str:
 
 def _stated_format(data: Mapping[str, Any]) -> Stated:
     """Return what a checkpoint that lists the format of each module says of one."""
-    formats = {name: _MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
+    formats = {name: MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
     return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
 
 
