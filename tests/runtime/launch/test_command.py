@@ -318,6 +318,29 @@ def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, fo
     assert named[1] == here[1].replace("models/tiny", "org/tiny")
 
 
+def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, folder: Path, tmp_path: Path) -> None:
+    document = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4, "hidden": 128}
+    document |= {"intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
+    plan = json.loads(write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8))).read_text(encoding="utf-8"))
+
+    def told(**precision: object) -> str:
+        plan["inputs"] = {"documents": {"model": document | precision}}
+        (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        code, printed, lines = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny")
+        assert code == 0, lines
+        return printed
+
+    assert "--kv-cache-dtype fp8" in told(kv_bytes=1)
+    assert "--kv-cache-dtype" not in told(kv_bytes=2)
+    assert "--kv-cache-dtype fp8" in told(precisions={"L4": {"kv_bytes": 1}})
+    assert "--kv-cache-dtype" not in told(kv_bytes=1, precisions={"L4": {"kv_bytes": 2}})
+    plan_without = json.dumps(plan | {"inputs": {}})
+    (tmp_path / "plan.json").write_text(plan_without, encoding="utf-8")
+    assert run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny")[0] == 0
+    code, _, lines = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny", "--replica", "7")
+    assert (code, lines) == (3, ["hetis-launch: there is no replica 7, the plan has 1, counted from 0"])
+
+
 def test_a_machine_that_the_plan_does_not_know_is_told(run: Run) -> None:
     code, _, lines = run("processes", "--plan", "plan.json", "-m", "models/tiny", "--node", "c")
     why = "hetis-launch: this machine is c, the replica is on a, b: give --node or --all-here"

@@ -296,7 +296,7 @@ def _read(
         raise OptionError(*found)
     assert given.plan is not None
     planned = load_plan(given.plan)
-    spec = _model(planned, given.model)
+    spec = _model(planned, given.replica, given.model)
     layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=given.dtype, kv_tokens=given.kv_tokens)
     if len(layout.servers) > 1 and program[-1] != "serve":
         raise OptionError(f"--vllm is {given.vllm!r}: only `vllm serve` starts stages on several nodes")
@@ -320,17 +320,20 @@ def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
     return wrong
 
 
-def _model(plan: Plan, model: str) -> ModelSpec:
-    """Return the model's shape, from its folder if that is here, otherwise from the plan."""
+def _model(plan: Plan, number: int, model: str) -> ModelSpec:
+    """Return the model of a replica: its shape from its folder if that is here, with KV in the plan's precision."""
     from hetis.engines.layout import planned_model
     from hetis.formats.model import load_model
 
+    planned = planned_model(plan)
     if Path(model).is_dir():
-        return load_model(f"{model}/config.json")
-    found = planned_model(plan)
-    if found is None:
+        found = load_model(f"{model}/config.json")
+        if planned is None or number >= len(plan.replicas):
+            return found
+        return replace(found, kv_bytes=planned.on(plan.replicas[number].stages[0].gpu).kv_bytes)
+    if planned is None:
         raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
-    return found
+    return planned
 
 
 def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
