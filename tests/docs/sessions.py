@@ -83,12 +83,14 @@ class Session:
                 assert read, f"{line}\nended, or said nothing of {until!r} for {LIMIT_S:g} s\n{printed}"
                 printed += read
             watchdog.cancel()
-            rest = threading.Thread(target=process.stdout.read)  # a full pipe would stop it
+            said, output = list[str](), process.stdout
+            rest = threading.Thread(target=lambda: said.append(output.read()))  # a full pipe would stop it
             rest.start()
             yield printed
             process.send_signal(end)
-            assert process.wait(LIMIT_S) == code, line
+            ended = process.wait(LIMIT_S)
             rest.join()
+            assert ended == code, f"{line}\nended with {ended}\n{printed}{''.join(said)}"
         finally:
             watchdog.cancel()
             process.kill()

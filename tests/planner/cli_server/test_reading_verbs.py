@@ -15,6 +15,7 @@ import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli import planner_verbs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.planner_verbs import interrupts_that_arrive
 from hetis.planner.cli.resource_views import COLUMNS, ago, wait_for_plan
@@ -283,6 +284,38 @@ def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPa
     assert dropped == [KeyboardInterrupt]
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_interrupt_on_its_way_out_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_verbs, "AGAIN_S", 0.01)
+    steps = list[int]()
+
+    def watching() -> None:
+        with interrupts_that_arrive():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            finally:
+                for step in range(10):
+                    time.sleep(0.02)
+                    steps.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        watching()
+    assert steps == list(range(10))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+    def hanging() -> None:
+        with interrupts_that_arrive():
+            try:
+                raise KeyboardInterrupt
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)  # whoever presses it again means it
+                steps.append(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        hanging()
+    assert steps == list(range(10))
 
 
 @pytest.mark.parametrize("tells", [True, False])

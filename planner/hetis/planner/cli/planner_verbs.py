@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,15 +144,18 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
 @contextmanager
 def interrupts_that_arrive() -> Iterator[None]:
-    """Raise KeyboardInterrupt again and again after Ctrl-C, until the context is left.
+    """Raise KeyboardInterrupt again and again after Ctrl-C, until one is on its way out of the context.
 
     Python drops an exception that is raised in a finaliser or in a callback of a weak reference, as the import system
-    has them, so one Ctrl-C at the wrong moment would be lost and a watch would never end.
+    has them, so one Ctrl-C at the wrong moment would be lost and a watch would never end. One that is not lost is let
+    out in peace: raised once more while this context ends, it would leave the timer behind and come again later.
     """
 
-    def handle(_number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
-        signal.default_int_handler(signal.SIGINT, frame)
+        is_on_its_way = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if number == signal.SIGINT or not is_on_its_way:  # a second Ctrl-C is meant
+            signal.default_int_handler(signal.SIGINT, frame)
 
     if threading.current_thread() is not threading.main_thread():
         yield
