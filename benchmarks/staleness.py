@@ -39,6 +39,9 @@ NOT_RECORDED = "not recorded"
 _SOLVER = "solver/hetis/solver"
 _COSTS = (f"{_SOLVER}/cost.py", f"{_SOLVER}/workload.py", f"{_SOLVER}/model.py", "profiler/hetis/profiler/roofline.py")
 _SEARCH = (*_COSTS, f"{_SOLVER}/placement", f"!{_SOLVER}/placement/explanation", f"!{_SOLVER}/placement/infeasible")
+_ENGINE_PROFILES = tuple(
+    f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")
+)
 _SIMULATOR = (*_COSTS, "simulator/hetis/simulator")
 _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
@@ -71,17 +74,17 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
         *("benchmarks/measuring/published_points.py", "benchmarks/measuring/published_settings.py"),
-        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
+        *_ENGINE_PROFILES,
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
     "mlperf": (
         *("benchmarks/mlperf.py", "benchmarks/measuring/mlperf_rows.py", "benchmarks/measuring/published_points.py"),
-        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
+        *_ENGINE_PROFILES,
         *_SEARCH,
     ),
     "static batches": (
         *("benchmarks/static_batches.py", "benchmarks/measuring/published_points.py"),
-        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
+        *_ENGINE_PROFILES,
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
     "left_out": (

@@ -18,14 +18,15 @@ from hetis.profiler.engines import ENGINES, for_engine
 from hetis.profiler.plausibility import implausible_fits, scope_words
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import FitRegion, Op
+from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
+H100 = catalogue.find_gpu("H100-SXM-80GB").gpu
 A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
 QWEN = catalogue.find_model("Qwen/Qwen3.5-397B-A17B").model
-BARE_OTHERS = tuple(fit for fit in modelled_profile(B200).fits if fit.op is not Op.PREFILL_ATTENTION)
+BARE = modelled_profile(B200)
+(ATTENTION,) = (fit for fit in BARE.fits if fit.op is Op.PREFILL_ATTENTION)
 RULE_FLOPS = 6 * 128 * 128 + 2 * 64 * (3 * 128 + 2 * 128)  # of a value head for one token, in chunks of 64
-H100 = catalogue.find_gpu("H100-SXM-80GB").gpu
 # Rows of the tables: GPU, engine, value heads, tokens of a prompt, microseconds of both kernels.
 PUBLISHED = (
     (B200, "vllm", 64, 8192, 481.4), (B200, "vllm", 8, 8192, 349.3), (B200, "vllm", 8, 1024, 61.8),
@@ -38,6 +39,11 @@ PUBLISHED = (
 def kernel_of(engine: str, architecture: str = "Blackwell") -> linear.DeltaRuleKernel:
     (kernel,) = (k for k in linear.shipped() if (k.architecture, k.engine) == (architecture, engine))
     return kernel
+
+
+def with_attention(fit: Fit) -> Profile:
+    """Return the modelled profile with this fit of prefill attention."""
+    return replace(BARE, fits=(*(one for one in BARE.fits if one is not ATTENTION), fit))
 
 
 def rule_s(engine: str, heads: float, tokens: int, gpu: GpuType = B200) -> float:
@@ -66,39 +72,34 @@ def test_every_engine_has_a_kernel_on_three_architectures_and_errors_are_known()
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_a_prompt_takes_the_rule_in_three_of_four_layers_and_attention_in_the_fourth(engine: str) -> None:
-    bare, tp = modelled_profile(B200), 4
-    hosted, attention = for_engine(bare, B200, engine), bare.fit(Op.PREFILL_ATTENTION, QWEN, tp)
-    mean = hosted.fit(Op.PREFILL_ATTENTION, QWEN, tp)
+    tp = 4
+    mean = for_engine(BARE, B200, engine).fit(Op.PREFILL_ATTENTION, QWEN, tp)
     assert mean is not None
-    assert attention is not None
     for tokens in (64, 1024, 16384):
         heads = tokens * QWEN.q_heads / tp
         flops = QWEN.attention_flops(tokens * tokens / 2, QWEN.q_heads / tp)  # of a mean layer
         work = {"num_bytes": 1e6 * tokens, "tokens": tokens, "heads": heads}
         found = mean.seconds(flops=flops + tokens * QWEN.state_flops() / tp, **work)
-        own = attention.seconds(flops=4.0 * flops, **(work | {"num_bytes": 4e6 * tokens}))
+        own = ATTENTION.seconds(flops=4.0 * flops, **(work | {"num_bytes": 4e6 * tokens}))
         assert found == pytest.approx(own / 4 + 0.75 * rule_s(engine, 64 / tp, tokens), rel=0.01)
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_a_profile_of_an_engine_has_the_rule_for_models_that_have_it(engine: str) -> None:
-    bare = modelled_profile(B200)
-    hosted = for_engine(bare, B200, engine)
+    hosted = for_engine(BARE, B200, engine)
     assert QWEN.linear is not None
     half = replace(QWEN, linear=replace(QWEN.linear, layers=30))  # of no known share: as attention, by its FLOPs
     for model in (catalogue.find_model("Llama-3.1-8B").model, half):
-        assert hosted.fit(Op.PREFILL_ATTENTION, model, 1) == bare.fit(Op.PREFILL_ATTENTION, model, 1)
-    assert hosted.fit(Op.DECODE_ATTENTION, QWEN, 1) == bare.fit(Op.DECODE_ATTENTION, QWEN, 1)
+        assert hosted.fit(Op.PREFILL_ATTENTION, model, 1) == BARE.fit(Op.PREFILL_ATTENTION, model, 1)
+    assert hosted.fit(Op.DECODE_ATTENTION, QWEN, 1) == BARE.fit(Op.DECODE_ATTENTION, QWEN, 1)
     assert list(implausible_fits(hosted, B200)) == []
     assert for_engine(hosted, B200, engine) == hosted
     assert parse_profile(*parse_text(dump(hosted), "p.yaml")) == hosted
 
 
 def test_attention_fits_of_the_models_heads_have_the_rule_too_and_those_of_other_heads_do_not() -> None:
-    bare = modelled_profile(B200)
-    (fit,) = (fit for fit in bare.fits if fit.op is Op.PREFILL_ATTENTION)
-    measured = [replace(fit, scope=replace(fit.scope, head_dim=dim, queries_per_group=16)) for dim in (128, 256)]
-    profile = replace(bare, fits=(*bare.fits, *measured))
+    scopes = [FitScope(head_dim=dim, queries_per_group=16) for dim in (128, 256)]
+    profile = replace(BARE, fits=(*BARE.fits, *(replace(ATTENTION, scope=scope) for scope in scopes)))
     of_any, of_256 = linear.linear_fits(B200, profile, "vllm")
     assert list(scope_words(of_any.scope)) == ["linear attention, 270336 FLOP/token/head"]
     assert of_256.scope == replace(of_any.scope, head_dim=256, queries_per_group=16)
@@ -108,20 +109,18 @@ def test_attention_fits_of_the_models_heads_have_the_rule_too_and_those_of_other
 def test_what_was_not_measured_is_scaled_from_hopper_and_says_so() -> None:
     (fit,) = linear.linear_fits(A100, modelled_profile(A100), "vllm")
     assert fit.provenance.origin.endswith("gated delta rule; scaled from Hopper")
-    (fit,) = linear.linear_fits(B200, modelled_profile(B200), "vllm")
+    (fit,) = linear.linear_fits(B200, BARE, "vllm")
     assert fit.provenance.origin.endswith("on B200-SXM-180GB, gated delta rule")
     # What attention alone says of its error and of where it was measured is not known of both together.
-    (attention,) = (one for one in modelled_profile(B200).fits if one.op is Op.PREFILL_ATTENTION)
-    assert attention.provenance.held_out_mape is not None
-    stated = replace(attention, region=FitRegion(tokens=(1, 9)))
-    (fit,) = linear.linear_fits(B200, replace(modelled_profile(B200), fits=(*BARE_OTHERS, stated)), "vllm")
+    assert ATTENTION.provenance.held_out_mape is not None
+    stated = replace(ATTENTION, region=FitRegion(tokens=(1, 9)))
+    (fit,) = linear.linear_fits(B200, with_attention(stated), "vllm")
     assert (fit.provenance.held_out_mape, fit.provenance.range_error, fit.region) == (None, None, None)
 
 
 def test_a_rule_that_is_faster_than_attention_costs_what_attention_counts() -> None:
-    (attention,) = (one for one in modelled_profile(B200).fits if one.op is Op.PREFILL_ATTENTION)
-    slow = replace(attention, pieces=tuple(replace(piece, flop_s=1.0) for piece in attention.pieces))
-    (fit,) = linear.linear_fits(B200, replace(modelled_profile(B200), fits=(*BARE_OTHERS, slow)), "vllm")
+    slow = replace(ATTENTION, pieces=tuple(replace(piece, flop_s=1.0) for piece in ATTENTION.pieces))
+    (fit,) = linear.linear_fits(B200, with_attention(slow), "vllm")
     assert [piece.head_s for piece in fit.pieces] == pytest.approx(
         [piece.head_s / 4 for piece in slow.pieces], rel=1e-3
     )

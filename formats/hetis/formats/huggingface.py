@@ -133,10 +133,10 @@ def _quantised(config: Config) -> str | None:
         if bits in (4, 8):
             return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
     if method == "modelopt":
-        precision, algorithm = modelopt_precision(quantisation), shown(quantisation.get("quant_algo"))
+        precision = modelopt_precision(quantisation)
         if precision is None:
             known = f"{', '.join(MODELOPT)}, or MIXED_PRECISION of modules in quantized_layers that have one of these"
-            config.quantisation.refuse("quant_algo", f"is {algorithm}, must be {known}")
+            config.quantisation.refuse("quant_algo", f"is {shown(quantisation.get('quant_algo'))}, must be {known}")
         return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"

@@ -28,7 +28,7 @@ from hetis.runtime.launch.main import checked_hosts, main
 from hetis.solver.plan import AttentionWorkerPool, Plan
 from tests.command_line import command_of, environment, run_command
 from tests.engines.plans import plan_of, stage_of, write_config, write_plan
-from tests.runtime.launch.vllm_python import PYTHON, ROOT, ROOTS, VARIABLES, needs_vllm
+from tests.runtime.launch.vllm_python import PYTHON, PYTHONPATH, ROOT, VARIABLES, needs_vllm
 
 COMMAND = command_of("hetis.runtime.launch.main")
 FAKE = f"{sys.executable} {Path(__file__).parent / 'fake_vllm.py'} serve"
@@ -150,8 +150,7 @@ def test_a_replica_outlives_its_worker_and_its_vllm_and_leaves_nothing_behind(tm
 
 def vllm_of(*words: str) -> str:
     """vLLM's program in its own environment, with the sources of this tree."""
-    path = os.pathsep.join(str(ROOT / name) for name in ROOTS)
-    told = [f"{name}={text}" for name, text in (VARIABLES | {"PYTHONPATH": path}).items()]
+    told = [f"{name}={text}" for name, text in (VARIABLES | {"PYTHONPATH": PYTHONPATH}).items()]
     return shlex.join(["env", "-u", "VLLM_CPU_KVCACHE_SPACE", *told, str(PYTHON), *words])
 
 
@@ -318,7 +317,7 @@ def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, fo
     assert named[1] == here[1].replace("models/tiny", "org/tiny")
 
 
-def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_path: Path) -> None:
     document = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4, "hidden": 128}
     document |= {"intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
     plan = json.loads(write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8))).read_text(encoding="utf-8"))
@@ -334,8 +333,7 @@ def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, folde
     assert "--kv-cache-dtype" not in told(kv_bytes=2)
     assert "--kv-cache-dtype fp8" in told(precisions={"L4": {"kv_bytes": 1}})
     assert "--kv-cache-dtype" not in told(kv_bytes=1, precisions={"L4": {"kv_bytes": 2}})
-    plan_without = json.dumps(plan | {"inputs": {}})
-    (tmp_path / "plan.json").write_text(plan_without, encoding="utf-8")
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"inputs": {}}), encoding="utf-8")
     assert run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny")[0] == 0
     code, _, lines = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny", "--replica", "7")
     assert (code, lines) == (3, ["hetis-launch: there is no replica 7, the plan has 1, counted from 0"])

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.runtime.launch.vllm_python import PYTHON, ROOT, ROOTS, VARIABLES
+from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, PYTHONPATH, ROOT
 
 KEY = "a key of sixteen letters or more"
 LIMIT_S = 1800.0  # for a scenario, on a machine that does much else
@@ -84,14 +84,8 @@ def _server() -> _Server:
 
 
 def _environment(config: Path | None) -> dict[str, str]:
-    own = {
-        # Of this tree, whichever the environment was made for.
-        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    environment = os.environ | VARIABLES | own
-    environment.pop("HETIS_VLLM_CONFIG", None)
+    own = {"PYTHONPATH": PYTHONPATH, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = ENVIRONMENT | own
     return environment if config is None else environment | {"HETIS_VLLM_CONFIG": str(config)}
 
 
