@@ -55,6 +55,9 @@ from hetis.v1 import dispatch_service_pb2 as pb
 ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # when a connection ends, and of a write after it
 MOST_REOPENED = 4  # attempts at one step
 MOST_FINISHED = 64  # requests in one step
+LONGEST_CALL_S = 10.0  # of dispatch, as the planner allows
+LONGEST_STEP_S = 60.0  # of a stream, so that a machine that stands still makes a measurement long and does not end it
+MOST_WAITS = 30  # for kernels that the planner compiles, of `LONGEST_CALL_S` each
 Call = Callable[[list[float]], Awaitable[None]]
 
 
@@ -152,7 +155,21 @@ class DispatchedReplica:
             name=f"{self._replica}/dispatchState", generation=generation, head_maps=[stage.head_map()]
         )
         request = pb.UpdateDispatchStateRequest(dispatch_state=state)
-        self._state_id = (await self._client.dispatch.UpdateDispatchState(request, timeout=10.0)).state_id
+        self._state_id = (await self._client.dispatch.UpdateDispatchState(request, timeout=LONGEST_CALL_S)).state_id
+        await self._until_compiled()
+
+    async def _until_compiled(self) -> None:
+        """Wait for the kernels of dispatch, which a planner compiles for about a minute on a new machine."""
+        request = admission(self._replica, self._state_id, itertools.count(), 1)
+        request.validate_only = True
+        for left in reversed(range(MOST_WAITS)):
+            try:
+                await self._client.dispatch.AdmitRequests(request, timeout=LONGEST_CALL_S)
+            except CallError as error:
+                if error.code != grpc.StatusCode.DEADLINE_EXCEEDED or not left:
+                    raise
+            else:
+                return
 
     def admitting(self, batch: int) -> Call:
         """Return a call for `timed`: one timed AdmitRequests and one FinishRequests that is not timed."""
@@ -200,13 +217,13 @@ class DispatchedReplica:
     async def _admit_and_finish(self, batch: int, seconds: list[float]) -> None:
         request = admission(self._replica, self._state_id, self._numbers, batch)
         began_s = time.perf_counter()
-        answer = await self._client.dispatch.AdmitRequests(request, timeout=10.0)
+        answer = await self._client.dispatch.AdmitRequests(request, timeout=LONGEST_CALL_S)
         seconds.append(time.perf_counter() - began_s)
         if len(answer.placements) != batch:
             raise NoRoomError(batch - len(answer.placements))
         names = [one.id for one in request.requests]
         finish = pb.FinishRequestsRequest(parent=self._replica, state_id=self._state_id, requests=names)
-        await self._client.dispatch.FinishRequests(finish, timeout=10.0)
+        await self._client.dispatch.FinishRequests(finish, timeout=LONGEST_CALL_S)
 
 
 class ReopenedStream:
@@ -221,7 +238,7 @@ class ReopenedStream:
         for left in reversed(range(MOST_REOPENED)):
             stream = self._stream
             try:
-                return await stream.step(finished=finished, new=new, timeout=10.0)
+                return await stream.step(finished=finished, new=new, timeout=LONGEST_STEP_S)
             except CallError as error:
                 if error.code not in ENDED or not left:
                     raise

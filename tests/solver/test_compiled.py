@@ -9,6 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hetis.solver.dispatch.solve import compile_dispatch
+from hetis.solver.redispatch.solve import compile_redispatch
+
+ROOT = Path(__file__).parents[2]
+
 KERNELS = """
 import sys
 from pathlib import Path
@@ -133,3 +138,40 @@ print(product(np.eye(2), np.full((2, 2), 3.0))[0, 1], "scipy.linalg" in sys.modu
 def test_numba_imports_scipy_only_for_those_who_multiply_matrices() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_SCIPY], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "3.0", "True"]
+
+
+WARM = """
+import traceback
+import numpy as np
+from hetis.solver.compiled import compilations_told_to
+from hetis.solver.dispatch.problem import Path
+from hetis.solver.dispatch.solve import compile_dispatch, solve_dispatch
+from hetis.solver.redispatch.solve import compile_redispatch, solve_redispatch
+from tests.solver.dispatch import instances as dispatch
+from tests.solver.redispatch import instances as redispatch
+
+compile_dispatch()
+compile_redispatch()
+rng, paths, moves = np.random.default_rng(1), set(), 0
+with compilations_told_to(lambda begins: traceback.print_stack() if begins else None):
+    for seed in range(150):
+        problem = dispatch.random_problem(
+            rng, num_devices=1 + seed % 7, num_requests=seed % 9, pieces=1 + seed % 3, tp=(None, 1, 4)[seed % 3],
+            nic_share=(0.0, 1.0)[seed % 2], free_ratio=(None, 1.3, 0.7, 1.05)[seed % 4],
+        )
+        paths.add(solve_dispatch(problem).path)
+    for seed in range(40):
+        problem = redispatch.random_problem(
+            seed, num_devices=2 + seed % 3, num_requests=1 + seed % 6, tp=(None, 2)[seed % 2], slack=0.1 * (seed % 4)
+        )
+        moves += len(solve_redispatch(problem).moves)
+print(*sorted(path.name for path in paths), moves > 0)
+"""
+
+
+def test_nothing_is_compiled_or_loaded_after_the_warm_up() -> None:
+    """Dispatch answers in an event loop, which would wait for whichever thread compiles at that moment."""
+    compile_dispatch()  # so that the other process has only to load
+    compile_redispatch()
+    done = subprocess.run([sys.executable, "-c", WARM], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("CHAIN LP MIXED True\n", "")

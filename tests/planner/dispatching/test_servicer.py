@@ -226,6 +226,25 @@ def test_a_step_that_nobody_waits_for_any_more_is_not_sent() -> None:
     asyncio.run(asyncio.wait_for(session(), 30))
 
 
+def test_steps_fail_at_once_if_their_stream_breaks_in_a_way_that_nobody_foresaw() -> None:
+    async def session() -> None:
+        async def fail(message: pb2.DispatchRequestsRequest) -> None:
+            raise RuntimeError("unforeseen")
+
+        call = HeldCall()
+        stream = AsyncDispatchStream(call, REPLICA, "state")
+        under_way = await call.is_sent(stream.step(new=[new("a")]))
+        behind = asyncio.create_task(stream.step(new=[new("b")]))
+        call.write = fail  # type: ignore[method-assign]
+        call.answers.put_nowait(pb2.DispatchRequestsResponse())
+        await under_way
+        with pytest.raises(CallError, match="the dispatch stream has ended") as caught:
+            await behind
+        assert str(caught.value.__cause__) == "unforeseen"
+
+    asyncio.run(asyncio.wait_for(session(), 30))
+
+
 def test_a_stream_for_code_without_an_event_loop() -> None:
     async def session() -> None:
         async with served() as address:

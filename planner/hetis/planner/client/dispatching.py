@@ -98,9 +98,11 @@ class AsyncDispatchStream:
                     continue
                 for step in steps:
                     _settle(step, answer if len(steps) == 1 else _part_of(answer, step.message))
-        except (grpc.RpcError, CallError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
-            # gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either.
+        except (Exception, asyncio.CancelledError) as error:
+            # gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either. After
+            # any other error nobody is to wait for an answer, either.
             failed = call_error(error) if isinstance(error, grpc.RpcError) else _has_ended()
+            failed.__cause__ = error
             for step in (*steps, *self._waiting):
                 if not step.answer.done():
                     step.answer.set_exception(failed)
