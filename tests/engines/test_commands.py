@@ -20,7 +20,7 @@ from hetis.engines.commands import (
     commands_of,
 )
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import Serving, program_of
+from hetis.engines.serving import Serving, decided_in, program_of
 from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options
@@ -85,6 +85,32 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
     assert set(vllm.environment) == {"HETIS_VLLM_CONFIG"}
     steered = commands_of(ONE, replace(SERVING, executor="/run/e.sock"), Addresses())[0]
     assert settings_of(steered, tmp_path).executor == Path("/run/e.sock")
+
+
+@pytest.mark.parametrize(
+    ("words", "decided"),
+    [
+        (("--kv-cache-dtype", "bfloat16"), False),
+        (("--kv_cache_dtype=float16", "--seed", "1"), False),
+        (("--kv-cache-dtype", "fp8"), True),
+        (("--kv-cache-dtype", "bf16", "--kv-cache-dtype=fp8"), True),
+        (("--seed", "1", "--kv-cache-dtype"), True),
+        (("--kv-cache-dtype", "auto"), True),
+    ],
+)
+def test_users_say_which_dtype_kv_of_16_bits_has(words: tuple[str, ...], decided: bool) -> None:
+    assert decided_in(words) == ({"--kv-cache-dtype"} if decided else set())
+    assert decided_in((*words, "-tp", "2")) - {"--kv-cache-dtype"} == {"-tp"}
+
+
+def test_an_engine_is_told_of_kv_once() -> None:
+    fp8 = replace(ALONE, kv_is_fp8=True)
+    for layout in (fp8, replace(fp8, engine=Engine.SGLANG)):
+        for given in ((), ("--kv-cache-dtype", "bfloat16")):
+            [command] = commands_of(layout, replace(SERVING, options=given), Addresses())
+            assert command.shown.count("--kv-cache-dtype") == 1
+            told = command.shown[command.shown.index("--kv-cache-dtype") + 1]
+            assert told == given[-1] if given else told.startswith("fp8")
 
 
 def test_vllms_other_program_is_told_its_model_by_an_option() -> None:

@@ -264,6 +264,9 @@ def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> N
     full, half = (layout_of(ALONE, 0, replace(MODEL, kv_bytes=kv)) for kv in (2.0, 1.0))
     assert (full.kv_is_fp8, half.kv_is_fp8) == (False, True)
     assert full.rank_kv_bytes == 2 * half.rank_kv_bytes
+    nvfp4 = replace(MODEL, kv_bytes=0.5625)
+    assert refused(ALONE, nvfp4) == ("the plan counts on KV of 0.5625 bytes a number, vLLM can be told of 1 or 2",)
+    assert layout_of(ALONE, 0, nvfp4, dtype="float16").rank_kv_bytes == full.rank_kv_bytes
     mla = MlaShape(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     model = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
     latent = layout_of(plan_of(stage_of(kv_head_groups_kept=1)), 0, model)

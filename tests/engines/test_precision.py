@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import subprocess
 from dataclasses import replace
@@ -13,6 +13,8 @@ from hetis.engines.precision import CAPABILITIES, SUPPORT, Least, remarks, why_n
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
 from hetis.solver.model import AttentionKind
+from tests.formats.test_huggingface import STATED_KV
+from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
 LLAMA, DEEPSEEK = catalogue.find_model("Llama-3.1-70B").model, catalogue.find_model("DeepSeek-V3").model
 V100, T4, A100, L4, H100, B200, MI300X = (
@@ -45,7 +47,11 @@ def test_refusals_say_what_is_missing_and_where_that_was_read() -> None:
         "(vllm/model_executor/layers/quantization/fp8.py)"
     )
     assert "mxfp4 is a format of experts" in str(why_not(with_precision(LLAMA, weights="mxfp4"), H100, "sglang"))
-    assert "fp8 KV" in str(why_not(with_precision(LLAMA, kv="fp8"), T4, "vllm"))
+    assert "for fp8 KV (in 16 bits: --kv bf16), T4" in str(why_not(with_precision(LLAMA, kv="fp8"), T4, "vllm"))
+    for gpu in (B200, MI300X):
+        assert why_not(replace(LLAMA, kv_bytes=0.5625), gpu, "sglang") == (
+            "KV in nvfp4 is not modelled for sglang, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
+        )
 
 
 def test_fp8_kv_of_latent_attention_takes_newer_gpus() -> None:
@@ -84,23 +90,32 @@ def test_every_row_has_a_source() -> None:
 
 
 _PROGRAM = """
+import json, sys
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
+
+said = {"kv": [get_kv_cache_quant_algo_string(one) for one in json.load(sys.stdin)], "capabilities": {}}
 for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq"):
     try:
-        print(name, get_quantization_config(name).get_min_capability())
-    except Exception as error:
-        print(name, "missing", type(error).__name__)
+        said["capabilities"][name] = get_quantization_config(name).get_min_capability()
+    except Exception:
+        pass
+print("SAID", json.dumps(said))
 """
 
 
-@pytest.mark.skipif("HETIS_VLLM_PYTHON" not in os.environ, reason="HETIS_VLLM_PYTHON names no python with vLLM")
-def test_the_table_says_what_the_installed_vllm_says() -> None:
+@needs_vllm
+def test_the_table_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says() -> None:
+    stated = [(one, dtype) for one, dtype in STATED_KV if one["quant_method"] == "modelopt"]
     done = subprocess.run(
-        [os.environ["HETIS_VLLM_PYTHON"], "-c", _PROGRAM], capture_output=True, text=True, check=True, timeout=300
-    )
-    said = dict(re.findall(r"^(\w+) (\d+)$", done.stdout, re.MULTILINE))
+        [str(PYTHON), "-c", _PROGRAM], input=json.dumps([one for one, _ in stated]), env=ENVIRONMENT,
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    [line] = re.findall("^SAID (.*)$", done.stdout, re.MULTILINE)
+    kv, said = json.loads(line)["kv"], json.loads(line)["capabilities"]
+    assert [(one or "auto").removesuffix("_e4m3") for one in kv] == [dtype for _, dtype in stated]
     names = {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "awq": "awq-int4", "gptq": "gptq-int4"}
     assert said
     rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
     for method, capability in said.items():
-        assert rows[names[method]].capability == max(int(capability) / 10, SUPPORT["vllm"].engine.capability), method
+        assert rows[names[method]].capability == max(capability / 10, SUPPORT["vllm"].engine.capability), method

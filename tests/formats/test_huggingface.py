@@ -233,6 +233,63 @@ def test_modules_are_matched_as_checkpoints_name_them(tmp_path: Path, left: dict
     assert model.weight_bytes == pytest.approx(0.5625 + 1.4375 * params / 64 / model.layer_params(), rel=1e-12)
 
 
+SCHEME = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}
+OF_TENSORS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": SCHEME}}}
+STATED_KV = [  # a checkpoint's quantisation, and the dtype of KV that vLLM takes by itself
+    (MODELOPT | {"kv_cache_quant_algo": "FP8"}, "fp8"),
+    (MODELOPT | {"kv_cache_quant_algo": "NVFP4"}, "nvfp4"),
+    (MODELOPT | {"kv_cache_quant_algo": "INT8"}, "auto"),
+    (MODELOPT | {"kv_cache_quant_algo": None}, "auto"),
+    (MODELOPT | {"kv_cache_scheme": SCHEME, "kv_cache_quant_algo": "NVFP4"}, "fp8"),
+    (MODELOPT | {"kv_cache_scheme": "fp8"}, "fp8"),
+    (MODELOPT | {"kv_cache_scheme": SCHEME | {"dynamic": True}}, "auto"),
+    (MODELOPT | {"kv_cache_scheme": SCHEME | {"num_bits": 4}}, "nvfp4"),
+    (MODELOPT | {"kv_cache_scheme": SCHEME | {"num_bits": [8]}}, "auto"),
+    (OF_TENSORS, "auto"),
+    (OF_TENSORS | {"config_groups": {}, "kv_cache_scheme": SCHEME}, "fp8"),
+    (OF_TENSORS | {"kv_cache_scheme": SCHEME}, "fp8"),
+    (OF_TENSORS | {"kv_cache_scheme": SCHEME | {"dynamic": True}}, "fp8"),
+    ({"quant_method": "fp8", "kv_cache_scheme": "static"}, "auto"),
+]
+
+
+@pytest.mark.parametrize(("quantisation", "dtype"), STATED_KV)
+def test_a_quantised_kv_cache_is_that_of_the_checkpoint(
+    tmp_path: Path, quantisation: dict[str, object], dtype: str
+) -> None:
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    model = load_model(tmp_path)
+    assert model.kv_bytes == {"auto": 2.0, "fp8": 1.0, "nvfp4": 0.5625}[dtype]
+    assert (model.weights == "") == (model.weight_bytes == 2.0) == (quantisation.get("config_groups") == {})
+
+
+def test_vllm_leaves_latent_attention_of_compressed_tensors_in_16_bits(tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "deepseek-ai__DeepSeek-V3.json").read_text())
+    for quantisation, kv_bytes in ((OF_TENSORS, 2.0), (MODELOPT | {"kv_cache_quant_algo": "FP8"}, 1.0)):
+        config["quantization_config"] = quantisation | {"kv_cache_scheme": SCHEME}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert load_model(tmp_path).kv_bytes == kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("scheme", "what"),
+    [
+        (SCHEME | {"type": "int"}, "type 'int' and num_bits 8"),
+        (SCHEME | {"num_bits": [8]}, "type 'float' and num_bits a list"),
+        ("static", "type null and num_bits null"),
+    ],
+)
+def test_a_kv_cache_that_vllm_refuses_is_refused(tmp_path: Path, scheme: object, what: str) -> None:
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    config["quantization_config"] = OF_TENSORS | {"kv_cache_scheme": scheme}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DocumentError) as refused:
+        load_model(tmp_path)
+    path = "quantization_config.kv_cache_scheme"
+    assert str(refused.value).endswith(f"{path}: is of {what}, must be of float and 8, the only ones in vLLM")
+
+
 def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_their_own(tmp_path: Path) -> None:
     config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
     beside = tmp_path / "hf_quant_config.json"
@@ -241,7 +298,7 @@ def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_t
         '{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}'
     )
     model = load_model(tmp_path)
-    assert (model.weight_bytes, model.weights, model.kv_bytes) == (1.0, "fp8", 2.0)
+    assert (model.weight_bytes, model.weights, model.kv_bytes) == (1.0, "fp8", 1.0)
     assert load_model(tmp_path / "config.json") == model
 
     beside.write_text('{\n"quantization": {"quant_algo": "MIXED_PRECISION"}}')

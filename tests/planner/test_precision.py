@@ -10,10 +10,11 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.precision import for_engine, in_precision
+from hetis.planner.use_cases.precision import TELL_ENGINES, for_engine, in_precision
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.errors import InvalidProblemError
 
+HUGGINGFACE = Path(__file__).parents[1] / "formats" / "huggingface"
 FLEET = """\
 apiVersion: hetis/v1
 kind: Cluster
@@ -66,6 +67,27 @@ def test_more_requests_fit_in_fp8(folder: Path, capsys: pytest.CaptureFixture[st
     ]
     assert rooms[0] < rooms[1] < rooms[2]
     assert rooms[2] > 1.9 * rooms[1]
+
+
+def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ModelOpt's checkpoints state FP8, which vLLM takes by itself; the engine is told of the plan's in any case."""
+    config = json.loads((HUGGINGFACE / "Qwen__Qwen2.5-7B-Instruct.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    inputs = ("-m", "config.json", "--engine", "vllm-hetis")
+    stated, chosen = place(capsys, *inputs), place(capsys, *inputs, "--kv", "bf16")
+    assert [plan["inputs"]["documents"]["model"]["kv_bytes"] for plan in (stated, chosen)] == [1.0, 2.0]
+    assert "no attention workers: they keep KV in 16 bits (--kv bf16)" in stated["notes"]
+    assert f"KV fp8 in the model's file, bf16 in the plan: {TELL_ENGINES}" in chosen["notes"]
+    assert not any("in the model's file" in note for note in stated["notes"])
+    (folder / "plan.json").write_text(json.dumps(chosen))
+    export = ("export", "plan.json", "--to", "vllm", "--model", "/models/m")
+    assert run([*export, "--", "--kv-cache-dtype", "bfloat16"]) == ExitCode.OK
+    assert "--kv-cache-dtype bfloat16" in capsys.readouterr().out
+    assert run([*export, "--", "--kv-cache-dtype", "fp8"]) == ExitCode.INVALID
+    assert "--kv-cache-dtype is no option to give the engine: the plan decides it" in capsys.readouterr().err
 
 
 def test_any_engine_is_not_held_to_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

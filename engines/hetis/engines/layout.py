@@ -400,7 +400,9 @@ def _impossible(
         yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
     if replica.attention_workers and model.mla is not None:
         yield f"{model.name} has latent attention (MLA): it has no head groups that could be elsewhere"
-    if replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
+    if dtype == "auto" and model.kv_bytes < 1:
+        yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, {engine.program} can be told of 1 or 2"
+    elif replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
         yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, workers keep it in 2 or 4: give --dtype"
 
 

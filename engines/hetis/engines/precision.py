@@ -125,6 +125,8 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
     if model.weights == "mxfp4" and model.moe is None:
         yield f"mxfp4 is a format of experts, which {model.name} has not ({support.weights['mxfp4'].source})"
+    if model.kv_bytes < 1:
+        yield f"KV in {kv_of(model)} is not modelled for {engine}, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
     if has is None:
         return
     if not model.float16 and has < _BFLOAT16:
@@ -132,9 +134,10 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
             f"{model.name} needs bfloat16 ({_NO_FLOAT16}), which takes compute capability {_BFLOAT16:g}, "
             f"{gpu.name} ({gpu.architecture}) has {has:g}"
         )
+    fp8_kv = support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None
     wanted = [
         (f"{weights_of(model)} weights", support.weights.get(model.weights)),
-        (f"{kv_of(model)} KV", support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None),
+        ("fp8 KV (in 16 bits: --kv bf16)", fp8_kv),
         ("any model", support.engine),
     ]
     for what, least in wanted:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout
 from hetis.engines.versions import Engine
+from hetis.formats.dtypes import kv_of
 from hetis.formats.endpoints import joined
+from hetis.formats.model import load_model
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
+KV_DTYPE = "--kv-cache-dtype"
+UNQUANTISED_KV = frozenset(("bfloat16", "float16", "bf16"))  # its values for KV in 16 bits; the last is SGLang's
 DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
@@ -21,10 +28,10 @@ DECIDED = frozenset(
         *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--dist-init-addr", "--headless"),
         *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
         *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
-        *("--kv-cache-dtype", "--kv-cache-memory-bytes", "--max-total-tokens"),
+        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens"),
     )
 )
-"""Options of engines that follow from the plan, or from settings of ours; users may give all others."""
+"""Options of engines that follow from the plan, or from settings of ours; users may give all others (`decided_in`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +71,50 @@ def names_of(options: Sequence[str]) -> set[str]:
     return {word.partition("=")[0].replace("_", "-") for word in options if word.startswith("-")}
 
 
+def decided_in(options: Sequence[str]) -> set[str]:
+    """Return the names among these words that the plan decides, or settings of ours.
+
+    The dtype of KV in 16 bits is not among them, as plans do not know which it is. An engine must be told where the
+    plan has KV in 16 bits, but the checkpoint states a quantised KV cache, which engines take by themselves.
+    """
+    decided = names_of(options) & DECIDED
+    return decided - {KV_DTYPE} if set(_values_of(KV_DTYPE, options)) <= UNQUANTISED_KV else decided
+
+
+def checkpoint_model(folder: Path, planned: ModelSpec | None, options: Sequence[str]) -> ModelSpec:
+    """Return the model of a checkpoint, with KV in the planned precision, which the engine is told.
+
+    Args:
+        folder: of the checkpoint.
+        planned: the model on its GPUs in the plan; None: not known, and KV is as the checkpoint states.
+        options: of the engine, verbatim.
+
+    Raises:
+        DocumentError: the checkpoint's config cannot be used.
+        LayoutError: its KV would not be as planned: the checkpoint states a quantised KV cache, the plan has 16 bits,
+            and no option says so.
+    """
+    found = load_model(folder / "config.json")
+    if planned is None:
+        return found
+    if found.kv_bytes < 2 <= planned.kv_bytes and KV_DTYPE not in names_of(options):
+        raise LayoutError(
+            f"{folder} states {kv_of(found)} KV, which engines take by themselves, and the plan has 16 bits: "
+            f"give the engine {KV_DTYPE} bfloat16, or float16 if that is the checkpoint's dtype"
+        )
+    return replace(found, name=planned.name, kv_bytes=planned.kv_bytes)
+
+
 def drain_s(options: Sequence[str]) -> float:
     """Return the seconds that vLLM gives running requests when it is told to end."""
+    return next((float(value) for value in _values_of("--shutdown-timeout", options) if value.isdecimal()), 0.0)
+
+
+def _values_of(name: str, options: Sequence[str]) -> Iterator[str]:
     words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for name, value in itertools.pairwise(words):
-        if name.replace("_", "-") == "--shutdown-timeout" and value.isdecimal():
-            return float(value)
-    return 0.0
+    for word, value in itertools.pairwise((*words, "")):
+        if word.replace("_", "-") == name:
+            yield value
 
 
 CONNECTOR = {"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
@@ -97,8 +141,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         room["--dtype"] = dtype
-    if layout.kv_is_fp8:
-        room["--kv-cache-dtype"] = "fp8"
+    if layout.kv_is_fp8 and not serving.gives(KV_DTYPE):
+        room[KV_DTYPE] = "fp8"
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
         # vLLM does not start if a request of the model's full context would not fit.
@@ -172,7 +216,7 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         told["--dtype"] = dtype
     if layout.kv_is_fp8:
-        told["--kv-cache-dtype"] = "fp8_e4m3"
+        told[KV_DTYPE] = "fp8_e4m3"
     if serving.limits_kv:
         told["--max-total-tokens"] = str(layout.kv_tokens)
         if layout.context_tokens is not None:

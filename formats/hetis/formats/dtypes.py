@@ -154,7 +154,7 @@ def weights_of(model: ModelSpec) -> str:
 
 def kv_of(model: ModelSpec) -> str:
     """Return the precision of the KV cache, for people."""
-    names = {size: name for name, size in KV_PRECISIONS.items()}
+    names = {size: name for name, size in KV_PRECISIONS.items()} | {BYTES_PER_PARAMETER["nvfp4"]: "nvfp4"}
     return names.get(model.kv_bytes, f"{model.kv_bytes:g} bytes a number")
 
 

@@ -43,10 +43,13 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
     quantised = _quantised(config)
     dtype = _dtype(config, quantised)
+    kv_bytes = _stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
     if config.problems or model is None:
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
     model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
+    if kv_bytes is not None:
+        model = dataclasses.replace(model, kv_bytes=kv_bytes)
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
     linear_modules = _delta_rule_matrices(config) if model.linear else {}
@@ -127,6 +130,8 @@ def _quantised(config: Config) -> str | None:
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
         return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
     if method == "compressed-tensors":
+        if quantisation.get("config_groups") == {}:
+            return None  # only KV is quantised
         groups = mapping(quantisation.get("config_groups"))
         weights = mapping(mapping(next(iter(groups.values()), None)).get("weights"))
         bits, is_float = weights.get("num_bits"), weights.get("type") == "float"
@@ -145,6 +150,29 @@ def _quantised(config: Config) -> str | None:
     what = f"{method} with {bits} bits" if has_bits else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {supported}")
     return None
+
+
+def _stated_kv_bytes(quantisation: Config | None, *, is_latent: bool) -> float | None:
+    """Return the bytes of an element of the quantised KV cache that a checkpoint states; None: it states none.
+
+    It is read as vLLM 0.32 does (`resolve_kv_cache_dtype_string` in vllm/utils/torch_utils.py), which ignores what it
+    does not know of ModelOpt, and does not apply the scheme of compressed-tensors to latent attention.
+    """
+    data = {} if quantisation is None else quantisation.data
+    method, scheme = str(data.get("quant_method", "")).lower(), data.get("kv_cache_scheme")
+    number = [mapping(scheme).get(name) for name in ("type", "num_bits")]
+    if method == "modelopt":
+        algorithm = str(scheme or data.get("kv_cache_quant_algo")).lower()
+        if isinstance(scheme, dict) and scheme:
+            is_fp8 = number == ["float", 8] and scheme.get("dynamic") is False
+            algorithm = "fp8" if is_fp8 else "nvfp4" if number == ["float", 4] else ""
+        return dtypes.BYTES_PER_PARAMETER[algorithm] if algorithm in ("fp8", "nvfp4") else None
+    if method != "compressed-tensors" or quantisation is None or scheme is None or is_latent:
+        return None
+    if number != ["float", 8]:
+        stated = f"is of type {shown(number[0])} and num_bits {shown(number[1])}"
+        quantisation.refuse("kv_cache_scheme", f"{stated}, must be of float and 8, the only ones in vLLM")
+    return dtypes.BYTES_PER_PARAMETER["fp8"]
 
 
 MAX_NUMBER = 10**9

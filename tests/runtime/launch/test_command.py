@@ -302,14 +302,16 @@ def test_what_runs_where_is_shown_in_json(run: Run) -> None:
     assert (code, [(row["name"], row["node"]) for row in rows]) == (0, [("vllm", "a"), ("b/0", "b"), ("b/1", "b")])
 
 
+TINY: dict[str, object] = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4}
+TINY |= {"hidden": 128, "intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
+
+
 def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, folder: Path, tmp_path: Path) -> None:
     code, _, lines = run("show", "--plan", "plan.json", "-m", "org/tiny")
     why = "it is no folder here, and the plan has no document of its model"
     assert (code, lines) == (2, [f"hetis-launch: --model org/tiny: {why}"])
-    document = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4, "hidden": 128}
-    document |= {"intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    plan["inputs"] = {"documents": {"model": document}}
+    plan["inputs"] = {"documents": {"model": TINY}}
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     here = run("show", "--plan", "plan.json", "-m", "models/tiny")
     named = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "org/tiny")
@@ -318,12 +320,10 @@ def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, fo
 
 
 def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_path: Path) -> None:
-    document = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4, "hidden": 128}
-    document |= {"intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
     plan = json.loads(write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8))).read_text(encoding="utf-8"))
 
     def told(**precision: object) -> str:
-        plan["inputs"] = {"documents": {"model": document | precision}}
+        plan["inputs"] = {"documents": {"model": TINY | precision}}
         (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         code, printed, lines = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny")
         assert code == 0, lines
@@ -337,6 +337,26 @@ def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_p
     assert run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny")[0] == 0
     code, _, lines = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny", "--replica", "7")
     assert (code, lines) == (3, ["hetis-launch: there is no replica 7, the plan has 1, counted from 0"])
+
+
+def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(run: Run, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "fp8"
+    write_config(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    plan = write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8)))
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"inputs": {"documents": {"model": TINY}}}))
+    asked = ("show", "--plan", str(plan), "-m", str(checkpoint))
+    code, printed, lines = run(*asked)
+    told = "give the engine --kv-cache-dtype bfloat16, or float16 if that is the checkpoint's dtype"
+    why = f"{checkpoint} states fp8 KV, which engines take by themselves, and the plan has 16 bits: {told}"
+    assert (code, printed, lines) == (3, "", [f"hetis-launch: {why}"])
+    code, printed, _ = run(*asked, "--", "--kv-cache-dtype", "bfloat16")
+    assert code == 0
+    assert printed.count("--kv-cache-dtype bfloat16") == 1
+    code, _, lines = run(*asked, "--", "--kv-cache-dtype", "fp8")
+    assert (code, lines) == (2, ["hetis-launch: --kv-cache-dtype stands after --: it is hetis-launch that sets it"])
 
 
 def test_a_machine_that_the_plan_does_not_know_is_told(run: Run) -> None:

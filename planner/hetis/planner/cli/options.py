@@ -180,7 +180,7 @@ class OptionalInputOptions:
     kv: str | None = _input(
         "--kv P[,GPU=P...]: Of the KV cache, everywhere and on GPU types: bf16 or fp8.",
         parser=values.kv,
-        shown="bf16, or the file's",
+        shown="the checkpoint's",
     )
     mtp: str | None = _input(
         "--mtp K:RATE: "

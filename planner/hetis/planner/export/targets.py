@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hetis.engines.kubernetes import NAMESPACE
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
-from hetis.engines.serving import DECIDED, names_of
+from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
@@ -126,7 +126,7 @@ def _wrong(
             yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
     yield from (
         f"{option} is no option to give the engine: the plan decides it"
-        for option in sorted(names_of(given.engine_options) & DECIDED)
+        for option in sorted(decided_in(given.engine_options))
     )
     if given.engine_options and not given.engine_options[0].startswith("-"):
         yield f"{given.engine_options[0]!r} is no option of the engine, which begin with -"

@@ -16,6 +16,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import EngineRules
 
+TELL_ENGINES = "where the checkpoint states it, tell the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
 
@@ -41,7 +42,10 @@ def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, m
         raise InvalidProblemError(f"precision: {error}") from None
     if mtp is not None:
         model = replace(model, draft=drafts(mtp))
-    return replace(loaded, inputs=replace(inputs, model=model))
+    notes = loaded.notes
+    if inputs.model.kv_bytes < 2 and any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(inputs.cluster)):
+        notes = (*notes, f"KV {dtypes.kv_of(inputs.model)} in the model's file, bf16 in the plan: {TELL_ENGINES}")
+    return replace(loaded, inputs=replace(inputs, model=model), notes=notes)
 
 
 def _on_types_of(cluster: Cluster, text: str | None, known: Collection[str]) -> dtypes.Chosen | None:
@@ -130,7 +134,7 @@ def _why_no_workers(model: ModelSpec) -> str:
         return "the plugin verifies no drafts"
     if not model.heads_can_move:
         return "vLLM frees the KV that windows have passed, and workers keep it (windows_free_kv of a model file)"
-    return "they keep KV in 16 bits"
+    return "they keep KV in 16 bits (--kv bf16)"
 
 
 def _without(gpu: str, *, has_workers: bool) -> Constraint:

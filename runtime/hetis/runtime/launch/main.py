@@ -8,7 +8,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
@@ -283,20 +283,19 @@ def _read(
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.layout import layout_of
-    from hetis.engines.serving import DECIDED, Serving, program_of
+    from hetis.engines.serving import Serving, program_of
     from hetis.formats.documents import load_plan
 
-    ours = DECIDED - {"--served-model-name", "--host", "--port"}  # the user's, unlike in an export
     options = tuple(given.vllm_options or ())
     program = tuple(shlex.split(given.vllm) or program_of(given.engine))
-    found = [*wrong, *_wrong_options(options, ours | set(set_here))]
+    found = [*wrong, *_wrong_options(options, set_here)]
     found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not given.model else []
     found += ["--plan is missing: a plan of hetis-plan place"] if given.plan is None else []
     if found:
         raise OptionError(*found)
     assert given.plan is not None
     planned = load_plan(given.plan)
-    spec = _model(planned, given.replica, given.model)
+    spec = _model(planned, given.replica, given.model, options)
     layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=given.dtype, kv_tokens=given.kv_tokens)
     if len(layout.servers) > 1 and program[-1] != "serve":
         raise OptionError(f"--vllm is {given.vllm!r}: only `vllm serve` starts stages on several nodes")
@@ -311,26 +310,27 @@ def _read(
     )
 
 
-def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
-    from hetis.engines.serving import names_of
+def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[str]:
+    from hetis.engines.serving import decided_in, names_of
 
-    wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(names_of(options) & ours)]
+    users = {"--served-model-name", "--host", "--port"}  # unlike in an export
+    ours = (decided_in(options) - users) | (names_of(options) & set(set_here))
+    wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(ours)]
     if options and not options[0].startswith("-"):
         wrong.append(f"{options[0]!r} is no option; those of vLLM stand after --")
     return wrong
 
 
-def _model(plan: Plan, number: int, model: str) -> ModelSpec:
+def _model(plan: Plan, number: int, model: str, options: Sequence[str]) -> ModelSpec:
     """Return the model of a replica: its shape from its folder if that is here, with KV in the plan's precision."""
     from hetis.engines.layout import planned_model
-    from hetis.formats.model import load_model
+    from hetis.engines.serving import checkpoint_model
 
     planned = planned_model(plan)
     if Path(model).is_dir():
-        found = load_model(f"{model}/config.json")
-        if planned is None or number >= len(plan.replicas):
-            return found
-        return replace(found, kv_bytes=planned.on(plan.replicas[number].stages[0].gpu).kv_bytes)
+        if planned is not None and number < len(plan.replicas):
+            planned = planned.on(plan.replicas[number].stages[0].gpu)
+        return checkpoint_model(Path(model), planned, options)
     if planned is None:
         raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
     return planned

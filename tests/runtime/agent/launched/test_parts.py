@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -159,6 +160,21 @@ def test_the_checkpoint_is_that_of_the_replicas_precision(tmp_path: Path) -> Non
         line = part_of(assigned(model=planned), settings, node="a", folder=FOLDER).commands[0].line
         assert f"{tmp_path}/tiny-{name}" in line
         assert ("--kv-cache-dtype fp8" in line) == (name == "fp8")
+
+
+def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(tmp_path: Path) -> None:
+    write_config(tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    where = f"{tmp_path}/{{name}}"
+    with pytest.raises(RefusedError, match="tiny states fp8 KV, which engines take by themselves, and the plan has 16"):
+        part_of(assigned(model=MODEL), settings_of(model=where), node="a", folder=FOLDER)
+    told = settings_of(model=where, options="--kv-cache-dtype bfloat16")
+    line = part_of(assigned(model=MODEL), told, node="a", folder=FOLDER).commands[0].line
+    assert line.count("--kv-cache-dtype bfloat16") == 1
+    as_stated = part_of(assigned(model=replace(MODEL, kv_bytes=1.0)), settings_of(model=where), node="a", folder=FOLDER)
+    assert "--kv-cache-dtype fp8" in as_stated.commands[0].line
 
 
 def test_a_drain_time_becomes_the_engines_own() -> None:

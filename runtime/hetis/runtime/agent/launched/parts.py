@@ -24,14 +24,13 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, ProcessKind, layout_of_replica
-from hetis.engines.serving import DECIDED, KV_PORT, MASTER_PORT, Serving, names_of, program_of
+from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, checkpoint_model, decided_in, names_of, program_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
 from hetis.formats.endpoints import host_of, is_host, joined
 from hetis.formats.errors import DocumentError
 from hetis.formats.fields import Document, Duration, read_data, validated, value_of
-from hetis.formats.model import load_model
 from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role
@@ -148,7 +147,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
     except ValueError:
         return  # it is said already that these are no words
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
-        for name in sorted(names_of(words) & DECIDED):
+        for name in sorted(decided_in(words)):
             yield ("options",), f"{name} is no option to give the engine: the plan or these settings decide it"
         if words and not words[0].startswith("-"):
             yield ("options",), f"{words[0]!r} is no option of the engine, which begin with -"
@@ -225,7 +224,7 @@ def _model_of(
     checkpoint = settings.model.format(name=own.name, weights=weights_of(own))
     found = Path(checkpoint)
     if found.is_dir():
-        own = replace(load_model(found / "config.json"), name=own.name, kv_bytes=own.kv_bytes)
+        own = checkpoint_model(found, own, settings.options)
     elif found.is_absolute():
         raise LayoutError(f"{own.name}: there is no folder {found} here")
     return own, checkpoint
