@@ -10,9 +10,10 @@ rows say so (``split``) and are in no total.
 
 A row is one (GPU, engine, model, kind, mode). ``..._mape`` is the mean absolute error over its points, ``..._bias`` the
 mean of predicted / measured - 1 (negative: predicted too fast), and ``tpot_p90`` the error that nine in ten points stay
-below. The last rows count what is ``covered`` and what is ``skipped``. ``--peer-python`` is a Python with
-aiconfigurator, which answers the same rows; ``both_...`` compare the two where both answer. ``--markdown`` writes
-docs/accuracy.md.
+below. ``warmed_n`` and ``warmed_ttft_mape`` leave out the runs in which engines were not warmed up
+(`ServingPoint.is_warmed`). The last rows count what is ``covered`` and what is ``skipped``. ``--peer-python`` is a
+Python with aiconfigurator, which answers the same rows; ``both_...`` compare the two where both answer. ``--markdown``
+writes docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -397,6 +398,7 @@ def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
     """Return the errors of a group's points."""
     tpot = np.array([outcome.tpot_error for outcome in outcomes])
     ttft = np.array([outcome.ttft_error for outcome in outcomes])
+    warmed = np.array([outcome.point.is_warmed for outcome in outcomes])
     return {
         "n": len(outcomes),
         "tpot_mape": _round(np.abs(tpot).mean()),
@@ -404,6 +406,8 @@ def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
         "tpot_p90": _round(np.quantile(np.abs(tpot), 0.9)),
         "ttft_mape": _round(np.abs(ttft).mean()),
         "ttft_bias": _round(ttft.mean()),
+        "warmed_n": int(warmed.sum()),
+        "warmed_ttft_mape": _round(np.abs(ttft[warmed]).mean()) if warmed.any() else None,
     }
 
 

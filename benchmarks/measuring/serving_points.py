@@ -32,6 +32,7 @@ NODE_GPUS = 8  # in every system of the tables; a tensor-parallel group stays wi
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
 DRIFT = 0.98  # of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
 ROUNDING = 3e-3  # between dumps of one measurement
+WARM_DATE = "2026-01-21"  # when InferenceX's load generator began to warm engines up (its pull request 480)
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
 _NAMED_RANKS, _NAMED_REQUESTS = re.compile(r"_tp(\d+)(?:_0)?_ep(\d+)"), re.compile(r"_c(\d+)_")
@@ -79,6 +80,14 @@ class ServingPoint:
     def is_calibration(self) -> bool:
         """Return whether an engine's host times were fitted to this point; see `hetis.profiler.engines`."""
         return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
+
+    @property
+    def is_warmed(self) -> bool:
+        """Return whether requests found an engine that had been warmed up: not in InferenceX's runs before `WARM_DATE`.
+
+        In those, kernels are compiled while the first requests wait.
+        """
+        return self.source != "InferenceX" or not "" < _date(self.row) < WARM_DATE
 
     @property
     def kind(self) -> str:

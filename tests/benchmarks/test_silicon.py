@@ -464,6 +464,14 @@ def test_statistics_by_hand() -> None:
         "n": 2, "tpot_mape": 0.15, "tpot_bias": 0.05, "ttft_mape": 0.5, "ttft_bias": 0.0,
     }  # fmt: skip
     assert found["tpot_p90"] == pytest.approx(0.19)
+    assert (found["warmed_n"], found["warmed_ttft_mape"]) == (2, 0.5)
+    dump = "db-dump/2026-02-01; silicon_concurrency=8; measured="
+    days = ("2026-01-20", "2026-01-21")
+    dated = [outcome(0.9, 1.1 + 0.1 * n, silicon_data_source=dump + day) for n, day in enumerate(days)]
+    assert [one.point.is_warmed for one in dated] == [False, True]
+    found = silicon.statistics(dated)
+    assert (found["n"], found["warmed_n"], found["warmed_ttft_mape"]) == (2, 1, 0.2)
+    assert silicon.statistics(dated[:1])["warmed_ttft_mape"] is None
     # The peer answers one of them, 10% too slow; ours is 20% off for the same one.
     peer: silicon.Peer = {"made-up-1": "no data", "b": (0.05, 0.00715)}
     both = silicon.peer_statistics(outcomes, peer)

@@ -19,14 +19,25 @@ from hetis.engines.commands import (
     as_shell,
     commands_of,
 )
+from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import Serving, decided_in, program_of
+from hetis.engines.serving import Serving, checkpoint_model, decided_in, program_of, require_planned_kv
 from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
-from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing, sharing_experts, stage_of, staged
+from tests.engines.plans import (
+    MODEL,
+    POOL,
+    WITH_EXPERTS,
+    plan_of,
+    sharing,
+    sharing_experts,
+    stage_of,
+    staged,
+    write_config,
+)
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
@@ -93,7 +104,8 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
         (("--kv-cache-dtype", "bfloat16"), False),
         (("--kv_cache_dtype=float16", "--seed", "1"), False),
         (("--kv-cache-dtype", "fp8"), True),
-        (("--kv-cache-dtype", "bf16", "--kv-cache-dtype=fp8"), True),
+        (("--kv-cache-dtype", "bfloat16", "--kv-cache-dtype=fp8"), True),
+        (("--kv-cache-dtype", "bf16"), True),  # vLLM has no such name
         (("--seed", "1", "--kv-cache-dtype"), True),
         (("--kv-cache-dtype", "auto"), True),
     ],
@@ -103,14 +115,61 @@ def test_users_say_which_dtype_kv_of_16_bits_has(words: tuple[str, ...], decided
     assert decided_in((*words, "-tp", "2")) - {"--kv-cache-dtype"} == {"-tp"}
 
 
-def test_an_engine_is_told_of_kv_once() -> None:
-    fp8 = replace(ALONE, kv_is_fp8=True)
-    for layout in (fp8, replace(fp8, engine=Engine.SGLANG)):
-        for given in ((), ("--kv-cache-dtype", "bfloat16")):
-            [command] = commands_of(layout, replace(SERVING, options=given), Addresses())
-            assert command.shown.count("--kv-cache-dtype") == 1
-            told = command.shown[command.shown.index("--kv-cache-dtype") + 1]
-            assert told == given[-1] if given else told.startswith("fp8")
+@pytest.mark.parametrize(
+    ("layout", "serving", "told"),
+    [
+        ({}, {}, None),
+        ({}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "bfloat16"),
+        ({}, {"options": ("--seed", "1", "--kv_cache_dtype=float16")}, "float16"),
+        ({}, {"dtype": "float16"}, "float16"),  # of model and KV
+        ({}, {"dtype": "float16", "options": ("--seed", "1", "--kv-cache-dtype", "bfloat16")}, "float16"),
+        ({}, {"dtype": "float32"}, None),  # no dtype of KV has 32 bits
+        ({"dtype": "float16"}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "float16"),
+        ({"dtype": "float16"}, {"device": "cpu"}, None),
+        ({"kv_is_fp8": True}, {}, "fp8"),
+        ({"kv_is_fp8": True}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "fp8"),
+    ],
+)
+def test_every_engine_is_told_of_the_kv_of_its_own_replica(
+    layout: dict[str, Any], serving: dict[str, Any], told: str | None
+) -> None:
+    [vllm] = commands_of(replace(ALONE, **layout), replace(SERVING, **serving), Addresses())
+    after = dict(itertools.pairwise(vllm.shown))
+    assert after.get("--kv-cache-dtype") == told
+    assert sum("kv-cache-dtype" in word or "kv_cache_dtype" in word for word in vllm.shown) == (told is not None)
+    assert after.get("--seed") == ("1" if serving.get("options") else None)
+    if (layout.get("dtype"), serving.get("dtype")) == (None, None) and told != "float16":  # SGLang has none of float16
+        [sglang] = commands_of(replace(ALONE, **layout, engine=Engine.SGLANG), replace(SERVING, **serving), Addresses())
+        after = dict(itertools.pairwise(sglang.shown))
+        assert after.get("--kv-cache-dtype") == ("fp8_e4m3" if told == "fp8" else told)
+        assert sglang.shown.count("--kv-cache-dtype") == (told is not None)
+
+
+def test_sglang_is_not_told_of_kv_in_float16() -> None:
+    [sglang] = commands_of(replace(ALONE, dtype="float16", engine=Engine.SGLANG), SERVING, Addresses())
+    assert ("float16" in sglang.shown, "--kv-cache-dtype" in sglang.shown) == (True, False)
+
+
+def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert checkpoint_model(tmp_path, None)[0].kv_bytes == 1
+    model, stated = checkpoint_model(tmp_path, MODEL)
+    assert (model.name, model.kv_bytes, stated) == (MODEL.name, 2, "fp8")
+    with pytest.raises(LayoutError, match="/models/tiny states fp8 KV, which engines take by themselves"):
+        require_planned_kv(stated, ALONE, SERVING)
+    with pytest.raises(LayoutError):
+        require_planned_kv(stated, ALONE, replace(SERVING, dtype="float32"))
+    for layout, serving in (
+        (replace(ALONE, kv_is_fp8=True), SERVING),
+        (replace(ALONE, dtype="float16"), SERVING),
+        (ALONE, replace(SERVING, dtype="bfloat16")),
+        (ALONE, replace(SERVING, options=("--kv-cache-dtype", "bfloat16"))),
+    ):
+        require_planned_kv(stated, layout, serving)
+    require_planned_kv("", ALONE, SERVING)
 
 
 def test_vllms_other_program_is_told_its_model_by_an_option() -> None:

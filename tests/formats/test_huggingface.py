@@ -245,6 +245,9 @@ STATED_KV = [  # a checkpoint's quantisation, and the dtype of KV that vLLM take
     (MODELOPT | {"kv_cache_scheme": SCHEME | {"dynamic": True}}, "auto"),
     (MODELOPT | {"kv_cache_scheme": SCHEME | {"num_bits": 4}}, "nvfp4"),
     (MODELOPT | {"kv_cache_scheme": SCHEME | {"num_bits": [8]}}, "auto"),
+    (MODELOPT | {"kv_cache_scheme": {"type": "float", "num_bits": 8}}, "auto"),
+    (MODELOPT | {"kv_cache_scheme": {"type": "int", "num_bits": 4}}, "auto"),
+    (MODELOPT | {"kv_cache_quant_algo": SCHEME}, "fp8"),
     (OF_TENSORS, "auto"),
     (OF_TENSORS | {"config_groups": {}, "kv_cache_scheme": SCHEME}, "fp8"),
     (OF_TENSORS | {"kv_cache_scheme": SCHEME}, "fp8"),
@@ -275,9 +278,11 @@ def test_vllm_leaves_latent_attention_of_compressed_tensors_in_16_bits(tmp_path:
 @pytest.mark.parametrize(
     ("scheme", "what"),
     [
-        (SCHEME | {"type": "int"}, "type 'int' and num_bits 8"),
-        (SCHEME | {"num_bits": [8]}, "type 'float' and num_bits a list"),
-        ("static", "type null and num_bits null"),
+        (SCHEME | {"type": "int"}, "has type 'int'"),
+        (SCHEME | {"num_bits": [8]}, "has num_bits a list"),
+        (SCHEME | {"strategy": "channel"}, "has strategy 'channel'"),
+        ({"type": "float", "num_bits": 8, "strategy": "tensor"}, "has symmetric null"),
+        ("static", "is 'static'"),
     ],
 )
 def test_a_kv_cache_that_vllm_refuses_is_refused(tmp_path: Path, scheme: object, what: str) -> None:
@@ -286,8 +291,10 @@ def test_a_kv_cache_that_vllm_refuses_is_refused(tmp_path: Path, scheme: object,
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DocumentError) as refused:
         load_model(tmp_path)
-    path = "quantization_config.kv_cache_scheme"
-    assert str(refused.value).endswith(f"{path}: is of {what}, must be of float and 8, the only ones in vLLM")
+    wanted = "type 'float', num_bits 8, strategy 'tensor' or 'attn_head', symmetric true, the only ones in vLLM"
+    assert str(refused.value).endswith(
+        f"config.json:1: quantization_config.kv_cache_scheme: {what}, must have {wanted}"
+    )
 
 
 def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_their_own(tmp_path: Path) -> None:
@@ -300,6 +307,8 @@ def test_older_checkpoints_of_modelopt_say_how_they_are_quantised_in_a_file_of_t
     model = load_model(tmp_path)
     assert (model.weight_bytes, model.weights, model.kv_bytes) == (1.0, "fp8", 1.0)
     assert load_model(tmp_path / "config.json") == model
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert load_model(tmp_path) == model
 
     beside.write_text('{\n"quantization": {"quant_algo": "MIXED_PRECISION"}}')
     with pytest.raises(DocumentError) as refused:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from hetis.engines.serving import TELL_KV
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.precision import TELL_ENGINES, for_engine, in_precision
+from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.errors import InvalidProblemError
 
@@ -80,12 +81,20 @@ def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
     stated, chosen = place(capsys, *inputs), place(capsys, *inputs, "--kv", "bf16")
     assert [plan["inputs"]["documents"]["model"]["kv_bytes"] for plan in (stated, chosen)] == [1.0, 2.0]
     assert "no attention workers: they keep KV in 16 bits (--kv bf16)" in stated["notes"]
-    assert f"KV fp8 in the model's file, bf16 in the plan: {TELL_ENGINES}" in chosen["notes"]
+    assert f"KV fp8 in the model's file, bf16 in the plan: {TELL_KV}" in chosen["notes"]
     assert not any("in the model's file" in note for note in stated["notes"])
+    loaded = load_inputs(cluster="fleet.yaml", model="config.json", workload="1024/256")
+    [note] = in_precision(loaded, weights=None, kv="V100-SXM2-32GB=bf16").notes
+    assert note.startswith("KV fp8 in the model's file, bf16 in the plan")
+    assert in_precision(loaded, weights=None, kv="fp8").notes == ()
     (folder / "plan.json").write_text(json.dumps(chosen))
     export = ("export", "plan.json", "--to", "vllm", "--model", "/models/m")
     assert run([*export, "--", "--kv-cache-dtype", "bfloat16"]) == ExitCode.OK
-    assert "--kv-cache-dtype bfloat16" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "--kv-cache-dtype bfloat16" in told.out
+    assert TELL_KV not in " ".join(told.err.split())
+    assert run([*export, "--strict"]) == ExitCode.MISSED
+    assert f"KV in 16 bits (r0): {TELL_KV}" in " ".join(capsys.readouterr().err.split())
     assert run([*export, "--", "--kv-cache-dtype", "fp8"]) == ExitCode.INVALID
     assert "--kv-cache-dtype is no option to give the engine: the plan decides it" in capsys.readouterr().err
 

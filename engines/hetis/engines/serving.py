@@ -17,10 +17,11 @@ from hetis.formats.model import load_model
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
+TELL_KV = "where the checkpoint states less, tell the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
 KV_DTYPE = "--kv-cache-dtype"
-UNQUANTISED_KV = frozenset(("bfloat16", "float16", "bf16"))  # its values for KV in 16 bits; the last is SGLang's
+UNQUANTISED_KV = ("bfloat16", "float16")  # its values for KV in 16 bits; SGLang has the first alone
 DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
@@ -74,35 +75,51 @@ def names_of(options: Sequence[str]) -> set[str]:
 def decided_in(options: Sequence[str]) -> set[str]:
     """Return the names among these words that the plan decides, or settings of ours.
 
-    The dtype of KV in 16 bits is not among them, as plans do not know which it is. An engine must be told where the
-    plan has KV in 16 bits, but the checkpoint states a quantised KV cache, which engines take by themselves.
+    The dtype of KV in 16 bits is not among them: plans do not know that of the checkpoint (`kv_dtype_of`).
     """
     decided = names_of(options) & DECIDED
-    return decided - {KV_DTYPE} if set(_values_of(KV_DTYPE, options)) <= UNQUANTISED_KV else decided
+    return decided - {KV_DTYPE} if set(_values_of(KV_DTYPE, options)) <= set(UNQUANTISED_KV) else decided
 
 
-def checkpoint_model(folder: Path, planned: ModelSpec | None, options: Sequence[str]) -> ModelSpec:
-    """Return the model of a checkpoint, with KV in the planned precision, which the engine is told.
+def kv_dtype_of(layout: Layout, serving: Serving) -> str:
+    """Return what to tell the engine of its KV; empty: nothing, and it takes the precision that the checkpoint states.
+
+    KV in 16 bits has the dtype of the model if that is told, otherwise the one among the verbatim options.
+    """
+    if layout.kv_is_fp8:
+        return "fp8"
+    dtype = serving.dtype_of(layout.dtype)
+    if dtype in (UNQUANTISED_KV[:1] if layout.engine is Engine.SGLANG else UNQUANTISED_KV):
+        return dtype
+    return next(_values_of(KV_DTYPE, serving.options), "")
+
+
+def checkpoint_model(folder: Path, planned: ModelSpec | None) -> tuple[ModelSpec, str]:
+    """Return the model of a checkpoint with KV as planned, and the quantised KV that it states; empty: none.
 
     Args:
         folder: of the checkpoint.
         planned: the model on its GPUs in the plan; None: not known, and KV is as the checkpoint states.
-        options: of the engine, verbatim.
 
     Raises:
         DocumentError: the checkpoint's config cannot be used.
-        LayoutError: its KV would not be as planned: the checkpoint states a quantised KV cache, the plan has 16 bits,
-            and no option says so.
     """
     found = load_model(folder / "config.json")
-    if planned is None:
-        return found
-    if found.kv_bytes < 2 <= planned.kv_bytes and KV_DTYPE not in names_of(options):
+    model = found if planned is None else replace(found, name=planned.name, kv_bytes=planned.kv_bytes)
+    return model, kv_of(found) if found.kv_bytes < 2 else ""
+
+
+def require_planned_kv(stated: str, layout: Layout, serving: Serving) -> None:
+    """Check that the engine does not take the quantised KV that the checkpoint states where the plan has 16 bits.
+
+    Raises:
+        LayoutError: it would.
+    """
+    if stated and not kv_dtype_of(layout, serving):
         raise LayoutError(
-            f"{folder} states {kv_of(found)} KV, which engines take by themselves, and the plan has 16 bits: "
-            f"give the engine {KV_DTYPE} bfloat16, or float16 if that is the checkpoint's dtype"
+            f"{serving.model} states {stated} KV, which engines take by themselves, and the plan has 16 bits: "
+            f"give the engine {KV_DTYPE} with the checkpoint's dtype, {' or '.join(UNQUANTISED_KV)}"
         )
-    return replace(found, name=planned.name, kv_bytes=planned.kv_bytes)
 
 
 def drain_s(options: Sequence[str]) -> float:
@@ -115,6 +132,15 @@ def _values_of(name: str, options: Sequence[str]) -> Iterator[str]:
     for word, value in itertools.pairwise((*words, "")):
         if word.replace("_", "-") == name:
             yield value
+
+
+def _without_kv_dtype(options: Sequence[str]) -> list[str]:
+    """Return the verbatim options without that of KV, which `kv_dtype_of` tells for each replica."""
+    kept = list[str]()
+    for before, word in itertools.pairwise(("", *options)):
+        if KV_DTYPE not in names_of([word]) and before.replace("_", "-") != KV_DTYPE:
+            kept.append(word)
+    return kept
 
 
 CONNECTOR = {"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
@@ -141,8 +167,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         room["--dtype"] = dtype
-    if layout.kv_is_fp8 and not serving.gives(KV_DTYPE):
-        room[KV_DTYPE] = "fp8"
+    if kv_dtype := kv_dtype_of(layout, serving):
+        room[KV_DTYPE] = kv_dtype
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
         # vLLM does not start if a request of the model's full context would not fit.
@@ -183,7 +209,7 @@ def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeti
         arguments += ["--master-addr", meeting.host, "--master-port", str(meeting.port)]
     if number:
         arguments += ["--headless"]
-    return (*arguments, *words_of(room_options(layout, serving)), *serving.options)
+    return (*arguments, *words_of(room_options(layout, serving)), *_without_kv_dtype(serving.options))
 
 
 def words_of(options: Mapping[str, str]) -> list[str]:
@@ -215,8 +241,8 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--chunked-prefill-size"] = str(layout.chunk_tokens * copies)
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         told["--dtype"] = dtype
-    if layout.kv_is_fp8:
-        told[KV_DTYPE] = "fp8_e4m3"
+    if kv_dtype := kv_dtype_of(layout, serving):
+        told[KV_DTYPE] = {"fp8": "fp8_e4m3"}.get(kv_dtype, kv_dtype)
     if serving.limits_kv:
         told["--max-total-tokens"] = str(layout.kv_tokens)
         if layout.context_tokens is not None:
@@ -229,8 +255,9 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
     if layout.role is Role.PREFILL:
         told["--disaggregation-bootstrap-port"] = str(meeting.kv_port)
-    words = [word for name, value in told.items() if not serving.gives(name) for word in (name, value) if word]
-    return (*serving.program, *words, "--enable-metrics", *serving.options)
+    users = names_of(own := _without_kv_dtype(serving.options))
+    words = [word for name, value in told.items() if name not in users for word in (name, value) if word]
+    return (*serving.program, *words, "--enable-metrics", *own)
 
 
 def program_of(engine: Engine) -> tuple[str, ...]:

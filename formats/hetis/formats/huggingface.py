@@ -24,6 +24,15 @@ from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShap
 _QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
 
 
+# What vLLM takes of the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
+_KV_SCHEME: Mapping[str, tuple[object, ...]] = {
+    "type": ("float",),
+    "num_bits": (8,),
+    "strategy": ("tensor", "attn_head"),
+    "symmetric": (True,),
+}
+
+
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
     """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
     that are, or says what is not modelled), or fields are missing or impossible.
@@ -99,10 +108,8 @@ def _dtype(config: Config, quantised: str | None) -> str:
 
 def _quantisation(config: Config, folder: Path | None) -> Config | None:
     """Return what says how weights are quantised, or None if nothing does, or nothing readable."""
-    if "quantization_config" in config.data:
-        found, source, at = config.data["quantization_config"], config.source, (*config.at, "quantization_config")
-        if found is None:
-            return None
+    if (found := config.data.get("quantization_config")) is not None:
+        source, at = config.source, (*config.at, "quantization_config")
     elif folder is not None and (beside := folder / _QUANTISATION_FILE).is_file():
         data, source = read_data(beside)
         found, at = data.get("quantization") if isinstance(data, dict) else data, ("quantization",)
@@ -160,18 +167,22 @@ def _stated_kv_bytes(quantisation: Config | None, *, is_latent: bool) -> float |
     """
     data = {} if quantisation is None else quantisation.data
     method, scheme = str(data.get("quant_method", "")).lower(), data.get("kv_cache_scheme")
-    number = [mapping(scheme).get(name) for name in ("type", "num_bits")]
     if method == "modelopt":
-        algorithm = str(scheme or data.get("kv_cache_quant_algo")).lower()
-        if isinstance(scheme, dict) and scheme:
-            is_fp8 = number == ["float", 8] and scheme.get("dynamic") is False
-            algorithm = "fp8" if is_fp8 else "nvfp4" if number == ["float", 4] else ""
+        stated = scheme or data.get("kv_cache_quant_algo")
+        if isinstance(stated, dict):
+            number = [stated.get("type"), stated.get("num_bits")]
+            is_fp8 = number == ["float", 8] and stated.get("dynamic") is False
+            stated = "fp8" if is_fp8 else "nvfp4" if number == ["float", 4] else None
+        algorithm = str(stated).lower()
         return dtypes.BYTES_PER_PARAMETER[algorithm] if algorithm in ("fp8", "nvfp4") else None
     if method != "compressed-tensors" or quantisation is None or scheme is None or is_latent:
         return None
-    if number != ["float", 8]:
-        stated = f"is of type {shown(number[0])} and num_bits {shown(number[1])}"
-        quantisation.refuse("kv_cache_scheme", f"{stated}, must be of float and 8, the only ones in vLLM")
+    for name, possible in _KV_SCHEME.items():
+        if not isinstance(scheme, dict) or scheme.get(name) not in possible:
+            is_what = f"has {name} {shown(scheme.get(name))}" if isinstance(scheme, dict) else f"is {shown(scheme)}"
+            wanted = ", ".join(f"{name} {' or '.join(map(shown, known))}" for name, known in _KV_SCHEME.items())
+            quantisation.refuse("kv_cache_scheme", f"{is_what}, must have {wanted}, the only ones in vLLM")
+            break
     return dtypes.BYTES_PER_PARAMETER["fp8"]
 
 

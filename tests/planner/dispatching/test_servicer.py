@@ -188,6 +188,10 @@ class HeldCall:
         self.written = list[list[str]]()
         self.answers = asyncio.Queue[pb2.DispatchRequestsResponse]()
         self.read = self.answers.get
+        self.was_cancelled = False
+
+    def cancel(self) -> None:
+        self.was_cancelled = True
 
     async def write(self, message: pb2.DispatchRequestsRequest) -> None:
         self.written.append([one.id for one in message.new_requests])
@@ -226,23 +230,30 @@ def test_a_step_that_nobody_waits_for_any_more_is_not_sent() -> None:
     asyncio.run(asyncio.wait_for(session(), 30))
 
 
-def test_steps_fail_at_once_if_their_stream_breaks_in_a_way_that_nobody_foresaw() -> None:
+@pytest.mark.parametrize("part", ["read", "write"])
+def test_a_stream_that_breaks_in_a_way_that_nobody_foresaw_ends_with_all_its_steps(
+    caplog: pytest.LogCaptureFixture, part: str
+) -> None:
     async def session() -> None:
-        async def fail(message: pb2.DispatchRequestsRequest) -> None:
+        async def fail(*_: object) -> None:
             raise RuntimeError("unforeseen")
 
         call = HeldCall()
         stream = AsyncDispatchStream(call, REPLICA, "state")
         under_way = await call.is_sent(stream.step(new=[new("a")]))
-        behind = asyncio.create_task(stream.step(new=[new("b")]))
-        call.write = fail  # type: ignore[method-assign]
+        behind = [asyncio.create_task(stream.step(new=[new(name)])) for name in ("b", "b")]  # one after the other
+        await asyncio.sleep(0)
+        setattr(call, part, fail)
         call.answers.put_nowait(pb2.DispatchRequestsResponse())
         await under_way
-        with pytest.raises(CallError, match="the dispatch stream has ended") as caught:
-            await behind
-        assert str(caught.value.__cause__) == "unforeseen"
+        for step in behind:
+            with pytest.raises(CallError, match="the dispatch stream has ended") as caught:
+                await step
+            assert str(caught.value.__cause__) == "unforeseen"
+        assert call.was_cancelled
 
     asyncio.run(asyncio.wait_for(session(), 30))
+    assert [record.message for record in caplog.records] == ["a dispatch stream failed, and is ended"]
 
 
 def test_a_stream_for_code_without_an_event_loop() -> None:

@@ -7,6 +7,7 @@ DISPATCH_STATE_LOST with a new declaration of what is running.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from hetis.planner.failures import code_of_reason
 from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import failure_pb2
 
+_log = logging.getLogger(__name__)
 MOST_TOGETHER = 256  # requests of one kind in a message that combines several steps; the planner takes 1,024
 
 
@@ -99,10 +101,12 @@ class AsyncDispatchStream:
                 for step in steps:
                     _settle(step, answer if len(steps) == 1 else _part_of(answer, step.message))
         except (Exception, asyncio.CancelledError) as error:
-            # gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either. After
-            # any other error nobody is to wait for an answer, either.
+            # gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either.
             failed = call_error(error) if isinstance(error, grpc.RpcError) else _has_ended()
-            failed.__cause__ = error
+            if not isinstance(error, (grpc.RpcError, CallError, asyncio.CancelledError, asyncio.InvalidStateError)):
+                _log.error("a dispatch stream failed, and is ended", exc_info=error)
+                self._call.cancel()  # its next answer could be taken for that of another step
+                failed.__cause__ = error
             for step in (*steps, *self._waiting):
                 if not step.answer.done():
                     step.answer.set_exception(failed)

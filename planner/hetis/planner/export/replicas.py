@@ -12,7 +12,7 @@ from functools import cached_property
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, program_of
+from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
@@ -229,6 +229,9 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
         meetings[node] += layout.meets
         kv_ports[node] += layout.data_parallel  # one for each copy
         workers += len(layout.attention_workers)
+    untold = [one.name for one in replicas.values() if not kv_dtype_of(one.layout, one.serving)]
+    if untold and any(TELL_KV in note for note in plan.notes):
+        changes.append(f"KV in 16 bits ({', '.join(untold)}): {TELL_KV}")
     found = Launchable(
         plan=plan,
         model=model,

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from hetis.engines.precision import SUPPORT, remarks, why_not
+from hetis.engines.serving import TELL_KV
 from hetis.formats import dtypes
 from hetis.formats.catalogue import UnknownNameError, resolve_gpu
 from hetis.formats.model import drafts
@@ -16,7 +17,6 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import EngineRules
 
-TELL_ENGINES = "where the checkpoint states it, tell the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
 
@@ -44,7 +44,7 @@ def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, m
         model = replace(model, draft=drafts(mtp))
     notes = loaded.notes
     if inputs.model.kv_bytes < 2 and any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(inputs.cluster)):
-        notes = (*notes, f"KV {dtypes.kv_of(inputs.model)} in the model's file, bf16 in the plan: {TELL_ENGINES}")
+        notes = (*notes, f"KV {dtypes.kv_of(inputs.model)} in the model's file, bf16 in the plan: {TELL_KV}")
     return replace(loaded, inputs=replace(inputs, model=model), notes=notes)
 
 

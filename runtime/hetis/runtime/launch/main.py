@@ -283,7 +283,7 @@ def _read(
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.layout import layout_of
-    from hetis.engines.serving import Serving, program_of
+    from hetis.engines.serving import Serving, program_of, require_planned_kv
     from hetis.formats.documents import load_plan
 
     options = tuple(given.vllm_options or ())
@@ -295,11 +295,11 @@ def _read(
         raise OptionError(*found)
     assert given.plan is not None
     planned = load_plan(given.plan)
-    spec = _model(planned, given.replica, given.model, options)
+    spec, stated_kv = _model(planned, given.replica, given.model)
     layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=given.dtype, kv_tokens=given.kv_tokens)
     if len(layout.servers) > 1 and program[-1] != "serve":
         raise OptionError(f"--vllm is {given.vllm!r}: only `vllm serve` starts stages on several nodes")
-    return layout, Serving(
+    serving = Serving(
         model=given.model,
         program=program,
         options=options,
@@ -308,6 +308,8 @@ def _read(
         limits_kv=given.kv_tokens is not None,
         executor=executor,
     )
+    require_planned_kv(stated_kv, layout, serving)
+    return layout, serving
 
 
 def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[str]:
@@ -321,8 +323,11 @@ def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[st
     return wrong
 
 
-def _model(plan: Plan, number: int, model: str, options: Sequence[str]) -> ModelSpec:
-    """Return the model of a replica: its shape from its folder if that is here, with KV in the plan's precision."""
+def _model(plan: Plan, number: int, model: str) -> tuple[ModelSpec, str]:
+    """Return the model of a replica, and the quantised KV that its checkpoint states.
+
+    Its shape is that of its folder if that is here, with KV in the plan's precision.
+    """
     from hetis.engines.layout import planned_model
     from hetis.engines.serving import checkpoint_model
 
@@ -330,10 +335,10 @@ def _model(plan: Plan, number: int, model: str, options: Sequence[str]) -> Model
     if Path(model).is_dir():
         if planned is not None and number < len(plan.replicas):
             planned = planned.on(plan.replicas[number].stages[0].gpu)
-        return checkpoint_model(Path(model), planned, options)
+        return checkpoint_model(Path(model), planned)
     if planned is None:
         raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
-    return planned
+    return planned, ""
 
 
 def checked_hosts(texts: Sequence[str]) -> dict[str, str]:

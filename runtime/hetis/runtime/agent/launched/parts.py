@@ -24,7 +24,16 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, ProcessKind, layout_of_replica
-from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving, checkpoint_model, decided_in, names_of, program_of
+from hetis.engines.serving import (
+    KV_PORT,
+    MASTER_PORT,
+    Serving,
+    checkpoint_model,
+    decided_in,
+    names_of,
+    program_of,
+    require_planned_kv,
+)
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
@@ -176,11 +185,12 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
     try:
         planned = json.loads(assignment.model.content)
         replica = replica_of(assignment.shape)
-        model, checkpoint = _model_of(planned, replica, settings)
+        model, checkpoint, stated_kv = _model_of(planned, replica, settings)
         engine, dtype, tokens = settings.served_by, settings.dtype, settings.kv_tokens
         layout = layout_of_replica(replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
+        require_planned_kv(stated_kv, layout, _serving(layout, settings, model.name, checkpoint, endpoint=""))
     except (LayoutError, DocumentError, ValueError) as error:
         raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, f"{assignment.replica}: {error}") from None
     own = folder / assignment.replica.rpartition("/")[2]
@@ -212,8 +222,8 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
 
 def _model_of(
     planned: Mapping[str, Any], replica: ReplicaPlan, settings: EngineSettingsDocument
-) -> tuple[ModelSpec, str]:
-    """Return the served model in the replica's precision, and its folder or its name for the engine.
+) -> tuple[ModelSpec, str, str]:
+    """Return the served model in the replica's precision, its folder or its name for the engine, and stated KV.
 
     Its shape is that of the folder if that exists, with KV in the plan's precision.
     """
@@ -222,12 +232,12 @@ def _model_of(
         raise LayoutError("the assignment has no model")
     own = document.on(replica.stages[0].gpu)
     checkpoint = settings.model.format(name=own.name, weights=weights_of(own))
-    found = Path(checkpoint)
+    found, stated_kv = Path(checkpoint), ""
     if found.is_dir():
-        own = checkpoint_model(found, own, settings.options)
+        own, stated_kv = checkpoint_model(found, own)
     elif found.is_absolute():
         raise LayoutError(f"{own.name}: there is no folder {found} here")
-    return own, checkpoint
+    return own, checkpoint, stated_kv
 
 
 def _serving(layout: Layout, settings: EngineSettingsDocument, name: str, checkpoint: str, endpoint: str) -> Serving:
