@@ -30,6 +30,7 @@ timed by the planner's clock. ``in process`` is the same admissions without gRPC
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -324,7 +325,7 @@ async def reports(bench: Bench) -> AsyncIterator[Row]:
         crowd_cpu_s = (await asyncio.to_thread(bench.crowd.counts)).cpu_s - crowd.cpu_s
         after, behind = await bench.behind()
         taken_per_s = (after - before) / watched.seconds
-        lag_s = behind / taken_per_s if taken_per_s else 0.0
+        lag_s = behind / taken_per_s if taken_per_s else math.inf if behind else 0.0
         is_saturated = watched.cores > MOST_CORES or lag_s > MOST_LAG_S
         yield bench.row(
             f"{rate:g} reports/s asked for",
@@ -332,7 +333,7 @@ async def reports(bench: Bench) -> AsyncIterator[Row]:
             count=len(seconds),
             **percentiles(seconds),
             cores=watched.cores,
-            cpu_us=1e6 * watched.cpu_s / (after - before),
+            cpu_us=1e6 * watched.cpu_s / (after - before) if after > before else None,
             lag_s=lag_s,
             rss_mib=bench.planner.rss_bytes() / 2**20,
             note=f"latencies: of empty calls; agents take {crowd_cpu_s / watched.seconds:.2f} cores"
