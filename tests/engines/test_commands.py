@@ -19,9 +19,8 @@ from hetis.engines.commands import (
     as_shell,
     commands_of,
 )
-from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import Serving, checkpoint_model, decided_in, program_of, require_planned_kv
+from hetis.engines.serving import Serving, checkpoint_model, decided_in, program_of, why_kv_is_untold
 from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options
@@ -126,6 +125,8 @@ def test_users_say_which_dtype_kv_of_16_bits_has(words: tuple[str, ...], decided
         ({}, {"dtype": "float32"}, None),  # no dtype of KV has 32 bits
         ({"dtype": "float16"}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "float16"),
         ({"dtype": "float16"}, {"device": "cpu"}, None),
+        ({}, {"device": "cpu", "dtype": "bfloat16"}, None),
+        ({}, {"device": "cpu", "options": ("--seed", "1", "--kv-cache-dtype", "bfloat16")}, "bfloat16"),
         ({"kv_is_fp8": True}, {}, "fp8"),
         ({"kv_is_fp8": True}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "fp8"),
     ],
@@ -158,18 +159,37 @@ def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
     assert checkpoint_model(tmp_path, None)[0].kv_bytes == 1
     model, stated = checkpoint_model(tmp_path, MODEL)
     assert (model.name, model.kv_bytes, stated) == (MODEL.name, 2, "fp8")
-    with pytest.raises(LayoutError, match="/models/tiny states fp8 KV, which engines take by themselves"):
-        require_planned_kv(stated, ALONE, SERVING)
-    with pytest.raises(LayoutError):
-        require_planned_kv(stated, ALONE, replace(SERVING, dtype="float32"))
-    for layout, serving in (
-        (replace(ALONE, kv_is_fp8=True), SERVING),
-        (replace(ALONE, dtype="float16"), SERVING),
-        (ALONE, replace(SERVING, dtype="bfloat16")),
-        (ALONE, replace(SERVING, options=("--kv-cache-dtype", "bfloat16"))),
+    assert why_kv_is_untold(ALONE, SERVING, stated=stated) == (
+        "/models/tiny states fp8 KV, which engines take by themselves, and the replica is to have 16 bits: "
+        "give the engine --kv-cache-dtype bfloat16 or float16, whichever is the checkpoint's dtype"
+    )
+    sglang = replace(ALONE, engine=Engine.SGLANG)
+    told, other = ({"options": ("--kv-cache-dtype", dtype)} for dtype in ("bfloat16", "float16"))
+    both = {"options": (*told["options"], *other["options"])}
+    for layout, serving, why in (
+        (replace(ALONE, kv_is_fp8=True), {}, ""),
+        (replace(ALONE, kv_is_fp8=True), both, ""),
+        (replace(ALONE, dtype="float16"), {}, ""),
+        (replace(ALONE, dtype="float16"), told, ""),  # it is told of its own, whatever the others are
+        (ALONE, {"dtype": "bfloat16"}, ""),
+        (ALONE, {"dtype": "bfloat16"} | told, ""),
+        (ALONE, told, ""),
+        (ALONE, both, "--kv-cache-dtype is bfloat16 and float16, must be bfloat16 or float16 of vLLM"),
+        (ALONE, {"dtype": "float16"} | told, "is bfloat16, and --dtype is float16, which is that of KV, too"),
+        (ALONE, {"dtype": "float32"} | told, "is bfloat16, and --dtype is float32, which is that of KV, too"),
+        (ALONE, {"dtype": "float32"}, "vLLM cannot be told to keep KV in float32: /models/tiny states fp8"),
+        (ALONE, {"dtype": "bfloat16", "device": "cpu"}, "give the engine --kv-cache-dtype bfloat16, whichever"),
+        (ALONE, {"dtype": "bfloat16", "device": "cpu"} | told, ""),
+        (sglang, {}, "give the engine --kv-cache-dtype bfloat16, whichever"),
+        (sglang, told, ""),
+        (sglang, other, "--kv-cache-dtype is float16, must be bfloat16 of SGLang"),
+        (replace(sglang, dtype="float16"), {}, "SGLang cannot be told to keep KV in float16: /models/tiny states fp8"),
+        (replace(sglang, dtype="float16"), told, "SGLang cannot be told to keep KV in float16"),
     ):
-        require_planned_kv(stated, layout, serving)
-    require_planned_kv("", ALONE, SERVING)
+        found = why_kv_is_untold(layout, replace(SERVING, **serving), stated=stated)
+        assert why in found if why else not found, (layout, serving)
+    assert not why_kv_is_untold(ALONE, SERVING)
+    assert not why_kv_is_untold(ALONE, replace(SERVING, dtype="float32"))
 
 
 def test_vllms_other_program_is_told_its_model_by_an_option() -> None:

@@ -85,7 +85,7 @@ def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
     assert not any("in the model's file" in note for note in stated["notes"])
     loaded = load_inputs(cluster="fleet.yaml", model="config.json", workload="1024/256")
     [note] = in_precision(loaded, weights=None, kv="V100-SXM2-32GB=bf16").notes
-    assert note.startswith("KV fp8 in the model's file, bf16 in the plan")
+    assert note == f"KV fp8 in the model's file, bf16 on V100-SXM2-32GB: {TELL_KV}"
     assert in_precision(loaded, weights=None, kv="fp8").notes == ()
     (folder / "plan.json").write_text(json.dumps(chosen))
     export = ("export", "plan.json", "--to", "vllm", "--model", "/models/m")

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout
 from hetis.engines.versions import Engine
 from hetis.formats.dtypes import kv_of
@@ -84,14 +83,46 @@ def decided_in(options: Sequence[str]) -> set[str]:
 def kv_dtype_of(layout: Layout, serving: Serving) -> str:
     """Return what to tell the engine of its KV; empty: nothing, and it takes the precision that the checkpoint states.
 
-    KV in 16 bits has the dtype of the model if that is told, otherwise the one among the verbatim options.
+    KV in 16 bits has the dtype of the model if that is told, otherwise the one among the verbatim options. CPUs are
+    told nothing of themselves: their kernels for latent attention know no dtype of KV by name.
     """
     if layout.kv_is_fp8:
         return "fp8"
     dtype = serving.dtype_of(layout.dtype)
-    if dtype in (UNQUANTISED_KV[:1] if layout.engine is Engine.SGLANG else UNQUANTISED_KV):
+    if dtype in _unquantised(layout) and serving.device == "cuda":
         return dtype
-    return next(_values_of(KV_DTYPE, serving.options), "")
+    given = list(_values_of(KV_DTYPE, serving.options))
+    return given[-1] if given else ""
+
+
+def why_kv_is_untold(layout: Layout, serving: Serving, *, stated: str = "") -> str:
+    """Return why the KV of a replica cannot be told to its engine as it is planned; empty if it can.
+
+    Args:
+        layout, serving: the replica, which may have KV in 16 bits, or in 32 by its dtype.
+        stated: the quantised KV that its checkpoint states; empty: none, or not known.
+    """
+    if layout.kv_is_fp8:
+        return ""
+    given, possible = dict.fromkeys(_values_of(KV_DTYPE, serving.options)), _unquantised(layout)
+    dtype, program = serving.dtype_of(layout.dtype), layout.engine.program
+    if len(given) > 1 or not given.keys() <= set(possible):
+        return f"{KV_DTYPE} is {' and '.join(given)}, must be {' or '.join(possible)} of {program}"
+    if given and not given.keys() <= {serving.dtype} and serving.dtype != "auto":
+        return f"{KV_DTYPE} is {''.join(given)}, and --dtype is {serving.dtype}, which is that of KV, too"
+    if (given or stated) and dtype not in ("auto", *possible):
+        return f"{program} cannot be told to keep KV in {dtype}{f': {serving.model} states {stated}' if stated else ''}"
+    if not stated or kv_dtype_of(layout, serving):
+        return ""
+    names = possible if dtype == "auto" else [dtype]
+    return (
+        f"{serving.model} states {stated} KV, which engines take by themselves, and the replica is to have 16 bits: "
+        f"give the engine {KV_DTYPE} {' or '.join(names)}, whichever is the checkpoint's dtype"
+    )
+
+
+def _unquantised(layout: Layout) -> tuple[str, ...]:
+    return UNQUANTISED_KV[:1] if layout.engine is Engine.SGLANG else UNQUANTISED_KV
 
 
 def checkpoint_model(folder: Path, planned: ModelSpec | None) -> tuple[ModelSpec, str]:
@@ -109,19 +140,6 @@ def checkpoint_model(folder: Path, planned: ModelSpec | None) -> tuple[ModelSpec
     return model, kv_of(found) if found.kv_bytes < 2 else ""
 
 
-def require_planned_kv(stated: str, layout: Layout, serving: Serving) -> None:
-    """Check that the engine does not take the quantised KV that the checkpoint states where the plan has 16 bits.
-
-    Raises:
-        LayoutError: it would.
-    """
-    if stated and not kv_dtype_of(layout, serving):
-        raise LayoutError(
-            f"{serving.model} states {stated} KV, which engines take by themselves, and the plan has 16 bits: "
-            f"give the engine {KV_DTYPE} with the checkpoint's dtype, {' or '.join(UNQUANTISED_KV)}"
-        )
-
-
 def drain_s(options: Sequence[str]) -> float:
     """Return the seconds that vLLM gives running requests when it is told to end."""
     return next((float(value) for value in _values_of("--shutdown-timeout", options) if value.isdecimal()), 0.0)
@@ -134,7 +152,7 @@ def _values_of(name: str, options: Sequence[str]) -> Iterator[str]:
             yield value
 
 
-def _without_kv_dtype(options: Sequence[str]) -> list[str]:
+def without_kv_dtype(options: Sequence[str]) -> list[str]:
     """Return the verbatim options without that of KV, which `kv_dtype_of` tells for each replica."""
     kept = list[str]()
     for before, word in itertools.pairwise(("", *options)):
@@ -209,7 +227,7 @@ def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeti
         arguments += ["--master-addr", meeting.host, "--master-port", str(meeting.port)]
     if number:
         arguments += ["--headless"]
-    return (*arguments, *words_of(room_options(layout, serving)), *_without_kv_dtype(serving.options))
+    return (*arguments, *words_of(room_options(layout, serving)), *without_kv_dtype(serving.options))
 
 
 def words_of(options: Mapping[str, str]) -> list[str]:
@@ -255,7 +273,7 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
     if layout.role is Role.PREFILL:
         told["--disaggregation-bootstrap-port"] = str(meeting.kv_port)
-    users = names_of(own := _without_kv_dtype(serving.options))
+    users = names_of(own := without_kv_dtype(serving.options))
     words = [word for name, value in told.items() if name not in users for word in (name, value) if word]
     return (*serving.program, *words, "--enable-metrics", *own)
 

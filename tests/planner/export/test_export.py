@@ -303,3 +303,16 @@ def test_the_engine_is_the_one_that_the_plan_needs_unless_told() -> None:
 def test_text_that_other_readers_of_yaml_take_for_a_number_is_quoted(target: ExportTarget) -> None:
     files = exported(next(iter(PLANS.values())), target, served_name="1e5").files
     assert any("'1e5'" in text for text in files.values())
+
+
+@pytest.mark.parametrize("target", READERS)
+def test_every_target_tells_its_engine_of_kv_once(target: ExportTarget) -> None:
+    """The dtype of KV in 16 bits is given with the engine's options, and told for each replica as what it has."""
+    plan = PLANS["one GPU"]
+    settings = replace(SETTINGS, engine=next(iter(ENGINES.get(target, ())), None))
+    settings = replace(settings, engine_options=("--kv-cache-dtype=bfloat16",))
+    for kv_bytes, told in ((2.0, "bfloat16"), (1.0, "fp8")):
+        made = export_plan(plan, replace(model_of(plan), kv_bytes=kv_bytes), target, settings)
+        [found] = re.findall(r"kv[-_]cache[-_]dtype\W+(\w+)", "".join(made.files.values()))
+        assert found.removesuffix("_e4m3") == told
+        assert not made.lost

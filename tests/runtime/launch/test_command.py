@@ -349,8 +349,8 @@ def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(run: Run, tmp_p
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"inputs": {"documents": {"model": TINY}}}))
     asked = ("show", "--plan", str(plan), "-m", str(checkpoint))
     code, printed, lines = run(*asked)
-    told = "give the engine --kv-cache-dtype with the checkpoint's dtype, bfloat16 or float16"
-    why = f"{checkpoint} states fp8 KV, which engines take by themselves, and the plan has 16 bits: {told}"
+    told = "give the engine --kv-cache-dtype bfloat16 or float16, whichever is the checkpoint's dtype"
+    why = f"{checkpoint} states fp8 KV, which engines take by themselves, and the replica is to have 16 bits: {told}"
     assert (code, printed, lines) == (3, "", [f"hetis-launch: {why}"])
     code, printed, _ = run(*asked, "--", "--kv-cache-dtype", "bfloat16")
     assert code == 0

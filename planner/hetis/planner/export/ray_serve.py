@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hetis.engines.serving import connector_of, partition_of, room_options, shape_options
+from hetis.engines.serving import connector_of, partition_of, room_options, shape_options, without_kv_dtype
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
@@ -39,7 +39,7 @@ def write_ray(launchable: Launchable) -> Written:
     nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
     # Some options after `--` are the engine's and some its server's, which Ray Serve LLM replaces.
-    options = " ".join(launchable.settings.engine_options)
+    options = " ".join(without_kv_dtype(launchable.settings.engine_options))
     given = [f"{options}: Ray takes no command line, set engine_kwargs in serve.yaml"] if options else []
     return Written(
         files={"serve.yaml": yaml_text(whole)},

@@ -12,7 +12,7 @@ from functools import cached_property
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, layout_of
-from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of
+from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of, why_kv_is_untold
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
@@ -202,19 +202,23 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             continue
         node = layout.servers[0].node
         name = f"r{number}"
+        serving = Serving(
+            model=settings.model.replace(WEIGHTS, weights_of(model.on(plan.replicas[number].stages[0].gpu))),
+            program=program,
+            device=settings.device.value,
+            options=settings.engine_options,
+            dtype=settings.dtype,
+            limits_kv=True,
+            served_name=settings.served_name,
+        )
+        if why := why_kv_is_untold(layout, serving):
+            left_out[number] = (why,)
+            continue
         replicas[number] = LaunchableReplica(
             name=name,
             plan=plan.replicas[number],
             layout=layout,
-            serving=Serving(
-                model=settings.model.replace(WEIGHTS, weights_of(model.on(plan.replicas[number].stages[0].gpu))),
-                program=program,
-                device=settings.device.value,
-                options=settings.engine_options,
-                dtype=settings.dtype,
-                limits_kv=True,
-                served_name=settings.served_name,
-            ),
+            serving=serving,
             addresses=Addresses(
                 hosts=settings.hosts,
                 worker_port=WORKER_PORT + workers,

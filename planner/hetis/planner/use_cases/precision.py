@@ -43,8 +43,11 @@ def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, m
     if mtp is not None:
         model = replace(model, draft=drafts(mtp))
     notes = loaded.notes
-    if inputs.model.kv_bytes < 2 and any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(inputs.cluster)):
-        notes = (*notes, f"KV {dtypes.kv_of(inputs.model)} in the model's file, bf16 in the plan: {TELL_KV}")
+    gpus = list(gpu_types_of(inputs.cluster))
+    unlike = [gpu for gpu in gpus if inputs.model.on(gpu).kv_bytes < 2 == model.on(gpu).kv_bytes]
+    if unlike:
+        where = "in the plan" if unlike == gpus else f"on {', '.join(unlike)}"
+        notes = (*notes, f"KV {dtypes.kv_of(inputs.model)} in the model's file, bf16 {where}: {TELL_KV}")
     return replace(loaded, inputs=replace(inputs, model=model), notes=notes)
 
 

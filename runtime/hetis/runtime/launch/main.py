@@ -282,8 +282,9 @@ def _read(
         DocumentError: the plan's file, or the model's, cannot be used.
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
+    from hetis.engines.errors import LayoutError
     from hetis.engines.layout import layout_of
-    from hetis.engines.serving import Serving, program_of, require_planned_kv
+    from hetis.engines.serving import Serving, program_of, why_kv_is_untold
     from hetis.formats.documents import load_plan
 
     options = tuple(given.vllm_options or ())
@@ -308,7 +309,8 @@ def _read(
         limits_kv=given.kv_tokens is not None,
         executor=executor,
     )
-    require_planned_kv(stated_kv, layout, serving)
+    if why := why_kv_is_untold(layout, serving, stated=stated_kv):
+        raise LayoutError(why)
     return layout, serving
 
 

@@ -168,7 +168,7 @@ def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(tmp_path: Path)
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
     where = f"{tmp_path}/{{name}}"
-    with pytest.raises(RefusedError, match="tiny states fp8 KV, which engines take by themselves, and the plan has 16"):
+    with pytest.raises(RefusedError, match="tiny states fp8 KV, which engines take by themselves, and the replica"):
         part_of(assigned(model=MODEL), settings_of(model=where), node="a", folder=FOLDER)
     told = settings_of(model=where, options="--kv-cache-dtype bfloat16")
     line = part_of(assigned(model=MODEL), told, node="a", folder=FOLDER).commands[0].line

@@ -32,7 +32,7 @@ from hetis.engines.serving import (
     decided_in,
     names_of,
     program_of,
-    require_planned_kv,
+    why_kv_is_untold,
 )
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
@@ -190,7 +190,9 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         layout = layout_of_replica(replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
-        require_planned_kv(stated_kv, layout, _serving(layout, settings, model.name, checkpoint, endpoint=""))
+        serving = _serving(layout, settings, model.name, checkpoint, endpoint="")
+        if why := why_kv_is_untold(layout, serving, stated=stated_kv):
+            raise LayoutError(why)
     except (LayoutError, DocumentError, ValueError) as error:
         raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, f"{assignment.replica}: {error}") from None
     own = folder / assignment.replica.rpartition("/")[2]
