@@ -108,7 +108,7 @@ class Stepping:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ends.is_set():
+        while not self._ends.wait(0.003):  # a request that grows without a pause soon has no room, and is preempted
             self._world.step()
 
 
