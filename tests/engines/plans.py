@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,13 @@ def write_plan(folder: Path, plan: Plan | None = None) -> Path:
     return path
 
 
-def write_config(folder: Path) -> Path:
+FP8_KV = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+
+
+def write_config(folder: Path, quantisation: Mapping[str, str] | None = None) -> Path:
     """Write the folder of a model of which only the configuration is read."""
     (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
-    config = {
+    config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": 128,
@@ -123,5 +127,7 @@ def write_config(folder: Path) -> Path:
         "max_position_embeddings": 2048,
         "torch_dtype": "float32",
     }
+    if quantisation is not None:
+        config["quantization_config"] = quantisation
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

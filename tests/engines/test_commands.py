@@ -27,6 +27,7 @@ from hetis.runtime.worker.main import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
 from tests.engines.plans import (
+    FP8_KV,
     MODEL,
     POOL,
     WITH_EXPERTS,
@@ -152,10 +153,7 @@ def test_sglang_is_not_told_of_kv_in_float16() -> None:
 
 
 def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
-    write_config(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_config(tmp_path, FP8_KV)
     assert checkpoint_model(tmp_path, None)[0].kv_bytes == 1
     model, stated = checkpoint_model(tmp_path, MODEL)
     assert (model.name, model.kv_bytes, stated) == (MODEL.name, 2, "fp8")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from benchmarks.measuring import specification
 from benchmarks.measuring.specification import Sets
 from hetis.solver.problem import PlacementProblem
+
+modelling = np.errstate(over="ignore", invalid="ignore")
+"""For functions that use cvxpy, which finds shapes by summing uninitialised memory: numpy warns of what that holds."""
+solve_specification = modelling(specification.solve_specification)
 
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["small", "every"])
 FEW_CHOICES = 500  # of all stage slots together

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.measuring.specification import solve_specification
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cost import BUSIEST
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
@@ -29,7 +28,7 @@ from hetis.solver.problem import (
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
-from tests.solver.specified import EVERY, is_soon_solved
+from tests.solver.specified import EVERY, is_soon_solved, solve_specification
 
 REL = 1e-6
 ON_AN_ENGINE = run_by(

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-from benchmarks.measuring.specification import solve_specification
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
-from tests.solver.specified import EVERY, is_soon_solved
+from tests.solver.specified import EVERY, is_soon_solved, solve_specification
 
 UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,))
 # The specification has no copies that share experts.

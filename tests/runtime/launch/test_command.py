@@ -27,7 +27,7 @@ from hetis.engines.errors import OptionError
 from hetis.runtime.launch.main import checked_hosts, main
 from hetis.solver.plan import AttentionWorkerPool, Plan
 from tests.command_line import command_of, environment, run_command
-from tests.engines.plans import plan_of, stage_of, write_config, write_plan
+from tests.engines.plans import FP8_KV, plan_of, stage_of, write_config, write_plan
 from tests.runtime.launch.vllm_python import PYTHON, PYTHONPATH, ROOT, VARIABLES, needs_vllm
 
 COMMAND = command_of("hetis.runtime.launch.main")
@@ -343,11 +343,7 @@ def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_p
 
 
 def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(run: Run, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "fp8"
-    write_config(checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
-    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    checkpoint = write_config(tmp_path / "fp8", FP8_KV)
     plan = write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8)))
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"inputs": {"documents": {"model": TINY}}}))
     asked = ("show", "--plan", str(plan), "-m", str(checkpoint))

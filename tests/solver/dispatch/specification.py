@@ -11,6 +11,7 @@ import cvxpy
 import numpy as np
 
 from hetis.solver.dispatch.problem import DispatchProblem, FloatArray
+from tests.solver.specified import modelling
 
 cp: Any = cvxpy  # its own annotations cover half of what it exports
 
@@ -23,6 +24,7 @@ class SpecificationResult:
     makespan_s: float
 
 
+@modelling
 def solve_specification(
     problem: DispatchProblem, *, whole: bool, constants_of_idle: bool = True, time_limit_s: float = math.inf
 ) -> SpecificationResult:

@@ -14,10 +14,12 @@ import numpy as np
 from hetis.solver.dispatch.problem import BoolArray, FloatArray
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.problem import RedispatchProblem
+from tests.solver.specified import modelling
 
 cp: Any = cvxpy  # its own annotations cover half of what it exports
 
 
+@modelling
 def solve_specification(
     problem: RedispatchProblem, *, horizons: tuple[int, ...], short_s: FloatArray, open_devices: BoolArray | None = None
 ) -> float:

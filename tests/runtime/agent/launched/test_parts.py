@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from hetis.runtime.moves.refusals import RefusedError
 from hetis.solver.plan import Plan
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import EnginePeer
-from tests.engines.plans import MODEL, POOL, plan_of, stage_of, write_config
+from tests.engines.plans import FP8_KV, MODEL, POOL, plan_of, stage_of, write_config
 from tests.planner.export.plans import PLANS
 from tests.runtime.agent.launched.assigning import assigned, replica_on, settings_of
 
@@ -163,10 +162,7 @@ def test_the_checkpoint_is_that_of_the_replicas_precision(tmp_path: Path) -> Non
 
 
 def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(tmp_path: Path) -> None:
-    write_config(tmp_path / "tiny")
-    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    write_config(tmp_path / "tiny", FP8_KV)
     where = f"{tmp_path}/{{name}}"
     with pytest.raises(RefusedError, match="tiny states fp8 KV, which engines take by themselves, and the replica"):
         part_of(assigned(model=MODEL), settings_of(model=where), node="a", folder=FOLDER)

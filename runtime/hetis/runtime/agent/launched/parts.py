@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
-from hetis.engines.layout import Layout, ProcessKind, layout_of_replica
+from hetis.engines.layout import ProcessKind, layout_of_replica
 from hetis.engines.serving import (
     KV_PORT,
     MASTER_PORT,
@@ -190,7 +190,7 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         layout = layout_of_replica(replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
-        serving = _serving(layout, settings, model.name, checkpoint, endpoint="")
+        serving = _serving(settings, model.name, checkpoint)
         if why := why_kv_is_untold(layout, serving, stated=stated_kv):
             raise LayoutError(why)
     except (LayoutError, DocumentError, ValueError) as error:
@@ -208,7 +208,7 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
     )
     front = layout.servers[0].node
     endpoint = joined(addresses.host(front), settings.port + first)
-    commands = commands_of(layout, _serving(layout, settings, model.name, checkpoint, endpoint), addresses)
+    commands = commands_of(layout, _at(endpoint, serving), addresses)
     ours, own_variables = [one for one in commands if one.process.node == node], settings.environment
     here = tuple(replace(one, environment={**own_variables, **one.environment}) for one in ours)
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
@@ -242,9 +242,13 @@ def _model_of(
     return own, checkpoint, stated_kv
 
 
-def _serving(layout: Layout, settings: EngineSettingsDocument, name: str, checkpoint: str, endpoint: str) -> Serving:
+def _at(endpoint: str, serving: Serving) -> Serving:
     host, _, port = endpoint.rpartition(":")
-    options = ["--host", host.strip("[]"), "--port", port, *settings.options]
+    return replace(serving, options=("--host", host.strip("[]"), "--port", port, *serving.options))
+
+
+def _serving(settings: EngineSettingsDocument, name: str, checkpoint: str) -> Serving:
+    options = list(settings.options)
     drains = settings.served_by is not Engine.SGLANG and settings.drain_timeout >= 1
     if drains and "--shutdown-timeout" not in names_of(settings.options):
         options += ["--shutdown-timeout", str(round(settings.drain_timeout))]
