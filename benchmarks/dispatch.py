@@ -350,7 +350,7 @@ def water_filling(problem: DispatchProblem) -> tuple[float, float]:
     return seconds, time.thread_time() - started
 
 
-@njit(nogil=True)
+@njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]  # typed in some versions of numba
 def _water_filling(stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray) -> float:
     placement = empty_placement(stage, free_blocks, contexts, blocks)
     return makespan(stage, placement) if place_rest(stage, placement) else np.inf

@@ -197,7 +197,7 @@ def _start(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba version differs from ours
+        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba may be another version than ours
     }
     environment.pop("HETIS_VLLM_CONFIG", None)
     if kind != "stock":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,6 +43,18 @@ def listens(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def kernel_cache(python: Path) -> dict[str, str]:
+    """Return the variable that names a folder for compiled kernels to a Python of another virtual environment.
+
+    Empty where its numba is the version of this one, for then both share what either has compiled. Two versions in one
+    folder would each throw away what the other has compiled.
+    """
+    environment = python.parents[1]
+    if any(environment.glob(f"lib/python*/site-packages/numba-{version('numba')}.dist-info")):
+        return {}
+    return {"NUMBA_CACHE_DIR": str(environment / "numba")}
 
 
 def _can_listen(port: int) -> bool:

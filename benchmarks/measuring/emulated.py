@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring.vllm_engine import ModelSize, write_model
+from examples.processes import kernel_cache
 from hetis.runtime.attention.device import DeviceStep, LocalDevice
 from hetis.runtime.attention.kv import KvShape
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind, read_step
@@ -228,17 +229,20 @@ def emulated_replica(
         }
         dispatch = {"policy": "solver", "expectedOutputTokens": growth_tokens}
         config.write_text(json.dumps(document | {"workers": listed, "dispatch": dispatch}))
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ROOTS)]),
-            "HETIS_VLLM_CONFIG": str(config),
-            "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba version differs from ours
-        }
+        environment = (
+            os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ROOTS)]),
+                "HETIS_VLLM_CONFIG": str(config),
+                "OMP_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+            | kernel_cache(python)
+        )
         log = stack.enter_context((folder / "log").open("w"))
         process = subprocess.Popen(
             [python, "-m", "benchmarks.measuring.emulated_engine"],

@@ -23,7 +23,7 @@ import grpc
 import yaml
 from google.protobuf.duration_pb2 import Duration
 
-from examples.processes import DemoProcesses, ProcessError, free_ports
+from examples.processes import DemoProcesses, ProcessError, free_ports, kernel_cache
 from hetis.planner.client import Client, document_of_file
 from hetis.v1 import (
     cluster_pb2,
@@ -94,9 +94,7 @@ class Processes(DemoProcesses):
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Its numba version differs: in a shared folder, each would discard the other's compiled code.
-            "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),
-        }
+        } | kernel_cache(python)
         self._start("server", command, environment=environment)
         url = f"http://127.0.0.1:{port}"
         self.wait_until(lambda: _is_healthy(url), "vLLM serves")

@@ -20,7 +20,7 @@ from typing import Any, Self
 import openai
 import yaml
 
-from examples.processes import DemoProcesses, ProcessError, free_ports, listens
+from examples.processes import DemoProcesses, ProcessError, free_ports, kernel_cache, listens
 
 START_S = 900.0  # vLLM compiles at its first start, which takes minutes on a busy machine
 KV_TOKENS = 20_000  # the plan has the room of real GPUs
@@ -69,9 +69,8 @@ def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Its numba version differs: in a shared folder, each would discard the other's compiled code.
-            "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(python.parents[1] / "numba")),
-        },
+        }
+        | kernel_cache(python),
     }
 
 

@@ -104,7 +104,7 @@ def _is_plain() -> bool:
 
 def _type_of(argument: Any) -> Any:
     """Return ``int64`` for the constant 1, and other types unchanged."""
-    return unliteral(argument)  # type: ignore[no-untyped-call]
+    return unliteral(argument)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def is_cached(function: Callable[..., Any]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.processes import ON_CPUS
+from examples.processes import ON_CPUS, kernel_cache
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
@@ -16,12 +16,14 @@ PYTHONPATH = os.pathsep.join(str(ROOT / name) for name in ROOTS)  # of this tree
 needs_vllm = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"NOT TESTED: vLLM is not installed in {PYTHON.parents[1]} (make vllm)"
 )
-VARIABLES = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Its numba is another one: in one folder each would throw away what the other has compiled.
-    "NUMBA_CACHE_DIR": str(PYTHON.parents[1] / "numba"),
-} | ON_CPUS
+VARIABLES = (
+    {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    | ON_CPUS
+    | kernel_cache(PYTHON)
+)
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "HETIS_VLLM_CONFIG"} | VARIABLES
