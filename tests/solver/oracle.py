@@ -86,9 +86,9 @@ def is_one_type_per_role(problem: PlacementProblem, wanted: list[Wanted]) -> boo
 
 def served_rate(problem: PlacementProblem, wanted: list[Wanted], replicas: Mapping[Wanted, BestReplica]) -> float:
     """Requests/s that unified replicas serve, plus the most that prefill and decode replicas serve together."""
-    precisions = dict.fromkeys(w.precision for w in wanted)
-    if len(precisions) > 1:  # no KV goes from one to another
-        alike = ([w for w in wanted if w.precision == precision] for precision in precisions)
+    builds = dict.fromkeys(w.build for w in wanted)
+    if len(builds) > 1:  # no KV goes from one to another
+        alike = ([w for w in wanted if w.build == build] for build in builds)
         return sum(served_rate(problem, some, replicas) for some in alike)
     unified = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
     sending = [(w, replicas[w].rate) for w in wanted if w.role is Role.PREFILL]
@@ -114,7 +114,7 @@ def greatest_flow(
         (i, j)
         for i, (s, _) in enumerate(sending)
         for j, (r, _) in enumerate(receiving)
-        if r.zones[0] in s.kv_zones and (r.zones == s.zones or len(precisions_of(problem)) == 1)
+        if r.zones[0] in s.kv_zones and (r.zones == s.zones or len(builds_of(problem)) == 1)
     ]
     if not pairs:
         return 0.0
@@ -176,25 +176,27 @@ def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
 
 
 Precision = tuple[str, float, float]  # of weights by name, bytes of a weight, bytes of an element of KV
+Build = tuple[Precision, str]  # and the vendor
 
 
-def precisions_of(problem: PlacementProblem) -> dict[Precision, set[str]]:
-    """GPU types of the fleet by the precision in which they compute layers."""
+def builds_of(problem: PlacementProblem) -> dict[Build, set[str]]:
+    """GPU types of the fleet by the precision in which they compute layers and, for an engine, by vendor."""
     model = problem.model
     own = {one.gpu: (one.weights, one.weight_bytes, one.kv_bytes) for one in model.precisions}
-    found: dict[Precision, set[str]] = {}
+    found: dict[Build, set[str]] = {}
     for device_class in device_classes(problem.cluster):
         usual = (model.weights, model.weight_bytes, model.kv_bytes)
-        found.setdefault(own.get(device_class.gpu, usual), set()).add(device_class.gpu)
+        vendor = problem.cluster.gpu_types[device_class.gpu].vendor if problem.family.engine else ""
+        found.setdefault((own.get(device_class.gpu, usual), vendor), set()).add(device_class.gpu)
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A replica's role, its precision, where its KV may go, and what it takes of the fleet."""
+    """A replica's role, its build, where its KV may go, and what it takes of the fleet."""
 
     role: Role
-    precision: Precision
+    build: Build
     zones: tuple[str, ...]
     kv_zones: tuple[str, ...]
     gpus: frozenset[str]
@@ -212,19 +214,19 @@ def best_replica_of_need(
 ) -> dict[Wanted, BestReplica]:
     """The best single replica for everything it may do and take of the fleet."""
     found = dict[Wanted, BestReplica]()
-    for precision, gpus in precisions_of(problem).items():
-        weights, weight_bytes, kv_bytes = precision
+    for build, gpus in builds_of(problem).items():
+        (weights, weight_bytes, kv_bytes), _ = build
         model = replace(problem.model, weights=weights, weight_bytes=weight_bytes, kv_bytes=kv_bytes, precisions=())
         in_it = replace(problem, model=model)
         options = [option for option in stage_options(in_it, nodes) if option.device_class.gpu in gpus]
         if problem.family.engine is not None and kv_bytes != 2:
             options = [option for option in options if option.shape.pool is None]
-        found |= best_replica_in_precision(in_it, precision, nodes, [option for option in options if may_be(option)])
+        found |= best_replica_of_build(in_it, build, nodes, [option for option in options if may_be(option)])
     return found
 
 
-def best_replica_in_precision(
-    problem: PlacementProblem, precision: Precision, nodes: Mapping[DeviceClass, int], options: list[StageOption]
+def best_replica_of_build(
+    problem: PlacementProblem, build: Build, nodes: Mapping[DeviceClass, int], options: list[StageOption]
 ) -> dict[Wanted, BestReplica]:
     """The same for replicas of these stages, which have the problem's model in one precision."""
     replicas = dict[Wanted, BestReplica]()
@@ -244,7 +246,7 @@ def best_replica_in_precision(
                 ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(
-                        role=role, precision=precision, zones=span, kv_zones=kv_zones, gpus=gpus, need=need
+                        role=role, build=build, zones=span, kv_zones=kv_zones, gpus=gpus, need=need
                     )  # fmt: skip
                     replicas[wanted] = max(replicas.get(wanted, replica), replica)
     return replicas

@@ -141,6 +141,16 @@ def test_an_engine_has_one_precision_and_workers_16_bit_kv() -> None:
     assert messages(POOLED, narrow) == ["has attention workers and KV of 1 bytes an element, which must be 2"]
 
 
+def test_an_engine_has_gpus_of_one_vendor_and_workers_of_any() -> None:
+    problem = the_problem()
+    types = problem.cluster.gpu_types
+    of_two = replace(problem.cluster, gpu_types=types | {"B": replace(types["B"], vendor="AMD")})
+    mixed = replace(problem, cluster=of_two)
+    replica = replace(PIPELINE, stages=(FIRST, replace(SECOND, gpu="B", devices=("b-0/0",))))
+    assert messages(replica, mixed) == ["has stages on GPUs of NVIDIA and AMD, must have one vendor's"]
+    assert messages(POOLED, mixed) == []
+
+
 def test_devices_that_do_not_exist_lie_nowhere() -> None:
     nowhere = replace(PIPELINE, stages=(FIRST, replace(SECOND, devices=("x/0",))))
     assert messages(nowhere, the_problem(max_nodes=1)) == []

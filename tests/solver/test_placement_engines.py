@@ -93,6 +93,36 @@ def test_the_plan_found_is_the_best_in_the_precision_of_every_gpu_type(data: st.
 
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
+def test_the_plan_found_is_the_best_with_gpus_of_several_vendors(data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(FAMILIES))
+    problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
+    assume(not problem.model.forbidden_cuts)
+    assume(len(problem.cluster.gpu_types) > 1)
+    problem = with_vendors(problem, A="AMD", C="AMD")
+    if data.draw(st.booleans()):
+        problem = in_precisions(data, problem)
+    assert value_of(problem) == pytest.approx(best_plan_value(problem), rel=REL)
+
+
+def with_vendors(problem: PlacementProblem, **vendors: str) -> PlacementProblem:
+    types = problem.cluster.gpu_types
+    changed = {name: replace(gpu, vendor=vendors.get(name, gpu.vendor)) for name, gpu in types.items()}
+    return replace(problem, cluster=replace(problem.cluster, gpu_types=changed))
+
+
+def test_a_model_that_fits_on_two_vendors_together_fits_on_neither() -> None:
+    profiles = {name: make_profile(name, usable_bytes=9_000_000) for name in "AB"}
+    problem = make_problem([make_node("a", "A"), make_node("b", "B")], profiles=profiles, family=PLAIN)
+    mixed = with_vendors(problem, B="AMD")
+    assert len(solve_placement(problem, strategy="hetis").replicas[0].stages) == 2
+    with pytest.raises(InfeasibleError):
+        solve_placement(mixed, strategy="hetis")
+    any_engine = replace(mixed, family=replace(PLAIN, engine=None))
+    assert len(solve_placement(any_engine, strategy="hetis").replicas[0].stages) == 2
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
 def test_an_engine_never_serves_more_than_any_engine(data: st.DataObject) -> None:
     problem = data.draw(problems(max_gpus=5, family=WITH_WORKERS))
     assume(not problem.model.forbidden_cuts)

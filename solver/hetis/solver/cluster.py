@@ -46,6 +46,7 @@ class GpuType:
     pcie_bytes_per_s: float = 32e9  # one direction
     nvlink_bytes_per_s: float | None = None  # one direction; None: no switched NVLink or Infinity Fabric on this board
     usd_per_hour: float | None = None
+    vendor: str = "NVIDIA"  # whose software computes on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

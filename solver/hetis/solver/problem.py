@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import ConstraintIndex, Constraints
@@ -63,11 +64,12 @@ MOST_STAGES = 64  # per replica
 class EngineRules:
     """The rules of an engine, whose replicas are pipelines of few stages in one zone.
 
-    All stages have the same TP size, the model in one precision, and no copies, with as many micro-batches in flight as
-    stages. Attention workers belong to unified replicas only (the plugin replaces the connector that transfers KV),
-    whose KV has 16 bits. Heads go to the same worker in all stages, so all stages have equally many workers of one
-    device class and give them equally many head groups of every rank. Where prefill and decode are apart, fewer stages
-    may be allowed, see `stages_of`.
+    All stages have the same TP size, the model in one precision, GPUs of one vendor (NCCL, RCCL and oneCCL do not reach
+    each other), and no copies, with as many micro-batches in flight as stages. KV is handed over between replicas of
+    one precision and vendor. Attention workers belong to unified replicas only (the plugin replaces the connector that
+    transfers KV), whose KV has 16 bits; they may be of any vendor. Heads go to the same worker in all stages, so all
+    stages have equally many workers of one device class and give them equally many head groups of every rank. Where
+    prefill and decode are apart, fewer stages may be allowed, see `stages_of`.
 
     Attributes:
         name: the engine.
@@ -291,6 +293,13 @@ class Family:
         return text + (", each on one GPU type" if self.one_type_per_role else "")
 
 
+class Build(NamedTuple):
+    """What all GPUs that compute a replica's layers have in common, and those that exchange KV with them."""
+
+    model: ModelSpec  # in one precision
+    vendor: str  # empty: any
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementProblem:
     """Everything that a placement depends on; profiles are keyed by GPU type name.
@@ -323,6 +332,11 @@ class PlacementProblem:
         """Return the model in each precision of the fleet."""
         gpus = dict.fromkeys(slots.gpu for group in self.cluster.node_groups for slots in group.gpus)
         return tuple(dict.fromkeys(map(self.model.on, gpus)))
+
+    def build_of(self, gpu: str) -> Build:
+        """Return what an engine loads, and whose software it runs, on GPUs of this type."""
+        vendor = "" if self.family.engine is None else self.cluster.gpu_types[gpu].vendor
+        return Build(self.model.on(gpu), vendor)
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""

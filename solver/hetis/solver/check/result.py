@@ -72,6 +72,10 @@ def _check_route(route: KvRoute, plan: Plan, problem: PlacementProblem, fleet: F
     gpus = [replica.stages[0].gpu for replica in (sender, receiver)]
     if problem.model.on(gpus[0]) != problem.model.on(gpus[1]):
         yield Rule.ROUTE, f"leads from {gpus[0]} to {gpus[1]}, which hold the model in different precisions"
+    types = problem.cluster.gpu_types
+    vendors = [types[gpu].vendor for gpu in gpus if gpu in types]
+    if problem.family.engine is not None and len(set(vendors)) > 1:
+        yield Rule.ROUTE, f"leads from {gpus[0]} ({vendors[0]}) to {gpus[1]} ({vendors[1]}), must stay with one vendor"
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:

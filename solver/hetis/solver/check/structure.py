@@ -56,7 +56,7 @@ def check_engine(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet) 
     """Check that the replica is a pipeline as the family's engine runs it; nothing if any engine is allowed."""
     rules = problem.family.engine
     if rules is not None:
-        for check in (_pipeline, _precision, _engine_pools):
+        for check in (_pipeline, _precision, _vendor, _engine_pools):
             for message in check(replica, rules, problem.model, fleet):
                 yield Rule.ENGINE, f"{message} ({rules.name})"
 
@@ -95,6 +95,13 @@ def _precision(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet
     if len(own) > 1:
         types = ", ".join(dict.fromkeys(stage.gpu for stage in replica.stages))
         yield f"has stages in {len(own)} precisions on {types}, must have one"
+
+
+def _vendor(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet: Fleet) -> Iterator[str]:
+    types = fleet.cluster.gpu_types
+    own = dict.fromkeys(types[stage.gpu].vendor for stage in replica.stages if stage.gpu in types)
+    if len(own) > 1:
+        yield f"has stages on GPUs of {' and '.join(own)}, must have one vendor's"
 
 
 def _engine_pools(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet: Fleet) -> Iterator[str]:

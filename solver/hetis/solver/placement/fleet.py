@@ -200,7 +200,7 @@ class Valuation:
 class Routes:
     """The sides of a problem's master and the routes between them; Z zones.
 
-    If a fleet has several precisions, each zone counts once for each, and no link carries KV from one to another.
+    If a fleet has several builds, each zone counts once for each, and no link carries KV from one to another.
 
     Attributes:
         zones: names, in the cluster's order.
@@ -214,9 +214,9 @@ class Routes:
     capacity: FloatArray
     most_spanning: int
 
-    def place(self, zone: str, precision: int) -> int:
-        """Return the number of a zone and precision among ``zones``."""
-        return self.zones.index(zone) + precision
+    def place(self, zone: str, build: int) -> int:
+        """Return the number of a zone and build among ``zones``."""
+        return self.zones.index(zone) + build
 
     @property
     def num_sides(self) -> int:
@@ -339,11 +339,11 @@ class Routes:
         return prices
 
 
-def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_precisions: int) -> Routes:
+def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_builds: int) -> Routes:
     """Return the routes of a problem, whichever replicas it will have."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
-    if num_precisions > 1:
-        places = tuple(zone for zone in zones for _ in range(num_precisions))
+    if num_builds > 1:
+        places = tuple(zone for zone in zones for _ in range(num_builds))
         alone = np.diag(np.full(len(places), np.inf))
         return Routes(places, problem.family.splits_roles, alone, most_spanning)
     num_bytes = model.prompt_kv_bytes(moments.mean_prompt)

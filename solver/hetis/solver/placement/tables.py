@@ -118,15 +118,15 @@ def cover_tables(t: Tables) -> CoverTables:
 class Scope:
     """GPUs that one replica of some roles may use: those of its zones, and of one type if ``gpu`` is given.
 
-    ``primaries`` are the device classes whose GPUs may compute layers, those of a precision, which is counted from 0;
-    None: all. Tables for the links among these zones are made on first use.
+    ``primaries`` are the device classes whose GPUs may compute layers, those of a build, which is counted from 0; None:
+    all. Tables for the links among these zones are made on first use.
     """
 
     def __init__(
         self, zones: tuple[str, ...], roles: tuple[Role, ...], tabulate: Callable[[tuple[str, ...]], Tables],
-        gpu: str | None = None, primaries: frozenset[int] | None = None, precision: int = 0,
+        gpu: str | None = None, primaries: frozenset[int] | None = None, build: int = 0,
     ) -> None:  # fmt: skip
-        self.zones, self.roles, self.gpu, self.primaries, self.precision = zones, roles, gpu, primaries, precision
+        self.zones, self.roles, self.gpu, self.primaries, self.build = zones, roles, gpu, primaries, build
         self._tabulate = tabulate
 
     @cached_property
@@ -138,17 +138,17 @@ class Scope:
         return mix.role in self.roles
 
     def computes_on(self, device_class: int) -> bool:
-        """Return whether GPUs of a class may compute layers in this scope's precision."""
+        """Return whether GPUs of a class may compute layers in this scope's build."""
         return self.primaries is None or device_class in self.primaries
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with its tables changed when they are made."""
-        return Scope(self.zones, self.roles, lambda _: change(self.tables), self.gpu, self.primaries, self.precision)
+        return Scope(self.zones, self.roles, lambda _: change(self.tables), self.gpu, self.primaries, self.build)
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
         """Return the same zones without GPUs of other types."""
         others = np.array([c.gpu != gpu for c in classes])
-        return Scope(self.zones, roles, self.without(others)._tabulate, gpu, self.primaries, self.precision)
+        return Scope(self.zones, roles, self.without(others)._tabulate, gpu, self.primaries, self.build)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
@@ -200,5 +200,5 @@ class CostTables:
     def side_of(self, scope: int, mix: int) -> int:
         """Return the master's side of replicas of a scope and mix."""
         x, here = self.mixes[mix], self.scopes[scope]
-        place = 0 if x.role is Role.UNIFIED else self.routes.place(here.zones[0], here.precision)
+        place = 0 if x.role is Role.UNIFIED else self.routes.place(here.zones[0], here.build)
         return self.routes.side(x.role, place, sends_afar=x.sends_afar)

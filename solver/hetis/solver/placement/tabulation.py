@@ -27,7 +27,7 @@ from hetis.solver.placement.fleet import (
 )
 from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, CostTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import Build, Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
 FEW_GPUS = 24  # largest fleet for which idle attention workers are tried if GPUs must be in use
@@ -42,9 +42,9 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster, problem.constraint_index)
-    zones, precisions = problem.cluster.zones(), _precisions(model, classes)
-    # In several precisions, KV is handed over inside a zone.
-    mixes = tuple(_mixes(family, model, moments, len(zones) if len(precisions) == 1 else 1))
+    zones, builds = problem.cluster.zones(), _builds(problem, classes)
+    # Between several builds, KV is handed over inside a zone.
+    mixes = tuple(_mixes(family, model, moments, len(zones) if len(builds) == 1 else 1))
     sizes = [
         (i, tp)
         for i, c in enumerate(classes)
@@ -78,8 +78,8 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
         ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(_scopes(family, zones, classes, precisions, tabulation)),
-        routes=routes_of(problem, moments, most_spanning(problem), len(precisions)),
+        scopes=tuple(_scopes(family, zones, classes, builds, tabulation)),
+        routes=routes_of(problem, moments, most_spanning(problem), len(builds)),
     )
 
 
@@ -103,10 +103,10 @@ def _mixes(family: Family, model: ModelSpec, moments: WorkloadMoments, num_zones
 
 
 def _scopes(
-    family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], precisions: Sequence[_Precision],
+    family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], builds: Sequence[_OfBuild],
     tabulation: _Tabulation,
 ) -> Iterator[Scope]:  # fmt: skip
-    """Yield a scope per set of classes and precision: one zone for any role, several for unified replicas only."""
+    """Yield a scope per set of classes and build: one zone for any role, several for unified replicas only."""
     for span in _spans(zones) if family.engine is None else [(zone,) for zone in zones]:
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
@@ -114,27 +114,27 @@ def _scopes(
                 may = tuple(DUTY_OF_ROLE[role] not in c.constraints.barred for c in classes)
                 alike.setdefault(may, []).append(role)
         for may, roles in alike.items():
-            for number, precision in enumerate(precisions):
-                tables = partial(tabulation.tables, precision)
-                whole = Scope(span, tuple(roles), tables, primaries=precision.primaries, precision=number)
+            for number, build in enumerate(builds):
+                tables = partial(tabulation.tables, build)
+                whole = Scope(span, tuple(roles), tables, primaries=build.primaries, build=number)
                 yield whole if all(may) else whole.without(np.array([not each for each in may]))
 
 
-class _Precision(NamedTuple):
-    """The model in one precision, and the classes that compute in it (None: all)."""
+class _OfBuild(NamedTuple):
+    """The model in the precision of a build, and the classes that compute in it (None: all)."""
 
     model: ModelSpec
     primaries: frozenset[int] | None
 
 
-def _precisions(model: ModelSpec, classes: tuple[DeviceClass, ...]) -> tuple[_Precision, ...]:
-    """Return the precisions of the fleet."""
-    alike: dict[ModelSpec, set[int]] = {}
+def _builds(problem: PlacementProblem, classes: tuple[DeviceClass, ...]) -> tuple[_OfBuild, ...]:
+    """Return the builds of the fleet."""
+    alike: dict[Build, set[int]] = {}
     for i, c in enumerate(classes):
-        alike.setdefault(model.on(c.gpu), set()).add(i)
+        alike.setdefault(problem.build_of(c.gpu), set()).add(i)
     if len(alike) < 2:
-        return (_Precision(next(iter(alike), model), None),)
-    return tuple(_Precision(variant, frozenset(chosen)) for variant, chosen in alike.items())
+        return tuple(_OfBuild(build.model, None) for build in alike) or (_OfBuild(problem.model, None),)
+    return tuple(_OfBuild(build.model, frozenset(chosen)) for build, chosen in alike.items())
 
 
 def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -209,9 +209,9 @@ class _Tabulation:
             self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
         return self._costs[key]
 
-    def tables(self, precision: _Precision, zones: tuple[str, ...]) -> Tables:
-        """Return the tables of replicas in these zones with the model in one precision."""
-        family, (model, primaries) = self.problem.family, precision
+    def tables(self, build: _OfBuild, zones: tuple[str, ...]) -> Tables:
+        """Return the tables of replicas of one build in these zones."""
+        family, (model, primaries) = self.problem.family, build
         rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(

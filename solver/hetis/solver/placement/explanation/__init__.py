@@ -194,12 +194,15 @@ def _reasons(
     if views:
         view = main_view(views)
         idle = price.available - price.used
-        in_their_precision = problem.in_precision_of(device_class.gpu)
-        yield from _alone(replace(view, problem=in_their_precision), device_class, idle)
-        if in_their_precision.model == view.problem.model:
-            yield from _joining(view, device_class, idle)
+        yield from _alone(replace(view, problem=problem.in_precision_of(device_class.gpu)), device_class, idle)
+        main = view.shape.stages[0].gpu
+        theirs, its = problem.build_of(device_class.gpu), problem.build_of(main)
+        if theirs.model != its.model:
+            yield f"they hold the model in another precision than {main}"
+        elif theirs.vendor != its.vendor:
+            yield f"they run {theirs.vendor}'s software, which is not that of {main}"
         else:
-            yield f"they hold the model in another precision than {view.shape.stages[0].gpu}"
+            yield from _joining(view, device_class, idle)
     if plan.result.gap > NOTHING:
         yield f"a gap of {in_percent(plan.result.gap)} is left, so that a use for them may exist"
 
