@@ -114,10 +114,10 @@ def _gpu(row: dict[str, str]) -> dict[str, Any]:
         pcie_bytes_per_s=float(row["pcie_gbs"]) * 1e9,
         nvlink_bytes_per_s=both_directions / 2 if switched and both_directions else None,
         usd_per_hour=_number(row["usd_per_hour"]),
+        vendor=row["vendor"],
     )
     return {
         "gpu": dataclasses.asdict(gpu),
-        "vendor": row["vendor"],
         "tdp_w": _number(row["tdp_w"]),
         "price_source": row["price_source"] or None,
         "spec_source": row["spec_source"],

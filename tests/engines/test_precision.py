@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from hetis.engines.attention import is_run, order_of
 from hetis.engines.precision import CAPABILITIES, SUPPORT, Least, remarks, why_not
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
@@ -86,13 +87,17 @@ def test_every_row_has_a_source() -> None:
         assert all(row.source and row.capability in CAPABILITIES.values() for row in rows)
         assert support.weights.keys() <= PRECISIONS.keys()
         assert set(support.fp8_kv) <= set(AttentionKind)
-    assert {entry.gpu.architecture for entry in catalogue.gpus() if entry.vendor == "NVIDIA"} <= CAPABILITIES.keys()
+    assert {entry.gpu.architecture for entry in catalogue.gpus() if entry.gpu.vendor == "NVIDIA"} <= CAPABILITIES.keys()
 
 
 _PROGRAM = """
-import json, sys
+import json, sys, types
+sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("kernels of CUDA, which nothing here calls")
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms.cuda import _get_backend_priorities
+from vllm.platforms.interface import DeviceCapability
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 said = {"kv": [get_kv_cache_quant_algo_string(one) for one in json.load(sys.stdin)], "capabilities": {}}
 for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq"):
@@ -100,19 +105,40 @@ for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq"):
         said["capabilities"][name] = get_quantization_config(name).get_min_capability()
     except Exception:
         pass
+at = [DeviceCapability(int(one), round(one % 1 * 10)) for one in (7.5, 8.0, 8.9, 9.0, 10.0, 12.0)]
+said["order"] = [[[one.name for one in _get_backend_priorities(mla, c)] for c in at] for mla in (False, True)]
+said["runs"] = {}
+for one in AttentionBackendEnum:
+    try:
+        said["runs"][one.name] = [one.get_class().supports_compute_capability(c) for c in at]
+    except Exception:
+        pass  # what it imports is not installed
 print("SAID", json.dumps(said))
 """
 
 
+def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -> None:
+    """Assert that vLLM chooses attention backends in our order, and runs ours where we say so."""
+    assert {"FLASH_ATTN", "TRITON_ATTN", "FLASHMLA", "TRITON_MLA"} <= runs.keys()
+    for model, by_capability in zip((LLAMA, DEEPSEEK), order, strict=True):
+        for i, (capability, theirs) in enumerate(zip((7.5, 8.0, 8.9, 9.0, 10.0, 12.0), by_capability, strict=True)):
+            ours = [name for name in order_of(model, capability) if is_run(name, model, capability)]
+            assert [name for name in theirs if name in ours] == ours, (model.name, capability)
+            for name, says in runs.items():
+                assert name not in order_of(model, capability) or is_run(name, model, capability) == says[i], name
+
+
 @needs_vllm
-def test_the_table_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says() -> None:
+def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says() -> None:
     stated = [(one, dtype) for one, dtype in STATED_KV if one["quant_method"] == "modelopt"]
     done = subprocess.run(
         [str(PYTHON), "-c", _PROGRAM], input=json.dumps([one for one, _ in stated]), env=ENVIRONMENT,
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     [line] = re.findall("^SAID (.*)$", done.stdout, re.MULTILINE)
-    kv, said = json.loads(line)["kv"], json.loads(line)["capabilities"]
+    found = json.loads(line)
+    assert_backends(found["order"], found["runs"])
+    kv, said = found["kv"], found["capabilities"]
     assert [(one or "auto").removesuffix("_e4m3") for one in kv] == [dtype for _, dtype in stated]
     names = {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "awq": "awq-int4", "gptq": "gptq-int4"}
     assert said

@@ -70,6 +70,7 @@ def gpu_types(draw: st.DrawFn, name: str) -> GpuType:
         pcie_bytes_per_s=draw(POSITIVE),
         nvlink_bytes_per_s=draw(st.none() | POSITIVE),
         usd_per_hour=draw(PRICES),
+        vendor=draw(st.sampled_from(("NVIDIA", "AMD", "Huawei"))),
     )
 
 

@@ -88,6 +88,24 @@ def test_the_price_of_a_node_is_split_over_its_gpus(tmp_path: Path) -> None:
     assert [slots.usd_per_hour for slots in cluster.node_groups[0].gpus] == [2.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("said", "vendor", "kept"),
+    [
+        ("", "NVIDIA", None),
+        (", architecture: CDNA3", "AMD", None),
+        (", vendor: amd", "AMD", "AMD"),
+        (", architecture: CDNA3, vendor: Huawei", "Huawei", "Huawei"),
+    ],
+)
+def test_a_gpu_type_has_the_vendor_of_its_architecture_unless_it_says_another(
+    tmp_path: Path, said: str, vendor: str, kept: str | None
+) -> None:
+    own = f"gpu_types:\n  X1: {{memory: 48GiB, memory_bandwidth: 1TB/s, fp16: 300TFLOPS{said}}}\n"
+    cluster = cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: X1}]}]\n", more=own)
+    assert cluster.gpu_types["X1"].vendor == vendor
+    assert cluster_to_data(cluster)["gpu_types"]["X1"].get("vendor") == kept
+
+
 def test_links_of_a_node_and_gpu_types_of_its_own(tmp_path: Path) -> None:
     nodes = """nodes:
   - name: a

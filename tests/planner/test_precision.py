@@ -119,6 +119,19 @@ def test_workers_may_be_gpus_that_cannot_compute_in_the_format(folder: Path) -> 
     assert for_engine(loaded, None) == loaded
 
 
+def test_a_fleet_of_several_vendors_is_told_that_replicas_stay_apart(folder: Path) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "MI300X"), encoding="utf-8")
+    loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
+    alone = for_engine(loaded, engine_rules("vllm", "hetis"))
+    assert not any("one vendor" in note for note in alone.notes), "V100s are left out"
+    (folder / "fleet.yaml").write_text(FLEET.replace("V100-SXM2-32GB", "MI300X"), encoding="utf-8")
+    loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
+    said = "a replica, and the KV that it exchanges, stays with GPUs of one vendor "
+    said += "(NVIDIA: A100-SXM-40GB; AMD: MI300X-192GB)"
+    assert said in for_engine(loaded, engine_rules("vllm", "hetis")).notes
+    assert said not in for_engine(loaded, None).notes
+
+
 def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
     with pytest.raises(InvalidProblemError, match="mxfp4 is a format of experts"):

@@ -19,9 +19,10 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import ClassPrice, Explanation, KvRoute, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
@@ -125,6 +126,19 @@ def test_replica_with_too_few_micro_batches_says_that_the_sum_counts() -> None:
     replica = claimed(unclaimed(A_STAGE, b_stage, in_flight=1), problem)
     (sentence,) = explain_plan(plan_of(problem, replica), problem).bottlenecks
     assert "one micro-batch walks through all 2 stages" in sentence
+
+
+def test_idle_gpus_of_another_vendor_cannot_join() -> None:
+    problem = the_problem()
+    problem = replace(problem, family=run_by(problem.family, EngineRules(name="vllm")))
+    price = ClassPrice(gpu="B", zone="east", gpus_per_node=2, available=4, used=0, as_attention_workers=0, dual=0.25)
+    plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE, in_flight=1), problem)), prices=(price,))
+    types = problem.cluster.gpu_types
+    of_two = replace(problem.cluster, gpu_types=types | {"B": replace(types["B"], vendor="AMD")})
+    (alike,), (apart,) = (explain_plan(plan, replace(problem, cluster=one)).idle for one in (problem.cluster, of_two))
+    says = "they run AMD's software, which is not that of A"
+    assert says in apart.reason
+    assert says not in alike.reason
 
 
 def test_idle_class_with_a_price_says_what_it_is_worth_at_the_margin() -> None:

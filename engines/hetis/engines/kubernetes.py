@@ -44,6 +44,7 @@ _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/he
 # A Secret's file is readable to the pod's group, if there is one, which a key must not be; so it comes as a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 _USER = 10001  # as in our images
+_RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # of their device plugins
 _GRACE_S = 45
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
@@ -286,7 +287,7 @@ class ReplicaObjects:
 
     def _resources(self, process: Process) -> dict[str, Any]:
         if self._serving.device == "cuda":
-            return {"limits": {"nvidia.com/gpu": len(process.gpus)}}
+            return {"limits": {_RESOURCES[process.vendor]: len(process.gpus)}}
         return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
 
     def _secret(self, variable: str, name: str, key: str) -> list[dict[str, Any]]:

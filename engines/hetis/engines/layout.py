@@ -15,13 +15,16 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
 from hetis.engines.precision import common_dtype
 from hetis.engines.versions import Engine
+from hetis.formats import catalogue
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
+VENDORS = ("NVIDIA", "AMD")  # whose GPUs processes can be given: those of both by CUDA_VISIBLE_DEVICES
 PAGE_TOKENS = 16  # of the plugin, unless its file says otherwise
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # of a worker
@@ -45,6 +48,7 @@ class Process:
     gpus: tuple[int, ...]  # its GPUs on the node, as the driver counts them, in the order of the ranks
     kv_bytes: int  # memory for KV on each GPU, as planned
     sharing: int = 1  # number of the replica's processes that use these GPUs
+    vendor: str = "NVIDIA"  # of its GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,8 @@ class Layout:
     # the longest request that fits into the KV capacity. None: the model's context is no longer.
     context_tokens: int | None = None
     dtype: str = "auto"  # of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine
+    # of all replicas with which it exchanges KV, where their GPUs would each choose another; empty: the engine's choice
+    attention_backend: str = ""
     # copies that share their experts, each of which has its own requests; 1 without expert parallelism
     data_parallel: int = 1
 
@@ -85,6 +91,11 @@ class Layout:
     def rank_kv_bytes(self) -> int:
         """The planned KV memory of the rank with most."""
         return max(process.kv_bytes for process in self.servers)
+
+    @property
+    def vendor(self) -> str:
+        """The vendor of the GPUs that compute layers."""
+        return self.servers[0].vendor
 
     @property
     def meets(self) -> bool:
@@ -205,6 +216,7 @@ def layout_of(
         dtype=dtype,
         kv_tokens=kv_tokens,
         partners=() if plan.replicas[number].role is Role.UNIFIED else alone,
+        vendors=_vendors(_planned(plan, "cluster")),
     )
     if not (indices := _driver_indices(_planned(plan, "cluster"))):
         return layout
@@ -245,6 +257,24 @@ def _driver_indices(cluster: Any) -> dict[str, list[int]]:
     return found
 
 
+def _vendors(cluster: Any) -> dict[str, str]:
+    """Return the vendors of the GPU types that a fleet's document defines itself."""
+    types = cluster.get("gpu_types") if isinstance(cluster, Mapping) else None
+    parts = types if isinstance(types, Mapping) else {}
+    return {
+        name: str(part.get("vendor") or catalogue.vendor_of(str(part.get("architecture"))))
+        for name, part in parts.items()
+        if isinstance(part, Mapping)
+    }
+
+
+def _vendor_of(gpu: str, vendors: Mapping[str, str]) -> str:
+    try:
+        return vendors.get(gpu) or catalogue.find_gpu(gpu).gpu.vendor
+    except catalogue.UnknownNameError:
+        return "NVIDIA"
+
+
 def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) -> Process:
     known = indices.get(process.node, ())
     return replace(process, gpus=tuple(known[gpu] if gpu < len(known) else gpu for gpu in process.gpus))
@@ -253,12 +283,14 @@ def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) ->
 def layout_of_replica(
     replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
     dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[ReplicaPlan] = (),
+    vendors: Mapping[str, str] | None = None,
 ) -> Layout:  # fmt: skip
     """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
 
     Args:
         planned: document of the model that the replica was planned for. None: not known.
-        partners: replicas with which it exchanges KV, in one dtype.
+        partners: replicas with which it exchanges KV, in one dtype and by one attention backend.
+        vendors: of GPU types that the catalogue lacks; others count as NVIDIA's.
 
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
@@ -270,7 +302,10 @@ def layout_of_replica(
     model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, replica, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
+    parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+    of_device = {device: _vendor_of(part.gpu, vendors or {}) for part in parts for device in part.devices}
     wrong = [
+        *_unknown_vendor(set(of_device.values())),
         *_other_model(planned, replica, model),
         *_impossible(replica, partners, model, engine, dtype),
         *_uneven(cards),
@@ -278,14 +313,15 @@ def layout_of_replica(
     if wrong:
         raise LayoutError(*wrong)
     tp = replica.stages[0].tp
-    holding = tuple(_worker_processes(cards, tp))
+    holding = tuple(_worker_processes(cards, tp, of_device))
     ranks = len(cards) * tp
+    gpus = {stage.gpu for one in (replica, *partners) for stage in one.stages}
     return Layout(
         engine=engine,
         role=replica.role,
         tensor_parallel=tp,
         layers=tuple(stage.num_layers for stage in replica.stages),
-        servers=tuple(_servers(replica, room, engine.program.lower())),
+        servers=tuple(_servers(replica, room, engine.program.lower(), of_device)),
         attention_workers=holding,
         workers=tuple(
             Worker(
@@ -303,7 +339,8 @@ def layout_of_replica(
         draft_tokens=model.step_tokens - 1,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
-        dtype=common_dtype({stage.gpu for one in (replica, *partners) for stage in one.stages}),
+        dtype=common_dtype(gpus),
+        attention_backend=common_backend(model, gpus, engine.program.lower()) if partners else "",
         data_parallel=copies,
     )
 
@@ -313,7 +350,8 @@ def _is_fp8(model: ModelSpec, dtype: str) -> bool:
     return dtype == "auto" and model.kv_bytes == 1
 
 
-def _servers(replica: ReplicaPlan, room: _Room, name: str) -> Iterator[Process]:
+def _servers(replica: ReplicaPlan, room: _Room, name: str, vendors: Mapping[str, str]) -> Iterator[Process]:
+    vendor = vendors[replica.stages[0].devices[0]]
     nodes = {node_of(device) for stage in replica.stages for device in stage.devices}
     if len(nodes) == 1:
         yield Process(
@@ -323,6 +361,7 @@ def _servers(replica: ReplicaPlan, room: _Room, name: str) -> Iterator[Process]:
             node=nodes.pop(),
             gpus=tuple(_index(device) for stage in replica.stages for device in stage.devices),
             kv_bytes=max(room.of_ranks(stage) for stage in replica.stages),
+            vendor=vendor,
         )
         return
     for number, stage in enumerate(replica.stages):
@@ -333,10 +372,11 @@ def _servers(replica: ReplicaPlan, room: _Room, name: str) -> Iterator[Process]:
             node=node_of(stage.devices[0]),
             gpus=tuple(_index(device) for device in stage.devices),
             kv_bytes=room.of_ranks(stage),
+            vendor=vendor,
         )
 
 
-def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int) -> Iterator[Process]:
+def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int, vendors: Mapping[str, str]) -> Iterator[Process]:
     """Yield the processes of the first worker in the order of vLLM's ranks, then those of the second, and so on."""
     on_card = Counter(card.device for of_stage in cards for card in of_stage for _ in range(tp))
     for place in range(len(cards[0])):
@@ -352,6 +392,7 @@ def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int) -> Iterator[Pro
                     gpus=(_index(card.device),),
                     kv_bytes=card.kv_bytes,
                     sharing=sharing,
+                    vendor=vendors[card.device],
                 )
 
 
@@ -366,6 +407,12 @@ def _index(device: str) -> int:
 
 
 # --- what is refused
+
+
+def _unknown_vendor(vendors: set[str]) -> Iterator[str]:
+    if others := sorted(vendors - set(VENDORS)):
+        known = " and ".join(VENDORS)
+        yield f"it has GPUs of {', '.join(others)}: how a process is given its GPUs is known of {known} alone"
 
 
 def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:

@@ -196,11 +196,17 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": layout.draft_tokens})
     if connector := connector_of(layout):
         room["--kv-transfer-config"] = json.dumps(connector)
-    if layout.workers and serving.device == "cuda":  # on a CPU the plugin replaces the only backend
-        room["--attention-backend"] = "CUSTOM"
+    if backend := _attention_backend(layout, serving):
+        room["--attention-backend"] = backend
     if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
         room["--disable-hybrid-kv-cache-manager"] = ""
     return room
+
+
+def _attention_backend(layout: Layout, serving: Serving) -> str:
+    if serving.device != "cuda":  # the only backend of a CPU, which the plugin replaces
+        return ""
+    return "CUSTOM" if layout.workers else layout.attention_backend
 
 
 def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
@@ -261,6 +267,8 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--dtype"] = dtype
     if kv_dtype := kv_dtype_of(layout, serving):
         told[KV_DTYPE] = {"fp8": "fp8_e4m3"}.get(kv_dtype, kv_dtype)
+    if backend := _attention_backend(layout, serving):
+        told["--attention-backend"] = backend
     if serving.limits_kv:
         told["--max-total-tokens"] = str(layout.kv_tokens)
         if layout.context_tokens is not None:

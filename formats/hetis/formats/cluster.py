@@ -140,13 +140,17 @@ class NodePart(DocumentPart):
 
 
 class GpuTypePart(DocumentPart):
-    """A GPU type that the catalogue lacks. Rates are peaks; links are one direction."""
+    """A GPU type that the catalogue lacks. Rates are peaks; links are one direction. A replica of an engine, and the KV
+    that it exchanges, stays with GPUs of one `vendor`: unless given, the one that makes GPUs of this `architecture`, or
+    NVIDIA.
+    """
 
     memory: Size
     memory_bandwidth: Bandwidth
     fp16: Flops
     fp8: Flops | None = None
     architecture: Title = "unknown"
+    vendor: Title | None = None
     pcie: Bandwidth = 32e9
     nvlink: Bandwidth | None = None
     usd_per_hour: Usd | None = None
@@ -199,11 +203,7 @@ def _catalogue_gpus() -> dict[str, GpuType]:
 
 
 def _to_cluster(document: ClusterDocument) -> Cluster:
-    fields = {ours: theirs for ours, theirs, _ in _GPU_FIELDS}
-    inline = {
-        name: GpuType(name=name, **{theirs: getattr(part, ours) for ours, theirs in fields.items()})
-        for name, part in document.gpu_types.items()
-    }
+    inline = {name: _gpu_type(name, part) for name, part in document.gpu_types.items()}
     used = dict.fromkeys(gpus.type for node in document.nodes for gpus in node.gpus)
     known = _catalogue_gpus()
     cluster = Cluster(
@@ -230,9 +230,22 @@ _GPU_FIELDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 )
 
 
+def _gpu_type(name: str, part: GpuTypePart) -> GpuType:
+    fields = {theirs: getattr(part, ours) for ours, theirs, _ in _GPU_FIELDS}
+    vendor = catalogue.vendor_of(part.architecture) if part.vendor is None else _vendor(part.vendor)
+    return GpuType(name=name, vendor=vendor, **fields)
+
+
+def _vendor(name: str) -> str:
+    """Return the name as the catalogue spells it, if it has this vendor."""
+    known = {entry.gpu.vendor.casefold(): entry.gpu.vendor for entry in catalogue.gpus()}
+    return known.get(name.casefold(), name)
+
+
 def _gpu_type_data(gpu: GpuType) -> dict[str, Any]:
     given = ((ours, getattr(gpu, theirs), text) for ours, theirs, text in _GPU_FIELDS)
-    return {name: text(value) for name, value, text in given if value is not None}
+    data = {name: text(value) for name, value, text in given if value is not None}
+    return data if gpu.vendor == catalogue.vendor_of(gpu.architecture) else data | {"vendor": gpu.vendor}
 
 
 def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:

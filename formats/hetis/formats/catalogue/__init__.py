@@ -29,7 +29,6 @@ class GpuEntry:
     """A GPU type with the sources of its figures."""
 
     gpu: GpuType
-    vendor: str
     tdp_w: float | None  # board power by the data sheet, for people: no plan depends on it
     price_source: str | None
     spec_source: str
@@ -105,6 +104,12 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
         return by_name[_gpu_name(name)]
     except UnknownNameError:
         return by_name[resolve_gpu(name, by_name, also)]  # the same once more, with better suggestions
+
+
+@functools.cache
+def vendor_of(architecture: str) -> str:
+    """Return who makes GPUs of an architecture; NVIDIA if it is not known."""
+    return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture == architecture), "NVIDIA")
 
 
 def find_model(name: str) -> ModelEntry:

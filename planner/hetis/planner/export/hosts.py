@@ -8,10 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hetis.engines.commands import Command
-from hetis.engines.layout import ProcessKind
+from hetis.engines.layout import Process, ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, published_image
+from hetis.planner.export.replicas import (
+    Launchable,
+    LaunchableReplica,
+    NotExportableError,
+    Written,
+    engine_image,
+    missing_images,
+    worker_image,
+)
 from hetis.solver.plan import Role
 
 
@@ -166,11 +174,7 @@ _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 def write_compose(launchable: Launchable) -> Written:
     """Return a folder for each node with its compose.yaml and the plugin's files."""
-    image = launchable.settings.image or published_image(launchable.engine)
-    wrong = [] if image else ["--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it"]
-    if launchable.has_workers and not launchable.settings.worker_image:
-        wrong.append("--worker-image is missing: as docker/worker.Dockerfile makes it")
-    if wrong:
+    if wrong := missing_images(launchable):
         raise NotExportableError(tuple(wrong))
     files, shown = dict[str, str](), list[str]()
     for node, here in launchable.by_node().items():
@@ -180,7 +184,7 @@ def write_compose(launchable: Launchable) -> Written:
                 if command.process.node == node:
                     # A name among services may contain no slash and no dot.
                     name = re.sub(r"[/.+]", "-", f"{one.name}-{command.process.name}")
-                    services[name] = _service(launchable, one, command, image)
+                    services[name] = _service(launchable, one, command)
                     files |= {f"{node}/{path}": text for path, text in command.files.items()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
@@ -191,28 +195,27 @@ def write_compose(launchable: Launchable) -> Written:
     return _written(launchable, files, shown, _HOW_COMPOSE)
 
 
-def _service(launchable: Launchable, one: LaunchableReplica, command: Command, image: str) -> dict[str, Any]:
-    process, settings = command.process, launchable.settings
+def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -> dict[str, Any]:
+    process = command.process
     is_worker = process.kind is ProcessKind.ATTENTION_WORKER
     places = {one.addresses.config_file: _CONFIG, one.addresses.key_file: _KEY_FILE}
     shown = [places.get(word, word) for word in command.shown]
-    environment = {name: places.get(text, text) for name, text in command.environment.items()} | _gpus(process.gpus)
+    environment = {name: places.get(text, text) for name, text in command.environment.items()}
     volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
     if one.serving.model.startswith("/") and not is_worker:
         volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
-    reserved = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(process.gpus)], "capabilities": ["gpu"]}
     service: dict[str, Any] = {
-        "image": settings.worker_image if is_worker else image,
+        "image": worker_image(launchable, one) if is_worker else engine_image(launchable, one),
         # Images have entry points of their own; these words are the whole command.
         "entrypoint": shown[:1],
         "command": shown[1:],
-        "environment": environment,
+        "environment": environment | _seen_gpus(process),
         "network_mode": "host",
         "ipc": "host",
         "restart": "unless-stopped",
         "stop_grace_period": f"{command.stops_s:g}s",
         "labels": {"hetis.devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)},
-        "deploy": {"resources": {"reservations": {"devices": [reserved]}}},
+        **_given_gpus(process),
     }
     if volumes:
         service["volumes"] = volumes
@@ -226,11 +229,22 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
     return service
 
 
-def _gpus(gpus: tuple[int, ...]) -> dict[str, str]:
-    """Return the environment for the ranks' order among the GPUs that the container sees, which renumbers them."""
-    seen = sorted(gpus)
-    order = ",".join(str(seen.index(gpu)) for gpu in gpus)
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": order}
+def _given_gpus(process: Process) -> dict[str, Any]:
+    """Return what gives a service its GPUs. On AMD's, a container has all devices and uses those of a variable."""
+    if process.vendor == "AMD":
+        return {
+            "devices": [f"{path}:{path}" for path in ("/dev/kfd", "/dev/dri")],
+            "group_add": ["video"],
+            "security_opt": ["seccomp=unconfined"],
+        }
+    reserved = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in sorted(process.gpus)], "capabilities": ["gpu"]}
+    return {"deploy": {"resources": {"reservations": {"devices": [reserved]}}}}
+
+
+def _seen_gpus(process: Process) -> dict[str, str]:
+    """Return the environment for the ranks' order; a container that has some of the GPUs counts them anew."""
+    numbers = process.gpus if process.vendor == "AMD" else [sorted(process.gpus).index(gpu) for gpu in process.gpus]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}
 
 
 _HOW_COMPOSE = """\

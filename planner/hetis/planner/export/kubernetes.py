@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hetis.engines.errors import LayoutError
@@ -19,7 +20,15 @@ from hetis.engines.kubernetes import (
 )
 from hetis.engines.layout import Process
 from hetis.formats.documents import yaml_text
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, published_image
+from hetis.planner.export.replicas import (
+    Launchable,
+    LaunchableReplica,
+    NotExportableError,
+    Written,
+    engine_image,
+    missing_images,
+    worker_image,
+)
 from hetis.solver.plan import Role
 
 
@@ -41,8 +50,8 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     settings = launchable.settings
     return Deployment(
         name=launchable.name_of(one),
-        image=settings.image or published_image(launchable.engine),
-        worker_image=settings.worker_image,
+        image=engine_image(launchable, one),
+        worker_image=worker_image(launchable, one),
         worker_secret=settings.worker_key_secret,
         model_claim=settings.model_claim,
         key_secret=settings.api_key_secret,
@@ -54,8 +63,9 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
 def check_cluster_options(launchable: Launchable) -> None:
     """Raise NotExportableError with every missing option for Kubernetes objects."""
     one = next(iter(launchable.replicas.values()))
-    wrong = deployment_of(launchable, one).wrong(one.serving.model, has_workers=launchable.has_workers)
-    if wrong:
+    deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # which each vendor needs
+    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers)
+    if wrong := [*missing_images(launchable), *wrong]:
         raise NotExportableError(tuple(wrong))
 
 

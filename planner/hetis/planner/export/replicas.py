@@ -56,8 +56,9 @@ class ExportSettings:
     port: int = 8000  # of the first replica's front end on a node; others have the following ones
     name: str = "hetis"  # prefix of objects and jobs
     namespace: str = ""
-    image: str = ""  # of the engine; empty: the one that its makers publish
-    worker_image: str = ""  # of attention workers
+    # Of the engine, for GPUs of AMD another: ``IMAGE,AMD=IMAGE`` (`image_in`). Empty: the one that its makers publish
+    image: str = ""
+    worker_image: str = ""  # of attention workers, likewise; empty: there is none
     model_claim: str = ""  # a PersistentVolumeClaim with the models
     api_key_secret: str = ""  # a Secret with the ``api-key`` for clients
     worker_key_secret: str = ""  # a Secret with the attention workers' ``worker-key``
@@ -269,10 +270,52 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
         yield f"the plan is for {asked}, the checkpoint is {settings.model}: --model names the one that was tuned"
 
 
-def published_image(engine: Engine) -> str:
-    """Return the image that the engine's makers publish; empty for our plugin, which has none."""
+def image_in(text: str, vendor: str) -> str:
+    """Return the image for a vendor's GPUs in ``IMAGE,AMD=IMAGE``; empty: none. That without a vendor is NVIDIA's."""
+    images = dict[str, str]()
+    for part in filter(None, text.split(",")):
+        of, _, image = part.rpartition("=")
+        images[of or "NVIDIA"] = image
+    return images.get(vendor, "")
+
+
+def engine_image(launchable: Launchable, one: LaunchableReplica) -> str:
+    """Return the engine's image for a replica's GPUs: the given one, or that of its makers; empty: there is none."""
+    vendor = one.layout.vendor
+    return image_in(launchable.settings.image, vendor) or published_image(launchable.engine, vendor)
+
+
+def worker_image(launchable: Launchable, one: LaunchableReplica) -> str:
+    """Return the image of a replica's attention workers; empty: none is given."""
+    workers, text = one.layout.attention_workers, launchable.settings.worker_image
+    return image_in(text, workers[0].vendor) if workers else ""
+
+
+def missing_images(launchable: Launchable) -> list[str]:
+    """Return, for each vendor whose GPUs have no image, what is missing."""
+    made = "vLLM with the plugin, as docker/vllm.Dockerfile makes it" if launchable.has_workers else "of the engine"
+    wrong = dict[str, None]()
+    for one in launchable.replicas.values():
+        if not engine_image(launchable, one):
+            wrong[_missing("--image", one.layout.vendor, made)] = None
+        if (workers := one.layout.attention_workers) and not worker_image(launchable, one):
+            wrong[_missing("--worker-image", workers[0].vendor, "as docker/worker.Dockerfile makes it")] = None
+    return list(wrong)
+
+
+def _missing(option: str, vendor: str, made: str) -> str:
+    of = "" if vendor == "NVIDIA" else f" for GPUs of {vendor} ({option} IMAGE,{vendor}=IMAGE)"
+    return f"{option} is missing{of}: {made}"
+
+
+def published_image(engine: Engine, vendor: str) -> str:
+    """Return the image that the engine's makers publish for a vendor's GPUs; empty: none, or no single one."""
     version = VERSIONS[engine]
-    return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
+    return {
+        (Engine.VLLM, "NVIDIA"): f"vllm/vllm-openai:v{version}",
+        (Engine.VLLM, "AMD"): f"vllm/vllm-openai-rocm:v{version}",
+        (Engine.SGLANG, "NVIDIA"): f"lmsysorg/sglang:v{version}",
+    }.get((engine, vendor), "")
 
 
 # --- stage copies

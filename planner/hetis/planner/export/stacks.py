@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, annotations_of, on_node
+from hetis.engines.layout import Layout
 from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
@@ -20,7 +22,7 @@ from hetis.planner.export.kubernetes import (
     replica_objects,
     written_for_cluster,
 )
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, image_in, paired
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
 
@@ -267,9 +269,7 @@ def write_dynamo(launchable: Launchable) -> Written:
     if launchable.engine not in _PROGRAMS:
         raise NotExportableError(("Dynamo's images lack our plugin: use --to lws or kubernetes, or --engine vllm",))
     left_out = {
-        number: (f"it is on {len(one.layout.servers)} nodes: Dynamo makes the pods of a component from one template",)
-        for number, one in launchable.replicas.items()
-        if len(one.layout.servers) > 1
+        number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
     }
     launchable = launchable.without(left_out)
     components = [_component(launchable, one) for one in launchable.replicas.values()]
@@ -285,6 +285,13 @@ def write_dynamo(launchable: Launchable) -> Written:
         for place, number in enumerate(launchable.replicas)
     }
     return written_for_cluster(launchable, files, _HOW_DYNAMO, endpoints=fronts, not_carried=lost)
+
+
+def _not_of_dynamo(layout: Layout) -> Iterator[str]:
+    if len(layout.servers) > 1:
+        yield f"it is on {len(layout.servers)} nodes: Dynamo makes the pods of a component from one template"
+    if layout.vendor != "NVIDIA":
+        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's"
 
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
@@ -306,7 +313,8 @@ def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]
 
 
 def image_of(launchable: Launchable) -> str:
-    return launchable.settings.image or f"nvcr.io/nvidia/ai-dynamo/{launchable.engine.value}-runtime:{VERSION}"
+    published = f"nvcr.io/nvidia/ai-dynamo/{launchable.engine.value}-runtime:{VERSION}"
+    return image_in(launchable.settings.image, "NVIDIA") or published
 
 
 def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:

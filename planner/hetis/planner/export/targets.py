@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hetis.engines.kubernetes import NAMESPACE
-from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
+from hetis.engines.layout import DTYPE_BYTES, VENDORS, Layout, planned_model
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -117,6 +118,15 @@ def export_wanted(
     return export_plan(plan, shape, target, settings)
 
 
+def _wrong_images(text: str) -> Iterator[str]:
+    """Yield what is wrong with ``IMAGE,AMD=IMAGE`` (`image_in`)."""
+    for vendor, times in Counter(part.rpartition("=")[0] or VENDORS[0] for part in text.split(",")).items():
+        if vendor not in VENDORS:
+            yield f"{vendor} is no vendor, must be {' or '.join(VENDORS)}"
+        if times > 1:
+            yield f"{times} images for {vendor}"
+
+
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
@@ -133,6 +143,8 @@ def _wrong(
     if given.engine is not None and given.engine not in allowed:
         runs = " or ".join(one.value for one in allowed)
         yield f"{spelled('engine')} is {given.engine.value}: {spelled('to')} {target.value} runs {runs}"
+    for option, text in (("image", given.image), ("worker_image", given.worker_image)):
+        yield from (f"{spelled(option)} is {text!r}: {why}" for why in _wrong_images(text))
     if given.dtype not in DTYPE_BYTES:
         yield f"{spelled('dtype')} is {given.dtype!r}, must be one of {', '.join(DTYPE_BYTES)}"
     if not _NAME.fullmatch(given.name):

@@ -90,6 +90,13 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
         notes.append(f"no attention workers: {_why_no_workers(inputs.model)}")
+    vendors = dict[str, list[str]]()
+    for gpu, kind in gpus.items():
+        if gpu not in refused:
+            vendors.setdefault(kind.vendor, []).append(gpu)
+    if len(vendors) > 1:
+        listed = "; ".join(f"{vendor}: {', '.join(its)}" for vendor, its in vendors.items())
+        notes.append(f"a replica, and the KV that it exchanges, stays with GPUs of one vendor ({listed})")
     for model in dict.fromkeys(map(inputs.model.on, gpus)):
         runs = {gpu: kind for gpu, kind in gpus.items() if gpu not in refused and inputs.model.on(gpu) == model}
         notes += remarks(model, runs, name)

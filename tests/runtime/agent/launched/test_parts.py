@@ -19,7 +19,7 @@ from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.moves.refusals import RefusedError
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, Role
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import EnginePeer
 from tests.engines.plans import FP8_KV, MODEL, POOL, plan_of, stage_of, write_config
@@ -81,6 +81,12 @@ def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engi
             made.replicas[number].endpoint.rpartition(":")[0]
         ]
         assert all(one.is_whole == (len(parts) == 1) for one in parts)
+
+
+@pytest.mark.parametrize(("role", "told"), [(Role.UNIFIED, False), (Role.PREFILL, True), (Role.DECODE, True)])
+def test_replicas_that_exchange_kv_are_told_the_attention_backend_of_the_settings(role: Role, *, told: bool) -> None:
+    [command] = part(replace(replica_on("a/0"), role=role), engine="vllm", attention_backend="TRITON_ATTN").commands
+    assert ("--attention-backend TRITON_ATTN" in command.line) == told
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -106,6 +106,9 @@ class EngineSettingsDocument(Document):
     served_name: Named = "{name}"  # what clients call it
     device: Literal["cuda", "cpu"] = "cuda"  # ``cpu`` to try a plan without GPUs
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the model and its KV
+    # Of replicas that only prefill or decode. Needed where GPUs that exchange KV would each choose another; `hetis-plan
+    # export` says which one
+    attention_backend: Annotated[str, Field(pattern=r"[A-Za-z0-9_]*")] = ""
     # Further ones of the engine, as they stand
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
     environment: dict[Variable, str] = Field(default_factory=dict)  # further variables of the engine
@@ -188,6 +191,8 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         model, checkpoint, stated_kv = _model_of(planned, replica, settings)
         engine, dtype, tokens = settings.served_by, settings.dtype, settings.kv_tokens
         layout = layout_of_replica(replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens)
+        if layout.role is not Role.UNIFIED:
+            layout = replace(layout, attention_backend=settings.attention_backend)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
         serving = _serving(settings, model.name, checkpoint)

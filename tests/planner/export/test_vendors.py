@@ -1,0 +1,124 @@
+"""Exports for fleets of several vendors, and for GPUs whose engines would choose unlike attention backends."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import compose_spec
+import pytest
+import yaml
+
+from hetis.engines.versions import Engine
+from hetis.formats.errors import DocumentError
+from hetis.planner.export import ExportTarget
+from hetis.planner.export.replicas import NotExportableError
+from hetis.planner.export.targets import export_wanted
+from hetis.solver.plan import KvRoute, Plan, Role
+from tests.engines.plans import POOL, stage_of
+from tests.planner.export import reading
+from tests.planner.export.plans import DECODES, PREFILL, made_of, on, replica
+from tests.planner.export.test_export import SETTINGS, exported
+from tests.planner.export.test_schemas import check_core
+
+TWO_VENDORS = made_of(replica(on("a/1", "a/0", tp=2, gpu="MI300X-192GB")), replica(on("b/0", gpu="H100-SXM-80GB")))
+AMD_WORKERS = made_of(replica(stage_of(), attention_workers=(replace(POOL, gpu="MI210-64GB"),)))
+
+
+def apart(prefill: str, decode: str) -> Plan:
+    """A plan of a replica that prefills and one that decodes, on GPUs of these types."""
+    sender = replace(PREFILL, stages=(on("a/0", gpu=prefill),), in_flight=1)
+    receiver = replace(DECODES[0], stages=(on("d/0", gpu=decode),))
+    return made_of(sender, receiver, routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "vllm", "sglang"),
+    [
+        ("T4", "L4", ["TRITON_ATTN"] * 2, []),
+        ("H100-SXM-80GB", "B200-SXM-180GB", [], ["flashinfer"] * 2),  # vLLM's FlashInfer has no heads of 8 numbers
+        ("A100-SXM-80GB", "L4", [], []),
+    ],
+)
+def test_replicas_that_exchange_kv_are_told_one_attention_backend(
+    prefill: str, decode: str, vllm: list[str], sglang: list[str]
+) -> None:
+    plan = apart(prefill, decode)
+    alone = replace(plan, replicas=tuple(replace(one, role=Role.UNIFIED) for one in plan.replicas), kv_routes=())
+    for target, told in ((ExportTarget.VLLM, vllm), (ExportTarget.SGLANG, sglang)):
+        scripts = [text for path, text in exported(plan, target).files.items() if path.endswith(".sh")]
+        assert re.findall(r"--attention-backend (\S+)", "".join(scripts)) == told
+        assert "--attention-backend" not in str(exported(alone, target).files)
+
+
+def test_pods_take_the_resource_and_the_image_of_their_vendor() -> None:
+    made = exported(TWO_VENDORS, ExportTarget.KUBERNETES, engine=Engine.VLLM, image="cuda:1,AMD=rocm:1")
+    objects = reading.manifests(made.files)
+    for one in objects:
+        check_core(one)
+    pods = [one["spec"]["template"]["spec"]["containers"][0] for one in objects if one["kind"] == "StatefulSet"]
+    assert [(pod["image"], pod["resources"]["limits"]) for pod in pods] == [
+        ("rocm:1", {"amd.com/gpu": 2}),
+        ("cuda:1", {"nvidia.com/gpu": 1}),
+    ]
+
+
+def test_services_have_the_devices_of_their_vendor() -> None:
+    made = exported(TWO_VENDORS, ExportTarget.COMPOSE, image="")
+    (amd,), (nvidia,) = (yaml.safe_load(made.files[f"{node}/compose.yaml"])["services"].values() for node in "ab")
+    assert (amd["image"], nvidia["image"]) == ("vllm/vllm-openai-rocm:v0.32.0", "vllm/vllm-openai:v0.32.0")
+    assert (amd["devices"], amd["group_add"]) == (["/dev/kfd:/dev/kfd", "/dev/dri:/dev/dri"], ["video"])
+    assert amd["environment"]["CUDA_VISIBLE_DEVICES"] == "1,0", "it has the devices of all GPUs of the node"
+    assert "deploy" not in amd
+    assert "devices" not in nvidia
+    compose_spec.PyCompose.from_json(
+        json.dumps({"name": "both", "services": {"amd": amd, "nvidia": nvidia}})
+    ).validate()
+
+
+def test_workers_on_amds_gpus_beside_an_engine_on_nvidias() -> None:
+    images = {"image": "plugin:1", "worker_image": "worker:1,AMD=worker-rocm:1"}
+    objects = reading.manifests(exported(AMD_WORKERS, ExportTarget.KUBERNETES, **images).files)
+    pods = [one["spec"]["template"]["spec"]["containers"][0] for one in objects if one["kind"] == "StatefulSet"]
+    assert {(pod["image"], *pod["resources"]["limits"]) for pod in pods} == {
+        ("plugin:1", "nvidia.com/gpu"),
+        ("worker-rocm:1", "amd.com/gpu"),
+    }
+    with pytest.raises(NotExportableError) as caught:
+        exported(AMD_WORKERS, ExportTarget.KUBERNETES, image="", worker_image="worker:1")
+    assert caught.value.reasons == (
+        "--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it",
+        "--worker-image is missing for GPUs of AMD (--worker-image IMAGE,AMD=IMAGE): "
+        "as docker/worker.Dockerfile makes it",
+    )
+
+
+def test_what_a_vendor_has_no_image_for_is_refused() -> None:
+    with pytest.raises(NotExportableError, match="--image is missing for GPUs of AMD"):
+        exported(TWO_VENDORS, ExportTarget.KUBERNETES, engine=Engine.SGLANG, image="cuda:1")
+    made = exported(TWO_VENDORS, ExportTarget.DYNAMO, engine=Engine.VLLM, image="")
+    assert any("it has GPUs of AMD: Dynamo's images are for NVIDIA's" in line for line in made.lost)
+
+
+def test_gpus_of_other_vendors_are_refused_also_those_that_the_plan_defines_itself() -> None:
+    gaudi, ours = made_of(replica(on("a/0", gpu="Gaudi3-128GB"))), made_of(replica(on("a/0", gpu="ours")))
+    exported(ours, ExportTarget.VLLM)
+    types = {"ours": {"memory": "64GiB", "vendor": "Huawei"}}
+    told = replace(ours, inputs={"documents": {**ours.inputs["documents"], "cluster": {"gpu_types": types}}})
+    for plan, vendor in ((gaudi, "Intel"), (told, "Huawei")):
+        with pytest.raises(NotExportableError, match=f"it has GPUs of {vendor}: how a process is given its GPUs"):
+            exported(plan, ExportTarget.VLLM)
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        ("cuda:1,Nvidia=other:1", "Nvidia is no vendor, must be NVIDIA or AMD"),
+        ("AMD=rocm:1,AMD=rocm:2", "2 images for AMD"),
+        ("cuda:1,other:1", "2 images for NVIDIA"),
+    ],
+)
+def test_images_are_for_vendors(image: str, why: str) -> None:
+    with pytest.raises(DocumentError, match=f"image is '{re.escape(image)}': {why}"):
+        export_wanted(TWO_VENDORS, ExportTarget.KUBERNETES, replace(SETTINGS, image=image))
