@@ -1,4 +1,4 @@
-"""Another engine's stated value is never below that of equal stages, which every engine runs."""
+"""The value of equal stages, which every engine runs: other engines are never said to reach less."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from hetis.planner.use_cases import place
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EngineValue, _by_equal_stages
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.problem import EngineRules
 from tests.planner import plans
 
@@ -26,3 +28,22 @@ def test_the_better_of_what_was_found_and_equal_stages_is_told(
     known = EngineValue(engine="vllm", value=found, bound=None)
     value = _by_equal_stages(known, plan, NO_SEARCH, EngineRules(name="vllm-hetis"), 0, threading.Event())
     assert (value.value, value.equal_stages) == told
+
+
+@pytest.mark.parametrize(("cut_short", "told"), [(0, True), (1, True), (2, False)])
+def test_a_search_that_is_cut_short_twice_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, cut_short: int, *, told: bool
+) -> None:
+    searches = list[SearchSettings]()
+
+    def equal_stages(_problem: object, settings: SearchSettings) -> dict[str, Any]:
+        searches.append(settings)
+        if len(searches) <= cut_short:
+            spent.append(settings.budget)
+        return {EQUAL_STAGES: 1.0}
+
+    spent = list[Budget]()
+    monkeypatch.setattr(place, "_equal_stages", equal_stages)
+    monkeypatch.setattr(Budget, "is_spent", lambda self: self in spent)
+    found = place._with_equal_stages(plans.plan(), NO_SEARCH, place.PlacementSettings(), threading.Event())
+    assert found.inputs.get(EQUAL_STAGES) == (1.0 if told else None)

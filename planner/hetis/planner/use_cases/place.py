@@ -387,12 +387,23 @@ def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: P
 def _with_equal_stages(
     plan: Plan, problem: PlacementProblem, settings: PlacementSettings, cancelled: threading.Event
 ) -> Plan:
-    """Return the plan with the value of equal stages, which is what engines do without a planner."""
+    """Return the plan with the value of equal stages, which is what engines do without a planner.
+
+    A search that is cut short says nothing of what they reach, so that its value is left out. The first one may be for
+    no other reason than that it compiles, and is repeated.
+    """
+    for _ in range(2):
+        budget = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
+        found = _equal_stages(problem, SearchSettings(budget=budget, seed=settings.seed))
+        if not budget.is_spent():
+            return replace(plan, inputs={**plan.inputs, **found})
+    return plan
+
+
+def _equal_stages(problem: PlacementProblem, settings: SearchSettings) -> dict[str, Any]:
+    """Return the values of equal stages for `Plan.inputs`: the best, and the best of each TP size in every replica."""
     from hetis.solver.placement.solve import equal_stages_value
 
-    budget = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-    alone = SearchSettings(budget=budget, seed=settings.seed)
-    value = equal_stages_value(problem, alone)
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
     forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
     freely = replace(
@@ -400,11 +411,11 @@ def _with_equal_stages(
         constraints=tuple(each for each in problem.constraints if not isinstance(each, WithoutTp)),
     )
     by_size = {
-        str(tp): equal_stages_value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), alone)
+        str(tp): equal_stages_value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), settings)
         for tp in problem.family.tp_sizes
         if tp <= most and tp not in forbidden
     }
-    return replace(plan, inputs={**plan.inputs, EQUAL_STAGES: value, SIMPLE_SETUPS: by_size})
+    return {EQUAL_STAGES: equal_stages_value(problem, settings), SIMPLE_SETUPS: by_size}
 
 
 def simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
