@@ -135,6 +135,27 @@ def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
     )
 
 
+@pytest.mark.parametrize(("decodes_on", "is_refused"), [(1, True), (2, True), (4, False)])
+def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refused: bool) -> None:
+    few = replace(MODEL, kv_heads=2)
+    sender = plan_of(
+        stage_of(tp=4, devices=tuple(f"a/{i}" for i in range(4)), kv_head_groups_kept=1),
+        role=Role.PREFILL, micro_batch=0,
+    ).replicas[0]  # fmt: skip
+    devices = tuple(f"b/{i}" for i in range(decodes_on))
+    kept = max(1, 2 // decodes_on)
+    receiver = stage_of(tp=decodes_on, devices=devices, kv_head_groups_kept=kept)
+    plan = plan_of(receiver, role=Role.DECODE, chunk_tokens=0)
+    plan = replace(plan, replicas=(plan.replicas[0], sender))
+    says = f"it decodes in TP{decodes_on}, and prompts come from TP4, where ranks share 2 KV heads"
+    if is_refused:
+        assert refused(plan, few, engine=Engine.VLLM)[0].startswith(says)
+    else:
+        layout_of(plan, 0, few, engine=Engine.VLLM)
+    layout_of(plan, 0, few, engine=Engine.SGLANG)
+    layout_of(plan, 1, few, engine=Engine.VLLM)
+
+
 def test_a_replica_that_is_not_there_is_told() -> None:
     plan = plan_of(stage_of(kv_head_groups_kept=8))
     assert refused(plan, replica=1) == ("there is no replica 1, the plan has 1, counted from 0",)

@@ -442,6 +442,7 @@ def _impossible(
             "the plugin has the place of vLLM's connector that would carry prompts between replicas"
         )
     yield from _handed_over(replica, partners, model, engine)
+    yield from _held_twice(replica, partners, model, engine)
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
@@ -494,6 +495,24 @@ def _handed_over(
         yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
     if replica.role is Role.PREFILL and model.linear is not None:
         yield "it prefills in several stages: vLLM's NIXL connector does not with layers that keep states"
+
+
+def _held_twice(
+    replica: ReplicaPlan, partners: Sequence[ReplicaPlan], model: ModelSpec, engine: Engine
+) -> Iterator[str]:
+    """Yield why prompts' KV cannot come from more ranks than there are KV heads, several of which hold the same.
+
+    `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py; SGLang, latent attention and states may.
+    """
+    if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.mla is not None or model.linear is not None:
+        return
+    ranks = replica.stages[0].tp
+    senders = {one.stages[0].tp for one in partners if one.role is Role.PREFILL and one.stages}
+    if wider := [str(tp) for tp in sorted(senders) if tp > max(ranks, model.kv_heads)]:
+        yield (
+            f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "
+            f"{model.kv_heads} KV heads: vLLM's NIXL connector takes those only in as many ranks"
+        )
 
 
 def _impossible_stage(
