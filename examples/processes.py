@@ -48,9 +48,11 @@ def listens(port: int) -> bool:
 def kernel_cache(python: Path) -> dict[str, str]:
     """Return the variable that names a folder for compiled kernels to a Python of another virtual environment.
 
-    Empty where its numba is the version of this one, for then both share what either has compiled. Two versions in one
-    folder would each throw away what the other has compiled.
+    Empty where its numba is the version of this one, for then both share what either has compiled, and where the caller
+    has chosen a folder. Two versions in one would each throw away what the other has compiled.
     """
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return {}
     environment = python.parents[1]
     if any(environment.glob(f"lib/python*/site-packages/numba-{version('numba')}.dist-info")):
         return {}

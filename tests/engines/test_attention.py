@@ -1,4 +1,4 @@
-"""Replicas that exchange KV have one attention backend, also where an engine would choose several."""
+"""Replicas that exchange KV on unlike GPUs have one attention backend that runs on all of them."""
 
 from __future__ import annotations
 
@@ -6,52 +6,70 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.engines.attention import capability_of, common_backend
+from hetis.engines.attention import common_backend
+from hetis.engines.gpus import GpuKind, kind_of, kinds_in
 from hetis.formats import catalogue
 from hetis.formats.dtypes import with_precision
+from hetis.solver.model import ModelSpec
 
 LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (
     catalogue.find_model(name).model for name in ("Llama-3.1-70B", "DeepSeek-V3", "DeepSeek-V3.2", "gpt-oss-120b")
 )
 FP8 = with_precision(LLAMA, kv="fp8")
-T4, A100, L40S, H100, B200, RTX5090 = "T4", "A100-SXM-80GB", "L40S", "H100-SXM-80GB", "B200-SXM-180GB", "RTX-5090"
+GEMMA_3 = replace(LLAMA, sliding_window=1024, vision_params=400_000_000)
+T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
 
 
 @pytest.mark.parametrize(
-    ("model", "gpus", "told"),
+    ("model", "capabilities", "told"),
     [
-        (LLAMA, (A100, H100, L40S, RTX5090), ""),  # FLASH_ATTN on all
-        (LLAMA, (B200, "B300-SXM-288GB"), ""),
-        (LLAMA, (H100, B200), "FLASH_ATTN"),
-        (LLAMA, (B200, RTX5090), "FLASH_ATTN"),  # both are called Blackwell
-        (LLAMA, (T4, A100), "TRITON_ATTN"),
-        (FP8, (L40S, A100), ""),
-        (FP8, (H100, L40S), "FLASHINFER"),
-        (FP8, (H100, B200), "FLASH_ATTN"),
-        (replace(FP8, head_dim=80), (H100, L40S), "TRITON_ATTN"),
-        (GPT_OSS, (H100, A100), "TRITON_ATTN"),
-        (GPT_OSS, (H100, B200), "FLASH_ATTN"),
-        (DEEPSEEK, (H100, B200), "FLASHMLA"),
-        (DEEPSEEK, (H100, A100), "TRITON_MLA"),
-        (DEEPSEEK, (A100, RTX5090), ""),
-        (SPARSE, (H100, B200), "FLASHMLA_SPARSE"),
-        (LLAMA, ("MI300X", "MI355X", "a card of ours"), ""),
-        (LLAMA, (), ""),
+        (LLAMA, {A100, H100, L40S, RTX5090}, "FLASH_ATTN"),
+        (LLAMA, {H100, B200}, "FLASH_ATTN"),
+        (LLAMA, {T4, A100}, "TRITON_ATTN"),
+        (replace(LLAMA, head_dim=512), {H100, B200}, "TRITON_ATTN"),
+        (FP8, {H100, L40S}, "FLASHINFER"),
+        (FP8, {H100, B200}, "FLASHINFER"),
+        (replace(FP8, head_dim=80), {H100, L40S}, "TRITON_ATTN"),
+        (GPT_OSS, {H100, B200}, "TRITON_ATTN"),
+        (with_precision(GPT_OSS, weights="bf16"), {H100, A100}, "TRITON_ATTN"),
+        (GEMMA_3, {H100, A100}, "TRITON_ATTN"),
+        (DEEPSEEK, {H100, B200}, "TRITON_MLA"),
+        (SPARSE, {H100, B200}, "FLASHMLA_SPARSE"),
+        (SPARSE, {B200}, "FLASHMLA_SPARSE"),  # the choice goes by the heads of a rank
+        (SPARSE, {H100, RTX5090}, None),
+        *((model, {B200}, "") for model in (LLAMA, FP8, GPT_OSS, GEMMA_3, DEEPSEEK)),
+        *((model, set[float](), "") for model in (LLAMA, SPARSE)),  # AMD's
     ],
 )
-def test_vllm_is_told_a_backend_where_its_choices_differ(model: object, gpus: tuple[str, ...], told: str) -> None:
-    assert common_backend(model, gpus, "vllm") == told  # type: ignore[arg-type]
-    assert common_backend(model, gpus[::-1], "vllm") == told  # type: ignore[arg-type]
+def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities: set[float], told: str | None) -> None:
+    assert common_backend(model, capabilities, "vllm") == told
 
 
-@pytest.mark.parametrize(("gpus", "told"), [((A100, H100, T4), ""), ((B200,), ""), ((B200, H100), "flashinfer")])
-def test_sglang_is_told_one_whose_pages_are_those_of_all(gpus: tuple[str, ...], told: str) -> None:
-    assert common_backend(LLAMA, gpus, "sglang") == common_backend(DEEPSEEK, gpus, "sglang") == told
+@pytest.mark.parametrize(
+    ("model", "capabilities", "told"),
+    [
+        (LLAMA, {A100, H100, T4}, ""),
+        (LLAMA, {B200}, ""),
+        (LLAMA, {B200, H100}, "flashinfer"),
+        (DEEPSEEK, {B200, H100}, "flashinfer"),
+        (GPT_OSS, {B200, H100}, "triton"),
+        (SPARSE, {B200, H100}, ""),
+    ],
+)
+def test_sglang_is_told_one_with_pages_of_one_token(model: ModelSpec, capabilities: set[float], told: str) -> None:
+    assert common_backend(model, capabilities, "sglang") == told
 
 
-def test_capabilities_are_those_of_the_card() -> None:
-    found = {entry.gpu.name: capability_of(entry.gpu.name) for entry in catalogue.gpus()}
-    assert {name for name, one in found.items() if one == 12} == {"RTX-5090", "RTX-PRO-6000-Server-96GB"}
-    assert {name for name, one in found.items() if one is None} == {
+def test_kinds_are_those_of_the_card_or_of_the_fleets_own_types() -> None:
+    found = {entry.gpu.name: kind_of(entry.gpu.name, {}) for entry in catalogue.gpus()}
+    assert {name for name, kind in found.items() if kind.capability == 12} == {"RTX-5090", "RTX-PRO-6000-Server-96GB"}
+    assert {name for name, kind in found.items() if kind.capability is None} == {
         entry.gpu.name for entry in catalogue.gpus() if entry.gpu.vendor != "NVIDIA"
     }
+    types = {"X": {"architecture": "hopper"}, "L4": {"architecture": "cdna3"}, "Y": {"vendor": "Huawei"}, "Z": None}
+    own = kinds_in({"gpu_types": types})
+    assert kind_of("L4", own) == GpuKind("AMD", None), "it goes before the catalogue's"
+    assert kind_of("Y", own) == GpuKind("Huawei", None)
+    assert kind_of("X", own) == GpuKind("NVIDIA", 9.0)
+    assert kind_of("unknown", own) == GpuKind("NVIDIA", None)
+    assert kinds_in(None) == kinds_in({"gpu_types": []}) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.engines.attention import is_run, order_of
+from hetis.engines.attention import common_backend
 from hetis.engines.precision import CAPABILITIES, SUPPORT, Least, remarks, why_not
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
@@ -90,6 +91,7 @@ def test_every_row_has_a_source() -> None:
     assert {entry.gpu.architecture for entry in catalogue.gpus() if entry.gpu.vendor == "NVIDIA"} <= CAPABILITIES.keys()
 
 
+AT = (7.5, 8.0, 8.9, 9.0, 10.0, 12.0)  # capabilities
 _PROGRAM = """
 import json, sys, types
 sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("kernels of CUDA, which nothing here calls")
@@ -105,7 +107,7 @@ for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq"):
         said["capabilities"][name] = get_quantization_config(name).get_min_capability()
     except Exception:
         pass
-at = [DeviceCapability(int(one), round(one % 1 * 10)) for one in (7.5, 8.0, 8.9, 9.0, 10.0, 12.0)]
+at = [DeviceCapability(int(one), round(one % 1 * 10)) for one in json.loads(sys.argv[1])]
 said["order"] = [[[one.name for one in _get_backend_priorities(mla, c)] for c in at] for mla in (False, True)]
 said["runs"] = {}
 for one in AttentionBackendEnum:
@@ -118,21 +120,22 @@ print("SAID", json.dumps(said))
 
 
 def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -> None:
-    """Assert that vLLM chooses attention backends in our order, and runs ours where we say so."""
-    assert {"FLASH_ATTN", "TRITON_ATTN", "FLASHMLA", "TRITON_MLA"} <= runs.keys()
-    for model, by_capability in zip((LLAMA, DEEPSEEK), order, strict=True):
-        for i, (capability, theirs) in enumerate(zip((7.5, 8.0, 8.9, 9.0, 10.0, 12.0), by_capability, strict=True)):
-            ours = [name for name in order_of(model, capability) if is_run(name, model, capability)]
-            assert [name for name in theirs if name in ours] == ours, (model.name, capability)
-            for name, says in runs.items():
-                assert name not in order_of(model, capability) or is_run(name, model, capability) == says[i], name
+    """Assert that vLLM has the backends that we tell it, on all the GPUs of which we think so."""
+    assert {"FLASH_ATTN", "TRITON_ATTN", "TRITON_MLA", "FLASHMLA_SPARSE"} <= runs.keys()
+    models = [entry.model for entry in catalogue.models()]
+    for model, kv in itertools.product(models, ("bf16", "fp8")):
+        for some in itertools.combinations(range(len(AT)), 2):
+            told = common_backend(with_precision(model, kv=kv), {AT[i] for i in some}, "vllm")
+            for i in some if told is not None else ():
+                assert told in order[model.mla is not None][i], (model.name, AT[i])
+                assert runs.get(told, [True] * len(AT))[i], (model.name, AT[i])
 
 
 @needs_vllm
 def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says() -> None:
     stated = [(one, dtype) for one, dtype in STATED_KV if one["quant_method"] == "modelopt"]
     done = subprocess.run(
-        [str(PYTHON), "-c", _PROGRAM], input=json.dumps([one for one, _ in stated]), env=ENVIRONMENT,
+        [str(PYTHON), "-c", _PROGRAM, json.dumps(AT)], input=json.dumps([one for one, _ in stated]), env=ENVIRONMENT,
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     [line] = re.findall("^SAID (.*)$", done.stdout, re.MULTILINE)

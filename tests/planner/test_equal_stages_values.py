@@ -13,6 +13,7 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EngineValue, _by
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.problem import EngineRules
 from tests.planner import plans
+from tests.solver.instances import make_node, make_problem
 
 NO_SEARCH: Any = None  # where equal stages are known, nothing is solved
 
@@ -34,16 +35,17 @@ def test_the_better_of_what_was_found_and_equal_stages_is_told(
 def test_a_search_that_is_cut_short_twice_says_nothing(
     monkeypatch: pytest.MonkeyPatch, cut_short: int, *, told: bool
 ) -> None:
-    searches = list[SearchSettings]()
-
-    def equal_stages(_problem: object, settings: SearchSettings) -> dict[str, Any]:
-        searches.append(settings)
-        if len(searches) <= cut_short:
-            spent.append(settings.budget)
-        return {EQUAL_STAGES: 1.0}
-
     spent = list[Budget]()
-    monkeypatch.setattr(place, "_equal_stages", equal_stages)
-    monkeypatch.setattr(Budget, "is_spent", lambda self: self in spent)
-    found = place._with_equal_stages(plans.plan(), NO_SEARCH, place.PlacementSettings(), threading.Event())
+
+    def equal_stages_value(_problem: object, settings: SearchSettings) -> float:
+        if len(spent) < cut_short:
+            spent.append(settings.budget)
+        return 1.0
+
+    monkeypatch.setattr("hetis.solver.placement.solve.equal_stages_value", equal_stages_value)
+    monkeypatch.setattr(Budget, "is_spent", lambda self: any(self is one for one in spent))
+    found = place._with_equal_stages(
+        plans.plan(), make_problem([make_node("a", "A")]), place.PlacementSettings(), threading.Event()
+    )
     assert found.inputs.get(EQUAL_STAGES) == (1.0 if told else None)
+    assert found.inputs[place.SIMPLE_SETUPS]

@@ -9,14 +9,18 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.memory import kv_tokens_of_a_copy, prompt_tokens_of_a_copy, staged_prompts_of_a_copy
+from hetis.solver.check.result import check_routes
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import least_slack
 from hetis.solver.cluster import Link, Network
+from hetis.solver.constraints import Duty, RestrictRole, Selection, Unit
 from hetis.solver.cost import chunk_spread, regime_of, regimes
 from hetis.solver.model import MoeShape
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, Plan, Role, StagePlan
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
@@ -98,6 +102,32 @@ def test_replica_without_routes_adds_nothing() -> None:
     idle = plan_of(problem, *plan.replicas)
     assert idle.result.value == pytest.approx(0.9 * plan.replicas[3].rate)
     assert rules(idle, problem) == set()
+
+
+def test_kv_for_an_engine_stays_with_one_vendor_and_in_one_zone_where_there_are_several() -> None:
+    problem = the_problem()
+    plan = sound(problem)
+    rules_of = EngineRules(name="vllm")
+    engine = replace(problem, family=replace(run_by(problem.family, rules_of), max_pool=problem.family.max_pool))
+    assert plan.replicas[1].stages[0].gpu == "B"
+
+    def messages(posed: PlacementProblem) -> list[tuple[str, str]]:
+        found = check_routes(plan, posed, Fleet.of(posed.cluster).without_left_out(posed.constraints))
+        return [(one.where, one.message) for one in found]
+
+    types = problem.cluster.gpu_types
+    of_two = replace(engine.cluster, gpu_types=types | {name: replace(types[name], vendor="AMD") for name in "BC"})
+    assert messages(engine) == []
+    assert messages(replace(engine, cluster=of_two)) == [
+        ("route 0", "leads from A (NVIDIA) to B (AMD), must stay with one vendor"),
+        ("route 1", "leads from zone east to west, must stay in one: GPUs of 2 vendors or precisions compute"),
+    ]
+    assert messages(replace(problem, cluster=of_two)) == [], "any engine knows no vendors"
+    barred = tuple(
+        RestrictRole(gpus=Selection(unit=Unit.TYPE, name=name), duty=Duty.PRIMARY, only=False) for name in "BC"
+    )
+    workers_only = replace(engine, cluster=of_two, constraints=barred)
+    assert messages(workers_only)[1:] == [], "what computes no layers counts for nothing"
 
 
 # --- broken plans: each kind is caught, and by its own rule alone

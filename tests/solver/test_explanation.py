@@ -136,7 +136,7 @@ def test_idle_gpus_of_another_vendor_cannot_join() -> None:
     types = problem.cluster.gpu_types
     of_two = replace(problem.cluster, gpu_types=types | {"B": replace(types["B"], vendor="AMD")})
     (alike,), (apart,) = (explain_plan(plan, replace(problem, cluster=one)).idle for one in (problem.cluster, of_two))
-    says = "they run AMD's software, which is not that of A"
+    says = "they are AMD's, and an engine's replica has GPUs of one vendor"
     assert says in apart.reason
     assert says not in alike.reason
 

@@ -14,6 +14,8 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.structure import check_engine
+from hetis.solver.cluster import Link, Network
+from hetis.solver.constraints import Duty, Exclude, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
@@ -24,11 +26,13 @@ from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sw
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import APART, EngineRules, Family, PlacementProblem
 from tests.solver.instances import NO_LIMITS, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
 REL = 1e-6
+OF_B = Selection(unit=Unit.TYPE, name="B")
+TWO_ZONES = Network(default=Link(bytes_per_s=5e8, latency_s=1e-5), zone_default=Link(bytes_per_s=5e8, latency_s=1e-3))
 EXAMPLES = settings().max_examples
 WITH_WORKERS = run_by(
     Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(1, 4, 16), chunk_tokens=(64,)),
@@ -119,6 +123,19 @@ def test_a_model_that_fits_on_two_vendors_together_fits_on_neither() -> None:
         solve_placement(mixed, strategy="hetis")
     any_engine = replace(mixed, family=replace(PLAIN, engine=None))
     assert len(solve_placement(any_engine, strategy="hetis").replicas[0].stages) == 2
+
+
+def test_a_vendor_that_computes_no_layers_keeps_no_kv_in_its_zone() -> None:
+    nodes = [make_node("a", "A", zone="east"), make_node("w", "A", zone="west"), make_node("b", "B", zone="east")]
+    apart = replace(PLAIN, roles=(Role.PREFILL, Role.DECODE))
+    problem = with_vendors(make_problem(nodes, family=apart, network=TWO_ZONES), B="AMD")
+    alone = replace(problem, constraints=(Exclude(gpus=OF_B),))
+    as_worker = replace(problem, constraints=(RestrictRole(gpus=OF_B, duty=Duty.PRIMARY, only=False),))
+    assert value_of(as_worker) == value_of(alone) > 0
+    assert value_of(problem) == 0, "KV of several builds stays in a zone, and each has one GPU of a kind"
+    plan = solve_placement(as_worker, strategy="hetis")
+    assert APART not in plan.family
+    assert APART in problem.describe_family()
 
 
 @settings(max_examples=EXAMPLES)

@@ -36,6 +36,7 @@ from hetis.engines.versions import Engine
 from hetis.solver.plan import Role
 
 FRONT_PORT = 8000
+IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
 NODE_LABEL = "kubernetes.io/hostname"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
@@ -73,10 +74,9 @@ class Deployment:
         if self.namespace and not NAMESPACE.fullmatch(self.namespace):
             wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 small letters, digits and -")
         if not self.image:
-            made = ": vLLM with the plugin, as docker/vllm.Dockerfile makes it" if has_workers else ": of the engine"
-            wrong.append(f"--image is missing{made}")
+            wrong.append(f"--image is missing: {IMAGE if has_workers else 'of the engine'}")
         if has_workers and not self.worker_image:
-            wrong.append("--worker-image is missing: as docker/worker.Dockerfile makes it")
+            wrong.append(f"--worker-image is missing: {WORKER_IMAGE}")
         if has_workers and not self.worker_secret:
             wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
         path = PurePosixPath(model)

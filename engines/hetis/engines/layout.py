@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
+from hetis.engines.gpus import VENDORS, GpuKind, kind_of, kinds_in
 from hetis.engines.precision import common_dtype
 from hetis.engines.versions import Engine
-from hetis.formats import catalogue
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
-VENDORS = ("NVIDIA", "AMD")  # whose GPUs processes can be given: those of both by CUDA_VISIBLE_DEVICES
 PAGE_TOKENS = 16  # of the plugin, unless its file says otherwise
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # of a worker
@@ -207,7 +206,6 @@ def layout_of(
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
     planned = _planned(plan, "model")
-    alone = tuple(one for one in plan.replicas if one.role is not Role.UNIFIED)  # they prefill or decode only
     layout = layout_of_replica(
         plan.replicas[number],
         model,
@@ -215,8 +213,8 @@ def layout_of(
         engine=engine,
         dtype=dtype,
         kv_tokens=kv_tokens,
-        partners=() if plan.replicas[number].role is Role.UNIFIED else alone,
-        vendors=_vendors(_planned(plan, "cluster")),
+        partners=_partners(plan, number),
+        own_types=kinds_in(_planned(plan, "cluster")),
     )
     if not (indices := _driver_indices(_planned(plan, "cluster"))):
         return layout
@@ -257,22 +255,21 @@ def _driver_indices(cluster: Any) -> dict[str, list[int]]:
     return found
 
 
-def _vendors(cluster: Any) -> dict[str, str]:
-    """Return the vendors of the GPU types that a fleet's document defines itself."""
-    types = cluster.get("gpu_types") if isinstance(cluster, Mapping) else None
-    parts = types if isinstance(types, Mapping) else {}
-    return {
-        name: str(part.get("vendor") or catalogue.vendor_of(str(part.get("architecture"))))
-        for name, part in parts.items()
-        if isinstance(part, Mapping)
-    }
-
-
-def _vendor_of(gpu: str, vendors: Mapping[str, str]) -> str:
-    try:
-        return vendors.get(gpu) or catalogue.find_gpu(gpu).gpu.vendor
-    except catalogue.UnknownNameError:
-        return "NVIDIA"
+def _partners(plan: Plan, number: int) -> tuple[ReplicaPlan, ...]:
+    """Return the replicas with which one exchanges KV, over others, too; all of its kind if the plan has no routes."""
+    if plan.replicas[number].role is Role.UNIFIED:
+        return ()
+    joined = {number}
+    while (
+        found := {
+            end for one in plan.kv_routes if {one.prefill, one.decode} & joined for end in (one.prefill, one.decode)
+        }
+        - joined
+    ):
+        joined |= found
+    apart = [i for i, one in enumerate(plan.replicas) if one.role is not Role.UNIFIED]
+    chosen = joined - {number} if plan.kv_routes else apart
+    return tuple(plan.replicas[i] for i in sorted(chosen))
 
 
 def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) -> Process:
@@ -283,14 +280,14 @@ def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) ->
 def layout_of_replica(
     replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
     dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[ReplicaPlan] = (),
-    vendors: Mapping[str, str] | None = None,
+    own_types: Mapping[str, GpuKind] | None = None,
 ) -> Layout:  # fmt: skip
     """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
 
     Args:
         planned: document of the model that the replica was planned for. None: not known.
         partners: replicas with which it exchanges KV, in one dtype and by one attention backend.
-        vendors: of GPU types that the catalogue lacks; others count as NVIDIA's.
+        own_types: GPU types that are not the catalogue's; others that it lacks count as NVIDIA's.
 
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
@@ -303,9 +300,14 @@ def layout_of_replica(
     room = _Room.of(kv_tokens, replica, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
     parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
-    of_device = {device: _vendor_of(part.gpu, vendors or {}) for part in parts for device in part.devices}
+    vendors = {device: kind_of(part.gpu, own_types or {}).vendor for part in parts for device in part.devices}
+    exchanging = (replica, *partners)
+    gpus = {stage.gpu: kind_of(stage.gpu, own_types or {}) for one in exchanging for stage in one.stages}
+    capabilities = {kind.capability for kind in gpus.values() if kind.capability is not None}
+    backend = common_backend(model, capabilities, engine.program.lower()) if partners else ""
     wrong = [
-        *_unknown_vendor(set(of_device.values())),
+        *_unlike_vendors(replica, gpus, set(vendors.values())),
+        *_no_backend(model, gpus, backend),
         *_other_model(planned, replica, model),
         *_impossible(replica, partners, model, engine, dtype),
         *_uneven(cards),
@@ -313,15 +315,14 @@ def layout_of_replica(
     if wrong:
         raise LayoutError(*wrong)
     tp = replica.stages[0].tp
-    holding = tuple(_worker_processes(cards, tp, of_device))
+    holding = tuple(_worker_processes(cards, tp, vendors))
     ranks = len(cards) * tp
-    gpus = {stage.gpu for one in (replica, *partners) for stage in one.stages}
     return Layout(
         engine=engine,
         role=replica.role,
         tensor_parallel=tp,
         layers=tuple(stage.num_layers for stage in replica.stages),
-        servers=tuple(_servers(replica, room, engine.program.lower(), of_device)),
+        servers=tuple(_servers(replica, room, engine.program.lower(), vendors)),
         attention_workers=holding,
         workers=tuple(
             Worker(
@@ -340,7 +341,7 @@ def layout_of_replica(
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
         dtype=common_dtype(gpus),
-        attention_backend=common_backend(model, gpus, engine.program.lower()) if partners else "",
+        attention_backend=backend or "",
         data_parallel=copies,
     )
 
@@ -409,10 +410,29 @@ def _index(device: str) -> int:
 # --- what is refused
 
 
-def _unknown_vendor(vendors: set[str]) -> Iterator[str]:
+def _unlike_vendors(replica: ReplicaPlan, gpus: Mapping[str, GpuKind], vendors: set[str]) -> Iterator[str]:
+    """Yield why processes cannot have these GPUs.
+
+    Args:
+        replica: the replica.
+        gpus: the kinds of GPUs that compute its layers, or exchange KV with it.
+        vendors: of its GPUs, those of attention workers among them.
+    """
     if others := sorted(vendors - set(VENDORS)):
-        known = " and ".join(VENDORS)
-        yield f"it has GPUs of {', '.join(others)}: how a process is given its GPUs is known of {known} alone"
+        yield f"it has GPUs of {', '.join(others)}: hetis starts processes on those of {' and '.join(VENDORS)} only"
+    own = dict.fromkeys(gpus[stage.gpu].vendor for stage in replica.stages)
+    if len(own) > 1:
+        yield f"it has stages on GPUs of {' and '.join(own)}: an engine runs the software of one vendor"
+    elif others := sorted({kind.vendor for kind in gpus.values()} - own.keys()):
+        yield f"it exchanges KV with GPUs of {' and '.join(others)}, its own are {''.join(own)}'s"
+
+
+def _no_backend(model: ModelSpec, gpus: Mapping[str, GpuKind], backend: str | None) -> Iterator[str]:
+    if backend is None:
+        yield (
+            f"it exchanges KV between {', '.join(sorted(gpus))}, and no attention backend of vLLM runs {model.name} on "
+            "all of them"
+        )
 
 
 def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:

@@ -60,8 +60,10 @@ def solve_placement(
             "the simplest plan is sought among those for an engine, by strategies hetis, hexgen and hexgen2"
         )
     if STRATEGIES[strategy].is_published:
-        return _by_published_heuristic(problem, settings)
-    return solve_family(problem, settings, market, simplest_within)
+        plan = _by_published_heuristic(problem, settings)
+    else:
+        plan = solve_family(problem, settings, market, simplest_within)
+    return replace(plan, family=problem.describe_family())
 
 
 def is_compiled(problem: PlacementProblem) -> bool:

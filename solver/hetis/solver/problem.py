@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from hetis.solver.cluster import Cluster
-from hetis.solver.constraints import ConstraintIndex, Constraints
+from hetis.solver.cluster import Cluster, NodeGroup
+from hetis.solver.constraints import ConstraintIndex, Constraints, Duty, Exclude, RestrictRole
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
@@ -293,6 +293,10 @@ class Family:
         return text + (", each on one GPU type" if self.one_type_per_role else "")
 
 
+APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
+"""What describes families whose GPUs have several builds."""
+
+
 class Build(NamedTuple):
     """What all GPUs that compute a replica's layers have in common, and those that exchange KV with them."""
 
@@ -320,7 +324,8 @@ class PlacementProblem:
 
     def describe_family(self) -> str:
         """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
-        return "; ".join([self.family.describe(self.model), *map(str, self.constraints)])
+        parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
+        return "; ".join([*parts, *map(str, self.constraints)])
 
     @property
     def most_kv_tokens(self) -> float:
@@ -334,9 +339,29 @@ class PlacementProblem:
         return tuple(dict.fromkeys(map(self.model.on, gpus)))
 
     def build_of(self, gpu: str) -> Build:
-        """Return what an engine loads, and whose software it runs, on GPUs of this type."""
+        """Return what an engine loads, and whose software it runs, on GPUs of this type.
+
+        Types that may compute no layers count as GPUs of those that may.
+        """
+        own, builds = self._build_of(gpu), self.builds()
+        return own if own in builds or not builds else builds[0]
+
+    def builds(self) -> tuple[Build, ...]:
+        """Return the builds of the GPUs that may compute layers."""
+        slots = ((group, each.gpu) for group in self.cluster.node_groups for each in group.gpus)
+        return tuple(dict.fromkeys(self._build_of(gpu) for group, gpu in slots if self._may_compute(group, gpu)))
+
+    def _build_of(self, gpu: str) -> Build:
         vendor = "" if self.family.engine is None else self.cluster.gpu_types[gpu].vendor
         return Build(self.model.on(gpu), vendor)
+
+    def _may_compute(self, group: NodeGroup, gpu: str) -> bool:
+        """Return whether a constraint on all nodes of a group leaves its GPUs of a type the duty of a primary."""
+        if self.constraint_index is not None:
+            return Duty.PRIMARY not in self.constraint_index.of(group.name, gpu).barred
+        barring = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
+        barring += [c.gpus for c in self.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
+        return not any(each.takes(device="", node="", gpu=gpu, zone=group.zone) for each in barring)
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""

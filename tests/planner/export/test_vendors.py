@@ -37,8 +37,9 @@ def apart(prefill: str, decode: str) -> Plan:
     ("prefill", "decode", "vllm", "sglang"),
     [
         ("T4", "L4", ["TRITON_ATTN"] * 2, []),
-        ("H100-SXM-80GB", "B200-SXM-180GB", [], ["flashinfer"] * 2),  # vLLM's FlashInfer has no heads of 8 numbers
-        ("A100-SXM-80GB", "L4", [], []),
+        ("H100-SXM-80GB", "B200-SXM-180GB", ["FLASH_ATTN"] * 2, ["flashinfer"] * 2),
+        ("A100-SXM-80GB", "L4", ["FLASH_ATTN"] * 2, []),
+        ("L4", "L40S", [], []),
     ],
 )
 def test_replicas_that_exchange_kv_are_told_one_attention_backend(
@@ -53,7 +54,7 @@ def test_replicas_that_exchange_kv_are_told_one_attention_backend(
 
 
 def test_pods_take_the_resource_and_the_image_of_their_vendor() -> None:
-    made = exported(TWO_VENDORS, ExportTarget.KUBERNETES, engine=Engine.VLLM, image="cuda:1,AMD=rocm:1")
+    made = exported(TWO_VENDORS, ExportTarget.KUBERNETES, engine=Engine.VLLM, image="cuda:1, amd=rocm:1")
     objects = reading.manifests(made.files)
     for one in objects:
         check_core(one)
@@ -89,16 +90,42 @@ def test_workers_on_amds_gpus_beside_an_engine_on_nvidias() -> None:
         exported(AMD_WORKERS, ExportTarget.KUBERNETES, image="", worker_image="worker:1")
     assert caught.value.reasons == (
         "--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it",
-        "--worker-image is missing for GPUs of AMD (--worker-image IMAGE,AMD=IMAGE): "
-        "as docker/worker.Dockerfile makes it",
+        "--worker-image is missing for AMD GPUs: give --worker-image IMAGE,AMD=IMAGE",
     )
 
 
 def test_what_a_vendor_has_no_image_for_is_refused() -> None:
-    with pytest.raises(NotExportableError, match="--image is missing for GPUs of AMD"):
+    with pytest.raises(NotExportableError, match="--image is missing for AMD GPUs: give --image IMAGE,AMD=IMAGE"):
         exported(TWO_VENDORS, ExportTarget.KUBERNETES, engine=Engine.SGLANG, image="cuda:1")
     made = exported(TWO_VENDORS, ExportTarget.DYNAMO, engine=Engine.VLLM, image="")
     assert any("it has GPUs of AMD: Dynamo's images are for NVIDIA's" in line for line in made.lost)
+
+
+def test_the_chart_of_llm_d_is_told_the_vendor() -> None:
+    made = exported(TWO_VENDORS, ExportTarget.LLM_D, engine=Engine.VLLM, image="")
+    values = {path: yaml.safe_load(text) for path, text in made.files.items() if "values" in path}
+    assert [one.get("accelerator") for _, one in sorted(values.items())] == [{"type": "amd"}, None]
+
+
+def test_stages_and_routes_stay_with_one_vendor() -> None:
+    mixed = made_of(replica(on("a/0", layers=2, gpu="MI300X-192GB"), on("b/0", first=2, layers=2, gpu="L4")))
+    with pytest.raises(NotExportableError, match="it has stages on GPUs of AMD and NVIDIA: an engine"):
+        exported(mixed, ExportTarget.VLLM)
+    with pytest.raises(NotExportableError, match="it exchanges KV with GPUs of NVIDIA, its own are AMD's"):
+        exported(apart("MI300X-192GB", "L4"), ExportTarget.VLLM)
+
+
+def test_only_replicas_that_exchange_kv_need_one_backend() -> None:
+    first, second = apart("T4", "T4"), apart("L4", "L4")
+    moved = [
+        replace(one, stages=(replace(one.stages[0], devices=(device,)),))
+        for one, device in zip(second.replicas, ("e/0", "f/0"), strict=True)
+    ]
+    plan = made_of(*first.replicas, *moved, routes=(*first.kv_routes, KvRoute(prefill=2, decode=3, rate=2.0)))
+    assert "--attention-backend" not in str(exported(plan, ExportTarget.VLLM).files)
+    joined = replace(plan, kv_routes=(*plan.kv_routes, KvRoute(prefill=0, decode=3, rate=0.1)))
+    scripts = [text for path, text in exported(joined, ExportTarget.VLLM).files.items() if path.endswith(".sh")]
+    assert re.findall(r"--attention-backend (\S+)", "".join(scripts)) == ["TRITON_ATTN"] * 4
 
 
 def test_gpus_of_other_vendors_are_refused_also_those_that_the_plan_defines_itself() -> None:
@@ -107,14 +134,16 @@ def test_gpus_of_other_vendors_are_refused_also_those_that_the_plan_defines_itse
     types = {"ours": {"memory": "64GiB", "vendor": "Huawei"}}
     told = replace(ours, inputs={"documents": {**ours.inputs["documents"], "cluster": {"gpu_types": types}}})
     for plan, vendor in ((gaudi, "Intel"), (told, "Huawei")):
-        with pytest.raises(NotExportableError, match=f"it has GPUs of {vendor}: how a process is given its GPUs"):
+        with pytest.raises(NotExportableError, match=f"it has GPUs of {vendor}: hetis starts processes on"):
             exported(plan, ExportTarget.VLLM)
 
 
 @pytest.mark.parametrize(
     ("image", "why"),
     [
-        ("cuda:1,Nvidia=other:1", "Nvidia is no vendor, must be NVIDIA or AMD"),
+        ("cuda:1,Intel=other:1", "INTEL is no vendor, must be NVIDIA or AMD"),
+        ("cuda:1,nvidia=other:1", "2 images for NVIDIA"),
+        ("cuda:1,", "an image is empty"),
         ("AMD=rocm:1,AMD=rocm:2", "2 images for AMD"),
         ("cuda:1,other:1", "2 images for NVIDIA"),
     ],

@@ -109,7 +109,8 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
 @functools.cache
 def vendor_of(architecture: str) -> str:
     """Return who makes GPUs of an architecture; NVIDIA if it is not known."""
-    return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture == architecture), "NVIDIA")
+    name = architecture.casefold()
+    return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture.casefold() == name), "NVIDIA")
 
 
 def find_model(name: str) -> ModelEntry:

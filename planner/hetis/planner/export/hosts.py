@@ -249,8 +249,9 @@ def _seen_gpus(process: Process) -> dict[str, str]:
 
 _HOW_COMPOSE = """\
 Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
-the plan by index (NVIDIA container toolkit). `VLLM_API_KEY` in the environment, or in `.env`, is what clients must say
-(SGLang: give `-- --api-key KEY`). Where replicas have attention workers, `worker.key` beside the file is their key."""
+the plan by index (NVIDIA container toolkit; AMD's devices, whose groups the image's user must be in).
+`VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`).
+Where replicas have attention workers, `worker.key` beside the file is their key."""
 
 
 # --- Slurm: a batch script per replica, which is a heterogeneous job on several nodes, and a step per process

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
+from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of, why_kv_is_untold
 from hetis.engines.versions import VERSIONS, Engine
@@ -273,9 +274,9 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
 def image_in(text: str, vendor: str) -> str:
     """Return the image for a vendor's GPUs in ``IMAGE,AMD=IMAGE``; empty: none. That without a vendor is NVIDIA's."""
     images = dict[str, str]()
-    for part in filter(None, text.split(",")):
-        of, _, image = part.rpartition("=")
-        images[of or "NVIDIA"] = image
+    for part in text.split(","):
+        of, _, image = part.strip().rpartition("=")
+        images[of.upper() or "NVIDIA"] = image
     return images.get(vendor, "")
 
 
@@ -293,19 +294,20 @@ def worker_image(launchable: Launchable, one: LaunchableReplica) -> str:
 
 def missing_images(launchable: Launchable) -> list[str]:
     """Return, for each vendor whose GPUs have no image, what is missing."""
-    made = "vLLM with the plugin, as docker/vllm.Dockerfile makes it" if launchable.has_workers else "of the engine"
     wrong = dict[str, None]()
     for one in launchable.replicas.values():
         if not engine_image(launchable, one):
+            made = IMAGE if launchable.engine is Engine.VLLM_HETIS else "of the engine"
             wrong[_missing("--image", one.layout.vendor, made)] = None
         if (workers := one.layout.attention_workers) and not worker_image(launchable, one):
-            wrong[_missing("--worker-image", workers[0].vendor, "as docker/worker.Dockerfile makes it")] = None
+            wrong[_missing("--worker-image", workers[0].vendor, WORKER_IMAGE)] = None
     return list(wrong)
 
 
 def _missing(option: str, vendor: str, made: str) -> str:
-    of = "" if vendor == "NVIDIA" else f" for GPUs of {vendor} ({option} IMAGE,{vendor}=IMAGE)"
-    return f"{option} is missing{of}: {made}"
+    if vendor == "NVIDIA":
+        return f"{option} is missing: {made}"
+    return f"{option} is missing for {vendor} GPUs: give {option} IMAGE,{vendor}=IMAGE"
 
 
 def published_image(engine: Engine, vendor: str) -> str:

@@ -82,6 +82,8 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
             "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
             "labels": {**MODEL_LABELS, _REPLICA_LABEL: launchable.name_of(one)},
         },
+        # Otherwise the chart adds NVIDIA's resource to that of the container.
+        **({"accelerator": {"type": "amd"}} if process.vendor == "AMD" else {}),
         "multinode": False,
         "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
         role: {

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import NAMESPACE
-from hetis.engines.layout import DTYPE_BYTES, VENDORS, Layout, planned_model
+from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -120,7 +121,10 @@ def export_wanted(
 
 def _wrong_images(text: str) -> Iterator[str]:
     """Yield what is wrong with ``IMAGE,AMD=IMAGE`` (`image_in`)."""
-    for vendor, times in Counter(part.rpartition("=")[0] or VENDORS[0] for part in text.split(",")).items():
+    named = [part.strip().rpartition("=") for part in text.split(",")] if text else []
+    if not all(image for _, _, image in named):
+        yield "an image is empty"
+    for vendor, times in Counter(of.upper() or VENDORS[0] for of, _, _ in named).items():
         if vendor not in VENDORS:
             yield f"{vendor} is no vendor, must be {' or '.join(VENDORS)}"
         if times > 1:

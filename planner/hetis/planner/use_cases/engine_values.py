@@ -21,7 +21,7 @@ from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
-EQUAL_STAGES_S = 5.0  # at most, to find the value of replicas of equal stages
+EQUAL_STAGES_S = 5.0  # at most, for each search for replicas of equal stages
 SHARE = 0.1  # of the time limit, at most, to find all of them
 NOT_COMPILED = "its search is not compiled yet, --engine any does that"
 
@@ -180,6 +180,8 @@ def _by_equal_stages(
     else:
         alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
         value = equal_stages_value(problem, SearchSettings(budget=alone, seed=seed))
+        if alone.is_spent():
+            return known
     better = value is not None and _is_better(value, known.value, plan)
     return replace(known, value=value, equal_stages=True) if better else known
 

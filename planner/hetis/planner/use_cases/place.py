@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats import catalogue
@@ -17,7 +18,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.precision import for_engine, in_precision
+from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.service_level import ServiceLevel
@@ -306,7 +307,7 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
     from hetis.solver.placement.explanation import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    notes = (*plan.notes, *loaded.notes, *routed, *profile_notes(problem))
+    notes = (*plan.notes, *loaded.notes, *routed, *profile_notes(problem), *notes_on_exchange(plan, problem))
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
 
 
@@ -389,33 +390,35 @@ def _with_equal_stages(
 ) -> Plan:
     """Return the plan with the value of equal stages, which is what engines do without a planner.
 
-    A search that is cut short says nothing of what they reach, so that its value is left out. The first one may be for
-    no other reason than that it compiles, and is repeated.
+    Also with that of each TP size in every replica. A search that is cut short says nothing of what they reach, so that
+    its value is left out. The first one may be for no other reason than that it compiles, and is repeated.
     """
-    for _ in range(2):
-        budget = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-        found = _equal_stages(problem, SearchSettings(budget=budget, seed=settings.seed))
-        if not budget.is_spent():
-            return replace(plan, inputs={**plan.inputs, **found})
-    return plan
 
+    def value(of: PlacementProblem, budget: Budget) -> tuple[float | None] | None:
+        """Return the value in a tuple, None in it if they have no plan; or None if the search was cut short."""
+        if budget.is_spent():
+            return None
+        found = equal_stages_value(of, SearchSettings(budget=budget, seed=settings.seed))
+        return None if budget.is_spent() else (found,)
 
-def _equal_stages(problem: PlacementProblem, settings: SearchSettings) -> dict[str, Any]:
-    """Return the values of equal stages for `Plan.inputs`: the best, and the best of each TP size in every replica."""
     from hetis.solver.placement.solve import equal_stages_value
 
+    begin = partial(Budget, time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
+    best = value(problem, begin()) or value(problem, begin())
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
     forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
     freely = replace(
         problem,
         constraints=tuple(each for each in problem.constraints if not isinstance(each, WithoutTp)),
     )
+    of_sizes = begin()
     by_size = {
-        str(tp): equal_stages_value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), settings)
+        str(tp): value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), of_sizes)
         for tp in problem.family.tp_sizes
         if tp <= most and tp not in forbidden
     }
-    return {EQUAL_STAGES: equal_stages_value(problem, settings), SIMPLE_SETUPS: by_size}
+    found: dict[str, Any] = {SIMPLE_SETUPS: {size: one[0] for size, one in by_size.items() if one}}
+    return replace(plan, inputs={**plan.inputs, **({EQUAL_STAGES: best[0]} if best else {}), **found})
 
 
 def simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:

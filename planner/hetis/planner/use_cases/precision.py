@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from hetis.engines.attention import common_backend
+from hetis.engines.gpus import VENDORS, GpuKind, kind_by
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.engines.serving import TELL_KV
 from hetis.formats import dtypes
@@ -15,7 +17,8 @@ from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit, WithoutWorkers
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.problem import EngineRules
+from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import Build, EngineRules, PlacementProblem
 
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
@@ -94,6 +97,11 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     for gpu, kind in gpus.items():
         if gpu not in refused:
             vendors.setdefault(kind.vendor, []).append(gpu)
+    notes += [
+        f"{', '.join(its)}: hetis starts no processes on GPUs of {vendor}, exports leave their replicas out"
+        for vendor, its in vendors.items()
+        if vendor not in VENDORS
+    ]
     if len(vendors) > 1:
         listed = "; ".join(f"{vendor}: {', '.join(its)}" for vendor, its in vendors.items())
         notes.append(f"a replica, and the KV that it exchanges, stays with GPUs of one vendor ({listed})")
@@ -104,6 +112,25 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     return replace(
         loaded, inputs=replace(inputs, constraints=constraints), notes=tuple(dict.fromkeys((*loaded.notes, *notes)))
     )
+
+
+def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
+    """Yield what the engines of replicas that exchange KV must be told, which no export of one of them can see."""
+    rules = problem.family.engine
+    if rules is None or not plan.kv_routes:
+        return
+    engine = "sglang" if rules.name == "sglang" else "vllm"
+    by_build = dict[Build, dict[str, GpuKind]]()
+    for replica in plan.replicas:
+        for stage in replica.stages if replica.role is not Role.UNIFIED else ():
+            gpu = problem.cluster.gpu_types[stage.gpu]
+            kind = kind_by(gpu.name, gpu.architecture, gpu.vendor)
+            by_build.setdefault(problem.build_of(stage.gpu), {})[stage.gpu] = kind
+    for build, kinds in by_build.items():
+        capabilities = {kind.capability for kind in kinds.values() if kind.capability is not None}
+        if (told := common_backend(build.model, capabilities, engine)) != "":
+            which = "none runs on all of them" if told is None else f"{told} (exports tell it, agents by a setting)"
+            yield f"KV goes between {', '.join(sorted(kinds))}, which takes one attention backend: {which}"
 
 
 def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from hetis.solver.check.fleet import Fleet, slowest
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
+from hetis.solver.constraints import Duty, RestrictRole
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import APART, PlacementProblem
 
 OPTIMAL_GAP = 1e-6
 RELATIVE = 1e-6  # rounding of a value or a gap
@@ -72,10 +74,30 @@ def _check_route(route: KvRoute, plan: Plan, problem: PlacementProblem, fleet: F
     gpus = [replica.stages[0].gpu for replica in (sender, receiver)]
     if problem.model.on(gpus[0]) != problem.model.on(gpus[1]):
         yield Rule.ROUTE, f"leads from {gpus[0]} to {gpus[1]}, which hold the model in different precisions"
+    if problem.family.engine is None:
+        return
     types = problem.cluster.gpu_types
     vendors = [types[gpu].vendor for gpu in gpus if gpu in types]
-    if problem.family.engine is not None and len(set(vendors)) > 1:
+    if len(set(vendors)) > 1:
         yield Rule.ROUTE, f"leads from {gpus[0]} ({vendors[0]}) to {gpus[1]} ({vendors[1]}), must stay with one vendor"
+    if (own := _zone_of(sender.devices(), fleet)) != zone and len(kinds := _computing_kinds(problem, fleet)) > 1:
+        yield (
+            Rule.ROUTE,
+            f"leads from zone {own} to {zone}, must stay in one: GPUs of {len(kinds)} vendors or precisions compute",
+        )
+
+
+def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[tuple[ModelSpec, str]]:
+    """Return the precisions and vendors of the GPUs that may compute layers."""
+    barring = [c.gpus for c in problem.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
+    types = {
+        device.gpu
+        for device in fleet.devices.values()
+        if not any(
+            gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in barring
+        )
+    }
+    return {(problem.model.on(gpu), problem.cluster.gpu_types[gpu].vendor) for gpu in types}
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -130,7 +152,8 @@ def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
 def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     """Check that the plan answers the problem: the objective, and the bound's family in the same words.
 
-    Plans from before the introduction of roles do not mention them: all their replicas are unified.
+    Plans from before the introduction of roles do not mention them: all their replicas are unified. Nor do older ones
+    of several precisions say that these stay apart.
     """
     wanted, result = problem.objective, plan.result
     if plan.objective != wanted:
@@ -140,7 +163,7 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     if result.unit != wanted.unit:
         yield Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}"
     family = problem.describe_family()
-    if plan.family not in (family, family.removesuffix(UNIFIED_ALONE)):
+    if plan.family not in (family, family.removesuffix(UNIFIED_ALONE), family.replace(f"; {APART}", "")):
         yield Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"'
 
 

@@ -130,7 +130,8 @@ def solve_replanning(
         raise _none(given, fresh, net.is_settled, quiet)
     bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(settings.budget), seed=seed)
     answer = _answer(given, running, net, fresh, choice, bound, settings)
-    return replace(answer, plan=restored(answer.plan, searched, whole)) if whole.constraints else answer
+    plan = restored(answer.plan, searched, whole) if whole.constraints else answer.plan
+    return replace(answer, plan=replace(plan, family=whole.describe_family()))
 
 
 def keeps(problem: PlacementProblem, searched: ConstrainedProblem | None = None) -> bool:

@@ -200,7 +200,7 @@ def _reasons(
         if theirs.model != its.model:
             yield f"they hold the model in another precision than {main}"
         elif theirs.vendor != its.vendor:
-            yield f"they run {theirs.vendor}'s software, which is not that of {main}"
+            yield f"they are {theirs.vendor}'s, and an engine's replica has GPUs of one vendor"
         else:
             yield from _joining(view, device_class, idle)
     if plan.result.gap > NOTHING:

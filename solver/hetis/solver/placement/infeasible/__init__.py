@@ -35,7 +35,7 @@ from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.wording import in_bytes, listed
 from hetis.solver.plan import Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import Build, PlacementProblem
 
 __all__ = [
     "Conflict",
@@ -237,6 +237,14 @@ def _rooms(costs: CostTables) -> list[float]:
 def _usable_by_a_replica(costs: CostTables) -> tuple[float, str]:
     """Return the bytes besides the engine's on all GPUs that one replica may use together, and who has them."""
     rooms = _rooms(costs)
+    by_build = dict[Build, float]()
+    for c, room in zip(costs.classes, rooms, strict=True):
+        build = costs.problem.build_of(c.gpu)
+        by_build[build] = by_build.get(build, 0.0) + room
+    if costs.problem.family.mixed_types and len(by_build) > 1:
+        most = max(by_build, key=lambda build: by_build[build])
+        gpus = dict.fromkeys(c.gpu for c in costs.classes if costs.problem.build_of(c.gpu) == most)
+        return by_build[most], f"a replica on GPUs of one vendor and precision, at most all {', '.join(gpus)},"
     if costs.problem.family.mixed_types or len(rooms) == 1:
         return sum(rooms), "this fleet"
     largest = int(np.argmax(rooms))

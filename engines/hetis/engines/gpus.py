@@ -1,0 +1,44 @@
+"""What engines must know of a GPU type: its vendor, and CUDA's compute capability."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from hetis.engines.precision import CAPABILITIES
+from hetis.formats import catalogue
+
+VENDORS = ("NVIDIA", "AMD")  # on whose GPUs hetis can start processes: CUDA_VISIBLE_DEVICES selects those of both
+_BY_ARCHITECTURE = {architecture.casefold(): capability for architecture, capability in CAPABILITIES.items()}
+_WORKSTATION_BLACKWELL = frozenset({"RTX-5090", "RTX-PRO-6000-Server-96GB"})  # 12.0, where B200 and B300 have 10.x
+
+
+class GpuKind(NamedTuple):
+    vendor: str
+    capability: float | None  # None: not recorded
+
+
+def kinds_in(cluster: Any) -> dict[str, GpuKind]:
+    """Return the kinds of the GPU types that a fleet's document defines itself."""
+    types = cluster.get("gpu_types") if isinstance(cluster, Mapping) else None
+    parts = types if isinstance(types, Mapping) else {}
+    return {
+        name: kind_by(name, str(part.get("architecture")), part.get("vendor"))
+        for name, part in parts.items()
+        if isinstance(part, Mapping)
+    }
+
+
+def kind_of(gpu: str, own: Mapping[str, GpuKind]) -> GpuKind:
+    """Return the kind of a GPU type: of those in ``own``, or of the catalogue; NVIDIA's if neither has it."""
+    try:
+        found = catalogue.find_gpu(gpu).gpu
+    except catalogue.UnknownNameError:
+        return own.get(gpu, GpuKind("NVIDIA", None))
+    return own.get(gpu, kind_by(found.name, found.architecture, found.vendor))
+
+
+def kind_by(name: str, architecture: str, vendor: Any) -> GpuKind:
+    """Return the kind of a GPU type by its fields; without a vendor, that of its architecture."""
+    capability = 12.0 if name in _WORKSTATION_BLACKWELL else _BY_ARCHITECTURE.get(architecture.casefold())
+    return GpuKind(str(vendor or catalogue.vendor_of(architecture)), capability)
