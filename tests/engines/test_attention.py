@@ -23,7 +23,7 @@ T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
 @pytest.mark.parametrize(
     ("model", "capabilities", "told"),
     [
-        (LLAMA, {A100, H100, L40S, RTX5090}, "FLASH_ATTN"),
+        (LLAMA, {A100, H100, L40S, RTX5090}, ""),  # FLASH_ATTN by itself
         (LLAMA, {H100, B200}, "FLASH_ATTN"),
         (LLAMA, {T4, A100}, "TRITON_ATTN"),
         (replace(LLAMA, head_dim=512), {H100, B200}, "TRITON_ATTN"),
@@ -34,6 +34,7 @@ T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
         (with_precision(GPT_OSS, weights="bf16"), {H100, A100}, "TRITON_ATTN"),
         (GEMMA_3, {H100, A100}, "TRITON_ATTN"),
         (DEEPSEEK, {H100, B200}, "TRITON_MLA"),
+        (DEEPSEEK, {A100, RTX5090}, ""),
         (SPARSE, {H100, B200}, "FLASHMLA_SPARSE"),
         (SPARSE, {B200}, "FLASHMLA_SPARSE"),  # the choice goes by the heads of a rank
         (SPARSE, {H100, RTX5090}, None),

@@ -126,7 +126,7 @@ def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -
     for model, kv in itertools.product(models, ("bf16", "fp8")):
         for some in itertools.combinations(range(len(AT)), 2):
             told = common_backend(with_precision(model, kv=kv), {AT[i] for i in some}, "vllm")
-            for i in some if told is not None else ():
+            for i in some if told else ():
                 assert told in order[model.mla is not None][i], (model.name, AT[i])
                 assert runs.get(told, [True] * len(AT))[i], (model.name, AT[i])
 

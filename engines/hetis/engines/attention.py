@@ -31,11 +31,12 @@ def common_backend(model: ModelSpec, capabilities: Collection[float], engine: st
     if len(set(capabilities)) < 2:
         return ""
     if model.mla is not None:
-        return "TRITON_MLA"  # FlashMLA's and FlashAttention's run on Hopper alone
+        # The choice everywhere but on Hopper and B200, whose own run on these alone.
+        return "TRITON_MLA" if {9, _DATACENTER_BLACKWELL}.intersection(map(int, capabilities)) else ""
     if min(capabilities) < 8 or _has_sinks(model) or _sees_images_at_once(model):
         return "TRITON_ATTN"
-    if model.kv_bytes == 2 and model.head_dim <= 256:
-        return "FLASH_ATTN"
+    if model.kv_bytes == 2 and model.head_dim <= 256:  # the choice everywhere but on B200
+        return "FLASH_ATTN" if _DATACENTER_BLACKWELL in map(int, capabilities) else ""
     # Of FP8, FlashAttention reads heads of up to 128 numbers on Blackwell, and none below Hopper.
     return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else "TRITON_ATTN"
 

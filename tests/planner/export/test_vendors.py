@@ -38,8 +38,7 @@ def apart(prefill: str, decode: str) -> Plan:
     [
         ("T4", "L4", ["TRITON_ATTN"] * 2, []),
         ("H100-SXM-80GB", "B200-SXM-180GB", ["FLASH_ATTN"] * 2, ["flashinfer"] * 2),
-        ("A100-SXM-80GB", "L4", ["FLASH_ATTN"] * 2, []),
-        ("L4", "L40S", [], []),
+        ("A100-SXM-80GB", "L4", [], []),
     ],
 )
 def test_replicas_that_exchange_kv_are_told_one_attention_backend(

@@ -55,6 +55,7 @@ port: 70000
 ready_timeout: 30
 options: [--tensor-parallel-size, "2", --seed, "1"]
 addresses: {a: "10.0.0.1 or so"}
+attention_backend: TRITON ATTN
 environment: {"NO=": "x"}
 served_name: "{names}"
 model: /models/{kv}
@@ -67,9 +68,10 @@ model: /models/{kv}
         "/engine.yaml:7: options: --tensor-parallel-size is no option to give the engine: "
         "the plan or these settings decide it",
         "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is no address, must be an IP address or a name",
-        "/engine.yaml:9: environment.NO=: 'NO=' is no name of an environment variable",
-        "/engine.yaml:10: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
-        "/engine.yaml:11: model: '/models/{kv}' may have {name} and {weights} in it, the model's name and "
+        "/engine.yaml:9: attention_backend: 'TRITON ATTN' is no name of an attention backend",
+        "/engine.yaml:10: environment.NO=: 'NO=' is no name of an environment variable",
+        "/engine.yaml:11: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
+        "/engine.yaml:12: model: '/models/{kv}' may have {name} and {weights} in it, the model's name and "
         "the precision of the replica's weights in the plan, and nothing else",
     ]
     assert problems(tmp_path, GOOD.replace("model: /models/{name}\n", "")) == ["/engine.yaml:1: model is missing"]

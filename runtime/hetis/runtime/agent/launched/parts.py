@@ -90,6 +90,7 @@ Checkpoint = Annotated[
     _template("name", "weights", said="the model's name and the precision of the replica's weights in the plan"),
 ]
 Host = Annotated[str, _valid(is_host, "address, must be an IP address or a name")]
+Backend = Annotated[str, _valid(re.compile(r"\w*").fullmatch, "name of an attention backend")]
 Variable = Annotated[str, _valid(_VARIABLE.fullmatch, "name of an environment variable")]
 
 
@@ -106,9 +107,9 @@ class EngineSettingsDocument(Document):
     served_name: Named = "{name}"  # what clients call it
     device: Literal["cuda", "cpu"] = "cuda"  # ``cpu`` to try a plan without GPUs
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the model and its KV
-    # Of replicas that only prefill or decode. Needed where GPUs that exchange KV would each choose another; `hetis-plan
-    # export` says which one
-    attention_backend: Annotated[str, Field(pattern=r"[A-Za-z0-9_]*")] = ""
+    # Told to replicas that only prefill or only decode. Needed where the GPUs that exchange KV are unlike: the plan's
+    # notes say which one. Empty: the engine chooses.
+    attention_backend: Backend = ""
     # Further ones of the engine, as they stand
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
     environment: dict[Variable, str] = Field(default_factory=dict)  # further variables of the engine
