@@ -246,3 +246,19 @@ def test_precisions_that_cannot_be(
 ) -> None:  # fmt: skip
     assert run(["place", "-c", "mixed.yaml", "-m", "Llama-2-70B", "-w", "1024/256", *options]) == ExitCode.INVALID
     assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plan_says_which_attention_backend_its_replicas_must_be_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("V100-SXM2-32GB, count: 2", "T4, count: 1"), encoding="utf-8")
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Llama-3.2-1B", "-w", "1024/256", "-q", "-o", "json", "--no-verify")
+    roles = ("--no-other-engines", "--roles", "prefill,decode", "--ttft", "none", "--tpot", "none")
+    told = []
+    for engine in ("vllm", "sglang"):
+        assert run([*inputs, *roles, "--engine", engine]) == ExitCode.OK
+        plan = json.loads(capsys.readouterr().out)
+        assert {stage["gpu"] for one in plan["replicas"] for stage in one["stages"]} == {"A100-SXM-40GB", "T4"}
+        told.append([note for note in plan["notes"] if "attention backend" in note])
+    says = "KV goes between A100-SXM-40GB, T4, which takes one attention backend: TRITON_ATTN "
+    assert told == [[f"{says}(exports tell it, agents by a setting)"], []]

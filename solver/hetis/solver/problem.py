@@ -349,7 +349,8 @@ class PlacementProblem:
     def builds(self) -> tuple[Build, ...]:
         """Return the builds of the GPUs that may compute layers."""
         slots = ((group, each.gpu) for group in self.cluster.node_groups for each in group.gpus)
-        return tuple(dict.fromkeys(self._build_of(gpu) for group, gpu in slots if self._may_compute(group, gpu)))
+        gpus = dict.fromkeys(gpu for group, gpu in slots if self._may_compute(group, gpu))
+        return tuple(dict.fromkeys(map(self._build_of, gpus)))
 
     def _build_of(self, gpu: str) -> Build:
         vendor = "" if self.family.engine is None else self.cluster.gpu_types[gpu].vendor

@@ -121,11 +121,10 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
         return
     engine = "sglang" if rules.name == "sglang" else "vllm"
     by_build = dict[Build, dict[str, GpuKind]]()
-    for replica in plan.replicas:
-        for stage in replica.stages if replica.role is not Role.UNIFIED else ():
-            gpu = problem.cluster.gpu_types[stage.gpu]
-            kind = kind_by(gpu.name, gpu.architecture, gpu.vendor)
-            by_build.setdefault(problem.build_of(stage.gpu), {})[stage.gpu] = kind
+    exchanging = (replica for replica in plan.replicas if replica.role is not Role.UNIFIED)
+    for name in dict.fromkeys(stage.gpu for replica in exchanging for stage in replica.stages):
+        gpu = problem.cluster.gpu_types[name]
+        by_build.setdefault(problem.build_of(name), {})[name] = kind_by(name, gpu.architecture, gpu.vendor)
     for build, kinds in by_build.items():
         capabilities = {kind.capability for kind in kinds.values() if kind.capability is not None}
         if (told := common_backend(build.model, capabilities, engine)) != "":
