@@ -15,6 +15,7 @@ from hetis.solver.model import ModelSpec
 LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (
     catalogue.find_model(name).model for name in ("Llama-3.1-70B", "DeepSeek-V3", "DeepSeek-V3.2", "gpt-oss-120b")
 )
+QWEN = catalogue.find_model("Qwen3.5-397B-A17B").model
 FP8 = with_precision(LLAMA, kv="fp8")
 GEMMA_3 = replace(LLAMA, sliding_window=1024, vision_params=400_000_000)
 T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
@@ -37,7 +38,10 @@ T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
         (DEEPSEEK, {A100, RTX5090}, ""),
         (SPARSE, {H100, B200}, "FLASHMLA_SPARSE"),
         (SPARSE, {B200}, "FLASHMLA_SPARSE"),  # the choice goes by the heads of a rank
+        (SPARSE, {RTX5090}, ""),  # it has one alone
         (SPARSE, {H100, RTX5090}, None),
+        (replace(LLAMA, head_dim=256), {H100, B200}, "TRITON_ATTN"),  # pages of FLASH_ATTN differ
+        (replace(LLAMA, head_dim=256), {H100, A100}, ""),
         *((model, {B200}, "") for model in (LLAMA, FP8, GPT_OSS, GEMMA_3, DEEPSEEK)),
         *((model, set[float](), "") for model in (LLAMA, SPARSE)),  # AMD's
     ],
@@ -54,6 +58,7 @@ def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities:
         (LLAMA, {B200, H100}, "flashinfer"),
         (DEEPSEEK, {B200, H100}, "flashinfer"),
         (GPT_OSS, {B200, H100}, "triton"),
+        (QWEN, {B200, H100}, "triton"),
         (SPARSE, {B200, H100}, ""),
     ],
 )
@@ -68,9 +73,12 @@ def test_kinds_are_those_of_the_card_or_of_the_fleets_own_types() -> None:
         entry.gpu.name for entry in catalogue.gpus() if entry.gpu.vendor != "NVIDIA"
     }
     types = {"X": {"architecture": "hopper"}, "L4": {"architecture": "cdna3"}, "Y": {"vendor": "Huawei"}, "Z": None}
+    types |= {"RTX-5080": {"architecture": "Blackwell"}, "W": {"vendor": "amd"}}
     own = kinds_in({"gpu_types": types})
     assert kind_of("L4", own) == GpuKind("AMD", None), "it goes before the catalogue's"
     assert kind_of("Y", own) == GpuKind("Huawei", None)
+    assert kind_of("RTX-5080", own) == GpuKind("NVIDIA", 12.0)
+    assert kind_of("W", own) == GpuKind("AMD", None)
     assert kind_of("X", own) == GpuKind("NVIDIA", 9.0)
     assert kind_of("unknown", own) == GpuKind("NVIDIA", None)
     assert kinds_in(None) == kinds_in({"gpu_types": []}) == {}

@@ -260,5 +260,5 @@ def test_a_plan_says_which_attention_backend_its_replicas_must_be_told(
         plan = json.loads(capsys.readouterr().out)
         assert {stage["gpu"] for one in plan["replicas"] for stage in one["stages"]} == {"A100-SXM-40GB", "T4"}
         told.append([note for note in plan["notes"] if "attention backend" in note])
-    says = "KV goes between A100-SXM-40GB, T4, which takes one attention backend: TRITON_ATTN "
+    says = "KV goes between A100-SXM-40GB, T4, which needs one attention backend: TRITON_ATTN "
     assert told == [[f"{says}(exports tell it, agents by a setting)"], []]

@@ -136,6 +136,11 @@ def test_a_vendor_that_computes_no_layers_keeps_no_kv_in_its_zone() -> None:
     plan = solve_placement(as_worker, strategy="hetis")
     assert APART not in plan.family
     assert APART in problem.describe_family()
+    for named in (Selection(unit=Unit.NODE, name="b"), Selection(unit=Unit.GPU, name="b/0")):
+        assert APART not in replace(problem, constraints=(Exclude(gpus=named),)).describe_family()
+    two = make_problem([*nodes[:2], make_node("b", "B", nodes=2, zone="east")], family=apart, network=TWO_ZONES)
+    of_one = Exclude(gpus=Selection(unit=Unit.NODE, name="b-1"))
+    assert APART in replace(with_vendors(two, B="AMD"), constraints=(of_one,)).describe_family()
 
 
 @settings(max_examples=EXAMPLES)

@@ -25,18 +25,22 @@ def common_backend(model: ModelSpec, capabilities: Collection[float], engine: st
         return ""
     if engine == "sglang":
         return _of_sglang(model, capabilities)
+    majors = set(map(int, capabilities))
     if model.indexer is not None:
-        # vLLM's choice goes by the heads of a rank, too, so that it differs on equal GPUs.
-        return "FLASHMLA_SPARSE" if all(int(one) in (9, 10) for one in capabilities) else None
+        # On Hopper and B200 vLLM's choice goes by the heads of a rank, too, so that it differs on equal GPUs.
+        return "" if majors == {12} else "FLASHMLA_SPARSE" if majors <= {9, _DATACENTER_BLACKWELL} else None
     if len(set(capabilities)) < 2:
         return ""
     if model.mla is not None:
         # The choice everywhere but on Hopper and B200, whose own run on these alone.
-        return "TRITON_MLA" if {9, _DATACENTER_BLACKWELL}.intersection(map(int, capabilities)) else ""
+        return "TRITON_MLA" if majors & {9, _DATACENTER_BLACKWELL} else ""
     if min(capabilities) < 8 or _has_sinks(model) or _sees_images_at_once(model):
         return "TRITON_ATTN"
-    if model.kv_bytes == 2 and model.head_dim <= 256:  # the choice everywhere but on B200
-        return "FLASH_ATTN" if _DATACENTER_BLACKWELL in map(int, capabilities) else ""
+    if model.kv_bytes == 2 and model.head_dim <= 256:  # FLASH_ATTN is the choice everywhere but on B200
+        if _DATACENTER_BLACKWELL not in majors:
+            return ""
+        # There its pages have 128 tokens if heads have 256 numbers, and 16 elsewhere.
+        return "FLASH_ATTN" if model.head_dim < 256 else "TRITON_ATTN"
     # Of FP8, FlashAttention reads heads of up to 128 numbers on Blackwell, and none below Hopper.
     return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else "TRITON_ATTN"
 
@@ -45,11 +49,12 @@ def _of_sglang(model: ModelSpec, capabilities: Collection[float]) -> str:
     """Return a backend with pages of one token: trtllm_mha and trtllm_mla, which B200 gets, have larger ones."""
     if model.indexer is not None or len({int(one) == _DATACENTER_BLACKWELL for one in capabilities}) < 2:
         return ""
-    return "triton" if model.sliding_window is not None else "flashinfer"  # gpt-oss and Llama-4 take no flashinfer
+    takes_flashinfer = model.sliding_window is None and model.linear is None  # unlike gpt-oss, Llama-4 and Qwen3.5
+    return "flashinfer" if takes_flashinfer else "triton"
 
 
 def _has_sinks(model: ModelSpec) -> bool:
-    """Return whether it is gpt-oss, whose attention has sinks: no other model has windows of 128 tokens."""
+    """Return whether it is gpt-oss, whose attention has sinks, by windows that no other model of the catalogue has."""
     return model.sliding_window == 128
 
 

@@ -10,7 +10,6 @@ from hetis.formats import catalogue
 
 VENDORS = ("NVIDIA", "AMD")  # on whose GPUs hetis can start processes: CUDA_VISIBLE_DEVICES selects those of both
 _BY_ARCHITECTURE = {architecture.casefold(): capability for architecture, capability in CAPABILITIES.items()}
-_WORKSTATION_BLACKWELL = frozenset({"RTX-5090", "RTX-PRO-6000-Server-96GB"})  # 12.0, where B200 and B300 have 10.x
 
 
 class GpuKind(NamedTuple):
@@ -40,5 +39,7 @@ def kind_of(gpu: str, own: Mapping[str, GpuKind]) -> GpuKind:
 
 def kind_by(name: str, architecture: str, vendor: Any) -> GpuKind:
     """Return the kind of a GPU type by its fields; without a vendor, that of its architecture."""
-    capability = 12.0 if name in _WORKSTATION_BLACKWELL else _BY_ARCHITECTURE.get(architecture.casefold())
-    return GpuKind(str(vendor or catalogue.vendor_of(architecture)), capability)
+    capability = _BY_ARCHITECTURE.get(architecture.casefold())
+    if capability == CAPABILITIES["Blackwell"] and name.upper().startswith("RTX"):
+        capability = 12.0  # of workstations, where B200 and B300 have 10.x
+    return GpuKind(catalogue.vendor_named(str(vendor)) if vendor else catalogue.vendor_of(architecture), capability)

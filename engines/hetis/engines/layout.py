@@ -259,17 +259,9 @@ def _partners(plan: Plan, number: int) -> tuple[ReplicaPlan, ...]:
     """Return the replicas with which one exchanges KV, over others, too; all of its kind if the plan has no routes."""
     if plan.replicas[number].role is Role.UNIFIED:
         return ()
-    joined = {number}
-    while (
-        found := {
-            end for one in plan.kv_routes if {one.prefill, one.decode} & joined for end in (one.prefill, one.decode)
-        }
-        - joined
-    ):
-        joined |= found
     apart = [i for i, one in enumerate(plan.replicas) if one.role is not Role.UNIFIED]
-    chosen = joined - {number} if plan.kv_routes else apart
-    return tuple(plan.replicas[i] for i in sorted(chosen))
+    joined = next((group for group in plan.joined_by_routes() if number in group), [])
+    return tuple(plan.replicas[i] for i in (joined if plan.kv_routes else apart) if i != number)
 
 
 def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) -> Process:

@@ -232,14 +232,8 @@ _GPU_FIELDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 
 def _gpu_type(name: str, part: GpuTypePart) -> GpuType:
     fields = {theirs: getattr(part, ours) for ours, theirs, _ in _GPU_FIELDS}
-    vendor = catalogue.vendor_of(part.architecture) if part.vendor is None else _vendor(part.vendor)
+    vendor = catalogue.vendor_of(part.architecture) if part.vendor is None else catalogue.vendor_named(part.vendor)
     return GpuType(name=name, vendor=vendor, **fields)
-
-
-def _vendor(name: str) -> str:
-    """Return the name as the catalogue spells it, if it has this vendor."""
-    known = {entry.gpu.vendor.casefold(): entry.gpu.vendor for entry in catalogue.gpus()}
-    return known.get(name.casefold(), name)
 
 
 def _gpu_type_data(gpu: GpuType) -> dict[str, Any]:

@@ -218,6 +218,16 @@ class Plan:
         unified = sum(replica.rate for replica in self.replicas if replica.role is Role.UNIFIED)
         return unified + sum(route.rate for route in self.kv_routes)
 
+    def joined_by_routes(self) -> list[list[int]]:
+        """Return the numbers of replicas that exchange KV, also over others, in groups."""
+        group_of = dict[int, list[int]]()
+        for route in self.kv_routes:
+            one, other = (group_of.setdefault(end, [end]) for end in (route.prefill, route.decode))
+            if one is not other:
+                one += other
+                group_of |= dict.fromkeys(other, one)
+        return list({id(group): sorted(group) for group in group_of.values()}.values())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBar:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.constraints import ConstraintIndex, Constraints, Duty, Exclude, RestrictRole
+from hetis.solver.constraints import ConstraintIndex, Constraints, Duty, Exclude, RestrictRole, Unit
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
@@ -357,12 +358,21 @@ class PlacementProblem:
         return Build(self.model.on(gpu), vendor)
 
     def _may_compute(self, group: NodeGroup, gpu: str) -> bool:
-        """Return whether a constraint on all nodes of a group leaves its GPUs of a type the duty of a primary."""
+        """Return whether constraints leave any GPU of a type in a node group the duty of a primary."""
         if self.constraint_index is not None:
             return Duty.PRIMARY not in self.constraint_index.of(group.name, gpu).barred
         barring = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
         barring += [c.gpus for c in self.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
-        return not any(each.takes(device="", node="", gpu=gpu, zone=group.zone) for each in barring)
+        if not barring:
+            return True
+
+        def is_free(node: str, index: int, name: str) -> bool:
+            place = {"device": f"{node}/{index}", "node": node, "gpu": gpu, "zone": group.zone}
+            return name == gpu and not any(each.takes(**place) for each in barring)
+
+        nodes_differ = any(each.unit in (Unit.NODE, Unit.GPU) for each in barring)
+        nodes = map(group.node_name, range(group.count if nodes_differ else 1))
+        return any(group.slots_left(partial(is_free, node))[0] for node in nodes)
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""

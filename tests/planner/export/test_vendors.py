@@ -142,7 +142,7 @@ def test_gpus_of_other_vendors_are_refused_also_those_that_the_plan_defines_itse
     [
         ("cuda:1,Intel=other:1", "INTEL is no vendor, must be NVIDIA or AMD"),
         ("cuda:1,nvidia=other:1", "2 images for NVIDIA"),
-        ("cuda:1,", "an image is empty"),
+        ("cuda:1,", "an image is empty$"),
         ("AMD=rocm:1,AMD=rocm:2", "2 images for AMD"),
         ("cuda:1,other:1", "2 images for NVIDIA"),
     ],

@@ -113,6 +113,11 @@ def vendor_of(architecture: str) -> str:
     return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture.casefold() == name), "NVIDIA")
 
 
+def vendor_named(name: str) -> str:
+    """Return a vendor's name as the catalogue spells it, or unchanged if it has no GPUs of this vendor."""
+    return next((entry.gpu.vendor for entry in gpus() if entry.gpu.vendor.casefold() == name.casefold()), name)
+
+
 def find_model(name: str) -> ModelEntry:
     """Return the model that ``name`` means. Case does not matter; organisation and suffixes such as ``-hf`` are
     optional. Raises UnknownNameError, with the nearest name, if there is none, or with all if there are several.

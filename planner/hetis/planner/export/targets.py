@@ -124,7 +124,7 @@ def _wrong_images(text: str) -> Iterator[str]:
     named = [part.strip().rpartition("=") for part in text.split(",")] if text else []
     if not all(image for _, _, image in named):
         yield "an image is empty"
-    for vendor, times in Counter(of.upper() or VENDORS[0] for of, _, _ in named).items():
+    for vendor, times in Counter(of.upper() or VENDORS[0] for of, _, image in named if image).items():
         if vendor not in VENDORS:
             yield f"{vendor} is no vendor, must be {' or '.join(VENDORS)}"
         if times > 1:

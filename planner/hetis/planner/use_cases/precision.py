@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 
 from hetis.engines.attention import common_backend
-from hetis.engines.gpus import VENDORS, GpuKind, kind_by
+from hetis.engines.gpus import VENDORS, kind_by
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.engines.serving import TELL_KV
 from hetis.formats import dtypes
@@ -17,8 +17,8 @@ from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit, WithoutWorkers
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Plan, Role
-from hetis.solver.problem import Build, EngineRules, PlacementProblem
+from hetis.solver.plan import Plan
+from hetis.solver.problem import EngineRules, PlacementProblem
 
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
@@ -114,22 +114,21 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     )
 
 
-def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
-    """Yield what the engines of replicas that exchange KV must be told, which no export of one of them can see."""
+def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
+    """Return what the engines of replicas that exchange KV must be told: an agent knows only the GPUs of its own."""
     rules = problem.family.engine
-    if rules is None or not plan.kv_routes:
-        return
-    engine = "sglang" if rules.name == "sglang" else "vllm"
-    by_build = dict[Build, dict[str, GpuKind]]()
-    exchanging = (replica for replica in plan.replicas if replica.role is not Role.UNIFIED)
-    for name in dict.fromkeys(stage.gpu for replica in exchanging for stage in replica.stages):
-        gpu = problem.cluster.gpu_types[name]
-        by_build.setdefault(problem.build_of(name), {})[name] = kind_by(name, gpu.architecture, gpu.vendor)
-    for build, kinds in by_build.items():
-        capabilities = {kind.capability for kind in kinds.values() if kind.capability is not None}
-        if (told := common_backend(build.model, capabilities, engine)) != "":
+    if rules is None:
+        return []
+    engine, notes = "sglang" if rules.name == "sglang" else "vllm", dict[str, None]()
+    for group in plan.joined_by_routes():
+        gpus = {stage.gpu: problem.cluster.gpu_types[stage.gpu] for i in group for stage in plan.replicas[i].stages}
+        kinds = [kind_by(gpu.name, gpu.architecture, gpu.vendor) for gpu in gpus.values()]
+        model = problem.of_replica(plan.replicas[group[0]]).model
+        told = common_backend(model, {one.capability for one in kinds if one.capability is not None}, engine)
+        if told != "":
             which = "none runs on all of them" if told is None else f"{told} (exports tell it, agents by a setting)"
-            yield f"KV goes between {', '.join(sorted(kinds))}, which takes one attention backend: {which}"
+            notes[f"KV goes between {', '.join(sorted(gpus))}, which needs one attention backend: {which}"] = None
+    return list(notes)
 
 
 def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import APART, PlacementProblem
 
+_Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
 OPTIMAL_GAP = 1e-6
 RELATIVE = 1e-6  # rounding of a value or a gap
 BOUND_ROUNDING = 1e-9
@@ -35,8 +37,9 @@ def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
     violations: list[Violation] = []
     flow: defaultdict[int, float] = defaultdict(float)
     seen: dict[tuple[int, int], int] = {}
+    kinds = cache(partial(_computing_kinds, problem, fleet))
     for number, route in enumerate(plan.kv_routes):
-        broken = list(_check_route(route, plan, problem, fleet))
+        broken = list(_check_route(route, plan, problem, fleet, kinds))
         pair = (route.prefill, route.decode)
         if not broken and pair in seen:
             message = f"leads from replica {route.prefill} to {route.decode} like route {seen[pair]}, a pair has 1"
@@ -54,7 +57,9 @@ def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
     return violations
 
 
-def _check_route(route: KvRoute, plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Broken]:
+def _check_route(
+    route: KvRoute, plan: Plan, problem: PlacementProblem, fleet: Fleet, kinds: Callable[[], set[_Kind]]
+) -> Iterator[Broken]:
     if not 0 < route.rate < math.inf:
         yield Rule.FINITE, f"rate is {route.rate} requests/s, must be finite and > 0"
     wrong = []
@@ -80,15 +85,22 @@ def _check_route(route: KvRoute, plan: Plan, problem: PlacementProblem, fleet: F
     vendors = [types[gpu].vendor for gpu in gpus if gpu in types]
     if len(set(vendors)) > 1:
         yield Rule.ROUTE, f"leads from {gpus[0]} ({vendors[0]}) to {gpus[1]} ({vendors[1]}), must stay with one vendor"
-    if (own := _zone_of(sender.devices(), fleet)) != zone and len(kinds := _computing_kinds(problem, fleet)) > 1:
+    if (own := _zone_of(sender.devices(), fleet)) != zone and len(kinds()) > 1:
         yield (
             Rule.ROUTE,
-            f"leads from zone {own} to {zone}, must stay in one: GPUs of {len(kinds)} vendors or precisions compute",
+            f"leads from zone {own} to {zone}, must stay in one: GPUs of {len(kinds())} vendors or precisions compute",
         )
 
 
-def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[tuple[ModelSpec, str]]:
+def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[_Kind]:
     """Return the precisions and vendors of the GPUs that may compute layers."""
+
+    def kinds_of(names: set[str]) -> set[_Kind]:
+        return {(problem.model.on(gpu), problem.cluster.gpu_types[gpu].vendor) for gpu in names}
+
+    everywhere = kinds_of({slots.gpu for group in problem.cluster.node_groups for slots in group.gpus})
+    if len(everywhere) < 2:
+        return everywhere
     barring = [c.gpus for c in problem.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
     types = {
         device.gpu
@@ -97,7 +109,7 @@ def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[tuple[Model
             gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in barring
         )
     }
-    return {(problem.model.on(gpu), problem.cluster.gpu_types[gpu].vendor) for gpu in types}
+    return kinds_of(types)
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -153,7 +165,7 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     """Check that the plan answers the problem: the objective, and the bound's family in the same words.
 
     Plans from before the introduction of roles do not mention them: all their replicas are unified. Nor do older ones
-    of several precisions say that these stay apart.
+    of several precisions, and those of tenants, say that GPUs of several kinds stay apart.
     """
     wanted, result = problem.objective, plan.result
     if plan.objective != wanted:

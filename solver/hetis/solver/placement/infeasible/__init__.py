@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.budget import SearchSettings
-from hetis.solver.constraints import AtMost, Replicas, Use
+from hetis.solver.constraints import AtMost, Duty, Replicas, Use
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.infeasible.relaxations import (
@@ -35,7 +35,7 @@ from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.wording import in_bytes, listed
 from hetis.solver.plan import Role
-from hetis.solver.problem import Build, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 __all__ = [
     "Conflict",
@@ -237,14 +237,16 @@ def _rooms(costs: CostTables) -> list[float]:
 def _usable_by_a_replica(costs: CostTables) -> tuple[float, str]:
     """Return the bytes besides the engine's on all GPUs that one replica may use together, and who has them."""
     rooms = _rooms(costs)
-    by_build = dict[Build, float]()
-    for c, room in zip(costs.classes, rooms, strict=True):
-        build = costs.problem.build_of(c.gpu)
-        by_build[build] = by_build.get(build, 0.0) + room
-    if costs.problem.family.mixed_types and len(by_build) > 1:
+    builds = costs.problem.builds()
+    if costs.problem.family.mixed_types and len(builds) > 1:
+        own = {gpu: costs.problem.build_of(gpu) for gpu in dict.fromkeys(c.gpu for c in costs.classes)}
+        by_build = dict.fromkeys(builds, 0.0)
+        for c, room in zip(costs.classes, rooms, strict=True):
+            if Duty.PRIMARY not in c.constraints.barred:
+                by_build[own[c.gpu]] += room
         most = max(by_build, key=lambda build: by_build[build])
-        gpus = dict.fromkeys(c.gpu for c in costs.classes if costs.problem.build_of(c.gpu) == most)
-        return by_build[most], f"a replica on GPUs of one vendor and precision, at most all {', '.join(gpus)},"
+        gpus = ", ".join(gpu for gpu, build in own.items() if build == most)
+        return by_build[most], f"a replica on GPUs of one vendor and precision, at most all {gpus},"
     if costs.problem.family.mixed_types or len(rooms) == 1:
         return sum(rooms), "this fleet"
     largest = int(np.argmax(rooms))
