@@ -57,6 +57,7 @@ def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities:
         (LLAMA, {B200}, ""),
         (LLAMA, {B200, H100}, "flashinfer"),
         (DEEPSEEK, {B200, H100}, "flashinfer"),
+        (DEEPSEEK, {B200, A100}, "triton"),
         (GPT_OSS, {B200, H100}, "triton"),
         (QWEN, {B200, H100}, "triton"),
         (SPARSE, {B200, H100}, ""),

@@ -46,11 +46,15 @@ def common_backend(model: ModelSpec, capabilities: Collection[float], engine: st
 
 
 def _of_sglang(model: ModelSpec, capabilities: Collection[float]) -> str:
-    """Return a backend with pages of one token: trtllm_mha and trtllm_mla, which B200 gets, have larger ones."""
+    """Return a backend with pages of one token: trtllm_mha and trtllm_mla, which B200 gets, have larger ones.
+
+    Read in 0.5.23: `get_default_attn_backend` in srt/arg_groups/model_override_base.py.
+    """
     if model.indexer is not None or len({int(one) == _DATACENTER_BLACKWELL for one in capabilities}) < 2:
         return ""
-    takes_flashinfer = model.sliding_window is None and model.linear is None  # unlike gpt-oss, Llama-4 and Qwen3.5
-    return "flashinfer" if takes_flashinfer else "triton"
+    # gpt-oss, Llama-4 and Qwen3.5 take no flashinfer, nor does latent attention below Hopper.
+    no_flashinfer = model.sliding_window is not None or model.linear is not None
+    return "triton" if no_flashinfer or (model.mla is not None and min(capabilities) < 9) else "flashinfer"
 
 
 def _has_sinks(model: ModelSpec) -> bool:
