@@ -72,6 +72,7 @@ def test_services_have_the_devices_of_their_vendor() -> None:
     assert amd["environment"]["CUDA_VISIBLE_DEVICES"] == "1,0", "it has the devices of all GPUs of the node"
     assert "deploy" not in amd
     assert "devices" not in nvidia
+    assert {service["environment"]["VLLM_API_KEY"] for service in (amd, nvidia)} == {"${VLLM_API_KEY:-}"}
     compose_spec.PyCompose.from_json(
         json.dumps({"name": "both", "services": {"amd": amd, "nvidia": nvidia}})
     ).validate()

@@ -200,7 +200,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     is_worker = process.kind is ProcessKind.ATTENTION_WORKER
     places = {one.addresses.config_file: _CONFIG, one.addresses.key_file: _KEY_FILE}
     shown = [places.get(word, word) for word in command.shown]
-    environment = {name: places.get(text, text) for name, text in command.environment.items()}
+    environment = {name: places.get(text, text) for name, text in command.environment.items()} | _seen_gpus(process)
     volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
     if one.serving.model.startswith("/") and not is_worker:
         volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
@@ -209,7 +209,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
         # Images have entry points of their own; these words are the whole command.
         "entrypoint": shown[:1],
         "command": shown[1:],
-        "environment": environment | _seen_gpus(process),
+        "environment": environment,
         "network_mode": "host",
         "ipc": "host",
         "restart": "unless-stopped",
