@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.engines.attention import common_backend
+from hetis.engines.gpus import GpuKind
 from hetis.engines.precision import CAPABILITIES, SUPPORT, Least, remarks, why_not
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
@@ -130,7 +131,8 @@ def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -
     for model, kv in itertools.product((entry.model for entry in catalogue.models()), ("bf16", "fp8")):
         posed, names = with_precision(model, kv=kv), order[model.mla is not None]
         for some in itertools.chain.from_iterable(itertools.combinations(range(len(AT)), n) for n in (1, 2, 3)):
-            told, case = common_backend(posed, {AT[i] for i in some}, "vllm"), (model.name, kv, [AT[i] for i in some])
+            case = (model.name, kv, [AT[i] for i in some])
+            told = common_backend(posed, [GpuKind("NVIDIA", AT[i]) for i in some], "vllm")
             if told is None:
                 assert not any(all(name in names[i] and runs[name][i] for i in some) for name in sparse), case
             elif told:

@@ -57,12 +57,18 @@ def value_of(problem: PlacementProblem) -> float:
     return plan.result.value
 
 
-@settings(max_examples=EXAMPLES)
-@given(data=st.data())
-def test_the_plan_found_is_the_best_that_brute_force_finds(data: st.DataObject) -> None:
+def a_problem(data: st.DataObject) -> PlacementProblem:
+    """A problem of any of the families and objectives, whose model may be cut anywhere."""
     family = data.draw(st.sampled_from(FAMILIES))
     problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
     assume(not problem.model.forbidden_cuts)
+    return problem
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_the_plan_found_is_the_best_that_brute_force_finds(data: st.DataObject) -> None:
+    problem = a_problem(data)
     best = best_plan_value(problem)
     assert value_of(problem) == pytest.approx(best, rel=REL)
 
@@ -88,9 +94,7 @@ def in_precisions(data: st.DataObject, problem: PlacementProblem) -> PlacementPr
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_the_plan_found_is_the_best_in_the_precision_of_every_gpu_type(data: st.DataObject) -> None:
-    family = data.draw(st.sampled_from(FAMILIES))
-    problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
-    assume(not problem.model.forbidden_cuts)
+    problem = a_problem(data)
     problem = in_precisions(data, problem)
     assert value_of(problem) == pytest.approx(best_plan_value(problem), rel=REL)
 
@@ -98,9 +102,7 @@ def test_the_plan_found_is_the_best_in_the_precision_of_every_gpu_type(data: st.
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_the_plan_found_is_the_best_with_gpus_of_several_vendors(data: st.DataObject) -> None:
-    family = data.draw(st.sampled_from(FAMILIES))
-    problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
-    assume(not problem.model.forbidden_cuts)
+    problem = a_problem(data)
     assume(len(problem.cluster.gpu_types) > 1)
     problem = with_vendors(problem, A="AMD", C="AMD")
     if data.draw(st.booleans()):

@@ -8,19 +8,22 @@ that runs on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
+from hetis.engines.gpus import GpuKind
 from hetis.solver.model import ModelSpec
 
 _DATACENTER_BLACKWELL = 10  # the major capability of B200 and B300
 _FLASHINFER_HEADS = (64, 128, 256)
 
 
-def common_backend(model: ModelSpec, capabilities: Collection[float], engine: str) -> str | None:
-    """Return the backend to tell an engine, ``vllm`` or ``sglang``, so that all these GPUs have the same.
+def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> str | None:
+    """Return the backend to tell an engine so that all these GPUs have the same.
 
-    Empty: by itself it chooses the same on all of them. None: there is none that runs on all.
+    Empty: by itself it chooses the same on all of them. None: there is none that runs on all. Engines other than
+    ``sglang`` are vLLM, with the plugin or without.
     """
+    capabilities = {kind.capability for kind in kinds if kind.capability is not None}
     if not capabilities:  # of GPUs on which nothing is recorded
         return ""
     if engine == "sglang":
@@ -29,7 +32,7 @@ def common_backend(model: ModelSpec, capabilities: Collection[float], engine: st
     if model.indexer is not None:
         # On Hopper and B200 vLLM's choice goes by the heads of a rank, too, so that it differs on equal GPUs.
         return "" if majors == {12} else "FLASHMLA_SPARSE" if majors <= {9, _DATACENTER_BLACKWELL} else None
-    if len(set(capabilities)) < 2:
+    if len(capabilities) < 2:
         return ""
     if model.mla is not None:
         # The choice everywhere but on Hopper and B200, whose own run on these alone.
@@ -45,7 +48,7 @@ def common_backend(model: ModelSpec, capabilities: Collection[float], engine: st
     return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else "TRITON_ATTN"
 
 
-def _of_sglang(model: ModelSpec, capabilities: Collection[float]) -> str:
+def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:
     """Return a backend with pages of one token: trtllm_mha and trtllm_mla, which B200 gets, have larger ones.
 
     Read in 0.5.23: `get_default_attn_backend` in srt/arg_groups/model_override_base.py.

@@ -293,10 +293,8 @@ def layout_of_replica(
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
     parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
     vendors = {device: kind_of(part.gpu, own_types or {}).vendor for part in parts for device in part.devices}
-    exchanging = (replica, *partners)
-    gpus = {stage.gpu: kind_of(stage.gpu, own_types or {}) for one in exchanging for stage in one.stages}
-    capabilities = {kind.capability for kind in gpus.values() if kind.capability is not None}
-    backend = common_backend(model, capabilities, engine.program.lower()) if partners else ""
+    gpus = {stage.gpu: kind_of(stage.gpu, own_types or {}) for one in (replica, *partners) for stage in one.stages}
+    backend = common_backend(model, gpus.values(), engine.value) if partners else ""
     wrong = [
         *_unlike_vendors(replica, gpus, set(vendors.values())),
         *_no_backend(model, gpus, backend),

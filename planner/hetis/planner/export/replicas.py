@@ -11,6 +11,7 @@ from functools import cached_property
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
+from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of, why_kv_is_untold
@@ -57,7 +58,7 @@ class ExportSettings:
     port: int = 8000  # of the first replica's front end on a node; others have the following ones
     name: str = "hetis"  # prefix of objects and jobs
     namespace: str = ""
-    # Of the engine, for GPUs of AMD another: ``IMAGE,AMD=IMAGE`` (`image_in`). Empty: the one that its makers publish
+    # Of the engine, for GPUs of AMD another: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the one that its makers publish
     image: str = ""
     worker_image: str = ""  # of attention workers, likewise; empty: there is none
     model_claim: str = ""  # a PersistentVolumeClaim with the models
@@ -271,13 +272,15 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
         yield f"the plan is for {asked}, the checkpoint is {settings.model}: --model names the one that was tuned"
 
 
+def images_in(text: str) -> list[tuple[str, str]]:
+    """Return vendors and images in ``IMAGE,AMD=IMAGE``; an image without a vendor is for NVIDIA's GPUs."""
+    named = [part.strip().rpartition("=") for part in text.split(",")] if text else []
+    return [(vendor.upper() or VENDORS[0], image) for vendor, _, image in named]
+
+
 def image_in(text: str, vendor: str) -> str:
-    """Return the image for a vendor's GPUs in ``IMAGE,AMD=IMAGE``; empty: none. That without a vendor is NVIDIA's."""
-    images = dict[str, str]()
-    for part in text.split(","):
-        of, _, image = part.strip().rpartition("=")
-        images[of.upper() or "NVIDIA"] = image
-    return images.get(vendor, "")
+    """Return the image for a vendor's GPUs (`images_in`); empty: none."""
+    return dict(images_in(text)).get(vendor, "")
 
 
 def engine_image(launchable: Launchable, one: LaunchableReplica) -> str:

@@ -22,7 +22,7 @@ from hetis.planner.export import ExportDevice, ExportTarget
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import write_ray
-from hetis.planner.export.replicas import ExportSettings, Launchable, Written, launchable, weights_used
+from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
 from hetis.solver.model import ModelSpec
@@ -120,11 +120,11 @@ def export_wanted(
 
 
 def _wrong_images(text: str) -> Iterator[str]:
-    """Yield what is wrong with ``IMAGE,AMD=IMAGE`` (`image_in`)."""
-    named = [part.strip().rpartition("=") for part in text.split(",")] if text else []
-    if not all(image for _, _, image in named):
+    """Yield what is wrong with ``IMAGE,AMD=IMAGE`` (`images_in`)."""
+    images = images_in(text)
+    if not all(image for _, image in images):
         yield "an image is empty"
-    for vendor, times in Counter(of.upper() or VENDORS[0] for of, _, image in named if image).items():
+    for vendor, times in Counter(vendor for vendor, image in images if image).items():
         if vendor not in VENDORS:
             yield f"{vendor} is no vendor, must be {' or '.join(VENDORS)}"
         if times > 1:

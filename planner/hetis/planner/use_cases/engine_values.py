@@ -171,19 +171,33 @@ def _by_equal_stages(
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
     """Return the value of replicas of equal stages on an engine, or ``known`` if it is as good."""
-    from hetis.solver.placement.solve import equal_stages_value
-
     if own is not None and EQUAL_STAGES in plan.inputs:
         value = plan.inputs[EQUAL_STAGES]  # they have no attention workers, and the other limits are the same
     elif known.value is not None:
         return known  # a separate search is only for engines without any plan
     else:
-        alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-        value = equal_stages_value(problem, SearchSettings(budget=alone, seed=seed))
-        if alone.is_spent():
-            return known
+        found = equal_stages_within(equal_stages_budget(cancelled), problem, seed)
+        value = None if found is None else found[0]
     better = value is not None and _is_better(value, known.value, plan)
     return replace(known, value=value, equal_stages=True) if better else known
+
+
+def equal_stages_budget(cancelled: threading.Event) -> Budget:
+    """Return a budget, begun now, for searches for replicas of equal stages."""
+    return Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
+
+
+def equal_stages_within(budget: Budget, problem: PlacementProblem, seed: int) -> tuple[float | None] | None:
+    """Return the value of equal stages in a tuple, None in it if they have no plan; or None if the budget was spent.
+
+    A search that is cut short says nothing of what they reach.
+    """
+    from hetis.solver.placement.solve import equal_stages_value
+
+    if budget.is_spent():
+        return None
+    value = equal_stages_value(problem, SearchSettings(budget=budget, seed=seed))
+    return None if budget.is_spent() else (value,)
 
 
 def _is_better(value: float, known: float | None, plan: Plan) -> bool:

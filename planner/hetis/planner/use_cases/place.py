@@ -10,13 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
+from hetis.planner.use_cases.engine_values import (
+    EQUAL_STAGES,
+    equal_stages_budget,
+    equal_stages_within,
+    with_engine_values,
+)
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
@@ -390,28 +394,21 @@ def _with_equal_stages(
 ) -> Plan:
     """Return the plan with the value of equal stages, which is what engines do without a planner.
 
-    Also with that of each TP size in every replica. A search that is cut short says nothing of what they reach, so that
-    its value is left out. The first one may be for no other reason than that it compiles, and is repeated.
+    Also with that of each TP size in every replica. Values whose search was cut short are left out. The first search
+    may be for no other reason than that it compiles, and is repeated.
     """
 
     def value(of: PlacementProblem, budget: Budget) -> tuple[float | None] | None:
-        """Return the value in a tuple, None in it if they have no plan; or None if the search was cut short."""
-        if budget.is_spent():
-            return None
-        found = equal_stages_value(of, SearchSettings(budget=budget, seed=settings.seed))
-        return None if budget.is_spent() else (found,)
+        return equal_stages_within(budget, of, settings.seed)
 
-    from hetis.solver.placement.solve import equal_stages_value
-
-    begin = partial(Budget, time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-    best = value(problem, begin()) or value(problem, begin())
+    best = value(problem, equal_stages_budget(cancelled)) or value(problem, equal_stages_budget(cancelled))
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
     forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
     freely = replace(
         problem,
         constraints=tuple(each for each in problem.constraints if not isinstance(each, WithoutTp)),
     )
-    of_sizes = begin()
+    of_sizes = equal_stages_budget(cancelled)
     by_size = {
         str(tp): value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), of_sizes)
         for tp in problem.family.tp_sizes

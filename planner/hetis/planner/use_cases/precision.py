@@ -119,12 +119,12 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
     rules = problem.family.engine
     if rules is None:
         return []
-    engine, notes = "sglang" if rules.name == "sglang" else "vllm", dict[str, None]()
+    notes = dict[str, None]()
     for group in plan.joined_by_routes():
         gpus = {stage.gpu: problem.cluster.gpu_types[stage.gpu] for i in group for stage in plan.replicas[i].stages}
         kinds = [kind_by(gpu.name, gpu.architecture, gpu.vendor) for gpu in gpus.values()]
         model = problem.of_replica(plan.replicas[group[0]]).model
-        told = common_backend(model, {one.capability for one in kinds if one.capability is not None}, engine)
+        told = common_backend(model, kinds, rules.name)
         if told != "":
             which = "none runs on all of them" if told is None else f"{told} (exports tell it, agents by a setting)"
             notes[f"KV goes between {', '.join(sorted(gpus))}, which needs one attention backend: {which}"] = None

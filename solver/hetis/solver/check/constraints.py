@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.fleet import Fleet, is_in
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.constraints import (
     AtMost,
@@ -89,9 +89,7 @@ def _of_role(replica: ReplicaPlan) -> Duty:
 
 def _is_of(gpus: Selection, name: str, fleet: Fleet) -> bool:
     device = fleet.devices.get(name)
-    return device is not None and gpus.takes(
-        device=name, node=device.node, gpu=device.gpu, zone=device.group.zone
-    )  # fmt: skip
+    return device is not None and is_in(gpus, device)
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
-from hetis.solver.constraints import Constraints, Exclude
+from hetis.solver.constraints import Constraints, Exclude, Selection
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
@@ -64,12 +64,15 @@ class ReplicaShape:
         return pool
 
 
+def is_in(gpus: Selection, device: Device) -> bool:
+    """Return whether a device is in a selection."""
+    return gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone)
+
+
 def left_out_by(constraints: Constraints) -> Callable[[Device], bool]:
     """Return a predicate that says whether a device is forbidden."""
     out = [each.gpus for each in constraints if isinstance(each, Exclude)]
-    return lambda device: any(
-        gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in out
-    )
+    return lambda device: any(is_in(gpus, device) for gpus in out)
 
 
 @dataclass(frozen=True, kw_only=True)

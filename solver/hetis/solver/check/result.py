@@ -9,7 +9,7 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
-from hetis.solver.check.fleet import Fleet, slowest
+from hetis.solver.check.fleet import Fleet, is_in, slowest
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole
@@ -102,14 +102,9 @@ def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[_Kind]:
     if len(everywhere) < 2:
         return everywhere
     barring = [c.gpus for c in problem.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
-    types = {
-        device.gpu
-        for device in fleet.devices.values()
-        if not any(
-            gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in barring
-        )
-    }
-    return kinds_of(types)
+    return kinds_of(
+        {device.gpu for device in fleet.devices.values() if not any(is_in(gpus, device) for gpus in barring)}
+    )
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
