@@ -14,10 +14,12 @@ from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import compare_strategies, figures_of
+from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
+from hetis.planner.use_cases.verify import VERIFICATION
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES
@@ -27,7 +29,8 @@ from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
 LOADED = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256")
-COMMAND = ["compare", "--cluster", str(EXAMPLES / "paper.yaml"), "-m", "Llama-2-70B", "-w", "1024/256"]
+SIMULATED = ["compare", "--cluster", str(EXAMPLES / "paper.yaml"), "-m", "Llama-2-70B", "-w", "1024/256"]
+COMMAND = [*SIMULATED, "--no-verify"]
 
 Outcome = tuple[float, float] | Exception  # value and bound
 Solver = Callable[[Mapping[str, Outcome]], list[str]]
@@ -319,3 +322,85 @@ def test_compare_of_engines_has_a_row_and_a_file_for_each(
     ]
     assert run([*COMMAND, "--max-gpus", "4"]) == ExitCode.INVALID
     assert "limited for an engine" in " ".join(capsys.readouterr().err.split())
+
+
+# --- simulated
+
+
+def verification(*, kept: bool, kept_rps: float | None) -> dict[str, object]:
+    return {
+        "rate_rps": 1.35, "num_requests": 4000, "kept": kept, "steady": True, "ttft_p95_s": 1.0, "tpot_mean_s": 0.05,
+        "attainment": 0.9, "kept_rps": kept_rps,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, dict[str, object] | Exception]], list[str]]:
+    """Makes the simulation of a strategy's plan say something, or raise; tells what it was held to."""
+
+    def answer_with(outcomes: Mapping[str, dict[str, object] | Exception]) -> list[str]:
+        asked: list[str] = []
+
+        def simulated_plan(
+            plan: Plan, _loaded: object, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
+            **_options: object,
+        ) -> Plan:  # fmt: skip
+            asked.append(f"{settings.strategy}: {level}")
+            assert problem.objective == plan.objective
+            outcome = outcomes[settings.strategy]
+            if isinstance(outcome, Exception):
+                raise outcome
+            result = replace(plan.result, solve_s=plan.result.solve_s + 2.0)  # it was searched for again
+            return replace(plan, result=result, inputs={**plan.inputs, VERIFICATION: outcome})
+
+        monkeypatch.setattr(comparing, "simulated_plan", simulated_plan)
+        return asked
+
+    return answer_with
+
+
+Simulator = Callable[[Mapping[str, dict[str, object] | Exception]], list[str]]
+
+
+def test_plans_are_compared_by_what_simulated_traffic_keeps(
+    solver: Solver, simulator: Simulator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    values = {"hetis": (1.5, 1.5), "hexgen": (1.4, 1.4), "uniform": (1.3, 1.3), "hexgen2": (1.2, 1.2)}
+    solver(values)
+    asked = simulator({
+        "hetis": verification(kept=False, kept_rps=0.9), "hexgen": verification(kept=True, kept_rps=1.42),
+        "uniform": verification(kept=False, kept_rps=None), "hexgen2": UncheckedPlanError(("replica 0: no device",)),
+    })  # fmt: skip
+    command = [*SIMULATED, "--strategies", "hetis,hexgen,uniform,hexgen2", "--attainment", "95%"]
+    assert run(command) == ExitCode.INTERNAL
+    assert [line.split(":")[0] for line in asked] == ["hetis", "hexgen", "uniform", "hexgen2"]
+    assert all("95%" in line for line in asked)
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    kept = {cells[0]: cells[2] for line in out.splitlines() if len(cells := line.split()) > 10}
+    assert (kept["hetis"], kept["hexgen"], kept["uniform"]) == ("0.900", "1.35", "none")  # 1.35 are planned
+    assert "hexgen2 failed: " in " ".join(out.split("Without a plan")[1].split())
+    assert run([*command[:-2], "-o", "json"]) == ExitCode.INTERNAL
+    hetis, _, uniform, hexgen2 = json.loads(capsys.readouterr().out)["strategies"]
+    assert (hetis["simulated"]["kept_rps"], hetis["simulated"]["kept"]) == (0.9, False)
+    assert hetis["solve_s"] >= 2.0
+    assert (uniform["simulated"]["kept_rps"], hexgen2["plan"], hexgen2["simulated"]) == (None, None, None)
+
+
+def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
+    def simulated(objective: Objective, value: float, *, kept: bool, kept_rps: float | None) -> Plan:
+        plan = plan_of("hetis", value, value, objective)
+        return replace(plan, inputs={**plan.inputs, VERIFICATION: verification(kept=kept, kept_rps=kept_rps)})
+
+    most, least = Objective(), Objective(kind=ObjectiveKind.COST, demand_rps=1.0)
+    assert best_of([plan_of("hetis", 1.0, 2.0, most), plan_of("uniform", 1.5, 2.0, most)]) == 1
+    rates = [(1.5, False, 0.9), (1.4, True, 1.42), (1.6, False, None)]
+    assert best_of([simulated(most, value, kept=kept, kept_rps=rps) for value, kept, rps in rates]) == 1
+    costs = [(5.0, False, 0.9), (9.0, True, 1.0), (7.0, True, 1.0)]
+    assert best_of([simulated(least, value, kept=kept, kept_rps=rps) for value, kept, rps in costs]) == 2
+
+
+def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*COMMAND, "--attainment", "95%"]) == ExitCode.INVALID
+    assert "verification is turned off" in " ".join(capsys.readouterr().err.split())

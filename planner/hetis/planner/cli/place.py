@@ -211,6 +211,7 @@ class CompareOptions:
 class ComparisonOutputOptions:
     out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.")
     html: Path | None = options.html_option()
+    verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
 
 
@@ -220,15 +221,17 @@ def compare(
     *,
     inputs: options.InputOptions,
     goal: options.GoalOptions,
+    held_to: options.ServiceLevelOptions,
     constraints: options.ConstraintOptions,
     asked: CompareOptions,
     replicas: options.ReplicaOptions,
     search: options.SearchOptions,
     results: ComparisonOutputOptions,
 ) -> ExitCode:
-    """Plan by several strategies, or for several engines, and show the plans side by side, checked alike.
+    """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
 
-    Each has the whole time limit. One without a plan is a row with its reason.
+    Each has the whole time limit, and has it again where its plan misses a limit in the simulation. One without a plan
+    is a row with its reason.
 
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
@@ -241,7 +244,7 @@ def compare(
     )
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
-    from hetis.planner.use_cases.compare import compare_engines
+    from hetis.planner.use_cases.compare import compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.placement.families import ANY_ENGINE
@@ -262,6 +265,7 @@ def compare(
         refuse_unwritable_plans(results.out, plans)
     refuse_page(results.html)
     request, settings = inputs.request(goal, replicas, constraints), search.settings_of()
+    level = held_to.level(request.objective, verify=results.verify)
     loaded, objective = load(request), request.objective
     if results.dry_run:
         return say_what_would_be_solved(
@@ -275,6 +279,8 @@ def compare(
         for for_engine in {one is not None for one in rules.values()}:
             compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
         found = compare_engines(loaded, objective, settings, names, rules, budget=budget, report=report)
+        if results.verify:
+            found = simulate_plans(found, loaded, objective, settings, rules, level, budget=budget, report=report)
         return found if asked.engine is not None else tuple(replace(outcome, engine=None) for outcome in found)
 
     compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")

@@ -16,10 +16,11 @@ from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
 from hetis.planner.report.tables import as_group, bullets, grid, section, table
-from hetis.planner.use_cases.compare import Compared, Figures, figures_of
+from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
 from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.verify import verification_of
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
@@ -30,6 +31,7 @@ PUBLISHED_MEANS = (
     "-paper: the search of a paper as published, its plan priced by this cost model and held to these limits; bound "
     "and gap are those of the family that its plans are of."
 )
+SIMULATED_MEANS = "kept: the rate, up to the plan's, at which simulated traffic kept the limits; red where it is less."
 _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
@@ -40,6 +42,8 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     yield goal_line(objective)
     yield Text()
     yield _table(compared, inputs, objective)
+    if _are_simulated(compared):
+        yield Text(f"\n{SIMULATED_MEANS}", style="dim")
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
@@ -63,6 +67,7 @@ def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
         **fields_of(outcome, "strategy", "engine", "status"),
         "result": plan and plan.result,
         "figures": plan and figures_of(plan, inputs),
+        "simulated": plan and verification_of(plan),
         **fields_of(outcome, "solve_s", "reasons"),
         "plan": plan and to_data(plan),
     }
@@ -73,19 +78,34 @@ def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -
     label = _labels(compared)
     table.add_column("engine" if _compares_engines(compared) else "strategy", no_wrap=True, vertical="bottom")
     rate = "through-\nput" if objective.kind is ObjectiveKind.THROUGHPUT else "good-\nput"
-    headings = [f"{rate} /s", "bound", "gap", "USD\n/h", "USD/M\ntokens", "TTFT\ns", "TPOT\nms", "KV\ntokens"]
-    if not objective.maximises:
-        headings[1] = f"bound\n{objective.unit}"
-    for heading in (*headings, "GPUs\n(idle)", "solved\ns"):
+    bound = "bound" if objective.maximises else f"bound\n{objective.unit}"
+    simulated = ["kept\n/s"] if _are_simulated(compared) else []
+    headings = [f"{rate} /s", *simulated, bound, "gap", "USD\n/h", "USD/M\ntokens", "TTFT\ns", "TPOT\nms"]
+    for heading in (*headings, "KV\ntokens", "GPUs\n(idle)", "solved\ns"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = _best(compared, objective)
+    plans = [outcome.plan for outcome in compared if outcome.plan is not None]
+    best = plans[best_of(plans)] if plans else None
     for outcome in compared:
         if outcome.plan is None:
-            table.add_row(label(outcome), *["-"] * 9, _solve_time(outcome.solve_s), style="dim")
+            cells: list[RenderableType] = ["-"] * (len(table.columns) - 2)
+            table.add_row(label(outcome), *cells, _solve_time(outcome.solve_s), style="dim")
         else:
-            row = _row(outcome.plan, figures_of(outcome.plan, inputs), outcome.solve_s)
-            table.add_row(label(outcome), *row, style="bold" if outcome is best else "")
+            first, *rest = _row(outcome.plan, figures_of(outcome.plan, inputs), outcome.solve_s)
+            kept = [kept_cell(outcome.plan, unknown="-")] if simulated else []
+            table.add_row(label(outcome), first, *kept, *rest, style="bold" if outcome.plan is best else "")
     return table
+
+
+def _are_simulated(compared: Sequence[Compared]) -> bool:
+    return any(outcome.plan is not None and kept_of(outcome.plan) is not None for outcome in compared)
+
+
+def kept_cell(plan: Plan, *, unknown: str) -> Text:
+    """Return the rate at which simulated traffic kept the limits; ``unknown`` if there was none."""
+    kept = kept_of(plan)
+    if kept is None:
+        return Text(unknown)
+    return Text(digits(kept.rate_rps) if kept.rate_rps else "none", style="" if kept.is_all else "red")
 
 
 def _compares_engines(compared: Sequence[Compared]) -> bool:
@@ -99,12 +119,6 @@ def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
         return lambda outcome: outcome.engine or ""
     several = len({outcome.engine for outcome in compared}) > 1
     return lambda outcome: outcome.name if several else outcome.strategy
-
-
-def _best(compared: Sequence[Compared], objective: Objective) -> Compared | None:
-    found = [(outcome.plan.result.value, outcome) for outcome in compared if outcome.plan is not None]
-    pick = max if objective.maximises else min
-    return pick(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:

@@ -1,14 +1,20 @@
-"""Plans side by side: several strategies or engines on one problem, each checked, each with the best known bound."""
+"""Plans side by side: several strategies or engines on one problem, each checked, each with the best known bound.
+
+`compare_engines` plans, and `simulate_plans` then does with each plan what `place` does with its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import PlacementSettings, make_plan
+from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
@@ -148,6 +154,74 @@ def compare_engines(
                 outcome = _with_better_plan(outcome, found[strategy, other].plan, problem, note)
             found[strategy, name] = outcome
     return tuple(found[strategy, name] for strategy in dict.fromkeys(strategies) for name in engines)
+
+
+def simulate_plans(
+    compared: Sequence[Compared],
+    loaded: LoadedInputs,
+    objective: Objective,
+    settings: PlacementSettings,
+    engines: Mapping[str, EngineRules | None],
+    level: ServiceLevel,
+    *,
+    budget: Callable[[], Budget],
+    report: Report,
+) -> tuple[Compared, ...]:
+    """Return outcomes of `compare_engines` with their plans simulated.
+
+    A plan that misses a limit at its planned rate is searched for again (`simulated_plan`), each time with a budget of
+    its own. Bounds stay those of the first search. Once a budget is cancelled, plans remain as they are.
+    """
+    found = []
+    for number, outcome in enumerate(compared, start=1):
+        plan = outcome.plan
+        if plan is not None and outcome.engine is not None:
+            own = replace(settings, strategy=outcome.strategy, engine=engines[outcome.engine])
+            posed = for_engine(loaded, own.engine)
+            try:
+                simulated = simulated_plan(
+                    plan, posed, posed.inputs.problem(objective, own.strategy, own.roles, own.engine), own, level=level,
+                    budget=budget, cancelled=budget().cancelled, losses=False,
+                    report=one_of_several(report, number, len(compared), f"{outcome.name}: "),
+                )  # fmt: skip
+            except UncheckedPlanError as error:
+                outcome = replace(outcome, status=FAILED, plan=None, reasons=(str(error), *error.violations))
+            else:
+                searched_s = outcome.solve_s + simulated.result.solve_s - plan.result.solve_s
+                outcome = replace(outcome, plan=simulated, status=simulated.result.status.value, solve_s=searched_s)
+        found.append(outcome)
+    return tuple(found)
+
+
+def best_of(plans: Sequence[Plan]) -> int:
+    """Return the position of the plan that serves most, or of the one that costs least where a rate is demanded.
+
+    A simulated plan serves what `kept_of` says, and is ahead of those that miss the limits at the demanded rate.
+    """
+
+    def worth(plan: Plan) -> tuple[bool, float]:
+        kept = kept_of(plan)
+        if plan.objective.maximises:
+            return True, plan.result.value if kept is None else kept.rate_rps
+        return kept is None or kept.is_all, -plan.result.value
+
+    return max(range(len(plans)), key=lambda number: worth(plans[number]))
+
+
+class Kept(NamedTuple):
+    """The rate up to the planned one at which simulated traffic kept a plan's limits, and whether it is that one."""
+
+    rate_rps: float  # 0: at none that was tried
+    is_all: bool
+
+
+def kept_of(plan: Plan) -> Kept | None:
+    """Return what simulated traffic kept of a plan's promise, or None if it was not simulated.
+
+    Rates above the planned one are tried for some plans only, so that they are left out.
+    """
+    found = verification_of(plan)
+    return None if found is None else Kept(min(found.kept_rps or 0.0, found.rate_rps), found.kept)
 
 
 def _contained_first(strategies: Iterable[str]) -> list[str]:

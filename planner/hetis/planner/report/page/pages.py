@@ -9,7 +9,7 @@ from importlib import metadata
 from itertools import islice
 
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
-from hetis.planner.report.comparison import change_lines, offer_row, side_rows, verdict_words
+from hetis.planner.report.comparison import change_lines, kept_cell, offer_row, side_rows, verdict_words
 from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
 from hetis.planner.report.page.blocks import (
     Block,
@@ -26,7 +26,7 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
-from hetis.planner.use_cases.compare import Compared, figures_of
+from hetis.planner.use_cases.compare import Compared, best_of, figures_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs, engine_of_plan
@@ -77,7 +77,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     lead = problem_line(inputs, objective)
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
-        name, best = with_plan[_best([plan for _, plan in with_plan])]
+        name, best = with_plan[best_of([plan for _, plan in with_plan])]
         problem = inputs.problem(best.objective, best.strategy, engine=engine_of_plan(best))
         sections.append(_section(ShownPlan(name=f"The best: {name}", plan=best, problem=problem), 1))
     return _page(f"{inputs.model.name} on {inputs.cluster.name}", sections)
@@ -210,7 +210,7 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], o
     """Yield plans on one scale and in one table, the best in bold."""
     if not rows:
         return
-    best = _best([plan for _, plan, _ in rows])
+    best = best_of([plan for _, plan, _ in rows])
     known = [plan.result.value for _, plan, _ in rows]
     known += [plan.result.bound for _, plan, _ in rows if math.isfinite(plan.result.bound)]
     axis = max(known) * ROOM or 1.0
@@ -232,8 +232,8 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], o
     yield Grid(
         title="In figures",
         columns=(
-            "'", "requests/s", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens", "TTFT p95", "TPOT mean",
-            "KV tokens", "GPUs", "idle",
+            "'", "requests/s", "kept, simulated", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens",
+            "TTFT p95", "TPOT mean", "KV tokens", "GPUs", "idle",
         ),
         rows=tuple((name, *_figures_row(plan, inputs)) for name, plan, inputs in rows),
         strong=best,
@@ -245,6 +245,7 @@ def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem) -> tuple[str, ..
     dollars, per_million = figures.usd_per_hour, figures.usd_per_million_output_tokens
     return (
         digits(figures.rate_rps),
+        kept_cell(plan, unknown="–").plain,
         digits(figures.output_tokens_per_s),
         digits(result.bound),
         percent(result.gap),
@@ -256,11 +257,6 @@ def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem) -> tuple[str, ..
         f"{figures.gpus_used:,}",
         f"{figures.gpus_idle:,}",
     )
-
-
-def _best(plans: Sequence[Plan]) -> int:
-    sign = 1.0 if plans[0].objective.maximises else -1.0
-    return max(range(len(plans)), key=lambda i: sign * plans[i].result.value)
 
 
 def _title(problem: PlacementProblem) -> str:
