@@ -16,8 +16,9 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.plan import headline
+from hetis.planner.report.plan import beside_equal_stages, headline
 from hetis.planner.use_cases import verify
+from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.place import PlacementSettings, missed
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
@@ -385,6 +386,9 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
     assert f"Goodput {kept} within the limits, simulated; by the model {planned}" in drawn(missing)
     assert f"Goodput {planned} proven" in drawn(plan)
+    beside = {EQUAL_STAGES: 0.5 * plan.result.value}
+    for one, more in ((missing, "this plan, simulated, 40% more"), (plan, "this plan 100% more")):
+        assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(f"stages; {more}")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
 

@@ -163,11 +163,16 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Engines", f"started with {engine_settings_of_plan(plan).describe()}"
 
 
+def less_than_planned(plan: Plan) -> float | None:
+    """Return the goodput that simulated traffic left of the planned one, or None if it left all, or was not asked."""
+    return kept_rate(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
+
+
 def _value(plan: Plan) -> Text:
     """Return the promised value: the simulated rate within the limits, if the model's is higher."""
-    result, kept = plan.result, kept_rate(plan)
+    result, kept = plan.result, less_than_planned(plan)
     by_model = f"{digits(result.value, 4)} {result.unit}"
-    if kept is None or result.objective is not ObjectiveKind.GOODPUT:
+    if kept is None:
         return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
     promised = (f"{digits(kept, 4)} {result.unit}", "bold yellow")
     return Text.assemble(promised, f"  within the limits, simulated; by the model {by_model}, {verdict(result)}")
@@ -218,8 +223,9 @@ def beside_equal_stages(plan: Plan) -> str | None:
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
     if not isinstance(alone, int | float) or alone <= 0:
         return "replicas of equal stages: none keeps the limits" if alone is None else None
-    more = _beside(result.value, alone)
-    return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; this plan {more}"
+    kept = less_than_planned(plan)
+    this, value = ("this plan", result.value) if kept is None else ("this plan, simulated,", kept)
+    return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; {this} {_beside(value, alone)}"
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
@@ -237,15 +243,16 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
 
 def _engine_words(other: EngineValue, plan: Plan) -> str:
     lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
+    by_model = "" if less_than_planned(plan) is None else " by the model"
     if other.value is None:
         return f"does not run this plan ({lacks}); {other.why_not}"
     if other.equal_stages:
         least = f"{'at least' if plan.objective.maximises else 'at most'} {digits(other.value, 4)} {plan.result.unit}"
         apart = f", without {lacks}" if lacks else ""
-        return f"{least} by equal stages, {_beside(other.value, ours)}{apart}"
+        return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
     if other.why_not:
         return f"runs this plan; none better was looked for: {other.why_not}"
-    words = _beside(other.value, ours)
+    words = _beside(other.value, ours) + by_model
     if other.bound is not None and abs(other.bound - other.value) > PROVED * abs(other.value):
         near = abs(other.bound - ours) < ours
         words += f" found, {_beside(other.bound, ours)} at best" if near else " found in the time it had"

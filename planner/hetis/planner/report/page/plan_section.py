@@ -33,6 +33,7 @@ from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
     folded,
+    less_than_planned,
     limits,
     price_cells,
     problem_title,
@@ -46,7 +47,7 @@ from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
-from hetis.planner.use_cases.verify import attained, kept_rate, limited_latencies, misses, verification_of
+from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
@@ -128,7 +129,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     kind, figures = plan.objective.kind, figures_of(plan, problem)
     expected = predicted_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    kept = kept_rate(plan) if kind is ObjectiveKind.GOODPUT else None
+    kept = less_than_planned(plan)
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps if kept is None else kept),
@@ -161,7 +162,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 def _against_today(plan: Plan) -> Iterator[Tile]:
     alone = plan.inputs.get(EQUAL_STAGES)
     if isinstance(alone, int | float) and alone > 0:
-        ratio = plan.result.value / alone - 1.0
+        ratio = (less_than_planned(plan) or plan.result.value) / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
         yield Tile(
