@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from hetis.engines.errors import LayoutError
-from hetis.engines.layout import PAGE_TOKENS, Layout, layout_of
+from hetis.engines.layout import PAGE_TOKENS, KvPartner, Layout, kv_partners, layout_of
 from hetis.engines.versions import Engine
 from hetis.solver.model import AttentionKind, DraftShape, LinearShape, MlaShape, ModelSpec
-from hetis.solver.plan import AttentionWorkerPool, Plan, Role
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
 from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
 
 
@@ -154,6 +154,27 @@ def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refus
         layout_of(plan, 0, few, engine=Engine.VLLM)
     layout_of(plan, 0, few, engine=Engine.SGLANG)
     layout_of(plan, 1, few, engine=Engine.VLLM)
+
+
+def test_replicas_exchange_kv_with_all_that_routes_join_over_others() -> None:
+    """0 -> 1 <- 2 -> 3 and 4 -> 5, a replica without a route, and one that does both."""
+    gpus = ("T4", "L4", "T4", "A100", "L4", "L4", "H100", "V100")
+    roles = (Role.PREFILL, Role.DECODE) * 3 + (Role.DECODE, Role.UNIFIED)
+    replicas = tuple(
+        plan_of(stage_of(gpu=gpu, devices=(f"n{i}/0",), kv_head_groups_kept=8), role=role).replicas[0]
+        for i, (gpu, role) in enumerate(zip(gpus, roles, strict=True))
+    )
+    routes = tuple(KvRoute(prefill=one, decode=other, rate=1.0) for one, other in ((0, 1), (2, 1), (2, 3), (4, 5)))
+    plan = replace(plan_of(stage_of()), replicas=replicas, kv_routes=routes)
+
+    def kinds(*numbers: int) -> tuple[KvPartner, ...]:
+        return tuple(dict.fromkeys(KvPartner(roles[i], (gpus[i],), 1) for i in numbers))
+
+    assert len(kinds(0, 1, 2, 3)) == 3, "two are alike"
+    assert kv_partners(plan) == [*[kinds(0, 1, 2, 3)] * 4, *[kinds(4, 5)] * 2, (), ()]
+    assert kv_partners(replace(plan, kv_routes=())) == [*[kinds(*range(7))] * 7, ()]
+    alone = replace(plan, replicas=(replicas[0], replicas[7]), kv_routes=())
+    assert kv_partners(alone) == [(), ()]
 
 
 def test_a_replica_that_is_not_there_is_told() -> None:

@@ -261,4 +261,4 @@ def test_a_plan_says_which_attention_backend_its_replicas_must_be_told(
         assert {stage["gpu"] for one in plan["replicas"] for stage in one["stages"]} == {"A100-SXM-40GB", "T4"}
         told.append([note for note in plan["notes"] if "attention backend" in note])
     says = "KV goes between A100-SXM-40GB, T4, which needs one attention backend: TRITON_ATTN "
-    assert told == [[f"{says}(exports tell it, agents by a setting)"], []]
+    assert told == [[f"{says}(exports and agents tell it)"], []]

@@ -213,7 +213,7 @@ def layout_of(
         engine=engine,
         dtype=dtype,
         kv_tokens=kv_tokens,
-        partners=_partners(plan, number),
+        partners=kv_partners(plan)[number],
         own_types=kinds_in(_planned(plan, "cluster")),
     )
     if not (indices := _driver_indices(_planned(plan, "cluster"))):
@@ -255,13 +255,29 @@ def _driver_indices(cluster: Any) -> dict[str, list[int]]:
     return found
 
 
-def _partners(plan: Plan, number: int) -> tuple[ReplicaPlan, ...]:
-    """Return the replicas with which one exchanges KV, over others, too; all of its kind if the plan has no routes."""
-    if plan.replicas[number].role is Role.UNIFIED:
-        return ()
-    apart = [i for i, one in enumerate(plan.replicas) if one.role is not Role.UNIFIED]
-    joined = next((group for group in plan.joined_by_routes() if number in group), [])
-    return tuple(plan.replicas[i] for i in (joined if plan.kv_routes else apart) if i != number)
+class KvPartner(NamedTuple):
+    """A kind of replicas that take part in an exchange of KV."""
+
+    role: Role
+    gpus: tuple[str, ...]  # GPU type of each stage
+    tp: int  # ranks of a stage
+
+
+def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
+    """Return for each replica the kinds of those with which it exchanges KV, over others, too, its own among them.
+
+    There are none if it exchanges no KV. If the plan has no routes, all that only prefill or only decode exchange it.
+    """
+    found: list[tuple[KvPartner, ...]] = [()] * len(plan.replicas)
+    apart = [number for number, one in enumerate(plan.replicas) if one.role is not Role.UNIFIED]
+    for group in plan.joined_by_routes() if plan.kv_routes else [apart]:
+        if len(group) > 1:
+            replicas = (plan.replicas[number] for number in group if plan.replicas[number].stages)
+            kinds = (KvPartner(one.role, tuple(s.gpu for s in one.stages), one.stages[0].tp) for one in replicas)
+            partners = tuple(dict.fromkeys(kinds))
+            for number in group:
+                found[number] = partners
+    return found
 
 
 def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) -> Process:
@@ -271,14 +287,14 @@ def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) ->
 
 def layout_of_replica(
     replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
-    dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[ReplicaPlan] = (),
+    dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[KvPartner] = (),
     own_types: Mapping[str, GpuKind] | None = None,
 ) -> Layout:  # fmt: skip
     """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
 
     Args:
         planned: document of the model that the replica was planned for. None: not known.
-        partners: replicas with which it exchanges KV, in one dtype and by one attention backend.
+        partners: kinds of replicas with which it exchanges KV, in one dtype and by one attention backend.
         own_types: GPU types that are not the catalogue's; others that it lacks count as NVIDIA's.
 
     Raises:
@@ -293,7 +309,8 @@ def layout_of_replica(
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
     parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
     vendors = {device: kind_of(part.gpu, own_types or {}).vendor for part in parts for device in part.devices}
-    gpus = {stage.gpu: kind_of(stage.gpu, own_types or {}) for one in (replica, *partners) for stage in one.stages}
+    names = [stage.gpu for stage in replica.stages] + [gpu for partner in partners for gpu in partner.gpus]
+    gpus = {name: kind_of(name, own_types or {}) for name in names}
     backend = common_backend(model, gpus.values(), engine.value) if partners else ""
     wrong = [
         *_unlike_vendors(replica, gpus, set(vendors.values())),
@@ -441,7 +458,7 @@ def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model:
 
 
 def _impossible(
-    replica: ReplicaPlan, partners: Sequence[ReplicaPlan], model: ModelSpec, engine: Engine, dtype: str
+    replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine, dtype: str
 ) -> Iterator[str]:
     """Yield what the replica needs and the engine, or the plugin in it, cannot do."""
     if replica.attention_workers and engine is not Engine.VLLM_HETIS:
@@ -485,7 +502,7 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
 
 
 def _handed_over(
-    replica: ReplicaPlan, partners: Sequence[ReplicaPlan], model: ModelSpec, engine: Engine
+    replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine
 ) -> Iterator[str]:
     """Yield why prompts' KV cannot be handed over between these stages, see `EngineRules.stages_of`."""
     stages = len(replica.stages)
@@ -494,7 +511,7 @@ def _handed_over(
     if engine is Engine.SGLANG and model.draft is not None and replica.role is not Role.PREFILL:
         yield f"it drafts tokens in {stages} stages: SGLang does in one alone"
     if engine is Engine.SGLANG:
-        from_others = {len(one.stages) for one in partners if one.role is Role.PREFILL} - {stages}
+        from_others = {len(one.gpus) for one in partners if one.role is Role.PREFILL} - {stages}
         if replica.role is Role.DECODE and from_others:
             others = ", ".join(map(str, sorted(from_others)))
             yield f"it decodes in {stages} stages: SGLang takes prompts from as many stages, not {others}"
@@ -507,9 +524,7 @@ def _handed_over(
         yield "it prefills in several stages: vLLM's NIXL connector does not with layers that keep states"
 
 
-def _held_twice(
-    replica: ReplicaPlan, partners: Sequence[ReplicaPlan], model: ModelSpec, engine: Engine
-) -> Iterator[str]:
+def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
     """Yield why prompts' KV cannot come from more ranks than there are KV heads, several of which hold the same.
 
     `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py; SGLang, latent attention and states may.
@@ -517,7 +532,7 @@ def _held_twice(
     if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.mla is not None or model.linear is not None:
         return
     ranks = replica.stages[0].tp
-    senders = {one.stages[0].tp for one in partners if one.role is Role.PREFILL and one.stages}
+    senders = {one.tp for one in partners if one.role is Role.PREFILL}
     if wider := [str(tp) for tp in sorted(senders) if tp > max(ranks, model.kv_heads)]:
         yield (
             f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "

@@ -474,6 +474,7 @@ class Assignment(_message.Message):
     STAGES_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    KV_PARTNERS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Always set."""
     plan: _builtins.str
@@ -510,6 +511,12 @@ class Assignment(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnginePeer]:
         """Where the engines of the replica's nodes listen for each other. Empty: they find each other without hetis."""
 
+    @_builtins.property
+    def kv_partners(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPartner]:
+        """The kinds of replicas among which this one exchanges KV, its own among them: from their GPUs follow the dtype and
+        the attention backend that all of them must have. Empty: it exchanges none.
+        """
+
     def __init__(
         self,
         *,
@@ -524,14 +531,47 @@ class Assignment(_message.Message):
         stages: _abc.Iterable[_stage_pb2.StageModel] | None = ...,
         conditions: _abc.Iterable[Global___DeviceCondition] | None = ...,
         peers: _abc.Iterable[Global___EnginePeer] | None = ...,
+        kv_partners: _abc.Iterable[Global___KvPartner] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "conditions", b"conditions", "devices", b"devices", "goal", b"goal", "model", b"model", "peers", b"peers", "plan", b"plan", "primary_node", b"primary_node", "replica", b"replica", "shape", b"shape", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "conditions", b"conditions", "devices", b"devices", "goal", b"goal", "kv_partners", b"kv_partners", "model", b"model", "peers", b"peers", "plan", b"plan", "primary_node", b"primary_node", "replica", b"replica", "shape", b"shape", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assignment: _TypeAlias = Assignment  # noqa: Y015
+
+@_typing.final
+class KvPartner(_message.Message):
+    """A kind of replicas that take part in an exchange of KV."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    GPU_TYPES_FIELD_NUMBER: _builtins.int
+    TP_FIELD_NUMBER: _builtins.int
+    role: Global___ReplicaRole.ValueType
+    """What they do. Always set."""
+    tp: _builtins.int
+    """GPUs of a tensor-parallel group. Always set."""
+    @_builtins.property
+    def gpu_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """GPU type of each stage, in their order. Always set."""
+
+    def __init__(
+        self,
+        *,
+        role: Global___ReplicaRole.ValueType = ...,
+        gpu_types: _abc.Iterable[_builtins.str] | None = ...,
+        tp: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_types", b"gpu_types", "role", b"role", "tp", b"tp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPartner: _TypeAlias = KvPartner  # noqa: Y015
 
 @_typing.final
 class DeviceCondition(_message.Message):

@@ -72,3 +72,10 @@ PLANS: Mapping[str, Plan] = {
 CARDS_SHARED = made_of(sharing().replicas[0])
 UNEQUAL_COPIES = replica(on("e/0", layers=3), on("f/0", "f/1", first=3, layers=1, copies=2), rate=5.0)
 WITH_WORKERS = {"attention workers", "workers of stages"}
+
+
+def apart(prefill: str, decode: str) -> Plan:
+    """A plan of a replica that prefills and one that decodes, on GPUs of these types."""
+    sender = replace(PREFILL, stages=(on("a/0", gpu=prefill),), in_flight=1)
+    receiver = replace(DECODES[0], stages=(on("d/0", gpu=decode),))
+    return made_of(sender, receiver, routes=(KvRoute(prefill=0, decode=1, rate=2.0),))

@@ -15,22 +15,15 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from hetis.planner.export.targets import export_wanted
-from hetis.solver.plan import KvRoute, Plan, Role
+from hetis.solver.plan import KvRoute, Role
 from tests.engines.plans import POOL, stage_of
 from tests.planner.export import reading
-from tests.planner.export.plans import DECODES, PREFILL, made_of, on, replica
+from tests.planner.export.plans import apart, made_of, on, replica
 from tests.planner.export.test_export import SETTINGS, exported
 from tests.planner.export.test_schemas import check_core
 
 TWO_VENDORS = made_of(replica(on("a/1", "a/0", tp=2, gpu="MI300X-192GB")), replica(on("b/0", gpu="H100-SXM-80GB")))
 AMD_WORKERS = made_of(replica(stage_of(), attention_workers=(replace(POOL, gpu="MI210-64GB"),)))
-
-
-def apart(prefill: str, decode: str) -> Plan:
-    """A plan of a replica that prefills and one that decodes, on GPUs of these types."""
-    sender = replace(PREFILL, stages=(on("a/0", gpu=prefill),), in_flight=1)
-    receiver = replace(DECODES[0], stages=(on("d/0", gpu=decode),))
-    return made_of(sender, receiver, routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
 
 
 @pytest.mark.parametrize(

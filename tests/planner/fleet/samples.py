@@ -106,7 +106,9 @@ def store_with_plan(document: document_pb2.Document | None = None) -> MemoryStor
 
 def contents() -> Contents:
     return Contents(
-        model=document_pb2.Document(content=b"{}"), stages=(stage_pb2.StageModel(stage=0, copy=0, num_layers=4),)
+        model=document_pb2.Document(content=b"{}"),
+        stages=(stage_pb2.StageModel(stage=0, copy=0, num_layers=4),),
+        kv_partners=(replica_pb2.KvPartner(role=replica_pb2.REPLICA_ROLE_PREFILL, gpu_types=["T4"], tp=1),),
     )
 
 

@@ -75,11 +75,12 @@ def test_a_replica_serves_when_all_its_nodes_have_loaded_and_not_before() -> Non
     assert plan.body.activation_progress.num_serving == 1
 
 
-def test_only_the_primary_gets_the_stages_and_everybody_the_shape(world: World) -> None:
+def test_only_the_primary_gets_the_stages_and_everybody_the_shape_and_the_sides_of_an_exchange(world: World) -> None:
     assignments = {node: agent.held[REPLICA][2] for node, agent in world.agents.items()}
     assert [len(assignments[node].stages) for node in ("a", "b", "c")] == [1, 0, 0]
     assert {one.shape.SerializeToString() for one in assignments.values()} == {shape().SerializeToString()}
     assert [list(assignments[node].devices) for node in ("a", "b", "c")] == [["a/0"], ["b/0"], ["c/0"]]
+    assert {tuple(one.kv_partners[0].gpu_types) for one in assignments.values()} == {("T4",)}
     assert assignments["a"].plan == PLAN
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from hetis.engines.layout import kv_partners
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.verify import misses, verification_of
@@ -34,6 +35,14 @@ FROM_PROTO = {value: role for role, value in TO_PROTO.items()}
 def role_of(shape: replica_pb2.ReplicaPlan) -> Role:
     """Return the role of a replica; unified if it was written before roles existed."""
     return FROM_PROTO.get(shape.role, Role.UNIFIED)
+
+
+def kv_partners_to_proto(plan: Plan) -> list[tuple[replica_pb2.KvPartner, ...]]:
+    """Return for each replica the kinds among which it exchanges KV (`hetis.engines.layout.kv_partners`)."""
+    return [
+        tuple(replica_pb2.KvPartner(role=TO_PROTO[one.role], gpu_types=one.gpus, tp=one.tp) for one in partners)
+        for partners in kv_partners(plan)
+    ]
 
 
 _RENAMED = {"gpu": "gpu_type", "rate": "rate_rps"}  # what the contract calls fields of the solver's values

@@ -13,6 +13,7 @@ from functools import partial
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.convert.documents import DeclaredFleets, document_of
+from hetis.planner.convert.plans import kv_partners_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
@@ -63,11 +64,12 @@ def _parse(plan: str, document: bytes) -> PlanAndProblem | None:
 
 
 def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-    model = document_of(found.problem.model)
+    model, partners = document_of(found.problem.model), kv_partners_to_proto(found.plan)
     contents: list[Contents | None] = []
     for index in indices:
         try:
-            contents.append(Contents(model=model, stages=tuple(stages_of_replica(found, index))))
+            stages = tuple(stages_of_replica(found, index))
+            contents.append(Contents(model=model, stages=stages, kv_partners=partners[index]))
         except (HetisError, IndexError):
             _log.exception("a replica of a plan cannot be worked out", extra={"plan": plan, "replica": index})
             contents.append(None)

@@ -50,6 +50,7 @@ class Contents:
     model: document_pb2.Document  # a ModelSpec document
     # For the dispatcher of the primary, one per copy of each stage; none for a prefill replica
     stages: tuple[stage_pb2.StageModel, ...]
+    kv_partners: tuple[replica_pb2.KvPartner, ...] = ()  # kinds of replicas among which it exchanges KV
 
 
 class Replica:
@@ -180,6 +181,7 @@ class Replica:
                     stages=contents.stages if node == self.primary_node else (),
                     conditions=conditions_of(self.standing),
                     peers=[replica_pb2.EnginePeer(node=peer, address=address) for peer, address in known.items()],
+                    kv_partners=contents.kv_partners,
                 ),
             )
             for node in self.nodes

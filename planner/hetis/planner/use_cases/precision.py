@@ -115,7 +115,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
 
 
 def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
-    """Return what the engines of replicas that exchange KV must be told: an agent knows only the GPUs of its own."""
+    """Return what the engines of replicas that exchange KV must be told."""
     rules = problem.family.engine
     if rules is None:
         return []
@@ -126,7 +126,7 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
         model = problem.of_replica(plan.replicas[group[0]]).model
         told = common_backend(model, kinds, rules.name)
         if told != "":
-            which = "none runs on all of them" if told is None else f"{told} (exports tell it, agents by a setting)"
+            which = "none runs on all of them" if told is None else f"{told} (exports and agents tell it)"
             notes[f"KV goes between {', '.join(sorted(gpus))}, which needs one attention backend: {which}"] = None
     return list(notes)
 

@@ -16,7 +16,7 @@ from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
-from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, EnginePeer
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, EnginePeer, KvPartner
 from tests.engines.plans import MODEL, plan_of, stage_of
 
 LOAD, SERVE, DRAIN = (
@@ -81,6 +81,7 @@ def assigned(
     goal: AssignmentGoal.ValueType = SERVE,
     model: ModelSpec = MODEL,
     peers: Sequence[EnginePeer] = (),
+    kv_partners: Sequence[KvPartner] = (),
 ) -> Assignment:
     """Return the planner's assignment of a replica to a node."""
     shape = replica_to_proto(replica or replica_on("a/0"))
@@ -93,6 +94,7 @@ def assigned(
         devices=[device for device in devices_of(shape) if device.startswith(f"{node}/")],
         model=document_of(model),
         peers=peers,
+        kv_partners=kv_partners,
     )
 
 

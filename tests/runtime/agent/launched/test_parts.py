@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from hetis.engines.commands import Command
 from hetis.engines.versions import Engine
 from hetis.formats.dtypes import with_precision
-from hetis.planner.convert.plans import replica_to_proto
+from hetis.planner.convert.plans import kv_partners_to_proto, replica_to_proto
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.solver.plan import Plan, Role
 from hetis.v1.failure_pb2 import ErrorReason
-from hetis.v1.replica_pb2 import EnginePeer
+from hetis.v1.replica_pb2 import EnginePeer, KvPartner, ReplicaRole
 from tests.engines.plans import FP8_KV, MODEL, POOL, plan_of, stage_of, write_config
-from tests.planner.export.plans import PLANS
+from tests.planner.export.plans import DECODES, PLANS, apart
 from tests.runtime.agent.launched.assigning import assigned, replica_on, settings_of
 
 FOLDER = Path("/run/engines")
@@ -59,10 +59,18 @@ def essence(command: Command) -> tuple[str, list[str], dict[str, str]]:
     return command.process.name, kept, environment
 
 
-@pytest.mark.parametrize("name", PLANS)
+UNLIKE = {  # the GPUs of a replica that prefills, and of one that decodes
+    "no bfloat16 on one": ("T4", "H100-SXM-80GB"),
+    "another choice of attention": ("H100-SXM-80GB", "B200-SXM-180GB"),
+    "alike": ("L4", "L4"),
+}
+
+
+@pytest.mark.parametrize("name", [*PLANS, *UNLIKE])
 @pytest.mark.parametrize("engine", Engine)
 def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engine: Engine) -> None:
-    plan, hosts = PLANS[name], {node: f"10.0.0.{i}" for i, node in enumerate("abcdefgh", 1)}
+    plan = PLANS[name] if name in PLANS else apart(*UNLIKE[name])
+    hosts = {node: f"10.0.0.{i}" for i, node in enumerate("abcdefgh", 1)}
     try:
         made = launchable(plan, MODEL, ExportSettings(model="tiny", served_name="tiny", engine=engine, hosts=hosts))
     except NotExportableError:
@@ -74,7 +82,11 @@ def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engi
             assert refused(replica, nodes.pop(), engine=engine.value)
             continue
         exported = made.replicas[number].commands
-        parts = [part_of(assigned(replica, node=node), settings, node=node, folder=FOLDER) for node in sorted(nodes)]
+        exchange = kv_partners_to_proto(made.plan)[number]
+        parts = [
+            part_of(assigned(replica, node=node, kv_partners=exchange), settings, node=node, folder=FOLDER)
+            for node in sorted(nodes)
+        ]
         found = [essence(command) for one in parts for command in one.commands]
         assert sorted(found) == sorted(map(essence, exported))
         assert [one.endpoint.rpartition(":")[0] for one in parts if one.endpoint] == [
@@ -87,6 +99,29 @@ def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engi
 def test_replicas_that_exchange_kv_are_told_the_attention_backend_of_the_settings(role: Role, *, told: bool) -> None:
     [command] = part(replace(replica_on("a/0"), role=role), engine="vllm", attention_backend="TRITON_ATTN").commands
     assert ("--attention-backend TRITON_ATTN" in command.line) == told
+
+
+def test_the_other_side_of_an_exchange_decides_dtype_and_attention_backend() -> None:
+    plan = apart("T4", "H100-SXM-80GB")
+    receiver, exchange = plan.replicas[1], kv_partners_to_proto(plan)[1]
+    alone, told, chosen = (
+        part_of(assigned(receiver, node="d", kv_partners=partners), settings, node="d", folder=FOLDER).commands[0].line
+        for partners, settings in (
+            ((), settings_of()),
+            (exchange, settings_of()),
+            (exchange, settings_of(attention_backend="FLASHINFER")),
+        )
+    )
+    assert ("--dtype float16" in alone, "--attention-backend" in alone) == (False, False)
+    assert ("--dtype float16" in told, "--attention-backend TRITON_ATTN" in told) == (True, True)
+    assert "--attention-backend FLASHINFER" in chosen
+
+
+def test_a_replica_whose_prompts_its_engine_would_refuse_is_not_started() -> None:
+    """`tests/engines/test_layout.py` has the reasons."""
+    sender = KvPartner(role=ReplicaRole.REPLICA_ROLE_PREFILL, gpu_types=["L4"], tp=16)
+    with pytest.raises(RefusedError, match="it decodes in TP1, and prompts come from TP16"):
+        part_of(assigned(DECODES[0], node="d", kv_partners=[sender]), settings_of(), node="d", folder=FOLDER)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
-from hetis.engines.layout import ProcessKind, layout_of_replica
+from hetis.engines.layout import KvPartner, ProcessKind, layout_of_replica
 from hetis.engines.serving import (
     KV_PORT,
     MASTER_PORT,
@@ -107,8 +107,7 @@ class EngineSettingsDocument(Document):
     served_name: Named = "{name}"  # what clients call it
     device: Literal["cuda", "cpu"] = "cuda"  # ``cpu`` to try a plan without GPUs
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the model and its KV
-    # Told to replicas that only prefill or only decode. Needed where the GPUs that exchange KV are unlike: the plan's
-    # notes say which one. Empty: the engine chooses.
+    # Told to replicas that only prefill or only decode, in place of the one that runs on all GPUs that exchange KV
     attention_backend: Backend = ""
     # Further ones of the engine, as they stand
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
@@ -191,8 +190,11 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         replica = replica_of(assignment.shape)
         model, checkpoint, stated_kv = _model_of(planned, replica, settings)
         engine, dtype, tokens = settings.served_by, settings.dtype, settings.kv_tokens
-        layout = layout_of_replica(replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens)
-        if layout.role is not Role.UNIFIED:
+        layout = layout_of_replica(
+            replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens,
+            partners=[KvPartner(_role(one.role), tuple(one.gpu_types), one.tp) for one in assignment.kv_partners],
+        )  # fmt: skip
+        if settings.attention_backend and layout.role is not Role.UNIFIED:
             layout = replace(layout, attention_backend=settings.attention_backend)
         if len(layout.servers) > 1 and settings.words[-1] != "serve":
             raise LayoutError("only `vllm serve` and `sglang serve` start stages on several nodes: see `program`")
@@ -269,6 +271,10 @@ def _serving(settings: EngineSettingsDocument, name: str, checkpoint: str) -> Se
     )
 
 
+def _role(role: ReplicaRole.ValueType) -> Role:
+    return _ROLES.get(role, Role.UNIFIED)
+
+
 def replica_of(message: ReplicaMessage) -> ReplicaPlan:
     """Return the replica of a message. The planner has its own conversion, since neither may import the other."""
     data = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
@@ -280,7 +286,7 @@ def replica_of(message: ReplicaMessage) -> ReplicaPlan:
         ReplicaPlan,
         data,
         rate=message.rate_rps,
-        role=_ROLES.get(message.role, Role.UNIFIED),
+        role=_role(message.role),
         stages=parts("stages"),
         attention_workers=parts("attention_workers"),
     )
