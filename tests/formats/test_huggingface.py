@@ -15,6 +15,7 @@ from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.huggingface import FAMILIES, NOT_MODELLED
 from hetis.formats.model import load_model
+from hetis.solver.model import ModelSpec
 
 FOLDER = Path(__file__).parent / "huggingface"
 CONFIGS = sorted(FOLDER.glob("*.json"))
@@ -95,6 +96,18 @@ def compressed(**weights: object) -> dict[str, object]:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
 
+def quark(*scales: object, **weight: object) -> dict[str, object]:
+    """As AMD's Quark writes it, KV in FP8 among it, which vLLM does not turn on by itself."""
+    every = {"weight": list(scales) or weight, "input_tensors": {"dtype": "fp8_e4m3"}, "output_tensors": None}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": every,
+        "layer_quant_config": {"*k_proj": {**every, "output_tensors": {"dtype": "fp8_e4m3"}}},
+        "exclude": ["lm_head"],
+        "export": {"kv_cache_group": ["*k_proj"], "pack_method": "reorder"},
+    }
+
+
 @pytest.mark.parametrize(
     ("quantisation", "weight_bytes", "weights"),
     [
@@ -107,6 +120,12 @@ def compressed(**weights: object) -> dict[str, object]:
         (compressed(num_bits=8, type="float"), 1.0, "fp8"),
         (compressed(num_bits=4, type="float"), 0.5625, "nvfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
+        ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
+        ({"quant_method": "ModelOpt", "quantization": {"quant_algo": "FP8"}}, 1.0, "fp8"),
+        ({"quant_method": "mxfp8", "ignored_layers": ["lm_head"]}, 1.0, "fp8"),
+        (quark(dtype="fp8_e4m3", qscheme="per_tensor"), 1.0, "fp8"),
+        (quark({"dtype": "fp4", "group_size": 16}, {"dtype": "fp8_e4m3"}), 0.5625, "nvfp4"),
+        (quark(dtype="int8"), 1.0, "int8"),
     ],
 )
 def test_quantisation_is_honoured(
@@ -164,6 +183,29 @@ def test_modules_that_are_left_in_16_bits_count_as_such(
     config = json.loads((FOLDER / f"{published}.json").read_text()) | {"quantization_config": MODELOPT | left}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_model(tmp_path).weight_bytes == pytest.approx(weight_bytes, rel=1e-12)
+
+
+def test_a_checkpoint_of_quark_leaves_out_what_it_excludes_and_has_one_format(tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    found = quark(dtype="fp8_e4m3")
+
+    def load(**changes: object) -> ModelSpec:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {**found, **changes}}))
+        return load_model(tmp_path)
+
+    left = load(exclude=["lm_head", "re:.*self_attn.*"])
+    assert left.weight_bytes == pytest.approx(1.0 + 150_994_944 / 855_638_016, rel=1e-12)
+    assert left.kv_bytes == 2.0
+    other = {"*down_proj": {"weight": {"dtype": "int4"}}}
+    unknown = {"weight": {"dtype": "fp6_e3m2"}}
+    wrong: list[dict[str, object]] = [
+        {"layer_quant_config": other},
+        {"global_quant_config": unknown, "layer_quant_config": {}},
+        {"global_quant_config": None, "layer_quant_config": None},
+    ]
+    for changes in wrong:
+        with pytest.raises(DocumentError, match=r"global_quant_config: must have weights of fp8_e4m3, int8, "):
+            load(**changes)
 
 
 def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hetis.formats import dtypes
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed, mapping, read_data
 from hetis.formats.positions import Text
-from hetis.formats.quantised_modules import MODELOPT, layer_weight_bytes, modelopt_precision
+from hetis.formats.quantised_modules import MODELOPT, QUARK, layer_weight_bytes, modelopt_precision, quark_precision
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
@@ -119,9 +119,16 @@ def _quantisation(config: Config, folder: Path | None) -> Config | None:
     else:
         return None
     if isinstance(found, dict):
-        return Config(found, source, config.problems, at)
+        return Config(_in_one_form(found), source, config.problems, at)
     config.problems.append(source.problem(at, f"is {shown(found)}, must be a mapping"))
     return None
+
+
+def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
+    """Return what ModelOpt writes under any of its names, or one level deeper, as if it were not; vLLM reads all."""
+    if not str(quantisation.get("quant_method", "")).lower().startswith("modelopt"):
+        return quantisation
+    return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 
 
 def _quantised(config: Config) -> str | None:
@@ -131,7 +138,7 @@ def _quantised(config: Config) -> str | None:
     quantisation = config.quantisation.data
     method = str(quantisation.get("quant_method", "")).lower()
     bits = quantisation.get("bits", quantisation.get("w_bit", 4))
-    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "fbgemm_fp8": "fp8"}
+    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fp8"}
     if method in by_method:
         return by_method[method]
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
@@ -150,10 +157,16 @@ def _quantised(config: Config) -> str | None:
             known = f"{', '.join(MODELOPT)}, or MIXED_PRECISION of modules in quantized_layers that have one of these"
             config.quantisation.refuse("quant_algo", f"is {shown(quantisation.get('quant_algo'))}, must be {known}")
         return precision
+    if method == "quark":
+        precision = quark_precision(quantisation)
+        if precision is None:
+            known = f"{', '.join(QUARK)}, or fp4 in groups of 32 or, with a second scale, of 16"
+            config.quantisation.refuse("global_quant_config", f"must have weights of {known}, and no layer others")
+        return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
     has_bits = method in ("awq", "gptq", "compressed-tensors")
-    supported = "fp8, mxfp4, bitsandbytes, modelopt, awq, gptq, compressed-tensors of 4 or 8 bits"
+    supported = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
     what = f"{method} with {bits} bits" if has_bits else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {supported}")
     return None

@@ -18,10 +18,11 @@ from hetis.formats.fields import listed, mapping
 from hetis.solver.model import ModelSpec
 
 # What formats call the modules that they leave in 16 bits.
-_UNQUANTISED_KEYS = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+_UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
+QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}  # types of weights of AMD's Quark
 # Matrices of linear attention that Qwen3-Next has in one.
 _JOINED = {
     "in_proj_qkv": "in_proj_qkvz",
@@ -55,6 +56,26 @@ def modelopt_precision(data: Mapping[str, Any]) -> str | None:
         return MODELOPT.get(algorithm)
     found = Counter(_algorithm(entry) for name, entry in _mixed(data).items() if "_attn." not in name)
     return MODELOPT.get(found.most_common(1)[0][0]) if found else None
+
+
+def quark_precision(data: Mapping[str, Any]) -> str | None:
+    """Return the precision that Quark states for all modules but the excluded ones; None: unknown, or several.
+
+    Layers of ``layer_quant_config`` are mostly there for their KV, with the weights of all others.
+    """
+    own = [*mapping(data.get("layer_quant_config")).values(), *mapping(data.get("layer_type_quant_config")).values()]
+    weights = [mapping(layer).get("weight") for layer in (data.get("global_quant_config"), *own)]
+    found = {_quark_format(weight) for weight in weights if weight is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _quark_format(weight: Any) -> str | None:
+    has_scales_of_scales = isinstance(weight, list)
+    stated = mapping(weight[0] if has_scales_of_scales and weight else weight)
+    kind, size = stated.get("dtype"), stated.get("group_size")
+    if kind == "fp4":
+        return ("nvfp4" if has_scales_of_scales else "mxfp4") if size == (16 if has_scales_of_scales else 32) else None
+    return None if has_scales_of_scales else QUARK.get(str(kind))
 
 
 def layer_weight_bytes(
