@@ -202,6 +202,9 @@ def test_a_checkpoint_of_quark_leaves_out_what_it_excludes_and_has_one_format(tm
         {"layer_quant_config": other},
         {"global_quant_config": unknown, "layer_quant_config": {}},
         {"global_quant_config": None, "layer_quant_config": None},
+        {"layer_quant_config": {"*self_attn*": {"weight": None}}},
+        {"layer_quant_config": [1]},
+        {"layer_type_quant_config": {"linear": 3}},
     ]
     for changes in wrong:
         with pytest.raises(DocumentError, match=r"global_quant_config: must have weights of fp8_e4m3, int8, "):

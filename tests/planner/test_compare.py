@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -362,6 +364,13 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, dict[st
 Simulator = Callable[[Mapping[str, dict[str, object] | Exception]], list[str]]
 
 
+def bold_rows(capsys: pytest.CaptureFixture[str], command: list[str]) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")
+        run(command)
+    return re.findall(r"^\x1b\[1m([\w-]+)", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_plans_are_compared_by_what_simulated_traffic_keeps(
     solver: Solver, simulator: Simulator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,14 +387,68 @@ def test_plans_are_compared_by_what_simulated_traffic_keeps(
     assert all("95%" in line for line in asked)
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
+    assert bold_rows(capsys, command) == ["hexgen"]
     kept = {cells[0]: cells[2] for line in out.splitlines() if len(cells := line.split()) > 10}
     assert (kept["hetis"], kept["hexgen"], kept["uniform"]) == ("0.900", "1.35", "none")  # 1.35 are planned
-    assert "hexgen2 failed: " in " ".join(out.split("Without a plan")[1].split())
+    assert "hexgen2 failed: searched for again: " in " ".join(out.split("Not simulated")[1].split())
     assert run([*command[:-2], "-o", "json"]) == ExitCode.INTERNAL
     hetis, _, uniform, hexgen2 = json.loads(capsys.readouterr().out)["strategies"]
     assert (hetis["simulated"]["kept_rps"], hetis["simulated"]["kept"]) == (0.9, False)
-    assert hetis["solve_s"] >= 2.0
-    assert (uniform["simulated"]["kept_rps"], hexgen2["plan"], hexgen2["simulated"]) == (None, None, None)
+    assert (uniform["simulated"]["kept_rps"], hexgen2["status"], hexgen2["simulated"]) == (None, "failed", None)
+    assert hexgen2["plan"]["result"]["value"] == 1.2, "the first plan was checked"
+
+
+@pytest.mark.parametrize("error", [BrokenProofError("bound 1 of 2"), UncheckedPlanError(("replica 0: no device",))])
+def test_another_search_that_fails_costs_no_plan(
+    error: Exception, solver: Solver, simulator: Simulator, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    solver({"hetis": (1.5, 1.5), "uniform": (1.3, 1.3)})
+    simulator({"hetis": verification(kept=True, kept_rps=1.35), "uniform": error})
+    assert run([*SIMULATED, "--strategies", "hetis,uniform", "--out", str(tmp_path)]) == ExitCode.INTERNAL
+    assert {path.name for path in tmp_path.iterdir()} == {"hetis.json", "uniform.json"}
+    assert "uniform failed: searched for again: " in " ".join(capsys.readouterr().out.split("Not simulated")[1].split())
+
+
+def test_the_bound_of_a_container_is_named_after_another_search_too(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver({"hexgen": (1.4, 1.9), "hetis": (1.5, 1.6)})
+    monkeypatch.setattr(comparing, "simulated_plan", lambda plan, *_, **__: replace(plan, notes=("another",)))
+    engines = {"any": None}
+    found = comparing.compare_engines(
+        LOADED, Objective(), PlacementSettings(), ["hexgen", "hetis"], engines, budget=Budget, report=silent
+    )
+    hexgen, hetis = comparing.simulate_plans(
+        found, LOADED, Objective(), PlacementSettings(), engines, ServiceLevel(), budget=Budget, report=silent
+    )
+    assert hexgen.plan is not None
+    assert hetis.plan is not None
+    assert hexgen.plan.notes == ("another", "the bound is that of strategy hetis, which has all plans of hexgen")
+    assert hetis.plan.notes == ("another",)
+
+
+def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
+    cancelled = threading.Event()
+    budget = partial(Budget, cancelled=cancelled)
+    solver({"hetis": (1.5, 1.5)})
+    found = comparing.compare_engines(
+        LOADED, Objective(), PlacementSettings(), ["hetis"], {"any": None}, budget=budget, report=silent
+    )
+    cancelled.set()
+    [again] = comparing.simulate_plans(
+        found, LOADED, Objective(), PlacementSettings(), {"any": None}, ServiceLevel(), budget=budget, report=silent
+    )
+    assert again.plan == found[0].plan
+
+
+def test_throughput_is_not_set_beside_the_rate_that_is_simulated(
+    solver: Solver, simulator: Simulator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver({"hetis": (1.5, 1.5), "uniform": (1.3, 1.3)})
+    simulator({name: verification(kept=True, kept_rps=1.35) for name in ("hetis", "uniform")})
+    goal = ["--objective", "throughput", "--ttft", "20s", "--strategies", "hetis,uniform"]
+    assert run([*SIMULATED, *goal]) == ExitCode.OK
+    assert "kept" not in capsys.readouterr().out
 
 
 def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
@@ -399,6 +462,10 @@ def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
     assert best_of([simulated(most, value, kept=kept, kept_rps=rps) for value, kept, rps in rates]) == 1
     costs = [(5.0, False, 0.9), (9.0, True, 1.0), (7.0, True, 1.0)]
     assert best_of([simulated(least, value, kept=kept, kept_rps=rps) for value, kept, rps in costs]) == 2
+    missing = [(5.0, False, 0.5), (9.0, False, 0.9)]
+    assert best_of([simulated(least, value, kept=kept, kept_rps=rps) for value, kept, rps in missing]) == 1
+    known = simulated(most, 1.5, kept=False, kept_rps=0.9)
+    assert best_of([plan_of("hetis", 0.95, 2.0, most), known]) == 1, "nothing is known of what the other keeps"
 
 
 def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

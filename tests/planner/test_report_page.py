@@ -156,6 +156,7 @@ def test_a_missed_limit_is_said_first(folder: Path) -> None:
     assert "MISSED" in text[: text.index("How good it is")]
     assert "TTFT p95 9.5 s of 2 s" in text
     assert 'class="text bad"' in page
+    assert "Kept, simulated" in text
 
 
 def test_the_map_shows_every_gpu_with_what_it_does() -> None:

@@ -16,10 +16,10 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.plan import beside_equal_stages, headline
+from hetis.planner.report.plan import beside_equal_stages, headline, simple_setups
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.place import PlacementSettings, missed
+from hetis.planner.use_cases.place import SIMPLE_SETUPS, PlacementSettings, missed
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
@@ -387,8 +387,17 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert f"Goodput {kept} within the limits, simulated; by the model {planned}" in drawn(missing)
     assert f"Goodput {planned} proven" in drawn(plan)
     beside = {EQUAL_STAGES: 0.5 * plan.result.value}
-    for one, more in ((missing, "this plan, simulated, 40% more"), (plan, "this plan 100% more")):
-        assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(f"stages; {more}")
+    none = {**missing.inputs[VERIFICATION], "kept_rps": None}
+    never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
+    assert "Goodput no rate tried within the limits, simulated; by the model" in drawn(never)
+    for one, more in (
+        (missing, "by the model; this plan, simulated, 40% more"),
+        (never, "by the model; this plan, simulated, keeps the limits at no rate tried"),
+        (plan, "stages; this plan 100% more"),
+    ):
+        assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(more)
+    [simple] = simple_setups(replace(missing, inputs={**missing.inputs, SIMPLE_SETUPS: {"2": 0.5 * plan.result.value}}))
+    assert simple.endswith("50% less by the model")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hetis.engines.precision import CAPABILITIES
+from hetis.engines.precision import BFLOAT16, CAPABILITIES
 from hetis.formats import catalogue
 
 VENDORS = ("NVIDIA", "AMD")  # on whose GPUs hetis can start processes: CUDA_VISIBLE_DEVICES selects those of both
@@ -15,6 +15,16 @@ _BY_ARCHITECTURE = {architecture.casefold(): capability for architecture, capabi
 class GpuKind(NamedTuple):
     vendor: str
     capability: float | None  # None: not recorded
+
+
+def common_dtype(kinds: Iterable[GpuKind]) -> str:
+    """Return the dtype that an engine must be told so that these GPUs compute in one; ``auto``: what it chooses.
+
+    By itself each node of vLLM and SGLang takes float16 below compute capability 8.0, and the checkpoint's bfloat16
+    from there on (`supported_dtypes` in vllm/platforms/cuda.py). Where nothing is recorded, there are both.
+    """
+    lacks_bfloat16 = any(kind.capability is not None and kind.capability < BFLOAT16 for kind in kinds)
+    return "float16" if lacks_bfloat16 else "auto"
 
 
 def kinds_in(cluster: Any) -> dict[str, GpuKind]:

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
-from hetis.engines.gpus import VENDORS, GpuKind, kind_of, kinds_in
-from hetis.engines.precision import common_dtype
+from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
 from hetis.engines.versions import Engine
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
@@ -264,7 +263,7 @@ class KvPartner(NamedTuple):
 
 
 def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
-    """Return for each replica the kinds of those with which it exchanges KV, over others, too, its own among them.
+    """Return for each replica the kinds of those among which it exchanges KV, over others, too, and its own.
 
     There are none if it exchanges no KV. If the plan has no routes, all that only prefill or only decode exchange it.
     """
@@ -294,7 +293,7 @@ def layout_of_replica(
 
     Args:
         planned: document of the model that the replica was planned for. None: not known.
-        partners: kinds of replicas with which it exchanges KV, in one dtype and by one attention backend.
+        partners: kinds of replicas among which it exchanges KV, in one dtype and by one attention backend.
         own_types: GPU types that are not the catalogue's; others that it lacks count as NVIDIA's.
 
     Raises:
@@ -347,7 +346,7 @@ def layout_of_replica(
         draft_tokens=model.step_tokens - 1,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
-        dtype=common_dtype(gpus),
+        dtype=common_dtype(gpus.values()),
         attention_backend=backend or "",
         data_parallel=copies,
     )

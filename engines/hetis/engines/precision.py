@@ -5,10 +5,9 @@ Anything not recorded (GPUs of other vendors, unlisted architectures) is not ref
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hetis.formats import catalogue
 from hetis.formats.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
@@ -45,7 +44,7 @@ class Support:
 
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
-_BFLOAT16 = 8.0  # the least capability that has it
+BFLOAT16 = 8.0  # the least capability that has it
 _NO_FLOAT16 = "_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py"
 _VLLM = Support(
     version="0.32.0",
@@ -93,23 +92,6 @@ def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
     return next(_reasons(model, gpu, engine), None)
 
 
-def common_dtype(gpus: Iterable[str]) -> str:
-    """Return the dtype that an engine must be told so that these GPU types compute in one; ``auto``: what it chooses.
-
-    By itself each node of vLLM and SGLang takes float16 below compute capability 8.0, and the checkpoint's bfloat16
-    from there on (`supported_dtypes` in vllm/platforms/cuda.py). Types that the catalogue lacks count as having both.
-    """
-    return "float16" if any(_capability(name) < _BFLOAT16 for name in gpus) else "auto"
-
-
-def _capability(gpu: str) -> float:
-    try:
-        architecture = catalogue.find_gpu(gpu).gpu.architecture
-    except catalogue.UnknownNameError:
-        return _BFLOAT16
-    return CAPABILITIES.get(architecture, _BFLOAT16)
-
-
 def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Iterator[str]:
     """Yield notes on GPUs that run the model without computing in its precision."""
     least = SUPPORT[engine].weights.get(model.weights)
@@ -129,9 +111,9 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
         yield f"KV in {kv_of(model)} is not modelled for {engine}, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
     if has is None:
         return
-    if not model.float16 and has < _BFLOAT16:
+    if not model.float16 and has < BFLOAT16:
         yield (
-            f"{model.name} needs bfloat16 ({_NO_FLOAT16}), which takes compute capability {_BFLOAT16:g}, "
+            f"{model.name} needs bfloat16 ({_NO_FLOAT16}), which takes compute capability {BFLOAT16:g}, "
             f"{gpu.name} ({gpu.architecture}) has {has:g}"
         )
     fp8_kv = support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None

@@ -161,7 +161,9 @@ def _quantised(config: Config) -> str | None:
         precision = quark_precision(quantisation)
         if precision is None:
             known = f"{', '.join(QUARK)}, or fp4 in groups of 32 or, with a second scale, of 16"
-            config.quantisation.refuse("global_quant_config", f"must have weights of {known}, and no layer others")
+            config.quantisation.refuse(
+                "global_quant_config", f"must have weights of {known}, and no layer may have others"
+            )
         return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"

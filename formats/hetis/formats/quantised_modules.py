@@ -22,7 +22,8 @@ _UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_con
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
-QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}  # types of weights of AMD's Quark
+# Types of weights of AMD's Quark that vLLM 0.32 has (quark/quark.py) and the cost model knows; fp4 goes by its scales.
+QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}
 # Matrices of linear attention that Qwen3-Next has in one.
 _JOINED = {
     "in_proj_qkv": "in_proj_qkvz",
@@ -31,6 +32,7 @@ _JOINED = {
     "in_proj_b": "in_proj_ba",
 }
 _MOST_LAYERS = 10_000  # whose modules are looked at one by one; no model has so many
+_MOST_GLOBS = 1000  # of modules left in 16 bits that are looked at; every one is tried with every module
 _MOST_WILDCARDS = 4  # of a regular expression; more could take very long to match
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
@@ -63,10 +65,10 @@ def quark_precision(data: Mapping[str, Any]) -> str | None:
 
     Layers of ``layer_quant_config`` are mostly there for their KV, with the weights of all others.
     """
-    own = [*mapping(data.get("layer_quant_config")).values(), *mapping(data.get("layer_type_quant_config")).values()]
-    weights = [mapping(layer).get("weight") for layer in (data.get("global_quant_config"), *own)]
-    found = {_quark_format(weight) for weight in weights if weight is not None}
-    return found.pop() if len(found) == 1 else None
+    own = [data.get(name) or {} for name in ("layer_quant_config", "layer_type_quant_config")]
+    layers = [layer for each in own if isinstance(each, dict) for layer in each.values()]
+    found = {_quark_format(mapping(layer).get("weight")) for layer in (data.get("global_quant_config"), *layers)}
+    return found.pop() if len(found) == 1 and all(isinstance(each, dict) for each in own) else None
 
 
 def _quark_format(weight: Any) -> str | None:
@@ -166,7 +168,8 @@ def _ignored(data: Mapping[str, Any], base: float) -> Stated:
     entries = [entry for key in _UNQUANTISED_KEYS for entry in listed(data.get(key)) if isinstance(entry, str)]
     patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
     patterns += [key.removeprefix("-:") for key in mapping(data.get("dynamic")) if key.startswith("-:")]
-    globs = [entry for entry in entries if not entry.startswith("re:") and "*" in entry]
+    patterns = patterns[:_MOST_GLOBS]
+    globs = [entry for entry in entries if not entry.startswith("re:") and "*" in entry][:_MOST_GLOBS]
     exact = {entry for entry in entries if not entry.startswith("re:") and "*" not in entry}
     expressions = [found for found in map(_expression, patterns) if found is not None]
     if globs:

@@ -475,6 +475,7 @@ class Assignment(_message.Message):
     CONDITIONS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     KV_PARTNERS_FIELD_NUMBER: _builtins.int
+    GPU_KINDS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Always set."""
     plan: _builtins.str
@@ -517,6 +518,10 @@ class Assignment(_message.Message):
         the attention backend that all of them must have. Empty: it exchanges none.
         """
 
+    @_builtins.property
+    def gpu_kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuKind]:
+        """The GPU types of this replica and of those partners. Empty: an agent goes by its own catalogue."""
+
     def __init__(
         self,
         *,
@@ -532,10 +537,11 @@ class Assignment(_message.Message):
         conditions: _abc.Iterable[Global___DeviceCondition] | None = ...,
         peers: _abc.Iterable[Global___EnginePeer] | None = ...,
         kv_partners: _abc.Iterable[Global___KvPartner] | None = ...,
+        gpu_kinds: _abc.Iterable[Global___GpuKind] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "conditions", b"conditions", "devices", b"devices", "goal", b"goal", "kv_partners", b"kv_partners", "model", b"model", "peers", b"peers", "plan", b"plan", "primary_node", b"primary_node", "replica", b"replica", "shape", b"shape", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "conditions", b"conditions", "devices", b"devices", "goal", b"goal", "gpu_kinds", b"gpu_kinds", "kv_partners", b"kv_partners", "model", b"model", "peers", b"peers", "plan", b"plan", "primary_node", b"primary_node", "replica", b"replica", "shape", b"shape", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,6 +578,36 @@ class KvPartner(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvPartner: _TypeAlias = KvPartner  # noqa: Y015
+
+@_typing.final
+class GpuKind(_message.Message):
+    """What engines must know of a GPU type."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    VENDOR_FIELD_NUMBER: _builtins.int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    """The type. Always set."""
+    vendor: _builtins.str
+    """Its vendor. Always set."""
+    compute_capability: _builtins.float
+    """CUDA's compute capability. 0: none is recorded."""
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        vendor: _builtins.str = ...,
+        compute_capability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_capability", b"compute_capability", "gpu_type", b"gpu_type", "vendor", b"vendor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuKind: _TypeAlias = GpuKind  # noqa: Y015
 
 @_typing.final
 class DeviceCondition(_message.Message):

@@ -74,8 +74,10 @@ UNEQUAL_COPIES = replica(on("e/0", layers=3), on("f/0", "f/1", first=3, layers=1
 WITH_WORKERS = {"attention workers", "workers of stages"}
 
 
-def apart(prefill: str, decode: str) -> Plan:
-    """A plan of a replica that prefills and one that decodes, on GPUs of these types."""
+def apart(prefill: str, decode: str, own: Mapping[str, Mapping[str, str]] | None = None) -> Plan:
+    """A plan of a replica that prefills and one that decodes, on GPUs of these types, of the fleet's ``own`` maybe."""
     sender = replace(PREFILL, stages=(on("a/0", gpu=prefill),), in_flight=1)
     receiver = replace(DECODES[0], stages=(on("d/0", gpu=decode),))
-    return made_of(sender, receiver, routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
+    plan = made_of(sender, receiver, routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
+    documents = plan.inputs["documents"]
+    return replace(plan, inputs={"documents": {**documents, "cluster": {"gpu_types": own}}}) if own else plan

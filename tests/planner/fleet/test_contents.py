@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,22 @@ def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_conten
         assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
 
     asyncio.run(story())
+
+
+def test_contents_name_the_gpu_types_and_no_replica_that_cannot_be_worked_out_stops_the_others(plan_file: str) -> None:
+    store, document = MemoryStore(), json.loads(Path(plan_file).read_text())
+    replica = load_plan_and_problem(plan_file).plan.replicas[0]
+    store.tables.plan_documents[PLAN] = json.dumps(document).encode()
+    contents, none = asyncio.run(PlanContents(store).of(PLAN, [0, 9]))  # type: ignore[arg-type]
+    assert contents is not None
+    assert none is None
+    types = {part.gpu for part in (*replica.stages, *replica.attention_workers)}
+    assert {kind.gpu_type: (kind.vendor, kind.compute_capability) for kind in contents.gpu_kinds} == {
+        name: ("NVIDIA", {"H100-SXM-80GB": 9.0, "L4": 8.9}[name]) for name in types
+    }
+    document["kv_routes"] = [{"prefill": 0, "decode": 9, "rate": 1.0}]
+    store.tables.plan_documents[PLAN] = json.dumps(document).encode()
+    assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]
 
 
 def test_a_plan_that_is_gone_or_cannot_be_read_has_no_contents() -> None:

@@ -127,9 +127,13 @@ def say_what_would_be_solved(
     strategies: Sequence[str],
     time_limit_s: float,
     solves: int = 1,
+    again: int = 0,
     engine: EngineRules | None = None,
 ) -> ExitCode:
-    """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most."""
+    """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most.
+
+    ``again``: how often each may be repeated, where its plan misses a limit in the simulation.
+    """
     from rich.text import Text
 
     from hetis.planner.report.plan import problem_line
@@ -141,6 +145,7 @@ def say_what_would_be_solved(
             Text.assemble(("ok", "green"), f"  {problem_line(inputs, objective)}") for inputs, objective in problems
         ]
         times = f"{plural(solves, 'time')} {seconds(time_limit_s)} at most"
+        times += f", each up to {plural(again, 'time')} more where simulated traffic misses a limit" if again else ""
         return Text("\n").join([*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")])
 
     document = {
@@ -159,6 +164,7 @@ def say_what_would_be_solved(
         "strategies": list(strategies),
         "engine": engine and engine.name,
         "solves": solves,
+        "again": again,
         "time_limit_s": time_limit_s,
     }
     terminal.emit(lambda: document, table)

@@ -85,6 +85,7 @@ def place(
     """
     from hetis.planner.cli.outputs import refuse_page, refuse_unwritable, say_what_would_be_solved
     from hetis.planner.use_cases.place import load, pose
+    from hetis.planner.use_cases.verify import SEARCHES
 
     refuse_unwritable(results.out)
     refuse_page(results.html, beside=results.out)
@@ -106,7 +107,8 @@ def place(
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
-            time_limit_s=search.time_limit, engine=problem.family.engine,
+            time_limit_s=search.time_limit, again=SEARCHES if results.verify and not preferences.survive else 0,
+            engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
 
@@ -230,8 +232,8 @@ def compare(
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
 
-    Each has the whole time limit, and has it again where its plan misses a limit in the simulation. One without a plan
-    is a row with its reason.
+    Each has the whole time limit, and up to twice more where its plan misses a limit in the simulation. One without a
+    plan is a row with its reason.
 
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
@@ -247,6 +249,7 @@ def compare(
     from hetis.planner.use_cases.compare import compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
+    from hetis.planner.use_cases.verify import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
@@ -270,7 +273,7 @@ def compare(
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
-            time_limit_s=search.time_limit,
+            again=SEARCHES if results.verify else 0, time_limit_s=search.time_limit,
         )  # fmt: skip
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)

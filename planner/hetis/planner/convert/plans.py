@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from hetis.engines.gpus import kind_by
 from hetis.engines.layout import kv_partners
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.solver.budget import Progress
+from hetis.solver.cluster import GpuType
 from hetis.solver.plan import (
     AttentionWorkerPool,
     Explanation,
@@ -37,11 +39,24 @@ def role_of(shape: replica_pb2.ReplicaPlan) -> Role:
     return FROM_PROTO.get(shape.role, Role.UNIFIED)
 
 
-def kv_partners_to_proto(plan: Plan) -> list[tuple[replica_pb2.KvPartner, ...]]:
+def kv_partners_to_proto(plan: Plan) -> list[list[replica_pb2.KvPartner]]:
     """Return for each replica the kinds among which it exchanges KV (`hetis.engines.layout.kv_partners`)."""
     return [
-        tuple(replica_pb2.KvPartner(role=TO_PROTO[one.role], gpu_types=one.gpus, tp=one.tp) for one in partners)
+        [replica_pb2.KvPartner(role=TO_PROTO[one.role], gpu_types=one.gpus, tp=one.tp) for one in partners]
         for partners in kv_partners(plan)
+    ]
+
+
+def gpu_kinds_to_proto(
+    replica: ReplicaPlan, partners: Iterable[replica_pb2.KvPartner], types: Mapping[str, GpuType]
+) -> list[replica_pb2.GpuKind]:
+    """Return what engines must know of the GPU types of a replica and its partners, which are in ``types`` by name."""
+    names = [stage.gpu for stage in replica.stages] + [pool.gpu for pool in replica.attention_workers]
+    names += [name for partner in partners for name in partner.gpu_types]
+    kinds = {name: kind_by(name, types[name].architecture, types[name].vendor) for name in names}
+    return [
+        replica_pb2.GpuKind(gpu_type=name, vendor=kind.vendor, compute_capability=kind.capability or 0.0)
+        for name, kind in kinds.items()
     ]
 
 

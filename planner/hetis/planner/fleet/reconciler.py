@@ -13,7 +13,7 @@ from functools import partial
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.convert.documents import DeclaredFleets, document_of
-from hetis.planner.convert.plans import kv_partners_to_proto
+from hetis.planner.convert.plans import gpu_kinds_to_proto, kv_partners_to_proto
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
@@ -26,6 +26,7 @@ from hetis.planner.store import Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
+from hetis.v1.replica_pb2 import KvPartner
 
 _log = logging.getLogger("hetis.planner.fleet")
 _KEPT = 2  # parsed plans: the active one and the one before
@@ -64,13 +65,17 @@ def _parse(plan: str, document: bytes) -> PlanAndProblem | None:
 
 
 def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-    model, partners = document_of(found.problem.model), kv_partners_to_proto(found.plan)
+    """Return the contents of these replicas of a plan, None for each that cannot be worked out."""
+    model, types = document_of(found.problem.model), found.problem.cluster.gpu_types
+    partners: list[list[KvPartner]] = []
     contents: list[Contents | None] = []
     for index in indices:
         try:
+            partners = partners or kv_partners_to_proto(found.plan)
             stages = tuple(stages_of_replica(found, index))
-            contents.append(Contents(model=model, stages=stages, kv_partners=partners[index]))
-        except (HetisError, IndexError):
+            kinds = gpu_kinds_to_proto(found.plan.replicas[index], partners[index], types)
+            contents.append(Contents(model=model, stages=stages, kv_partners=partners[index], gpu_kinds=kinds))
+        except (HetisError, LookupError):
             _log.exception("a replica of a plan cannot be worked out", extra={"plan": plan, "replica": index})
             contents.append(None)
     return contents

@@ -50,7 +50,8 @@ class Contents:
     model: document_pb2.Document  # a ModelSpec document
     # For the dispatcher of the primary, one per copy of each stage; none for a prefill replica
     stages: tuple[stage_pb2.StageModel, ...]
-    kv_partners: tuple[replica_pb2.KvPartner, ...] = ()  # kinds of replicas among which it exchanges KV
+    kv_partners: Sequence[replica_pb2.KvPartner] = ()  # kinds of replicas among which it exchanges KV
+    gpu_kinds: Sequence[replica_pb2.GpuKind] = ()  # of its GPU types, and of its partners'
 
 
 class Replica:
@@ -182,6 +183,7 @@ class Replica:
                     conditions=conditions_of(self.standing),
                     peers=[replica_pb2.EnginePeer(node=peer, address=address) for peer, address in known.items()],
                     kv_partners=contents.kv_partners,
+                    gpu_kinds=contents.gpu_kinds,
                 ),
             )
             for node in self.nodes

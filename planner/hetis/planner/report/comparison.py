@@ -31,7 +31,10 @@ PUBLISHED_MEANS = (
     "-paper: the search of a paper as published, its plan priced by this cost model and held to these limits; bound "
     "and gap are those of the family that its plans are of."
 )
-SIMULATED_MEANS = "kept: the rate, up to the plan's, at which simulated traffic kept the limits; red where it is less."
+SIMULATED_MEANS = (
+    "kept: the rate, up to the plan's, at which simulated traffic kept the limits; red where it is less, none if no "
+    "rate tried did."
+)
 _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
@@ -53,8 +56,16 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     if without:
         label = _labels(compared)
         yield Text("\nWithout a plan", style="bold")
-        reasons = ((one, "\n".join(one.reasons[:_LINES_PER_REASON])) for one in without)
-        yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {why}") for one, why in reasons))
+        yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in without))
+    failed = [outcome for outcome in compared if outcome.plan is not None and outcome.reasons]
+    if failed:
+        label = _labels(compared)
+        yield Text("\nNot simulated", style="bold red")
+        yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in failed))
+
+
+def _why(outcome: Compared) -> str:
+    return "\n".join(outcome.reasons[:_LINES_PER_REASON])
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
 from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, kept_words, missed_words, section, table
-from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.compare import Kept, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
@@ -25,7 +25,7 @@ from hetis.planner.use_cases.robustness.profile_errors import Predicted, predict
 from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import Verification, attained, kept_rate, misses, verification_of
+from hetis.planner.use_cases.verify import Verification, attained, misses, verification_of
 from hetis.solver.plan import (
     ClassPrice,
     Objective,
@@ -163,9 +163,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Engines", f"started with {engine_settings_of_plan(plan).describe()}"
 
 
-def less_than_planned(plan: Plan) -> float | None:
-    """Return the goodput that simulated traffic left of the planned one, or None if it left all, or was not asked."""
-    return kept_rate(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
+def less_than_planned(plan: Plan) -> Kept | None:
+    """Return what simulated traffic kept of the planned goodput, or None if it kept all, or was not asked."""
+    kept = kept_of(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
+    return None if kept is None or kept.is_all else kept
 
 
 def _value(plan: Plan) -> Text:
@@ -174,8 +175,9 @@ def _value(plan: Plan) -> Text:
     by_model = f"{digits(result.value, 4)} {result.unit}"
     if kept is None:
         return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
-    promised = (f"{digits(kept, 4)} {result.unit}", "bold yellow")
-    return Text.assemble(promised, f"  within the limits, simulated; by the model {by_model}, {verdict(result)}")
+    promised = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "no rate tried"
+    words = f"  within the limits, simulated; by the model {by_model}, {verdict(result)}"
+    return Text.assemble((promised, "bold yellow"), words)
 
 
 def _cost(plan: Plan) -> str | None:
@@ -223,9 +225,12 @@ def beside_equal_stages(plan: Plan) -> str | None:
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
     if not isinstance(alone, int | float) or alone <= 0:
         return "replicas of equal stages: none keeps the limits" if alone is None else None
+    words = f"{digits(alone, 4)} {result.unit} by replicas of equal stages"
     kept = less_than_planned(plan)
-    this, value = ("this plan", result.value) if kept is None else ("this plan, simulated,", kept)
-    return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; {this} {_beside(value, alone)}"
+    if kept is None:
+        return f"{words}; this plan {_beside(result.value, alone)}"
+    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at no rate tried"
+    return f"{words} by the model; this plan, simulated, {this}"
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
@@ -265,11 +270,14 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
 def simple_setups(plan: Plan) -> list[str]:
     """Return what people would try first, and its relative value: one TP size everywhere, equal stages."""
     found = plan.inputs.get(SIMPLE_SETUPS)
+    by_model = "" if less_than_planned(plan) is None else " by the model"
     lines = []
     for tp, value in found.items() if isinstance(found, Mapping) else ():
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
         if isinstance(value, int | float) and value > 0:
-            lines.append(f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, plan.result.value)}")
+            lines.append(
+                f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, plan.result.value)}{by_model}"
+            )
         else:
             lines.append(f"{name}: none that keeps the limits")
     return lines

@@ -40,12 +40,14 @@ CONTAINERS: Mapping[str, str] = {
 
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
+_BOUND_OF = "the bound is that of strategy"  # begins a note
+
 NO_PLAN, FAILED = "no plan", "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """The outcome of one strategy. ``status`` is that of its plan, or why there is none; ``reasons`` give details.
+    """The outcome of one strategy. ``status`` is that of its plan, or what is wrong; ``reasons`` give details.
 
     ``engine`` is the engine of its plans, or None if engines were not compared.
     """
@@ -170,42 +172,42 @@ def simulate_plans(
     """Return outcomes of `compare_engines` with their plans simulated.
 
     A plan that misses a limit at its planned rate is searched for again (`simulated_plan`), each time with a budget of
-    its own. Bounds stay those of the first search. Once a budget is cancelled, plans remain as they are.
+    its own, unless its search is a published one. Bounds stay those of the first search. If another search fails, the
+    first plan remains, with the reason. Once a budget is cancelled, plans remain as they are.
     """
     found = []
     for number, outcome in enumerate(compared, start=1):
-        plan = outcome.plan
-        if plan is not None and outcome.engine is not None:
+        if outcome.plan is not None and outcome.engine is not None:
             own = replace(settings, strategy=outcome.strategy, engine=engines[outcome.engine])
-            posed = for_engine(loaded, own.engine)
-            try:
-                simulated = simulated_plan(
-                    plan, posed, posed.inputs.problem(objective, own.strategy, own.roles, own.engine), own, level=level,
-                    budget=budget, cancelled=budget().cancelled, losses=False,
-                    report=one_of_several(report, number, len(compared), f"{outcome.name}: "),
-                )  # fmt: skip
-            except UncheckedPlanError as error:
-                outcome = replace(outcome, status=FAILED, plan=None, reasons=(str(error), *error.violations))
-            else:
-                searched_s = outcome.solve_s + simulated.result.solve_s - plan.result.solve_s
-                outcome = replace(outcome, plan=simulated, status=simulated.result.status.value, solve_s=searched_s)
+            told = one_of_several(report, number, len(compared), f"{outcome.name}: ")
+            outcome = _simulated(
+                outcome, outcome.plan, for_engine(loaded, own.engine), objective, own, level, budget, told
+            )
         found.append(outcome)
     return tuple(found)
 
 
-def best_of(plans: Sequence[Plan]) -> int:
-    """Return the position of the plan that serves most, or of the one that costs least where a rate is demanded.
-
-    A simulated plan serves what `kept_of` says, and is ahead of those that miss the limits at the demanded rate.
-    """
-
-    def worth(plan: Plan) -> tuple[bool, float]:
-        kept = kept_of(plan)
-        if plan.objective.maximises:
-            return True, plan.result.value if kept is None else kept.rate_rps
-        return kept is None or kept.is_all, -plan.result.value
-
-    return max(range(len(plans)), key=lambda number: worth(plans[number]))
+def _simulated(
+    outcome: Compared, plan: Plan, loaded: LoadedInputs, objective: Objective, settings: PlacementSettings,
+    level: ServiceLevel, budget: Callable[[], Budget], report: Report,
+) -> Compared:  # fmt: skip
+    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    time = budget()
+    try:
+        simulated = simulated_plan(
+            plan, loaded, problem, settings, level=level, budget=budget, cancelled=time.cancelled, report=report,
+            losses=False, again=not STRATEGIES[settings.strategy].is_published,
+        )  # fmt: skip
+    except HetisError as error:
+        violations = error.violations if isinstance(error, UncheckedPlanError) else ()
+        return replace(outcome, status=FAILED, reasons=(f"searched for again: {error}", *violations))
+    lost = [note for note in plan.notes if note.startswith(_BOUND_OF) and note not in simulated.notes]
+    return replace(
+        outcome,
+        plan=replace(simulated, notes=(*simulated.notes, *lost)),
+        status=simulated.result.status.value,
+        solve_s=outcome.solve_s + time.elapsed_s(),
+    )
 
 
 class Kept(NamedTuple):
@@ -216,12 +218,34 @@ class Kept(NamedTuple):
 
 
 def kept_of(plan: Plan) -> Kept | None:
-    """Return what simulated traffic kept of a plan's promise, or None if it was not simulated.
+    """Return what simulated traffic kept of a plan's promise, or None if it was not simulated, or promises throughput.
 
     Rates above the planned one are tried for some plans only, so that they are left out.
     """
     found = verification_of(plan)
-    return None if found is None else Kept(min(found.kept_rps or 0.0, found.rate_rps), found.kept)
+    if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # which is not the rate that is simulated
+        return None
+    return Kept(min(found.kept_rps or 0.0, found.rate_rps), found.kept)
+
+
+def best_of(plans: Sequence[Plan]) -> int:
+    """Return the position of the plan that serves most, or of the one that costs least where a rate is demanded.
+
+    Simulated plans serve what traffic kept, those that miss limits at the demanded rate are behind, and plans that were
+    not simulated, if others were, are last.
+    """
+    every = [kept_of(plan) for plan in plans]
+
+    def worth(number: int) -> tuple[bool, bool, float]:
+        plan, kept = plans[number], every[number]
+        value = plan.result.value if plan.objective.maximises else -plan.result.value
+        if kept is None:
+            return False, True, value
+        if plan.objective.maximises:
+            return True, True, kept.rate_rps
+        return True, kept.is_all, value if kept.is_all else kept.rate_rps
+
+    return max(range(len(plans)), key=worth)
 
 
 def _contained_first(strategies: Iterable[str]) -> list[str]:
@@ -324,7 +348,7 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
     best = min(known, key=lambda name: known[name] if objective.maximises else -known[name])
     if best == compared.strategy:
         return compared
-    note = f"the bound is that of strategy {best}, which has all plans of {compared.strategy}"
+    note = f"{_BOUND_OF} {best}, which has all plans of {compared.strategy}"
     plan = replace(
         compared.plan, result=_with_bound(result, known[best], objective), notes=(*compared.plan.notes, note)
     )

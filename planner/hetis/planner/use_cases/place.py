@@ -242,12 +242,13 @@ def make_plan(
 
 def simulated_plan(
     plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
-    budget: Callable[[], Budget], cancelled: threading.Event, report: Report, losses: bool = True,
+    budget: Callable[[], Budget], cancelled: threading.Event, report: Report, losses: bool = True, again: bool = True,
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; where it misses a limit, search again for a tighter one (`verified_plan`).
 
-    A plan that survives a loss is not searched for again. ``budget`` returns that of one search. ``losses``: add the
-    effects of losses to another plan. Once cancelled, the plan is returned as far as it is verified.
+    A plan that survives a loss, or if not ``again``, is not searched for again. ``budget`` returns that of one search.
+    ``losses``: add the effects of losses to another plan. Once cancelled, the plan is returned as far as it is
+    verified.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
@@ -260,7 +261,7 @@ def simulated_plan(
     plan = held_to(level, plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
-        plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
+        plan, problem, find if again and not settings.survive else None, seed=settings.seed, cancelled=cancelled,
         report=simulation_report(plan, report),
     )  # fmt: skip
     return found if tightening_of(found) is None else _checked(found, problem, losses=losses)

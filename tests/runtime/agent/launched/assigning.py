@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.processes import free_ports
 from hetis.planner.convert.documents import document_of
-from hetis.planner.convert.plans import replica_to_proto
+from hetis.planner.convert.plans import gpu_kinds_to_proto, replica_to_proto
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.runtime.agent.launched.parts import EngineSettingsDocument
+from hetis.solver.cluster import GpuType
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
@@ -82,9 +83,11 @@ def assigned(
     model: ModelSpec = MODEL,
     peers: Sequence[EnginePeer] = (),
     kv_partners: Sequence[KvPartner] = (),
+    types: Mapping[str, GpuType] | None = None,
 ) -> Assignment:
-    """Return the planner's assignment of a replica to a node."""
-    shape = replica_to_proto(replica or replica_on("a/0"))
+    """Return the planner's assignment of a replica to a node; ``types`` are those of the fleet, if it sends them."""
+    replica = replica or replica_on("a/0")
+    shape = replica_to_proto(replica)
     return Assignment(
         replica=name,
         plan="plans/p",
@@ -95,6 +98,7 @@ def assigned(
         model=document_of(model),
         peers=peers,
         kv_partners=kv_partners,
+        gpu_kinds=() if types is None else gpu_kinds_to_proto(replica, kv_partners, types),
     )
 
 

@@ -240,7 +240,7 @@ def test_requests_that_run_end_before_a_withdrawn_engine_is_told_to(tmp_path: Pa
             control(tmp_path, running=2)
             await node.apply(applying(assigned()))
             await node.until(lambda report: report.replicas[0].num_running == 2)
-            await node.apply(applying(assigned(goal=DRAIN), 2))
+            await node.apply(applying(assigned(replica_on("a/1"), goal=DRAIN), 2))  # what ends does not change before
             assert (await node.until_state("DRAINING")).num_running == 2
             assert await node.apply(removing(generation=3)) == "STOPPED"
             assert not (await node.until(lambda report: not report.replicas)).devices

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from hetis.engines.commands import Command
 from hetis.engines.versions import Engine
+from hetis.formats import catalogue
 from hetis.formats.dtypes import with_precision
 from hetis.planner.convert.plans import kv_partners_to_proto, replica_to_proto
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
 from hetis.runtime.moves.refusals import RefusedError
+from hetis.solver.cluster import GpuType
 from hetis.solver.plan import Plan, Role
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import EnginePeer, KvPartner, ReplicaRole
@@ -28,7 +30,7 @@ from tests.runtime.agent.launched.assigning import assigned, replica_on, setting
 
 FOLDER = Path("/run/engines")
 # Ports, and files with the replica's name, differ: an export numbers the replicas of a plan, which an agent cannot.
-OWN = {
+TOLD = {
     "--port",
     "--master-port",
     "--shutdown-timeout",
@@ -37,7 +39,7 @@ OWN = {
     "--key-file",
     "--disaggregation-bootstrap-port",
 }
-OWN_VARIABLES = {"VLLM_NIXL_SIDE_CHANNEL_PORT", "HETIS_VLLM_CONFIG"}
+TOLD_VARIABLES = {"VLLM_NIXL_SIDE_CHANNEL_PORT", "HETIS_VLLM_CONFIG"}
 
 
 def part(replica: object = None, node: str = "a", **settings: object) -> LaunchedPart:
@@ -54,8 +56,8 @@ def refused(replica: object, node: str = "a", **settings: object) -> str:
 def essence(command: Command) -> tuple[str, list[str], dict[str, str]]:
     """A process with what it is told, but for what differs."""
     words = list(command.shown)
-    kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & OWN]
-    environment = {name: text for name, text in command.environment.items() if name not in OWN_VARIABLES}
+    kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & TOLD]
+    environment = {name: text for name, text in command.environment.items() if name not in TOLD_VARIABLES}
     return command.process.name, kept, environment
 
 
@@ -63,13 +65,29 @@ UNLIKE = {  # the GPUs of a replica that prefills, and of one that decodes
     "no bfloat16 on one": ("T4", "H100-SXM-80GB"),
     "another choice of attention": ("H100-SXM-80GB", "B200-SXM-180GB"),
     "alike": ("L4", "L4"),
+    "a card of the fleet's own": ("Old card", "H100-SXM-80GB"),
+    "another vendor's of the fleet's own": ("AMD card", "MI300X-192GB"),
 }
+OWN = {"Old card": ("Turing", "NVIDIA"), "AMD card": ("CDNA3", "AMD")}  # architecture and vendor
+DOCUMENT = {name: {"architecture": architecture, "vendor": vendor} for name, (architecture, vendor) in OWN.items()}
+
+
+def types_of(plan: Plan) -> dict[str, GpuType]:
+    """Return the GPU types of the plan's fleet."""
+    names = {part.gpu for one in plan.replicas for part in (*one.stages, *one.attention_workers)}
+    known = {name: catalogue.find_gpu(name).gpu for name in names - OWN.keys()}
+    like = catalogue.find_gpu("L4").gpu
+    own = {
+        name: replace(like, name=name, architecture=architecture, vendor=vendor)
+        for name, (architecture, vendor) in OWN.items()
+    }
+    return known | own
 
 
 @pytest.mark.parametrize("name", [*PLANS, *UNLIKE])
 @pytest.mark.parametrize("engine", Engine)
 def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engine: Engine) -> None:
-    plan = PLANS[name] if name in PLANS else apart(*UNLIKE[name])
+    plan = PLANS[name] if name in PLANS else apart(*UNLIKE[name], own=DOCUMENT)
     hosts = {node: f"10.0.0.{i}" for i, node in enumerate("abcdefgh", 1)}
     try:
         made = launchable(plan, MODEL, ExportSettings(model="tiny", served_name="tiny", engine=engine, hosts=hosts))
@@ -84,7 +102,12 @@ def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engi
         exported = made.replicas[number].commands
         exchange = kv_partners_to_proto(made.plan)[number]
         parts = [
-            part_of(assigned(replica, node=node, kv_partners=exchange), settings, node=node, folder=FOLDER)
+            part_of(
+                assigned(replica, node=node, kv_partners=exchange, types=types_of(plan) if name in UNLIKE else None),
+                settings,
+                node=node,
+                folder=FOLDER,
+            )
             for node in sorted(nodes)
         ]
         found = [essence(command) for one in parts for command in one.commands]

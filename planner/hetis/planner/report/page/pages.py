@@ -9,7 +9,14 @@ from importlib import metadata
 from itertools import islice
 
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
-from hetis.planner.report.comparison import change_lines, kept_cell, offer_row, side_rows, verdict_words
+from hetis.planner.report.comparison import (
+    SIMULATED_MEANS,
+    change_lines,
+    kept_cell,
+    offer_row,
+    side_rows,
+    verdict_words,
+)
 from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
 from hetis.planner.report.page.blocks import (
     Block,
@@ -26,7 +33,7 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
-from hetis.planner.use_cases.compare import Compared, best_of, figures_of
+from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs, engine_of_plan
@@ -74,6 +81,8 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
     if without:
         blocks.append(Sentences(title="Without a plan", terms=without))
+    if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
+        blocks.append(Sentences(title="Not simulated", terms=failed))
     lead = problem_line(inputs, objective)
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
@@ -214,8 +223,9 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], o
     known = [plan.result.value for _, plan, _ in rows]
     known += [plan.result.bound for _, plan, _ in rows if math.isfinite(plan.result.bound)]
     axis = max(known) * ROOM or 1.0
+    are_simulated = any(kept_of(plan) is not None for _, plan, _ in rows)
     yield Scale(
-        title=f"{objective.kind.value.capitalize()}, {objective.unit}",
+        title=f"{objective.kind.value.capitalize()} by the model, {objective.unit}",
         rows=tuple(
             ScaleRow(
                 label=name,
@@ -232,11 +242,12 @@ def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], o
     yield Grid(
         title="In figures",
         columns=(
-            "'", "requests/s", "kept, simulated", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens",
+            "'", "requests/s", "kept", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens",
             "TTFT p95", "TPOT mean", "KV tokens", "GPUs", "idle",
         ),
         rows=tuple((name, *_figures_row(plan, inputs)) for name, plan, inputs in rows),
         strong=best,
+        note=SIMULATED_MEANS if are_simulated else "",
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     kept = less_than_planned(plan)
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
-        value=digits(figures.rate_rps if kept is None else kept),
+        value=digits(figures.rate_rps if kept is None else kept.rate_rps),
         unit="requests/s",
         note=span if kept is None else f"simulated; by the model {digits(figures.rate_rps)}",
     )
@@ -162,13 +162,14 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 def _against_today(plan: Plan) -> Iterator[Tile]:
     alone = plan.inputs.get(EQUAL_STAGES)
     if isinstance(alone, int | float) and alone > 0:
-        ratio = (less_than_planned(plan) or plan.result.value) / alone - 1.0
+        kept = less_than_planned(plan)
+        ratio = (plan.result.value if kept is None else kept.rate_rps) / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
         yield Tile(
             label="Beside today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"equal stages: {digits(alone)} {plan.result.unit}",
+            note=f"{'' if kept is None else 'simulated; '}equal stages: {digits(alone)} {plan.result.unit}",
             tone="good" if good else "",
         )
 
@@ -206,6 +207,9 @@ def _worth(plan: Plan) -> Scale:
             strong=True,
         )
     ]
+    if (kept := less_than_planned(plan)) is not None:
+        simulated = f"{digits(kept.rate_rps, 4)} {result.unit}"
+        rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
         rows.append(ScaleRow(label="Equal stages", text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"

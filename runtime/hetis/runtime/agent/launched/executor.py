@@ -141,18 +141,19 @@ class LaunchExecutor:
         held = self._replicas.get(assignment.replica)
         if held is not None and request.generation < held.generation:
             raise RefusedError(generation_mismatch(request.generation, held.generation))
-        part = part_of(assignment, self._settings, node=self._node, folder=self._folder / "replicas")
-        if held is None or held.part != part:
-            self._withdraw(assignment.replica)
-            held = self._replicas[assignment.replica] = LaunchedReplica(
-                assignment.replica,
-                part,
-                self._settings,
-                node=self._node,
-                sessions=self._folder / "sessions",
-                changed=self._changed.set,
-                clock=self._clock,
-            )
+        if held is None or assignment.goal != AssignmentGoal.ASSIGNMENT_GOAL_DRAIN:  # what ends is not changed before
+            part = part_of(assignment, self._settings, node=self._node, folder=self._folder / "replicas")
+            if held is None or held.part != part:
+                self._withdraw(assignment.replica)
+                held = self._replicas[assignment.replica] = LaunchedReplica(
+                    assignment.replica,
+                    part,
+                    self._settings,
+                    node=self._node,
+                    sessions=self._folder / "sessions",
+                    changed=self._changed.set,
+                    clock=self._clock,
+                )
         held.assign(assignment, request.generation, self._clock())
         self._start_waiting()
         self._changed.set()

@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
+from hetis.engines.gpus import GpuKind
 from hetis.engines.layout import KvPartner, ProcessKind, layout_of_replica
 from hetis.engines.serving import (
     KV_PORT,
@@ -193,6 +194,9 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         layout = layout_of_replica(
             replica, model, planned=planned, engine=engine, dtype=dtype, kv_tokens=tokens,
             partners=[KvPartner(_role(one.role), tuple(one.gpu_types), one.tp) for one in assignment.kv_partners],
+            own_types={
+                one.gpu_type: GpuKind(one.vendor, one.compute_capability or None) for one in assignment.gpu_kinds
+            },
         )  # fmt: skip
         if settings.attention_backend and layout.role is not Role.UNIFIED:
             layout = replace(layout, attention_backend=settings.attention_backend)
