@@ -368,7 +368,8 @@ def bold_rows(capsys: pytest.CaptureFixture[str], command: list[str]) -> list[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORCE_COLOR", "1")
         run(command)
-    return re.findall(r"^\x1b\[1m([\w-]+)", capsys.readouterr().out, re.MULTILINE)
+    bold = re.findall(r"^\x1b\[1m([\w-]+)", capsys.readouterr().out, re.MULTILINE)
+    return [word for word in bold if word in STRATEGIES]
 
 
 def test_plans_are_compared_by_what_simulated_traffic_keeps(
