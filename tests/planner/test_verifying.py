@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -386,6 +387,8 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
     assert f"Goodput {kept} within the limits, simulated; by the model {planned}" in drawn(missing)
     assert f"Goodput {planned} proven" in drawn(plan)
+    dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
+    assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
     beside = {EQUAL_STAGES: 0.5 * plan.result.value}
     none = {**missing.inputs[VERIFICATION], "kept_rps": None}
     never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})

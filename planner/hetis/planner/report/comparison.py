@@ -33,7 +33,7 @@ PUBLISHED_MEANS = (
 )
 SIMULATED_MEANS = (
     "kept: the rate, up to the plan's, at which simulated traffic kept the limits; red where it is less, none if no "
-    "rate tried did."
+    "rate tried did. All else is the model's."
 )
 _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it

@@ -187,7 +187,8 @@ def _cost(plan: Plan) -> str | None:
         return None
     try:
         inputs = inputs_from_documents(documents, "plan")
-        figures = figures_of(plan, inputs)
+        kept = less_than_planned(plan)
+        figures = figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
     except DocumentError:
         return None
     if figures.usd_per_hour is None:

@@ -366,11 +366,11 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
     return replace(result, bound=bound, gap=gap)
 
 
-def figures_of(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
-    """Return the figures of a plan."""
+def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float | None = None) -> Figures:
+    """Return the figures of a plan at a rate, or at the planned one."""
     goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
-    rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share)
+    rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
     usd = _usd_per_hour(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s = rate * moments.mean_output

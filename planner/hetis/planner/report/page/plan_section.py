@@ -126,15 +126,15 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
 
 
 def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kind, figures = plan.objective.kind, figures_of(plan, problem)
+    kept, kind = less_than_planned(plan), plan.objective.kind
+    figures = figures_of(plan, problem, rate_rps=None if kept is None else kept.rate_rps)
     expected = predicted_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    kept = less_than_planned(plan)
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
-        value=digits(figures.rate_rps if kept is None else kept.rate_rps),
+        value=digits(figures.rate_rps),
         unit="requests/s",
-        note=span if kept is None else f"simulated; by the model {digits(figures.rate_rps)}",
+        note=span if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
     yield Tile(
         label="Tokens",
