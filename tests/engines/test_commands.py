@@ -38,7 +38,7 @@ from tests.engines.plans import (
     staged,
     write_config,
 )
-from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
+from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 STAGED = layout_of(staged(), 0, MODEL)
@@ -340,10 +340,10 @@ def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
     return found
 
 
-@needs_vllm
-def test_vllms_own_parser_takes_every_command_line() -> None:
+def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
+    """Return command lines, and what vLLM's own parser must find in them; see test_vllm.py of exports."""
     serving = replace(SERVING, limits_kv=True, dtype="float32")
-    lines, expected = [], []
+    lines, expected = list[tuple[str, ...]](), list[dict[str, Any]]()
     for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, WITH_EXPERTS)):
         for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
@@ -370,7 +370,7 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                     "drafts": ["mtp", 2] if layout is DRAFTING else None,
                 }
             )
-    assert parsed_by_vllm(lines) == expected
+    return lines, expected
 
 
 @pytest.mark.parametrize(

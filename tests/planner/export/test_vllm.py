@@ -8,7 +8,7 @@ from typing import Any
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
-from tests.engines.test_commands import parsed_by_vllm
+from tests.engines.test_commands import lines_of_layouts, parsed_by_vllm
 from tests.planner.export.plans import PLANS, model_of
 from tests.planner.export.test_export import SETTINGS
 from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
@@ -16,7 +16,7 @@ from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
 
 @needs_vllm
 def test_vllm_understands_every_process_of_every_plan() -> None:
-    lines, expected = [], []
+    lines, expected = lines_of_layouts()  # with them, as vLLM takes ten seconds to import
     for kv_bytes in (2.0, 1.0):
         for plan in PLANS.values():
             if kv_bytes == 1.0 and any(one.attention_workers for one in plan.replicas):
