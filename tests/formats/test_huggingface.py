@@ -207,7 +207,7 @@ def test_a_checkpoint_of_quark_leaves_out_what_it_excludes_and_has_one_format(tm
         {"layer_type_quant_config": {"linear": 3}},
     ]
     for changes in wrong:
-        with pytest.raises(DocumentError, match=r"global_quant_config: must have weights of fp8_e4m3, int8, "):
+        with pytest.raises(DocumentError, match=r"global_quant_config: weights must be fp8_e4m3, int8, "):
             load(**changes)
 
 

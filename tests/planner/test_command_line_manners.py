@@ -213,10 +213,10 @@ SAMPLE = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100")
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (("place", *SAMPLE, "--out", "p.json"), "by hetis for vllm-hetis, 1 time 60.0 s at most, each"),
+        (("place", *SAMPLE, "--out", "p.json"), "by hetis for vllm-hetis, 1 time 60.0 s at most, and"),
         (
             ("compare", *SAMPLE, "--strategies", "hetis,uniform"),
-            "2 times 60.0 s at most, each up to 2 times more where simulated traffic misses a limit; nothing was",
+            "2 times 60.0 s at most, and up to 2 more each where simulated traffic misses a limit; nothing was",
         ),
         (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "by hetis, 1 time 60.0 s at most; nothing was"),
         (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "by hetis for vllm-hetis, 3 times 60.0 s at most"),

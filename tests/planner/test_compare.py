@@ -16,7 +16,7 @@ from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of
+from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of, kept_of
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
@@ -390,8 +390,8 @@ def test_plans_are_compared_by_what_simulated_traffic_keeps(
     assert all(len(line) <= 80 for line in out.splitlines())
     assert bold_rows(capsys, command) == ["hexgen"]
     kept = {cells[0]: cells[2] for line in out.splitlines() if len(cells := line.split()) > 10}
-    assert (kept["hetis"], kept["hexgen"], kept["uniform"]) == ("0.900", "1.35", "none")  # 1.35 are planned
-    assert "hexgen2 failed: searched for again: " in " ".join(out.split("Not simulated")[1].split())
+    assert (kept["hetis"], kept["hexgen"], kept["uniform"]) == ("0.900", "1.40", "none")
+    assert "hexgen2 failed: " in " ".join(out.split("another search failed")[1].split())
     assert run([*command[:-2], "-o", "json"]) == ExitCode.INTERNAL
     hetis, _, uniform, hexgen2 = json.loads(capsys.readouterr().out)["strategies"]
     assert (hetis["simulated"]["kept_rps"], hetis["simulated"]["kept"]) == (0.9, False)
@@ -407,7 +407,7 @@ def test_another_search_that_fails_costs_no_plan(
     simulator({"hetis": verification(kept=True, kept_rps=1.35), "uniform": error})
     assert run([*SIMULATED, "--strategies", "hetis,uniform", "--out", str(tmp_path)]) == ExitCode.INTERNAL
     assert {path.name for path in tmp_path.iterdir()} == {"hetis.json", "uniform.json"}
-    assert "uniform failed: searched for again: " in " ".join(capsys.readouterr().out.split("Not simulated")[1].split())
+    assert "uniform failed: " in " ".join(capsys.readouterr().out.split("another search failed")[1].split())
 
 
 def test_the_bound_of_a_container_is_named_after_another_search_too(
@@ -467,6 +467,24 @@ def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
     assert best_of([simulated(least, value, kept=kept, kept_rps=rps) for value, kept, rps in missing]) == 1
     known = simulated(most, 1.5, kept=False, kept_rps=0.9)
     assert best_of([plan_of("hetis", 0.95, 2.0, most), known]) == 1, "nothing is known of what the other keeps"
+
+
+@pytest.mark.parametrize(
+    ("value", "rate_rps", "kept", "kept_rps", "expected"),
+    [
+        (12.0, 5.0, True, 5.0, (12.0, True)),  # 5 are demanded
+        (10.0, 20.0, False, 10.5, (10.0, True)),  # 20 are, and 10 were planned
+        (10.0, 20.0, False, 7.0, (7.0, False)),
+        (10.0, 10.0, True, 11.0, (10.0, True)),
+        (10.0, 10.0, False, None, (0.0, False)),
+    ],
+)
+def test_what_is_kept_is_of_the_planned_rate_whatever_is_demanded(
+    value: float, rate_rps: float, *, kept: bool, kept_rps: float | None, expected: tuple[float, bool]
+) -> None:
+    plan = plan_of("hetis", value, value, Objective(demand_rps=rate_rps))
+    said = verification(kept=kept, kept_rps=kept_rps) | {"rate_rps": rate_rps}
+    assert kept_of(replace(plan, inputs={**plan.inputs, VERIFICATION: said})) == expected
 
 
 def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -392,10 +392,10 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     beside = {EQUAL_STAGES: 0.5 * plan.result.value}
     none = {**missing.inputs[VERIFICATION], "kept_rps": None}
     never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
-    assert "Goodput no rate tried within the limits, simulated; by the model" in drawn(never)
+    assert "Goodput none of the rates tried keeps the limits, simulated; by the model" in drawn(never)
     for one, more in (
         (missing, "by the model; this plan, simulated, 40% more"),
-        (never, "by the model; this plan, simulated, keeps the limits at no rate tried"),
+        (never, "by the model; this plan, simulated, keeps the limits at none of the rates tried"),
         (plan, "stages; this plan 100% more"),
     ):
         assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(more)

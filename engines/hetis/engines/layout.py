@@ -263,7 +263,7 @@ class KvPartner(NamedTuple):
 
 
 def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
-    """Return for each replica the kinds of those among which it exchanges KV, over others, too, and its own.
+    """Return, for each replica, the kinds of those that it exchanges KV with, also through others, its own included.
 
     There are none if it exchanges no KV. If the plan has no routes, all that only prefill or only decode exchange it.
     """
@@ -293,7 +293,7 @@ def layout_of_replica(
 
     Args:
         planned: document of the model that the replica was planned for. None: not known.
-        partners: kinds of replicas among which it exchanges KV, in one dtype and by one attention backend.
+        partners: kinds of replicas that it exchanges KV with, in one dtype and by one attention backend.
         own_types: GPU types that are not the catalogue's; others that it lacks count as NVIDIA's.
 
     Raises:

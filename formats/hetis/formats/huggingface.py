@@ -162,7 +162,7 @@ def _quantised(config: Config) -> str | None:
         if precision is None:
             known = f"{', '.join(QUARK)}, or fp4 in groups of 32 or, with a second scale, of 16"
             config.quantisation.refuse(
-                "global_quant_config", f"must have weights of {known}, and no layer may have others"
+                "global_quant_config", f"weights must be {known}, the same in every layer (layer_quant_config)"
             )
         return precision
     if method == "bitsandbytes":

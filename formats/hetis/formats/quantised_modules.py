@@ -32,7 +32,7 @@ _JOINED = {
     "in_proj_b": "in_proj_ba",
 }
 _MOST_LAYERS = 10_000  # whose modules are looked at one by one; no model has so many
-_MOST_GLOBS = 1000  # of modules left in 16 bits that are looked at; every one is tried with every module
+_MOST_PATTERNS = 1000  # of modules left in 16 bits, each of which is tried with every module; with more, all count so
 _MOST_WILDCARDS = 4  # of a regular expression; more could take very long to match
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
@@ -168,9 +168,10 @@ def _ignored(data: Mapping[str, Any], base: float) -> Stated:
     entries = [entry for key in _UNQUANTISED_KEYS for entry in listed(data.get(key)) if isinstance(entry, str)]
     patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
     patterns += [key.removeprefix("-:") for key in mapping(data.get("dynamic")) if key.startswith("-:")]
-    patterns = patterns[:_MOST_GLOBS]
-    globs = [entry for entry in entries if not entry.startswith("re:") and "*" in entry][:_MOST_GLOBS]
+    globs = [entry for entry in entries if not entry.startswith("re:") and "*" in entry]
     exact = {entry for entry in entries if not entry.startswith("re:") and "*" not in entry}
+    if len(patterns) + len(globs) > _MOST_PATTERNS:
+        return lambda _: base
     expressions = [found for found in map(_expression, patterns) if found is not None]
     if globs:
         expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))

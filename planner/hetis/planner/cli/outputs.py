@@ -145,7 +145,7 @@ def say_what_would_be_solved(
             Text.assemble(("ok", "green"), f"  {problem_line(inputs, objective)}") for inputs, objective in problems
         ]
         times = f"{plural(solves, 'time')} {seconds(time_limit_s)} at most"
-        times += f", each up to {plural(again, 'time')} more where simulated traffic misses a limit" if again else ""
+        times += f", and up to {again} more each where simulated traffic misses a limit" if again else ""
         return Text("\n").join([*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")])
 
     document = {

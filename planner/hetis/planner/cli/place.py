@@ -232,8 +232,8 @@ def compare(
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
 
-    Each has the whole time limit, and up to twice more where its plan misses a limit in the simulation. One without a
-    plan is a row with its reason.
+    Each search has the whole time limit. Where the simulation of its plan misses a limit, up to two more follow, but
+    for those as published (-paper). A strategy without a plan is a row with its reason.
 
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
@@ -250,7 +250,7 @@ def compare(
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.planner.use_cases.verify import SEARCHES
-    from hetis.solver.placement.families import ANY_ENGINE
+    from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
     unless = options.DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
@@ -270,10 +270,11 @@ def compare(
     request, settings = inputs.request(goal, replicas, constraints), search.settings_of()
     level = held_to.level(request.objective, verify=results.verify)
     loaded, objective = load(request), request.objective
+    is_repeated = results.verify and not all(STRATEGIES[name].is_published for name in names)
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
-            again=SEARCHES if results.verify else 0, time_limit_s=search.time_limit,
+            again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit,
         )  # fmt: skip
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)

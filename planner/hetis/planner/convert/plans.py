@@ -40,7 +40,7 @@ def role_of(shape: replica_pb2.ReplicaPlan) -> Role:
 
 
 def kv_partners_to_proto(plan: Plan) -> list[list[replica_pb2.KvPartner]]:
-    """Return for each replica the kinds among which it exchanges KV (`hetis.engines.layout.kv_partners`)."""
+    """Return for each replica the kinds of those that it exchanges KV with (`hetis.engines.layout.kv_partners`)."""
     return [
         [replica_pb2.KvPartner(role=TO_PROTO[one.role], gpu_types=one.gpus, tp=one.tp) for one in partners]
         for partners in kv_partners(plan)
@@ -50,7 +50,7 @@ def kv_partners_to_proto(plan: Plan) -> list[list[replica_pb2.KvPartner]]:
 def gpu_kinds_to_proto(
     replica: ReplicaPlan, partners: Iterable[replica_pb2.KvPartner], types: Mapping[str, GpuType]
 ) -> list[replica_pb2.GpuKind]:
-    """Return what engines must know of the GPU types of a replica and its partners, which are in ``types`` by name."""
+    """Return what engines must know about the GPU types, ``types`` by name, of a replica and its partners."""
     names = [stage.gpu for stage in replica.stages] + [pool.gpu for pool in replica.attention_workers]
     names += [name for partner in partners for name in partner.gpu_types]
     kinds = {name: kind_by(name, types[name].architecture, types[name].vendor) for name in names}

@@ -32,8 +32,7 @@ PUBLISHED_MEANS = (
     "and gap are those of the family that its plans are of."
 )
 SIMULATED_MEANS = (
-    "kept: the rate, up to the plan's, at which simulated traffic kept the limits; red where it is less, none if no "
-    "rate tried did. All else is the model's."
+    "kept: the rate, up to the plan's, at which simulated traffic kept the limits. All else is the model's."
 )
 _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
@@ -46,7 +45,7 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     yield Text()
     yield _table(compared, inputs, objective)
     if _are_simulated(compared):
-        yield Text(f"\n{SIMULATED_MEANS}", style="dim")
+        yield Text(f"\n{SIMULATED_MEANS} Red: less than the plan's; none: none of those tried.", style="dim")
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
@@ -60,7 +59,7 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     failed = [outcome for outcome in compared if outcome.plan is not None and outcome.reasons]
     if failed:
         label = _labels(compared)
-        yield Text("\nNot simulated", style="bold red")
+        yield Text("\nSimulation or another search failed", style="bold red")
         yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in failed))
 
 

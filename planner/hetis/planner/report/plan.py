@@ -175,9 +175,11 @@ def _value(plan: Plan) -> Text:
     by_model = f"{digits(result.value, 4)} {result.unit}"
     if kept is None:
         return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
-    promised = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "no rate tried"
-    words = f"  within the limits, simulated; by the model {by_model}, {verdict(result)}"
-    return Text.assemble((promised, "bold yellow"), words)
+    model = f"by the model {by_model}, {verdict(result)}"
+    if not kept.rate_rps:
+        return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits, simulated; {model}")
+    promised = (f"{digits(kept.rate_rps, 4)} {result.unit}", "bold yellow")
+    return Text.assemble(promised, f"  within the limits, simulated; {model}")
 
 
 def _cost(plan: Plan) -> str | None:
@@ -230,7 +232,7 @@ def beside_equal_stages(plan: Plan) -> str | None:
     kept = less_than_planned(plan)
     if kept is None:
         return f"{words}; this plan {_beside(result.value, alone)}"
-    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at no rate tried"
+    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at none of the rates tried"
     return f"{words} by the model; this plan, simulated, {this}"
 
 

@@ -172,8 +172,8 @@ def simulate_plans(
     """Return outcomes of `compare_engines` with their plans simulated.
 
     A plan that misses a limit at its planned rate is searched for again (`simulated_plan`), each time with a budget of
-    its own, unless its search is a published one. Bounds stay those of the first search. If another search fails, the
-    first plan remains, with the reason. Once a budget is cancelled, plans remain as they are.
+    its own, unless its search is a published one. Bounds stay those of the first search. If the simulation or another
+    search fails, the first plan remains, with the reason. ``solve_s`` counts both. Once a budget is cancelled, plans remain as they are.
     """
     found = []
     for number, outcome in enumerate(compared, start=1):
@@ -192,40 +192,47 @@ def _simulated(
     level: ServiceLevel, budget: Callable[[], Budget], report: Report,
 ) -> Compared:  # fmt: skip
     problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
-    time = budget()
+    whole = budget()
     try:
         simulated = simulated_plan(
-            plan, loaded, problem, settings, level=level, budget=budget, cancelled=time.cancelled, report=report,
+            plan, loaded, problem, settings, level=level, budget=budget, cancelled=whole.cancelled, report=report,
             losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
         violations = error.violations if isinstance(error, UncheckedPlanError) else ()
-        return replace(outcome, status=FAILED, reasons=(f"searched for again: {error}", *violations))
+        return replace(
+            outcome, status=FAILED, reasons=(str(error), *violations), solve_s=outcome.solve_s + whole.elapsed_s()
+        )
     lost = [note for note in plan.notes if note.startswith(_BOUND_OF) and note not in simulated.notes]
     return replace(
         outcome,
         plan=replace(simulated, notes=(*simulated.notes, *lost)),
         status=simulated.result.status.value,
-        solve_s=outcome.solve_s + time.elapsed_s(),
+        solve_s=outcome.solve_s + whole.elapsed_s(),
     )
 
 
 class Kept(NamedTuple):
     """The rate up to the planned one at which simulated traffic kept a plan's limits, and whether it is that one."""
 
-    rate_rps: float  # 0: at none that was tried
+    rate_rps: float  # 0: at none of those tried
     is_all: bool
 
 
 def kept_of(plan: Plan) -> Kept | None:
     """Return what simulated traffic kept of a plan's promise, or None if it was not simulated, or promises throughput.
 
-    Rates above the planned one are tried for some plans only, so that they are left out.
+    Rates above the planned one are tried for some plans only, so that they are left out. A demanded rate below the
+    planned one is the only one that is simulated: if it is kept, nothing speaks against the rest.
     """
     found = verification_of(plan)
     if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # which is not the rate that is simulated
         return None
-    return Kept(min(found.kept_rps or 0.0, found.rate_rps), found.kept)
+    planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
+    if found.kept and found.rate_rps <= planned_rps:
+        return Kept(planned_rps, True)
+    rate_rps = min(found.kept_rps or 0.0, planned_rps)
+    return Kept(rate_rps, found.kept or rate_rps >= planned_rps)
 
 
 def best_of(plans: Sequence[Plan]) -> int:

@@ -82,7 +82,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     if without:
         blocks.append(Sentences(title="Without a plan", terms=without))
     if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
-        blocks.append(Sentences(title="Not simulated", terms=failed))
+        blocks.append(Sentences(title="Simulation or another search failed", terms=failed))
     lead = problem_line(inputs, objective)
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:

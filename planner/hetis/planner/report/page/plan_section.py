@@ -160,16 +160,15 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    alone = plan.inputs.get(EQUAL_STAGES)
-    if isinstance(alone, int | float) and alone > 0:
-        kept = less_than_planned(plan)
+    alone, kept = plan.inputs.get(EQUAL_STAGES), less_than_planned(plan)
+    if isinstance(alone, int | float) and alone > 0 and (kept is None or kept.rate_rps):
         ratio = (plan.result.value if kept is None else kept.rate_rps) / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
         yield Tile(
             label="Beside today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"{'' if kept is None else 'simulated; '}equal stages: {digits(alone)} {plan.result.unit}",
+            note=f"equal stages{'' if kept is None else ', by the model'}: {digits(alone)} {plan.result.unit}",
             tone="good" if good else "",
         )
 
@@ -208,7 +207,7 @@ def _worth(plan: Plan) -> Scale:
         )
     ]
     if (kept := less_than_planned(plan)) is not None:
-        simulated = f"{digits(kept.rate_rps, 4)} {result.unit}"
+        simulated = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
         rows.append(ScaleRow(label="Equal stages", text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
