@@ -173,7 +173,8 @@ def simulate_plans(
 
     A plan that misses a limit at its planned rate is searched for again (`simulated_plan`), each time with a budget of
     its own, unless its search is a published one. Bounds stay those of the first search. If the simulation or another
-    search fails, the first plan remains, with the reason. ``solve_s`` counts both. Once a budget is cancelled, plans remain as they are.
+    search fails, the first plan remains, with the reason. ``solve_s`` counts both. Once a budget is cancelled, plans
+    remain as they are.
     """
     found = []
     for number, outcome in enumerate(compared, start=1):
