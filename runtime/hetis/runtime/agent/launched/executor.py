@@ -141,9 +141,8 @@ class LaunchExecutor:
         held = self._replicas.get(assignment.replica)
         if held is not None and request.generation < held.generation:
             raise RefusedError(generation_mismatch(request.generation, held.generation))
-        if (
-            held is None or assignment.goal != AssignmentGoal.ASSIGNMENT_GOAL_DRAIN
-        ):  # a draining replica keeps its engine
+        # A draining replica keeps its engine.
+        if held is None or assignment.goal != AssignmentGoal.ASSIGNMENT_GOAL_DRAIN:
             part = part_of(assignment, self._settings, node=self._node, folder=self._folder / "replicas")
             if held is None or held.part != part:
                 self._withdraw(assignment.replica)
