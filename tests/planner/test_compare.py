@@ -472,7 +472,7 @@ def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
 @pytest.mark.parametrize(
     ("value", "rate_rps", "kept", "kept_rps", "expected"),
     [
-        (12.0, 5.0, True, 5.0, (12.0, True)),  # 5 are demanded
+        (12.0, 5.0, True, 5.0, (5.0, True)),  # 5 are demanded
         (10.0, 20.0, False, 10.5, (10.0, True)),  # 20 are, and 10 were planned
         (10.0, 20.0, False, 7.0, (7.0, False)),
         (10.0, 10.0, True, 11.0, (10.0, True)),
@@ -484,7 +484,11 @@ def test_what_is_kept_is_of_the_planned_rate_whatever_is_demanded(
 ) -> None:
     plan = plan_of("hetis", value, value, Objective(demand_rps=rate_rps))
     said = verification(kept=kept, kept_rps=kept_rps) | {"rate_rps": rate_rps}
-    assert kept_of(replace(plan, inputs={**plan.inputs, VERIFICATION: said})) == expected
+    simulated = replace(plan, inputs={**plan.inputs, VERIFICATION: said})
+    assert kept_of(simulated) == expected
+    if kept:
+        other = replace(simulated, result=replace(plan.result, value=value + 1.0))
+        assert best_of([simulated, other]) == 1, "of two that keep what is demanded, the one that serves more"
 
 
 def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,24 +214,21 @@ def _simulated(
 
 
 class Kept(NamedTuple):
-    """The rate up to the planned one at which simulated traffic kept a plan's limits, and whether it is that one."""
+    """What simulated traffic kept of a plan's promise."""
 
-    rate_rps: float  # 0: at none of those tried
-    is_all: bool
+    rate_rps: float  # up to the planned one, at which it kept the limits; 0: none of those tried
+    is_all: bool  # whether it is the planned rate, or a smaller demanded one, which alone is simulated
 
 
 def kept_of(plan: Plan) -> Kept | None:
     """Return what simulated traffic kept of a plan's promise, or None if it was not simulated, or promises throughput.
 
-    Rates above the planned one are tried for some plans only, so that they are left out. A demanded rate below the
-    planned one is the only one that is simulated: if it is kept, nothing speaks against the rest.
+    Rates above the planned one are tried for some plans only, so that they are left out.
     """
     found = verification_of(plan)
     if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # which is not the rate that is simulated
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
-    if found.kept and found.rate_rps <= planned_rps:
-        return Kept(planned_rps, True)
     rate_rps = min(found.kept_rps or 0.0, planned_rps)
     return Kept(rate_rps, found.kept or rate_rps >= planned_rps)
 
@@ -250,7 +247,7 @@ def best_of(plans: Sequence[Plan]) -> int:
         if kept is None:
             return False, True, value
         if plan.objective.maximises:
-            return True, True, kept.rate_rps
+            return True, True, value if kept.is_all else kept.rate_rps
         return True, kept.is_all, value if kept.is_all else kept.rate_rps
 
     return max(range(len(plans)), key=worth)
