@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from hetis.engines.precision import BFLOAT16, CAPABILITIES
 from hetis.formats import catalogue
+from hetis.solver.cluster import GpuType
 
 VENDORS = ("NVIDIA", "AMD")  # on whose GPUs hetis can start processes: CUDA_VISIBLE_DEVICES selects those of both
 _BY_ARCHITECTURE = {architecture.casefold(): capability for architecture, capability in CAPABILITIES.items()}
@@ -44,7 +45,12 @@ def kind_of(gpu: str, own: Mapping[str, GpuKind]) -> GpuKind:
         found = catalogue.find_gpu(gpu).gpu
     except catalogue.UnknownNameError:
         return own.get(gpu, GpuKind("NVIDIA", None))
-    return own.get(gpu, kind_by(found.name, found.architecture, found.vendor))
+    return own.get(gpu, kind_of_type(found))
+
+
+def kind_of_type(gpu: GpuType) -> GpuKind:
+    """Return the kind of a GPU type whose fields are known."""
+    return kind_by(gpu.name, gpu.architecture, gpu.vendor)
 
 
 def kind_by(name: str, architecture: str, vendor: Any) -> GpuKind:

@@ -187,7 +187,7 @@ def _beside_shared_experts(replica: ReplicaPlan, model: ModelSpec) -> int:
 
 def layout_of(
     plan: Plan, number: int, model: ModelSpec, *, engine: Engine = Engine.VLLM_HETIS, dtype: str = "auto",
-    kv_tokens: int | None = None,
+    kv_tokens: int | None = None, partners: Sequence[KvPartner] | None = None,
 ) -> Layout:  # fmt: skip
     """Return the layout of one replica.
 
@@ -197,6 +197,7 @@ def layout_of(
         engine: the engine that serves it.
         dtype: of KV, a name in `DTYPE_BYTES`.
         kv_tokens: KV capacity in tokens of each data-parallel copy, in place of the plan's, for a smaller machine.
+        partners: the replica's entry of `kv_partners`, for who asks for many. None: it is worked out.
 
     Raises:
         LayoutError: there is no such replica, the plan is for another model, or the engine cannot run it; with all
@@ -212,7 +213,7 @@ def layout_of(
         engine=engine,
         dtype=dtype,
         kv_tokens=kv_tokens,
-        partners=kv_partners(plan)[number],
+        partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(_planned(plan, "cluster")),
     )
     if not (indices := _driver_indices(_planned(plan, "cluster"))):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from hetis.engines.gpus import kind_by
+from hetis.engines.gpus import kind_of_type
 from hetis.engines.layout import kv_partners
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
@@ -53,7 +53,7 @@ def gpu_kinds_to_proto(
     """Return what engines must know about the GPU types, ``types`` by name, of a replica and its partners."""
     names = [stage.gpu for stage in replica.stages] + [pool.gpu for pool in replica.attention_workers]
     names += [name for partner in partners for name in partner.gpu_types]
-    kinds = {name: kind_by(name, types[name].architecture, types[name].vendor) for name in names}
+    kinds = {name: kind_of_type(types[name]) for name in names}
     return [
         replica_pb2.GpuKind(gpu_type=name, vendor=kind.vendor, compute_capability=kind.capability or 0.0)
         for name, kind in kinds.items()

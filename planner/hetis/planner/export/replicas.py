@@ -13,7 +13,7 @@ from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE
-from hetis.engines.layout import Layout, layout_of
+from hetis.engines.layout import Layout, kv_partners, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of, why_kv_is_untold
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -190,9 +190,10 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0
+    exchanging = kv_partners(plan)
     for number in range(len(plan.replicas)):
         try:
-            layout = layout_of(plan, number, model, engine=engine, dtype=settings.dtype)
+            layout = layout_of(plan, number, model, engine=engine, dtype=settings.dtype, partners=exchanging[number])
         except LayoutError as error:
             left_out[number] = error.messages
             continue

@@ -17,7 +17,7 @@ from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
 from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, kept_words, missed_words, section, table
-from hetis.planner.use_cases.compare import Kept, figures_of, kept_of
+from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
@@ -163,10 +163,16 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Engines", f"started with {engine_settings_of_plan(plan).describe()}"
 
 
-def less_than_planned(plan: Plan) -> Kept | None:
+def less_than_planned(plan: Plan) -> KeptRate | None:
     """Return what simulated traffic kept of the planned goodput, or None if it kept all, or was not asked."""
     kept = kept_of(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
     return None if kept is None or kept.is_all else kept
+
+
+def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
+    """Return the figures of a plan at the rate that it promises, which is the simulated one if that is less."""
+    kept = less_than_planned(plan)
+    return figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
 
 
 def _value(plan: Plan) -> Text:
@@ -189,8 +195,7 @@ def _cost(plan: Plan) -> str | None:
         return None
     try:
         inputs = inputs_from_documents(documents, "plan")
-        kept = less_than_planned(plan)
-        figures = figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
+        figures = promised_figures(plan, inputs)
     except DocumentError:
         return None
     if figures.usd_per_hour is None:

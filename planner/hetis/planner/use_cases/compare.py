@@ -213,14 +213,14 @@ def _simulated(
     )
 
 
-class Kept(NamedTuple):
+class KeptRate(NamedTuple):
     """What simulated traffic kept of a plan's promise."""
 
     rate_rps: float  # up to the planned one, at which it kept the limits; 0: none of those tried
     is_all: bool  # whether it is the planned rate, or a smaller demanded one, which alone is simulated
 
 
-def kept_of(plan: Plan) -> Kept | None:
+def kept_of(plan: Plan) -> KeptRate | None:
     """Return what simulated traffic kept of a plan's promise, or None if it was not simulated, or promises throughput.
 
     Rates above the planned one are tried for some plans only, so that they are left out.
@@ -230,7 +230,7 @@ def kept_of(plan: Plan) -> Kept | None:
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
     rate_rps = min(found.kept_rps or 0.0, planned_rps)
-    return Kept(rate_rps, found.kept or rate_rps >= planned_rps)
+    return KeptRate(rate_rps, found.kept or rate_rps >= planned_rps)
 
 
 def best_of(plans: Sequence[Plan]) -> int:
@@ -246,9 +246,7 @@ def best_of(plans: Sequence[Plan]) -> int:
         value = plan.result.value if plan.objective.maximises else -plan.result.value
         if kept is None:
             return False, True, value
-        if plan.objective.maximises:
-            return True, True, value if kept.is_all else kept.rate_rps
-        return True, kept.is_all, value if kept.is_all else kept.rate_rps
+        return True, kept.is_all or plan.objective.maximises, value if kept.is_all else kept.rate_rps
 
     return max(range(len(plans)), key=worth)
 

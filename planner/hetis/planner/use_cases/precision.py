@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from hetis.engines.attention import common_backend
-from hetis.engines.gpus import VENDORS, kind_by
+from hetis.engines.gpus import VENDORS, kind_of_type
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.engines.serving import TELL_KV
 from hetis.formats import dtypes
@@ -122,9 +122,8 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
     notes = dict[str, None]()
     for group in plan.joined_by_routes():
         gpus = {stage.gpu: problem.cluster.gpu_types[stage.gpu] for i in group for stage in plan.replicas[i].stages}
-        kinds = [kind_by(gpu.name, gpu.architecture, gpu.vendor) for gpu in gpus.values()]
         model = problem.of_replica(plan.replicas[group[0]]).model
-        told = common_backend(model, kinds, rules.name)
+        told = common_backend(model, map(kind_of_type, gpus.values()), rules.name)
         if told != "":
             which = "none runs on all of them" if told is None else f"{told} (exports and agents tell it)"
             notes[f"KV goes between {', '.join(sorted(gpus))}, which needs one attention backend: {which}"] = None

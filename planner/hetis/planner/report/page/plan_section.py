@@ -37,13 +37,13 @@ from hetis.planner.report.plan import (
     limits,
     price_cells,
     problem_title,
+    promised_figures,
     simple_setups,
     stage_rows,
     verdict,
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import kept_beyond
-from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
@@ -126,8 +126,7 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
 
 
 def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kept, kind = less_than_planned(plan), plan.objective.kind
-    figures = figures_of(plan, problem, rate_rps=None if kept is None else kept.rate_rps)
+    kept, kind, figures = less_than_planned(plan), plan.objective.kind, promised_figures(plan, problem)
     expected = predicted_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
     yield Tile(
