@@ -56,13 +56,14 @@ def compiled(name: str, capability: int, types: dict[str, str], constants: dict[
     print(json.dumps(row), flush=True)
 
 
-def attend(shape: KvShape, capability: int, *, is_chunk: bool, has_splits: bool) -> None:
+def attend(shape: KvShape, capability: int, *, is_chunk: bool, has_splits: bool, has_window: bool) -> None:
     sizes = sizes_of(shape, divmod(capability, 10), is_chunk=is_chunk)
     pointer = POINTERS[shape.dtype]
     out, integers, floats = "*fp32" if has_splits else pointer, "*i32", "fp32"
     types = {"qkv": pointer, "k": pointer, "v": pointer, "table": integers, "table_width": "i32", "tiles": integers}
     types |= {"out": out, "sums": out, "scale": floats, "soft_cap": floats, "window": "i32"}
-    compiled("attend", capability, types, sizes.constants(shape, has_splits=has_splits), sizes)
+    constants = sizes.constants(shape, has_splits=has_splits, has_window=has_window)
+    compiled("attend", capability, types, constants, sizes)
 
 
 def around(shape: KvShape, capability: int) -> None:
@@ -91,7 +92,9 @@ def everything() -> Iterator[tuple[KvShape, int, bool, bool]]:
 
 
 if __name__ == "__main__":
-    for shape, capability, is_chunk, has_splits in quick() if "--quick" in sys.argv else everything():
-        attend(shape, capability, is_chunk=is_chunk, has_splits=has_splits)
+    is_quick = "--quick" in sys.argv
+    for shape, capability, is_chunk, has_splits in quick() if is_quick else everything():
+        for has_window in (False,) if is_quick else (False, True):
+            attend(shape, capability, is_chunk=is_chunk, has_splits=has_splits, has_window=has_window)
     for capability in SHARED_KIB:
         around(shape_of("float16", 128, 0.0), capability)

@@ -21,6 +21,7 @@ from hetis.runtime.attention.kv import KvShape, PagePool
 from tests.runtime.worker.inproc import InprocWorker
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.03, "float16": 0.004}
+GPU_TOLERANCE = 1e-4  # of float32: a GPU's exponentials of scores near 40 are off by some 2e-5 (seen on an H100)
 LAYERS = 2
 
 
@@ -109,8 +110,8 @@ def run(device: AttentionDevice, case: Case, numbers: list[torch.Tensor] | None 
     raise AssertionError
 
 
-def check(device: AttentionDevice, case: Case) -> None:
-    shape, tolerance = case.shape(), TOLERANCE[case.dtype]
+def check(device: AttentionDevice, case: Case, *, on_gpu: bool = False) -> None:
+    shape, tolerance = case.shape(), GPU_TOLERANCE if on_gpu and case.dtype == "float32" else TOLERANCE[case.dtype]
     for rows, out in zip(case.numbers(), run(device, case), strict=True):
         for layer in range(LAYERS):
             wanted = defined(rows[layer], shape, layer)

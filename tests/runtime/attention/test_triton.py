@@ -17,6 +17,8 @@ from hetis.runtime.attention.kv import PagePool
 from tests.runtime.attention.test_ranges import Case, check, local
 
 ROOT = Path(__file__).parents[3]
+POINTERS = {"qkv", "k", "v", "slots", "table", "tiles", "out", "sums", "parts"}
+FLOATS = {"scale", "soft_cap"}  # Triton never compiles for their values
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="NOT TESTED: kernels of GPUs, as Triton is not installed (extra dev)"
@@ -34,6 +36,16 @@ def test_it_is_not_chosen_without_a_gpu() -> None:
         assert choose_backend(PagePool("d", Case(tokens=(), cuts=(), dtype=dtype).shape(), 1)).name == name
 
 
+def test_no_number_of_a_step_has_a_kernel_of_its_own() -> None:
+    """Triton compiles anew for integers that are 1 or multiples of 16, which takes half a second in a running step."""
+    from hetis.runtime.attention import paged_triton
+
+    for kernel in (paged_triton.store, paged_triton.attend, paged_triton.combine):
+        for parameter in kernel.params:
+            is_never = parameter.name in POINTERS | FLOATS
+            assert parameter.is_constexpr or parameter.do_not_specialize or is_never, parameter.name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -43,7 +55,7 @@ def test_on_a_gpu_chunks_are_attended_to_as_defined(dtype: str, soft_cap: float)
         tokens=(700, 1, 1100), cuts=((600, 601), (), (1098, 1099)), r=4, d=64, page_tokens=16, window=300,
         soft_cap=soft_cap, dtype=dtype,
     )  # fmt: skip
-    check(local(case, choose_backend, device="cuda"), case)
+    check(local(case, choose_backend, device="cuda"), case, on_gpu=True)
 
 
 def test_kernels_compile_for_every_gpu_and_fit_into_its_shared_memory() -> None:

@@ -119,7 +119,7 @@ def test_a_real_gpu_of_another_process_computes_what_is_defined(tmp_path: Path, 
     case = Case(**MIXED, r=4, d=64, page_tokens=16, window=19, dtype=dtype)
     with listening_worker(tmp_path, "--device", "cuda:0", kv_memory="64MiB") as remote:
         device = remote.join(case.shape(), epoch=1)
-        check(device, case)
+        check(device, case, on_gpu=True)
         device.close()
 
 

@@ -156,10 +156,12 @@ class LocalDevice:
         key = SequenceKey(0, 0, 0)
         self.pool.extend([key], [0], [tokens])
         rows = self.pool.rows([key])
+        layers = {window > 0: layer for layer, window in enumerate(shape.windows)}  # one of each kind
         for first, count in ((0, 1), (0, tokens), (tokens - 1, 1)):
             self.backend.plan(rows, np.array([first]), np.array([count]))
             qkv = torch.zeros(count, shape.queries_per_group + 2, shape.head_dim, dtype=shape.torch_dtype)
-            self._attend(0, qkv)
+            for layer in layers.values():
+                self._attend(layer, qkv)
         self.pool.drop([key])
 
     def begin(self, step: DeviceStep) -> None:

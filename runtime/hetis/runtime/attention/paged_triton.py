@@ -23,7 +23,7 @@ from hetis.runtime.attention.kv import IntArray, KvShape, PagePool
 
 LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # for Triton's use of them: below, it multiplies in float32, and not bfloat16
 SPLIT = 512  # positions per program of `attend` if there are splits: a multiple of the block size
-NO_WINDOW = 1 << 30
+LOG2_E = tl.constexpr(1.4426950408889634)  # GPUs compute powers of 2 faster than those of e
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,6 +38,84 @@ def store(qkv, k, v, slots, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def attend_blocks(  # type: ignore[no-untyped-def]
+    outputs,
+    total,
+    top,
+    q,
+    at,
+    k,
+    v,
+    pages,
+    first,
+    last,
+    end,
+    scale,
+    soft_cap,
+    window,
+    D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WIDENS: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """Add the positions from ``first`` to ``last - 1`` to a tile's outputs, sums of weights and largest scores.
+
+    Scores are logarithms to base 2. Without IS_MASKED, every row must see all of these positions.
+    """
+    d = tl.arange(0, BLOCK_D)
+    for begin in range(first, last, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        if IS_MASKED:
+            page = tl.load(pages + n // PAGE_TOKENS, mask=n < end, other=0).to(tl.int64)
+        else:
+            page = tl.load(pages + n // PAGE_TOKENS).to(tl.int64)
+        places = ((page * PAGE_TOKENS + n % PAGE_TOKENS) * D)[:, None] + d[None, :]
+        if IS_MASKED:
+            is_there = (n < end)[:, None] & (d < D)[None, :]
+            keys = tl.load(k + places, mask=is_there, other=0.0)
+        elif D == BLOCK_D:
+            keys = tl.load(k + places)
+        else:
+            keys = tl.load(k + places, mask=(d < D)[None, :], other=0.0)
+        if WIDENS:
+            keys = keys.to(tl.float32)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        if HAS_CAP:
+            capped = 1 - 2 / (tl.exp2(scores * (2 * scale * LOG2_E / soft_cap)) + 1)  # tanh
+            scores = capped * (soft_cap * LOG2_E)
+        else:
+            scores = scores * (scale * LOG2_E)
+        if IS_MASKED:
+            is_seen = (n[None, :] <= at[:, None]) & (n < end)[None, :]
+            if HAS_WINDOW:
+                is_seen = is_seen & (n[None, :] > at[:, None] - window)
+            scores = tl.where(is_seen, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = new_top
+        if IS_MASKED:
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)  # for a row that has seen nothing yet
+        weights = tl.exp2(scores - base[:, None])
+        fades = tl.exp2(top - base)
+        total = total * fades + tl.sum(weights, 1)
+        if IS_MASKED:
+            values = tl.load(v + places, mask=is_there, other=0.0)
+        elif D == BLOCK_D:
+            values = tl.load(v + places)
+        else:
+            values = tl.load(v + places, mask=(d < D)[None, :], other=0.0)
+        if WIDENS:
+            values = values.to(tl.float32)
+        outputs = outputs * fades[:, None]
+        outputs = tl.dot(weights.to(values.dtype), values, outputs, input_precision="ieee")
+        top = new_top
+    return outputs, total, top
+
+
+@triton.jit(do_not_specialize=["table_width", "window"])  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
     qkv,
     k,
@@ -57,6 +135,7 @@ def attend(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
@@ -66,8 +145,8 @@ def attend(  # type: ignore[no-untyped-def]
         table: pages of every sequence, int32 [N, table_width].
         tiles: sequence, first position, first row and number of positions of each, int32 [tiles, 4].
         out: [T, R, D]; with splits, float32 [splits, tiles, BLOCK_M, D].
-        sums: with splits, logarithms of the sums of weights, float32 [splits, tiles, BLOCK_M].
-        window: positions that a row sees, including its own.
+        sums: with splits, logarithms to base 2 of the sums of weights, float32 [splits, tiles, BLOCK_M].
+        window: positions that a row sees, including its own, if HAS_WINDOW.
         SPLIT: positions per program; 0: all.
         WIDENS: convert numbers to float32 before they are multiplied.
     """
@@ -83,48 +162,46 @@ def attend(  # type: ignore[no-untyped-def]
     q = tl.load(qkv + places, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
     if WIDENS:
         q = q.to(tl.float32)
-    begin, end = tl.maximum(position + 1 - window, 0), position + count
+    begin, end = 0, position + count
+    if HAS_WINDOW:
+        begin = tl.maximum(position + 1 - window, 0)
     if SPLIT:
         begin, end = tl.maximum(begin, split * SPLIT), tl.minimum(end, (split + 1) * SPLIT)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     outputs = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Blocks begin where they would without a window or splits, so that the order of sums is the same.
-    for first in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        page = tl.load(table + sequence * table_width + n // PAGE_TOKENS, mask=n < end, other=0).to(tl.int64)
-        slots = (page * PAGE_TOKENS + n % PAGE_TOKENS) * D
-        is_there = (n < end)[:, None] & (d < D)[None, :]
-        keys = tl.load(k + slots[:, None] + d[None, :], mask=is_there, other=0.0)
-        if WIDENS:
-            keys = keys.to(tl.float32)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        if HAS_CAP:
-            scores = soft_cap * (1 - 2 / (tl.exp(2 * scores / soft_cap) + 1))  # tanh
-        is_seen = (n[None, :] <= at[:, None]) & (n[None, :] > at[:, None] - window) & (n < end)[None, :]
-        scores = tl.where(is_seen, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # for a row that has seen nothing yet
-        weights = tl.exp(scores - base[:, None])
-        fades = tl.exp(top - base)
-        total = total * fades + tl.sum(weights, 1)
-        values = tl.load(v + slots[:, None] + d[None, :], mask=is_there, other=0.0)
-        if WIDENS:
-            values = values.to(tl.float32)
-        outputs = outputs * fades[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        top = new_top
+    # Blocks begin where they would without a window or splits, so that the order of sums is the same. Those from
+    # `whole` to `partial` are seen by all rows as a whole, and need no masks.
+    first = begin // BLOCK_N * BLOCK_N
+    partial = tl.maximum(tl.minimum(position + 1, end) // BLOCK_N * BLOCK_N, first)
+    pages = table + sequence * table_width
+    if HAS_WINDOW:
+        whole = tl.minimum(tl.maximum(tl.cdiv(position + count - window, BLOCK_N) * BLOCK_N, first), partial)
+        outputs, total, top = attend_blocks(
+            outputs, total, top, q, at, k, v, pages, first, whole, end, scale, soft_cap, window,
+            D, PAGE_TOKENS, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, WIDENS, True,
+        )  # fmt: skip
+        first = whole
+    outputs, total, top = attend_blocks(
+        outputs, total, top, q, at, k, v, pages, first, partial, end, scale, soft_cap, window,
+        D, PAGE_TOKENS, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, WIDENS, False,
+    )  # fmt: skip
+    outputs, total, top = attend_blocks(
+        outputs, total, top, q, at, k, v, pages, partial, end, end, scale, soft_cap, window,
+        D, PAGE_TOKENS, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, WIDENS, True,
+    )  # fmt: skip
     total = tl.where(total == 0, 1.0, total)  # for a row that has seen nothing here: its top is -inf
     outputs = outputs / total[:, None]
     if SPLIT:
         at_partial = (split * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M + m
-        tl.store(sums + at_partial, top + tl.log(total), mask=is_row)
+        tl.store(sums + at_partial, top + tl.log2(total), mask=is_row)
         tl.store(out + at_partial[:, None] * D + d[None, :], outputs, mask=is_row[:, None] & (d < D)[None, :])
     else:
         places = ((row + token) * R + head)[:, None] * D + d[None, :]
         tl.store(out + places, outputs.to(out.dtype.element_ty), mask=is_row[:, None] & (d < D)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
 def combine(  # type: ignore[no-untyped-def]
     parts,
     sums,
@@ -149,7 +226,7 @@ def combine(  # type: ignore[no-untyped-def]
         total = 0.0
         outputs = tl.zeros([BLOCK_D], tl.float32)
         for split in range(splits):
-            weight = tl.exp(tl.load(sums + split * rows + place) - top)
+            weight = tl.exp2(tl.load(sums + split * rows + place) - top)
             total += weight
             part = tl.load(parts + (split * rows + place) * D + d, mask=d < D, other=0.0)
             outputs += weight * part
@@ -166,7 +243,7 @@ class Sizes(NamedTuple):
     warps: int
     stages: int
 
-    def constants(self, shape: KvShape, *, has_splits: bool) -> dict[str, int | bool]:
+    def constants(self, shape: KvShape, *, has_splits: bool, has_window: bool) -> dict[str, int | bool]:
         """Return the constants of `attend`."""
         return {
             "D": shape.head_dim,
@@ -176,6 +253,7 @@ class Sizes(NamedTuple):
             "BLOCK_N": self.block_n,
             "BLOCK_D": self.block_d,
             "SPLIT": SPLIT if has_splits else 0,
+            "HAS_WINDOW": has_window,
             "HAS_CAP": shape.soft_cap > 0,
             "WIDENS": self.widens,
         }
@@ -194,7 +272,7 @@ def sizes_of(shape: KvShape, capability: tuple[int, int], *, is_chunk: bool) -> 
         block_n=block_n,
         block_d=block_d,
         widens=shape.dtype == "bfloat16" and is_old,
-        warps=8 if is_chunk and block_d >= 128 else 4,
+        warps=8 if is_chunk and block_d >= 128 and (is_old or block_d > 128 or shape.item_bytes > 2) else 4,
         stages=1 if is_old else 2,
     )
 
@@ -247,7 +325,7 @@ class TritonBackend:
         out = torch.empty((len(qkv), r, d), dtype=qkv.dtype, device=qkv.device)
         if len(qkv):
             store[(len(qkv),)](qkv, k, v, self._slots, D=d, R=r, BLOCK_D=block_d)
-        window = shape.windows[layer] or NO_WINDOW
+        window = shape.windows[layer]
         for sizes, tiles, splits, parts, sums in self._launches:
             attend[(len(tiles), splits)](
                 qkv,
@@ -261,7 +339,7 @@ class TritonBackend:
                 shape.scale,
                 shape.soft_cap,
                 window,
-                **sizes.constants(shape, has_splits=parts is not None),
+                **sizes.constants(shape, has_splits=parts is not None, has_window=window > 0),
                 num_warps=sizes.warps,
                 num_stages=sizes.stages,
             )
