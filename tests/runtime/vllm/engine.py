@@ -45,6 +45,8 @@ class Engine:
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
         }
+        if with_hetis:
+            check_backend_is_found_by_name()
         self.llm = LLM(model=model, **(common | options))
         self.core = self.llm.llm_engine
         self.num_requests = self.most_cached_tokens = 0
@@ -83,6 +85,15 @@ class Engine:
             if between is not None:
                 between(step)
         return [done.get(name, []) for name in names]
+
+
+def check_backend_is_found_by_name() -> None:
+    """vLLM's GPU platform resolves a registered backend to a class, and looks that up by the class's own name."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from hetis.runtime.vllm.backend import CpuHeadGroups
+
+    assert resolve_obj_by_qualname(".".join(CpuHeadGroups.full_cls_name())) is CpuHeadGroups
 
 
 def prompts_of(seed: int, count: int, shortest: int = 5, longest: int = 200) -> Prompts:

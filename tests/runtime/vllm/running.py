@@ -22,6 +22,9 @@ import yaml
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, PYTHONPATH, ROOT
 
 KEY = "a key of sixteen letters or more"
+# ``cuda`` where these tests have a GPU, which engines and workers then share, and vLLM's backend for it.
+DEVICE = os.environ.get("HETIS_VLLM_DEVICE", "cpu")
+BASE_BACKEND = os.environ.get("HETIS_VLLM_BASE_BACKEND", "TRITON_ATTN")
 LIMIT_S = 1800.0  # for a scenario, on a machine that does much else
 
 Acts = list[dict[str, Any]]
@@ -91,6 +94,8 @@ def _environment(config: Path | None) -> dict[str, str]:
 
 def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) -> list[dict[str, Any]]:
     """Return what each act returned."""
+    if DEVICE != "cpu":
+        options = {"attention_backend": "CUSTOM" if config else BASE_BACKEND, "kv_cache_memory_bytes": 2**30} | options
     with tempfile.TemporaryDirectory() as folder:
         log, results = Path(folder, "log"), Path(folder, "results")
         scenario = {
@@ -135,7 +140,7 @@ def workers(folder: Path, count: int) -> Iterator[tuple[list[int], list[str]]]:
                 "--kv-memory",
                 "64MiB",
                 "--device",
-                "cpu",
+                DEVICE,
                 "--key-file",
                 str(key),
             ],
@@ -172,6 +177,7 @@ def config_of(
         "apiVersion": "hetis/v1",
         "kind": "VllmWorkers",
         "calibrate": False,  # the demo measures
+        "baseBackend": None if DEVICE == "cpu" else BASE_BACKEND,
         "timeoutS": timeout_s,
         "transport": transport,
         "dispatch": {"policy": policy},

@@ -354,6 +354,28 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
     world.step()
 
 
+def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
+    """vLLM warms its kernels up with steps of requests that nobody knows, and without the connector between them."""
+    world = _run(2, steps=6)
+    for count in (5, 2):
+        common = SimpleNamespace(
+            num_reqs=count,
+            block_table_tensor=torch.zeros(count, 1, dtype=torch.int64),
+            query_start_loc=torch.arange(count + 1),
+            query_start_loc_cpu=torch.arange(count + 1),
+            seq_lens=torch.ones(count, dtype=torch.int64),
+        )
+        q, kv = (torch.randn(count, heads, DIM, dtype=torch.float64) for heads in (GROUPS * QUERIES, GROUPS))
+        out = torch.full_like(q, torch.nan)
+        metadata: Any = SimpleNamespace(common=common, builder=world.blocks)
+        impl: Any = world.blocks
+        for layer in range(LAYERS):
+            world.rank.attend(impl, SimpleNamespace(layer_name=str(layer)), q, kv, kv, q, metadata, out)
+        assert not out.any(), "of nobody's rows nothing is computed"
+    for _ in range(3):
+        world.step()
+
+
 def test_moves_are_committed_and_losses_restart_requests() -> None:
     """If this failed, the tests above would test nothing."""
     assert _run(1, steps=40).committed > 1

@@ -139,6 +139,9 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     spec = group.kv_cache_spec
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
     shape = shape_of(spec, [layer.impl for layer in layers], settings.page_tokens)
+    if layers and (blocks := layers[0].kv_cache.shape[0]) != cache.num_blocks:
+        why = f"the backend's kernels split each block of {spec.block_size} tokens into {blocks // cache.num_blocks}"
+        raise UnsupportedModelError(f"hetis cannot place head groups here: {why}; use a smaller --block-size")
     epoch = time.time_ns() // 1_000_000
     calibrations: dict[int, Calibration] = {}
 

@@ -7,11 +7,13 @@ others. vLLM's compiled graphs see one opaque operation, as with every backend.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -48,7 +50,8 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self, kv_cache_spec: HeadGroupSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._base = self.base_backend.get_builder_cls()(kv_cache_spec, layer_names, vllm_config, device)
+        described = _without_graphs(vllm_config)
+        self._base = self.base_backend.get_builder_cls()(kv_cache_spec, layer_names, described, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -77,6 +80,8 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             is_prefilling=None if common.is_prefilling is None else common.is_prefilling[part.requests],
             seq_lens_cpu_upper_bound=lasts,
             req_idx=None,
+            _num_computed_tokens_cache=None,  # of requests
+            _token_to_req_indices_cache=None,
         )
         return self._base.build(0, described)
 
@@ -119,6 +124,10 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
             self.num_heads, head_size, scale, 1, None, sliding_window, kv_cache_dtype, logits_soft_cap, attn_type
         )
 
+    def get_impl_variants(self) -> tuple[AttentionImpl, ...]:
+        """Return the base implementation, whose builder looks for it: FLASH_ATTN reads the layers' windows there."""
+        return (self.base,)
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self.base.process_weights_after_loading(act_dtype)
 
@@ -160,8 +169,22 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
         self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
 
 
-def composed(base: type[AttentionBackend], name: str) -> type[AttentionBackend]:
-    """Return a head group backend composed from a backend of vLLM, for ``name`` in vLLM's registry."""
+def _without_graphs(vllm_config: VllmConfig) -> VllmConfig:
+    """Return the configuration as a base builder should see it. It would size its buffers for graphs of whole steps by
+    requests, of which each has several virtual sequences; and such graphs are never captured.
+    """
+    described = copy(vllm_config)
+    described.compilation_config = copy(vllm_config.compilation_config)
+    described.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    return described
+
+
+def composed(base: type[AttentionBackend], name: str, path: str) -> type[AttentionBackend]:
+    """Return a head group backend composed from a backend of vLLM, for ``name`` in vLLM's registry.
+
+    Args:
+        path: where the class can be imported, as ``module.Class``. vLLM's GPU platform finds a class by its own name.
+    """
     builder = type(f"{base.__name__}HeadGroupBuilder", (HeadGroupBuilder,), {"base_backend": base})
     impl = type(f"{base.__name__}HeadGroupImpl", (HeadGroupImpl,), {"base_backend": base, "builder_cls": builder})
 
@@ -190,7 +213,8 @@ def composed(base: type[AttentionBackend], name: str) -> type[AttentionBackend]:
         def supports_sink(cls) -> bool:
             return False
 
+    ComposedBackend.__module__, _, ComposedBackend.__qualname__ = path.rpartition(".")
     return ComposedBackend
 
 
-CpuHeadGroups = composed(CPUAttentionBackend, "CPU_ATTN")
+CpuHeadGroups = composed(CPUAttentionBackend, "CPU_ATTN", f"{__name__}.CpuHeadGroups")

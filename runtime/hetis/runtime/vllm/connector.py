@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from hetis.runtime.vllm.counts import COUNTERS, DISPATCH_BUCKETS, DISPATCH_SECONDS, GAUGES, Described, merged, summary
+from hetis.runtime.vllm.plugin import MODEL_RUNNER
 from hetis.runtime.vllm.rank import set_current_rank
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings, SettingsError, read_settings
@@ -264,5 +265,7 @@ def _check(vllm_config: VllmConfig, settings: PluginSettings) -> None:
         problems.append("data-parallel engines cannot share workers: start each by itself, with a file of its own")
     if vllm_config.speculative_config is not None:
         problems.append("speculative decoding is not supported yet")
+    if vllm_config.use_v2_model_runner:
+        problems.append(f"vLLM's second model runner cannot compute running requests again: set {MODEL_RUNNER}=0")
     if problems:
         raise SettingsError("hetis: " + "; ".join(problems))

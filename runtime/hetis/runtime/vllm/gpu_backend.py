@@ -1,6 +1,6 @@
 """The head group backend for GPUs, over the backend that the settings name, or FLASH_ATTN.
 
-It has never run on a GPU, because none was available. Start vLLM with ``--attention-backend CUSTOM``.
+Start vLLM with ``--attention-backend CUSTOM``. docs/vllm.md says what has run on a GPU, and what has not yet.
 """
 
 from __future__ import annotations
@@ -12,4 +12,4 @@ from hetis.runtime.vllm.settings import read_settings
 
 _settings = read_settings()
 _base = (_settings.base_backend if _settings is not None else None) or "FLASH_ATTN"
-GpuHeadGroups = composed(AttentionBackendEnum[_base].get_class(), "CUSTOM")
+GpuHeadGroups = composed(AttentionBackendEnum[_base].get_class(), "CUSTOM", f"{__name__}.GpuHeadGroups")

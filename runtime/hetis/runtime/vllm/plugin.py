@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError
 
 _log = logging.getLogger(__name__)
+MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable: its choice of a model runner
 VERSIONS = ("0.30", "0.31", "0.32")  # tested; the extension points used are young and change
 
 
@@ -20,6 +21,9 @@ def register() -> None:
     if not os.environ.get(VARIABLE):
         return
     check_version(vllm_version())
+    # On GPUs vLLM prefers its second model runner. That one keeps the positions of requests on the GPU, and does not
+    # hear that a running request is computed again, as it must be when a worker is lost.
+    os.environ.setdefault(MODEL_RUNNER, "0")
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

@@ -125,6 +125,7 @@ class _Sorting:
 class _Batch:
     """A step as this rank computes it."""
 
+    common: Any  # vLLM's description, the same for all layers of the step
     requests: StepRequests
     num_tokens: int
     local: VirtualBatch
@@ -263,7 +264,9 @@ class Rank:
         output: torch.Tensor,
     ) -> None:
         """Compute the attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
-        batch = self._batch or self._begin(metadata)
+        batch = self._batch
+        if batch is None or batch.common is not metadata.common:
+            batch = self._begin(metadata)
         tokens, groups, d = batch.num_tokens, self._head_groups, self._shape.head_dim
         if tokens < output.size(0):
             output[tokens:].zero_()
@@ -299,6 +302,7 @@ class Rank:
 
     def _begin(self, metadata: StepDescription) -> _Batch:
         """Determine where each head group of this step lives, and announce the step to the workers."""
+        self._abandon()  # one that nobody finished: where vLLM warms up, it computes without a connector
         self._step += 1
         common = metadata.common
         num = common.num_reqs
@@ -324,6 +328,7 @@ class Rank:
         tables = self.heads.tables[rows, local.groups, :width]
         remotes = [] if local.is_everything else self._remotes(requests, devices, local.num_tokens)
         self._batch = batch = _Batch(
+            common=common,
             requests=requests,
             num_tokens=num_tokens,
             local=local,
