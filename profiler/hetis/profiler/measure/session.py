@@ -21,6 +21,9 @@ from hetis.solver.errors import HetisError
 if TYPE_CHECKING:
     from hetis.profiler.measure.device import Device
 
+# For these, engines bring kernels of their own for the attention of prompts, faster than torch's.
+NEWER_KERNELS = frozenset({"Hopper", "Blackwell"})
+
 
 class NotEnoughPointsError(HetisError):
     """Time was up before every operator had its first points."""
@@ -114,6 +117,11 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
             f"{len(known)} points are of an interrupted run: what disturbed the device then is not known"
         )
     remarks = [cache_note(device), "engine steps are not measured: there is no engine here"]
+    if device.architecture in NEWER_KERNELS:
+        remarks.append(
+            f"prefill attention is torch's FlashAttention 2: engines on {device.architecture} have kernels up to twice "
+            "as fast, which `import` or `calibrate` brings"
+        )
     if not device.on_cuda:
         remarks.append("host and device memory are one, so copies between them are copies in it")
     provenance = measured_by(request, device, driver)
