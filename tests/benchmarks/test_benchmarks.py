@@ -38,6 +38,7 @@ PROMISED = {
     "strategies": {"name", "status", "best", "gap"} | set(STRATEGIES) | {f"{name}_s" for name in STRATEGIES},
     "hexgen3": {"name", "status", "hexgen", "hexgen2", "hexgen3", "hetis", "hexgen3_bound", "hetis_bound"}
     | {"turns_bound", "over_rest", "turns_over_hetis", "seconds"},
+    "attention": {"name", "device", "ours_us", "torch_us", "ratio", "gb_s", "tflop_s"},
     "token_ranges": {"name", "context", "micro_batch", "share", "alone_us", "heads_us", "tokens_us", "ratio", "faster"}
     | {"card_heads", "card_tokens", "exchange_us"},
     "engines": {"name", "gpus", "status"}

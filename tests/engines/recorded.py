@@ -44,6 +44,7 @@ _VLLM = Recorded(
         "--speculative-config": "mtp with the plan's drafts",
         "--kv-transfer-config": "the connector: ours for attention workers, NIXL between prefill and decode",
         "--attention-backend": "CUSTOM: ours, with attention workers; one that runs on all GPUs that exchange KV",
+        "--no-async-scheduling": "with attention workers",
         "--disable-hybrid-kv-cache-manager": "with attention workers, where some layers slide",
         "--host": "of the front",
         "--port": "of the front",

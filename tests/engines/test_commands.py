@@ -80,7 +80,7 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
         *("vllm", "serve", "/models/tiny", "--max-num-seqs", "4", "--max-num-batched-tokens", "36"),
         "--kv-transfer-config",
         '{"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}',
-        *("--attention-backend", "CUSTOM", "--port", "8080"),
+        *("--attention-backend", "CUSTOM", "--no-async-scheduling", "--port", "8080"),
     )
     assert vllm.environment == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

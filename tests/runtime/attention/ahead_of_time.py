@@ -94,7 +94,7 @@ def everything() -> Iterator[tuple[KvShape, int, bool, bool]]:
 if __name__ == "__main__":
     is_quick = "--quick" in sys.argv
     for shape, capability, is_chunk, has_splits in quick() if is_quick else everything():
-        for has_window in (False,) if is_quick else (False, True):
+        for has_window in (shape.soft_cap > 0,) if is_quick else (False, True):
             attend(shape, capability, is_chunk=is_chunk, has_splits=has_splits, has_window=has_window)
     for capability in SHARED_KIB:
         around(shape_of("float16", 128, 0.0), capability)

@@ -17,6 +17,7 @@ from hetis.runtime.attention.kv import PagePool
 from tests.runtime.attention.test_ranges import Case, check, local
 
 ROOT = Path(__file__).parents[3]
+# Triton compiles for how these are aligned, too: ours always are, as tensors or as whole layers of pages.
 POINTERS = {"qkv", "k", "v", "slots", "table", "tiles", "out", "sums", "parts"}
 FLOATS = {"scale", "soft_cap"}  # Triton never compiles for their values
 

@@ -263,7 +263,42 @@ def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ACTS = {act.__name__: act for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, told)}
+def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Return what the plugin says to an engine that it cannot serve, and what base builders are told of this one."""
+    from types import SimpleNamespace
+
+    from hetis.runtime.vllm.backend import _of_virtual_sequences
+    from hetis.runtime.vllm.connector import _check
+    from hetis.runtime.vllm.settings import SettingsError
+
+    sizes = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), 1)
+    sizes |= dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size"), 1)
+    other = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes, use_ubatching=True),
+        kv_transfer_config=SimpleNamespace(kv_load_failure_policy="fail"),
+        scheduler_config=SimpleNamespace(async_scheduling=True),
+        speculative_config=object(),
+        use_v2_model_runner=True,
+    )
+    try:
+        _check(other, engine.side.settings)
+        message = ""
+    except SettingsError as error:
+        message = str(error)
+    mine = engine.core.vllm_config
+    described = _of_virtual_sequences(mine, 4)
+    layers = mine.compilation_config.static_forward_context.values()
+    [impl] = {type(layer.impl): layer.impl for layer in layers if hasattr(layer, "impl")}.values()
+    return {
+        "message": message,
+        "variable": os.environ["VLLM_USE_V2_MODEL_RUNNER"],
+        "seats": (mine.scheduler_config.max_num_seqs, described.scheduler_config.max_num_seqs),
+        "graphs": described.compilation_config.cudagraph_mode.name,
+        "variants": [type(one).__name__ for one in impl.get_impl_variants()],
+    }
+
+
+ACTS = {act.__name__: act for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, told, refused)}
 
 
 def run(scenario: dict[str, Any]) -> None:

@@ -95,7 +95,8 @@ def _environment(config: Path | None) -> dict[str, str]:
 def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) -> list[dict[str, Any]]:
     """Return what each act returned."""
     if DEVICE != "cpu":
-        options = {"attention_backend": "CUSTOM" if config else BASE_BACKEND, "kv_cache_memory_bytes": 2**30} | options
+        backend = "CUSTOM" if config else BASE_BACKEND
+        options = {"attention_backend": backend, "async_scheduling": False, "kv_cache_memory_bytes": 2**30} | options
     with tempfile.TemporaryDirectory() as folder:
         log, results = Path(folder, "log"), Path(folder, "results")
         scenario = {

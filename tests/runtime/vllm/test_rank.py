@@ -355,7 +355,7 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
 
 
 def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
-    """vLLM warms its kernels up with steps of requests that nobody knows, and without the connector between them."""
+    """vLLM may warm up with steps of requests that nobody knows, and without the connector between them."""
     world = _run(2, steps=6)
     for count in (5, 2):
         common = SimpleNamespace(

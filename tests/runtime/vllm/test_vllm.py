@@ -48,10 +48,12 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
                 PLAIN[2] | {"act": "fault", "signals": [[12, pids[2], "SIGKILL"]]},
                 PLAIN[3],
                 *OTHERS,
+                {"act": "refused"},
             ],
             config=config_of(tmp_path, [[address] for address in addresses]),
             enable_prefix_caching=True,
         )
+    *ours, refused = ours
     assert [one["tokens"] for one in ours] == stock
     remote, moved, fault, after, _, prefix, aborted = ours
     assert set(remote["groups_seen"]) >= {"1", "2", "3"}, "every worker had head groups"
@@ -62,6 +64,11 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
     assert prefix["hits"] >= 96
     assert prefix["moved"] > 5, "groups of requests that began with a hit"
     assert aborted["running"] == []
+    for part in ("recompute", "second model runner", "--no-async-scheduling", "DBO", "speculative"):
+        assert part in refused["message"]
+    assert refused["variable"] == "0"
+    assert refused["seats"] == [8, 32]
+    assert (refused["graphs"], refused["variants"]) == ("NONE", ["CPUAttentionBackendImpl"])
 
 
 def test_pipeline_stages_have_workers_of_their_own(

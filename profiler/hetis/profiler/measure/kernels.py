@@ -82,8 +82,8 @@ class Kernels:
     def _prefill(self, point: MeasuredPoint) -> Operator:
         """Build prefill attention with warm operands: each layer's KV has just been written when it is computed.
 
-        On a GPU cuDNN is left out. torch prefers it on Hopper, twice as fast there as what remains, but not for tokens
-        after others; a fit over both kernels would describe neither.
+        On a GPU cuDNN is left out. torch prefers it on Hopper, where it is twice as fast as what remains, but it cannot
+        do tokens after others; a fit over both kernels would describe neither.
         """
         batch, tokens, past, heads, groups, width = (point.columns[name] for name in _PREFILL)
         q = self._tensor(batch, heads, tokens, width)

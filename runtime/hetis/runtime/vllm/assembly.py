@@ -55,7 +55,9 @@ def calibrate_here(
         num_blocks: of the pool; block 0 belongs to nobody.
     """
     builder, size = layers[0].impl.builder_cls(spec, names, vllm_config, layers[0].kv_cache.device), spec.block_size
-    points = [(count, context) for count in (1, spec.head_groups, 4 * spec.head_groups) for context in CONTEXTS]
+    requests = min(4, vllm_config.scheduler_config.max_num_seqs)  # what the builder has room for
+    most, counts = vllm_config.model_config.max_model_len, {1, spec.head_groups, requests * spec.head_groups}
+    points = [(count, context) for count in sorted(counts) for context in CONTEXTS if context <= most]
     fitting = [(count, context) for count, context in points if count * -(-context // size) < num_blocks]
     calls = [_measured(layers[:_LAYERS], builder, count, context, size, clock) for count, context in fitting]
     return Calibration(
@@ -140,7 +142,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
     shape = shape_of(spec, [layer.impl for layer in layers], settings.page_tokens)
     if layers and (blocks := layers[0].kv_cache.shape[0]) != cache.num_blocks:
-        why = f"the backend's kernels split each block of {spec.block_size} tokens into {blocks // cache.num_blocks}"
+        why = f"the backend's kernels see {blocks} blocks, vLLM {cache.num_blocks} of {spec.block_size} tokens"
         raise UnsupportedModelError(f"hetis cannot place head groups here: {why}; use a smaller --block-size")
     epoch = time.time_ns() // 1_000_000
     calibrations: dict[int, Calibration] = {}

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from hetis.runtime.vllm.blocks import HeadGroupSpec
 from hetis.runtime.vllm.head_map import VirtualBatch
+from hetis.runtime.vllm.plugin import vllm_version
 from hetis.runtime.vllm.rank import current_rank
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self, kv_cache_spec: HeadGroupSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        described = _without_graphs(vllm_config)
+        described = _of_virtual_sequences(vllm_config, kv_cache_spec.head_groups)
         self._base = self.base_backend.get_builder_cls()(kv_cache_spec, layer_names, described, device)
 
     def build(
@@ -111,6 +112,7 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             "layers that share KV": kv_sharing_target_layer_name is not None,
             "attention sinks": more.get("sinks") is not None,
+            "windows (over FLASH_ATTN of vLLM 0.30)": sliding_window is not None and self._is_blind_to_windows(),
             f"KV of dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
         }
         if found := [reason for reason, applies in reasons.items() if applies]:
@@ -124,8 +126,13 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
             self.num_heads, head_size, scale, 1, None, sliding_window, kv_cache_dtype, logits_soft_cap, attn_type
         )
 
+    @classmethod
+    def _is_blind_to_windows(cls) -> bool:
+        """Return whether the base builder would plan for no windows, as it only looks at its own implementations."""
+        return cls.base_backend.get_name() == "FLASH_ATTN" and vllm_version().startswith("0.30.")
+
     def get_impl_variants(self) -> tuple[AttentionImpl, ...]:
-        """Return the base implementation, whose builder looks for it: FLASH_ATTN reads the layers' windows there."""
+        """Return the base implementation: since vLLM 0.31 FLASH_ATTN's builder looks for layers' windows there."""
         return (self.base,)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -169,13 +176,17 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
         self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
 
 
-def _without_graphs(vllm_config: VllmConfig) -> VllmConfig:
-    """Return the configuration as a base builder should see it. It would size its buffers for graphs of whole steps by
-    requests, of which each has several virtual sequences; and such graphs are never captured.
+def _of_virtual_sequences(vllm_config: VllmConfig, head_groups: int) -> VllmConfig:
+    """Return the configuration as a base builder should see it, which sizes its buffers by sequences and tokens.
+
+    Each request is ``head_groups`` sequences, and each token as many rows. No graph of a whole step is captured.
     """
     described = copy(vllm_config)
     described.compilation_config = copy(vllm_config.compilation_config)
     described.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    described.scheduler_config = copy(vllm_config.scheduler_config)
+    described.scheduler_config.max_num_seqs *= head_groups
+    described.scheduler_config.max_num_batched_tokens *= head_groups
     return described
 
 
@@ -213,7 +224,16 @@ def composed(base: type[AttentionBackend], name: str, path: str) -> type[Attenti
         def supports_sink(cls) -> bool:
             return False
 
+        @classmethod
+        def supports_mm_prefix(cls) -> bool:
+            return False
+
+        @classmethod
+        def supports_rswa(cls) -> bool:
+            return False
+
     ComposedBackend.__module__, _, ComposedBackend.__qualname__ = path.rpartition(".")
+    ComposedBackend.__name__ = ComposedBackend.__qualname__
     return ComposedBackend
 
 

@@ -266,6 +266,11 @@ def _check(vllm_config: VllmConfig, settings: PluginSettings) -> None:
     if vllm_config.speculative_config is not None:
         problems.append("speculative decoding is not supported yet")
     if vllm_config.use_v2_model_runner:
-        problems.append(f"vLLM's second model runner cannot compute running requests again: set {MODEL_RUNNER}=0")
+        why = "vLLM's second model runner cannot compute running requests again"
+        problems.append(f"{why}: set {MODEL_RUNNER}=0, and leave out what needs it")
+    if vllm_config.scheduler_config.async_scheduling:
+        problems.append("scheduling ahead leaves no way to compute running requests again: --no-async-scheduling")
+    if parallel.use_ubatching:
+        problems.append("micro-batches (DBO) would share one description of a step")
     if problems:
         raise SettingsError("hetis: " + "; ".join(problems))

@@ -22,7 +22,8 @@ def register() -> None:
         return
     check_version(vllm_version())
     # On GPUs vLLM prefers its second model runner. That one keeps the positions of requests on the GPU, and does not
-    # hear that a running request is computed again, as it must be when a worker is lost.
+    # hear that a running request is computed again, as it must be when a worker is lost. The first does, unless
+    # scheduled ahead, which the connector refuses.
     os.environ.setdefault(MODEL_RUNNER, "0")
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform

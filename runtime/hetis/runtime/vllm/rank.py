@@ -302,7 +302,7 @@ class Rank:
 
     def _begin(self, metadata: StepDescription) -> _Batch:
         """Determine where each head group of this step lives, and announce the step to the workers."""
-        self._abandon()  # one that nobody finished: where vLLM warms up, it computes without a connector
+        self._abandon()  # one that nobody finished: vLLM may warm up without the connector
         self._step += 1
         common = metadata.common
         num = common.num_reqs
