@@ -27,14 +27,14 @@ NUMBERS = re.compile(r"\d[\d.,]*")
 # Prefixes of lines that no test runs, with the reason.
 NOT_RUN = {
     r"pip install ": "it installs from a registry; tests/test_packaging.py installs what we build",
-    r"make |\.ci/run|pytest |HETIS_\w+=\d+ .*pytest ": "it runs tests, this one among them, or is run by them below",
+    r"make |\.ci/run|(python -m )?pytest |HETIS_\w+=\d+ .*pytest ": "it runs tests, or is run by them below",
     r"python -m tests\.faults\.run ": "50 kills take a quarter of an hour; tests/faults has one of each",
     r"python -m benchmarks\.": "minutes to hours; tests/benchmarks runs the quick form of every one",
     r"python -m tools\.efficiency ": "its tables are not in the repository; tests/profiler/test_efficiency.py",
     r"grpcurl ": "a program of others; tests/planner/client calls the same method",
     r"kubectl |helm ": "a Kubernetes cluster; tests/deploy renders the chart",
     r"srun |hetis-launch ray ": "a cluster of Slurm or Ray; tests/runtime/launch/test_ray.py has a Ray of its own",
-    r"cat > workers\.yaml|export HETIS_VLLM_CONFIG|vllm serve ": "vLLM on a GPU; tests/runtime/vllm has it on a CPU",
+    r"cat > workers\.yaml|export HETIS_VLLM_|vllm serve ": "vLLM on a GPU; tests/runtime/vllm has it on a CPU",
     r"hetis-worker |hetis-profile run --device cuda": "a GPU; tests/runtime/worker and tests/profiler have a CPU",
     r"bash exported/|curl http://10\.": "the machines of the tutorial; tests/planner/export reads the scripts",
     r"hetis-launch (show|processes) --plan plan.json --model /models/": "a model of 70B; those of docs/vllm.md are run",
@@ -44,6 +44,7 @@ RUN_ELSEWHERE = {
     r"hetis-launch (show|kubernetes) .*models/tiny": "tests/runtime/launch/test_command.py",
     r"hetis-launch processes .*--all-here": "tests/runtime/launch/test_command.py",
     r"hetis-profile (run --device cpu|fit|check) ": "tests/profiler/cli/test_end_to_end.py",
+    r"hetis-profile compare ": "tests/profiler/cli/test_cli.py",
     r"hetis-profile calibrate ": "tests/profiler/cli/test_calibrate.py",
     r"hetis-plan upstreams ": "tests/planner/cli_server/test_upstreams.py",
 }
