@@ -87,6 +87,10 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "0",
         "HETIS_VLLM_CONFIG": "hetis-launch/workers.yaml",
     }
+    switch = "--no-async-scheduling"
+    assert not decided_in((switch,)), "users of vLLM as it is may give it"
+    given = commands_of(ONE, replace(SERVING, options=(switch,)), Addresses())[0]
+    assert given.shown.count(switch) == 1
     on_cpu = replace(SERVING, device="cpu", dtype="float32", limits_kv=True, options=("--max_num_seqs=9",))
     [vllm, *_] = commands_of(ONE, on_cpu, Addresses())
     words = " ".join(vllm.shown)

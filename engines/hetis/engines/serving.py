@@ -26,7 +26,7 @@ DECIDED = frozenset(
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
         *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
         *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--dist-init-addr", "--headless"),
-        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend", "--no-async-scheduling"),
+        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
         *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
         *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens"),
     )
@@ -198,7 +198,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--kv-transfer-config"] = json.dumps(connector)
     if backend := _attention_backend(layout, serving):
         room["--attention-backend"] = backend
-        if layout.workers:  # the plugin cannot have a request computed again that is scheduled ahead
+        # The plugin cannot have a request computed again that is scheduled ahead.
+        if layout.workers and not serving.gives("--no-async-scheduling"):
             room["--no-async-scheduling"] = ""
     if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
         room["--disable-hybrid-kv-cache-manager"] = ""
