@@ -50,6 +50,7 @@ class Engine:
         self.llm = LLM(model=model, **(common | options))
         self.core = self.llm.llm_engine
         self.num_requests = self.most_cached_tokens = 0
+        self.greedy: list[tuple[list[int], list[int]]] = []  # prompts and their texts, without those of sampling
 
     @property
     def scheduler(self) -> Any:
@@ -84,7 +85,10 @@ class Engine:
             assert step < 5000, "the engine does not come to an end"
             if between is not None:
                 between(step)
-        return [done.get(name, []) for name in names]
+        texts = [done.get(name, []) for name in names]
+        if params is None:
+            self.greedy += zip(prompts, texts, strict=True)
+        return texts
 
 
 def check_backend_is_found_by_name() -> None:
@@ -247,6 +251,22 @@ def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": engine.generate(prompts_of(act["seed"], act["count"], 5, 15), act["tokens"], params=params)}
 
 
+def judged(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Return how much less likely than the likeliest each token of ``texts`` is, as the difference of their logarithms:
+    0 where this engine would have chosen it after the same prompt and tokens, too.
+    """
+    from vllm import SamplingParams
+
+    texts = [(prompt, text) for prompt, text in act["texts"] if text]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    gaps = []
+    whole = [{"prompt_token_ids": prompt + text} for prompt, text in texts]
+    for (prompt, text), output in zip(texts, engine.llm.generate(whole, params, use_tqdm=False), strict=True):
+        for token, found in zip(text, output.prompt_logprobs[len(prompt) :], strict=True):
+            gaps.append(max(one.logprob for one in found.values()) - found[token].logprob)
+    return {"gaps": gaps}
+
+
 def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     """Return what the plugin has measured and counted since the start."""
     from hetis.runtime.vllm.counts import SchedulerCounts
@@ -298,7 +318,10 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ACTS = {act.__name__: act for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, told, refused)}
+ACTS = {
+    act.__name__: act
+    for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, judged, told, refused)
+}
 
 
 def run(scenario: dict[str, Any]) -> None:
@@ -313,7 +336,8 @@ def run(scenario: dict[str, Any]) -> None:
     for act in scenario["acts"]:
         if scenario["hetis"]:
             act["hetis"] = True
-        results.append(ACTS[act["act"]](engine, act))
+        engine.greedy.clear()
+        results.append(ACTS[act["act"]](engine, act) | {"greedy": list(engine.greedy)})
     Path(scenario["results"]).write_text(json.dumps(results), encoding="utf-8")
     engine.core.engine_core.shutdown()
 

@@ -2,7 +2,9 @@
 
     python -m pytest -m soak tests/runtime/vllm/test_parity.py
 
-Greedy in float32, token for token, but for the rows that say otherwise. One engine does all acts of a row.
+Greedy in float32, token for token, but for the rows that say otherwise. One engine does all acts of a row. Where
+numbers are rounded differently (in 16 bits, and on a GPU, where stock vLLM multiplies float32 in TF32), stock vLLM
+judges every token instead, after the same tokens before it: it must be the likeliest, or nearly.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import pytest
 from tests.runtime.launch.vllm_python import needs_vllm
 from tests.runtime.vllm.checkpoints import FAMILIES, make_checkpoint, said_by_transformers
 from tests.runtime.vllm.engine import prompts_of
-from tests.runtime.vllm.running import config_of, run_engine, workers
+from tests.runtime.vllm.running import DEVICE, config_of, run_engine, workers
 
 pytestmark = [needs_vllm, pytest.mark.soak]
 
@@ -30,6 +32,9 @@ SAMPLED = {"act": "sampled", "seed": 5, "count": 4, "tokens": 24}
 PREFIX = {"act": "prefix", "seed": 6, "count": 4, "tokens": 16}
 PRESSURE = {"act": "pressure", "seed": 7, "count": 10, "tokens": 50}
 MANY = {"act": "moves", "seed": 8, "count": 14, "tokens": 16}  # more than run at a time
+# Differences of logarithms: logits of 8 to 16 are 1/16 apart in bfloat16 and 1/128 in float16. float32 is of TF32.
+MOST_GAP = {"bfloat16": 0.5, "float16": 0.1, "float32": 0.2}
+MOST_UNLIKELY = 0.1  # share of the tokens that are not the likeliest
 PIPELINE = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
 
 
@@ -184,21 +189,26 @@ def test_row(row: Row, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.Mo
         listed = [addresses[i * row.ranks : (i + 1) * row.ranks] for i in range(row.workers)]
         config = config_of(tmp_path, listed, policy=row.policy, timeout_s=row.timeout_s, transport=row.transport)
         ours = run_engine(folder, acts, config=config, **row.options)
-    if row.options.get("dtype") == "bfloat16":
-        shares = [_same_share(a["tokens"], b["tokens"]) for a, b in zip(ours, stock, strict=True)]
-        print(f"{row.name}: {shares}")
-        assert all(share > 0.2 for share in shares), "rounding differs, attention does not"
-        return
+    dtype = row.options.get("dtype", "float32")
+    is_exact = dtype == "float32" and DEVICE == "cpu"
+    if not is_exact:
+        judge = [{"act": "judged", "texts": mine["greedy"]} for mine in ours]
+        for act, found in zip(row.acts, run_engine(folder, judge, config=None, dtype=dtype), strict=True):
+            gaps = sorted(found["gaps"], reverse=True)
+            print(f"{row.name}, {act['act']}: {len(gaps)} tokens, gaps {[round(gap, 4) for gap in gaps[:5]]}")
+            assert not gaps or gaps[0] <= MOST_GAP[dtype], act
+            assert sum(gap > 0 for gap in gaps) <= MOST_UNLIKELY * len(gaps), act
     if "num_gpu_blocks_override" in row.options:
         assert stock[0]["preempted"] > 0
         assert (ours[0]["preempted"] == 0) == (row.workers > 0), "groups go to workers instead"
     hit: set[int] = set()
     for act, mine, theirs in zip(row.acts, ours, stock, strict=True):
-        assert mine["tokens"] == theirs["tokens"], act
+        assert not is_exact or mine["tokens"] == theirs["tokens"], act
         if act["act"] == "plain":
             assert set(map(int, mine["groups_seen"])) >= set(range(1, row.workers + 1)), "every worker had head groups"
-            prompts = prompts_of(act["seed"], act["count"])
-            assert mine["tokens"] == said_by_transformers(folder, prompts, act["tokens"]), "transformers"
+            if is_exact:
+                prompts = prompts_of(act["seed"], act["count"])
+                assert mine["tokens"] == said_by_transformers(folder, prompts, act["tokens"]), "transformers"
         elif act["act"] == "moves" and row.workers:
             assert mine["moved"] > 5
         elif act["act"] == "fault":
@@ -212,11 +222,3 @@ def test_row(row: Row, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.Mo
             assert mine["running"] == []
         elif act["act"] == "returned":
             assert mine["seen"], "the worker takes part again"
-
-
-def _same_share(mine: list[list[int]], theirs: list[list[int]]) -> float:
-    """Share of the tokens before the first that differs, over all texts."""
-    same = 0
-    for a, b in zip(mine, theirs, strict=True):
-        same += next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-    return same / sum(map(len, theirs))

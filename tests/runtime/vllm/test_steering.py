@@ -336,3 +336,27 @@ def test_a_drained_worker_has_no_move_on_its_way_to_it() -> None:
     assert allocator.abort(to_one.number) is None
     assert allocator.moving("a") == {3}
     allocator.check_invariants()
+
+
+@pytest.mark.parametrize("policy", ["local", "remote", "solver"])
+def test_what_a_step_would_compile_is_compiled_before_the_first_request(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = list[str]()
+    monkeypatch.setattr("hetis.solver.dispatch.solve.compile_dispatch", lambda: compiled.append("dispatch"))
+    monkeypatch.setattr("hetis.solver.redispatch.solve.compile_redispatch", lambda: compiled.append("redispatch"))
+    World(policy=policy)
+    assert compiled == ["dispatch", "redispatch"]
+
+
+def test_an_engine_without_workers_needs_no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel of the solver would be compiled in a step")
+
+    for name in ("dispatch.solve.compile_dispatch", "redispatch.solve.compile_redispatch"):
+        monkeypatch.setattr(f"hetis.solver.{name}", unexpected)
+    monkeypatch.setattr("hetis.runtime.vllm.allocator.triggers", unexpected)
+    world = World(blocks=())
+    world.add("a")
+    world.step(40)
+    assert world.devices("a") == (0, 0, 0, 0)

@@ -477,6 +477,8 @@ class Redispatch:
         """Count a step. If it is time, begin the moves of the first wave; later waves come with later looks."""
         self._steps += 1
         allocator = self._allocator
+        if allocator.state.stage.num_devices == 1:
+            return  # there is nowhere to go
         due = self._settings.enabled and self._steps % self._settings.every_steps == 0
         if not due or not allocator.running or allocator.moves:
             return

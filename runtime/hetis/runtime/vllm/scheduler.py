@@ -157,6 +157,7 @@ class SchedulerSide:
         from hetis.runtime.vllm.allocator import HeadAllocator, Redispatch
         from hetis.runtime.vllm.costs import EngineCosts
         from hetis.solver.dispatch.solve import compile_dispatch
+        from hetis.solver.redispatch.solve import compile_redispatch
 
         settings = self.settings
         names = [worker.name for worker in settings.workers]
@@ -175,9 +176,11 @@ class SchedulerSide:
         self._redispatch = Redispatch(
             self.allocator, self.begin_move, rules, num_layers=layers, link_byte_s=lambda: self.costs.link_byte_s
         )
-        if names and settings.dispatch.policy == "solver":
-            _log.info("loading the dispatcher, which is compiled once per machine: a minute or two")
+        if names and (rules.enabled or settings.dispatch.policy == "solver"):
+            _log.info("loading the solver's kernels, which are compiled once per machine: a minute or two")
             compile_dispatch()
+            if rules.enabled:
+                compile_redispatch()  # otherwise the first look at running requests would stop them for as long
 
     def attach(
         self,
