@@ -8,11 +8,13 @@ Ours reads pages of 16 tokens through tables, in any order, and stores the step'
 times both, one after the other, launches included; seconds are medians over rounds. A CPU computes with one thread.
 
 ``ratio`` is torch's time over ours: below 1, torch is faster. ``gb_s`` is KV read per second, ``tflop_s`` the rate of
-multiplications and additions, each of ours.
+multiplications and additions, each of ours. ``received_us`` is ours where a channel brings the rows and takes the
+outputs, both in the host's memory.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from torch.nn import functional
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
 from hetis.runtime.attention.device import DeviceStep, LocalDevice
-from hetis.runtime.attention.kv import KvShape, SequenceKey, cuda_count
+from hetis.runtime.attention.kv import KvShape, SequenceKey, cuda_count, use_cuda_device
 
 DIM, PAGE, DTYPE = 128, 16, torch.bfloat16
 LEAST_S = 0.002  # that a timed batch of calls takes on a GPU, which a clock outside of it then knows well
@@ -68,19 +70,24 @@ def main() -> None:
     rows.add_rounds(parser, "timings of each; 15, with --quick 3")
     parser.add_argument("--device", default="cuda:0" if cuda_count() else "cpu", help="the first GPU, or else cpu")
     arguments = parser.parse_args()
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", arguments.device):
+        parser.error(f"argument --device: {arguments.device!r} must be cpu, cuda or cuda:N")
+    if arguments.device != "cpu" and not use_cuda_device(arguments.device):
+        parser.error(f"argument --device: {arguments.device} is not there: torch finds {cuda_count()} CUDA devices")
     torch.set_num_threads(1)
     cases = ON_CPU if arguments.device == "cpu" else ON_GPU
     rounds = arguments.rounds or (3 if arguments.quick else 15)
     chosen = (case for case in (cases[::4] if arguments.quick else cases) if arguments.only in case.name)
-    rows.show((compare(case, arguments.device, rounds) for case in chosen), arguments, name="attention")
+    name = "attention" if arguments.device == "cpu" else "attention gpu"
+    rows.show((compare(case, arguments.device, rounds) for case in chosen), arguments, name=name)
 
 
 def compare(case: Case, device: str, rounds: int) -> Row:
     """Return what both take."""
-    ours, theirs = _ours(case, device), _theirs(case, device)
-    calls = [max(1, round(LEAST_S / _seconds(call, device, 1))) if device != "cpu" else 1 for call in (ours, theirs)]
-    took = [[_seconds(call, device, n) for call, n in zip((ours, theirs), calls, strict=True)] for _ in range(rounds)]
-    ours_s, theirs_s = (statistics.median(column) for column in zip(*took, strict=True))
+    timed = *_ours(case, device), _theirs(case, device)
+    calls = [max(1, round(LEAST_S / _seconds(call, device, 1))) if device != "cpu" else 1 for call in timed]
+    took = [[_seconds(call, device, n) for call, n in zip(timed, calls, strict=True)] for _ in range(rounds)]
+    ours_s, received_s, theirs_s = (statistics.median(column) for column in zip(*took, strict=True))
     attended = case.count * (case.context - (case.count - 1) / 2)
     return {
         "name": case.name,
@@ -89,12 +96,13 @@ def compare(case: Case, device: str, rounds: int) -> Row:
         "torch_us": 1e6 * theirs_s,
         "ratio": theirs_s / ours_s,
         "gb_s": 1e-9 * case.sequences * case.context * 2 * DIM * DTYPE.itemsize / ours_s,
+        "received_us": 1e6 * received_s,
         "tflop_s": 1e-12 * 4 * DIM * case.queries * case.sequences * attended / ours_s,
     }
 
 
-def _ours(case: Case, device: str) -> Callable[[], object]:
-    """Return a call of the worker's own attention."""
+def _ours(case: Case, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return two calls of the worker's own attention: with a tensor on the device, and with what a channel brings."""
     shape = KvShape(
         layers=1, head_dim=DIM, queries_per_group=case.queries, page_tokens=PAGE, dtype="bfloat16", scale=DIM**-0.5,
         windows=(0,),
@@ -114,7 +122,8 @@ def _ours(case: Case, device: str) -> Callable[[], object]:
         )
     )
     qkv = torch.randn(n * case.count, case.queries + 2, DIM, dtype=DTYPE, device=device)
-    return lambda: worker.backend.attend(0, qkv)
+    words = qkv.cpu().view(torch.uint16).numpy()
+    return lambda: worker.backend.attend(0, qkv), lambda: worker.backend.attend_array(0, words)
 
 
 def _theirs(case: Case, device: str) -> Callable[[], object]:

@@ -55,6 +55,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "strategies": ("benchmarks/strategies.py", *_SEARCH),
     "hexgen3": ("benchmarks/hexgen3.py", *_SEARCH),
     "attention": ("benchmarks/attention.py", "runtime/hetis/runtime/attention"),
+    "attention gpu": ("benchmarks/attention.py", "runtime/hetis/runtime/attention"),
     "token_ranges": ("benchmarks/token_ranges.py", "benchmarks/measuring/token_ranges.py", *_COSTS),
     "engines": ("benchmarks/engines.py", "engines/hetis/engines/precision.py", *_SEARCH),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from hetis.runtime.attention.paged_triton import Sizes, sizes_of
 # Shared memory that a block may have, by compute capability: CUDA's programming guide, table of technical limits.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+PLACE = {"where": "*i64", "layer_slots": "i64"}
 
 
 def shape_of(dtype: str, d: int, soft_cap: float) -> KvShape:
@@ -34,22 +36,25 @@ def shape_of(dtype: str, d: int, soft_cap: float) -> KvShape:
     )
 
 
-def compiled(name: str, capability: int, types: dict[str, str], constants: dict[str, Any], sizes: Sizes) -> None:
+def compiled(kernel: str, capability: int, types: dict[str, str], constants: dict[str, Any], sizes: Sizes) -> None:
     """Prints what one kernel needs."""
-    function = getattr(paged_triton, name)
+    function = getattr(paged_triton, kernel)
     names = function.arg_names
     source = ASTSource(
         fn=function,
         signature={argument: types.get(argument, "constexpr") for argument in names},
         constexprs={(names.index(argument),): value for argument, value in constants.items()},
+        # As Triton finds ours, see `test_no_number_of_a_step_has_a_kernel_of_its_own`.
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
     )
     options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     row = {
-        "kernel": name,
+        "kernel": kernel,
         "capability": capability,
         "constants": constants,
         "cubin_bytes": len(made.asm["cubin"]),
+        "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", made.asm["ptx"])),
         "shared_bytes": made.metadata.shared,
         "limit_bytes": SHARED_KIB[capability] * 1024,
     }
@@ -60,7 +65,7 @@ def attend(shape: KvShape, capability: int, *, is_chunk: bool, has_splits: bool,
     sizes = sizes_of(shape, divmod(capability, 10), is_chunk=is_chunk)
     pointer = POINTERS[shape.dtype]
     out, integers, floats = "*fp32" if has_splits else pointer, "*i32", "fp32"
-    types = {"qkv": pointer, "k": pointer, "v": pointer, "table": integers, "table_width": "i32", "tiles": integers}
+    types = {"qkv": pointer, "k": pointer, "v": pointer, "table": integers, "tiles": integers} | PLACE
     types |= {"out": out, "sums": out, "scale": floats, "soft_cap": floats, "window": "i32"}
     constants = sizes.constants(shape, has_splits=has_splits, has_window=has_window)
     compiled("attend", capability, types, constants, sizes)
@@ -71,7 +76,9 @@ def around(shape: KvShape, capability: int) -> None:
     sizes = sizes_of(shape, divmod(capability, 10), is_chunk=False)
     pointer, constants = POINTERS[shape.dtype], {"D": shape.head_dim, "R": shape.queries_per_group}
     constants |= {"BLOCK_D": sizes.block_d}
-    compiled("store", capability, {"qkv": pointer, "k": pointer, "v": pointer, "slots": "*i64"}, constants, sizes)
+    compiled(
+        "store", capability, PLACE | {"qkv": pointer, "k": pointer, "v": pointer, "slots": "*i64"}, constants, sizes
+    )
     types = {"parts": "*fp32", "sums": "*fp32", "tiles": "*i32", "splits": "i32", "out": pointer}
     compiled("combine", capability, types, constants | {"BLOCK_M": sizes.block_m}, sizes)
 

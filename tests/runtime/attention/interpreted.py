@@ -14,8 +14,9 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"
 
 from hetis.runtime.attention import paged_triton
+from hetis.runtime.attention.decode_graphs import GraphBackend
 from hetis.runtime.attention.paged_triton import TritonBackend
-from tests.runtime.attention.test_ranges import MIXED, Case, check, local, run
+from tests.runtime.attention.test_ranges import MIXED, ArrayDevice, Case, check, local, run
 
 FULL = {"r": 3, "d": 24, "page_tokens": 16, "window": 19, "soft_cap": 0.0}
 ALONE = {"r": 1, "d": 8, "page_tokens": 5, "window": 0, "soft_cap": 5.0}
@@ -37,6 +38,18 @@ def attends_as_defined() -> None:
         print(f"{dtype} {capability} {shape}", flush=True)
 
 
+def graphs_attend_as_defined() -> None:
+    """The interpreter captures no graphs: it runs what they would."""
+    shape, dtype, capability = CASES[0]
+    case = Case(tokens=(70, 33, *[3] * 7), cuts=((68, 69), (31, 32), *[(1, 2)] * 7), **shape, dtype=dtype)
+    device = local(case, lambda pool: GraphBackend(pool, capability=capability), kind=ArrayDevice)
+    plain = local(case, lambda pool: TritonBackend(pool, capability=capability))
+    outputs = run(device, case, together=True)
+    assert all(map(torch.equal, outputs, run(plain, case, together=True))), "the same bits as one by one"
+    assert {size for size, _ in device.backend._graphs} == {(16, 2)}
+    print("graphs", flush=True)
+
+
 def first_outputs(case: Case, rows: torch.Tensor) -> torch.Tensor:
     """Outputs of the first sequence, which has ``rows`` whoever else is there."""
     device = local(case, lambda pool: TritonBackend(pool, capability=(9, 0)))
@@ -55,4 +68,5 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     paged_triton.SPLIT = 64  # the least: of one block
     attends_as_defined()
+    graphs_attend_as_defined()
     gives_the_same_bits_among_others()

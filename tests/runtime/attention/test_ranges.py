@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention import backends
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep, LocalDevice
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, LocalDevice, Ready
 from hetis.runtime.attention.kv import KvShape, PagePool
 from tests.runtime.worker.inproc import InprocWorker
 
@@ -77,8 +77,12 @@ def defined(rows: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def run(device: AttentionDevice, case: Case, numbers: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Outputs of each sequence, [layers, tokens, r, d]; each step has the next chunk of some of them, in any order."""
+def run(
+    device: AttentionDevice, case: Case, numbers: list[torch.Tensor] | None = None, *, together: bool = False
+) -> list[torch.Tensor]:
+    """Outputs of each sequence, [layers, tokens, r, d]; each step has the next chunk of some of them, in any order, or
+    of all.
+    """
     chooser = random.Random(sum(case.tokens))
     numbers, left = numbers or case.numbers(), case.chunks()
     outputs = [torch.full_like(rows[:, :, :-2], torch.nan) for rows in numbers]
@@ -86,7 +90,7 @@ def run(device: AttentionDevice, case: Case, numbers: list[torch.Tensor] | None 
         members = [i for i, chunks in enumerate(left) if chunks]
         if not members:
             return outputs
-        members = chooser.sample(members, chooser.randint(1, len(members)))
+        members = members if together else chooser.sample(members, chooser.randint(1, len(members)))
         parts = [(i, *left[i].pop(0)) for i in members]
         index, first, last = (np.array(column) for column in zip(*parts, strict=True))
         counts = last - first
@@ -118,11 +122,21 @@ def check(device: AttentionDevice, case: Case, *, on_gpu: bool = False) -> None:
             torch.testing.assert_close(out[layer].double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-def local(case: Case, make: Callable[[PagePool], Backend], *, device: str = "cpu") -> LocalDevice:
+def local(
+    case: Case, make: Callable[[PagePool], Backend], *, device: str = "cpu", kind: type[LocalDevice] = LocalDevice
+) -> LocalDevice:
     pages = sum(case.shape().pages(tokens) for tokens in case.tokens)
-    made = LocalDevice("d", case.shape(), pages, device=device)
+    made = kind("d", case.shape(), pages, device=device)
     made.backend = make(made.pool)
     return made
+
+
+class ArrayDevice(LocalDevice):
+    """Attends to arrays, as if a channel had brought them."""
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
+        out = self.attend_received(layer, qkv.view(torch.uint8).numpy().view(self.shape.numpy_dtype))
+        return Ready(torch.from_numpy(out).view(self.shape.torch_dtype) if isinstance(out, np.ndarray) else out)
 
 
 def cases(dtype: str = "float64") -> st.SearchStrategy[Case]:

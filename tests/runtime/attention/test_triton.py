@@ -14,11 +14,11 @@ import torch
 
 from hetis.runtime.attention.backends import choose_backend
 from hetis.runtime.attention.kv import PagePool
-from tests.runtime.attention.test_ranges import Case, check, local
+from tests.runtime.attention.test_ranges import ArrayDevice, Case, check, local, run
 
 ROOT = Path(__file__).parents[3]
 # Triton compiles for how these are aligned, too: ours always are, as tensors or as whole layers of pages.
-POINTERS = {"qkv", "k", "v", "slots", "table", "tiles", "out", "sums", "parts"}
+POINTERS = {"qkv", "k", "v", "where", "slots", "table", "tiles", "out", "sums", "parts"}
 FLOATS = {"scale", "soft_cap"}  # Triton never compiles for their values
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_interpreted_kernels_attend_as_defined_and_alone_as_among_others() -> None:
     lines = run_apart("interpreted").splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert lines[-1] == "the same bits"
 
 
@@ -59,6 +59,26 @@ def test_on_a_gpu_chunks_are_attended_to_as_defined(dtype: str, soft_cap: float)
     check(local(case, choose_backend, device="cuda"), case, on_gpu=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_on_a_gpu_graphs_give_the_bits_that_kernels_give_one_by_one(dtype: str) -> None:
+    from hetis.runtime.attention.decode_graphs import GraphBackend
+
+    tokens = (700, 1300, 40, 33, *[9] * 8)
+    cuts = tuple(tuple(range(n - 6, n)) for n in tokens)
+    case = Case(tokens=tokens, cuts=cuts, r=4, d=64, page_tokens=16, window=300, dtype=dtype)
+    device = local(case, choose_backend, device="cuda", kind=ArrayDevice)
+    assert isinstance(device.backend, GraphBackend)
+    for together in (True, False):
+        plain = run(local(case, choose_backend, device="cuda"), case, together=together)
+        mine = run(device, case, together=together)
+        assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+        device.drop(device.pool.sequences)
+    graphs = [graph for graph in device.backend._graphs.values() if graph is not None]
+    assert len(graphs) > 2, "most steps were captured before they ran"
+
+
 def test_kernels_compile_for_every_gpu_and_fit_into_its_shared_memory() -> None:
     """They stay in Triton's own cache, where a kernel is found by its source, target and options."""
     compile_all("--quick")
@@ -76,6 +96,8 @@ def compile_all(*arguments: str, **variables: str) -> None:
     for row in rows:
         assert row["cubin_bytes"] > 0, row
         assert row["shared_bytes"] <= row["limit_bytes"], row
+        if row["kernel"] == "attend" and row["capability"] >= 80 and row["constants"]["D"] % 16 == 0:
+            assert row["copies_of_16_bytes"] >= 2, f"keys and values are read in small pieces: {row}"
 
 
 def run_apart(program: str, *arguments: str, **variables: str) -> str:

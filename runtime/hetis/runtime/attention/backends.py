@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from hetis.runtime.attention.kv import IntArray, PagePool
+from hetis.runtime.attention.kv import Array, IntArray, PagePool
 
 PIECE_TOKENS = 128  # queries per piece
 MOST_SCORES = 1 << 24  # per bucket and query head: the mask has this many bytes
-Array = npt.NDArray[Any]
 LEAST_CHUNK = 16  # positions of a sequence in a step; torch's matrix products are faster from this number on
 TRITON_CAPABILITY = (7, 5)  # minimum that Triton compiles for; older devices compute in plain torch
 
@@ -168,6 +166,9 @@ class Backend(Protocol):
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """Store keys and values of qkv [T, r + 2, d] as `AttentionDevice.attend` does, and return outputs [T, r, d]."""
 
+    def attend_array(self, layer: int, qkv: Array) -> Array | torch.Tensor:
+        """Like `attend`, for what a channel brings. Outputs are in CPU memory."""
+
 
 class TorchBackend:
     """Plain torch, for any device and dtype."""
@@ -190,6 +191,10 @@ class TorchBackend:
         out = torch.empty_like(qkv[:, :-2], memory_format=torch.contiguous_format)
         attend_paged(self._pool, layer, qkv[:, :-2], self._buckets, out)
         return out
+
+    def attend_array(self, layer: int, qkv: Array) -> torch.Tensor:
+        own = torch.from_numpy(qkv).view(self._pool.shape.torch_dtype)
+        return self.attend(layer, own.to(self._pool.k.device)).cpu()
 
 
 class CompiledBackend:
@@ -227,9 +232,6 @@ class CompiledBackend:
         return torch.from_numpy(self.attend_array(layer, self._array(qkv.contiguous()))).view(self._dtype)
 
     def attend_array(self, layer: int, qkv: Array) -> Array:
-        """Like `attend`, for a numpy array, with bfloat16 as its words, so that what a channel brings need not become a
-        tensor.
-        """
         count, heads, d = qkv.shape
         out = np.empty((count, heads - 2, d), qkv.dtype)
         shape = self._pool.shape
@@ -254,9 +256,9 @@ def choose_backend(pool: PagePool) -> Backend:
     if device.type == "cuda" and dtype != "float64" and find_spec("triton") and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
         if capability >= TRITON_CAPABILITY:
-            from hetis.runtime.attention.paged_triton import TritonBackend
+            from hetis.runtime.attention.decode_graphs import GraphBackend
 
-            return TritonBackend(pool, capability=capability)
+            return GraphBackend(pool, capability=capability)
     return TorchBackend(pool)
 
 

@@ -25,8 +25,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from hetis.runtime.attention.backends import Array, Backend, CompiledBackend, choose_backend
-from hetis.runtime.attention.kv import DeviceError, IntArray, KvShape, PagePool, SequenceKey
+from hetis.runtime.attention.backends import Backend, choose_backend
+from hetis.runtime.attention.kv import Array, DeviceError, IntArray, KvShape, PagePool, SequenceKey
 
 WARM_TOKENS = 600  # more than one split of the Triton kernel
 
@@ -159,9 +159,9 @@ class LocalDevice:
         layers = {window > 0: layer for layer, window in enumerate(shape.windows)}  # one of each kind
         for first, count in ((0, 1), (0, tokens), (tokens - 1, 1)):
             self.backend.plan(rows, np.array([first]), np.array([count]))
-            qkv = torch.zeros(count, shape.queries_per_group + 2, shape.head_dim, dtype=shape.torch_dtype)
+            qkv = np.zeros((count, shape.queries_per_group + 2, shape.head_dim), shape.numpy_dtype)
             for layer in layers.values():
-                self._attend(layer, qkv)
+                self.backend.attend_array(layer, qkv)
         self.pool.drop([key])
 
     def begin(self, step: DeviceStep) -> None:
@@ -177,12 +177,10 @@ class LocalDevice:
 
     def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         self._check_begun()
-        return Ready(self._attend(layer, qkv))
+        return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
 
     def attend_received(self, layer: int, qkv: Array) -> torch.Tensor | Array:
         """Like `attend`, for an array as it comes from a channel (bfloat16 as its words). Outputs are in CPU memory."""
-        if not isinstance(self.backend, CompiledBackend):
-            return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output.cpu()
         self._check_begun()
         return self.backend.attend_array(layer, qkv)
 
@@ -209,9 +207,6 @@ class LocalDevice:
         self.pool.extend(keys, [first] * len(keys), [last] * len(keys))
         for key, own_k, own_v in zip(keys, k, v, strict=True):
             self.pool.write(key, first, own_k, own_v)
-
-    def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        return self.backend.attend(layer, qkv.to(self.pool.k.device))
 
     def _check_begun(self) -> None:
         if self._step is None:

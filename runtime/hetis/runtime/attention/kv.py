@@ -30,6 +30,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
 }
 IntArray = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]  # as it comes from a channel: numpy has no bfloat16, so that is its words
 _MEMINFO = Path("/proc/meminfo")
 _LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -228,9 +229,13 @@ class PagePool:
 
     def slots(self, rows: IntArray | int, positions: IntArray) -> torch.Tensor:
         """Return the indices, on the device, of ``positions`` of the table's ``rows`` among the slots of all pages."""
+        return torch.from_numpy(self.slot_numbers(rows, positions)).to(self.k.device)
+
+    def slot_numbers(self, rows: IntArray | int, positions: IntArray) -> IntArray:
+        """Like `slots`, as an array."""
         size = self.shape.page_tokens
-        slots = self.table[rows, positions // size].astype(np.int64) * size + positions % size
-        return torch.from_numpy(slots).to(self.k.device)
+        slots: IntArray = self.table[rows, positions // size].astype(np.int64) * size + positions % size
+        return slots
 
     def store(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write K and V of one layer, each [N, d], to N ``slots``."""
@@ -307,3 +312,15 @@ def _available() -> int:
 def cuda_count() -> int:
     """Return the number of GPUs that torch finds among those in CUDA_VISIBLE_DEVICES."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def use_cuda_device(device: str) -> bool:
+    """Make a device, ``cuda`` or ``cuda:N``, the one of this process: Triton launches there, wherever pages are.
+
+    Return whether it is there.
+    """
+    number = int(device.partition(":")[2] or 0)
+    if number >= cuda_count():
+        return False
+    torch.cuda.set_device(number)
+    return True

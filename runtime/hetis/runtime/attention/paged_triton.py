@@ -12,6 +12,7 @@ Triton's language has no types that mypy knows. The kernels' arguments are point
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,22 +20,46 @@ import torch
 import triton
 import triton.language as tl
 
-from hetis.runtime.attention.kv import IntArray, KvShape, PagePool
+from hetis.runtime.attention.kv import Array, IntArray, KvShape, PagePool
 
 LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # for Triton's use of them: below, it multiplies in float32, and not bfloat16
 SPLIT = 512  # positions per program of `attend` if there are splits: a multiple of the block size
 LOG2_E = tl.constexpr(1.4426950408889634)  # GPUs compute powers of 2 faster than those of e
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def store(qkv, k, v, slots, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages; one program per row."""
+@triton.jit(do_not_specialize=["layer_slots"])  # type: ignore[untyped-decorator]
+def store(  # type: ignore[no-untyped-def]
+    qkv, k, v, where, layer_slots, slots, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write the key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages of a layer.
+
+    There is one program per row; rows whose slot is negative are no positions.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     slot = tl.load(slots + row)
+    is_stored = (d < D) & (slot >= 0)
     source = qkv + (row * (R + 2) + R) * D + d
-    tl.store(k + slot * D + d, tl.load(source, mask=d < D), mask=d < D)
-    tl.store(v + slot * D + d, tl.load(source + D, mask=d < D), mask=d < D)
+    target = (tl.load(where) * layer_slots + slot) * D + d
+    tl.store(k + target, tl.load(source, mask=is_stored), mask=is_stored)
+    tl.store(v + target, tl.load(source + D, mask=is_stored), mask=is_stored)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_rows(  # type: ignore[no-untyped-def]
+    numbers, places, is_there, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDENS: tl.constexpr, IS_MASKED: tl.constexpr
+):
+    """Return keys or values [BLOCK_N, BLOCK_D] at ``places`` of the pages; without IS_MASKED, all rows are there."""
+    d = tl.arange(0, BLOCK_D)
+    if IS_MASKED:
+        rows = tl.load(numbers + places, mask=is_there[:, None] & (d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        rows = tl.load(numbers + places)
+    else:
+        rows = tl.load(numbers + places, mask=(d < D)[None, :], other=0.0)
+    if WIDENS:
+        rows = rows.to(tl.float32)
+    return rows
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -74,15 +99,7 @@ def attend_blocks(  # type: ignore[no-untyped-def]
         else:
             page = tl.load(pages + n // PAGE_TOKENS).to(tl.int64)
         places = ((page * PAGE_TOKENS + n % PAGE_TOKENS) * D)[:, None] + d[None, :]
-        if IS_MASKED:
-            is_there = (n < end)[:, None] & (d < D)[None, :]
-            keys = tl.load(k + places, mask=is_there, other=0.0)
-        elif D == BLOCK_D:
-            keys = tl.load(k + places)
-        else:
-            keys = tl.load(k + places, mask=(d < D)[None, :], other=0.0)
-        if WIDENS:
-            keys = keys.to(tl.float32)
+        keys = load_rows(k, places, n < end, D, BLOCK_D, WIDENS, IS_MASKED)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
         if HAS_CAP:
             capped = 1 - 2 / (tl.exp2(scores * (2 * scale * LOG2_E / soft_cap)) + 1)  # tanh
@@ -101,27 +118,21 @@ def attend_blocks(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - base[:, None])
         fades = tl.exp2(top - base)
         total = total * fades + tl.sum(weights, 1)
-        if IS_MASKED:
-            values = tl.load(v + places, mask=is_there, other=0.0)
-        elif D == BLOCK_D:
-            values = tl.load(v + places)
-        else:
-            values = tl.load(v + places, mask=(d < D)[None, :], other=0.0)
-        if WIDENS:
-            values = values.to(tl.float32)
+        values = load_rows(v, places, n < end, D, BLOCK_D, WIDENS, IS_MASKED)
         outputs = outputs * fades[:, None]
         outputs = tl.dot(weights.to(values.dtype), values, outputs, input_precision="ieee")
         top = new_top
     return outputs, total, top
 
 
-@triton.jit(do_not_specialize=["table_width", "window"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer_slots", "window"])  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
     qkv,
     k,
     v,
+    where,
+    layer_slots,
     table,
-    table_width,
     tiles,
     out,
     sums,
@@ -142,7 +153,9 @@ def attend(  # type: ignore[no-untyped-def]
     """Compute the outputs of each tile, or of each split of it.
 
     Args:
-        table: pages of every sequence, int32 [N, table_width].
+        where: the layer, and the width of ``table``, int64 [2]. They are in memory so that a CUDA graph can serve all.
+        layer_slots: positions in a layer's pages.
+        table: pages of every sequence, int32 [N, width].
         tiles: sequence, first position, first row and number of positions of each, int32 [tiles, 4].
         out: [T, R, D]; with splits, float32 [splits, tiles, BLOCK_M, D].
         sums: with splits, logarithms to base 2 of the sums of weights, float32 [splits, tiles, BLOCK_M].
@@ -151,6 +164,9 @@ def attend(  # type: ignore[no-untyped-def]
         WIDENS: convert numbers to float32 before they are multiplied.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
+    layer, table_width = tl.load(where), tl.load(where + 1)
+    k += layer * layer_slots * D  # by a constant at last, from which Triton sees how far both stay aligned
+    v += layer * layer_slots * D
     sequence = tl.load(tiles + tile * 4).to(tl.int64)
     position = tl.load(tiles + tile * 4 + 1)
     row = tl.load(tiles + tile * 4 + 2).to(tl.int64)
@@ -278,7 +294,7 @@ def sizes_of(shape: KvShape, capability: tuple[int, int], *, is_chunk: bool) -> 
     )
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """Tiles of a step that are cut alike. ``parts`` and ``sums`` are for splits, None if there are none."""
 
     sizes: Sizes
@@ -288,6 +304,44 @@ class _Launch(NamedTuple):
     sums: torch.Tensor | None
 
 
+def launch(
+    pool: PagePool,
+    where: torch.Tensor,
+    window: int,
+    qkv: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    launches: Sequence[Launch],
+    out: torch.Tensor,
+) -> None:
+    """Store and attend with qkv [T, r + 2, d] into out [T, r, d]; see `attend` for the arguments."""
+    shape, (r, d) = pool.shape, out.shape[1:]
+    layer_slots, block_d = pool.num_pages * shape.page_tokens, launches[0].sizes.block_d
+    store[(len(qkv),)](qkv, pool.k, pool.v, where, layer_slots, slots, D=d, R=r, BLOCK_D=block_d)
+    for sizes, tiles, splits, parts, sums in launches:
+        attend[(len(tiles), splits)](
+            qkv,
+            pool.k,
+            pool.v,
+            where,
+            layer_slots,
+            table,
+            tiles,
+            out if parts is None else parts,
+            out if sums is None else sums,
+            shape.scale,
+            shape.soft_cap,
+            window,
+            **sizes.constants(shape, has_splits=parts is not None, has_window=window > 0),
+            num_warps=sizes.warps,
+            num_stages=sizes.stages,
+        )
+        if parts is not None:
+            combine[(len(tiles), sizes.block_m)](
+                parts, sums, tiles, splits, out, D=d, R=r, BLOCK_M=sizes.block_m, BLOCK_D=block_d, num_warps=1
+            )
+
+
 class TritonBackend:
     """The kernels over one pool."""
 
@@ -295,14 +349,14 @@ class TritonBackend:
 
     def __init__(self, pool: PagePool, *, capability: tuple[int, int]) -> None:
         """Initialise for a pool whose device has this compute ``capability``."""
-        self._pool = pool
-        self._few = sizes_of(pool.shape, capability, is_chunk=False)
+        self.pool = pool
+        self.few = sizes_of(pool.shape, capability, is_chunk=False)
         self._many = sizes_of(pool.shape, capability, is_chunk=True)
-        self._slots = self._table = torch.zeros(0)
-        self._launches: list[_Launch] = []
+        self._slots = self._table = self._where = torch.zeros(0)
+        self._launches: list[Launch] = []
 
     def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
-        pool, shape, device = self._pool, self._pool.shape, self._pool.k.device
+        pool, shape, device = self.pool, self.pool.shape, self.pool.k.device
         if counts is None:
             counts = np.ones_like(rows)
         starts = np.cumsum(counts) - counts
@@ -311,55 +365,38 @@ class TritonBackend:
         ends = positions + counts
         width = shape.pages(int(ends.max(initial=1)))
         self._table = torch.from_numpy(np.ascontiguousarray(pool.table[rows, :width])).to(device)
+        self._where = torch.tensor([[layer, width] for layer in range(shape.layers)], dtype=torch.int64, device=device)
         sequences = np.stack((np.arange(len(rows)), positions, starts, counts), axis=1)
-        is_few = counts * shape.queries_per_group <= self._few.block_m
+        is_few = counts * shape.queries_per_group <= self.few.block_m
         self._launches = []
         if is_few.any():
-            self._launches.append(self._launch(sequences[is_few], self._few, shape_end=int(ends[is_few].max())))
+            self._launches.append(self._launch(sequences[is_few], self.few, shape_end=int(ends[is_few].max())))
         if not is_few.all():
             self._launches.append(self._launch(_cut(sequences[~is_few], self._many, shape), self._many, shape_end=0))
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        shape, k, v = self._pool.shape, self._pool.k[layer], self._pool.v[layer]
+        shape = self.pool.shape
         qkv = qkv.contiguous()
-        r, d, block_d = shape.queries_per_group, shape.head_dim, self._few.block_d
-        out = torch.empty((len(qkv), r, d), dtype=qkv.dtype, device=qkv.device)
+        out = qkv.new_empty(len(qkv), shape.queries_per_group, shape.head_dim)
         if len(qkv):
-            store[(len(qkv),)](qkv, k, v, self._slots, D=d, R=r, BLOCK_D=block_d)
-        window = shape.windows[layer]
-        for sizes, tiles, splits, parts, sums in self._launches:
-            attend[(len(tiles), splits)](
-                qkv,
-                k,
-                v,
-                self._table,
-                self._table.shape[1],
-                tiles,
-                out if parts is None else parts,
-                out if sums is None else sums,
-                shape.scale,
-                shape.soft_cap,
-                window,
-                **sizes.constants(shape, has_splits=parts is not None, has_window=window > 0),
-                num_warps=sizes.warps,
-                num_stages=sizes.stages,
-            )
-            if parts is not None:
-                combine[(len(tiles), sizes.block_m)](
-                    parts, sums, tiles, splits, out, D=d, R=r, BLOCK_M=sizes.block_m, BLOCK_D=block_d, num_warps=1
-                )
+            where, window = self._where[layer], shape.windows[layer]
+            launch(self.pool, where, window, qkv, self._slots, self._table, self._launches, out)
         return out
 
-    def _launch(self, tiles: IntArray, sizes: Sizes, *, shape_end: int) -> _Launch:
+    def attend_array(self, layer: int, qkv: Array) -> Array | torch.Tensor:
+        own = torch.from_numpy(qkv).view(self.pool.shape.torch_dtype)
+        return self.attend(layer, own.to(self.pool.k.device)).cpu()
+
+    def _launch(self, tiles: IntArray, sizes: Sizes, *, shape_end: int) -> Launch:
         """Return a launch. ``shape_end`` is the number of positions of the longest sequence, or 0 not to split."""
-        device, splits = self._pool.k.device, max(1, -(-shape_end // SPLIT))
+        device, splits = self.pool.k.device, max(1, -(-shape_end // SPLIT))
         kinds: dict[str, Any] = {"dtype": torch.float32, "device": device}
         size = splits, len(tiles), sizes.block_m
-        return _Launch(
+        return Launch(
             sizes=sizes,
             tiles=torch.from_numpy(tiles.astype(np.int32)).to(device),
             splits=splits,
-            parts=torch.empty((*size, self._pool.shape.head_dim), **kinds) if splits > 1 else None,
+            parts=torch.empty((*size, self.pool.shape.head_dim), **kinds) if splits > 1 else None,
             sums=torch.empty(size, **kinds) if splits > 1 else None,
         )
 

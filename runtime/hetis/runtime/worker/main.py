@@ -257,7 +257,7 @@ def _make_core(options: WorkerOptions) -> WorkerCore:
     """Return the core to serve with. Raises StartError."""
     from hetis.formats.units import format_bytes
     from hetis.runtime.attention.device import LocalDevice
-    from hetis.runtime.attention.kv import KvShape, cuda_count, free_memory_bytes
+    from hetis.runtime.attention.kv import KvShape, cuda_count, free_memory_bytes, use_cuda_device
     from hetis.runtime.worker.core import WorkerCore
 
     name, device = options.name, options.device
@@ -267,7 +267,7 @@ def _make_core(options: WorkerOptions) -> WorkerCore:
         made.warm()
         return made
 
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= cuda_count():
+    if device != "cpu" and not use_cuda_device(device):
         raise StartError(f"{device} is not there: torch finds {cuda_count()} CUDA devices")
     # Check now, not when pages are first written: the system would then kill the process.
     if options.kv_bytes > (free := free_memory_bytes(device)):

@@ -1,0 +1,150 @@
+"""Decode steps as CUDA graphs: the copy of what a channel brought, the kernels and the copy back are launched at once.
+
+Launching them one by one takes three times as long as they run if a step has few sequences, once per layer, while an
+engine waits. A graph fixes every address and size. Therefore all of a step is in buffers that stay where they are, the
+layer's number among the inputs, and sizes are rounded up to powers of two: rows beyond a step's have no slot and tiles
+no positions. A step whose size was never met runs as it is, which compiles its kernels, and is captured the next time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hetis.runtime.attention import paged_triton
+from hetis.runtime.attention.kv import Array, IntArray, PagePool
+from hetis.runtime.attention.paged_triton import Launch, TritonBackend, launch
+
+MOST_SEQUENCES = 256  # with more, kernels and copies take longer than launches
+MOST_PART_BYTES = 32 << 20  # of all splits of a step
+HEADER_BYTES = 16  # the layer and the table's width, int64 [2], before the rows, which thereby stay aligned
+
+
+class _Size(NamedTuple):
+    """Of a step: powers of two."""
+
+    rows: int
+    splits: int
+
+
+class GraphBackend(TritonBackend):
+    """The kernels over one pool. What a channel brings of decodes is attended to by graphs, if it is little."""
+
+    def __init__(self, pool: PagePool, *, capability: tuple[int, int]) -> None:
+        """Initialise for a pool whose device has this compute ``capability``."""
+        super().__init__(pool, capability=capability)
+        shape, device = pool.shape, pool.k.device
+        self._is_cuda = device.type == "cuda"  # Triton's interpreter has no graphs
+        r, d, most, dtype = shape.queries_per_group, shape.head_dim, MOST_SEQUENCES, shape.torch_dtype
+        size = HEADER_BYTES + most * (r + 2) * d * shape.item_bytes
+        self._came = torch.zeros(size, dtype=torch.uint8, pin_memory=self._is_cuda)
+        self._goes = torch.zeros(most, r, d, dtype=dtype, pin_memory=self._is_cuda)
+        words = self._came.numpy()
+        self._header = words[:HEADER_BYTES].view(np.int64)
+        self._rows: Array = words[HEADER_BYTES:].view(shape.numpy_dtype).reshape(most, r + 2, d)
+        self._answers: Array = self._goes.view(torch.uint8).numpy().view(shape.numpy_dtype)
+        self._inputs = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._place = self._inputs[:HEADER_BYTES].view(torch.int64)
+        self._qkv = self._inputs[HEADER_BYTES:].view(dtype).view(most, r + 2, d)
+        self._out = torch.zeros(most, r, d, dtype=dtype, device=device)
+        self._stored = torch.zeros(most, dtype=torch.int64, device=device)
+        self._tiles = torch.zeros(most, 4, dtype=torch.int32, device=device)
+        self._pages = torch.zeros(most, dtype=torch.int32, device=device)
+        self._parts = torch.zeros(0)
+        self._graphs: dict[tuple[_Size, int], torch.cuda.CUDAGraph | None] = {}  # by size and window; None: met once
+        self._size: _Size | None = None  # None: the step is not one of graphs
+        self._width = 0  # pages per row of the step's table
+        self._later: tuple[IntArray, IntArray] | None = None  # step to plan if tensors are attended to after all
+
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        is_decode = counts is None or int(counts.max(initial=1)) == 1
+        self._size = self._fitting(positions) if is_decode else None
+        self._later = None
+        if self._size is None:
+            super().plan(rows, positions, counts)
+        else:
+            self._fill(self._size, rows, positions)
+            self._later = rows, positions
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        if self._later is not None:
+            super().plan(*self._later)
+            self._later = None
+        return super().attend(layer, qkv)
+
+    def attend_array(self, layer: int, qkv: Array) -> Array | torch.Tensor:
+        if self._size is None:
+            return super().attend_array(layer, qkv)
+        self._header[:] = layer, self._width
+        np.copyto(self._rows[: len(qkv)], qkv)
+        self._run(self._size, self.pool.shape.windows[layer])
+        return self._answers[: len(qkv)].copy()
+
+    def _fitting(self, positions: IntArray) -> _Size | None:
+        """Return the size of a step of decodes, or None if it has too many rows or too long ones."""
+        if not 0 < len(positions) <= MOST_SEQUENCES:
+            return None
+        size = _Size(_power(max(len(positions), 8)), _power(-(-(int(positions.max()) + 1) // paged_triton.SPLIT)))
+        return size if size.splits == 1 or self._part_bytes(size) <= MOST_PART_BYTES else None
+
+    def _fill(self, size: _Size, rows: IntArray, positions: IntArray) -> None:
+        """Write a step's slots, tiles and pages to their buffers."""
+        pool, count = self.pool, len(rows)
+        self._width = pool.shape.pages(int(positions.max()) + 1)
+        slots = np.full(size.rows, -1)
+        slots[:count] = pool.slot_numbers(rows, positions)
+        tiles = np.zeros((size.rows, 4), np.int32)
+        tiles[:count] = np.stack((np.arange(count), positions, np.arange(count), np.ones_like(rows)), axis=1)
+        pages = torch.from_numpy(np.ascontiguousarray(pool.table[rows, : self._width])).flatten()
+        if len(pages) > len(self._pages):
+            self._pages = self._pages.new_zeros(_power(len(pages)))
+            self._graphs.clear()
+        self._stored[: size.rows].copy_(torch.from_numpy(slots))
+        self._tiles[: size.rows].copy_(torch.from_numpy(tiles))
+        self._pages[: len(pages)].copy_(pages)
+
+    def _run(self, size: _Size, window: int) -> None:
+        """Attend to what has come, and wait for the answers."""
+        key = size, window
+        if not self._is_cuda or key not in self._graphs:
+            self._graphs[key] = None
+            self._launch_all(size, window)
+        else:
+            graph = self._graphs[key]
+            if graph is None:
+                graph = self._graphs[key] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._launch_all(size, window)
+            graph.replay()
+        if self._is_cuda:
+            torch.cuda.current_stream(self.pool.k.device).synchronize()
+
+    def _launch_all(self, size: _Size, window: int) -> None:
+        count, splits = size
+        rows = slice(count)
+        used = HEADER_BYTES + count * self._qkv[0].nbytes
+        self._inputs[:used].copy_(self._came[:used], non_blocking=True)
+        parts, sums = self._divided(size) if splits > 1 else (None, None)
+        launches = [Launch(self.few, self._tiles[rows], splits, parts, sums)]
+        out = self._out[rows]
+        launch(self.pool, self._place, window, self._qkv[rows], self._stored[rows], self._pages, launches, out)
+        self._goes[rows].copy_(out, non_blocking=True)
+
+    def _divided(self, size: _Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the buffers of the splits' outputs and sums. All sizes share them."""
+        if not len(self._parts):
+            kinds: dict[str, Any] = {"dtype": torch.float32, "device": self.pool.k.device}
+            self._parts = torch.zeros(MOST_PART_BYTES // 4, **kinds)
+        sums = size.splits * size.rows * self.few.block_m
+        parts = sums * self.pool.shape.head_dim
+        return self._parts[:parts], self._parts[parts : parts + sums]
+
+    def _part_bytes(self, size: _Size) -> int:
+        return 4 * size.splits * size.rows * self.few.block_m * (self.pool.shape.head_dim + 1)
+
+
+def _power(number: int) -> int:
+    """Return the least power of two that is not below."""
+    return 1 << (number - 1).bit_length()
