@@ -16,7 +16,7 @@ import torch
 from hetis.runtime.attention.kv import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.keys import key_of
-from hetis.runtime.worker.main import _address_in
+from hetis.runtime.worker.main import StartError, _address_in
 from hetis.runtime.worker.remote import join_at
 from tests.runtime.attention.test_ranges import MIXED, Case, check
 from tests.runtime.worker.listening import ListeningWorker, listening_worker
@@ -136,6 +136,23 @@ def test_a_signal_right_after_the_port_file_was_written_removes_it(
     with pytest.raises(SystemExit), _address_in(tmp_path / "port", "127.0.0.1:1"):
         pytest.fail("it serves")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_port_file_that_cannot_be_written_is_left_to_the_worker_that_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "port").write_text("127.0.0.1:1\n")
+    monkeypatch.setattr(Path, "replace", refuse)
+    with (
+        pytest.raises(StartError, match="port: No space left on device"),
+        _address_in(tmp_path / "port", "127.0.0.1:2"),
+    ):
+        pytest.fail("it serves")
+    assert [path.name for path in tmp_path.iterdir()] == ["port"]
+    assert (tmp_path / "port").read_text() == "127.0.0.1:1\n"
 
 
 def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_path: Path) -> None:

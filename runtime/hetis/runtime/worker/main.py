@@ -239,18 +239,19 @@ def _address_in(path: Path | None, address: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part, content = path.with_name(f".{path.name}.{os.getpid()}"), f"{address}\n".encode()
     try:
         try:
-            part.write_text(f"{address}\n")
+            part.write_bytes(content)
             part.replace(path)  # as a whole
         except OSError as error:
             raise StartError(f"{path}: {error.strerror or error}") from None
         yield
     finally:
-        for written in (part, path):
-            with suppress(OSError):
-                written.unlink()
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+            if path.read_bytes() == content:  # and not another worker's
+                path.unlink()
 
 
 def _make_core(options: WorkerOptions) -> WorkerCore:
