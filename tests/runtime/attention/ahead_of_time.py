@@ -20,7 +20,7 @@ from hetis.runtime.attention.paged_triton import Sizes, sizes_of
 # Shared memory that a block may have, by compute capability: CUDA's programming guide, table of technical limits.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-PLACE = {"where": "*i64", "layer_slots": "i64"}
+PLACE = {"where": "*i64", "layer_slots": "i32"}
 
 
 def shape_of(dtype: str, d: int, soft_cap: float) -> KvShape:
@@ -54,7 +54,8 @@ def compiled(kernel: str, capability: int, types: dict[str, str], constants: dic
         "capability": capability,
         "constants": constants,
         "cubin_bytes": len(made.asm["cubin"]),
-        "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", made.asm["ptx"])),
+        "copies": re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+|\d+)", made.asm["ptx"]),
+        "single_loads": len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]16 ", made.asm["ptx"])),
         "shared_bytes": made.metadata.shared,
         "limit_bytes": SHARED_KIB[capability] * 1024,
     }

@@ -5,9 +5,12 @@ bfloat16 is tried as an older device computes it, widened: the interpreter canno
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -15,6 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from hetis.runtime.attention import paged_triton
 from hetis.runtime.attention.decode_graphs import GraphBackend
+from hetis.runtime.attention.kv import PagePool
 from hetis.runtime.attention.paged_triton import TritonBackend
 from tests.runtime.attention.test_ranges import MIXED, ArrayDevice, Case, check, local, run
 
@@ -38,16 +42,49 @@ def attends_as_defined() -> None:
         print(f"{dtype} {capability} {shape}", flush=True)
 
 
-def graphs_attend_as_defined() -> None:
-    """The interpreter captures no graphs: it runs what they would."""
-    shape, dtype, capability = CASES[0]
-    case = Case(tokens=(70, 33, *[3] * 7), cuts=((68, 69), (31, 32), *[(1, 2)] * 7), **shape, dtype=dtype)
-    device = local(case, lambda pool: GraphBackend(pool, capability=capability), kind=ArrayDevice)
-    plain = local(case, lambda pool: TritonBackend(pool, capability=capability))
-    outputs = run(device, case, together=True)
-    assert all(map(torch.equal, outputs, run(plain, case, together=True))), "the same bits as one by one"
-    assert {size for size, _ in device.backend._graphs} == {(16, 2)}
+class RecordedBackend(GraphBackend):
+    """Captures as a GPU does, where the interpreter cannot: a graph keeps to the buffers of its time."""
+
+    def __init__(self, pool: PagePool) -> None:
+        super().__init__(pool, capability=(9, 0))
+        self._captures = True
+        self._pages = self._pages[:8]  # so that more are soon needed
+
+    def _captured(self, size: Any, window: int) -> Any:
+        then = copy.copy(self)
+        return SimpleNamespace(replay=lambda: then._launch_all(size, window))
+
+
+def graphs_give_the_same_bits() -> None:
+    shape = FULL | {"page_tokens": 1}
+    short = Case(tokens=(3,) * 9, cuts=((1, 2),) * 9, **shape, dtype="float32")
+    long = Case(tokens=(70, 33, *[3] * 7), cuts=((68, 69), (31, 32), *[(1, 2)] * 7), **shape, dtype="float32")
+    device = local(long, RecordedBackend, kind=ArrayDevice)
+    plain = local(long, lambda pool: TritonBackend(pool, capability=(9, 0)))
+    for case in (short, long, short):
+        outputs = [run(each, case, together=True) for each in (device, plain)]
+        assert all(map(torch.equal, *outputs)), case.tokens
+        for each in (device, plain):
+            each.drop(each.pool.sequences)
+    graphs = device.backend._graphs
+    assert {size for size, _ in graphs} == {(16, 1), (16, 2)}, graphs
+    assert any(graphs.values()), "some were captured"
     print("graphs", flush=True)
+
+
+def a_gpu_that_refuses_graphs_attends_without() -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    case = Case(tokens=(4,), cuts=((1, 2, 3),), **FULL, dtype="float32")
+    device = local(case, lambda pool: GraphBackend(pool, capability=(9, 0)), kind=ArrayDevice)
+    device.backend._captures = True
+    there = SimpleNamespace(current_stream=lambda _: None, set_stream=lambda _: None, CUDAGraph=object, graph=refuse)
+    with patch.object(torch, "cuda", there):
+        check(device, case)
+    assert not device.backend._captures
+    assert set(device.backend._graphs.values()) == {None}
+    print("no graphs", flush=True)
 
 
 def first_outputs(case: Case, rows: torch.Tensor) -> torch.Tensor:
@@ -68,5 +105,6 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     paged_triton.SPLIT = 64  # the least: of one block
     attends_as_defined()
-    graphs_attend_as_defined()
+    graphs_give_the_same_bits()
+    a_gpu_that_refuses_graphs_attends_without()
     gives_the_same_bits_among_others()

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.runtime.attention.kv import KvShape, OutOfPagesError, PagePool, SequenceKey, UnknownSequenceError
+from hetis.runtime.attention.kv import (
+    KvShape,
+    OutOfPagesError,
+    PagePool,
+    SequenceKey,
+    UnknownSequenceError,
+    use_cuda_device,
+)
 
 
 def shape(**fields: object) -> KvShape:
@@ -89,3 +96,12 @@ def test_tables_grow_with_sequences_and_their_length() -> None:
     pool.check_invariants()
     assert pool.table.shape[0] >= 20
     assert pool.table.shape[1] >= 40
+
+
+def test_a_process_uses_the_gpu_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    fakes = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert [use_cuda_device(name) for name in ("cuda", "cuda:1", "cuda:2")] == [True, True, False]
+    assert chosen == [0, 1]

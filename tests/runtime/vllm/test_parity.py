@@ -196,13 +196,15 @@ def test_row(row: Row, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.Mo
         for act, found in zip(row.acts, run_engine(folder, judge, config=None, dtype=dtype), strict=True):
             gaps = sorted(found["gaps"], reverse=True)
             print(f"{row.name}, {act['act']}: {len(gaps)} tokens, gaps {[round(gap, 4) for gap in gaps[:5]]}")
-            assert not gaps or gaps[0] <= MOST_GAP[dtype], act
+            assert gaps or act["act"] == "sampled"
+            assert max(gaps, default=0.0) <= MOST_GAP[dtype], act
             assert sum(gap > 0 for gap in gaps) <= MOST_UNLIKELY * len(gaps), act
     if "num_gpu_blocks_override" in row.options:
         assert stock[0]["preempted"] > 0
         assert (ours[0]["preempted"] == 0) == (row.workers > 0), "groups go to workers instead"
     hit: set[int] = set()
     for act, mine, theirs in zip(row.acts, ours, stock, strict=True):
+        assert list(map(len, mine["tokens"])) == list(map(len, theirs["tokens"])), act
         assert not is_exact or mine["tokens"] == theirs["tokens"], act
         if act["act"] == "plain":
             assert set(map(int, mine["groups_seen"])) >= set(range(1, row.workers + 1)), "every worker had head groups"

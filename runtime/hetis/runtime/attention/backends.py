@@ -155,7 +155,7 @@ class Backend(Protocol):
     name: str
 
     def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
-        """Set the sequences of the next calls and the positions that they write.
+        """Set the sequences of the next calls and the positions that they write. The arrays may be kept until then.
 
         Args:
             rows: of the pool's table, shape [N].

@@ -1,14 +1,15 @@
 """Decode steps as CUDA graphs: the copy of what a channel brought, the kernels and the copy back are launched at once.
 
-Launching them one by one takes three times as long as they run if a step has few sequences, once per layer, while an
-engine waits. A graph fixes every address and size. Therefore all of a step is in buffers that stay where they are, the
-layer's number among the inputs, and sizes are rounded up to powers of two: rows beyond a step's have no slot and tiles
-no positions. A step whose size was never met runs as it is, which compiles its kernels, and is captured the next time.
+Launching them one by one takes longer than they run if a step has few sequences, once per layer, while an engine waits.
+A graph fixes every address and size. Therefore all of a step is in buffers that stay where they are, the layer's number
+among the inputs, and sizes are rounded up to powers of two: rows beyond a step's have no slot and tiles no positions. A
+step whose size was never met runs as it is, which compiles its kernels, and is captured the next time.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import logging
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from hetis.runtime.attention import paged_triton
 from hetis.runtime.attention.kv import Array, IntArray, PagePool
 from hetis.runtime.attention.paged_triton import Launch, TritonBackend, launch
 
-MOST_SEQUENCES = 256  # with more, kernels and copies take longer than launches
-MOST_PART_BYTES = 32 << 20  # of all splits of a step
+MOST_SEQUENCES = 512  # a power of two, from which pageable memory is no longer what takes longest
+MOST_PART_BYTES = 32 << 20  # of the outputs of all splits of a step
 HEADER_BYTES = 16  # the layer and the table's width, int64 [2], before the rows, which thereby stay aligned
+_log = logging.getLogger(__name__)
 
 
 class _Size(NamedTuple):
@@ -36,7 +38,8 @@ class GraphBackend(TritonBackend):
         """Initialise for a pool whose device has this compute ``capability``."""
         super().__init__(pool, capability=capability)
         shape, device = pool.shape, pool.k.device
-        self._is_cuda = device.type == "cuda"  # Triton's interpreter has no graphs
+        self._is_cuda = device.type == "cuda"
+        self._captures = self._is_cuda  # Triton's interpreter has no graphs
         r, d, most, dtype = shape.queries_per_group, shape.head_dim, MOST_SEQUENCES, shape.torch_dtype
         size = HEADER_BYTES + most * (r + 2) * d * shape.item_bytes
         self._came = torch.zeros(size, dtype=torch.uint8, pin_memory=self._is_cuda)
@@ -52,7 +55,9 @@ class GraphBackend(TritonBackend):
         self._stored = torch.zeros(most, dtype=torch.int64, device=device)
         self._tiles = torch.zeros(most, 4, dtype=torch.int32, device=device)
         self._pages = torch.zeros(most, dtype=torch.int32, device=device)
-        self._parts = torch.zeros(0)
+        # All sizes share these.
+        self._parts = torch.zeros(MOST_PART_BYTES // 4, device=device)
+        self._sums = torch.zeros(MOST_PART_BYTES // 4 // d, device=device)
         self._graphs: dict[tuple[_Size, int], torch.cuda.CUDAGraph | None] = {}  # by size and window; None: met once
         self._size: _Size | None = None  # None: the step is not one of graphs
         self._width = 0  # pages per row of the step's table
@@ -87,7 +92,8 @@ class GraphBackend(TritonBackend):
         if not 0 < len(positions) <= MOST_SEQUENCES:
             return None
         size = _Size(_power(max(len(positions), 8)), _power(-(-(int(positions.max()) + 1) // paged_triton.SPLIT)))
-        return size if size.splits == 1 or self._part_bytes(size) <= MOST_PART_BYTES else None
+        part_bytes = 4 * size.splits * size.rows * self.few.block_m * self.pool.shape.head_dim
+        return size if size.splits == 1 or part_bytes <= MOST_PART_BYTES else None
 
     def _fill(self, size: _Size, rows: IntArray, positions: IntArray) -> None:
         """Write a step's slots, tiles and pages to their buffers."""
@@ -108,41 +114,40 @@ class GraphBackend(TritonBackend):
     def _run(self, size: _Size, window: int) -> None:
         """Attend to what has come, and wait for the answers."""
         key = size, window
-        if not self._is_cuda or key not in self._graphs:
-            self._graphs[key] = None
-            self._launch_all(size, window)
-        else:
-            graph = self._graphs[key]
-            if graph is None:
-                graph = self._graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._launch_all(size, window)
+        graph = self._graphs.get(key)
+        if graph is None and self._captures and key in self._graphs:
+            graph = self._graphs[key] = self._captured(size, window)
+        if graph is not None:
             graph.replay()
+        else:
+            self._launch_all(size, window)
+            self._graphs.setdefault(key)
         if self._is_cuda:
             torch.cuda.current_stream(self.pool.k.device).synchronize()
+
+    def _captured(self, size: _Size, window: int) -> torch.cuda.CUDAGraph | None:
+        """Return a graph, or None if the GPU refuses it, which may be full. No further one is captured then."""
+        stream, graph = torch.cuda.current_stream(self.pool.k.device), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._launch_all(size, window)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves its own if a capture cannot be ended
+            _log.warning("decodes are no longer captured as CUDA graphs: %s", str(error).partition("\n")[0])
+            self._captures = False
+            return None
+        return graph
 
     def _launch_all(self, size: _Size, window: int) -> None:
         count, splits = size
         rows = slice(count)
         used = HEADER_BYTES + count * self._qkv[0].nbytes
         self._inputs[:used].copy_(self._came[:used], non_blocking=True)
-        parts, sums = self._divided(size) if splits > 1 else (None, None)
+        parts, sums = (self._parts, self._sums) if splits > 1 else (None, None)
         launches = [Launch(self.few, self._tiles[rows], splits, parts, sums)]
         out = self._out[rows]
         launch(self.pool, self._place, window, self._qkv[rows], self._stored[rows], self._pages, launches, out)
         self._goes[rows].copy_(out, non_blocking=True)
-
-    def _divided(self, size: _Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the buffers of the splits' outputs and sums. All sizes share them."""
-        if not len(self._parts):
-            kinds: dict[str, Any] = {"dtype": torch.float32, "device": self.pool.k.device}
-            self._parts = torch.zeros(MOST_PART_BYTES // 4, **kinds)
-        sums = size.splits * size.rows * self.few.block_m
-        parts = sums * self.pool.shape.head_dim
-        return self._parts[:parts], self._parts[parts : parts + sums]
-
-    def _part_bytes(self, size: _Size) -> int:
-        return 4 * size.splits * size.rows * self.few.block_m * (self.pool.shape.head_dim + 1)
 
 
 def _power(number: int) -> int:

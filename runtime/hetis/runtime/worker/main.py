@@ -250,7 +250,7 @@ def _address_in(path: Path | None, address: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-            if path.read_bytes() == content:  # and not another worker's
+            if path.is_file() and path.read_bytes() == content:  # and not another worker's
                 path.unlink()
 
 
