@@ -298,6 +298,7 @@ def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) ->
     given = ("listen", "127.0.0.1:0"), ("status_page.address", "off"), ("store", f"sqlite:///{tmp_path}/h.db")
     config = load_config(None, environment={}, flags=[Given(name=n, text=text, by=n) for n, text in given])
     before, interval_s = gc.get_threshold(), sys.getswitchinterval()
+    gc.unfreeze()  # the tests, see conftest.py
 
     async def scenario() -> None:
         serving = asyncio.create_task(run_planner(config, open_fake, version="0", ready_json=False))
@@ -311,6 +312,8 @@ def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) ->
         asyncio.run(asyncio.wait_for(scenario(), 30))
     finally:
         gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         gc.set_threshold(*before)
         sys.setswitchinterval(interval_s)
 
