@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
+from unittest import mock
 
 
 def command_of(module: str) -> list[str]:
@@ -41,3 +45,19 @@ def run_command(
         env=environment(),
         check=False,
     )
+
+
+def run_here(
+    run: Callable[[Sequence[str]], int], *arguments: str, cwd: Path | None = None, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command's function and return what `run_command` would: imports and kernels are loaded once for all."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with (
+        chdir(cwd or Path.cwd()),
+        mock.patch.dict(os.environ, environment(**changes), clear=True),
+        mock.patch.object(sys, "stdout", out),
+        mock.patch.object(sys, "stderr", err),
+    ):
+        code = run(arguments)
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(arguments, code, stdout, stderr)

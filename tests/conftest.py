@@ -1,12 +1,15 @@
-"""One thread per process, and the effort of hypothesis.
+"""One thread per process, the effort of hypothesis, and what the garbage collector need not look through.
 
 The profile `ci` is quick and deterministic; HYPOTHESIS_PROFILE=thorough searches at random.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 # torch's threads busy-wait for each other, which wastes CPU time with several test processes per core.
@@ -29,3 +32,14 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=1000, deadline=None, suppress_health_check=_ACCEPTED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep thousands of tests out of garbage collections: each full one takes half a second with them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -65,12 +66,25 @@ def modules(root: str) -> list[Path]:
     return sorted((ROOT / root / "hetis").rglob("*.py"))
 
 
+@cache  # every test asks for those of every module, which takes seconds to parse
+def import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Every import of a module's text, also those inside functions."""
+    found, blocks = list[ast.Import | ast.ImportFrom](), list[ast.AST]([ast.parse(source)])
+    while blocks:
+        for node in ast.iter_child_nodes(blocks.pop()):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                found.append(node)
+            elif not isinstance(node, ast.expr):  # imports are statements, and none is inside an expression
+                blocks.append(node)
+    return tuple(found)
+
+
 def imported(path: Path) -> Iterator[str]:
     """Dotted names of every import of a module, also those inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in import_statements(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}: imports are absolute"
             yield node.module or ""
             if node.module == "hetis":
@@ -171,10 +185,10 @@ def imports_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {name: set() for name in sources}
     for name, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in import_statements(source):
             if isinstance(node, ast.Import):
                 found[name] |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
+            elif node.module:
                 found[name] |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         found[name] = found[name] & sources.keys() - {name}
     return found

@@ -87,13 +87,15 @@ class Processes(DemoProcesses):
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
-        command += ["--kv-transfer-config", _CONNECTOR, *options]
+        # The engine's process computes by itself: it would watch another one, at the cost of a second processor.
+        command += ["--distributed-executor-backend", "uni", "--kv-transfer-config", _CONNECTOR, *options]
         environment = {
             "HETIS_VLLM_CONFIG": str(self._settings()),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM for CPUs makes ``mp`` of ``uni``
         } | kernel_cache(python)
         self._start("server", command, environment=environment)
         url = f"http://127.0.0.1:{port}"

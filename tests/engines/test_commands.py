@@ -38,7 +38,6 @@ from tests.engines.plans import (
     staged,
     write_config,
 )
-from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 STAGED = layout_of(staged(), 0, MODEL)
@@ -299,49 +298,6 @@ def test_the_forms_say_the_same() -> None:
     assert yaml.safe_load(written) == yaml.safe_load(found[0]["files"]["hetis-launch/workers.yaml"])
     done = subprocess.run(["sh", "-n"], input=shell, text=True, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
-
-
-# Parses each line of a JSON list as `vllm serve` does, and prints the result.
-PARSE = """
-import json, sys
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-found = []
-for words in json.load(sys.stdin):
-    args = parser.parse_args(words)
-    found.append({
-        "model": args.model_tag, "tp": args.tensor_parallel_size, "pp": args.pipeline_parallel_size,
-        "nodes": args.nnodes, "rank": args.node_rank, "headless": args.headless, "seats": args.max_num_seqs,
-        "tokens": args.max_num_batched_tokens, "backend": args.attention_backend,
-        "connector": args.kv_transfer_config and args.kv_transfer_config.kv_connector,
-        "executor": args.distributed_executor_backend, "kv": args.kv_cache_memory_bytes, "dtype": args.dtype,
-        "context": args.max_model_len, "kv_dtype": args.kv_cache_dtype,
-        "hybrid_off": args.disable_hybrid_kv_cache_manager,
-        "sharing": [args.data_parallel_size, args.enable_expert_parallel],
-        "drafts": args.speculative_config
-        and [args.speculative_config["method"], args.speculative_config["num_speculative_tokens"]],
-    })
-print("FOUND " + json.dumps(found))
-"""
-
-
-def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Return the result of vLLM's parser for the words after ``vllm``."""
-    done = subprocess.run(
-        [str(PYTHON), "-c", PARSE],
-        input=json.dumps(lines),
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    found: list[dict[str, Any]] = json.loads(line.removeprefix("FOUND "))
-    return found
 
 
 def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:

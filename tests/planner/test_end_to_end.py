@@ -23,7 +23,8 @@ nodes:
   - {name: l4, count: 2, gpus: [{type: L4, count: 2}]}
 network: {bandwidth: 100Gbps, latency: 20us}
 """
-INPUTS = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "azure_conv_2023")
+# A workload that is simulated quickly.
+INPUTS = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "humaneval_lengths")
 # The promised keys of the JSON form.
 PLAN_FIELDS = {"kind", "strategy", "result", "inputs", "replicas"}
 RESULT_FIELDS = {"status", "objective", "value", "bound", "gap", "unit", "solve_s"}

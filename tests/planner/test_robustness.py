@@ -79,7 +79,7 @@ def never(_problem: PlacementProblem, _strategy: str, _budget: Budget) -> Plan:
     raise NoPlanFoundError("not asked for")
 
 
-def studied(fleet: str, error: float, *, seed: int = 0, samples: int = 30) -> Robustness:
+def studied(fleet: str, error: float, *, seed: int = 0, samples: int = 12) -> Robustness:
     """Return the study without searches, which other tests cover."""
     return study(planned(fleet), posed(fleet), error=error, seed=seed, samples=samples, searches=0, search=never)
 
@@ -260,8 +260,9 @@ def test_everything_slower_is_the_worst_there_is() -> None:
 
 
 def test_the_same_seed_says_the_same_and_another_does_not() -> None:
-    assert studied("paper", 0.2, seed=5) == studied("paper", 0.2, seed=5)
-    assert studied("paper", 0.2, seed=5).rate != studied("paper", 0.2, seed=6).rate
+    found = studied("paper", 0.2, seed=5)
+    assert found == studied("paper", 0.2, seed=5)
+    assert found.rate != studied("paper", 0.2, seed=6).rate
 
 
 def test_a_spent_budget_ends_the_study_with_what_there_is() -> None:
@@ -509,7 +510,10 @@ def test_place_prints_and_saves_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(robustness, "SEARCHES", 2)  # of 12, which take half a minute
+    monkeypatch.setattr(robustness, "SEARCHES", 1)  # of 12, which take half a minute
+    defaults = robustness.study.__kwdefaults__
+    assert defaults["samples"] == 200
+    monkeypatch.setitem(defaults, "samples", 20)  # all take six seconds
     path = tmp_path / "plan.json"
     arguments = ["place", "-c", str(EXAMPLES / "h100-p100.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
     assert run([*arguments, "--profile-error", "20%", "--no-verify", "--out", str(path)]) == ExitCode.OK
@@ -518,7 +522,7 @@ def test_place_prints_and_saves_the_study(
         assert part in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 80
     saved = load_plan(path).inputs[PROFILE_ERRORS]["robustness"]
-    assert saved["samples"] == 200
+    assert saved["samples"] == 20
     assert saved["error"] == 0.2
 
 

@@ -11,7 +11,7 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.solver.tenants.problem import TenantRule
-from tests.planner.command_line import EXAMPLES, hetis_plan, hetis_plan_here, invoke
+from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
 FLEET = str(EXAMPLES / "h100-l4.yaml")
 TWO = """apiVersion: hetis/v1
@@ -99,7 +99,7 @@ def test_a_tenant_that_fits_nowhere_makes_the_fleet_infeasible_by_name(tmp_path:
 
 
 def test_a_strategy_without_a_family_is_refused(tmp_path: Path) -> None:
-    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--strategy", "uniform")
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "--strategy", "uniform")
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert "hetis, hexgen or hexgen2" in run.stderr

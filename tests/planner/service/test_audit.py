@@ -25,7 +25,7 @@ from tests.planner.resources.planned import WAIT as WAITS
 from tests.planner.resources.planned import Planner, create_request, with_planner
 from tests.planner.resources.served import Served, document, refused
 from tests.planner.resources.served import with_planner as with_clusters
-from tests.planner.service.process import finished
+from tests.planner.service.process import finished_here
 from tests.planner.service.serving import by_tokens, failure_of, run, served
 
 
@@ -152,7 +152,7 @@ def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> No
     asyncio.run(fill())
 
     def audit(*options: str) -> tuple[int, str]:
-        code, out, err, _ = finished(["audit", "--store", url, *options], folder=tmp_path)
+        code, out, err = finished_here(["audit", "--store", url, *options], folder=tmp_path)
         return code, out + err
 
     code, out = audit("--caller", "ci", "--since", "2027-01-15T08:00:01Z", "--json")

@@ -117,8 +117,8 @@ async def owner(executor: SocketExecutor, what: Change) -> str:
     raise AssertionError("no head map")
 
 
-@pytest.mark.parametrize("killed_after", ["prepare", "PREPARING", "READY", "commit", "FLIPPED", "resolved"])
-def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, killed_after: str) -> None:
+@pytest.mark.parametrize("killed_after", [("prepare", "READY", "FLIPPED"), ("PREPARING", "commit", "resolved")])
+def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, killed_after: tuple[str, ...]) -> None:
     """With engine and planner alive and every directive repeated, the change ends as if nothing had happened."""
 
     async def story() -> None:
@@ -136,7 +136,7 @@ def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, kill
 
             async def kill(step: str) -> None:
                 nonlocal agent
-                if step == killed_after:
+                if step in killed_after:
                     agent.kill()
                     agent.wait()
                     times, since = planner.hellos, len(planner.heard)
@@ -155,14 +155,14 @@ def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, kill
             await kill("READY")
             planner.send(say.commit(what))
             await kill("commit")
-            if killed_after == "commit":
+            if "commit" in killed_after:
                 planner.send(say.commit(what))
             flipped = await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_FLIPPED)
             assert await owner(executor, what) == move.target
             await kill("FLIPPED")
             planner.send(say.resolved(what, FLIPPED))
             await kill("resolved")
-            if killed_after == "resolved":
+            if "resolved" in killed_after:
                 planner.send(say.resolved(what, FLIPPED))
             await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_RELEASED)
             assert flipped is not None
