@@ -94,6 +94,20 @@ def test_a_process_is_kept_for_the_next_search_and_replaced_after_some() -> None
     assert first == second != third == fourth  # each answers with its process id
 
 
+def test_processes_start_with_the_first_searches_or_when_none_has_come_for_a_while() -> None:
+    async def scenario() -> None:
+        async with pool_of(PoolSettings(num_processes=2, warm_up_after_s=FOREVER_S)) as pool:
+            await asyncio.sleep(0.1)
+            assert pool.pids == []
+            assert isinstance(await outcome(begin(pool, "find")), FoundPlan)
+            assert len(pool.pids) >= 1
+        async with pool_of(PoolSettings(num_processes=2, warm_up_after_s=0.0)) as pool, asyncio.timeout(30):
+            while len(pool.pids) < 2:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
 def test_a_crashed_process_is_a_crashed_search_and_the_next_one_gets_a_new_process() -> None:
     async def scenario() -> tuple[Outcome, Outcome]:
         async with pool_of() as pool:

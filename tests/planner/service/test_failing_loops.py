@@ -111,7 +111,7 @@ def test_a_solver_slot_that_ends_by_a_bug_is_heard_of() -> None:
         raise ZeroDivisionError
 
     async def test() -> None:
-        pool = SolverPool(PoolSettings(num_processes=2), start_process=start)
+        pool = SolverPool(PoolSettings(num_processes=2, warm_up_after_s=0.0), start_process=start)
         pool.start()
         with pytest.raises(ZeroDivisionError):
             await pool.until_failed()

@@ -162,6 +162,9 @@ class PoolSettings:
     queued_per_caller: int | None = None  # waiting searches of one caller; None: any
     # How many searches a process does before it is replaced, so that no leak grows for ever
     searches_per_process: int = 50
+    # When processes load the solver although nobody searches: not at once, for loading takes a core for seconds, and
+    # agents connect then. A search that comes earlier starts its process.
+    warm_up_after_s: float = 10.0
     grace_s: float = 60.0  # how long a search may take to answer after its time limit or after it was cancelled
     preparation_s: float = 600.0  # how long a process may load and compile before a search's time limit starts to run
     # How long a process may take to simulate a plan, besides the time limits of the searches that follow from it; then
@@ -353,7 +356,7 @@ class SolverPool:
     # --- for the owner
 
     def start(self) -> None:
-        """Start the processes, so that they are warm when the first search comes."""
+        """Take searches. Processes start with the first ones, or after ``warm_up_after_s``."""
         named = [(f"solver slot {number}", slot) for number, slot in enumerate(self._slots)]
         self._tasks = [asyncio.create_task(self._work(slot), name=name) for name, slot in named]
 
@@ -455,6 +458,11 @@ class SolverPool:
     # --- for slots
 
     async def _work(self, slot: Slot) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.warm_up_after_s):
+                while not any(self._waiting.values()):
+                    self._arrived.clear()
+                    await self._arrived.wait()
         while True:
             await slot.warm_up()
             while (search := self._next()) is None:

@@ -144,7 +144,7 @@ class Term:
         self._loops.start("warming up dispatch", self._states.warm_up())
         self._loops.start("the history of KV", self._kv.run())
         await self._searches.resume()
-        self._pool.start()  # last: its processes use all cores while they load, and agents wait for this planner
+        self._pool.start()
         self._loops.start("the solver slots", self._pool.until_failed())
 
     def lose(self, error: ServiceError) -> None:
