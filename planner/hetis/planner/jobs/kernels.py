@@ -14,8 +14,6 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Progress, Report
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.compiled import is_cached
-from hetis.solver.layers.problem import LayersProblem, Links, NodeType
-from hetis.solver.layers.solve import solve_layers
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
 from hetis.solver.placement.frontier import explore
@@ -66,7 +64,6 @@ def compile_all_kernels() -> None:
     load_kernels(1, for_engine=True, report=lambda _progress: None)
     for num_gpus in (1, MAX_GPUS + 1):
         compile_kernels(num_gpus, PUBLISHED, report=lambda _progress: None)
-    solve_layers(_smallest_of_layers())
 
 
 def load_cached_kernels() -> None:
@@ -80,19 +77,6 @@ def load_cached_kernels() -> None:
 def _smallest_of_engine() -> PlacementProblem:
     problem = _smallest_problem(1)
     return replace(problem, family=run_by(problem.family, EngineRules(name=DEFAULT_ENGINE)))
-
-
-def _smallest_of_layers() -> LayersProblem:
-    node = NodeType(name="node", count=2, tokens_per_s=(1e3,), kv_token_layers=(1e5,))
-    links = Links(bandwidth=1e9, latency_s=1e-3, activation_bytes=8192)
-    return LayersProblem(
-        name="smallest",
-        num_layers=2,
-        node_types=(node,),
-        mean_prompt_tokens=512.0,
-        mean_output_tokens=128.0,
-        links=links,
-    )
 
 
 def _smallest_problem(num_nodes: int) -> PlacementProblem:

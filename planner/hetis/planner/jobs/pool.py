@@ -459,10 +459,7 @@ class SolverPool:
 
     async def _work(self, slot: Slot) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.warm_up_after_s):
-                while not any(self._waiting.values()):
-                    self._arrived.clear()
-                    await self._arrived.wait()
+            await asyncio.wait_for(self._arrived.wait(), self._settings.warm_up_after_s)
         while True:
             await slot.warm_up()
             while (search := self._next()) is None:

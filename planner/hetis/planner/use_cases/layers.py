@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.layers.plan import LayersPlan, NodeLoad
-from hetis.solver.layers.problem import LayersProblem
+from hetis.solver.layers.problem import LayersProblem, Links, NodeType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,16 @@ def is_compiled() -> bool:
     from hetis.solver.layers.annealing import anneal
 
     return is_cached(anneal)
+
+
+def compile_layers() -> None:
+    """Compile or load the kernels, by solving a problem of two equal nodes that hold a layer each."""
+    from hetis.solver.layers.solve import solve_layers
+
+    node = NodeType(name="node", count=2, tokens_per_s=(1e3,), kv_token_layers=(1e5,))
+    links = Links(bandwidth=1e9, latency_s=1e-3, activation_bytes=8192)
+    lengths = {"mean_prompt_tokens": 512.0, "mean_output_tokens": 128.0}
+    solve_layers(LayersProblem(name="smallest", num_layers=2, node_types=(node,), links=links, **lengths))
 
 
 def place_layers(
