@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.store import Store, Transaction, opening, records
+from hetis.planner.store import Store, Transaction, opening, records, schema
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLog
 
 TEXT = st.text(max_size=10)
@@ -89,7 +89,7 @@ def test_a_line_that_is_taken_out_or_moved_is_found(connection: sa.Connection) -
 def test_any_changes_make_a_whole_chain(changes: list[AuditedChange]) -> None:
     engine = opening.make_engine(opening.parse_url("sqlite://"), lease_s=10.0)
     with engine.begin() as connection:
-        opening.migrate(connection)
+        schema.migrate(connection)
         log = AuditLog(connection)
         for change in changes:
             log.append(change, time_s=0.1)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from hetis.planner.store import Store, StoreError, Transaction, etag_of, opening, records
 from hetis.planner.store.audit import AuditedChange
 from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
-from hetis.planner.store.opening import revisions
+from hetis.planner.store.schema import revisions
 from hetis.planner.watching import Hub
 from tests.planner.store import samples
 

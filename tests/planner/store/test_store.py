@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records
+from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records, schema
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from tests.planner.store import samples
@@ -339,6 +342,27 @@ def test_the_migrations_lead_to_the_tables_that_the_code_means(url: str) -> None
         differences = compare_metadata(context, records.metadata)
     engine.dispose()
     assert differences == []
+
+
+def test_versions_are_one_line_in_the_order_of_their_files() -> None:
+    script = ScriptDirectory(str(Path(schema.__file__).parent / "migrations"))
+    assert [one.revision for one in script.walk_revisions()][::-1] == schema.revisions()
+
+
+def test_only_a_migration_loads_alembic(tmp_path: Path) -> None:
+    opens = f"""
+import asyncio, sys
+from hetis.planner.store import Store
+
+async def main():
+    store = await Store.open("sqlite:///{tmp_path}/hetis.db")
+    await store.close()
+
+asyncio.run(main())
+print("alembic" in sys.modules)
+"""
+    told = [subprocess.check_output([sys.executable, "-c", opens], text=True) for _ in range(2)]
+    assert told == ["True\n", "False\n"]
 
 
 def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:

@@ -16,7 +16,7 @@ from hetis.planner.service.settings import Given, load_config
 from hetis.planner.store import Reader
 from hetis.planner.store.audit import AuditFilter, AuditLine
 from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
-from hetis.planner.store.opening import revisions
+from hetis.planner.store.schema import revisions
 
 
 def store_url(path: str | None, flags: Sequence[Given]) -> str:

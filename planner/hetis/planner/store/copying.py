@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import sqlalchemy as sa
-from alembic.runtime.migration import MigrationContext
 
 import hetis.planner.store.leadership as leadership
 import hetis.planner.store.opening as opening
 import hetis.planner.store.records as records
+import hetis.planner.store.schema as schema
 from hetis.planner.store.audit import AuditedChange, AuditLog
 from hetis.planner.store.leadership import FileLock
 from hetis.planner.store.opening import StoreError
@@ -53,7 +53,7 @@ def back_up(url: str, file: Path) -> int:
             opening.keep_private(made)
             target, _, _ = _engine(f"sqlite:///{made}")
             with target.begin() as written:
-                opening.migrate(written)
+                schema.migrate(written)
                 num = _copy(connection, written)
             target.dispose()
             _sync(made)
@@ -81,7 +81,7 @@ def _stored(url: str) -> Iterator[sa.Connection]:
         raise StoreError(f"{label}: no such store")
     try:
         with _reading(engine) as connection:
-            if opening.needs_migration(connection, label):
+            if schema.needs_migration(connection, label):
                 raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
             yield connection
     finally:
@@ -114,11 +114,11 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
                 opening.check_file(connection, str(file))
                 if not sa.inspect(connection).get_table_names():
                     raise StoreError(f"{file} is empty, and no backup")
-                if opening.needs_migration(connection, str(file)):
-                    opening.migrate(connection)
+                if schema.needs_migration(connection, str(file)):
+                    schema.migrate(connection)
             with _reading(source) as connection, unused(url) as (written, label):
-                if opening.needs_migration(written, label):
-                    opening.migrate(written)
+                if schema.needs_migration(written, label):
+                    schema.migrate(written)
                 if not replace and (kind := _first_filled(written)):
                     raise StoreError(
                         f"store {label} holds {kind}: nothing was changed; --replace puts the backup there"
@@ -144,9 +144,9 @@ def migrate_to(url: str, revision: str) -> str:
     Raises StoreError if there is no such version, or the store cannot be used or is in use.
     """
     with unused(url) as (connection, label):
-        opening.needs_migration(connection, label)  # refuses unknown versions
-        before = MigrationContext.configure(connection).get_current_revision() or "nothing"
-        opening.migrate(connection, to=revision)
+        schema.needs_migration(connection, label)  # refuses unknown versions
+        before = schema.revision_of(connection) or "nothing"
+        schema.migrate(connection, to=revision)
         return before
 
 
@@ -169,7 +169,7 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
                 opening.use_write_ahead_log(engine)
         with _errors_of(label), engine.begin() as connection:
             if lock is None:
-                opening.lock_out_others(connection)
+                schema.lock_out_others(connection)
                 _require_no_lease(connection, label)
             yield connection, label
     finally:

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 import hetis.planner.store.leadership as leadership
 import hetis.planner.store.opening as opening
+import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.leadership import FileLock, Holder, Lease, machine_s
 from hetis.planner.store.opening import StoreError
@@ -420,7 +421,7 @@ class Store:
             with self._readers.begin() as connection:
                 if self._lock is not None:
                     opening.check_file(connection, self._label)
-                old = opening.needs_migration(connection, self._label)
+                old = schema.needs_migration(connection, self._label)
             if self._lock is not None:
                 opening.use_write_ahead_log(self._engine)
             if old:
@@ -436,9 +437,9 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
-                    opening.lock_out_others(connection)
-                if opening.needs_migration(connection, self._label):  # no other planner was faster
-                    opening.migrate(connection)
+                    schema.lock_out_others(connection)
+                if schema.needs_migration(connection, self._label):  # no other planner was faster
+                    schema.migrate(connection)
         finally:
             if self._lock is not None:
                 self._lock.release()
