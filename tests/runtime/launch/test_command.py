@@ -388,13 +388,16 @@ def test_a_plan_that_is_none_is_told(run: Run) -> None:
 
 
 def test_all_that_is_wrong_with_options_is_said_at_once(run: Run) -> None:
-    code, _, lines = run("show", "--", "8080", "--headless", "--kv_transfer_config={}", "-tp", "2")
+    code, _, lines = run(
+        "show", "--vllm", "python 'front", "--", "8080", "--headless", "--kv_transfer_config={}", "-tp", "2"
+    )
     assert code == 2
     assert lines == [
         "hetis-launch: --headless stands after --: it is hetis-launch that sets it",
         "hetis-launch: --kv-transfer-config stands after --: it is hetis-launch that sets it",
         "hetis-launch: -tp stands after --: it is hetis-launch that sets it",
         "hetis-launch: '8080' is no option; those of vLLM stand after --",
+        'hetis-launch: --vllm is "python \'front": No closing quotation',
         "hetis-launch: --model is missing: a folder with config.json, or a name that vLLM knows",
         "hetis-launch: --plan is missing: a plan of hetis-plan place",
     ]

@@ -80,6 +80,16 @@ def test_a_worker_with_invalid_options_ends_all() -> None:
     assert made.outcome == 2
 
 
+def test_a_worker_that_could_start_once_is_waited_for() -> None:
+    """It ends with 2 also where another process takes its memory, or its card is gone."""
+    made = supervision()
+    made.ended("w", -9, 100.0)
+    made.started("w", 101.0)
+    assert made.ended("w", 2, 102.0) is not None
+    assert made.outcome is None
+    assert made.due(200.0) == ["w"]
+
+
 @dataclass
 class Fake:
     """A process: it ends with ``ends`` after so many looks, and when it is told, after ``stubborn`` more."""

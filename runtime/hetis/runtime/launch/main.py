@@ -288,8 +288,11 @@ def _read(
     from hetis.formats.documents import load_plan
 
     options = tuple(given.vllm_options or ())
-    program = tuple(shlex.split(given.vllm) or program_of(given.engine))
     found = [*wrong, *_wrong_options(options, set_here)]
+    try:
+        program = tuple(shlex.split(given.vllm) or program_of(given.engine))
+    except ValueError as error:
+        found.append(f"--vllm is {given.vllm!r}: {error}")
     found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not given.model else []
     found += ["--plan is missing: a plan of hetis-plan place"] if given.plan is None else []
     if found:

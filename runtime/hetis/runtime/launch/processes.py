@@ -65,6 +65,7 @@ class _Watch:
     due_s: float | None  # when to start it; None: it runs
     started_s: float = 0.0
     failures: int = 0
+    ends: int = 0
 
 
 class Supervision:
@@ -72,7 +73,8 @@ class Supervision:
 
     A worker that ends is restarted indefinitely, because vLLM serves without it. The processes of vLLM live and end
     together: if one fails, all are restarted a few times, and rejoin the existing workers. When the front end exits as
-    told, or one of them cannot start at all, everything ends.
+    told, or one of them cannot start at all, everything ends. A worker that was once started with the same options can:
+    if it now says that it cannot, its memory is taken for the moment or its card is gone, and vLLM serves on.
     """
 
     def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
@@ -99,10 +101,13 @@ class Supervision:
     def ended(self, name: str, code: int, now_s: float) -> float | None:
         """Note that a process is gone. Returns how long all `together` with it must wait; None: nothing restarts."""
         one = self._watched[name]
+        one.ends += 1
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
-        # A further process of vLLM also ends with 0 when the one with the front is gone.
-        is_final = code in self._final if one.kind is ProcessKind.SERVER else code == INVALID
+        if one.kind is ProcessKind.SERVER:
+            is_final = code in self._final
+        else:  # a further process of vLLM also ends with 0, when the one with the front is gone
+            is_final = code == INVALID and (one.kind in VLLM or one.ends == 1)
         if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
             return None
