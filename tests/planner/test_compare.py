@@ -16,7 +16,7 @@ from hetis.formats.documents import load_plan
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of, kept_of
+from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
@@ -34,6 +34,7 @@ LOADED = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", 
 SIMULATED = ["compare", "--cluster", str(EXAMPLES / "paper.yaml"), "-m", "Llama-2-70B", "-w", "1024/256"]
 COMMAND = [*SIMULATED, "--no-verify"]
 
+UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 Outcome = tuple[float, float] | Exception  # value and bound
 Solver = Callable[[Mapping[str, Outcome]], list[str]]
 
@@ -65,9 +66,16 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
     return answer_with
 
 
-def compared(strategies: list[str], budget: Budget | None = None) -> dict[str, comparing.Compared]:
+def compared(
+    strategies: list[str], budget: Budget | None = None, objective: Objective | None = None
+) -> dict[str, comparing.Compared]:
     found = compare_strategies(
-        LOADED, Objective(), PlacementSettings(), strategies, budget=lambda: budget or Budget(), report=silent
+        LOADED,
+        objective or UNLIMITED,
+        PlacementSettings(),
+        strategies,
+        budget=lambda: budget or Budget(),
+        report=silent,
     )
     return {outcome.strategy: outcome for outcome in found}
 
@@ -139,6 +147,19 @@ def test_a_plan_beyond_a_proven_bound_is_a_broken_proof(solver: Solver) -> None:
     solver({"hexgen2-paper": (2.6, 9.0), "hexgen2": (2.0, 2.5)})
     with pytest.raises(BrokenProofError, match=r"contradicts the bound"):
         compared(["hexgen2", "hexgen2-paper"])
+
+
+def test_a_bound_is_not_that_of_plans_outside_of_its_family(solver: Solver) -> None:
+    """Plans for any engine keep a limit on TTFT by rules that leave out some plans within it."""
+    solver({"hexgen2-paper": (2.6, 9.0), "hexgen2": (2.0, 2.5)})
+    found = compared(["hexgen2", "hexgen2-paper"], objective=Objective(ttft_limit_s=5.0))
+    best, own = found["hexgen2-paper"].plan, found["hexgen2"].plan
+    assert best is not None
+    assert own is not None
+    assert (best.result.value, best.result.bound) == (2.6, 9.0)
+    assert (own.result.value, own.result.bound) == (2.0, 2.5), "a bound stands beside plans that it holds for"
+    assert (why_outside(best) or "").startswith("outside of the family of strategy hexgen2, whose bound it passes")
+    assert why_outside(own) is None
 
 
 def test_once_cancelled_the_others_are_not_run(solver: Solver) -> None:

@@ -268,7 +268,7 @@ class Family:
         if self.engine is not None:
             parts.append(self.engine.describe())
         else:
-            parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
+            parts.append(f"{', '.join(map(str, self.in_flight))} of them in flight, 1 or no fewer than stage copies")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
         parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
         parts.append(self._describe_roles())

@@ -16,7 +16,7 @@ from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
 from hetis.planner.report.tables import as_group, bullets, grid, section, table
-from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of
+from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
 from hetis.planner.use_cases.sources import Inputs
@@ -51,6 +51,11 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
         rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in published)
         yield grid(False, True, rows=rows)
+    outside = [(one, why) for one in compared if one.plan is not None and (why := why_outside(one.plan)) is not None]
+    if outside:
+        label = _labels(compared)
+        yield Text("\nBeyond a bound", style="bold")
+        yield grid(False, True, rows=((f" {label(one)}", why) for one, why in outside))
     without = [outcome for outcome in compared if outcome.plan is None]
     if without:
         label = _labels(compared)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import single_problem
@@ -28,6 +28,7 @@ from hetis.planner.service.certificates import ends_of_certificates
 
 _START = "hetis_"  # lets scanners for leaked secrets recognise a token
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
+_NO_TOKENS = re.compile(r"^tokens:[ \t]*\[\s*\]", re.MULTILINE)  # what is left where the last one was deleted
 _ID = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 NODE = re.compile(rf"clusters/({_ID})/nodes/([A-Za-z0-9][A-Za-z0-9._-]*)")
 CLUSTER = re.compile(rf"clusters/({_ID})")
@@ -64,7 +65,7 @@ class PlannerTokens(DocumentPart):
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["PlannerTokens"]
-    tokens: list[TokenPart]
+    tokens: Annotated[list[TokenPart], BeforeValidator(lambda value: [] if value is None else value)]  # none is left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +138,14 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
     with open(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # for two writers at once: neither is lost, neither takes the other's name
         before = file.read().decode("utf-8", errors="replace")
+        if emptied := _NO_TOKENS.search(before):
+            before = f"{before[: emptied.start()]}tokens:{before[emptied.end() :]}"
         added = _entry_text(entry, before)
         _grants(before + added, path)
         try:
+            if emptied:  # no token is lost whenever this ends
+                file.truncate(0)
+                added = before + added
             file.write(added.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -135,7 +135,9 @@ class PlannerServer:
 
     def listen(self, address: str) -> str:
         """Bind an address and return it with the port chosen for 0. Raises AddressError if it cannot be used."""
-        if not is_socket_path(address):
+        if is_socket_path(address):
+            _must_not_answer(address)
+        else:
             _must_be_free(address)  # gRPC itself would log it at length
         try:
             if self._credentials is None:
@@ -195,6 +197,22 @@ def _must_be_free(address: str) -> None:
     if taken or len(wrong) == len(errors):  # a name may have an address of each family, one of which is not here
         first = (taken or wrong)[0]
         raise AddressError(f"cannot listen on {address}: {(first.strerror or str(first)).lower()}")
+
+
+def _must_not_answer(address: str) -> None:
+    """Raise AddressError if somebody listens on a Unix socket: gRPC would take its path away.
+
+    One that a killed process left behind answers nobody, and is replaced.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog is an answer, too
+        try:
+            probe.connect(address.removeprefix("unix:"))
+        except BlockingIOError:
+            pass
+        except OSError:
+            return  # what else may be wrong with the path, gRPC finds
+    raise AddressError(f"cannot listen on {address}: address already in use")
 
 
 def _error_of(

@@ -51,7 +51,7 @@ def back_up(url: str, file: Path) -> int:
     try:
         with _stored(url) as connection, _errors_of(str(file)):
             opening.keep_private(made)
-            target, _, _ = _engine(f"sqlite:///{made}")
+            target, _, _ = _engine(_url_of(made))
             with target.begin() as written:
                 schema.migrate(written)
                 num = _copy(connection, written)
@@ -106,9 +106,8 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
     if not file.is_file():
         raise StoreError(f"{file}: no such backup")
     with tempfile.TemporaryDirectory(prefix="hetis-restore-") as folder:
-        copied = Path(folder) / "backup.db"
-        shutil.copyfile(file, copied)  # a backup of an older version is migrated, but the file itself must not change
-        source, _, _ = _engine(f"sqlite:///{copied}")
+        # A backup of an older version is migrated, but the file itself must not change.
+        source, _, _ = _engine(_url_of(_copied(file, Path(folder))))
         try:
             with _errors_of(str(file)), source.begin() as connection:
                 opening.check_file(connection, str(file))
@@ -178,9 +177,33 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
             lock.release()
 
 
-def _engine(url: str) -> tuple[sa.Engine, str, Path | None]:
+def _copied(file: Path, folder: Path) -> Path:
+    """Return a copy of a backup.
+
+    A store that no planner uses will do, too. If its planner was killed, its last changes are in a log beside it.
+    """
+    found, copied = Path(os.path.realpath(file)), folder / "backup.db"
+    lock, log = FileLock(found), found.with_name(f"{found.name}-wal")
+    if lock.exists() and not lock.take():
+        raise StoreError(f"{file} is the store of a running planner: make a backup with hetis-planner backup")
+    try:
+        shutil.copyfile(found, copied)
+        if log.exists():
+            shutil.copyfile(log, copied.with_name(f"{copied.name}-wal"))
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror}") from None
+    finally:
+        lock.release()
+    return copied
+
+
+def _url_of(file: Path) -> sa.URL:
+    return sa.URL.create("sqlite", database=str(file))  # in a text, ? and % of a file's name would mean something
+
+
+def _engine(url: str | sa.URL) -> tuple[sa.Engine, str, Path | None]:
     """Return an engine, the store's name for messages, and its file if it is one."""
-    parsed = opening.parse_url(url)
+    parsed = opening.parse_url(url) if isinstance(url, str) else url
     return opening.make_engine(parsed, lease_s=_LEASE_S), opening.label_of(parsed), opening.file_of(parsed)
 
 

@@ -33,6 +33,10 @@ class FileLock:
     def is_held(self) -> bool:
         return self._descriptor is not None
 
+    def exists(self) -> bool:
+        """Return whether a planner ever had the lock."""
+        return self._path.exists()
+
     def take(self) -> bool:
         """Return whether this process has the lock now. Raises StoreError if the lock file cannot be made."""
         if self.is_held:

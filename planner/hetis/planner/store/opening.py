@@ -45,16 +45,20 @@ def parse_url(text: str) -> sa.URL:
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
-        shown = url.render_as_string(hide_password=True)
-        raise StoreError(f"store {shown}: {url.drivername} is not supported, expected sqlite or postgresql")
+        raise StoreError(
+            f"store {_without_passwords(url)}: {url.drivername} is not supported, expected sqlite or postgresql"
+        )
     return url
 
 
 def file_of(url: sa.URL) -> Path | None:
-    """Return the file of an SQLite store, or None if the store is in memory or on a server."""
+    """Return the file of an SQLite store, or None if the store is in memory or on a server.
+
+    It is the file itself where the URL names a link: two planners must find one lock, and SQLite's files beside it.
+    """
     if url.drivername != "sqlite" or not url.database or url.database == ":memory:":
         return None
-    return Path(url.database).absolute()
+    return Path(os.path.realpath(url.database))
 
 
 def keep_private(file: Path) -> None:
@@ -74,7 +78,13 @@ def keep_private(file: Path) -> None:
 
 def label_of(url: sa.URL) -> str:
     """Return the store's name in messages."""
-    return str(file_of(url) or url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True))
+    return str(file_of(url) or _without_passwords(url.set(drivername=url.get_backend_name())))
+
+
+def _without_passwords(url: sa.URL) -> str:
+    """Return the URL without the password of the user, and without those that libpq takes from the query."""
+    secret = [name for name in url.query if "pass" in name.lower()]
+    return url.difference_update_query(secret).render_as_string(hide_password=True)
 
 
 def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.Engine:

@@ -41,6 +41,11 @@ CONTAINERS: Mapping[str, str] = {
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
 _BOUND_OF = "the bound is that of strategy"  # begins a note
+_OUTSIDE = "outside of the family"  # begins a note, too
+_BY_RULES = (
+    "within the limits, but not by the rules that plans for any engine keep (docs/cost-model.md, Latency), or with "
+    "another number of micro-batches in flight"
+)
 
 NO_PLAN, FAILED = "no plan", "failed"
 
@@ -116,7 +121,13 @@ def compare_strategies(
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
-    return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
+
+    def holds(container: str, plan: Plan) -> bool:
+        """Return whether a container's bound is one for the plan, too; if it should be, a contradiction is told."""
+        problem = loaded.inputs.problem(objective, container, engine=settings.engine)
+        return not _is_outside(plan, plans[container], problem)
+
+    return tuple(_with_best_bound(found[strategy], plans, holds) for strategy in dict.fromkeys(strategies))
 
 
 def compare_engines(
@@ -151,9 +162,15 @@ def compare_engines(
         is_any = engines[name] is None and not STRATEGIES[strategy].is_published
         if is_any and not loaded.inputs.model.precisions:
             problem = loaded.inputs.problem(objective, strategy, settings.roles)
-            for other in engines.keys() - {name}:
-                note = f"the plan was found for {other}"
-                outcome = _with_better_plan(outcome, found[strategy, other].plan, problem, note)
+            beyond = []
+            for other in (one for one in engines if one != name):
+                plan, note = found[strategy, other].plan, f"the plan was found for {other}"
+                if plan is not None and outcome.plan is not None and _is_outside(plan, outcome.plan, problem):
+                    beyond.append(other)
+                outcome = _with_better_plan(outcome, plan, problem, note)
+            if beyond and outcome.plan is not None:
+                note = f"{_OUTSIDE} are plans for {', '.join(beyond)} that pass the bound: {_BY_RULES}"
+                outcome = replace(outcome, plan=replace(outcome.plan, notes=(*outcome.plan.notes, note)))
             found[strategy, name] = outcome
     return tuple(found[strategy, name] for strategy in dict.fromkeys(strategies) for name in engines)
 
@@ -204,7 +221,7 @@ def _simulated(
         return replace(
             outcome, status=FAILED, reasons=(str(error), *violations), solve_s=outcome.solve_s + whole.elapsed_s()
         )
-    lost = [note for note in plan.notes if note.startswith(_BOUND_OF) and note not in simulated.notes]
+    lost = [note for note in plan.notes if note.startswith((_BOUND_OF, _OUTSIDE)) and note not in simulated.notes]
     return replace(
         outcome,
         plan=replace(simulated, notes=(*simulated.notes, *lost)),
@@ -318,6 +335,8 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     own = container.plan
     if own is None or contained is None or not _is_better(contained, own):
         return container
+    if _is_outside(contained, own, problem):
+        return container
     duals = [price.dual for price in own.prices]
     result = _with_bound(replace(contained.result, solve_s=own.result.solve_s), own.result.bound, own.objective)
     better = replace(
@@ -335,27 +354,58 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     return replace(container, plan=better, status=better.result.status.value)
 
 
+def _keeps_all_rules(plan: Plan, problem: PlacementProblem) -> bool:
+    """Return whether a plan that the checker passes is known to be one of the problem's family.
+
+    A family for any engine has fewer numbers of micro-batches than engines have stages, and keeps a limit on TTFT by
+    rules that leave out some replicas within it (`docs/cost-model.md`, "Latency"). The checker knows the limit, not
+    the rules.
+    """
+    family, objective = problem.family, problem.objective
+    if family.engine is not None:
+        return True
+    return objective.ttft_limit_s is None and all(one.in_flight in family.in_flight for one in plan.replicas)
+
+
+def _is_outside(plan: Plan, container: Plan, problem: PlacementProblem) -> bool:
+    """Return whether a plan passes the bound of another, because it is not of the family that the bound holds for."""
+    return _is_beyond(plan.result, container.result.bound, plan.objective) and not _keeps_all_rules(plan, problem)
+
+
+def _is_beyond(result: SolveResult, bound: float, objective: Objective) -> bool:
+    beyond = result.value - bound if objective.maximises else bound - result.value
+    return beyond > ROUNDING * abs(result.value)
+
+
 def _is_better(plan: Plan, other: Plan) -> bool:
     ahead = plan.result.value - other.result.value
     return (ahead if plan.objective.maximises else -ahead) > ROUNDING * abs(other.result.value)
 
 
-def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
-    """Return the outcome with the bound of a containing strategy if that is better than its own."""
-    if compared.plan is None:
+def _with_best_bound(compared: Compared, plans: Mapping[str, Plan], holds: Callable[[str, Plan], bool]) -> Compared:
+    """Return the outcome with the bound of a containing strategy if that is better than its own and holds."""
+    plan = compared.plan
+    if plan is None:
         return compared
-    result, objective = compared.plan.result, compared.plan.objective
+    result, objective = plan.result, plan.objective
     known = {name: plans[name].result.bound for name in _containers(compared.strategy) if name in plans}
-    known = {compared.strategy: result.bound} | known
+    outside = [name for name in known if not holds(name, plan)]
+    if outside:
+        note = f"{_OUTSIDE} of strategy {outside[-1]}, whose bound it passes: {_BY_RULES}"
+        plan = replace(plan, notes=(*plan.notes, note))
+    known = {compared.strategy: result.bound} | {name: known[name] for name in known if name not in outside}
     # The strategy's own bound, unless a container's is better.
     best = min(known, key=lambda name: known[name] if objective.maximises else -known[name])
     if best == compared.strategy:
-        return compared
+        return replace(compared, plan=plan)
     note = f"{_BOUND_OF} {best}, which has all plans of {compared.strategy}"
-    plan = replace(
-        compared.plan, result=_with_bound(result, known[best], objective), notes=(*compared.plan.notes, note)
-    )
+    plan = replace(plan, result=_with_bound(result, known[best], objective), notes=(*plan.notes, note))
     return replace(compared, plan=plan)
+
+
+def why_outside(plan: Plan) -> str | None:
+    """Return how a plan, or those of engines, come to pass the bound that should hold for them; None: they do not."""
+    return next((note for note in plan.notes if note.startswith(_OUTSIDE)), None)
 
 
 def _with_bound(result: SolveResult, bound: float, objective: Objective) -> SolveResult:
