@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -164,6 +165,20 @@ def test_a_model_that_does_not_fit_is_proved_infeasible(tmp_path: Path) -> None:
     assert document["result"]["status"] == "infeasible"
     assert document["reasons"]
     assert all(reason in done.stderr for reason in document["reasons"])
+
+
+def test_requests_of_one_output_token_have_no_time_between_tokens(folder: Path) -> None:
+    """A prompt alone takes longer than the default limit on TPOT."""
+    asked = ("-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "4000/1", "--ttft", "5s", "--tpot", "1ms")
+    done = hetis_plan_here("place", *asked, "--out", "one.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"^ *(TPOT|Simulated.*TPOT)", done.stdout, re.MULTILINE)
+    assert "requests have one output token" in done.stdout
+    saved = json.loads((folder / "one.json").read_text())
+    assert saved["objective"]["tpot_limit_s"] is None
+    assert hetis_plan_here("check", "one.json", cwd=folder).returncode == 0
+    compared = hetis_plan_here("compare", *asked, "--strategies", "hetis", "--no-verify", cwd=folder)
+    assert "TPOT unlimited" in compared.stdout
 
 
 @pytest.mark.usefixtures("again")

@@ -41,7 +41,7 @@ _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 @as_group
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Iterator[RenderableType]:
     yield problem_title(inputs)
-    yield goal_line(objective)
+    yield goal_line(inputs.held_to(objective))
     yield Text()
     yield _table(compared, inputs, objective)
     if _are_simulated(compared):
@@ -169,7 +169,7 @@ _NOTE = (
 @as_group
 def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
     yield problem_title(found.before.loaded.inputs)
-    yield goal_line(found.objective)
+    yield goal_line(found.before.loaded.inputs.held_to(found.objective))
     for label, line in change_lines(found.change, found.before):
         yield Text.assemble((label.ljust(9), "dim"), line)
     yield Text()
@@ -313,7 +313,7 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     """Return the market as a table, the best purchase per dollar first."""
     result, unit = found.before.outcome.plan, found.objective.unit
     yield problem_title(found.before.loaded.inputs)
-    yield goal_line(found.objective)
+    yield goal_line(found.before.loaded.inputs.held_to(found.objective))
     now = "no plan" if result is None else f"{digits(result.result.value, 4)} {unit}, gap {percent(result.result.gap)}"
     yield Text.assemble(("now      ", "dim"), now)
     yield Text.assemble(

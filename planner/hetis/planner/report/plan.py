@@ -304,6 +304,7 @@ def _range(expected: Predicted, plan: Plan) -> Text:
     latencies = (
         f"{name} {seconds(span.low)} to {seconds(span.high)}"
         for name, span in (("TTFT", expected.ttft_s), ("TPOT", expected.tpot_s))
+        if name == "TTFT" or _has_tpot(plan)
     )
     return Text(f"{rate} {unit}, {', '.join(latencies)} by the profiles' errors")
 
@@ -322,7 +323,14 @@ def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
     """Yield name, worst value over the replicas and limit of TTFT and TPOT."""
     if plan.replicas:
         yield "TTFT p95", max(r.ttft_s for r in plan.replicas), plan.objective.ttft_limit_s
-        yield "TPOT mean", max(r.tpot_s for r in plan.replicas), plan.objective.tpot_limit_s
+        if _has_tpot(plan):
+            yield "TPOT mean", max(r.tpot_s for r in plan.replicas), plan.objective.tpot_limit_s
+
+
+def _has_tpot(plan: Plan) -> bool:
+    """Return whether any request has a second output token; without one no time passes between tokens."""
+    lengths = plan.inputs.get("documents", {}).get("workload", {}).get("histogram", ())
+    return not lengths or any(one["output_tokens"] > 1.0 for one in lengths)
 
 
 def _limit(reached: float, limit: float | None) -> Text:
@@ -339,7 +347,8 @@ def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, which follows the model's values above."""
     level = service_level_of(plan)
     if found.kept:
-        latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in Latency)
+        shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
+        latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
         return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps)
     return missed_words(found.rate_rps, misses(found, plan), found.kept_rps)
 

@@ -56,6 +56,7 @@ DEFAULT_STRATEGY = "hetis"
 PLACES = ("node", "zone")  # whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the same by TP size, with all replicas of that size
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
+ONE_TOKEN = "requests have one output token: no time passes between tokens, so nothing is held to a limit on TPOT"
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
@@ -312,7 +313,8 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
     from hetis.solver.placement.explanation import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    notes = (*plan.notes, *loaded.notes, *routed, *profile_notes(problem), *notes_on_exchange(plan, problem))
+    lengths = () if loaded.inputs.has_tpot else (ONE_TOKEN,)
+    notes = (*plan.notes, *loaded.notes, *lengths, *routed, *profile_notes(problem), *notes_on_exchange(plan, problem))
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
 
 

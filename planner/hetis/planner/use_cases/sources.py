@@ -60,6 +60,8 @@ class Inputs:
     ) -> PlacementProblem:
         """Return the problem that the inputs pose. Prompts are clipped to the model's context.
 
+        Where no request has a second output token, no time passes between tokens: a limit on TPOT is left out.
+
         Without ``roles``, replicas may have all of the strategy's; without ``engine``, they keep to the rules of none.
 
         Raises:
@@ -71,10 +73,19 @@ class Inputs:
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
-            objective=objective,
+            objective=self.held_to(objective),
             family=family_of(strategy, roles, engine, self.engine_settings),
             constraints=self.constraints,
         )
+
+    def held_to(self, objective: Objective) -> Objective:
+        """Return the objective with the limits that the workload's requests can be held to."""
+        return objective if self.has_tpot else replace(objective, tpot_limit_s=None)
+
+    @property
+    def has_tpot(self) -> bool:
+        """Return whether any request has a second output token; without one no time passes between tokens."""
+        return any(one.output_tokens > 1.0 for one in self.workload.bins)
 
     def documents(self) -> dict[str, Any]:
         """Return all inputs as plain data that can be read without a catalogue."""
