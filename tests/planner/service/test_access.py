@@ -214,6 +214,17 @@ def test_tokens_are_appended_and_what_people_wrote_stays(tmp_path: Path) -> None
     assert tokens.identify(second, now_s=time.time()).scope == NODE
 
 
+@pytest.mark.parametrize("left", ["tokens:", "tokens: []", "tokens: null", "tokens: [\n]  # all revoked"])
+def test_the_last_token_can_be_revoked_and_another_one_made(left: str, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.yaml"
+    revoked = make(tmp_path, CallerRole.VIEWER, name="a")
+    file.write_text(f"{file.read_text().partition('tokens:')[0]}{left}\n")
+    with pytest.raises(ServiceError, match="unknown"):
+        Tokens.load(str(file)).identify(revoked, now_s=time.time())
+    made = make(tmp_path, CallerRole.VIEWER, name="b")
+    assert Tokens.load(str(file)).identify(made, now_s=time.time()).name == "b"
+
+
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     make(tmp_path, CallerRole.VIEWER, name="a")
     before = (tmp_path / "tokens.yaml").read_text()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -114,6 +116,32 @@ def test_a_unix_socket_serves(tmp_path: Any) -> None:
         await server.stop_at_once()
 
     run(test)
+
+
+def test_a_unix_socket_is_not_taken_from_a_planner_that_serves(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/p.sock"
+
+    def server() -> PlannerServer:
+        return PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
+
+    async def test() -> None:
+        first = server()
+        first.listen(address)
+        await first.start()
+        with pytest.raises(AddressError, match=rf"cannot listen on {address}: address already in use"):
+            server().listen(address)
+        async with channel_to(address) as channel:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await first.stop_at_once()
+
+    run(test)
+    with socket.socket(socket.AF_UNIX) as left:  # as a killed planner leaves it
+        left.bind(str(tmp_path / "p.sock"))
+
+    async def again() -> None:
+        assert server().listen(address) == address
+
+    run(again)
 
 
 def test_a_port_in_use_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -224,3 +225,50 @@ def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -
     restore(f"sqlite:///{tmp_path}/other.db", backup, replace=False)
     assert backup.read_bytes() == content
     assert with_store(f"sqlite:///{tmp_path}/other.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
+
+
+def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) -> None:
+    """Its last changes are in the log beside the file alone."""
+    killed = tmp_path / "killed" / "hetis.db"
+    killed.parent.mkdir()
+
+    async def scenario() -> None:
+        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+        await store.lead("test")
+        await store.write(fill)
+        for found in tmp_path.glob("hetis.db*"):
+            shutil.copyfile(found, killed.with_name(found.name))
+        with pytest.raises(StoreError, match=r"hetis\.db is the store of a running planner: make a backup with"):
+            await asyncio.to_thread(restore, f"sqlite:///{tmp_path}/new.db", tmp_path / "hetis.db", replace=False)
+        await store.close()
+
+    asyncio.run(scenario())
+    before = {found.name: found.read_bytes() for found in killed.parent.iterdir()}
+    restore(f"sqlite:///{tmp_path}/new.db", killed, replace=False)
+    assert with_store(f"sqlite:///{tmp_path}/new.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
+    assert {found.name: found.read_bytes() for found in killed.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["odd?mode=ro.db", "odd%20#x.db"])
+def test_a_backup_may_have_any_name(name: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/hetis.db"
+    with_store(url, fill)
+    back_up(url, tmp_path / name)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    restore(f"sqlite:///{tmp_path}/new.db", tmp_path / name, replace=False)
+    assert with_store(f"sqlite:///{tmp_path}/new.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
+    assert not list(tmp_path.glob(".*")), "nothing is left of the writing"
+
+
+def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
+    linked = tmp_path / "linked.db"
+
+    async def scenario() -> None:
+        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+        await store.lead("test")
+        linked.symlink_to(tmp_path / "hetis.db")
+        with pytest.raises(StoreError, match="is in use by a planner: stop it first"):
+            await asyncio.to_thread(migrate_to, f"sqlite:///{linked}", revisions()[0])
+        await store.close()
+
+    asyncio.run(scenario())

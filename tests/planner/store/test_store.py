@@ -392,6 +392,15 @@ async def _open_and_close(url: str) -> None:
     await store.close()
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql:///hetis?host=127.0.0.1&port=1&password=secret", "mysql:///h?password=secret"]
+)
+def test_a_password_in_a_query_is_not_shown(url: str) -> None:
+    with pytest.raises(StoreError) as caught:
+        asyncio.run(Store.open(url))
+    assert "secret" not in str(caught.value)
+
+
 def test_a_server_that_is_away_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be reached") as caught:
         asyncio.run(Store.open("postgresql://hetis:secret@127.0.0.1:1/hetis"))

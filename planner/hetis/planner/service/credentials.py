@@ -28,7 +28,9 @@ from hetis.planner.service.certificates import ends_of_certificates
 
 _START = "hetis_"  # lets scanners for leaked secrets recognise a token
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
-_NO_TOKENS = re.compile(r"^tokens:[ \t]*\[\s*\]", re.MULTILINE)  # what is left where the last one was deleted
+_NO_TOKENS = re.compile(
+    r"^tokens:[ \t]*(\[\s*\]|null\b|~)", re.MULTILINE
+)  # what is left where the last one was deleted
 _ID = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 NODE = re.compile(rf"clusters/({_ID})/nodes/([A-Za-z0-9][A-Za-z0-9._-]*)")
 CLUSTER = re.compile(rf"clusters/({_ID})")
