@@ -449,6 +449,30 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
     assert hetis.plan.notes == ("another",)
 
 
+def test_plans_of_an_engine_may_pass_the_bound_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_plan(_loaded: object, problem: PlacementProblem, *_: object, **__: object) -> Plan:
+        value = 5.9 if problem.family.engine is None else 6.2
+        return plan_of("hetis", value, value, problem.objective)
+
+    monkeypatch.setattr(comparing, "make_plan", make_plan)
+    engines = {name: engine_rules(name, "hetis") for name in ("vllm", "any")}
+
+    def found_for(objective: Objective) -> list[comparing.Compared]:
+        settings = PlacementSettings()
+        return list(
+            comparing.compare_engines(LOADED, objective, settings, ["hetis"], engines, budget=Budget, report=silent)
+        )
+
+    vllm, any_engine = found_for(Objective(ttft_limit_s=5.0))
+    assert vllm.plan is not None
+    assert any_engine.plan is not None
+    assert (vllm.plan.result.value, any_engine.plan.result.value, any_engine.plan.result.bound) == (6.2, 5.9, 5.9)
+    assert "plans for vllm that pass the bound" in (why_outside(any_engine.plan) or "")
+    monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
+    with pytest.raises(BrokenProofError, match="contradicts the bound"):
+        found_for(UNLIMITED)
+
+
 def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
     cancelled = threading.Event()
     budget = partial(Budget, cancelled=cancelled)
