@@ -91,6 +91,21 @@ def test_four_bit_weights_are_about_half_a_byte_and_embeddings_stay_16_bit() -> 
     assert (model.embedding_bytes, model.activation_bytes, model.kv_bytes) == (2.0, 2.0, 2.0)
 
 
+@pytest.mark.parametrize("stated", ["float32", "torch.float32", "fp32"])
+def test_a_checkpoint_in_32_bits_counts_as_16_which_engines_load(tmp_path: Path, stated: str) -> None:
+    config = json.loads((FOLDER / f"{LLAMA}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    in_16_bits = load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": stated}))
+    model = load_model(tmp_path)
+    assert model == in_16_bits
+    assert (model.weight_bytes, model.activation_bytes, model.embedding_bytes) == (2.0, 2.0, 2.0)
+    quantised = config | {"torch_dtype": stated, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    model = load_model(tmp_path)
+    assert (model.weight_bytes, model.activation_bytes, model.embedding_bytes) == (0.53125, 2.0, 2.0)
+
+
 def compressed(**weights: object) -> dict[str, object]:
     """Return a quantisation of the library compressed-tensors."""
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}

@@ -104,15 +104,19 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
 
 
 def _dtype(config: Config, quantised: str | None) -> str:
-    """Return the formats of activations and weights; see `hetis.formats.dtypes`."""
-    base = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
-    dtype = f"{base}+{dtypes.PRECISIONS[quantised]}" if quantised else str(base)
+    """Return the formats of activations and weights; see `hetis.formats.dtypes`.
+
+    What is stored in 32 bits counts as 16, as engines load it so unless told otherwise: vLLM 0.32 in
+    ``_resolve_auto_dtype`` (vllm/config/model.py), SGLang in ``_get_and_verify_dtype`` (srt/configs/model_config.py).
+    """
+    stated = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
     try:
-        dtypes.split_dtype(dtype)
+        base, weights = dtypes.split_dtype(f"{stated}+{dtypes.PRECISIONS[quantised]}" if quantised else str(stated))
     except ValueError:
-        config.refuse("torch_dtype", f"{shown(base)} is not one of {', '.join(dtypes.BYTES_PER_PARAMETER)}")
+        config.refuse("torch_dtype", f"{shown(stated)} is not one of {', '.join(dtypes.BYTES_PER_PARAMETER)}")
         return "bfloat16"
-    return dtype
+    base, weights = ("bfloat16" if part == "float32" else part for part in (base, weights))
+    return f"{base}+{weights}"
 
 
 def _quantisation(config: Config, folder: Path | None) -> Config | None:
