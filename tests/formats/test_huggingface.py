@@ -91,6 +91,21 @@ def test_four_bit_weights_are_about_half_a_byte_and_embeddings_stay_16_bit() -> 
     assert (model.embedding_bytes, model.activation_bytes, model.kv_bytes) == (2.0, 2.0, 2.0)
 
 
+@pytest.mark.parametrize("stated", ["float32", "torch.float32", "fp32"])
+def test_a_checkpoint_in_32_bits_counts_as_16_which_engines_load(tmp_path: Path, stated: str) -> None:
+    config = json.loads((FOLDER / f"{LLAMA}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    in_16_bits = load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": stated}))
+    model = load_model(tmp_path)
+    assert model == in_16_bits
+    assert (model.weight_bytes, model.activation_bytes, model.embedding_bytes) == (2.0, 2.0, 2.0)
+    quantised = config | {"torch_dtype": stated, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    model = load_model(tmp_path)
+    assert (model.weight_bytes, model.activation_bytes, model.embedding_bytes) == (0.53125, 2.0, 2.0)
+
+
 def compressed(**weights: object) -> dict[str, object]:
     """Return a quantisation of the library compressed-tensors."""
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
@@ -229,6 +244,124 @@ def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tm
     plain = (2 - 0.5625) * 8192 * 28672 / 80
     expected = 0.5625 + ((1 - 0.5625) * 150_994_944 + plain) / 855_638_016
     assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
+
+
+def group(precision: str, *targets: str) -> dict[str, object]:
+    """Return a group of compressed-tensors as llm-compressor writes it."""
+    forms = {"fp8": (8, "float", "channel"), "nvfp4": (4, "float", "tensor_group"), "int4": (4, "int", "group")}
+    bits, kind, strategy = forms[precision]
+    return {"targets": list(targets), "weights": {"num_bits": bits, "type": kind, "strategy": strategy}}
+
+
+def load_grouped(folder: Path, published: str, groups: list[dict[str, object]], *ignore: str) -> ModelSpec:
+    config = json.loads((FOLDER / f"{published}.json").read_text())
+    named = {f"group_{i}": each for i, each in enumerate(groups)}
+    quantisation = {"quant_method": "compressed-tensors", "config_groups": named, "ignore": ["lm_head", *ignore]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    return load_model(folder)
+
+
+LLAMA, DEEPSEEK = "meta-llama__Llama-2-70b-hf", "deepseek-ai__DeepSeek-V3"
+OF_ATTENTION, OF_MLP = "re:.*self_attn.*", "re:.*mlp.*"
+# Parameters of a layer of Llama-2-70B, of its attention, and of a matrix of its MLP; of a layer of DeepSeek-V3, of its
+# routed experts and of its shared one; the rest is attention and the router.
+LAYER, ATTENTION, MATRIX = 855_638_016, 150_994_944, 8192 * 28672
+EXPERTS_LAYER, ROUTED, SHARED = 11_507_269_632, 256 * 44_040_192, 44_040_192
+
+
+@pytest.mark.parametrize(
+    ("published", "groups", "ignore", "weights", "weight_bytes"),
+    [
+        # In whichever order the groups are.
+        (LLAMA, [group("fp8", OF_ATTENTION), group("nvfp4", OF_MLP)], (), "nvfp4", 0.5625 + 0.4375 * ATTENTION / LAYER),
+        (LLAMA, [group("nvfp4", OF_MLP), group("fp8", OF_ATTENTION)], (), "nvfp4", 0.5625 + 0.4375 * ATTENTION / LAYER),
+        # What no group has, and what is ignored, stays in 16 bits.
+        (LLAMA, [group("int4", OF_MLP)], (), "int4", 0.53125 + 1.46875 * ATTENTION / LAYER),
+        (LLAMA, [group("fp8", OF_ATTENTION)], (), "fp8", 2.0 - ATTENTION / LAYER),
+        (LLAMA, [group("fp8", "Linear")], (OF_ATTENTION,), "fp8", 1.0 + ATTENTION / LAYER),
+        (
+            LLAMA,
+            [group("fp8", OF_ATTENTION), group("nvfp4", OF_MLP)],
+            ("re:.*down_proj",),
+            "nvfp4",
+            0.5625 + (0.4375 * ATTENTION + 1.4375 * MATRIX) / LAYER,
+        ),
+        # A name goes before an expression, and that before a class; of two expressions the first counts.
+        (
+            LLAMA,
+            [group("nvfp4", "Linear"), group("fp8", OF_ATTENTION)],
+            (),
+            "nvfp4",
+            0.5625 + 0.4375 * ATTENTION / LAYER,
+        ),
+        (
+            LLAMA,
+            [group("nvfp4", OF_MLP), group("fp8", "re:.*up_proj", "model.layers.7.mlp.down_proj", OF_ATTENTION)],
+            (),
+            "nvfp4",
+            0.5625 + 0.4375 * (ATTENTION + MATRIX / 80) / LAYER,
+        ),
+        # Routed experts have a group like any other matrix.
+        (
+            DEEPSEEK,
+            [group("fp8", "Linear"), group("nvfp4", r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$")],
+            (),
+            "nvfp4",
+            0.5625 + 0.4375 * (EXPERTS_LAYER - ROUTED - 7168 * 256) / EXPERTS_LAYER,
+        ),
+        (
+            DEEPSEEK,
+            [group("fp8", OF_ATTENTION, "re:.*shared_experts.*")],
+            (),
+            "fp8",
+            1.0 + ROUTED / EXPERTS_LAYER,
+        ),
+    ],
+)
+def test_groups_of_compressed_tensors_count_for_their_own_modules(
+    tmp_path: Path,
+    published: str,
+    groups: list[dict[str, object]],
+    ignore: tuple[str, ...],
+    weights: str,
+    weight_bytes: float,
+) -> None:
+    model = load_grouped(tmp_path, published, groups, *ignore)
+    assert model.weights == weights
+    assert model.weight_bytes == pytest.approx(weight_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("group_1", "what"),
+    [
+        (
+            {"targets": [OF_MLP], "weights": {"num_bits": 6, "type": "float"}},
+            "quantization_config: compressed-tensors with 6 bits in group_1 is not supported; supported: fp8, ",
+        ),
+        (
+            {"targets": [OF_MLP], "weights": None},
+            "quantization_config: compressed-tensors with null bits in group_1 is not supported; supported: fp8, ",
+        ),
+        (
+            group("nvfp4", "re:(.*)*mlp"),
+            "quantization_config: compressed-tensors with the target 're:(.*)*mlp' in group_1 is not supported; ",
+        ),
+        (
+            group("nvfp4", *(f"re:{layer}" for layer in range(1001))),
+            "quantization_config: compressed-tensors with more than 1000 regular expressions as targets is not ",
+        ),
+    ],
+)
+def test_a_group_whose_weights_or_modules_are_not_known_is_refused_by_name(
+    tmp_path: Path, group_1: dict[str, object], what: str
+) -> None:
+    with pytest.raises(DocumentError, match=re.escape(what)):
+        load_grouped(tmp_path, LLAMA, [group("fp8", OF_ATTENTION), group_1])
+
+
+def test_groups_that_quantise_no_matrix_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"config_groups: have the targets 're:vision.*', and no matrix of the"):
+        load_grouped(tmp_path, LLAMA, [group("fp8", "re:vision.*")])
 
 
 # Of Qwen3.5-27B, which has 48 layers of linear attention and 16 of full attention: parameters of a layer of each.

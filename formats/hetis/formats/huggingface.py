@@ -17,10 +17,19 @@ from hetis.formats import dtypes
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed, mapping, read_data
 from hetis.formats.positions import Text
-from hetis.formats.quantised_modules import MODELOPT, QUARK, layer_weight_bytes, modelopt_precision, quark_precision
+from hetis.formats.quantised_modules import (
+    MODELOPT,
+    QUARK,
+    compressed_groups,
+    compressed_precision,
+    layer_weight_bytes,
+    modelopt_precision,
+    quark_precision,
+)
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
+_SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
 _QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
 
 
@@ -50,7 +59,8 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
-    quantised = _quantised(config)
+    linear_modules = _delta_rule_matrices(config) if model is not None and model.linear else {}
+    quantised = _quantised(config, model, linear_modules)
     dtype = _dtype(config, quantised)
     kv_bytes = _stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
     if config.problems or model is None:
@@ -61,7 +71,6 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
         model = dataclasses.replace(model, kv_bytes=kv_bytes)
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
-    linear_modules = _delta_rule_matrices(config) if model.linear else {}
     return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear_modules))
 
 
@@ -95,15 +104,19 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
 
 
 def _dtype(config: Config, quantised: str | None) -> str:
-    """Return the formats of activations and weights; see `hetis.formats.dtypes`."""
-    base = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
-    dtype = f"{base}+{dtypes.PRECISIONS[quantised]}" if quantised else str(base)
+    """Return the formats of activations and weights; see `hetis.formats.dtypes`.
+
+    What is stored in 32 bits counts as 16, as engines load it so unless told otherwise: vLLM 0.32 in
+    ``_resolve_auto_dtype`` (vllm/config/model.py), SGLang in ``_get_and_verify_dtype`` (srt/configs/model_config.py).
+    """
+    stated = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
     try:
-        dtypes.split_dtype(dtype)
+        base, weights = dtypes.split_dtype(f"{stated}+{dtypes.PRECISIONS[quantised]}" if quantised else str(stated))
     except ValueError:
-        config.refuse("torch_dtype", f"{shown(base)} is not one of {', '.join(dtypes.BYTES_PER_PARAMETER)}")
+        config.refuse("torch_dtype", f"{shown(stated)} is not one of {', '.join(dtypes.BYTES_PER_PARAMETER)}")
         return "bfloat16"
-    return dtype
+    base, weights = ("bfloat16" if part == "float32" else part for part in (base, weights))
+    return f"{base}+{weights}"
 
 
 def _quantisation(config: Config, folder: Path | None) -> Config | None:
@@ -131,8 +144,11 @@ def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
     return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 
 
-def _quantised(config: Config) -> str | None:
-    """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised."""
+def _quantised(config: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
+    """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised.
+
+    ``model`` and the matrices of its linear attention tell what most weights are where groups of them differ.
+    """
     if config.quantisation is None:
         return None
     quantisation = config.quantisation.data
@@ -144,13 +160,7 @@ def _quantised(config: Config) -> str | None:
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
         return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
     if method == "compressed-tensors":
-        if quantisation.get("config_groups") == {}:
-            return None  # only KV is quantised
-        groups = mapping(quantisation.get("config_groups"))
-        weights = mapping(mapping(next(iter(groups.values()), None)).get("weights"))
-        bits, is_float = weights.get("num_bits"), weights.get("type") == "float"
-        if bits in (4, 8):
-            return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
+        return _of_groups(config.quantisation, model, linear_modules)
     if method == "modelopt":
         precision = modelopt_precision(quantisation)
         if precision is None:
@@ -167,11 +177,29 @@ def _quantised(config: Config) -> str | None:
         return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    has_bits = method in ("awq", "gptq", "compressed-tensors")
-    supported = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
-    what = f"{method} with {bits} bits" if has_bits else shown(method)
-    config.quantisation.refuse_all(f"{what} is not supported; supported: {supported}")
+    what = f"{method} with {bits} bits" if method in ("awq", "gptq") else shown(method)
+    config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
+
+
+def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
+    """Return the precision of most weights of a checkpoint of compressed-tensors, whose groups may differ."""
+    data = quantisation.data
+    if data.get("config_groups") == {}:
+        return None  # only KV is quantised
+    try:
+        groups = compressed_groups(data)
+    except ValueError as unknown:
+        quantisation.refuse_all(f"compressed-tensors {unknown} is not supported; supported: {_SUPPORTED}")
+        return None
+    if model is None:
+        return None  # the caller reports what is wrong with it
+    precision = compressed_precision(data, model, linear_modules)
+    if precision is None:
+        targets = shown(", ".join(target for group in groups for target in group.targets))
+        what = f"have the targets {targets}, and no matrix of the model's layers is one, or all are ignored"
+        quantisation.refuse("config_groups", what)
+    return precision
 
 
 def _stated_kv_bytes(quantisation: Config | None, *, is_latent: bool) -> float | None:

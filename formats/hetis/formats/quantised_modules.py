@@ -2,18 +2,19 @@
 
 Checkpoints name modules as PyTorch does, ``model.layers.3.self_attn.q_proj``, below a prefix that differs by
 architecture: one by one, by a parent, by a glob (ModelOpt), or by a regular expression (compressed-tensors after
-``re:``, GPTQ after ``-:``).
+``re:``, GPTQ after ``-:``). Groups of compressed-tensors name their modules' class, too.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from hetis.formats import dtypes
+from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
 from hetis.solver.model import ModelSpec
 
@@ -24,6 +25,9 @@ MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8"
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
 # Types of weights of AMD's Quark that vLLM 0.32 has (quark/quark.py) and the cost model knows; fp4 goes by its scales.
 QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}
+# Weights of a group of compressed-tensors: their number of bits, and whether they are floats.
+_COMPRESSED = {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}
+_CLASS = "Linear"  # of all matrices of a layer, as targets of compressed-tensors name it
 # Matrices of linear attention that Qwen3-Next has in one.
 _JOINED = {
     "in_proj_qkv": "in_proj_qkvz",
@@ -37,18 +41,20 @@ _MOST_WILDCARDS = 4  # of a regular expression; more could take very long to mat
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
 
-Stated = Callable[[str], float | None]  # bytes of a module's parameters by its name; None: nothing is said of it
+T = TypeVar("T")
+Stated = Callable[[str], T | None]  # the format of a module, or its bytes per parameter, by name; None: nothing is said
 
 
 class _Module(NamedTuple):
     """A matrix of every layer of its kind: its possible names in the layer, its parameters, and the number of layers.
 
-    All matrices of shared experts are one module, as they are quantised alike.
+    All matrices of shared experts are one module, as they are quantised alike; so is a matrix of all routed experts.
     """
 
     names: tuple[str, ...]
     params: float
     layers: int
+    is_routed: bool = False
 
 
 def modelopt_precision(data: Mapping[str, Any]) -> str | None:
@@ -80,6 +86,61 @@ def _quark_format(weight: Any) -> str | None:
     return None if has_scales_of_scales else QUARK.get(str(kind))
 
 
+class Group(NamedTuple):
+    """A group of modules of compressed-tensors: what it is called, which modules it has, and their precision."""
+
+    name: str
+    targets: tuple[str, ...]
+    precision: str
+
+
+def compressed_groups(data: Mapping[str, Any]) -> list[Group]:
+    """Return the groups of a checkpoint of compressed-tensors, in its order.
+
+    Raises:
+        ValueError: the weights of a group have no known form, or a target cannot be read; it names the group.
+    """
+    stated = mapping(data.get("config_groups")) or {"config_groups": None}
+    groups, num_patterns = list[Group](), 0
+    for name, group in stated.items():
+        weights = mapping(mapping(group).get("weights"))
+        bits, of_group = weights.get("num_bits"), f" in {name}" if len(stated) > 1 else ""
+        if bits not in (4, 8):
+            raise ValueError(f"with {shown(bits)} bits{of_group}")
+        targets = tuple(map(str, listed(mapping(group).get("targets", [_CLASS]))))
+        patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+        for pattern in patterns:
+            if _expression(pattern) is None:
+                raise ValueError(f"with the target {shown(f're:{pattern}')}{of_group}")
+        num_patterns += len(patterns)
+        if num_patterns > _MOST_PATTERNS:
+            raise ValueError(f"with more than {_MOST_PATTERNS} regular expressions as targets")
+        groups.append(Group(name, targets, _COMPRESSED[bits, weights.get("type") == "float"]))
+    return groups
+
+
+def compressed_precision(
+    data: Mapping[str, Any], model: ModelSpec, linear_modules: Mapping[str, int]
+) -> str | None:  # fmt: skip
+    """Return the precision that most parameters outside of attention have in a checkpoint of compressed-tensors.
+
+    As of ModelOpt's mixed form: the MLP has most of a layer. That of attention if nothing else is quantised; None if no
+    matrix of the layers is.
+    """
+    groups = compressed_groups(data)
+    if model.num_layers > _MOST_LAYERS:
+        return groups[0].precision
+    ignored, (named, of_class) = _ignored(data, ""), _group_precisions(groups)
+    params = {is_attention: defaultdict[str, float](float) for is_attention in (False, True)}
+    for module in (*_modules(model, linear_modules), *_routed_experts(model)):
+        for layer in range(model.num_layers):
+            precision = _first((ignored, named), layer, module)
+            precision = of_class if precision is None else precision
+            if precision:
+                params["_attn." in module.names[0]][precision] += module.params
+    return next((max(found, key=found.__getitem__) for found in params.values() if found), None)
+
+
 def layer_weight_bytes(
     data: Mapping[str, Any], model: ModelSpec, dtype: str, linear_modules: Mapping[str, int]
 ) -> float:  # fmt: skip
@@ -94,22 +155,35 @@ def layer_weight_bytes(
     if model.num_layers > _MOST_LAYERS:
         return dtypes.layer_weight_bytes(dtype, model)
     usual, base = dtypes.BYTES_PER_PARAMETER[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
-    stated, otherwise = (_stated_format(data), base) if _mixed(data) else (_ignored(data, base), usual)
+    stated, otherwise = _in_order(data, usual, base)
     exceptions, are_all_plain = list[tuple[float, float]](), True
-    for module in _modules(model, linear_modules):
+    for module in (*_modules(model, linear_modules), *(_routed_experts(model) if _has_groups(data) else ())):
         sizes = [size for layer in range(model.num_layers) if (size := _first(stated, layer, module)) is not None]
         sizes = sizes[: module.layers] + [otherwise] * (module.layers - len(sizes))
         exceptions += [(module.params / model.num_layers, size) for size in sizes if size != usual]
-        are_all_plain &= set(sizes) == {base}
+        are_all_plain &= set(sizes) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
         return dtypes.experts_weight_bytes(dtype, model)
     return dtypes.layer_weight_bytes(dtype, model, exceptions)
 
 
-def _first(stated: Stated, layer: int, module: _Module) -> float | None:
-    """Return what is stated of a layer's module by the first of its possible names of which anything is."""
-    names = (f"{prefix}layers.{layer}.{name}" for prefix in _PREFIXES for name in module.names)
-    return next((size for size in map(stated, names) if size is not None), None)
+def _in_order(data: Mapping[str, Any], usual: float, base: float) -> tuple[tuple[Stated[float], ...], float]:
+    """Return what a checkpoint says of modules by name, the first that says anything of one counts; and the bytes of
+    those of which nothing is said.
+    """
+    if _mixed(data):
+        return (_stated_format(data),), base
+    if not _has_groups(data):
+        return (_ignored(data, base),), usual
+    named, of_class = _group_precisions(compressed_groups(data))
+    sizes = {name: dtypes.BYTES_PER_PARAMETER[name] for name in _COMPRESSED.values()}
+    return (_ignored(data, base), lambda name: sizes.get(named(name) or "")), sizes.get(of_class or "", base)
+
+
+def _first(stated: Sequence[Stated[T]], layer: int, module: _Module) -> T | None:
+    """Return what is first stated of a layer's module, by any of its possible names."""
+    names = [f"{prefix}layers.{layer}.{name}" for prefix in _PREFIXES for name in module.names]
+    return next((found for each in stated for found in map(each, names) if found is not None), None)
 
 
 def _modules(model: ModelSpec, linear_modules: Mapping[str, int]) -> Iterator[_Module]:
@@ -127,6 +201,19 @@ def _modules(model: ModelSpec, linear_modules: Mapping[str, int]) -> Iterator[_M
     elif model.moe.shared_experts:
         shared = model.expert_share * model.moe.shared_experts * model.expert_params()
         yield _Module(("mlp.shared_expert.up_proj", "mlp.shared_experts.up_proj"), shared, model.num_layers)
+
+
+def _routed_experts(model: ModelSpec) -> Iterator[_Module]:
+    """Yield the matrices of routed experts, named as the first expert's; families differ in the names."""
+    if model.moe is None:
+        return
+    layers = round(model.expert_share * model.num_layers)
+    matrix = float(model.moe.num_experts * model.hidden * model.moe.expert_intermediate)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for name in names if model.gated_mlp else ("up_proj", "down_proj"):
+        places = ("mlp.experts.0", "feed_forward.experts.0")
+        of_mixtral = f"block_sparse_moe.experts.0.{names[name]}"
+        yield _Module((*(f"{place}.{name}" for place in places), of_mixtral), matrix, layers, is_routed=True)
 
 
 def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
@@ -157,14 +244,37 @@ def _algorithm(entry: Any) -> str:
     return str(mapping(entry).get("quant_algo")).upper()
 
 
-def _stated_format(data: Mapping[str, Any]) -> Stated:
+def _has_groups(data: Mapping[str, Any]) -> bool:
+    """Return whether groups decide. ModelOpt writes them, too, but vLLM reads its algorithm."""
+    return str(data.get("quant_method")).lower() == "compressed-tensors" and bool(mapping(data.get("config_groups")))
+
+
+def _group_precisions(groups: Sequence[Group]) -> tuple[Stated[str], str | None]:
+    """Return the precision of a module whose name is a target of some group, and that of all whose class is one.
+
+    The most specific target counts, as in the library (`match_targets`): a whole name goes before an expression, an
+    expression before a class. Of several expressions the first counts, as in vLLM 0.32 (`find_matched_target`).
+    """
+    targets = [(target, group.precision) for group in groups for target in group.targets]
+    exact = dict(reversed(targets))  # the first of the same targets stays
+    patterns = [(_expression(target[3:]), precision) for target, precision in targets if target.startswith("re:")]
+
+    def stated(name: str) -> str | None:
+        if name in exact:
+            return exact[name]
+        return next((precision for pattern, precision in patterns if pattern and pattern.match(name)), None)
+
+    return stated, exact.get(_CLASS)
+
+
+def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
     """Return what a checkpoint that lists the format of each module says of one."""
     formats = {name: MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
     return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
 
 
-def _ignored(data: Mapping[str, Any], base: float) -> Stated:
-    """Return what a checkpoint that lists the modules it does not quantise says of one."""
+def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
+    """Return what a checkpoint that lists the modules it does not quantise says of one: ``base``, or nothing."""
     entries = [entry for key in _UNQUANTISED_KEYS for entry in listed(data.get(key)) if isinstance(entry, str)]
     patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
     patterns += [key.removeprefix("-:") for key in mapping(data.get("dynamic")) if key.startswith("-:")]
@@ -176,7 +286,7 @@ def _ignored(data: Mapping[str, Any], base: float) -> Stated:
     if globs:
         expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))
 
-    def stated(name: str) -> float | None:
+    def stated(name: str) -> T | None:
         parts = name.split(".")
         parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
         is_ignored = not exact.isdisjoint(parents) or any(one.match(name) for one in expressions)

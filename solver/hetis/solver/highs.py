@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import highspy
@@ -30,7 +35,7 @@ def quiet_highs(
 
     The limit is in wall time. ``stop`` is polled for an end by other clocks or for other reasons.
     """
-    highs: Any = highspy.Highs()
+    highs: Any = _QuietHighs()
     highs.silent()
     highs.setOptionValue("threads", 1)
     highs.setOptionValue("random_seed", seed)
@@ -84,3 +89,77 @@ def linear_program(
         kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
         lp.integrality_ = [kinds[int(one)] for one in whole]
     return lp
+
+
+class _QuietHighs(highspy.Highs):  # type: ignore[misc]  # highspy has no types
+    """HiGHS that writes nothing to stdout, for which its own options are not enough."""
+
+    def run(self) -> Any:
+        with no_stray_lines():
+            return super().run()
+
+
+@contextmanager
+def no_stray_lines() -> Iterator[None]:
+    """Drop what C code prints to stdout in the block, and nothing of what Python writes there.
+
+    HiGHS 1.12 has a forgotten ``printf`` in its MIP search, which no option turns off. Only the C library's stream is
+    pointed elsewhere, a pointer that all threads share: descriptor 1 stays as it is, because a caller's other threads
+    may print in the meantime, or start processes, and their output must not be lost. What other C code of the process
+    prints by ``printf`` while some thread is in the block is lost; it is the least harm that was found. Other C
+    libraries than glibc do not let their stream be changed: there the line appears.
+    """
+    stream = _c_stdout()
+    if stream is None:
+        yield
+        return
+    stream.enter()
+    try:
+        yield
+    finally:
+        stream.leave()
+
+
+class _Stream:
+    """C's ``stdout``, which is nowhere while any thread wants it so."""
+
+    def __init__(self, variable: ctypes.c_void_p, nowhere: int) -> None:
+        self._variable, self._nowhere = variable, nowhere
+        self._usual = variable.value
+        self._num_inside = 0
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._usual, self._variable.value = self._variable.value, self._nowhere
+            self._num_inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._variable.value = self._usual
+
+    def forget(self) -> None:
+        """Be as if nobody were inside: threads do not survive a fork, whatever they hold."""
+        self._lock = threading.Lock()
+        if self._num_inside > 0:
+            self._num_inside, self._variable.value = 0, self._usual
+
+
+@cache
+def _c_stdout() -> _Stream | None:
+    try:
+        libc = ctypes.CDLL(None)
+        variable = ctypes.c_void_p.in_dll(libc, "stdout")
+        _ = libc.gnu_get_libc_version  # the documented mark of glibc, whose manual allows to set stdout
+    except (OSError, TypeError, ValueError, AttributeError):
+        return None
+    libc.fopen.restype = ctypes.c_void_p
+    nowhere = libc.fopen(os.fsencode(os.devnull), b"we")  # never closed: another thread may be writing to it
+    if not nowhere:
+        return None
+    stream = _Stream(variable, nowhere)
+    os.register_at_fork(after_in_child=stream.forget)
+    return stream

@@ -1,8 +1,7 @@
-"""Work in a verb: progress on stderr, no native output on stdout, and Ctrl-C for the best found so far."""
+"""Work in a verb: progress on stderr, and Ctrl-C for the best found so far."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import signal
@@ -10,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -28,7 +27,6 @@ PLAIN_INTERVAL_S = 2.0  # between plain lines of a search
 REQUESTS_INTERVAL_S = 5.0  # of a simulation
 _POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
 _ABORTED = 130
-_STDOUT = 1
 
 
 @contextmanager
@@ -139,31 +137,6 @@ class SparseRequests:
         self._part = part
 
 
-@contextmanager
-def no_native_output() -> Iterator[None]:
-    """Drop what native libraries write to stdout in the block, which must therefore print no data.
-
-    HiGHS 1.12 prints a line from inside its MIP search whatever its options are; it writes to the process's file
-    descriptor, which Python's own `sys.stdout` cannot intercept.
-    """
-    try:
-        kept = os.dup(_STDOUT)
-    except OSError:  # closed by the parent process: there is nothing to keep clean
-        yield
-        return
-    sys.stdout.flush()
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, _STDOUT)
-        os.close(nowhere)
-        yield
-    finally:
-        with suppress(OSError, TypeError, AttributeError):  # without a C library
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, _STDOUT)
-        os.close(kept)
-
-
 def search_interruptibly(
     terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
 ) -> T:
@@ -183,12 +156,11 @@ def simulate_interruptibly(terminal: Terminal, work: Callable[[SimulationNews], 
 
 def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: threading.Event, stopping: str) -> T:
     """Return the result of ``work``, which shows no progress; ``stopping``: what the first Ctrl-C announces."""
-    with no_native_output():
-        return run_interruptibly(
-            work,
-            cancelled=cancelled,
-            on_cancel=lambda: terminal.say(f"stopping {stopping}; Ctrl-C again leaves at once"),
-        )
+    return run_interruptibly(
+        work,
+        cancelled=cancelled,
+        on_cancel=lambda: terminal.say(f"stopping {stopping}; Ctrl-C again leaves at once"),
+    )
 
 
 def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_cancel: Callable[[], None]) -> T:
