@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, SearchSettings
+from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import LinearShape
 from hetis.solver.placement import search, solve
@@ -269,3 +270,25 @@ def test_few_searches_suffice(exact: bool) -> None:
     ):
         assert len(reasons(problem)) == 4
     assert count <= 1 + MAX_TRIALS
+
+
+def test_a_fleet_of_one_node_has_no_links_between_nodes_to_blame() -> None:
+    """A limit below what stages over the network reach, on two GPUs of one node which hold half the model each."""
+    model = make_model()
+    half = int(0.7 * model.params() * model.weight_bytes) + 1_000_000
+    for node, blamed in (
+        (make_node("a", "A", gpus=2), "links of the network (charged between stages of one node, too)"),
+        (make_node("a", "A", nodes=2), "links between nodes"),
+    ):
+        alone = replace(SMALL_FAMILY, tp_sizes=(1,))  # a stage on one GPU each
+        slow = Network(default=Link(bytes_per_s=5e8, latency_s=1e-2))
+        profiles = {"A": make_profile("A", usable_bytes=half)}
+        objective = replace(NO_LIMITS, tpot_limit_s=8e-3)
+        header, limit, links, *_ = reasons(
+            make_problem([node], profiles=profiles, network=slow, objective=objective, family=alone)
+        )
+        assert header == (
+            f"mean TPOT limit 8 ms cannot be kept with {blamed} and GPU memory as given; any one of them may give way"
+        )
+        assert limit.startswith("mean TPOT limit 8 ms is out of reach: ")
+        assert links.startswith(f"{blamed} are too slow beside mean TPOT limit 8 ms: ")

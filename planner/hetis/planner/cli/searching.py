@@ -1,7 +1,8 @@
-"""Work in a verb: progress on stderr, and Ctrl-C for the best found so far."""
+"""Work in a verb: progress on stderr, no native output on stdout, and Ctrl-C for the best found so far."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -27,6 +28,7 @@ PLAIN_INTERVAL_S = 2.0  # between plain lines of a search
 REQUESTS_INTERVAL_S = 5.0  # of a simulation
 _POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
 _ABORTED = 130
+_STDOUT = 1
 
 
 @contextmanager
@@ -137,6 +139,31 @@ class SparseRequests:
         self._part = part
 
 
+@contextmanager
+def no_native_output() -> Iterator[None]:
+    """Drop what native libraries write to stdout in the block, which must therefore print no data.
+
+    A command owns its process, so that it may redirect the descriptor itself, whatever the C library: `no_stray_lines`
+    of the solver, which a program may be in the middle of, knows one.
+    """
+    try:
+        kept = os.dup(_STDOUT)
+    except OSError:  # closed by the parent process: there is nothing to keep clean
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, _STDOUT)
+        os.close(nowhere)
+        yield
+    finally:
+        with suppress(OSError, TypeError, AttributeError):  # without a C library
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+
+
 def search_interruptibly(
     terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
 ) -> T:
@@ -156,11 +183,12 @@ def simulate_interruptibly(terminal: Terminal, work: Callable[[SimulationNews], 
 
 def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: threading.Event, stopping: str) -> T:
     """Return the result of ``work``, which shows no progress; ``stopping``: what the first Ctrl-C announces."""
-    return run_interruptibly(
-        work,
-        cancelled=cancelled,
-        on_cancel=lambda: terminal.say(f"stopping {stopping}; Ctrl-C again leaves at once"),
-    )
+    with no_native_output():
+        return run_interruptibly(
+            work,
+            cancelled=cancelled,
+            on_cancel=lambda: terminal.say(f"stopping {stopping}; Ctrl-C again leaves at once"),
+        )
 
 
 def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_cancel: Callable[[], None]) -> T:

@@ -156,11 +156,22 @@ def _of_what_was_asked(
             ways = (
                 "any one of them may give way" if any(each.is_tried for each in told) else "more than one must give way"
             )
-            yield f"each can be kept, but not together: {listed(conflict.members)}; {ways}"
+            yield f"{_together(conflict.members)}; {ways}"
         if not conflict.is_minimal:
             yield "no time was left to tell whether all of these are in the way"
         yield from _what_is_short(trials, given, rest, conflict)
         yield from told
+
+
+def _together(members: Sequence[Requirement]) -> str:
+    """Return that members of a conflict exclude one another. Facts of the fleet hold whatever is requested: sentences
+    about a limit or demand suppose them, so that it is not said to be possible by itself.
+    """
+    asked = [member for member in members if not member.subject.is_of_fleet]
+    facts = [member for member in members if member.subject.is_of_fleet]
+    if not facts or not asked:
+        return f"each can be kept, but not together: {listed(members)}"
+    return f"{listed(asked)} cannot be kept{' together' if len(asked) > 1 else ''} with {listed(facts)} as given"
 
 
 def _what_is_short(

@@ -15,6 +15,7 @@ from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementPr
 
 WIDEST = "hetis"  # the strategy that contains all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)
+_WITHIN_A_NODE = "links of the network (charged between stages of one node, too)"
 PLENTY = 1000  # memory to add as a multiple of the weights, more than the KV of any batch needs
 
 
@@ -61,6 +62,8 @@ class Requirement:
                 return f"the setting of engines ({self.text})"
             case Subject.ROLES | Subject.STRATEGY:
                 return f"{self.subject} {self.text}"
+            case Subject.LINKS if self.text:
+                return self.text
         return str(self.subject)
 
     def at(self, value: float) -> Requirement:
@@ -102,7 +105,8 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
     if problem.model.forbidden_cuts:
         yield Requirement(subject=Subject.CUTS)
     if problem.cluster.num_gpus() > 1:  # even in one node: the cost model charges a hop between any two stages
-        yield Requirement(subject=Subject.LINKS)
+        has_one_node = sum(group.count for group in problem.cluster.node_groups) == 1
+        yield Requirement(subject=Subject.LINKS, text=_WITHIN_A_NODE if has_one_node else "")
     yield Requirement(subject=Subject.MEMORY)
 
 
