@@ -252,6 +252,23 @@ def test_nixl_without_an_address_is_told() -> None:
     assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
 
 
+@pytest.mark.parametrize("name", ["attention workers", "stages of two nodes", "unlike replicas"])
+def test_all_steps_of_a_slurm_job_start_and_share_its_memory(name: str) -> None:
+    """A step takes whatever it does not ask for from the job: all GPUs of the node, all memory, one CPU."""
+    made = exported(PLANS[name], ExportTarget.SLURM)
+    for path in made.shown:
+        head, _, body = made.files[path].partition("set -euo pipefail")
+        components = [dict(re.findall(r"#SBATCH --(\S+?)=(\S+)", part)) for part in head.split("#SBATCH hetjob\n")]
+        steps = [line for line in body.splitlines() if line.startswith("srun ")]
+        groups = [int((re.findall(r"--het-group=(\d+)", step) or ["0"])[0]) for step in steps]
+        assert [int(one["ntasks"]) for one in components] == [groups.count(i) for i in range(len(components))]
+        assert {one["cpus-per-gpu"] for one in components} == {"4"}
+        for step in steps:
+            assert re.search(r" --ntasks=1 --exact --gpus-per-node=(\d) --gpus-per-task=\1 --mem=0 ", step)
+        assert "/" not in components[0]["output"], "a folder that is missing fails the job without a word"
+        assert body.index("mkdir -p logs") < body.index("srun ")
+
+
 @pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.SGLANG, ExportTarget.HETIS_LAUNCH])
 def test_scripts_are_shell(target: ExportTarget, tmp_path: Path) -> None:
     for name in ("unlike replicas", "stages of two nodes", "prefill and decode"):

@@ -270,25 +270,34 @@ def write_slurm(launchable: Launchable) -> Written:
     launchable = launchable.without(left_out)
     shown = tuple(f"{one.name}.sbatch" for one in launchable.replicas.values())
     submitted = (f"sbatch {path}" for path in shown)
-    head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"', "mkdir -p logs")
+    head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"')
     files["submit.sh"] = "\n".join((*head, *submitted, ""))
     chosen = launchable.mixed_nodes("which of them a step gets, Slurm says")
     return _written(launchable, files, shown, _HOW_SLURM, chosen)
 
 
 def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
-    """Return a script with a component for each node, which has all GPUs of the replica there."""
+    """Return a script with a component for each node, which has all GPUs of the replica there, and CPUs for them.
+
+    Nodes are not taken whole (``--exclusive``): other replicas of the plan may be on them.
+    """
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
     lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.name_of(one)}"]
-    lines.append("#SBATCH --output=logs/%x-%j.log")
+    lines.append("#SBATCH --output=%x-%j.log")  # in a folder that is missing, the job would fail without a word
     for number, node in enumerate(nodes):
-        gpus = sum(len(process.gpus) for process in one.layout.processes if process.node == node)
+        here = [process for process in one.layout.processes if process.node == node]
         lines += ["#SBATCH hetjob"] if number else []
-        lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --gpus-per-node={gpus}"]
-    lines += ["set -euo pipefail", _STOP]
+        lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --ntasks={len(here)}"]
+        lines.append(f"#SBATCH --gpus-per-node={sum(len(process.gpus) for process in here)}")
+        lines.append(f"#SBATCH --cpus-per-gpu={_CPUS_PER_GPU}")
+    lines += ["set -euo pipefail", "mkdir -p logs", _STOP]
     for command in one.commands:
         lines += _step(one, command, nodes)
     return "\n".join((*lines, "wait -n", ""))
+
+
+# vLLM's front and scheduler keep a CPU busy each, and so does every rank. Few machines with GPUs have less.
+_CPUS_PER_GPU = 4
 
 
 def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterator[str]:
@@ -297,7 +306,10 @@ def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterato
     environment = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
     place = [f"--het-group={nodes.index(process.node)}"] if len(nodes) > 1 else []
     log = f"logs/{one.name}-{process.name.replace('/', '-')}-%j.log"
-    step = ["srun", *place, "--nodes=1", "--ntasks=1", "--exact", f"--gpus={len(process.gpus)}", f"--output={log}"]
+    # What a step does not say, it takes from the job: all GPUs and all memory of the node, and others wait for it to
+    # end. GPUs of the task, too, since a step counts --cpus-per-gpu by those. Memory of the job is shared (0).
+    gpus = [f"--gpus-per-{part}={len(process.gpus)}" for part in ("node", "task")]
+    step = ["srun", *place, "--nodes=1", "--ntasks=1", "--exact", *gpus, "--mem=0", f"--output={log}"]
     kind = "further stage" if process.kind is ProcessKind.SERVER_STAGE else process.kind.value
     devices = ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)
     yield f"# {kind} {process.name} on {devices}"
@@ -311,4 +323,9 @@ _HOW_SLURM = """\
 Put this folder where every node sees it, and start `submit.sh`, or `sbatch rN.sbatch` for one replica. A
 replica is one job on the plan's nodes; when one of its processes ends, the job does. The front listens on its node's
 address; `VLLM_API_KEY` in the environment of `sbatch` is what clients must say. Where replicas have attention workers,
-`worker.key` in this folder is their key, mode 0600."""
+`worker.key` in this folder is their key, mode 0600.
+
+A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other
+numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`; `SBATCH_PARTITION`,
+`SBATCH_ACCOUNT` and `SBATCH_TIMELIMIT` likewise. vLLM needs at least two CPUs, and one for each GPU. What a job says
+is in `NAME-JOB.log`, what its processes say in `logs/`."""
