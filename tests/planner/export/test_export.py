@@ -20,7 +20,17 @@ from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
-from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, model_of, on, replica
+from tests.planner.export.plans import (
+    CARDS_SHARED,
+    PLANS,
+    UNEQUAL_COPIES,
+    WITH_WORKERS,
+    apart,
+    made_of,
+    model_of,
+    on,
+    replica,
+)
 
 SETTINGS = ExportSettings(
     model="/models/tiny",
@@ -197,6 +207,22 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
         ("r0", "r2", 1.0),
     ]
     assert "router/nginx.conf" not in made.files, "it cannot send a request to two replicas"
+
+
+def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_front() -> None:
+    """KServe's preset for decode replicas has a sidecar at port 8000, and probes ``main`` at 8001."""
+
+    def heard(of_side: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        container = reading.container_of(of_side["template"], "main")
+        assert {container[f"{probe}Probe"]["httpGet"]["port"] for probe in ("readiness", "startup")} == {"http"}
+        ports = [port["containerPort"] for port in container["ports"] if port["name"] == "http"]
+        return reading.option(reading.words_of(container), "--port"), ports
+
+    [pair] = reading.manifests(exported(apart("H100", "T4"), ExportTarget.KSERVE).files)
+    assert heard(pair["spec"]) == ("8001", [8001])
+    assert heard(pair["spec"]["prefill"]) == ("8000", [8000])
+    [alone] = reading.manifests(exported(PLANS["one GPU"], ExportTarget.KSERVE).files)
+    assert heard(alone["spec"]) == ("8000", [8000])
 
 
 def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
