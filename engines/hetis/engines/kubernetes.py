@@ -38,6 +38,7 @@ from hetis.solver.plan import Role
 FRONT_PORT = 8000
 IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
 NODE_LABEL = "kubernetes.io/hostname"
+_NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
@@ -65,6 +66,8 @@ class Deployment:
     key_secret: str = ""  # a Secret whose ``api-key`` clients must present
     is_open: bool = False  # no key is needed; either this or a secret
     namespace: str = ""
+    # names of the replicas that it exchanges KV with. Empty: not known, and any of hetis in the namespace may be one
+    kv_partners: tuple[str, ...] = ()
 
     def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:
         """Return the problems with it in terms of the options. ``model`` is the model's path in the pod or its name."""
@@ -130,7 +133,9 @@ class ReplicaObjects:
 
     def around(self) -> list[dict[str, Any]]:
         """Return the objects around the pods: the plugin's file, the front end's Service, and the network policies."""
-        return [*([self.config()] if self._layout.workers else []), self.front(), self.inside(), self.towards_front()]
+        config = [self.config()] if self._layout.workers else []
+        exchange = [self.towards_kv()] if self._layout.role is not Role.UNIFIED else []
+        return [*config, self.front(), self.inside(), self.towards_front(), *exchange]
 
     def config(self) -> dict[str, Any]:
         """Return the plugin's file. Workers are reached by the names of their Services."""
@@ -154,11 +159,22 @@ class ReplicaObjects:
         return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
     def towards_front(self) -> dict[str, Any]:
-        """Return the policy for the front end, open to all: decode replicas fetch KV on ports that NIXL chooses."""
-        ports: dict[str, Any] = {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
-        if self._layout.role is not Role.UNIFIED:
-            ports = {}
-        return self._policy(f"{self._of.name}-front", self.front_labels, ports)
+        """Return the policy for the front end, whose port is open to all."""
+        return self._policy(
+            f"{self._of.name}-front", self.front_labels, {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
+        )
+
+    def towards_kv(self) -> dict[str, Any]:
+        """Return the policy that lets replicas fetch each other's KV.
+
+        From any stage, since each rank hands over that of its own layers, and on any port, since NIXL's transport
+        chooses them: so from the partners' pods only.
+        """
+        partners: dict[str, Any] = {"matchLabels": {_NAME_LABEL: "hetis"}}
+        if self._of.kv_partners:
+            names = {"key": _INSTANCE_LABEL, "operator": "In", "values": list(self._of.kv_partners)}
+            partners = {"matchExpressions": [names]}
+        return self._policy(f"{self._of.name}-kv", self.labels(), {"from": [{"podSelector": partners}]})
 
     @property
     def front_labels(self) -> dict[str, str]:
@@ -316,5 +332,5 @@ class ReplicaObjects:
 
     def labels(self, part: str = "") -> dict[str, str]:
         """Return the labels of the replica's objects, or those that choose one pod."""
-        labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": self._of.name}
+        labels = {_NAME_LABEL: "hetis", _INSTANCE_LABEL: self._of.name}
         return labels | ({"app.kubernetes.io/component": part} if part else {})

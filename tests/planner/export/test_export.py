@@ -225,6 +225,57 @@ def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_f
     assert heard(alone["spec"]) == ("8000", [8000])
 
 
+def labels_of_pods(files: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the labels of the pods that objects of Kubernetes and LeaderWorkerSets make, and those of the chart."""
+    found = [yaml.safe_load(text)["modelArtifacts"]["labels"] for path, text in files.items() if "values-" in path]
+    for one in reading.manifests({path: text for path, text in files.items() if "values-" not in path}):
+        specs = [role["spec"] for role in one["spec"]["roles"]] if one["kind"] == "DisaggregatedSet" else []
+        specs += [one["spec"]] if one["kind"] == "LeaderWorkerSet" else []
+        templates = [one["spec"]["template"]] if one["kind"] == "StatefulSet" else []
+        for group in (spec["leaderWorkerTemplate"] for spec in specs):
+            templates += [group[key] for key in ("leaderTemplate", "workerTemplate") if key in group]
+        found += [template["metadata"]["labels"] for template in templates]
+    return found
+
+
+def is_selected(labels: Mapping[str, str], selector: Mapping[str, Any]) -> bool:
+    """Return whether a pod's labels meet a selector of Kubernetes."""
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    assert selector, "it would select every pod"
+    terms = selector.get("matchExpressions", [])
+    assert all(term["operator"] == "In" for term in terms)
+    wanted: Mapping[str, str] = selector.get("matchLabels", {})
+    return wanted.items() <= labels.items() and all(labels.get(term["key"]) in term["values"] for term in terms)
+
+
+def ports_from(source: Mapping[str, str], to: Mapping[str, str], policies: list[Any]) -> list[Any]:
+    """Return what a pod may reach of another: a list of ports for every policy that lets it; None: any port."""
+    return [
+        [port["port"] for port in rule["ports"]] if "ports" in rule else None
+        for policy in policies
+        if is_selected(to, policy["spec"]["podSelector"])
+        for rule in policy["spec"]["ingress"]
+        if "from" not in rule or any(is_selected(source, each["podSelector"]) for each in rule["from"])
+    ]
+
+
+@pytest.mark.parametrize("target", [ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D])
+def test_every_stage_of_a_prefill_replica_can_be_asked_for_kv_by_decode_replicas_alone(target: ExportTarget) -> None:
+    """NIXL reads from each rank of the replica that prefills, so from pods of further stages, too."""
+    files = exported(PLANS["prefill and decode"], target).files
+    pods, stranger = labels_of_pods(files), {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": "chat-r1"}
+    named = [(labels["app.kubernetes.io/instance"], labels) for labels in pods]
+    prefill = [labels for name, labels in named if name == "hetis-r0"]
+    decode = [labels for name, labels in named if name in ("hetis-r1", "hetis-r2")]
+    assert (len(prefill), len(decode)) == (2, 2)
+    others = {path: text for path, text in files.items() if "values-" not in path}
+    policies = [one for one in reading.manifests(others) if one["kind"] == "NetworkPolicy"]
+    for one in prefill:
+        assert all(None in ports_from(source, one, policies) for source in (*decode, *prefill))
+        assert ports_from(stranger, one, policies) in ([], [[8000]])
+    assert [ports_from(stranger, one, policies) for one in prefill].count([[8000]]) == 1, "the front"
+
+
 def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     chooses = {
         **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin says"),

@@ -48,6 +48,9 @@ def write_kubernetes(launchable: Launchable) -> Written:
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     settings = launchable.settings
+    # Not those of the plan's routes alone: routers choose the two replicas of a request one after the other.
+    partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
+    partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
     return Deployment(
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
@@ -57,6 +60,7 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         key_secret=settings.api_key_secret,
         is_open=settings.insecure,
         namespace=settings.namespace,
+        kv_partners=tuple(partners),
     )
 
 
