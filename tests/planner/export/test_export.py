@@ -329,6 +329,24 @@ def test_nixl_without_an_address_is_told() -> None:
     assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
 
 
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.COMPOSE, ExportTarget.SLURM])
+def test_addresses_of_ipv6_have_brackets_before_a_port(target: ExportTarget) -> None:
+    made = exported(PLANS["one GPU"], target, hosts={"a": "fd00::1"})
+    assert "server [fd00::1]:8000 weight=1000;" in made.files["router/nginx.conf"]
+    [model] = yaml.safe_load(made.files["router/litellm.yaml"])["model_list"]
+    assert model["litellm_params"]["api_base"] == "http://[fd00::1]:8000/v1"
+    assert "address: fd00::1\n" in made.files["router/envoy.yaml"]
+    assert json.loads(made.files["router/weights.json"])["endpoints"][0]["endpoint"] == "[fd00::1]:8000"
+    assert "| [fd00::1]:8000 |" in made.files["README.md"]
+    rest = "".join(text for path, text in made.files.items() if path != "router/envoy.yaml")
+    assert "fd00::1:" not in rest
+    assert ("http://[fd00::1]:8000/health" in rest) == (target is ExportTarget.COMPOSE)
+    ray = exported(PLANS["one GPU"], ExportTarget.RAY, hosts={"ray-head": "fd00::9"})
+    assert json.loads(ray.files["router/weights.json"])["endpoints"][0]["endpoint"].startswith("[fd00::9]:8000/")
+    apart_there = exported(apart("H100", "T4"), target, hosts={"a": "fd00::1", "d": "fd00::2"})
+    assert not any("NIXL" in lost for lost in apart_there.lost), "it listens on such an address"
+
+
 @pytest.mark.parametrize("name", ["attention workers", "stages of two nodes", "unlike replicas"])
 def test_all_steps_of_a_slurm_job_start_and_share_its_memory(name: str) -> None:
     """A step takes whatever it does not ask for from the job: all GPUs of the node, all memory, one CPU."""

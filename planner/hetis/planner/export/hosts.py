@@ -11,6 +11,7 @@ from hetis.engines.commands import Command
 from hetis.engines.layout import Process, ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
+from hetis.formats.endpoints import is_ip
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
@@ -41,7 +42,7 @@ def _not_reached(launchable: Launchable) -> Iterator[str]:
     """Yield the features that commands lack if nodes are only known by name."""
     for one in launchable.replicas.values():
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
-        if one.plan.role is Role.PREFILL and address is not None and not address.replace(".", "").isdigit():
+        if one.plan.role is Role.PREFILL and address is not None and not is_ip(address):
             yield f"{one.name}: NIXL listens on an address, and {one.front_node} has none: give --node-address"
 
 
