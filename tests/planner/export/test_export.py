@@ -387,6 +387,27 @@ def test_a_script_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> No
     assert (tmp_path / "told").read_text() == "told\n"
 
 
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_supervisor_of_a_whole_node_hears_of_the_replica_that_ends(
+    target: ExportTarget, failing: int, tmp_path: Path
+) -> None:
+    """Stand-ins for the two replicas of a node are used: one ends with a code, the other waits for SIGTERM."""
+    made = exported(PLANS["unlike replicas"], target)
+    text = made.files["a/start.sh" if target is ExportTarget.VLLM else "a.sh"]
+    lines = [line for line in text.splitlines() if line.startswith(("./r", "hetis-launch "))]
+    assert len(lines) == 2
+    waits = f'sleep 100 & trap "echo told > {tmp_path}/told; kill $!; exit 0" TERM; echo up > {tmp_path}/up; wait'
+    stand_ins = [waits, waits]
+    stand_ins[failing] = f"until test -s {tmp_path}/up; do sleep 0.01; done; exit 7"
+    for line, stand_in in zip(lines, stand_ins, strict=True):
+        text = text.replace(f"{line}\n", f"bash -c '{stand_in}' &\n")
+    (tmp_path / "node.sh").write_text(text, encoding="utf-8")
+    done = subprocess.run(["bash", tmp_path / "node.sh"], check=False, timeout=60)
+    assert done.returncode == 7
+    assert (tmp_path / "told").read_text() == "told\n"
+
+
 def test_compose_refuses_what_it_has_no_image_for() -> None:
     with pytest.raises(NotExportableError) as caught:
         exported(PLANS["attention workers"], ExportTarget.COMPOSE, image="", worker_image="")

@@ -63,8 +63,8 @@ stop() {
 trap stop EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
-mkdir -p logs
 """
+_END = 'wait -n "${pids[@]}"\n'  # with its status, so that a supervisor hears of it; the others are stopped
 
 
 def write_shell(launchable: Launchable) -> Written:
@@ -75,7 +75,7 @@ def write_shell(launchable: Launchable) -> Written:
             files |= {f"{node}/{path}": text for command in commands for path, text in command.files.items()}
             files[f"{node}/{one.name}.sh"] = _shell_script(one, node, commands)
             shown.append(f"{node}/{one.name}.sh")
-        files[f"{node}/start.sh"] = _everything(node, [one.name for _, one in here])
+        files[f"{node}/start.sh"] = _everything(node, (f"./{one.name}.sh" for _, one in here))
     return _written(launchable, files, shown, _HOW_SCRIPTS.format(key=_KEY if launchable.has_workers else ""))
 
 
@@ -83,7 +83,7 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
     """Return a script that starts a replica's processes on one node; if one ends, the others and the script do, too."""
     whole = len({process.node for process in one.layout.processes}) == 1
     what = f"{one.name} of hetis' plan ({one.plan.role.value}): {'all' if whole else 'its part'} on {node}."
-    lines = [_HEAD.format(what=what), _START]
+    lines = [_HEAD.format(what=what), f"{_START}mkdir -p logs\n"]
     for command in commands:
         process = command.process
         log = shlex.quote(f"logs/{one.name}-{process.name.replace('/', '-')}.log")
@@ -93,20 +93,20 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
             f"env {command.line} >{log} 2>&1 &\n"
             "pids+=($!)\n"
         ]
-    lines.append('wait -n "${pids[@]}"\n')
-    return "\n".join(lines)
+    return "\n".join((*lines, _END))
 
 
-def _everything(node: str, names: list[str]) -> str:
-    """Return a script that starts all replicas of a node; if one ends, the others keep running."""
-    head = _HEAD.format(what=f"Everything of hetis' plan on {node}.")
-    started = "".join(f"./{name}.sh &\npids+=($!)\n" for name in names)
-    return f'{head}\n{_START}\n{started}\nwait "${{pids[@]}}"\n'
+def _everything(node: str, lines: Iterable[str]) -> str:
+    """Return a script that starts all replicas of a node, one by each line; if one ends, the others and it do, too."""
+    head = _HEAD.format(what=f"Everything of hetis' plan on {node}: it ends when one of its replicas does.")
+    started = "".join(f"{line} &\npids+=($!)\n" for line in lines)
+    return f"{head}\n{_START}\n{started}\n{_END}"
 
 
 _HOW_SCRIPTS = """\
 Copy the folder of each node there, and start `start.sh` in it, or `rN.sh` for a replica; logs are in `logs/`.
-A script ends with its processes, and they with it, so that systemd or another supervisor can keep it running.
+A script ends with its processes, and they with it, so that systemd or another supervisor can keep it running: best each
+`rN.sh`, since `start.sh` ends all replicas of the node when one of them ends.
 
 The front of a replica listens on its node's address; `VLLM_API_KEY` in the environment is what clients must say
 (SGLang: give `-- --api-key KEY`).{key}"""
@@ -127,18 +127,9 @@ def write_hetis_launch(launchable: Launchable) -> Written:
     files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
     for node, here in launchable.by_node().items():
         path = f"{node}.sh"
-        files[path] = _launch_script(launchable, node, here)
+        files[path] = _everything(node, (shlex.join(words(launchable, number, one, node)) for number, one in here))
         shown.append(path)
     return _written(launchable, files, shown, _HOW_LAUNCH)
-
-
-def _launch_script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableReplica]]) -> str:
-    lines = ["#!/usr/bin/env bash", f"# Everything of hetis' plan on {node}.", "set -euo pipefail"]
-    lines += ['cd "$(dirname "${BASH_SOURCE[0]}")"', "pids=()"]
-    lines += ["""trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT"""]
-    for number, one in here:
-        lines += [f"{shlex.join(words(launchable, number, one, node))} &", "pids+=($!)"]
-    return "\n".join((*lines, 'wait "${pids[@]}"', ""))
 
 
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
@@ -163,7 +154,8 @@ def _if_set(name: str, value: str, unset: str) -> Iterable[str]:
 
 _HOW_LAUNCH = """\
 Copy the folder to every node, and start `NODE.sh` there. `hetis-launch` (`pip install 'hetis[launch]'`)
-starts again what ends. Where replicas have attention workers, `worker.key` is their key: a file of mode 0600, the same
+starts again what ends. Where it cannot, it ends, and `NODE.sh` with it and the node's other replicas, so that a
+supervisor hears of it. Where replicas have attention workers, `worker.key` is their key: a file of mode 0600, the same
 everywhere."""
 
 
