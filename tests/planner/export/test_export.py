@@ -420,6 +420,20 @@ def test_compose_refuses_what_it_has_no_image_for() -> None:
     assert service["image"] == "vllm/vllm-openai:v0.32.0"
 
 
+def test_compose_puts_no_variables_in_place_of_dollars() -> None:
+    given = {"model": "/models/$HOME/tiny", "served_name": "ti$ny", "engine_options": ("--api-key", "pa$s1")}
+    made = exported(PLANS["attention workers"], ExportTarget.COMPOSE, **given)
+    for path in made.shown:
+        text = made.files[path]
+        assert set(re.findall(r"\$.*", text.replace("$$", ""))) <= {"${VLLM_API_KEY:-}"}
+    service = yaml.safe_load(made.files["a/compose.yaml"])["services"]["r0-vllm"]
+    words = [word.replace("$$", "$") for word in service["command"]]
+    assert words[:2] == ["serve", "/models/$HOME/tiny"]
+    assert reading.option(words, "--api-key") == "pa$s1"
+    assert "/models/$$HOME/tiny:/models/$$HOME/tiny:ro" in service["volumes"]
+    assert service["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
+
+
 def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
     found = reading.read_shell(exported(CARDS_SHARED, ExportTarget.VLLM).files)
     assert found["r0"].workers == {"b/0", "b/1"}

@@ -217,9 +217,19 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if process.kind is ProcessKind.SERVER:
         test = ["CMD", "python3", "-c", f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"]
         service["healthcheck"] = {"test": test, "interval": "10s", "timeout": "5s", "start_period": "30m"}
-        if launchable.engine is not Engine.SGLANG:
-            environment["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
+    service = _without_variables(service)
+    if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
+        service["environment"]["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
     return service
+
+
+def _without_variables(value: Any) -> Any:
+    """Return what compose reads as this value: it would put variables of its own environment in place of $NAME."""
+    if isinstance(value, dict):
+        return {key: _without_variables(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_variables(each) for each in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value
 
 
 def _given_gpus(process: Process) -> dict[str, Any]:
