@@ -102,6 +102,19 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
     ]
 
 
+def test_options_that_the_plan_decides_are_refused_in_every_form(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "c.yaml", "--data-parallel-s", "2", "--kv-transfer-config.kv_role=kv_both"]
+    assert run(["export", str(plan_file), "--to", "vllm", "--", *words]) == ExitCode.INVALID
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 3 problems in the input",
+        "  export: --config is no option to give the engine: it may say what the plan decides, give its options",
+        "  export: --data-parallel-size is no option to give the engine: the plan decides it",
+        "  export: --kv-transfer-config is no option to give the engine: the plan decides it",
+    ]
+
+
 def test_a_plan_is_tried_on_cpus_by_another_program(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     path = saved(tmp_path, PLANS["stages of a node"])
     words = ["--device", "cpu", "--program", "python -m vllm.entrypoints.openai.api_server", "--model", "/models/tiny"]

@@ -138,10 +138,9 @@ def _wrong(
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
             yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
-    yield from (
-        f"{option} is no option to give the engine: the plan decides it"
-        for option in sorted(decided_in(given.engine_options))
-    )
+    for option in sorted(decided_in(given.engine_options)):
+        why = "it may say what the plan decides, give its options" if option == "--config" else ""
+        yield f"{option} is no option to give the engine: {why or 'the plan decides it'}"
     if given.engine_options and not given.engine_options[0].startswith("-"):
         yield f"{given.engine_options[0]!r} is no option of the engine, which begin with -"
     if given.engine is not None and given.engine not in allowed:
