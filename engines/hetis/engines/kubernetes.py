@@ -10,7 +10,7 @@ comply with the Pod Security Standard "restricted".
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -48,6 +48,7 @@ _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {K
 _USER = 10001  # as in our images
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # of their device plugins
 _GRACE_S = 45
+_LONGEST_LABEL = 63  # a label's value, in Kubernetes
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
 
@@ -101,7 +102,13 @@ def annotations_of(process: Process) -> dict[str, str]:
 
 
 def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> list[dict[str, Any]]:
-    """Return the objects of a replica, in an order in which they can be applied. Raises as `refuse_shared_cards`."""
+    """Return the objects of a replica, in an order in which they can be applied.
+
+    Raises:
+        LayoutError: its nodes have no labels (`nodes_without_label`), or see `refuse_shared_cards`.
+    """
+    if unlabelled := list(nodes_without_label(layout)):
+        raise LayoutError(*unlabelled)
     if serving.device == "cuda":
         refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
@@ -110,6 +117,13 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
         *(made for number in range(len(layout.servers)) for made in objects.server(number)),
         *(made for process in layout.attention_workers for made in objects.worker(process)),
     ]
+
+
+def nodes_without_label(layout: Layout) -> Iterator[str]:
+    """Yield why pods cannot be placed on nodes: no label has so long a value as their names."""
+    for node in dict.fromkeys(process.node for process in layout.processes):
+        if len(node) > _LONGEST_LABEL:
+            yield f"node {node} has a name of {len(node)} letters, {NODE_LABEL} has at most {_LONGEST_LABEL}"
 
 
 def refuse_shared_cards(layout: Layout) -> None:

@@ -150,6 +150,16 @@ def test_names_that_no_host_has_reach_no_file(node: str) -> None:
         assert all(node not in text for path, text in made.files.items() if path.endswith((".sh", ".sbatch")))
 
 
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
+def test_nodes_whose_names_are_no_labels_have_no_pods(target: ExportTarget) -> None:
+    good, longest, longer = PLANS["one GPU"].replicas[0], "n" * 63, "n" * 64
+    plan = made_of(good, *(replace(good, stages=(on(f"{node}/0"),)) for node in (longest, longer)))
+    made = exported(plan, target)
+    assert made.lost[0] == f"replica 2: node {longer} has a name of 64 letters, kubernetes.io/hostname has at most 63"
+    assert all(longer not in text for path, text in made.files.items() if path != "README.md")
+    assert any(f": {longest}\n" in text for text in made.files.values())
+
+
 def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:
     split = PLANS["prefill and decode"]
     staged = replace(split.replicas[1], stages=PLANS["stages of two nodes"].replicas[0].stages)

@@ -15,6 +15,7 @@ from hetis.engines.kubernetes import (
     ReplicaObjects,
     annotations_of,
     manifests_of,
+    nodes_without_label,
     on_node,
     refuse_shared_cards,
 )
@@ -234,7 +235,7 @@ def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError: none is left."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
-        if why := PodGroup(launchable, one, leader=LEADER).why_not():
+        if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one, leader=LEADER).why_not()):
             left_out[number] = why
             continue
         try:

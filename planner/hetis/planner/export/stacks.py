@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, annotations_of, on_node
+from hetis.engines.kubernetes import (
+    FRONT_PORT,
+    MODEL_LABELS,
+    ReplicaObjects,
+    annotations_of,
+    nodes_without_label,
+    on_node,
+)
 from hetis.engines.layout import Layout
 from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
@@ -309,6 +316,7 @@ def write_dynamo(launchable: Launchable) -> Written:
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
+    yield from nodes_without_label(layout)
     if len(layout.servers) > 1:
         yield f"it is on {len(layout.servers)} nodes: Dynamo makes the pods of a component from one template"
     if layout.vendor != "NVIDIA":
