@@ -32,6 +32,7 @@ from tests.planner.export.plans import (
     replica,
 )
 
+DOCKER = Path(__file__).parents[3] / "docker"
 SETTINGS = ExportSettings(
     model="/models/tiny",
     served_name="tiny",
@@ -428,6 +429,14 @@ def test_compose_refuses_what_it_has_no_image_for() -> None:
     made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, image="")
     [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
     assert service["image"] == "vllm/vllm-openai:v0.32.0"
+
+
+def test_compose_says_who_must_own_the_key() -> None:
+    """It is mounted with its owner and mode, and read by the user that our images run as."""
+    readme = exported(PLANS["attention workers"], ExportTarget.COMPOSE).files["README.md"]
+    [user] = re.findall(r"chown (\d+) worker.key", readme)
+    for image in ("vllm", "worker"):
+        assert f"USER {user}:{user}" in (DOCKER / f"{image}.Dockerfile").read_text(encoding="utf-8")
 
 
 def test_compose_puts_no_variables_in_place_of_dollars() -> None:

@@ -254,7 +254,8 @@ _HOW_COMPOSE = """\
 Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
 the plan by index (NVIDIA container toolkit; AMD's devices, whose groups the image's user must be in).
 `VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`).
-Where replicas have attention workers, `worker.key` beside the file is their key."""
+Where replicas have attention workers, `worker.key` beside the file is their key: mode 0600, owned by the user that
+the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 
 
 # --- Slurm: a batch script per replica, which is a heterogeneous job on several nodes, and a step per process
