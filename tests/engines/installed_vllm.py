@@ -27,8 +27,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 asked = json.load(sys.stdin)
 parser = FlexibleArgumentParser()
-ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-said = {"parsed": [], "capabilities": {}, "runs": {}}
+serve = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+said = {"parsed": [], "capabilities": {}, "runs": {}, "options": [one.option_strings for one in serve._actions]}
 for words in asked["lines"]:
     args = parser.parse_args(words)
     said["parsed"].append({

@@ -119,6 +119,32 @@ def test_users_say_which_dtype_kv_of_16_bits_has(words: tuple[str, ...], decided
 
 
 @pytest.mark.parametrize(
+    ("words", "decided"),
+    [
+        (("--data-parallel-size", "2"), "--data-parallel-size"),
+        (("-dp=2",), "-dp"),
+        (("--tensor-parallel", "4"), "--tensor-parallel-size"),
+        (("--tensor_par=4",), "--tensor-parallel-size"),
+        (("-t", "4"), "-tp"),
+        (("-n2",), "-n"),
+        (("--kv-cache-memory", "100"), "--kv-cache-memory-bytes"),
+        (("--kv-cache-dtyp", "bfloat16"), "--kv-cache-dtype"),  # which would not be told once
+        (("--kv-transfer-config.kv_role=kv_both",), "--kv-transfer-config"),
+        (("--kv_transfer_conf.kv_connector", "X"), "--kv-transfer-config"),
+        (("--config", "c.yaml"), "--config"),
+        *((words, "") for words in (("--seed", "-1"), ("--max-model-len=-1",), ("--kv-cache-dtype-skip-layers", "0"))),
+        *((words, "") for words in (("--config-format", "hf"), ("--model-impl", "vllm"), ("-dpb", "mp"), ("-O3",))),
+        *(
+            (words, "")
+            for words in (("--hf-overrides.rope_theta", "1"), ("--", "-"), ("--data-parallel-rpc-port", "1"))
+        ),
+    ],
+)
+def test_what_the_plan_decides_is_found_however_parsers_let_it_be_written(words: tuple[str, ...], decided: str) -> None:
+    assert decided_in(words) == ({decided} if decided else set())
+
+
+@pytest.mark.parametrize(
     ("layout", "serving", "told"),
     [
         ({}, {}, None),

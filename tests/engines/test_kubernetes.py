@@ -17,6 +17,7 @@ from hetis.engines.serving import Serving
 from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
 from hetis.runtime.vllm.settings import load_settings
 from hetis.runtime.worker.main import read_options
+from hetis.solver.plan import Role
 from tests.command_line import command_of, run_command
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
 
@@ -192,6 +193,17 @@ def test_only_the_replicas_own_pods_reach_workers_and_everybody_the_front() -> N
     assert selected(rule["from"][0]["podSelector"]["matchLabels"]) == list(labels)
     assert selected(front["podSelector"]["matchLabels"]) == ["chat-vllm-0"]
     assert front["ingress"] == [{"ports": [{"port": 8000, "protocol": "TCP"}]}]
+
+
+def test_replicas_of_hetis_exchange_kv_where_partners_are_not_named() -> None:
+    prefill = layout_of(
+        plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL, micro_batch=0, tpot_s=0.0), 0, MODEL
+    )
+    found = objects(prefill)
+    policy, pod = found["NetworkPolicy", "chat-kv"]["spec"], found["StatefulSet", "chat-vllm-0"]["spec"]["template"]
+    assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "hetis"}}}]}]
+    assert found["NetworkPolicy", "chat-front"]["spec"]["ingress"] == [{"ports": [{"port": 8000, "protocol": "TCP"}]}]
 
 
 def test_a_replica_without_workers_has_no_plugin() -> None:

@@ -10,7 +10,7 @@ comply with the Pod Security Standard "restricted".
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -38,6 +38,7 @@ from hetis.solver.plan import Role
 FRONT_PORT = 8000
 IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
 NODE_LABEL = "kubernetes.io/hostname"
+_NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
@@ -47,6 +48,7 @@ _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {K
 _USER = 10001  # as in our images
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # of their device plugins
 _GRACE_S = 45
+_LONGEST_LABEL = 63  # a label's value, in Kubernetes
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
 
@@ -65,6 +67,8 @@ class Deployment:
     key_secret: str = ""  # a Secret whose ``api-key`` clients must present
     is_open: bool = False  # no key is needed; either this or a secret
     namespace: str = ""
+    # names of the replicas that it exchanges KV with. Empty: not known, and any of hetis in the namespace may be one
+    kv_partners: tuple[str, ...] = ()
 
     def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:
         """Return the problems with it in terms of the options. ``model`` is the model's path in the pod or its name."""
@@ -98,7 +102,13 @@ def annotations_of(process: Process) -> dict[str, str]:
 
 
 def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> list[dict[str, Any]]:
-    """Return the objects of a replica, in an order in which they can be applied. Raises as `refuse_shared_cards`."""
+    """Return the objects of a replica, in an order in which they can be applied.
+
+    Raises:
+        LayoutError: its nodes have no labels (`nodes_without_label`), or see `refuse_shared_cards`.
+    """
+    if unlabelled := list(nodes_without_label(layout)):
+        raise LayoutError(*unlabelled)
     if serving.device == "cuda":
         refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
@@ -107,6 +117,13 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
         *(made for number in range(len(layout.servers)) for made in objects.server(number)),
         *(made for process in layout.attention_workers for made in objects.worker(process)),
     ]
+
+
+def nodes_without_label(layout: Layout) -> Iterator[str]:
+    """Yield why pods cannot be placed on nodes: no label has so long a value as their names."""
+    for node in dict.fromkeys(process.node for process in layout.processes):
+        if len(node) > _LONGEST_LABEL:
+            yield f"node {node} has a name of {len(node)} letters, {NODE_LABEL} has at most {_LONGEST_LABEL}"
 
 
 def refuse_shared_cards(layout: Layout) -> None:
@@ -130,7 +147,9 @@ class ReplicaObjects:
 
     def around(self) -> list[dict[str, Any]]:
         """Return the objects around the pods: the plugin's file, the front end's Service, and the network policies."""
-        return [*([self.config()] if self._layout.workers else []), self.front(), self.inside(), self.towards_front()]
+        config = [self.config()] if self._layout.workers else []
+        exchange = [self.towards_kv()] if self._layout.role is not Role.UNIFIED else []
+        return [*config, self.front(), self.inside(), self.towards_front(), *exchange]
 
     def config(self) -> dict[str, Any]:
         """Return the plugin's file. Workers are reached by the names of their Services."""
@@ -154,11 +173,22 @@ class ReplicaObjects:
         return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
     def towards_front(self) -> dict[str, Any]:
-        """Return the policy for the front end, open to all: decode replicas fetch KV on ports that NIXL chooses."""
-        ports: dict[str, Any] = {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
-        if self._layout.role is not Role.UNIFIED:
-            ports = {}
-        return self._policy(f"{self._of.name}-front", self.front_labels, ports)
+        """Return the policy for the front end, whose port is open to all."""
+        return self._policy(
+            f"{self._of.name}-front", self.front_labels, {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
+        )
+
+    def towards_kv(self) -> dict[str, Any]:
+        """Return the policy that lets replicas fetch each other's KV.
+
+        From any stage, since each rank hands over that of its own layers, and on any port, since NIXL's transport
+        chooses them: so from the partners' pods only.
+        """
+        partners: dict[str, Any] = {"matchLabels": {_NAME_LABEL: "hetis"}}
+        if self._of.kv_partners:
+            names = {"key": _INSTANCE_LABEL, "operator": "In", "values": list(self._of.kv_partners)}
+            partners = {"matchExpressions": [names]}
+        return self._policy(f"{self._of.name}-kv", self.labels(), {"from": [{"podSelector": partners}]})
 
     @property
     def front_labels(self) -> dict[str, str]:
@@ -316,5 +346,5 @@ class ReplicaObjects:
 
     def labels(self, part: str = "") -> dict[str, str]:
         """Return the labels of the replica's objects, or those that choose one pod."""
-        labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": self._of.name}
+        labels = {_NAME_LABEL: "hetis", _INSTANCE_LABEL: self._of.name}
         return labels | ({"app.kubernetes.io/component": part} if part else {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -243,16 +243,28 @@ def _planned(plan: Plan, name: str) -> Any:
     return documents.get(name) if isinstance(documents, Mapping) else None
 
 
+def planned_nodes(plan: Plan) -> set[str]:
+    """Return the nodes of the plan's replicas, and of the fleet that it was made for if the plan contains that."""
+    used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
+    return used.union(*(names for names, _ in _fleet(_planned(plan, "cluster"))))
+
+
 def _driver_indices(cluster: Any) -> dict[str, list[int]]:
     """Return the driver's indices of the GPUs of those nodes of the plan's fleet that have ``indices``."""
-    nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
     found = dict[str, list[int]]()
-    for node in nodes if isinstance(nodes, list) else ():
-        if isinstance(node, Mapping) and isinstance(indices := node.get("indices"), list):
-            name, count = node.get("name"), node.get("count")
-            names = (f"{name}-{i}" for i in range(count)) if isinstance(count, int) else (str(name),)
+    for names, node in _fleet(cluster):
+        if isinstance(indices := node.get("indices"), list):
             found |= dict.fromkeys(names, indices)
     return found
+
+
+def _fleet(cluster: Any) -> Iterator[tuple[Iterable[str], Mapping[str, Any]]]:
+    """Yield the groups of equal nodes in the document of a fleet: the nodes' names, and the group's fields."""
+    nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
+    for node in nodes if isinstance(nodes, list) else ():
+        if isinstance(node, Mapping):
+            name, count = node.get("name"), node.get("count")
+            yield (f"{name}-{i}" for i in range(count)) if isinstance(count, int) else (str(name),), node
 
 
 class KvPartner(NamedTuple):

@@ -25,10 +25,16 @@ DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
         *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
-        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--dist-init-addr", "--headless"),
+        *("--prefill-context-parallel-size", "-pcp", "--data-parallel-size", "-dp", "--dp-size"),
+        *("--data-parallel-size-local", "-dpl", "--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr"),
+        *("--data-parallel-external-lb", "-dpe", "--data-parallel-hybrid-lb", "-dph"),
+        *("--data-parallel-multi-port-external-lb", "-dpm"),
+        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"),
+        *("--dist-init-addr", "--nccl-init-addr"),
         *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
         *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
         *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens"),
+        "--config",  # a file of any options
     )
 )
 """Options of engines that follow from the plan, or from settings of ours; users may give all others (`decided_in`)."""
@@ -72,12 +78,27 @@ def names_of(options: Sequence[str]) -> set[str]:
 
 
 def decided_in(options: Sequence[str]) -> set[str]:
-    """Return the names among these words that the plan decides, or settings of ours.
+    """Return the options among these words that the plan decides, or settings of ours, however they are written.
 
     The dtype of KV in 16 bits is not among them: plans do not know that of the checkpoint (`kv_dtype_of`).
     """
-    decided = names_of(options) & DECIDED
-    return decided - {KV_DTYPE} if set(_values_of(KV_DTYPE, options)) <= set(UNQUANTISED_KV) else decided
+    names = names_of(options)
+    if set(_values_of(KV_DTYPE, options)) <= set(UNQUANTISED_KV):
+        names -= {KV_DTYPE}
+    return {decided for name in names if (decided := _decided(name))}
+
+
+def _decided(name: str) -> str:
+    """Return the decided option that engines may take a name for; empty: none.
+
+    Their parsers take beginnings of names, a value right after one letter (``-n2``), and parts of an option's JSON
+    (``--kv-transfer-config.kv_role``). No option of theirs that users may give is the beginning of a decided one.
+    """
+    name = name.partition(".")[0]
+    if not name.strip("-"):
+        return ""
+    found = [one for one in DECIDED if one.startswith(name) or (len(one) == 2 and name.startswith(one))]
+    return name if name in found else min(found, key=lambda one: (len(one), one), default="")
 
 
 def kv_dtype_of(layout: Layout, serving: Serving) -> str:

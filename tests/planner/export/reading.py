@@ -309,7 +309,7 @@ def read_slurm(files: Mapping[str, str]) -> dict[str, Read]:
                 group = int(options.get("--het-group", 0))
                 devices = comment.rpartition(" ")[2].split(",")
                 assert {d.rpartition("/")[0] for d in devices} == {components[group]["nodelist"]}
-                assert int(options["--gpus"]) == len(devices)
+                assert int(options["--gpus-per-node"]) == int(options["--gpus-per-task"]) == len(devices)
                 taken[group] += len(devices)
                 words = shlex.split(command)
                 environment = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Z_]+=.*", word))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,43 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
         "  export: --name is 'No', must be 1 to 30 small letters, digits and -, a letter first",
         "  export: --namespace is 'N', must be 1 to 63 small letters, digits and -",
     ]
+
+
+def test_options_that_the_plan_decides_are_refused_in_every_form(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "c.yaml", "--data-parallel-s", "2", "--kv-transfer-config.kv_role=kv_both"]
+    assert run(["export", str(plan_file), "--to", "vllm", "--", *words]) == ExitCode.INVALID
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 3 problems in the input",
+        "  export: --config is no option to give the engine: it may say what the plan decides, give its options",
+        "  export: --data-parallel-size is no option to give the engine: the plan decides it",
+        "  export: --kv-transfer-config is no option to give the engine: the plan decides it",
+    ]
+
+
+def test_an_address_is_of_a_node_of_the_plan_or_its_fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = PLANS["unlike replicas"]  # on a and b
+    nodes = [{"name": "spare"}, {"name": "gpu", "count": 2}]
+    documents = {**plan.inputs["documents"], "cluster": {"nodes": nodes}}
+    path = saved(tmp_path, replace(plan, inputs={"documents": documents}))
+
+    def refused(to: str, *names: str) -> list[str]:
+        words = [word for name in names for word in ("--node-address", f"{name}=10.0.0.1")]
+        code = run(["export", str(path), "--to", to, "--insecure", *words])
+        said = [line for line in capsys.readouterr().err.splitlines() if "--node-address" in line]
+        assert (code == ExitCode.INVALID) == bool(said)
+        return said
+
+    assert not refused("vllm", "a", "b", "spare", "gpu-0", "gpu-1")
+    assert refused("vllm", "a", "gpu-3") == [
+        "  export: --node-address: 'gpu-3' is no node of the plan, did you mean gpu-1?"
+    ]
+    assert refused("kubernetes", "zzz", "ray-head") == [
+        "  export: --node-address: 'zzz' is no node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
+        "  export: --node-address: 'ray-head' is no node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
+    ]
+    assert not refused("ray", "ray-head")
 
 
 def test_a_plan_is_tried_on_cpus_by_another_program(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

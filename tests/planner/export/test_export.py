@@ -20,8 +20,19 @@ from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
-from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, model_of, on, replica
+from tests.planner.export.plans import (
+    CARDS_SHARED,
+    PLANS,
+    UNEQUAL_COPIES,
+    WITH_WORKERS,
+    apart,
+    made_of,
+    model_of,
+    on,
+    replica,
+)
 
+DOCKER = Path(__file__).parents[3] / "docker"
 SETTINGS = ExportSettings(
     model="/models/tiny",
     served_name="tiny",
@@ -140,6 +151,16 @@ def test_names_that_no_host_has_reach_no_file(node: str) -> None:
         assert all(node not in text for path, text in made.files.items() if path.endswith((".sh", ".sbatch")))
 
 
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
+def test_nodes_whose_names_are_no_labels_have_no_pods(target: ExportTarget) -> None:
+    good, longest, longer = PLANS["one GPU"].replicas[0], "n" * 63, "n" * 64
+    plan = made_of(good, *(replace(good, stages=(on(f"{node}/0"),)) for node in (longest, longer)))
+    made = exported(plan, target)
+    assert made.lost[0] == f"replica 2: node {longer} has a name of 64 letters, kubernetes.io/hostname has at most 63"
+    assert all(longer not in text for path, text in made.files.items() if path != "README.md")
+    assert any(f": {longest}\n" in text for text in made.files.values())
+
+
 def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:
     split = PLANS["prefill and decode"]
     staged = replace(split.replicas[1], stages=PLANS["stages of two nodes"].replicas[0].stages)
@@ -199,6 +220,73 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
     assert "router/nginx.conf" not in made.files, "it cannot send a request to two replicas"
 
 
+def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_front() -> None:
+    """KServe's preset for decode replicas has a sidecar at port 8000, and probes ``main`` at 8001."""
+
+    def heard(of_side: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        container = reading.container_of(of_side["template"], "main")
+        assert {container[f"{probe}Probe"]["httpGet"]["port"] for probe in ("readiness", "startup")} == {"http"}
+        ports = [port["containerPort"] for port in container["ports"] if port["name"] == "http"]
+        return reading.option(reading.words_of(container), "--port"), ports
+
+    [pair] = reading.manifests(exported(apart("H100", "T4"), ExportTarget.KSERVE).files)
+    assert heard(pair["spec"]) == ("8001", [8001])
+    assert heard(pair["spec"]["prefill"]) == ("8000", [8000])
+    [alone] = reading.manifests(exported(PLANS["one GPU"], ExportTarget.KSERVE).files)
+    assert heard(alone["spec"]) == ("8000", [8000])
+
+
+def labels_of_pods(files: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the labels of the pods that objects of Kubernetes and LeaderWorkerSets make, and those of the chart."""
+    found = [yaml.safe_load(text)["modelArtifacts"]["labels"] for path, text in files.items() if "values-" in path]
+    for one in reading.manifests({path: text for path, text in files.items() if "values-" not in path}):
+        specs = [role["spec"] for role in one["spec"]["roles"]] if one["kind"] == "DisaggregatedSet" else []
+        specs += [one["spec"]] if one["kind"] == "LeaderWorkerSet" else []
+        templates = [one["spec"]["template"]] if one["kind"] == "StatefulSet" else []
+        for group in (spec["leaderWorkerTemplate"] for spec in specs):
+            templates += [group[key] for key in ("leaderTemplate", "workerTemplate") if key in group]
+        found += [template["metadata"]["labels"] for template in templates]
+    return found
+
+
+def is_selected(labels: Mapping[str, str], selector: Mapping[str, Any]) -> bool:
+    """Return whether a pod's labels meet a selector of Kubernetes."""
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    assert selector, "it would select every pod"
+    terms = selector.get("matchExpressions", [])
+    assert all(term["operator"] == "In" for term in terms)
+    wanted: Mapping[str, str] = selector.get("matchLabels", {})
+    return wanted.items() <= labels.items() and all(labels.get(term["key"]) in term["values"] for term in terms)
+
+
+def ports_from(source: Mapping[str, str], to: Mapping[str, str], policies: list[Any]) -> list[Any]:
+    """Return what a pod may reach of another: a list of ports for every policy that lets it; None: any port."""
+    return [
+        [port["port"] for port in rule["ports"]] if "ports" in rule else None
+        for policy in policies
+        if is_selected(to, policy["spec"]["podSelector"])
+        for rule in policy["spec"]["ingress"]
+        if "from" not in rule or any(is_selected(source, each["podSelector"]) for each in rule["from"])
+    ]
+
+
+@pytest.mark.parametrize("target", [ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D])
+def test_every_stage_of_a_prefill_replica_can_be_asked_for_kv_by_decode_replicas_alone(target: ExportTarget) -> None:
+    """NIXL reads from each rank of the replica that prefills, so from pods of further stages, too."""
+    files = exported(PLANS["prefill and decode"], target).files
+    pods, stranger = labels_of_pods(files), {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": "chat-r1"}
+    named = [(labels["app.kubernetes.io/instance"], labels) for labels in pods]
+    prefill = [labels for name, labels in named if name == "hetis-r0"]
+    decode = [labels for name, labels in named if name in ("hetis-r1", "hetis-r2")]
+    assert (len(prefill), len(decode)) == (2, 2)
+    others = {path: text for path, text in files.items() if "values-" not in path}
+    policies = [one for one in reading.manifests(others) if one["kind"] == "NetworkPolicy"]
+    for one in prefill:
+        assert all(None in ports_from(source, one, policies) for source in (*decode, *prefill))
+        assert ports_from(stranger, one, policies) in ([], [[8000]])
+    assert [ports_from(stranger, one, policies) for one in prefill].count([[8000]]) == 1, "the front"
+
+
 def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     chooses = {
         **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin says"),
@@ -252,6 +340,41 @@ def test_nixl_without_an_address_is_told() -> None:
     assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
 
 
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.COMPOSE, ExportTarget.SLURM])
+def test_addresses_of_ipv6_have_brackets_before_a_port(target: ExportTarget) -> None:
+    made = exported(PLANS["one GPU"], target, hosts={"a": "fd00::1"})
+    assert "server [fd00::1]:8000 weight=1000;" in made.files["router/nginx.conf"]
+    [model] = yaml.safe_load(made.files["router/litellm.yaml"])["model_list"]
+    assert model["litellm_params"]["api_base"] == "http://[fd00::1]:8000/v1"
+    assert "address: fd00::1\n" in made.files["router/envoy.yaml"]
+    assert json.loads(made.files["router/weights.json"])["endpoints"][0]["endpoint"] == "[fd00::1]:8000"
+    assert "| [fd00::1]:8000 |" in made.files["README.md"]
+    rest = "".join(text for path, text in made.files.items() if path != "router/envoy.yaml")
+    assert "fd00::1:" not in rest
+    assert ("http://[fd00::1]:8000/health" in rest) == (target is ExportTarget.COMPOSE)
+    ray = exported(PLANS["one GPU"], ExportTarget.RAY, hosts={"ray-head": "fd00::9"})
+    assert json.loads(ray.files["router/weights.json"])["endpoints"][0]["endpoint"].startswith("[fd00::9]:8000/")
+    apart_there = exported(apart("H100", "T4"), target, hosts={"a": "fd00::1", "d": "fd00::2"})
+    assert not any("NIXL" in lost for lost in apart_there.lost), "it listens on such an address"
+
+
+@pytest.mark.parametrize("name", ["attention workers", "stages of two nodes", "unlike replicas"])
+def test_all_steps_of_a_slurm_job_start_and_share_its_memory(name: str) -> None:
+    """A step takes whatever it does not ask for from the job: all GPUs of the node, all memory, one CPU."""
+    made = exported(PLANS[name], ExportTarget.SLURM)
+    for path in made.shown:
+        head, _, body = made.files[path].partition("set -euo pipefail")
+        components = [dict(re.findall(r"#SBATCH --(\S+?)=(\S+)", part)) for part in head.split("#SBATCH hetjob\n")]
+        steps = [line for line in body.splitlines() if line.startswith("srun ")]
+        groups = [int((re.findall(r"--het-group=(\d+)", step) or ["0"])[0]) for step in steps]
+        assert [int(one["ntasks"]) for one in components] == [groups.count(i) for i in range(len(components))]
+        assert {one["cpus-per-gpu"] for one in components} == {"4"}
+        for step in steps:
+            assert re.search(r" --ntasks=1 --exact --gpus-per-node=(\d) --gpus-per-task=\1 --mem=0 ", step)
+        assert "/" not in components[0]["output"], "a folder that is missing fails the job without a word"
+        assert body.index("mkdir -p logs") < body.index("srun ")
+
+
 @pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.SGLANG, ExportTarget.HETIS_LAUNCH])
 def test_scripts_are_shell(target: ExportTarget, tmp_path: Path) -> None:
     for name in ("unlike replicas", "stages of two nodes", "prefill and decode"):
@@ -275,6 +398,27 @@ def test_a_script_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> No
     assert (tmp_path / "told").read_text() == "told\n"
 
 
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_supervisor_of_a_whole_node_hears_of_the_replica_that_ends(
+    target: ExportTarget, failing: int, tmp_path: Path
+) -> None:
+    """Stand-ins for the two replicas of a node are used: one ends with a code, the other waits for SIGTERM."""
+    made = exported(PLANS["unlike replicas"], target)
+    text = made.files["a/start.sh" if target is ExportTarget.VLLM else "a.sh"]
+    lines = [line for line in text.splitlines() if line.startswith(("./r", "hetis-launch "))]
+    assert len(lines) == 2
+    waits = f'sleep 100 & trap "echo told > {tmp_path}/told; kill $!; exit 0" TERM; echo up > {tmp_path}/up; wait'
+    stand_ins = [waits, waits]
+    stand_ins[failing] = f"until test -s {tmp_path}/up; do sleep 0.01; done; exit 7"
+    for line, stand_in in zip(lines, stand_ins, strict=True):
+        text = text.replace(f"{line}\n", f"bash -c '{stand_in}' &\n")
+    (tmp_path / "node.sh").write_text(text, encoding="utf-8")
+    done = subprocess.run(["bash", tmp_path / "node.sh"], check=False, timeout=60)
+    assert done.returncode == 7
+    assert (tmp_path / "told").read_text() == "told\n"
+
+
 def test_compose_refuses_what_it_has_no_image_for() -> None:
     with pytest.raises(NotExportableError) as caught:
         exported(PLANS["attention workers"], ExportTarget.COMPOSE, image="", worker_image="")
@@ -285,6 +429,28 @@ def test_compose_refuses_what_it_has_no_image_for() -> None:
     made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, image="")
     [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
     assert service["image"] == "vllm/vllm-openai:v0.32.0"
+
+
+def test_compose_says_who_must_own_the_key() -> None:
+    """It is mounted with its owner and mode, and read by the user that our images run as."""
+    readme = exported(PLANS["attention workers"], ExportTarget.COMPOSE).files["README.md"]
+    [user] = re.findall(r"chown (\d+) worker.key", readme)
+    for image in ("vllm", "worker"):
+        assert f"USER {user}:{user}" in (DOCKER / f"{image}.Dockerfile").read_text(encoding="utf-8")
+
+
+def test_compose_puts_no_variables_in_place_of_dollars() -> None:
+    given = {"model": "/models/$HOME/tiny", "served_name": "ti$ny", "engine_options": ("--api-key", "pa$s1")}
+    made = exported(PLANS["attention workers"], ExportTarget.COMPOSE, **given)
+    for path in made.shown:
+        text = made.files[path]
+        assert set(re.findall(r"\$.*", text.replace("$$", ""))) <= {"${VLLM_API_KEY:-}"}
+    service = yaml.safe_load(made.files["a/compose.yaml"])["services"]["r0-vllm"]
+    words = [word.replace("$$", "$") for word in service["command"]]
+    assert words[:2] == ["serve", "/models/$HOME/tiny"]
+    assert reading.option(words, "--api-key") == "pa$s1"
+    assert "/models/$$HOME/tiny:/models/$$HOME/tiny:ro" in service["volumes"]
+    assert service["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
 
 
 def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:

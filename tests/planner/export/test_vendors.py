@@ -143,4 +143,4 @@ def test_gpus_of_other_vendors_are_refused_also_those_that_the_plan_defines_itse
 )
 def test_images_are_for_vendors(image: str, why: str) -> None:
     with pytest.raises(DocumentError, match=f"image is '{re.escape(image)}': {why}"):
-        export_wanted(TWO_VENDORS, ExportTarget.KUBERNETES, replace(SETTINGS, image=image))
+        export_wanted(TWO_VENDORS, ExportTarget.KUBERNETES, replace(SETTINGS, image=image, hosts={}))

@@ -12,6 +12,7 @@ import pytest
 from hetis.engines.attention import common_backend
 from hetis.engines.gpus import GpuKind
 from hetis.engines.precision import SUPPORT, Least
+from hetis.engines.serving import DECIDED, decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import with_precision
@@ -80,6 +81,20 @@ def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
         "context": layout.context_tokens,
         "kv_dtype": "fp8" if layout.kv_is_fp8 else "auto",
     }
+
+
+@needs_vllm
+def test_the_options_that_the_plan_decides_are_found_by_all_their_names_and_no_others_are(said: dict[str, Any]) -> None:
+    options = [[name for name in names if not name.startswith("--no-")] for names in said["options"]]
+    for names in options:
+        found = [name for name in names if decided_in((name,))]
+        assert found in ([], names), "all names of an option, or none"
+        assert set(found) <= DECIDED, "it is none that begins as a decided one"
+    full = {name for names in options for name in names if name.startswith("--")}
+    for name in full & DECIDED:
+        for end in range(3, len(name)):
+            if sum(one.startswith(name[:end]) for one in full) == 1:
+                assert decided_in((name[:end],)) == {name}
 
 
 @needs_vllm

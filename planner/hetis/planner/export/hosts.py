@@ -11,6 +11,7 @@ from hetis.engines.commands import Command
 from hetis.engines.layout import Process, ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
+from hetis.formats.endpoints import is_ip
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
@@ -41,7 +42,7 @@ def _not_reached(launchable: Launchable) -> Iterator[str]:
     """Yield the features that commands lack if nodes are only known by name."""
     for one in launchable.replicas.values():
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
-        if one.plan.role is Role.PREFILL and address is not None and not address.replace(".", "").isdigit():
+        if one.plan.role is Role.PREFILL and address is not None and not is_ip(address):
             yield f"{one.name}: NIXL listens on an address, and {one.front_node} has none: give --node-address"
 
 
@@ -62,8 +63,8 @@ stop() {
 trap stop EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
-mkdir -p logs
 """
+_END = 'wait -n "${pids[@]}"\n'  # with its status, so that a supervisor hears of it; the others are stopped
 
 
 def write_shell(launchable: Launchable) -> Written:
@@ -74,7 +75,7 @@ def write_shell(launchable: Launchable) -> Written:
             files |= {f"{node}/{path}": text for command in commands for path, text in command.files.items()}
             files[f"{node}/{one.name}.sh"] = _shell_script(one, node, commands)
             shown.append(f"{node}/{one.name}.sh")
-        files[f"{node}/start.sh"] = _everything(node, [one.name for _, one in here])
+        files[f"{node}/start.sh"] = _everything(node, (f"./{one.name}.sh" for _, one in here))
     return _written(launchable, files, shown, _HOW_SCRIPTS.format(key=_KEY if launchable.has_workers else ""))
 
 
@@ -82,7 +83,7 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
     """Return a script that starts a replica's processes on one node; if one ends, the others and the script do, too."""
     whole = len({process.node for process in one.layout.processes}) == 1
     what = f"{one.name} of hetis' plan ({one.plan.role.value}): {'all' if whole else 'its part'} on {node}."
-    lines = [_HEAD.format(what=what), _START]
+    lines = [_HEAD.format(what=what), f"{_START}mkdir -p logs\n"]
     for command in commands:
         process = command.process
         log = shlex.quote(f"logs/{one.name}-{process.name.replace('/', '-')}.log")
@@ -92,20 +93,20 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
             f"env {command.line} >{log} 2>&1 &\n"
             "pids+=($!)\n"
         ]
-    lines.append('wait -n "${pids[@]}"\n')
-    return "\n".join(lines)
+    return "\n".join((*lines, _END))
 
 
-def _everything(node: str, names: list[str]) -> str:
-    """Return a script that starts all replicas of a node; if one ends, the others keep running."""
-    head = _HEAD.format(what=f"Everything of hetis' plan on {node}.")
-    started = "".join(f"./{name}.sh &\npids+=($!)\n" for name in names)
-    return f'{head}\n{_START}\n{started}\nwait "${{pids[@]}}"\n'
+def _everything(node: str, lines: Iterable[str]) -> str:
+    """Return a script that starts all replicas of a node, one by each line; if one ends, the others and it do, too."""
+    head = _HEAD.format(what=f"Everything of hetis' plan on {node}: it ends when one of its replicas does.")
+    started = "".join(f"{line} &\npids+=($!)\n" for line in lines)
+    return f"{head}\n{_START}\n{started}\n{_END}"
 
 
 _HOW_SCRIPTS = """\
 Copy the folder of each node there, and start `start.sh` in it, or `rN.sh` for a replica; logs are in `logs/`.
-A script ends with its processes, and they with it, so that systemd or another supervisor can keep it running.
+A script ends with its processes, and they with it, so that systemd or another supervisor can keep it running: best each
+`rN.sh`, since `start.sh` ends all replicas of the node when one of them ends.
 
 The front of a replica listens on its node's address; `VLLM_API_KEY` in the environment is what clients must say
 (SGLang: give `-- --api-key KEY`).{key}"""
@@ -126,18 +127,9 @@ def write_hetis_launch(launchable: Launchable) -> Written:
     files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
     for node, here in launchable.by_node().items():
         path = f"{node}.sh"
-        files[path] = _launch_script(launchable, node, here)
+        files[path] = _everything(node, (shlex.join(words(launchable, number, one, node)) for number, one in here))
         shown.append(path)
     return _written(launchable, files, shown, _HOW_LAUNCH)
-
-
-def _launch_script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableReplica]]) -> str:
-    lines = ["#!/usr/bin/env bash", f"# Everything of hetis' plan on {node}.", "set -euo pipefail"]
-    lines += ['cd "$(dirname "${BASH_SOURCE[0]}")"', "pids=()"]
-    lines += ["""trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT"""]
-    for number, one in here:
-        lines += [f"{shlex.join(words(launchable, number, one, node))} &", "pids+=($!)"]
-    return "\n".join((*lines, 'wait "${pids[@]}"', ""))
 
 
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
@@ -162,7 +154,8 @@ def _if_set(name: str, value: str, unset: str) -> Iterable[str]:
 
 _HOW_LAUNCH = """\
 Copy the folder to every node, and start `NODE.sh` there. `hetis-launch` (`pip install 'hetis[launch]'`)
-starts again what ends. Where replicas have attention workers, `worker.key` is their key: a file of mode 0600, the same
+starts again what ends. Where it cannot, it ends, and `NODE.sh` with it and the node's other replicas, so that a
+supervisor hears of it. Where replicas have attention workers, `worker.key` is their key: a file of mode 0600, the same
 everywhere."""
 
 
@@ -224,9 +217,19 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if process.kind is ProcessKind.SERVER:
         test = ["CMD", "python3", "-c", f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"]
         service["healthcheck"] = {"test": test, "interval": "10s", "timeout": "5s", "start_period": "30m"}
-        if launchable.engine is not Engine.SGLANG:
-            environment["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
+    service = _without_variables(service)
+    if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
+        service["environment"]["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
     return service
+
+
+def _without_variables(value: Any) -> Any:
+    """Return what compose reads as this value: it would put variables of its own environment in place of $NAME."""
+    if isinstance(value, dict):
+        return {key: _without_variables(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_variables(each) for each in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value
 
 
 def _given_gpus(process: Process) -> dict[str, Any]:
@@ -251,7 +254,8 @@ _HOW_COMPOSE = """\
 Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
 the plan by index (NVIDIA container toolkit; AMD's devices, whose groups the image's user must be in).
 `VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`).
-Where replicas have attention workers, `worker.key` beside the file is their key."""
+Where replicas have attention workers, `worker.key` beside the file is their key: mode 0600, owned by the user that
+the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 
 
 # --- Slurm: a batch script per replica, which is a heterogeneous job on several nodes, and a step per process
@@ -270,25 +274,34 @@ def write_slurm(launchable: Launchable) -> Written:
     launchable = launchable.without(left_out)
     shown = tuple(f"{one.name}.sbatch" for one in launchable.replicas.values())
     submitted = (f"sbatch {path}" for path in shown)
-    head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"', "mkdir -p logs")
+    head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"')
     files["submit.sh"] = "\n".join((*head, *submitted, ""))
     chosen = launchable.mixed_nodes("which of them a step gets, Slurm says")
     return _written(launchable, files, shown, _HOW_SLURM, chosen)
 
 
 def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
-    """Return a script with a component for each node, which has all GPUs of the replica there."""
+    """Return a script with a component for each node, which has all GPUs of the replica there, and CPUs for them.
+
+    Nodes are not taken whole (``--exclusive``): other replicas of the plan may be on them.
+    """
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
     lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.name_of(one)}"]
-    lines.append("#SBATCH --output=logs/%x-%j.log")
+    lines.append("#SBATCH --output=%x-%j.log")  # in a folder that is missing, the job would fail without a word
     for number, node in enumerate(nodes):
-        gpus = sum(len(process.gpus) for process in one.layout.processes if process.node == node)
+        here = [process for process in one.layout.processes if process.node == node]
         lines += ["#SBATCH hetjob"] if number else []
-        lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --gpus-per-node={gpus}"]
-    lines += ["set -euo pipefail", _STOP]
+        lines += [f"#SBATCH --nodelist={node}", "#SBATCH --nodes=1", f"#SBATCH --ntasks={len(here)}"]
+        lines.append(f"#SBATCH --gpus-per-node={sum(len(process.gpus) for process in here)}")
+        lines.append(f"#SBATCH --cpus-per-gpu={_CPUS_PER_GPU}")
+    lines += ["set -euo pipefail", "mkdir -p logs", _STOP]
     for command in one.commands:
         lines += _step(one, command, nodes)
     return "\n".join((*lines, "wait -n", ""))
+
+
+# vLLM's front and scheduler keep a CPU busy each, and so does every rank. Few machines with GPUs have less.
+_CPUS_PER_GPU = 4
 
 
 def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterator[str]:
@@ -297,7 +310,10 @@ def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterato
     environment = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
     place = [f"--het-group={nodes.index(process.node)}"] if len(nodes) > 1 else []
     log = f"logs/{one.name}-{process.name.replace('/', '-')}-%j.log"
-    step = ["srun", *place, "--nodes=1", "--ntasks=1", "--exact", f"--gpus={len(process.gpus)}", f"--output={log}"]
+    # What a step does not say, it takes from the job: all GPUs and all memory of the node, and others wait for it to
+    # end. GPUs of the task, too, since a step counts --cpus-per-gpu by those. Memory of the job is shared (0).
+    gpus = [f"--gpus-per-{part}={len(process.gpus)}" for part in ("node", "task")]
+    step = ["srun", *place, "--nodes=1", "--ntasks=1", "--exact", *gpus, "--mem=0", f"--output={log}"]
     kind = "further stage" if process.kind is ProcessKind.SERVER_STAGE else process.kind.value
     devices = ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)
     yield f"# {kind} {process.name} on {devices}"
@@ -311,4 +327,9 @@ _HOW_SLURM = """\
 Put this folder where every node sees it, and start `submit.sh`, or `sbatch rN.sbatch` for one replica. A
 replica is one job on the plan's nodes; when one of its processes ends, the job does. The front listens on its node's
 address; `VLLM_API_KEY` in the environment of `sbatch` is what clients must say. Where replicas have attention workers,
-`worker.key` in this folder is their key, mode 0600."""
+`worker.key` in this folder is their key, mode 0600.
+
+A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other
+numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`; `SBATCH_PARTITION`,
+`SBATCH_ACCOUNT` and `SBATCH_TIMELIMIT` likewise. vLLM needs at least two CPUs, and one for each GPU. What a job says
+is in `NAME-JOB.log`, what its processes say in `logs/`."""

@@ -15,6 +15,7 @@ from hetis.engines.kubernetes import (
     ReplicaObjects,
     annotations_of,
     manifests_of,
+    nodes_without_label,
     on_node,
     refuse_shared_cards,
 )
@@ -48,6 +49,9 @@ def write_kubernetes(launchable: Launchable) -> Written:
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     settings = launchable.settings
+    # Not those of the plan's routes alone: routers choose the two replicas of a request one after the other.
+    partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
+    partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
     return Deployment(
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
@@ -57,6 +61,7 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         key_secret=settings.api_key_secret,
         is_open=settings.insecure,
         namespace=settings.namespace,
+        kv_partners=tuple(partners),
     )
 
 
@@ -230,7 +235,7 @@ def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError: none is left."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
-        if why := PodGroup(launchable, one, leader=LEADER).why_not():
+        if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one, leader=LEADER).why_not()):
             left_out[number] = why
             continue
         try:

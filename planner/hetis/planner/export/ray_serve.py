@@ -8,6 +8,7 @@ from typing import Any
 from hetis.engines.serving import connector_of, partition_of, room_options, shape_options, without_kv_dtype
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
+from hetis.formats.endpoints import joined
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
@@ -34,7 +35,7 @@ def write_ray(launchable: Launchable) -> Written:
         "http_options": {"host": "0.0.0.0", "port": launchable.settings.port},
         "applications": applications,
     }
-    head = f"{launchable.settings.hosts.get(HEAD, HEAD)}:{launchable.settings.port}"
+    head = joined(launchable.settings.hosts.get(HEAD, HEAD), launchable.settings.port)
     fronts = {decode: prefill for prefill, decode in pairs.items()}
     nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)

@@ -18,6 +18,7 @@ from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dty
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
+from hetis.formats.endpoints import joined
 from hetis.planner.export import ExportDevice
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
@@ -93,7 +94,7 @@ class LaunchableReplica:
     @property
     def endpoint(self) -> str:
         """The address for clients when plain commands are used."""
-        return f"{self.addresses.host(self.front_node)}:{self.port}"
+        return joined(self.addresses.host(self.front_node), self.port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, annotations_of, on_node
+from hetis.engines.kubernetes import (
+    FRONT_PORT,
+    MODEL_LABELS,
+    ReplicaObjects,
+    annotations_of,
+    nodes_without_label,
+    on_node,
+)
 from hetis.engines.layout import Layout
 from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
@@ -171,6 +178,9 @@ endpoint picker's configuration with the plan's shares (its weight scorer needs 
 _API = "serving.kserve.io/v1alpha2"
 _COMPONENT, _NAME = "app.kubernetes.io/component", "app.kubernetes.io/name"
 _WORKER, _PREFILL_WORKER = "llminferenceservice-workload-worker", "llminferenceservice-workload-worker-prefill"
+# The preset for decode replicas on one node (kserve-config-llm-decode-template) has llm-d's sidecar at port 8000, which
+# passes requests on to the engine at this one, where probes go, too.
+_PORT_BEHIND_SIDECAR = 8001
 # A service on several nodes whose stages form a pipeline needs a preset that KServe does not ship.
 _PRESETS = {Role.UNIFIED: "worker", Role.DECODE: "decode-worker", Role.PREFILL: "prefill-worker"}
 
@@ -229,6 +239,8 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
     workers = {_NAME: name, _COMPONENT: component}
     group = PodGroup(launchable, one, leader=LEADER, container="main", worker_labels=workers)
     leader = group.leader()
+    is_behind_sidecar = one.plan.role is Role.DECODE and group.size == 1
+    _listen(leader["spec"]["containers"][0], _PORT_BEHIND_SIDECAR if is_behind_sidecar else FRONT_PORT)
     whole: dict[str, Any] = {
         "parallelism": {"tensor": one.layout.tensor_parallel, "pipeline": len(one.layout.servers)},
         "annotations": {"hetis/leader": leader["metadata"]["annotations"]["hetis/devices"]},
@@ -246,6 +258,19 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
     return whole
 
 
+def _listen(container: dict[str, Any], port: int) -> None:
+    """Let the engine listen where KServe's preset probes it, and start in the time that large weights take."""
+    words = container["command"]
+    words[words.index("--port") + 1] = str(port)
+    [http] = [each for each in container["ports"] if each["name"] == "http"]
+    http["containerPort"] = port
+    container["startupProbe"] = {
+        "httpGet": {"path": "/health", "port": "http"},
+        "periodSeconds": 10,
+        "failureThreshold": 180,  # half an hour; the preset's, 60, ends an engine that still reads its weights
+    }
+
+
 def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
     metadata = {"name": name, **namespace(launchable)}
     return {"apiVersion": _API, "kind": "LLMInferenceServiceConfig", "metadata": metadata, "spec": {}}
@@ -254,7 +279,8 @@ def _preset(launchable: Launchable, name: str) -> dict[str, Any]:
 _HOW_KSERVE = """\
 `kubectl apply -k .` in this folder, where LLMInferenceService is installed. A replica, or a pair of a
 prefill and a decode replica, is a service; all are one group of KServe's route, with the plan's shares as weights. For
-replicas on several nodes KServe wants presets that it does not ship: `presets.yaml` has them, empty."""
+replicas on several nodes KServe wants presets that it does not ship: `presets.yaml` has them, empty. The decode replica
+of a pair listens at port 8001, behind the sidecar that KServe's own preset adds."""
 
 
 # --- Dynamo: graph deployments with one front end and a component for each replica
@@ -290,6 +316,7 @@ def write_dynamo(launchable: Launchable) -> Written:
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
+    yield from nodes_without_label(layout)
     if len(layout.servers) > 1:
         yield f"it is on {len(layout.servers)} nodes: Dynamo makes the pods of a component from one template"
     if layout.vendor != "NVIDIA":

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import NAMESPACE
-from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model
+from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, planned_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export import ExportDevice, ExportTarget
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import write_kubernetes, write_lws
-from hetis.planner.export.ray_serve import write_ray
+from hetis.planner.export.ray_serve import HEAD, write_ray
 from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
@@ -80,6 +80,7 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
 
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
+_NODES_SHOWN = 5
 _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
 
@@ -104,7 +105,8 @@ def export_wanted(
         NotExportableError: no replica can be launched on the target.
     """
     allowed = ENGINES.get(target, tuple(Engine))
-    if wrong := [*more_wrong, *_wrong(settings, target, allowed, spelled)]:
+    wrong = [*more_wrong, *_wrong(settings, target, allowed, spelled), *_unknown_nodes(settings, target, plan, spelled)]
+    if wrong:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
     shape = planned_model(plan)
     if shape is None:
@@ -138,10 +140,9 @@ def _wrong(
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
             yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
-    yield from (
-        f"{option} is no option to give the engine: the plan decides it"
-        for option in sorted(decided_in(given.engine_options))
-    )
+    for option in sorted(decided_in(given.engine_options)):
+        why = "it may say what the plan decides, give its options" if option == "--config" else ""
+        yield f"{option} is no option to give the engine: {why or 'the plan decides it'}"
     if given.engine_options and not given.engine_options[0].startswith("-"):
         yield f"{given.engine_options[0]!r} is no option of the engine, which begin with -"
     if given.engine is not None and given.engine not in allowed:
@@ -163,6 +164,19 @@ def _wrong(
         shlex.split(given.program)
     except ValueError as error:
         yield f"{spelled('program')} is {given.program!r}: {error}"
+
+
+def _unknown_nodes(
+    given: ExportSettings, target: ExportTarget, plan: Plan, spelled: Callable[[str], str]
+) -> Iterator[str]:
+    """Yield the nodes with an address that neither the plan nor its fleet has: they are misspelt."""
+    named = [node for node in given.hosts if node]
+    known = planned_nodes(plan) | ({HEAD} if target is ExportTarget.RAY else set()) if named else set[str]()
+    for node in named:
+        if node not in known:
+            some = ", ".join(sorted(known)[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")
+            near = did_you_mean(node, sorted(known)) or f", its nodes are {some}"
+            yield f"{spelled('node_address')}: {node!r} is no node of the plan{near}"
 
 
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
