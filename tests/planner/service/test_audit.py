@@ -17,6 +17,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
 from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.telemetry import CallRecord
 from hetis.planner.store import AuditedChange, Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
@@ -93,6 +94,31 @@ def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> N
         return told
 
     assert run(test) == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+
+
+def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:
+    record = CallRecord("/hetis.v1.ClusterService/DeleteCluster", "", None, is_stream=False)
+    record.asks(pb.DeleteClusterRequest(name="clusters/a\0b\x1b[2J", request_id="\u202ex\n"))
+    line = record.refused_change()
+    assert (line.resource, line.request_id) == ("clusters/a\\u0000b\\u001b[2J", "\\u202ex\\u000a")
+
+
+def test_a_line_that_cannot_be_written_ends_no_loop_and_holds_up_no_other() -> None:
+    written = list[str]()
+
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        if any(change.caller == "bad" for change in changes):
+            raise ValueError("no such text")
+        written.extend(change.caller for change in changes)
+
+    async def scenario() -> None:
+        refusals = AuditRefusals(append)
+        for caller in ("a", "bad", "b"):
+            refusals.note(AuditedChange(caller=caller, role="viewer", method="DeletePlan", outcome="ROLE"))
+        assert await refusals.step() is None
+
+    asyncio.run(scenario())
+    assert written == ["a", "b"]
 
 
 def test_many_equal_refusals_are_few_lines_that_count_them() -> None:

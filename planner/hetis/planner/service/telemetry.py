@@ -122,7 +122,10 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    text = text.replace("\r", " ").replace("\n", " | ")
+    return _printable(text.replace("\r", " ").replace("\n", " | "))
+
+
+def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
@@ -234,13 +237,17 @@ class CallRecord:
             self._quota = error.metadata["quota"]
 
     def refused_change(self) -> AuditedChange:
-        """Return the call as a refused change for the audit log."""
+        """Return the call as a refused change for the audit log.
+
+        Nobody has checked what the caller wrote: a NUL in it would be refused by PostgreSQL, and other control
+        characters would be obeyed by the terminal that shows the log.
+        """
         return AuditedChange(
             caller=self.caller,
             role=self._role,
             method=self.method.rpartition("/")[2],
-            resource=self._request_name,
-            request_id=self._request_id[:64],
+            resource=_printable(self._request_name),
+            request_id=_printable(self._request_id[:64]),
             outcome=self.reason,
         )
 
