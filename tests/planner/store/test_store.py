@@ -16,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from hetis.planner.failures import ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records, schema
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
@@ -265,6 +265,47 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
         await old.close()
         await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing took nothing away
         await new.close()
+
+    asyncio.run(scenario())
+
+
+def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = f"planner_{postgres_url.rpartition('/')[2]}"  # roles are of the whole server
+    own_url = postgres_url.replace("//hetis@", f"//{user}@")
+
+    async def as_administrator(*statements: str) -> None:
+        engine = sa.create_engine(opening.parse_url(postgres_url), poolclass=sa.NullPool)
+        with engine.begin() as connection:
+            for statement in statements:
+                connection.execute(sa.text(statement))
+
+    async def scenario() -> None:
+        await _open_and_close(postgres_url)  # which makes the tables
+        rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+        await as_administrator(f"CREATE ROLE {user} LOGIN", f"GRANT {rights} TO {user}")
+        store = await leading(own_url)
+        await as_administrator(f"REVOKE ALL ON profiles FROM {user}")
+        with pytest.raises(ServiceError, match="permission denied for table profiles") as caught:
+            await store.read(lambda tx: tx.profiles.all())
+        assert caught.value.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE
+        assert store.health.errors == 1
+        await store.close()
+        await as_administrator(f"REVOKE UPDATE ON leadership FROM {user}")
+        now_s = 0.0
+        standby = await Store.open(own_url, machine=lambda: now_s)
+        with pytest.raises(ServiceError, match="permission denied for table leadership"):
+            await standby.lead("standby")
+        now_s = 100.0
+        standing_by = asyncio.create_task(standby.stand_by("standby"))
+        while "the store does not answer a standby" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert standby.led_s_ago == 100.0  # which ends its readiness
+        await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
+        await asyncio.wait_for(standing_by, 60)
+        assert standby.led_s_ago == 0.0
+        await standby.close()
 
     asyncio.run(scenario())
 
