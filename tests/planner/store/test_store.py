@@ -20,6 +20,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records, schema
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
+from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
 from tests.planner.store import samples
 
 
@@ -187,6 +188,29 @@ def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str) -> None:
         assert len(kept) == KEPT_REDISPATCHES
         assert kept[-1].create_time_s == 5.0
         assert len(await store.read(lambda tx: tx.redispatches.all(cluster="clusters/b"))) == 1
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_old_its_time_is(url: str) -> None:
+    names = [f"clusters/a/redispatches/{number}" for number in range(KEPT_REDISPATCHES + 3)]
+
+    def fill(tx: Transaction) -> None:
+        for number, name in enumerate(names[:KEPT_REDISPATCHES]):
+            tx.redispatches.insert(samples.redispatch(name, time_s=1000.0 + number))
+        behind, another, last = names[KEPT_REDISPATCHES:]  # made by a leader whose clock is behind
+        tx.redispatches.insert(samples.redispatch(behind, time_s=999.0, state=REDISPATCH_STATE_PREPARING))
+        tx.redispatches.insert(samples.redispatch(another, time_s=998.0))
+        assert tx.redispatches.get(another) is not None
+        tx.redispatches.insert(samples.redispatch(last, time_s=5000.0))
+        assert tx.redispatches.get(another) is None
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(fill)
+        kept = {record.name for record in await store.read(lambda tx: tx.redispatches.all())}
+        assert kept == {*names} - {names[0], names[KEPT_REDISPATCHES + 1]}
         await store.close()
 
     asyncio.run(scenario())

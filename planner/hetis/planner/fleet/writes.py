@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.fleet.activation import Standing
-from hetis.planner.fleet.changes import FINAL, Saving
+from hetis.planner.fleet.changes import Saving
 from hetis.planner.fleet.replica import conditions_of
 from hetis.planner.store import (
     ClusterRecord,
@@ -19,10 +19,13 @@ from hetis.planner.store import (
     ReplicaRecord,
     Transaction,
 )
+from hetis.planner.store.records import FINAL_REDISPATCHES
 from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 RedispatchState = redispatch_pb2.RedispatchState
-UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state not in FINAL)  # 0 is UNSPECIFIED
+UNDER_WAY = tuple(
+    state for state in RedispatchState.values() if state and state not in FINAL_REDISPATCHES
+)  # 0 is UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +160,7 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
 
 
 def _apply_redispatch(tx: Transaction, cluster: str, body: redispatch_pb2.Redispatch, now_s: float) -> None:
-    if body.state in FINAL and not body.HasField("end_time"):
+    if body.state in FINAL_REDISPATCHES and not body.HasField("end_time"):
         body.end_time.CopyFrom(timestamp(now_s))
     if (record := tx.redispatches.get(body.name)) is not None:
         tx.redispatches.update(replace(record, body=body, state=body.state))

@@ -106,6 +106,16 @@ class RedispatchRecord:
     create_time_s: float
 
 
+_Redispatch = redispatch_pb2.RedispatchState
+FINAL_REDISPATCHES = frozenset(
+    {
+        _Redispatch.REDISPATCH_STATE_ADVISED,
+        _Redispatch.REDISPATCH_STATE_DONE,
+        _Redispatch.REDISPATCH_STATE_ABORTED,
+    }
+)
+"""The states that a re-dispatch never leaves."""
+
 NAME = Text().with_variant(Text(collation="C"), "postgresql")
 
 metadata = MetaData()
