@@ -70,6 +70,9 @@ def test_states_of_nodes_are_those_of_document_and_fleet(tmp_path: Path) -> None
         }
         assert await states(planner) == all_of_them
         assert await states(planner, STATE.NODE_STATE_READY, STATE.NODE_STATE_LOST) == {"l4-0": "READY", "l4-2": "LOST"}
+        of_no_kind = pb.ListNodesRequest(parent=PARENT, states=[*range(100), STATE.NODE_STATE_READY])  # type: ignore[list-item]
+        wrong = await refused(planner.clusters.ListNodes(of_no_kind))
+        assert wrong.fields == {"states": "holds 0, 6, 7, 8, 9 and 90 others, must be values of NodeState"}
         missing = await refused(planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/gone")))
         assert missing.reason == "NOT_FOUND"
         cluster = (await planner.clusters.GetCluster(pb.GetClusterRequest(name=PARENT))).cluster

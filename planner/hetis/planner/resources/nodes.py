@@ -20,7 +20,7 @@ from hetis.planner.failures import not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode
-from hetis.planner.resources.requests import Tell, change_once, check, read_page_request, require_etag
+from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page_request, require_etag
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.advice import network_between
@@ -331,12 +331,14 @@ class Nodes:
         return pb.GetNodeResponse(node=views.node(last_part(request.name), request.view or FULL))
 
     async def list(self, request: pb.ListNodesRequest) -> pb.ListNodesResponse:
-        check(request, parent=names.CLUSTER)
+        checks = Checks()
+        checks.request(request, parent=names.CLUSTER)
+        wanted = checks.states("states", request.states, State)
+        checks.raise_if_wrong()
         page = read_page_request(request)
         views = await self._reader.read(request.parent)
-        ids = views.ids(request.states)
+        ids = views.ids(wanted)
         start = bisect_right(ids, page.after) if isinstance(page.after, str) else 0
-        wanted = set(request.states)
         matching = (node for node in itertools.islice(ids, start, None) if not wanted or views.state(node) in wanted)
         found, token = page.cut(list(itertools.islice(matching, page.num_read)), lambda node: node)
         return pb.ListNodesResponse(nodes=[views.node(node, BASIC) for node in found], next_page_token=token)

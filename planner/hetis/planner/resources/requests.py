@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
 from hetis.formats.errors import DocumentError
@@ -30,7 +31,9 @@ from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import document_pb2, failure_pb2
 
 V = TypeVar("V")
+State = TypeVar("State", bound=int)
 _SHOWN = 80  # characters of a wrong value in a message
+_SHOWN_STATES = 5
 
 
 class Checks:
@@ -65,6 +68,17 @@ class Checks:
     def name(self, field: str, value: str, form: NameForm) -> None:
         """Check a required resource name."""
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
+
+    def states(self, field: str, given: Iterable[State], enum: object) -> frozenset[State]:
+        """Check the states of a filter, which are values of a generated ``enum``, and return each once."""
+        assert isinstance(enum, EnumTypeWrapper)
+        states = frozenset(given)
+        known = {number for number in enum.values() if number}  # 0 is UNSPECIFIED
+        if unknown := sorted(states - known):
+            shown = ", ".join(map(str, unknown[:_SHOWN_STATES]))
+            rest = f" and {len(unknown) - _SHOWN_STATES} others" if len(unknown) > _SHOWN_STATES else ""
+            self.require(False, field, f"holds {shown}{rest}, must be values of {enum.DESCRIPTOR.name}")
+        return states & known
 
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
