@@ -103,6 +103,12 @@ def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:
     assert (line.resource, line.request_id) == ("clusters/a\\u0000b\\u001b[2J", "\\u202ex\\u000a")
 
 
+def test_what_was_to_be_created_has_its_whole_name_in_the_line_of_its_refusal() -> None:
+    record = CallRecord("/hetis.v1.ClusterService/CreateCluster", "", None, is_stream=False)
+    record.asks(pb.CreateClusterRequest(cluster_id="night", cluster=cluster_pb2.Cluster(document=document())))
+    assert record.refused_change().resource == "clusters/night"
+
+
 def test_a_line_that_cannot_be_written_ends_no_loop_and_holds_up_no_other() -> None:
     written = list[str]()
 
