@@ -130,6 +130,25 @@ def test_draining_is_kept_once_and_told_to_the_fleet(tmp_path: Path) -> None:
     with_planner(tmp_path, scenario)
 
 
+def test_draining_is_answered_again_when_the_node_or_its_cluster_is_gone(tmp_path: Path) -> None:
+    name = f"{PARENT}/nodes/l4-0"
+
+    async def scenario(planner: Served) -> None:
+        await make(planner)
+        request = pb.DrainNodeRequest(name=name, request_id=str(uuid.uuid4()))
+        node = (await planner.clusters.DrainNode(request)).node
+        smaller = cluster_pb2.Cluster(name=PARENT, document=document(CLUSTER.replace("name: l4, count: 3", "name: l5")))
+        await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=smaller))
+        assert (await planner.clusters.DrainNode(request)).node == node
+        await planner.clusters.DeleteCluster(pb.DeleteClusterRequest(name=PARENT))
+        assert (await planner.clusters.DrainNode(request)).node == node
+        for request_id in (str(uuid.uuid4()), ""):
+            another = pb.DrainNodeRequest(name=name, request_id=request_id)
+            assert (await refused(planner.clusters.DrainNode(another))).reason == "NOT_FOUND"
+
+    with_planner(tmp_path, scenario)
+
+
 async def inventory(planner: Served) -> cluster_pb2.Inventory:
     request = pb.GetInventoryRequest(name=f"{PARENT}/inventory")
     answer: cluster_pb2.Inventory = (await planner.clusters.GetInventory(request)).inventory

@@ -16,11 +16,19 @@ from hetis.planner.convert import documents, names
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
-from hetis.planner.failures import not_found
+from hetis.planner.failures import ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode
-from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page_request, require_etag
+from hetis.planner.resources.requests import (
+    Checks,
+    Tell,
+    answered_before,
+    change_once,
+    check,
+    read_page_request,
+    require_etag,
+)
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.advice import network_between
@@ -377,7 +385,10 @@ class Nodes:
         self, request: pb.DrainNodeRequest | pb.UndrainNodeRequest, response: type[R], *, draining: bool
     ) -> R:
         check(request, name=names.NODE)
-        views = await self._read(request.name)
+        try:
+            views = await self._read(request.name)
+        except ServiceError as error:
+            return await answered_before(self._store, request, response, error)
         node = last_part(request.name)
 
         async def tell() -> None:

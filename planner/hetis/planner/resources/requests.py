@@ -28,6 +28,7 @@ from hetis.planner.store import AuditedChange, Reader, Store, Transaction, audit
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import Filter, RecordKind
 from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.solver.errors import HetisError
 from hetis.v1 import document_pb2, failure_pb2
 
 V = TypeVar("V")
@@ -288,6 +289,22 @@ def _once(
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
     return answer, tell
+
+
+async def answered_before(store: Store, request: Message, response: type[A], error: HetisError) -> A:
+    """Return the answer to the same request if it was done before with its ``request_id``, or raise ``error``.
+
+    For calls that find something wrong before they get to `change_once`: what a request needed may be gone once it is
+    done, but repeating it must not look as if it had not been done.
+    """
+    is_repeatable = _is_uuid(request.request_id)  # type: ignore[attr-defined]
+    if not is_repeatable or getattr(request, "validate_only", False):
+        raise error
+
+    def refuse(_tx: Transaction) -> tuple[A, None]:
+        raise error
+
+    return await change_once(store, request, response, refuse)
 
 
 def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
