@@ -24,7 +24,7 @@ from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from tests.planner.resources.planned import WAIT as WAITS
 from tests.planner.resources.planned import Planner, create_request, with_planner
-from tests.planner.resources.served import Served, document, refused
+from tests.planner.resources.served import Served, document, live_node, refused
 from tests.planner.resources.served import with_planner as with_clusters
 from tests.planner.service.process import finished_here
 from tests.planner.service.serving import by_tokens, failure_of, run, served
@@ -58,6 +58,22 @@ def test_every_change_is_a_line_in_its_transaction_and_nothing_else_is(tmp_path:
             AuditedChange(**who, method="DrainNode", resource="clusters/night/nodes/a100"),
             AuditedChange(**who, method="DeleteCluster", resource="clusters/night"),
         ]
+
+    with_clusters(tmp_path, scenario)
+
+
+def test_an_agent_that_was_disconnected_is_a_line_and_one_that_was_not_there_is_none(tmp_path: Path) -> None:
+    async def scenario(planner: Served) -> None:
+        cluster = cluster_pb2.Cluster(document=document())
+        await planner.clusters.CreateCluster(pb.CreateClusterRequest(cluster_id="night", cluster=cluster))
+        for node in ("a100", "stranger"):
+            request = pb.DisconnectNodeRequest(name=f"clusters/night/nodes/{node}")
+            planner.fleet.nodes[request.name] = live_node()
+            assert (await planner.clusters.DisconnectNode(request)).node.name == request.name
+            assert request.name not in planner.fleet.nodes
+            assert (await refused(planner.clusters.DisconnectNode(request))).reason == "NOT_FOUND"
+        found = [(line.caller, line.resource, line.outcome) for line in (await lines(planner.store))[1:]]
+        assert found == [("local", f"clusters/night/nodes/{node}", "OK") for node in ("a100", "stranger")]
 
     with_clusters(tmp_path, scenario)
 

@@ -6,6 +6,7 @@ import itertools
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -28,6 +29,8 @@ from hetis.planner.resources.requests import (
     check,
     read_page_request,
     require_etag,
+    to_the_end,
+    write_down,
 )
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -375,11 +378,20 @@ class Nodes:
         return await self._set_draining(request, pb.UndrainNodeResponse, draining=False)
 
     async def disconnect(self, request: pb.DisconnectNodeRequest) -> pb.DisconnectNodeResponse:
-        """End the stream of whoever is connected as the node; nothing about it is stored."""
+        """End the stream of whoever is connected as the node; only the audit log keeps it."""
         check(request, name=names.NODE)
         await self._read(request.name)
-        self._fleet.disconnect(request.name)
-        return pb.DisconnectNodeResponse(node=(await self.get(pb.GetNodeRequest(name=request.name))).node)
+        self._fleet.require_connected(request.name)
+
+        async def disconnect() -> None:
+            # Written first: nobody is to be disconnected without a trace. An agent that went meanwhile is gone anyway.
+            await self._store.write(lambda tx: write_down(tx, request, pb.DisconnectNodeResponse()))
+            with suppress(ServiceError):
+                self._fleet.disconnect(request.name)
+
+        await to_the_end(disconnect())
+        views = await self._reader.read(cluster_of(request.name), [last_part(request.name)])
+        return pb.DisconnectNodeResponse(node=views.node(last_part(request.name), FULL))
 
     async def _set_draining(
         self, request: pb.DrainNodeRequest | pb.UndrainNodeRequest, response: type[R], *, draining: bool

@@ -282,10 +282,10 @@ def _once(
     earlier = tx.requests.replay(method, request_id, print_)
     if earlier is not None:
         answered = response.FromString(earlier)
-        _write_down(tx, request, answered, audit.REPEATED)
+        write_down(tx, request, answered, audit.REPEATED)
         return with_documents(answered, tx), None
     answer, tell = work(tx)
-    _write_down(tx, request, answer, audit.OK)
+    write_down(tx, request, answer)
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
     return answer, tell
@@ -307,8 +307,8 @@ async def answered_before(store: Store, request: Message, response: type[A], err
     return await change_once(store, request, response, refuse)
 
 
-def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
-    """Add a line to the audit log, in the transaction of the change."""
+def write_down(tx: Transaction, request: Message, answer: Message, outcome: str = audit.OK) -> None:
+    """Add a line to the audit log, in the transaction of the change. `change_once` does it for its changes."""
     caller, plan = present_caller(), named_in(answer, "plan")
     tx.audit.append(
         AuditedChange(
@@ -316,7 +316,7 @@ def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str
             role=caller.role or caller.name,  # the planner itself has none of the roles
             method=request.DESCRIPTOR.name.removesuffix("Request"),
             resource=named_in(request, "name", "cluster", "profile", "node") or named_in(answer, *RESOURCES),
-            request_id=request.request_id,  # type: ignore[attr-defined]
+            request_id=getattr(request, "request_id", ""),
             plan=plan,
             outcome=outcome,
         ),
