@@ -62,6 +62,8 @@ def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> 
         "is_draining": False,
         "devices": (),
         "inventory": None,
+        "agent_version": "",
+        "engine_address": "",
         "connect_time_s": 5.0,
         "heard_time_s": 6.0,
     }

@@ -101,6 +101,10 @@ def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
         assert len(node.inventory.devices) == 2
         basic = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name, view=VIEW_BASIC))).node
         assert not basic.HasField("inventory")
+        said = {"inventory": found("L4"), "agent_version": "1.3", "engine_address": "spare:1"}
+        see(planner, "spare", STATE.NODE_STATE_UNDECLARED, **said)  # nothing of it is stored
+        spare = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/spare"))).node
+        assert {field: getattr(spare, field) for field in said} == said
         expected = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/a100"))).node
         assert (expected.etag, expected.draining) == ("v0", False)
 

@@ -285,7 +285,8 @@ class LiveFleet:
             raise ServiceError(Reason.ERROR_REASON_ENGINE_UNREACHABLE, message) from None
         finally:
             self._readings.pop(request_id, None)
-            cluster.link(node).drop_head_maps(request_id)
+            if (link := cluster.links.get(node)) is not None:
+                link.drop_head_maps(request_id)
 
     async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Begin a re-dispatch and return once it is stored; its progress is published in the cluster's hub.

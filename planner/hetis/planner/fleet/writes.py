@@ -96,11 +96,12 @@ class Writes:
     cluster: str
     replicas: Sequence[ReplicaWrite] = ()
     nodes: Sequence[NodeWrite] = ()
+    unneeded_nodes: Sequence[str] = ()  # names of nodes whose records are to be deleted
     plan: PlanWrite | None = None
     redispatches: Sequence[Saving] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.replicas or self.nodes or self.plan or self.redispatches)
+        return bool(self.replicas or self.nodes or self.unneeded_nodes or self.plan or self.redispatches)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +110,7 @@ class Kept:
 
     replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    unneeded_nodes: list[str] = field(default_factory=list)  # names of nodes without a record
     plan: PlanRecord | None = None
 
 
@@ -119,6 +121,8 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
         _apply_replica(tx, one, kept)
     for node in writes.nodes:
         _apply_node(tx, writes.cluster, node, kept)
+    for name in writes.unneeded_nodes:
+        _delete_node(tx, name, kept)
     for saving in writes.redispatches:
         _apply_redispatch(tx, writes.cluster, saving.body, now_s)
     if writes.plan is not None:
@@ -157,6 +161,17 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
         kept.nodes[write.name] = tx.nodes.insert(NodeRecord(name=write.name, cluster=cluster, body=body))
     else:
         kept.nodes[write.name] = tx.nodes.update(replace(record, body=body))
+
+
+def _delete_node(tx: Transaction, name: str, kept: Kept) -> None:
+    """Delete a node's record, unless it was drained meanwhile."""
+    record = tx.nodes.get(name)
+    if record is not None and record.draining:
+        kept.nodes[name] = record
+        return
+    if record is not None:
+        tx.nodes.delete(name)
+    kept.unneeded_nodes.append(name)
 
 
 def _apply_redispatch(tx: Transaction, cluster: str, body: redispatch_pb2.Redispatch, now_s: float) -> None:

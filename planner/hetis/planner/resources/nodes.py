@@ -88,6 +88,10 @@ class NodeViews:
         message.replicas.extend(self.replicas.get(node, ()))
         if live is not None:
             message.devices.extend(live.devices)
+            if live.agent_version:  # that of a node that is not declared is not stored
+                message.agent_version, message.engine_address = live.agent_version, live.engine_address
+            if live.inventory is not None and view != BASIC:
+                message.inventory.CopyFrom(live.inventory)
             if live.connect_time_s is not None:
                 message.connect_time.CopyFrom(timestamp(live.connect_time_s))
             if live.heard_time_s is not None:

@@ -46,7 +46,10 @@ class ClusterRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeRecord:
-    """A node that an agent connected for, or that was drained: ``body`` has inventory, agent_version and times."""
+    """A declared node that an agent connected for, or any that was drained.
+
+    ``body`` has inventory, agent_version and times.
+    """
 
     name: str
     cluster: str
