@@ -76,7 +76,7 @@ class ConnectNodeRequest(_message.Message):
     """Number of the message in this stream, from 1; only grows."""
     @_builtins.property
     def hello(self) -> Global___Hello:
-        """Who the agent is and what it holds; the first message, and only that."""
+        """Who the agent is and what it holds; the first message, and only that. Its texts have at most 255 characters."""
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
@@ -262,7 +262,7 @@ class NodeReport(_message.Message):
     """How old the numbers of the engine were when the report was sent, in seconds: scraped ones lag. 0: fresh."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_report_pb2.DeviceReport]:
-        """Its GPUs. Empty: it has none."""
+        """Its GPUs. At most 64, of 32 KiB together. Empty: it has none."""
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_report_pb2.ReplicaReport]:

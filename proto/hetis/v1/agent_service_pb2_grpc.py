@@ -64,9 +64,10 @@ class AgentServiceServicer:
         """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
         stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
         with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
-        PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
-        one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
-        with full jitter, 0.5 to 30 s.
+        INVALID_FIELD (a text, inventory or report of devices is too large), PROTOCOL_VERSION, PROTOCOL_VIOLATION,
+        STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the one that it names), WRONG_NODE,
+        TOO_MANY_STREAMS (64 nodes that the cluster does not declare are connected), NODE_IN_USE, NODE_TAKEN_OVER; ends with
+        UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,9 +45,10 @@ class AgentServiceStub:
     """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
     stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
     with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
-    PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
-    one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
-    with full jitter, 0.5 to 30 s.
+    INVALID_FIELD (a text, inventory or report of devices is too large), PROTOCOL_VERSION, PROTOCOL_VIOLATION,
+    STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the one that it names), WRONG_NODE,
+    TOO_MANY_STREAMS (64 nodes that the cluster does not declare are connected), NODE_IN_USE, NODE_TAKEN_OVER; ends with
+    UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
     """
 
 @_typing.type_check_only
@@ -67,9 +68,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
     stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
     with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
-    PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
-    one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
-    with full jitter, 0.5 to 30 s.
+    INVALID_FIELD (a text, inventory or report of devices is too large), PROTOCOL_VERSION, PROTOCOL_VIOLATION,
+    STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the one that it names), WRONG_NODE,
+    TOO_MANY_STREAMS (64 nodes that the cluster does not declare are connected), NODE_IN_USE, NODE_TAKEN_OVER; ends with
+    UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
     """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -92,9 +94,10 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
         stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
         with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
-        PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
-        one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
-        with full jitter, 0.5 to 30 s.
+        INVALID_FIELD (a text, inventory or report of devices is too large), PROTOCOL_VERSION, PROTOCOL_VIOLATION,
+        STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the one that it names), WRONG_NODE,
+        TOO_MANY_STREAMS (64 nodes that the cluster does not declare are connected), NODE_IN_USE, NODE_TAKEN_OVER; ends with
+        UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

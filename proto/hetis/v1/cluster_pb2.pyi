@@ -69,7 +69,9 @@ class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.V
     NODE_STATE_LOST: _NodeState.ValueType  # 4
     """Its lease ran out: what it ran is taken to be gone, and re-dispatch goes around it."""
     NODE_STATE_UNDECLARED: _NodeState.ValueType  # 5
-    """Its agent is connected, but the cluster's document does not name it; no plan uses it."""
+    """Its agent is connected, but the cluster's document does not name it; no plan uses it, and what its agent says is
+    forgotten with its stream.
+    """
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
     """Whether a node can be relied on."""
@@ -85,7 +87,9 @@ NODE_STATE_SUSPECT: NodeState.ValueType  # 3
 NODE_STATE_LOST: NodeState.ValueType  # 4
 """Its lease ran out: what it ran is taken to be gone, and re-dispatch goes around it."""
 NODE_STATE_UNDECLARED: NodeState.ValueType  # 5
-"""Its agent is connected, but the cluster's document does not name it; no plan uses it."""
+"""Its agent is connected, but the cluster's document does not name it; no plan uses it, and what its agent says is
+forgotten with its stream.
+"""
 Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
 
 class _InventoryDifferenceKind:

@@ -509,7 +509,7 @@ class ListNodesRequest(_message.Message):
     """`next_page_token` of the page before. Empty: the first page."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_cluster_pb2.NodeState.ValueType]:
-        """Only nodes in these states. Empty: all."""
+        """Only nodes in these states. UNSPECIFIED is refused. Empty: all."""
 
     def __init__(
         self,

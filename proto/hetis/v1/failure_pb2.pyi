@@ -93,11 +93,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PROTOCOL_VIOLATION: _ErrorReason.ValueType  # 66
     """[FAILED_PRECONDITION] The first message of the stream was no Hello, or a later one was."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 67
-    """[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, or its server cannot be reached.
-    Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the connection broke).
+    """[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, its server cannot be reached, or
+    the planner lacks rights there. Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the
+    connection broke).
     """
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 68
-    """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
+    """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have, or as many agents are connected as nodes
+    that their cluster does not declare; end one first. Keys: max_streams.
+    """
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 69
     """[RESOURCE_EXHAUSTED] The caller has used up what one caller may have (changes a second, searches that run or wait);
     others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, quota, limit.
@@ -220,11 +223,14 @@ ERROR_REASON_PROTOCOL_VERSION: ErrorReason.ValueType  # 65
 ERROR_REASON_PROTOCOL_VIOLATION: ErrorReason.ValueType  # 66
 """[FAILED_PRECONDITION] The first message of the stream was no Hello, or a later one was."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 67
-"""[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, or its server cannot be reached.
-Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the connection broke).
+"""[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, its server cannot be reached, or
+the planner lacks rights there. Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the
+connection broke).
 """
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 68
-"""[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
+"""[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have, or as many agents are connected as nodes
+that their cluster does not declare; end one first. Keys: max_streams.
+"""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 69
 """[RESOURCE_EXHAUSTED] The caller has used up what one caller may have (changes a second, searches that run or wait);
 others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, quota, limit.

@@ -53,7 +53,9 @@ Global___DeviceSource: _TypeAlias = DeviceSource  # noqa: Y015
 
 @_typing.final
 class NodeInventory(_message.Message):
-    """What an agent found on its node. Its digest tells the planner whether to ask for it."""
+    """What an agent found on its node. Its digest tells the planner whether to ask for it. At most 32 KiB; every text has at
+    most 255 characters.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -143,7 +145,7 @@ class GpuDevice(_message.Message):
     """The device is a MIG slice. False: a whole GPU."""
     @_builtins.property
     def linked_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indices of the node's GPUs that a direct link reaches. Empty: none."""
+        """Indices of the node's GPUs that a direct link reaches. At most 64. Empty: none."""
 
     def __init__(
         self,

@@ -215,7 +215,7 @@ class ListPlansRequest(_message.Message):
     """Only plans of this cluster, `clusters/{cluster}`. Empty: of all."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_plan_pb2.PlanState.ValueType]:
-        """Only plans in these states. Empty: all."""
+        """Only plans in these states. UNSPECIFIED is refused. Empty: all."""
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from hetis.v1 import (
     agent_service_pb2_grpc,
     cluster_pb2,
     head_map_pb2,
+    inventory_pb2,
     plan_pb2,
     redispatch_pb2,
     replica_pb2,
@@ -268,6 +269,25 @@ def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
             elsewhere.hello.node = "clusters/other/nodes/a"
             assert await _status_of(stub, elsewhere) == "NOT_FOUND"
             assert await _status_of(stub, hello, hello) == "PROTOCOL_VIOLATION"
+
+    run(body)
+
+
+def test_an_agent_that_makes_up_nodes_leaves_nothing_behind() -> None:
+    async def body() -> None:
+        async with planner() as (fleet, stub, store, hubs):
+            before = dict(store.tables.nodes.rows)
+            shown = hubs.cluster(CLUSTER)._events
+            for number in range(3):
+                hello = ModelAgent(f"n{number}", Engines()).hello()
+                inventory = inventory_pb2.NodeInventory(host_name="x" * 900_000)
+                large = pb.ConnectNodeRequest(epoch=1, sequence=1, inventory=inventory)
+                assert await _status_of(stub, hello, large) == "INVALID_FIELD"
+                key = "node", hello.hello.node
+                await until(lambda key=key: key in shown and shown[key].value is None)  # type: ignore[misc]
+                assert fleet.node_view(hello.hello.node) is None
+            assert store.tables.nodes.rows == before
+            assert fleet._clusters[CLUSTER].links.keys() <= {"a", "b", "c"}
 
     run(body)
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 
+from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet import deciding
 from hetis.planner.fleet import fleet as fleets
 from hetis.planner.fleet.changes import MOST_OF_NODE
+from hetis.planner.fleet.cluster import MOST_UNDECLARED
 from hetis.planner.fleet.deltas import ROOM
 from hetis.planner.fleet.fleet import Stream
-from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS, HeadMapPieces
+from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS, HeadMapPieces, check_hello
+from hetis.planner.fleet.writes import apply
+from hetis.planner.store import NodeRecord
 from hetis.v1 import agent_service_pb2 as pb
-from hetis.v1 import change_pb2, failure_pb2, replica_pb2, report_pb2
+from hetis.v1 import change_pb2, cluster_pb2, failure_pb2, inventory_pb2, replica_pb2, report_pb2
+from tests.planner.fleet.driven import DrivenPlanner
+from tests.planner.fleet.model_agents import Engines, ModelAgent
 from tests.planner.fleet.samples import CLUSTER, REPLICA, change
 from tests.planner.fleet.test_going_wrong import ready
 from tests.planner.fleet.world import World
@@ -135,6 +145,162 @@ def test_replicas_of_nobody_are_all_removed_in_the_end(world: World) -> None:
     world.flow(1000)
     assert list(agent.held) == [REPLICA]
     assert list(world.planner.cluster.links["b"].slots) == [REPLICA]
+
+
+def test_reports_of_replicas_that_are_not_its_own_are_not_kept(world: World) -> None:
+    made_up = report_pb2.ReplicaReport(replica="x", generation=1, failure=failure_pb2.Failure(message="x" * 10_000))
+    world.agents["b"].sent.append(world.agents["b"]._request(report=pb.NodeReport(replicas=[made_up])))
+    world.hear("b")
+    slot = world.planner.cluster.links["b"].slots["x"]
+    assert slot.report == report_pb2.ReplicaReport(replica="x", generation=1)
+    assert slot.failure is None
+
+
+# Nodes that nobody declared.
+
+
+def connect(world: World, node: str, **said: Any) -> str:
+    """Connect an agent as the node, and let it say one thing more; return its session."""
+    agent, cluster = ModelAgent(node, world.engines), world.planner.cluster
+    world.to_agent.setdefault(node, [])
+    session = cluster.open(node, agent.hello(), now_s=world.now_s, time_s=world.now_s)
+    world.planner.settle(world.now_s)
+    if said:
+        request = pb.ConnectNodeRequest(epoch=world.planner.epoch, sequence=1, **said)
+        cluster.handle(node, session, request, now_s=world.now_s, time_s=world.now_s)
+        world.planner.settle(world.now_s)
+    return session
+
+
+def stored(world: World) -> set[str]:
+    return {last_part(name) for name in world.store.tables.nodes.rows}
+
+
+INVENTORY = inventory_pb2.NodeInventory(host_name="host", digest="sha256:1")
+
+
+def test_a_node_that_is_not_declared_is_not_stored_and_forgotten_with_its_stream(world: World) -> None:
+    cluster, before = world.planner.cluster, stored(world)
+    for number in range(3 * MOST_UNDECLARED):
+        node = f"n{number}"
+        session = connect(world, node, inventory=INVENTORY)
+        assert cluster.links[node].inventory == INVENTORY
+        status = change_pb2.ChangeStatus(change_id="x", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
+        cluster.changes.hear(node, status)  # looked up when it is gone
+        cluster.close(node, session)
+        world.planner.settle(world.now_s)
+    cluster.pass_time(world.now_s)
+    cluster.messages(world.now_s)
+    assert stored(world) == before
+    assert {*cluster.links} == {*cluster.connect_time_s} == {*cluster.leases.nodes} == {"a", "b", "c"}
+    with pytest.raises(ServiceError, match="another stream of node n0 began"):  # which was disconnected by an admin
+        cluster.handle("n0", "", pb.ConnectNodeRequest(), now_s=world.now_s, time_s=world.now_s)
+
+
+def test_a_cluster_has_few_nodes_at_once_that_it_does_not_declare(world: World) -> None:
+    sessions = [connect(world, f"n{number}") for number in range(MOST_UNDECLARED)]
+    with pytest.raises(ServiceError, match=r"does not declare node one-more, and 64 .* connected already") as caught:
+        connect(world, "one-more")
+    assert caught.value.reason == Reason.ERROR_REASON_TOO_MANY_STREAMS
+    assert "one-more" not in world.planner.cluster.links
+    world.disconnect("a")
+    world.connect("a")
+    world.planner.cluster.close("n0", sessions[0])
+    connect(world, "one-more")
+
+
+def test_what_a_node_said_before_it_was_declared_is_stored_then_and_forgotten_when_it_is_no_more(world: World) -> None:
+    planner = world.planner
+    session = connect(world, "d", inventory=INVENTORY)
+    assert "d" not in stored(world)
+    planner._nodes = ("a", "b", "c", "d")
+    planner.reread(world.now_s)
+    planner.settle(world.now_s)
+    assert world.store.tables.nodes.rows[f"{CLUSTER}/nodes/d"].body.inventory == INVENTORY
+    planner._nodes = ("a", "b", "c")
+    planner.reread(world.now_s)
+    planner.settle(world.now_s)
+    assert "d" in stored(world)  # until its stream is gone
+    planner.cluster.close("d", session)
+    planner.settle(world.now_s)
+    assert "d" not in stored(world)
+
+
+def test_a_node_that_goes_while_what_it_said_is_written_is_forgotten_as_well(world: World) -> None:
+    planner, cluster = world.planner, world.planner.cluster
+    world.to_agent["d"] = []
+    planner._nodes = ("a", "b", "c", "d")
+    planner.reread(world.now_s)
+    session = cluster.open("d", ModelAgent("d", world.engines).hello(), now_s=world.now_s, time_s=world.now_s)
+    planner._nodes = ("a", "b", "c")
+    planner.reread(world.now_s)
+    writes = deciding.decide(cluster, now_s=world.now_s)
+    cluster.close("d", session)
+    kept = world.store.write_as(planner.epoch, partial(apply, writes=writes, now_s=world.now_s))
+    assert "d" in stored(world)
+    cluster.applied(writes, kept)
+    planner.settle(world.now_s)
+    assert "d" not in stored(world)
+
+
+def test_nodes_that_an_earlier_planner_stored_are_forgotten_unless_they_are_drained_or_of_use(world: World) -> None:
+    for node in ("old", "drained"):
+        record = NodeRecord(
+            name=f"{CLUSTER}/nodes/{node}",
+            cluster=CLUSTER,
+            body=cluster_pb2.Node(agent_version="1"),
+            draining=node == "drained",
+        )
+        world.store.tables.nodes.insert(record)
+    planner = DrivenPlanner(world.store, world.store.epoch, lambda *_: None, now_s=0.0, nodes=("a", "b"))
+    planner.settle(0.0)
+    assert stored(world) == {"a", "b", "c", "drained"}  # c has a share of the replica
+    assert "old" not in planner.cluster.node_records
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"inventory": inventory_pb2.NodeInventory(host_name="x" * 900_000)},
+            "inventory.host_name: has 900000 characters, at most 255 are allowed",
+        ),
+        (
+            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice(uuid="x" * 256)])},
+            "inventory.devices[0].uuid: has 256 characters, at most 255 are allowed",
+        ),
+        (
+            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice()] * 65)},
+            "inventory.devices: has 65 entries, at most 64 are allowed",
+        ),
+        (
+            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice(linked_devices=range(65))])},
+            "inventory.devices[0].linked_devices: has 65 entries, at most 64 are allowed",
+        ),
+        (
+            {"inventory": inventory_pb2.NodeInventory.FromString(b"\xfa\x01\x80\x80\x02" + b"x" * 2**15)},
+            "inventory: has 32773 bytes, at most 32768 are allowed",
+        ),
+        (
+            {"report": pb.NodeReport(devices=[report_pb2.DeviceReport(unhealthy="x" * 900_000)])},
+            "report.devices: has 900004 bytes, at most 32768 are allowed",
+        ),
+        (
+            {"report": pb.NodeReport(replicas=[report_pb2.ReplicaReport(replica="x" * 256)])},
+            "the name of a replica or change has more than 255 characters, which none can have",
+        ),
+    ],
+)
+def test_what_is_larger_than_any_node_has_is_refused(world: World, said: dict[str, Any], message: str) -> None:
+    with pytest.raises(ServiceError, match=re.escape(message)):
+        connect(world, "d", **said)
+
+
+def test_a_hello_with_texts_that_are_too_long_is_refused() -> None:
+    hello = ModelAgent("a", Engines()).hello()
+    hello.hello.agent_version = "1" * 256
+    with pytest.raises(ServiceError, match=r"hello.agent_version: has 256 characters, at most 255 are allowed"):
+        check_hello(hello, epoch=1)
 
 
 def test_an_agent_that_takes_nothing_is_not_kept_in_memory_for_ever() -> None:

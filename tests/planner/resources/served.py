@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.failures import not_found
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.resources.clusters import Clusters
@@ -61,6 +62,8 @@ def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> 
         "is_draining": False,
         "devices": (),
         "inventory": None,
+        "agent_version": "",
+        "engine_address": "",
         "connect_time_s": 5.0,
         "heard_time_s": 6.0,
     }
@@ -109,6 +112,14 @@ class FakeFleet:
 
     async def cluster_changed(self, cluster: str) -> None:
         self.changed.append(cluster)
+
+    def require_connected(self, name: str) -> None:
+        if name not in self.nodes or self.nodes[name].state not in CONNECTED:
+            raise not_found(name)
+
+    def disconnect(self, name: str) -> None:
+        self.require_connected(name)
+        del self.nodes[name]
 
 
 @dataclass(kw_only=True)

@@ -70,6 +70,9 @@ def test_states_of_nodes_are_those_of_document_and_fleet(tmp_path: Path) -> None
         }
         assert await states(planner) == all_of_them
         assert await states(planner, STATE.NODE_STATE_READY, STATE.NODE_STATE_LOST) == {"l4-0": "READY", "l4-2": "LOST"}
+        of_no_kind = pb.ListNodesRequest(parent=PARENT, states=[*range(100), STATE.NODE_STATE_READY])  # type: ignore[list-item]
+        wrong = await refused(planner.clusters.ListNodes(of_no_kind))
+        assert wrong.fields == {"states": "holds 0, 6, 7, 8, 9 and 90 others, must be values of NodeState"}
         missing = await refused(planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/gone")))
         assert missing.reason == "NOT_FOUND"
         cluster = (await planner.clusters.GetCluster(pb.GetClusterRequest(name=PARENT))).cluster
@@ -98,6 +101,10 @@ def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
         assert len(node.inventory.devices) == 2
         basic = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name, view=VIEW_BASIC))).node
         assert not basic.HasField("inventory")
+        said = {"inventory": found("L4"), "agent_version": "1.3", "engine_address": "spare:1"}
+        see(planner, "spare", STATE.NODE_STATE_UNDECLARED, **said)  # nothing of it is stored
+        spare = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/spare"))).node
+        assert {field: getattr(spare, field) for field in said} == said
         expected = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/a100"))).node
         assert (expected.etag, expected.draining) == ("v0", False)
 
@@ -123,6 +130,25 @@ def test_draining_is_kept_once_and_told_to_the_fleet(tmp_path: Path) -> None:
         assert planner.fleet.changed == [PARENT, PARENT]
         nobody = pb.DrainNodeRequest(name=f"{PARENT}/nodes/l4-7")
         assert (await refused(planner.clusters.DrainNode(nobody))).reason == "NOT_FOUND"
+
+    with_planner(tmp_path, scenario)
+
+
+def test_draining_is_answered_again_when_the_node_or_its_cluster_is_gone(tmp_path: Path) -> None:
+    name = f"{PARENT}/nodes/l4-0"
+
+    async def scenario(planner: Served) -> None:
+        await make(planner)
+        request = pb.DrainNodeRequest(name=name, request_id=str(uuid.uuid4()))
+        node = (await planner.clusters.DrainNode(request)).node
+        smaller = cluster_pb2.Cluster(name=PARENT, document=document(CLUSTER.replace("name: l4, count: 3", "name: l5")))
+        await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=smaller))
+        assert (await planner.clusters.DrainNode(request)).node == node
+        await planner.clusters.DeleteCluster(pb.DeleteClusterRequest(name=PARENT))
+        assert (await planner.clusters.DrainNode(request)).node == node
+        for request_id in (str(uuid.uuid4()), ""):
+            another = pb.DrainNodeRequest(name=name, request_id=request_id)
+            assert (await refused(planner.clusters.DrainNode(another))).reason == "NOT_FOUND"
 
     with_planner(tmp_path, scenario)
 

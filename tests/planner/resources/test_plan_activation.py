@@ -122,7 +122,7 @@ def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_again(
         assert set((await replicas(planner)).values()) == {"plans/same"}
         await set_activation(planner, "same", ACTIVE)
 
-        moved = await activate(planner, "b")
+        moved = await activate(planner, "b", request_id=(moved_id := str(uuid.uuid4())))
         assert {kind for _, kind in kinds(moved)} == {START, DRAIN}
         assert (await planner.get("plans/same")).activation == INACTIVE
         back = await roll_back(planner, "b", request_id=(request_id := str(uuid.uuid4())))
@@ -133,6 +133,8 @@ def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_again(
         assert twice.reason == "PLAN_STATE"
         nowhere = await refused(roll_back(planner, "same"))
         assert (nowhere.reason, nowhere.metadata) == ("NO_EARLIER_PLAN", {"cluster": "clusters/paper"})
+        await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/b"))
+        assert await activate(planner, "b", request_id=moved_id) == moved
 
     with_planner(tmp_path, scenario, scripted=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from hetis.planner.jobs.pool import PoolSettings
-from hetis.v1 import failure_pb2, plan_pb2, view_pb2
+from hetis.v1 import cluster_service_pb2, failure_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import (
     CRASH,
@@ -137,6 +137,21 @@ def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -
         assert not plan.HasField("create_time")
         assert not (await planner.call("ListPlans", pb2.ListPlansRequest())).plans
         assert planner.pool.num_waiting + planner.pool.num_running == 0
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gone(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        request = create_request("once", request_id=str(uuid.uuid4()), seed=WAIT)
+        made = await planner.call("CreatePlan", request)
+        await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
+        assert (await planner.call("CreatePlan", request)).plan == made.plan
+        for request_id in (str(uuid.uuid4()), ""):
+            another = create_request("once", request_id=request_id, seed=WAIT)
+            assert (await refused(planner.call("CreatePlan", another))).reason == "NOT_FOUND"
+        other = create_request("other", request_id=request.request_id, seed=WAIT)
+        assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
 
     with_planner(tmp_path, scenario, scripted=True)
 

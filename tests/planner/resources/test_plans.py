@@ -24,7 +24,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, profile_pb2
 from hetis.v1 import plan_service_pb2 as pb2
-from tests.planner.resources.planned import PAPER, Planner, create_request, make_cluster, with_planner
+from tests.planner.resources.planned import PAPER, SEARCHING, WAIT, Planner, create_request, make_cluster, with_planner
 from tests.planner.resources.served import live_node, refused
 
 READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
@@ -108,6 +108,20 @@ def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -
         assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night")) is None
 
     with_planner(tmp_path, scenario)
+
+
+def test_plans_are_listed_by_known_states_however_often_each_is_named(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("night", seed=WAIT)
+        many = pb2.ListPlansRequest(states=[*SEARCHING] * 100_000)
+        assert [plan.name for plan in (await planner.call("ListPlans", many)).plans] == ["plans/night"]
+        for states in (range(-70_000, 70_000), [READY, 99]):
+            wrong = await refused(planner.call("ListPlans", pb2.ListPlansRequest(states=states)))
+            assert (wrong.code, wrong.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+            assert [*wrong.fields] == ["states"]
+        assert planner.store.health.errors == 0
+
+    with_planner(tmp_path, scenario, scripted=True)
 
 
 def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:

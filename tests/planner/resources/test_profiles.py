@@ -54,6 +54,9 @@ def test_a_profile_is_made_read_listed_changed_and_forgotten(tmp_path: Path) -> 
         newer = (await planner.profiles.UpdateProfile(pb.UpdateProfileRequest(profile=other))).profile
         assert (newer.gpu_type, newer.etag, newer.HasField("held_out_mape")) == ("A100-SXM-80GB", "v2", False)
         assert (newer.create_time.seconds, newer.update_time.seconds) == (1000, 2000)
+        planner.now_s[0], other.etag = 3000.0, newer.etag
+        assert (await planner.profiles.UpdateProfile(pb.UpdateProfileRequest(profile=other))).profile == newer
+        other.etag = made.etag
         stale = await refused(planner.profiles.UpdateProfile(pb.UpdateProfileRequest(profile=other)))
         assert (stale.code, stale.reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
         stale = await refused(planner.profiles.DeleteProfile(pb.DeleteProfileRequest(name=made.name, etag="v1")))

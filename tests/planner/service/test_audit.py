@@ -17,13 +17,14 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
 from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.telemetry import CallRecord
 from hetis.planner.store import AuditedChange, Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from tests.planner.resources.planned import WAIT as WAITS
 from tests.planner.resources.planned import Planner, create_request, with_planner
-from tests.planner.resources.served import Served, document, refused
+from tests.planner.resources.served import Served, document, live_node, refused
 from tests.planner.resources.served import with_planner as with_clusters
 from tests.planner.service.process import finished_here
 from tests.planner.service.serving import by_tokens, failure_of, run, served
@@ -61,6 +62,22 @@ def test_every_change_is_a_line_in_its_transaction_and_nothing_else_is(tmp_path:
     with_clusters(tmp_path, scenario)
 
 
+def test_an_agent_that_was_disconnected_is_a_line_and_one_that_was_not_there_is_none(tmp_path: Path) -> None:
+    async def scenario(planner: Served) -> None:
+        cluster = cluster_pb2.Cluster(document=document())
+        await planner.clusters.CreateCluster(pb.CreateClusterRequest(cluster_id="night", cluster=cluster))
+        for node in ("a100", "stranger"):
+            request = pb.DisconnectNodeRequest(name=f"clusters/night/nodes/{node}")
+            planner.fleet.nodes[request.name] = live_node()
+            assert (await planner.clusters.DisconnectNode(request)).node.name == request.name
+            assert request.name not in planner.fleet.nodes
+            assert (await refused(planner.clusters.DisconnectNode(request))).reason == "NOT_FOUND"
+        found = [(line.caller, line.resource, line.outcome) for line in (await lines(planner.store))[1:]]
+        assert found == [("local", f"clusters/night/nodes/{node}", "OK") for node in ("a100", "stranger")]
+
+    with_clusters(tmp_path, scenario)
+
+
 def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
     async def scenario(planner: Planner) -> None:
         await planner.call("CreatePlan", create_request("p", seed=WAITS))
@@ -93,6 +110,37 @@ def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> N
         return told
 
     assert run(test) == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+
+
+def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:
+    record = CallRecord("/hetis.v1.ClusterService/DeleteCluster", "", None, is_stream=False)
+    record.asks(pb.DeleteClusterRequest(name="clusters/a\0b\x1b[2J", request_id="\u202ex\n"))
+    line = record.refused_change()
+    assert (line.resource, line.request_id) == ("clusters/a\\u0000b\\u001b[2J", "\\u202ex\\u000a")
+
+
+def test_what_was_to_be_created_has_its_whole_name_in_the_line_of_its_refusal() -> None:
+    record = CallRecord("/hetis.v1.ClusterService/CreateCluster", "", None, is_stream=False)
+    record.asks(pb.CreateClusterRequest(cluster_id="night", cluster=cluster_pb2.Cluster(document=document())))
+    assert record.refused_change().resource == "clusters/night"
+
+
+def test_a_line_that_cannot_be_written_ends_no_loop_and_holds_up_no_other() -> None:
+    written = list[str]()
+
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        if any(change.caller == "bad" for change in changes):
+            raise ValueError("no such text")
+        written.extend(change.caller for change in changes)
+
+    async def scenario() -> None:
+        refusals = AuditRefusals(append)
+        for caller in ("a", "bad", "b"):
+            refusals.note(AuditedChange(caller=caller, role="viewer", method="DeletePlan", outcome="ROLE"))
+        assert await refusals.step() is None
+
+    asyncio.run(scenario())
+    assert written == ["a", "b"]
 
 
 def test_many_equal_refusals_are_few_lines_that_count_them() -> None:

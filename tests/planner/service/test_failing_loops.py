@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.certificates import keep_fresh
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.running import show_failure
-from hetis.planner.service.succession import Succession
+from hetis.planner.service.succession import ANSWERED_S, Succession
 from hetis.planner.store import Store
 from hetis.planner.store.leadership import Lease
 from hetis.planner.store.store import StoreHealth
@@ -146,6 +147,7 @@ class LostStore:
 
     def __init__(self) -> None:
         self.lease, self.health = Lease(5.0), StoreHealth(lambda: 0.0)
+        self.led_s_ago = 0.0
         self.stands_by = asyncio.Event()
 
     async def lead(self, *_: object) -> int:
@@ -186,6 +188,30 @@ class HangingTerm:
                 continue
 
 
+def succession_with(store: Any, make_term: Callable[[int], Any]) -> Succession:
+    async def append(_: object) -> None: ...
+
+    return Succession(
+        store,
+        make_term,
+        holder="test",
+        addresses=(),
+        stands_by=True,
+        loops=Loops(),
+        refusals=AuditRefusals(append),
+        collectors=(),
+        step_down_s=0.01,
+    )
+
+
+def test_a_standby_is_not_ready_where_nobody_leads_and_it_cannot_take_over() -> None:
+    store = LostStore()
+    standby = succession_with(store, lambda _: HangingTerm())
+    assert standby.is_ready
+    store.led_s_ago = ANSWERED_S
+    assert not standby.is_ready
+
+
 def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:
     async def test() -> None:
         store: Any = LostStore()
@@ -195,19 +221,7 @@ def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:
             terms.append(HangingTerm())
             return terms[-1]
 
-        async def append(_: object) -> None: ...
-
-        succession = Succession(
-            store,
-            make_term,
-            holder="test",
-            addresses=(),
-            stands_by=True,
-            loops=Loops(),
-            refusals=AuditRefusals(append),
-            collectors=(),
-            step_down_s=0.01,
-        )
+        succession = succession_with(store, make_term)
 
         async def end_streams(_: ServiceError) -> None:
             await asyncio.Event().wait()

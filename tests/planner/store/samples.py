@@ -43,12 +43,18 @@ def replica(name: str, *, plan: str = "plans/p") -> ReplicaRecord:
     )
 
 
-def redispatch(name: str, *, time_s: float = 1.0, replica: str = "clusters/a/replicas/0") -> RedispatchRecord:
+def redispatch(
+    name: str,
+    *,
+    time_s: float = 1.0,
+    replica: str = "clusters/a/replicas/0",
+    state: redispatch_pb2.RedispatchState.ValueType = redispatch_pb2.REDISPATCH_STATE_DONE,
+) -> RedispatchRecord:
     return RedispatchRecord(
         name=name,
         cluster=name.partition("/redispatches/")[0],
         replica=replica,
         body=redispatch_pb2.Redispatch(name=name, replica=replica),
-        state=redispatch_pb2.REDISPATCH_STATE_PREPARING,
+        state=state,
         create_time_s=time_s,
     )

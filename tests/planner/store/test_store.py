@@ -16,10 +16,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from hetis.planner.failures import ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records, schema
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
+from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
 from tests.planner.store import samples
 
 
@@ -192,6 +193,29 @@ def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str) -> None:
     asyncio.run(scenario())
 
 
+def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_old_its_time_is(url: str) -> None:
+    names = [f"clusters/a/redispatches/{number}" for number in range(KEPT_REDISPATCHES + 3)]
+
+    def fill(tx: Transaction) -> None:
+        for number, name in enumerate(names[:KEPT_REDISPATCHES]):
+            tx.redispatches.insert(samples.redispatch(name, time_s=1000.0 + number))
+        behind, another, last = names[KEPT_REDISPATCHES:]  # made by a leader whose clock is behind
+        tx.redispatches.insert(samples.redispatch(behind, time_s=999.0, state=REDISPATCH_STATE_PREPARING))
+        tx.redispatches.insert(samples.redispatch(another, time_s=998.0))
+        assert tx.redispatches.get(another) is not None
+        tx.redispatches.insert(samples.redispatch(last, time_s=5000.0))
+        assert tx.redispatches.get(another) is None
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(fill)
+        kept = {record.name for record in await store.read(lambda tx: tx.redispatches.all())}
+        assert kept == {*names} - {names[0], names[KEPT_REDISPATCHES + 1]}
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_writes_wait_for_one_another(url: str) -> None:
     def count(tx: Transaction) -> None:
         record = tx.clusters.require("clusters/a")
@@ -265,6 +289,47 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
         await old.close()
         await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing took nothing away
         await new.close()
+
+    asyncio.run(scenario())
+
+
+def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = f"planner_{postgres_url.rpartition('/')[2]}"  # roles are of the whole server
+    own_url = postgres_url.replace("//hetis@", f"//{user}@")
+
+    async def as_administrator(*statements: str) -> None:
+        engine = sa.create_engine(opening.parse_url(postgres_url), poolclass=sa.NullPool)
+        with engine.begin() as connection:
+            for statement in statements:
+                connection.execute(sa.text(statement))
+
+    async def scenario() -> None:
+        await _open_and_close(postgres_url)  # which makes the tables
+        rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+        await as_administrator(f"CREATE ROLE {user} LOGIN", f"GRANT {rights} TO {user}")
+        store = await leading(own_url)
+        await as_administrator(f"REVOKE ALL ON profiles FROM {user}")
+        with pytest.raises(ServiceError, match="permission denied for table profiles") as caught:
+            await store.read(lambda tx: tx.profiles.all())
+        assert caught.value.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE
+        assert store.health.errors == 1
+        await store.close()
+        await as_administrator(f"REVOKE UPDATE ON leadership FROM {user}")
+        now_s = 0.0
+        standby = await Store.open(own_url, machine=lambda: now_s)
+        with pytest.raises(ServiceError, match="permission denied for table leadership"):
+            await standby.lead("standby")
+        now_s = 100.0
+        standing_by = asyncio.create_task(standby.stand_by("standby"))
+        while "the store does not answer a standby" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert standby.led_s_ago == 100.0  # which ends its readiness
+        await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
+        await asyncio.wait_for(standing_by, 60)
+        assert standby.led_s_ago == 0.0
+        await standby.close()
 
     asyncio.run(scenario())
 

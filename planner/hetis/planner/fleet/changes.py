@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import Directive, Step
+from hetis.planner.store.records import FINAL_REDISPATCHES
 from hetis.solver.cluster import node_of
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
 
@@ -68,8 +69,6 @@ def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[
 State = redispatch_pb2.RedispatchState
 Phase = change_pb2.ChangePhase
 Outcome = change_pb2.ChangeOutcome
-
-FINAL = frozenset({State.REDISPATCH_STATE_ADVISED, State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED})
 _RANK = {
     Phase.CHANGE_PHASE_PREPARING: 1,
     Phase.CHANGE_PHASE_READY: 2,
@@ -168,7 +167,7 @@ class ChangeCoordinator:
     @property
     def has_ended(self) -> bool:
         """Return whether the change has ended and the store knows it."""
-        return self.body.state in FINAL and not self.is_unsaved
+        return self.body.state in FINAL_REDISPATCHES and not self.is_unsaved
 
     @property
     def was_flipped(self) -> bool:
@@ -220,7 +219,12 @@ class ChangeCoordinator:
         before = self._status.get(node)
         if node not in self._parts or status.phase not in _RANK:
             return
-        if self._is_presumed and node == self.authority and status.phase in _FLIPPED and self.body.state not in FINAL:
+        if (
+            self._is_presumed
+            and node == self.authority
+            and status.phase in _FLIPPED
+            and self.body.state not in FINAL_REDISPATCHES
+        ):
             self._correct()
             before = None
         if before is not None and _RANK[status.phase] <= _RANK[before.phase]:
@@ -301,7 +305,7 @@ class ChangeCoordinator:
 
     def give_up(self, failure: failure_pb2.Failure) -> None:
         """End the change because its replica is removed: its outcome no longer matters, whether or not it is known."""
-        if self.body.state not in FINAL:
+        if self.body.state not in FINAL_REDISPATCHES:
             self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
             if not self.was_flipped and not self.body.HasField("failure"):
                 self.body.failure.CopyFrom(failure)
@@ -347,7 +351,7 @@ class ChangeCoordinator:
 
     def _end(self, outcome: Outcome.ValueType, failure: failure_pb2.Failure | None = None) -> None:
         """Take the authority's decision; its first one stands."""
-        if self._knows_outcome or self.body.state in FINAL:
+        if self._knows_outcome or self.body.state in FINAL_REDISPATCHES:
             return
         self._outcome = outcome
         if outcome == Outcome.CHANGE_OUTCOME_FLIPPED:
@@ -389,7 +393,7 @@ class ChangeCoordinator:
         elif state == State.REDISPATCH_STATE_ABORTING and not self._knows_outcome and self.authority in self._lost:
             # No node was permitted to flip, so none did.
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self.body.failure)
-        if state in FINAL or not self._knows_outcome or self.is_unsaved:
+        if state in FINAL_REDISPATCHES or not self._knows_outcome or self.is_unsaved:
             return
         if all(node in self._finished or node in self._lost for node in self._parts):
             self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
@@ -433,7 +437,7 @@ class LateChanges:
 
     def remember(self, body: redispatch_pb2.Redispatch) -> None:
         """Remember how a re-dispatch ended, if it has."""
-        if body.state not in FINAL:
+        if body.state not in FINAL_REDISPATCHES:
             return
         is_done = body.state == State.REDISPATCH_STATE_DONE
         moves = [one.status.moves for one in body.nodes if Part.CHANGE_PART_AUTHORITY in one.parts]

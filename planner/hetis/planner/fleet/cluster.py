@@ -24,6 +24,8 @@ from hetis.planner.fleet.writes import Kept, KeptCluster, NodeWrite, ReplicaWrit
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord, ReplicaRecord
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, inventory_pb2, plan_pb2, redispatch_pb2, report_pb2
 
+MOST_UNDECLARED = 64  # connected nodes of a cluster that its document does not name
+_DELETED_AT_ONCE = 100  # records of nodes per transaction
 _log = logging.getLogger("hetis.planner.fleet")
 
 
@@ -44,6 +46,7 @@ class ClusterFleet:
         self.node_records: dict[str, NodeRecord] = {}  # by node id
         # What agents reported of their nodes since the last write, by node id
         self.node_writes: dict[str, NodeWrite] = {}
+        self.unneeded_nodes: dict[str, None] = {}  # ids of nodes whose records may have to be deleted
         self.unprepared: dict[str, None] = {}  # replicas whose plans have to be looked up
         self.dirty: set[str] = set()  # replicas that the rule should look at
         self.decide_all = True  # whether the rule should look at all replicas
@@ -70,9 +73,13 @@ class ClusterFleet:
         self.record, self.plan = kept.cluster, kept.plan
         self.decide_all = True
         earlier = {last_part(record.name) for record in kept.nodes if record.body.agent_version} if is_first else set()
-        self.note_presence(self.leases.declare(declared, now_s=now_s, known=earlier))
+        changed = self.leases.declare(declared, now_s=now_s, known=earlier)
+        self.note_presence(changed)
         for record in kept.nodes:
             self.take_node(record)
+        for node in changed:
+            if self.leases.is_connected(node) and self.leases.is_declared(node):  # what it said counts from now on
+                self._write_node(node, self.links[node].inventory)
         found = {record.name: record for record in kept.replicas}
         for name in [name for name in self.replicas if name not in found]:
             self.drop_replica(name)
@@ -85,6 +92,8 @@ class ClusterFleet:
         if is_first:
             for redispatch in kept.redispatches:
                 self.changes.resume(redispatch.body, now_s=now_s)
+        for node in {*changed, *self.node_records}:
+            self.forget_if_unneeded(node)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
         """Note the plan's content for a replica; None: the plan cannot be read, so the replica cannot be started."""
@@ -122,6 +131,7 @@ class ClusterFleet:
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
         """Open a stream and return its session. Raises ServiceError if it is refused."""
+        self._require_room(node)
         link = self.link(node)
         self._admit(node, link, request.hello.boot_id, now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
@@ -145,6 +155,19 @@ class ClusterFleet:
         self.dirty |= self._replicas_on.get(node, set())
         return link.session
 
+    def _require_room(self, node: str) -> None:
+        """Raise TOO_MANY_STREAMS for one node too many that the cluster has no use for.
+
+        Credentials of a cluster speak for any node of it, whose name may be made up.
+        """
+        if node in self.leases or self._replicas_on.get(node) or self.leases.num_undeclared < MOST_UNDECLARED:
+            return
+        message = (
+            f"{self.name} does not declare node {node}, and {MOST_UNDECLARED} nodes that it does not declare are"
+            " connected already: declare it, or disconnect others"
+        )
+        raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": MOST_UNDECLARED})
+
     def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
         """Raise NODE_IN_USE while another agent is connected: its node's credentials must not suffice to end it."""
         heard_s = self.leases.heard_s(node)
@@ -155,17 +178,21 @@ class ClusterFleet:
             raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node})
 
     def close(self, node: str, session: str) -> None:
-        if self.links[node].close(session) and self.leases.disconnect(node):
+        link = self.links.get(node)
+        if link is not None and link.close(session) and self.leases.disconnect(node):
             self.note_presence([node])
+        self.forget_if_unneeded(node)
 
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
     ) -> list[HeadMapsRead]:
         """Handle a message; return what others wait for. Raises ServiceError if the stream must end."""
-        link = self.links[node]
-        if link.session != session:
+        link = self.links.get(node)
+        if link is None or link.session != session:
             message = f"another stream of node {node} began"
-            raise ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": link.node})
+            raise ServiceError(
+                Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": node_name(self.name, node)}
+            )
         self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
@@ -273,6 +300,9 @@ class ClusterFleet:
         """Take over what the store now has, and tell the nodes."""
         for record in kept.nodes.values():
             self.take_node(record)
+            self.forget_if_unneeded(last_part(record.name))  # it may have gone meanwhile
+        for name in kept.unneeded_nodes:
+            self.node_records.pop(last_part(name), None)
         for write in writes.replicas:
             self._take_replica(write, kept.replicas.get(write.name))
         for saving in writes.redispatches:
@@ -329,6 +359,38 @@ class ClusterFleet:
         self.show("replica", name)
         self.dirty.discard(name)
         self.decide_all = True
+        for node in replica.nodes:
+            self.forget_if_unneeded(node)
+
+    def forget_if_unneeded(self, node: str) -> None:
+        """Forget a node that is neither declared nor connected, and of which nothing else is known either.
+
+        Otherwise agents could fill memory and store with nodes whose names they make up, one after another.
+        """
+        if self._is_needed(node):
+            return
+        self.links.pop(node, None)
+        self.connect_time_s.pop(node, None)
+        self.node_writes.pop(node, None)
+        self._replicas_on.pop(node, None)
+        self._talking.discard(node)
+        self._waiting.discard(node)
+        if node in self.node_records and not self.is_draining(node):
+            self.unneeded_nodes[node] = None
+
+    def _is_needed(self, node: str) -> bool:
+        return (
+            node in self.leases
+            or bool(self._replicas_on.get(node))
+            or any(node in change.nodes for change in self.changes.under_way.values())
+        )
+
+    def take_unneeded_nodes(self) -> list[str]:
+        """Return the names of some nodes whose records are to be deleted, and leave them to the write."""
+        taken = list(self.unneeded_nodes)[:_DELETED_AT_ONCE]
+        for node in taken:
+            del self.unneeded_nodes[node]
+        return [node_name(self.name, node) for node in taken if not self._is_needed(node)]
 
     def note_progress(self, progress: plan_pb2.ActivationProgress) -> None:
         if self.plan is not None and progress != self.progress:
@@ -346,6 +408,7 @@ class ClusterFleet:
         self.decide_all = True
         for node in writes.nodes:
             self.node_writes.setdefault(last_part(node.name), node)
+        self.unneeded_nodes.update(dict.fromkeys(map(last_part, writes.unneeded_nodes)))
         self.changes.take_back(writes.redispatches)
 
     def end(self) -> None:
@@ -457,6 +520,10 @@ class ClusterFleet:
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it complete
 
     def _write_node(self, node: str, found: inventory_pb2.NodeInventory | None) -> None:
+        """Store what the agent said of its node. What it says of one that is not declared only stays in memory."""
+        self.capacity_changed = self.capacity_changed or found is not None
+        if not self.leases.is_declared(node) and not self._replicas_on.get(node):
+            return
         link = self.links[node]
         before = self.node_writes.get(node)
         self.node_writes[node] = NodeWrite(
@@ -466,7 +533,6 @@ class ClusterFleet:
             engine_address=link.engine_address,
             connect_time_s=self.connect_time_s[node],
         )
-        self.capacity_changed = self.capacity_changed or found is not None
 
 
 class ClusterChanges:
@@ -597,6 +663,8 @@ class ClusterChanges:
         if self._of_replica.get(change.body.replica) is change:
             del self._of_replica[change.body.replica]
             cluster.show("replica", change.body.replica)
+        for node in change.nodes:
+            cluster.forget_if_unneeded(node)
 
     def give_up(self, replica: Replica) -> None:
         """Give up the change of a replica whose record is gone."""
@@ -669,7 +737,8 @@ class ClusterChanges:
         if body is not None:
             self.late.remember(body)
         for node, status in self.late.take(change_id):
-            self._answer_late(node, status)
+            if node in self._cluster.links:  # not gone meanwhile
+                self._answer_late(node, status)
 
     def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
         slot = self._cluster.link(node).slots.get(status.replica)

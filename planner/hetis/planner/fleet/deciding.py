@@ -28,7 +28,13 @@ _log = logging.getLogger("hetis.planner.fleet")
 
 def needs_decision(cluster: ClusterFleet) -> bool:
     """Return whether `decide` might find something."""
-    return bool(cluster.dirty or cluster.decide_all or cluster.node_writes or cluster.changes.have_news)
+    return bool(
+        cluster.dirty
+        or cluster.decide_all
+        or cluster.node_writes
+        or cluster.unneeded_nodes
+        or cluster.changes.have_news
+    )
 
 
 def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
@@ -51,6 +57,7 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
         cluster=cluster.name,
         replicas=replicas,
         nodes=list(cluster.node_writes.values()),
+        unneeded_nodes=cluster.take_unneeded_nodes(),
         plan=plan,
         redispatches=cluster.changes.to_save(),
     )

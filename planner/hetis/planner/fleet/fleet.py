@@ -285,7 +285,8 @@ class LiveFleet:
             raise ServiceError(Reason.ERROR_REASON_ENGINE_UNREACHABLE, message) from None
         finally:
             self._readings.pop(request_id, None)
-            cluster.link(node).drop_head_maps(request_id)
+            if (link := cluster.links.get(node)) is not None:
+                link.drop_head_maps(request_id)
 
     async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Begin a re-dispatch and return once it is stored; its progress is published in the cluster's hub.
@@ -299,14 +300,19 @@ class LiveFleet:
         cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
         await self._reconcilers[cluster.name].reconcile()
 
-    def disconnect(self, name: str) -> None:
-        """End a node's stream and let the next agent in. Raises NOT_FOUND if no agent is connected as this node."""
-        cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
-        if cluster is None or stream is None:
+    def require_connected(self, name: str) -> None:
+        """Raise NOT_FOUND if no agent is connected as this node."""
+        if name not in self._streams:
             message = f"no agent is connected as {name}"
             raise ServiceError(Reason.ERROR_REASON_NOT_FOUND, message, metadata={"name": name})
+
+    def disconnect(self, name: str) -> None:
+        """End a node's stream and let the next agent in. Raises NOT_FOUND if no agent is connected as this node."""
+        self.require_connected(name)
+        stream = self._streams[name]
         _log.warning("an admin ended the stream of an agent", extra={"node": name})
-        self._close(cluster, last_part(name), name, stream)
+        if (cluster := self._clusters.get(cluster_of(name))) is not None:
+            self._close(cluster, last_part(name), name, stream)
         stream.end(_taken_over(f"an admin ended the stream of {name}", name))
 
     # Streams.

@@ -33,7 +33,7 @@ class Leases:
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
         self._due: list[tuple[float, str]] = []  # a heap: when which node has to be looked at
-        self._num_connected = 0
+        self._num_connected = self._num_declared = 0
 
     def __contains__(self, node: str) -> bool:
         return node in self._nodes
@@ -47,6 +47,15 @@ class Leases:
     def num_connected(self) -> int:
         """Nodes with a stream, whatever their state."""
         return self._num_connected
+
+    @property
+    def num_undeclared(self) -> int:
+        """Nodes with a stream that the cluster's document does not name."""
+        return len(self._nodes) - self._num_declared
+
+    def is_declared(self, node: str) -> bool:
+        found = self._nodes.get(node)
+        return found is not None and found.declared
 
     def state(self, node: str) -> State.ValueType:
         found = self._nodes.get(node)
@@ -67,6 +76,7 @@ class Leases:
         now has expired.
         """
         names, earlier = set(nodes), set(known)
+        self._num_declared = len(names)
         changed = []
         for node in [node for node in self._nodes if node not in names]:
             presence = self._nodes[node]

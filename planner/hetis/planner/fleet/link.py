@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
+
+from google.protobuf.message import Message
 
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
@@ -126,6 +128,10 @@ PROTOCOL_VERSION = 1
 _MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that a node may report
 _MOST_REMOVALS = 16  # in flight per node
 
+MOST_DEVICES = 64  # of a node
+MOST_CHARACTERS = 255  # of any text that is kept: names, versions, digests
+MOST_BYTES = 32 * 2**10  # of an inventory, and of the reports of all devices: ten times what a node of 64 GPUs has
+
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 Capability = agent_service_pb2.AgentCapability
@@ -155,17 +161,58 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     if newest > epoch:
         message = f"the agent has obeyed epoch {newest}, this planner's is {epoch}"
         raise ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
-    _check_generations([*hello.replicas, *hello.changes])
+    _check_replicas([*hello.replicas, *hello.changes])
     for field in ("agent_version", "boot_id", "inventory_digest"):
         if not getattr(hello, field):
             raise invalid_field(f"hello.{field}", "is required")
+    _check_texts(hello, "hello")
     return hello
 
 
-def _check_generations(said: Iterable[Any]) -> None:
-    if any(one.generation > MOST_GENERATION for one in said):
-        message = f"a generation is above {MOST_GENERATION}, which none can be"
-        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+def _check_replicas(said: Iterable[Any]) -> None:
+    """Check what an agent says of replicas and changes. Raises PROTOCOL_VIOLATION."""
+    for one in said:
+        if one.generation > MOST_GENERATION:
+            message = f"a generation is above {MOST_GENERATION}, which none can be"
+            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+        if len(one.replica) > MOST_CHARACTERS or len(getattr(one, "change_id", "")) > MOST_CHARACTERS:
+            message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, which none can have"
+            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+
+
+def _check_inventory(inventory: inventory_pb2.NodeInventory) -> None:
+    """Check the sizes of an inventory, which stays in memory and in the store. Raises INVALID_FIELD."""
+    _check_number(inventory.devices, "inventory.devices")
+    _check_texts(inventory, "inventory")
+    for position, device in enumerate(inventory.devices):
+        field = f"inventory.devices[{position}]"
+        _check_number(device.linked_devices, f"{field}.linked_devices")
+        _check_texts(device, field)
+    _check_bytes(inventory.ByteSize(), "inventory")  # it may have fields that only newer versions know
+
+
+def _check_device_reports(devices: Sequence[report_pb2.DeviceReport]) -> None:
+    """Check the sizes of the reports of a node's devices, which stay in memory. Raises INVALID_FIELD."""
+    _check_number(devices, "report.devices")
+    _check_bytes(sum(device.ByteSize() for device in devices), "report.devices")
+
+
+def _check_texts(message: Message, field: str) -> None:
+    for part, value in message.ListFields():
+        if isinstance(value, str) and len(value) > MOST_CHARACTERS:
+            raise invalid_field(
+                f"{field}.{part.name}", f"has {len(value)} characters, at most {MOST_CHARACTERS} are allowed"
+            )
+
+
+def _check_number(entries: Sized, field: str) -> None:
+    if len(entries) > MOST_DEVICES:
+        raise invalid_field(field, f"has {len(entries)} entries, at most {MOST_DEVICES} are allowed")
+
+
+def _check_bytes(num_bytes: int, field: str) -> None:
+    if num_bytes > MOST_BYTES:
+        raise invalid_field(field, f"has {num_bytes} bytes, at most {MOST_BYTES} are allowed")
 
 
 class NodeLink:
@@ -271,7 +318,7 @@ class NodeLink:
         hello = check_hello(request, epoch=self._epoch)
         self.session, self.boot_id = str(uuid.uuid4()), hello.boot_id
         self.agent_version, self.engine_address = hello.agent_version, hello.engine_address
-        self.capabilities = frozenset(hello.capabilities)
+        self.capabilities = frozenset(hello.capabilities).intersection(Capability.values())
         self._report_sequence = self._inventory_sequence = 0
         self._head_maps.clear()
         self._removals.clear()
@@ -302,7 +349,7 @@ class NodeLink:
         return True
 
     def receive(self, request: Request, *, now_s: float) -> list[LinkEvent]:
-        """Handle a message of the stream. Raises PROTOCOL_VIOLATION or STALE_EPOCH; the stream must end."""
+        """Handle a message of the stream. Raises PROTOCOL_VIOLATION, STALE_EPOCH or INVALID_FIELD: it must end."""
         if request.WhichOneof("message") == "hello":
             raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello came in the middle of a stream")
         if request.epoch > self._epoch:
@@ -313,7 +360,7 @@ class NodeLink:
             )
         if request.epoch < self._epoch:
             return []  # from an earlier stream: all messages of this one have the epoch of its Welcome
-        _check_generations([*request.report.replicas, request.ack, request.nack, request.change_status])
+        _check_replicas([*request.report.replicas, request.ack, request.nack, request.change_status])
         match request.WhichOneof("message"):
             case "report":
                 return self._take_report(request.sequence, request.report)
@@ -396,6 +443,7 @@ class NodeLink:
     def _take_report(self, sequence: int, report: agent_service_pb2.NodeReport) -> list[LinkEvent]:
         if sequence <= self._report_sequence:
             return []
+        _check_device_reports(report.devices)
         self._report_sequence = sequence
         self.devices = tuple(report.devices)
         changed, taken = [], []
@@ -403,6 +451,10 @@ class NodeLink:
             slot = self.slots.get(one.replica) or self.heard_slot(one.replica)
             if slot is None:
                 continue
+            if self._most_held(one.replica) is None:  # only to be removed: its numbers would fill memory for nothing
+                one = report_pb2.ReplicaReport(
+                    replica=one.replica, assignment_state=one.assignment_state, generation=one.generation
+                )
             if slot.learn(one):
                 self._active.add(one.replica)
                 changed.append(one.replica)
@@ -413,6 +465,7 @@ class NodeLink:
     def _take_inventory(self, sequence: int, inventory: inventory_pb2.NodeInventory) -> list[LinkEvent]:
         if sequence <= self._inventory_sequence:
             return []
+        _check_inventory(inventory)
         self._inventory_sequence = sequence
         if self.inventory == inventory:
             return []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.planner.convert.clusters import basic_redispatch, basic_view
-from hetis.planner.convert.names import timestamp
+from hetis.planner.convert.names import last_part, timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
@@ -32,6 +32,8 @@ class LiveNode:
     is_draining: bool  # whether it is to be emptied
     devices: tuple[report_pb2.DeviceReport, ...]  # last report of each GPU
     inventory: inventory_pb2.NodeInventory | None  # what its agent found; None: not known
+    agent_version: str  # empty: no agent was connected
+    engine_address: str  # where its engine listens for others; empty: not known
     connect_time_s: float | None
     heard_time_s: float | None
 
@@ -93,7 +95,8 @@ def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
     for kind, name in shown:
         if kind == "node":
             # Only the name of the node: watchers look up its state when they are ready for it.
-            hub.publish((kind, name), cluster_pb2.Node(name=name), now_s=now_s)
+            is_gone = last_part(name) not in cluster.leases
+            hub.publish((kind, name), None if is_gone else cluster_pb2.Node(name=name), now_s=now_s)
         elif kind == "replica":
             replica = cluster.replicas.get(name)
             hub.publish((kind, name), None if replica is None else replica_view(cluster, replica), now_s=now_s)
@@ -172,6 +175,8 @@ def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) 
         is_draining=cluster.is_draining(node),
         devices=() if link is None else link.devices,
         inventory=None if link is None else link.inventory,
+        agent_version="" if link is None else link.agent_version,
+        engine_address="" if link is None else link.engine_address,
         connect_time_s=connect_time_s,
         heard_time_s=None if heard_s is None or connect_time_s is None else unix_s - (now_s - heard_s),
     )

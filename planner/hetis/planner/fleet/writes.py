@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.fleet.activation import Standing
-from hetis.planner.fleet.changes import FINAL, Saving
+from hetis.planner.fleet.changes import Saving
 from hetis.planner.fleet.replica import conditions_of
 from hetis.planner.store import (
     ClusterRecord,
@@ -19,10 +19,13 @@ from hetis.planner.store import (
     ReplicaRecord,
     Transaction,
 )
+from hetis.planner.store.records import FINAL_REDISPATCHES
 from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 RedispatchState = redispatch_pb2.RedispatchState
-UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state not in FINAL)  # 0 is UNSPECIFIED
+UNDER_WAY = tuple(
+    state for state in RedispatchState.values() if state and state not in FINAL_REDISPATCHES
+)  # 0 is UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +96,12 @@ class Writes:
     cluster: str
     replicas: Sequence[ReplicaWrite] = ()
     nodes: Sequence[NodeWrite] = ()
+    unneeded_nodes: Sequence[str] = ()  # names of nodes whose records are to be deleted
     plan: PlanWrite | None = None
     redispatches: Sequence[Saving] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.replicas or self.nodes or self.plan or self.redispatches)
+        return bool(self.replicas or self.nodes or self.unneeded_nodes or self.plan or self.redispatches)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,6 +110,7 @@ class Kept:
 
     replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    unneeded_nodes: list[str] = field(default_factory=list)  # names of nodes without a record
     plan: PlanRecord | None = None
 
 
@@ -116,6 +121,8 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
         _apply_replica(tx, one, kept)
     for node in writes.nodes:
         _apply_node(tx, writes.cluster, node, kept)
+    for name in writes.unneeded_nodes:
+        _delete_node(tx, name, kept)
     for saving in writes.redispatches:
         _apply_redispatch(tx, writes.cluster, saving.body, now_s)
     if writes.plan is not None:
@@ -156,8 +163,19 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
         kept.nodes[write.name] = tx.nodes.update(replace(record, body=body))
 
 
+def _delete_node(tx: Transaction, name: str, kept: Kept) -> None:
+    """Delete a node's record, unless it was drained meanwhile."""
+    record = tx.nodes.get(name)
+    if record is not None and record.draining:
+        kept.nodes[name] = record
+        return
+    if record is not None:
+        tx.nodes.delete(name)
+    kept.unneeded_nodes.append(name)
+
+
 def _apply_redispatch(tx: Transaction, cluster: str, body: redispatch_pb2.Redispatch, now_s: float) -> None:
-    if body.state in FINAL and not body.HasField("end_time"):
+    if body.state in FINAL_REDISPATCHES and not body.HasField("end_time"):
         body.end_time.CopyFrom(timestamp(now_s))
     if (record := tx.redispatches.get(body.name)) is not None:
         tx.redispatches.update(replace(record, body=body, state=body.state))

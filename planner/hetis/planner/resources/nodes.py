@@ -6,6 +6,7 @@ import itertools
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -16,11 +17,21 @@ from hetis.planner.convert import documents, names
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
-from hetis.planner.failures import not_found
+from hetis.planner.failures import ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode
-from hetis.planner.resources.requests import Tell, change_once, check, read_page_request, require_etag
+from hetis.planner.resources.requests import (
+    Checks,
+    Tell,
+    answered_before,
+    change_once,
+    check,
+    read_page_request,
+    require_etag,
+    to_the_end,
+    write_down,
+)
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.advice import network_between
@@ -77,6 +88,10 @@ class NodeViews:
         message.replicas.extend(self.replicas.get(node, ()))
         if live is not None:
             message.devices.extend(live.devices)
+            if live.agent_version:  # that of a node that is not declared is not stored
+                message.agent_version, message.engine_address = live.agent_version, live.engine_address
+            if live.inventory is not None and view != BASIC:
+                message.inventory.CopyFrom(live.inventory)
             if live.connect_time_s is not None:
                 message.connect_time.CopyFrom(timestamp(live.connect_time_s))
             if live.heard_time_s is not None:
@@ -331,12 +346,14 @@ class Nodes:
         return pb.GetNodeResponse(node=views.node(last_part(request.name), request.view or FULL))
 
     async def list(self, request: pb.ListNodesRequest) -> pb.ListNodesResponse:
-        check(request, parent=names.CLUSTER)
+        checks = Checks()
+        checks.request(request, parent=names.CLUSTER)
+        wanted = checks.states("states", request.states, State)
+        checks.raise_if_wrong()
         page = read_page_request(request)
         views = await self._reader.read(request.parent)
-        ids = views.ids(request.states)
+        ids = views.ids(wanted)
         start = bisect_right(ids, page.after) if isinstance(page.after, str) else 0
-        wanted = set(request.states)
         matching = (node for node in itertools.islice(ids, start, None) if not wanted or views.state(node) in wanted)
         found, token = page.cut(list(itertools.islice(matching, page.num_read)), lambda node: node)
         return pb.ListNodesResponse(nodes=[views.node(node, BASIC) for node in found], next_page_token=token)
@@ -365,17 +382,29 @@ class Nodes:
         return await self._set_draining(request, pb.UndrainNodeResponse, draining=False)
 
     async def disconnect(self, request: pb.DisconnectNodeRequest) -> pb.DisconnectNodeResponse:
-        """End the stream of whoever is connected as the node; nothing about it is stored."""
+        """End the stream of whoever is connected as the node; only the audit log keeps it."""
         check(request, name=names.NODE)
         await self._read(request.name)
-        self._fleet.disconnect(request.name)
-        return pb.DisconnectNodeResponse(node=(await self.get(pb.GetNodeRequest(name=request.name))).node)
+        self._fleet.require_connected(request.name)
+
+        async def disconnect() -> None:
+            # Written first: nobody is to be disconnected without a trace. An agent that went meanwhile is gone anyway.
+            await self._store.write(lambda tx: write_down(tx, request, pb.DisconnectNodeResponse()))
+            with suppress(ServiceError):
+                self._fleet.disconnect(request.name)
+
+        await to_the_end(disconnect())
+        views = await self._reader.read(cluster_of(request.name), [last_part(request.name)])
+        return pb.DisconnectNodeResponse(node=views.node(last_part(request.name), FULL))
 
     async def _set_draining(
         self, request: pb.DrainNodeRequest | pb.UndrainNodeRequest, response: type[R], *, draining: bool
     ) -> R:
         check(request, name=names.NODE)
-        views = await self._read(request.name)
+        try:
+            views = await self._read(request.name)
+        except ServiceError as error:
+            return await answered_before(self._store, request, response, error)
         node = last_part(request.name)
 
         async def tell() -> None:

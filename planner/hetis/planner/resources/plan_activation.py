@@ -20,7 +20,7 @@ from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_documents import IN_FORCE, PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
-from hetis.planner.resources.requests import Tell, change_once, check, require_etag
+from hetis.planner.resources.requests import Tell, answered_before, change_once, check, require_etag
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, replica_pb2
@@ -42,7 +42,10 @@ class PlanActivation:
 
     async def activate(self, request: pb2.ActivatePlanRequest) -> pb2.ActivatePlanResponse:
         check(request, name=names.PLAN)
-        target = await self._target(request.name)
+        try:
+            target = await self._target(request.name)
+        except ServiceError as error:
+            return await answered_before(self._store, request, pb2.ActivatePlanResponse, error)
 
         def decide(reader: Reader) -> PlanRecord:
             plan = reader.plans.require(request.name)
@@ -76,10 +79,8 @@ class PlanActivation:
 
         try:
             target = await self._target((await self._store.read(earlier)).name)
-        except ServiceError as error:
-            if not request.request_id or request.validate_only:
-                raise
-            return await self._answered_before(request, error)
+        except ServiceError as error:  # a repeated request finds another plan active
+            return await answered_before(self._store, request, pb2.RollbackPlanResponse, error)
         if request.validate_only:
             planned = await self._store.read(lambda reader: self._planned(reader, earlier(reader), target))
             return _answer(pb2.RollbackPlanResponse, planned)
@@ -88,14 +89,6 @@ class PlanActivation:
             return self._put_in_force(tx, earlier(tx), target, is_rollback=True)
 
         return await self._change(request, pb2.RollbackPlanResponse, go_back)
-
-    async def _answered_before(self, request: pb2.RollbackPlanRequest, error: ServiceError) -> pb2.RollbackPlanResponse:
-        """Answer a repeated request, which finds another plan active."""
-
-        def refuse(_tx: Transaction) -> tuple[pb2.RollbackPlanResponse, None]:
-            raise error
-
-        return await change_once(self._store, request, pb2.RollbackPlanResponse, refuse)
 
     async def _target(self, name: str) -> Target:
         """Return the plan with everything slow computed. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""

@@ -44,11 +44,12 @@ from hetis.planner.resources.plan_specs import (
     pose,
     read_spec,
 )
-from hetis.planner.resources.requests import Checks, Tell, change_once, to_the_end
+from hetis.planner.resources.requests import Checks, Tell, answered_before, change_once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.precision import gpu_types_of
 from hetis.solver.budget import Progress
+from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, failure_pb2, plan_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -257,6 +258,24 @@ class PlanCreation:
     _clock: Callable[[], float] = time.time
 
     async def create(self, request: pb2.CreatePlanRequest) -> pb2.CreatePlanResponse:
+        try:
+            answer = await self._answer(request)
+        except HetisError as error:  # its cluster or a profile is gone, or has changed
+            return await answered_before(self._store, request, pb2.CreatePlanResponse, error)
+        return await self._make(request, answer)
+
+    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
+        """Make a plan for the planner itself because of ``reason``; return its name. Raises as `create`."""
+        checks = Checks()
+        read = await read_spec(checks, spec, self._limits)
+        checks.raise_if_wrong()
+        assert read is not None
+        request = pb2.CreatePlanRequest(plan=plan_pb2.Plan(cluster=cluster, spec=spec))
+        made = await self._make(request, await self._posed(cluster, read), proposal_reason=reason)
+        return made.plan.name
+
+    async def _answer(self, request: pb2.CreatePlanRequest) -> SearchableProblem | ImportedPlan:
+        """Return the problem to be searched or the imported plan. Raises what is wrong with the request."""
         checks = Checks()
         if request.plan_id:
             checks.new_id("plan_id", request.plan_id)
@@ -273,23 +292,10 @@ class PlanCreation:
             case None:
                 checks.require(False, SPEC, "is missing: send a spec to be solved, or a plan as imported")
         checks.raise_if_wrong()
-        answer: SearchableProblem | ImportedPlan
         if spec is not None:
-            answer = await self._posed(request.plan.cluster, spec)
-        else:
-            assert given is not None
-            answer = await self._imported(request.plan.cluster, given, request.plan.imported.source_name)
-        return await self._make(request, answer)
-
-    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Make a plan for the planner itself because of ``reason``; return its name. Raises as `create`."""
-        checks = Checks()
-        read = await read_spec(checks, spec, self._limits)
-        checks.raise_if_wrong()
-        assert read is not None
-        request = pb2.CreatePlanRequest(plan=plan_pb2.Plan(cluster=cluster, spec=spec))
-        made = await self._make(request, await self._posed(cluster, read), proposal_reason=reason)
-        return made.plan.name
+            return await self._posed(request.plan.cluster, spec)
+        assert given is not None
+        return await self._imported(request.plan.cluster, given, request.plan.imported.source_name)
 
     async def _posed(self, cluster: str, spec: ReadSpec) -> SearchableProblem:
         def read(reader: Reader) -> tuple[ClusterRecord, list[str], list[ProfileRecord]]:

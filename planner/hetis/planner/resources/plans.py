@@ -22,7 +22,7 @@ from hetis.planner.resources.plan_documents import (
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.requests import Tell, change_once, check, read_page, require_etag, to_the_end
+from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag, to_the_end
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL
@@ -56,8 +56,10 @@ class Plans:
         return pb2.GetPlanResponse(plan=plan)
 
     async def list(self, request: pb2.ListPlansRequest) -> pb2.ListPlansResponse:
-        check(request, optional=("cluster",), cluster=names.CLUSTER)
-        states = frozenset(request.states)
+        checks = Checks()
+        checks.request(request, optional=("cluster",), cluster=names.CLUSTER)
+        states = checks.states("states", request.states, plan_pb2.PlanState)
+        checks.raise_if_wrong()
         records, token = await read_page(self._store, request, Reader.plans, cluster=request.cluster, state=states)
         return pb2.ListPlansResponse(plans=map(self._basic, records), next_page_token=token)
 

@@ -67,19 +67,25 @@ class Profiles:
         body = await _read_body(checks, name, request.profile)
         now_s = self._clock()
 
-        def changed(tx: Reader) -> ProfileRecord:
-            record = tx.profiles.require(name)
+        def changed(record: ProfileRecord) -> ProfileRecord:
+            """Return the changed record, or the same object if nothing changes."""
             require_etag(record, request.profile.etag)
+            if body == record.body:
+                return record
             return replace(record, gpu_type=body.gpu_type, body=body, update_time_s=now_s)
 
         def respond(record: ProfileRecord) -> pb.UpdateProfileResponse:
             return pb.UpdateProfileResponse(profile=profile_message(record, view=FULL))
 
         if request.validate_only:
-            return respond(await self._store.read(changed))
-        return await change_once(
-            self._store, request, pb.UpdateProfileResponse, lambda tx: (respond(tx.profiles.update(changed(tx))), None)
-        )
+            return respond(await self._store.read(lambda tx: changed(tx.profiles.require(name))))
+
+        def update(tx: Transaction) -> tuple[pb.UpdateProfileResponse, None]:
+            before = tx.profiles.require(name)
+            after = changed(before)
+            return respond(after if after is before else tx.profiles.update(after)), None
+
+        return await change_once(self._store, request, pb.UpdateProfileResponse, update)
 
     async def delete(self, request: pb.DeleteProfileRequest) -> pb.DeleteProfileResponse:
         check(request, name=names.PROFILE)

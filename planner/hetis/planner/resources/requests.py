@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
 from hetis.formats.errors import DocumentError
@@ -27,10 +28,13 @@ from hetis.planner.store import AuditedChange, Reader, Store, Transaction, audit
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import Filter, RecordKind
 from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.solver.errors import HetisError
 from hetis.v1 import document_pb2, failure_pb2
 
 V = TypeVar("V")
+State = TypeVar("State", bound=int)
 _SHOWN = 80  # characters of a wrong value in a message
+_SHOWN_STATES = 5
 
 
 class Checks:
@@ -65,6 +69,17 @@ class Checks:
     def name(self, field: str, value: str, form: NameForm) -> None:
         """Check a required resource name."""
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
+
+    def states(self, field: str, given: Iterable[State], enum: object) -> frozenset[State]:
+        """Check the states of a filter, which are values of a generated ``enum``, and return each once."""
+        assert isinstance(enum, EnumTypeWrapper)
+        states = frozenset(given)
+        known = {number for number in enum.values() if number}  # 0 is UNSPECIFIED
+        if unknown := sorted(states - known):
+            shown = ", ".join(map(str, unknown[:_SHOWN_STATES]))
+            rest = f" and {len(unknown) - _SHOWN_STATES} others" if len(unknown) > _SHOWN_STATES else ""
+            self.require(False, field, f"holds {shown}{rest}, must be values of {enum.DESCRIPTOR.name}")
+        return states & known
 
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
@@ -267,17 +282,33 @@ def _once(
     earlier = tx.requests.replay(method, request_id, print_)
     if earlier is not None:
         answered = response.FromString(earlier)
-        _write_down(tx, request, answered, audit.REPEATED)
+        write_down(tx, request, answered, audit.REPEATED)
         return with_documents(answered, tx), None
     answer, tell = work(tx)
-    _write_down(tx, request, answer, audit.OK)
+    write_down(tx, request, answer)
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
     return answer, tell
 
 
-def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
-    """Add a line to the audit log, in the transaction of the change."""
+async def answered_before(store: Store, request: Message, response: type[A], error: HetisError) -> A:
+    """Return the answer to the same request if it was done before with its ``request_id``, or raise ``error``.
+
+    For calls that find something wrong before they get to `change_once`: what a request needed may be gone once it is
+    done, but repeating it must not look as if it had not been done.
+    """
+    is_repeatable = _is_uuid(request.request_id)  # type: ignore[attr-defined]
+    if not is_repeatable or getattr(request, "validate_only", False):
+        raise error
+
+    def refuse(_tx: Transaction) -> tuple[A, None]:
+        raise error
+
+    return await change_once(store, request, response, refuse)
+
+
+def write_down(tx: Transaction, request: Message, answer: Message, outcome: str = audit.OK) -> None:
+    """Add a line to the audit log, in the transaction of the change. `change_once` does it for its changes."""
     caller, plan = present_caller(), named_in(answer, "plan")
     tx.audit.append(
         AuditedChange(
@@ -285,7 +316,7 @@ def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str
             role=caller.role or caller.name,  # the planner itself has none of the roles
             method=request.DESCRIPTOR.name.removesuffix("Request"),
             resource=named_in(request, "name", "cluster", "profile", "node") or named_in(answer, *RESOURCES),
-            request_id=request.request_id,  # type: ignore[attr-defined]
+            request_id=getattr(request, "request_id", ""),
             plan=plan,
             outcome=outcome,
         ),

@@ -64,9 +64,19 @@ class AuditRefusals:
             for key in due:
                 del self._waiting[key]
                 self._written_s[key] = now_s
-            try:
-                await self._append(list(due.values()))
-            except ServiceError as error:
-                _log.error("%d refusals are not in the audit log: %s", len(due), error)
+            await self._write(list(due.values()))
         ends = [self._written_s[key] + EVERY_S - now_s for key in self._waiting if key in self._written_s]
         return max(0.0, min(ends)) if ends else None
+
+    async def _write(self, changes: Sequence[AuditedChange]) -> None:
+        """Write these lines. What cannot be written is logged and given up: the loop must outlive it."""
+        try:
+            await self._append(changes)
+        except ServiceError as error:
+            _log.error("%d refusals are not in the audit log: %s", len(changes), error)
+        except Exception:
+            if len(changes) > 1:  # one line may be at fault, and then it is the only one that is not written
+                for change in changes:
+                    await self._write([change])
+            else:
+                _log.exception("a refusal is not in the audit log", extra={"method": changes[0].method})

@@ -118,9 +118,15 @@ class Succession:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether the planner, as a leader with a lease or as a standby, can work and its store answers."""
-        is_well = self._store.health.answered_s_ago < ANSWERED_S
-        return is_well and (self._store.lease.may_decide if self._leading is not None else self._stands_by)
+        """Return whether the planner, as a leader with a lease or as a standby, can work and its store answers.
+
+        A standby for which nobody leads and that does not come to lead cannot: it may lack rights to the one row.
+        """
+        if self._store.health.answered_s_ago >= ANSWERED_S:
+            return False
+        if self._leading is not None:
+            return self._store.lease.may_decide
+        return self._stands_by and self._store.led_s_ago < ANSWERED_S
 
     async def overview(self) -> Overview:
         store, leader = self._store, self._store.leader

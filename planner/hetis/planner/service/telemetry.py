@@ -122,7 +122,10 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    text = text.replace("\r", " ").replace("\n", " | ")
+    return _printable(text.replace("\r", " ").replace("\n", " | "))
+
+
+def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
@@ -198,7 +201,8 @@ def open_traces(endpoint: str | None, version: str) -> Traces | None:
 
 Metadata = Iterable[tuple[str, str | bytes]]
 _log = logging.getLogger("hetis.planner.calls")
-_NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")
+_NAMING = ("name", "cluster", "replica", "plan", "profile", "parent")
+_IDS = {"cluster_id": "clusters", "plan_id": "plans", "profile_id": "profiles"}  # of what is to be created
 _QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls per second: debug level if OK
 _OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
@@ -225,7 +229,7 @@ class CallRecord:
 
     def asks(self, request: Message) -> None:
         """Note the name of the resource, and the id, of a request."""
-        self._request_name = named_in(request, *_NAMING)[:200]
+        self._request_name = (named_in(request, *_NAMING) or _name_of_new(request))[:200]
         self._request_id = getattr(request, "request_id", "")
 
     def failed(self, error: ServiceError) -> None:
@@ -234,13 +238,17 @@ class CallRecord:
             self._quota = error.metadata["quota"]
 
     def refused_change(self) -> AuditedChange:
-        """Return the call as a refused change for the audit log."""
+        """Return the call as a refused change for the audit log.
+
+        Nobody has checked what the caller wrote: a NUL in it would be refused by PostgreSQL, and other control
+        characters would be obeyed by the terminal that shows the log.
+        """
         return AuditedChange(
             caller=self.caller,
             role=self._role,
             method=self.method.rpartition("/")[2],
-            resource=self._request_name,
-            request_id=self._request_id[:64],
+            resource=_printable(self._request_name),
+            request_id=_printable(self._request_id[:64]),
             outcome=self.reason,
         )
 
@@ -271,6 +279,14 @@ class CallRecord:
                     "trace": self.trace_id,
                 },
             )
+
+
+def _name_of_new(request: Message) -> str:
+    """Return the name of the resource that a request is to create, or "" if it leaves the choice to the planner."""
+    for field, collection in _IDS.items():
+        if new_id := getattr(request, field, ""):
+            return f"{collection}/{new_id}"
+    return ""
 
 
 class Telemetry:

@@ -233,9 +233,12 @@ def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
     )
 
 
+_NO_RIGHTS = "42501"  # PostgreSQL's INSUFFICIENT PRIVILEGE, which its driver counts among wrong statements
+
+
 def is_a_bug(error: sa.exc.DBAPIError) -> bool:
-    """Return whether the statement was at fault, not the store."""
-    return isinstance(
+    """Return whether the statement was at fault, not the store; rights that were taken away are the store's trouble."""
+    return getattr(error.orig, "sqlstate", None) != _NO_RIGHTS and isinstance(
         error, sa.exc.IntegrityError | sa.exc.ProgrammingError | sa.exc.DataError | sa.exc.NotSupportedError
     )
 

@@ -46,7 +46,10 @@ class ClusterRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeRecord:
-    """A node that an agent connected for, or that was drained: ``body`` has inventory, agent_version and times."""
+    """A declared node that an agent connected for, or any that was drained.
+
+    ``body`` has inventory, agent_version and times.
+    """
 
     name: str
     cluster: str
@@ -105,6 +108,16 @@ class RedispatchRecord:
     version: int = 1
     create_time_s: float
 
+
+_Redispatch = redispatch_pb2.RedispatchState
+FINAL_REDISPATCHES = frozenset(
+    {
+        _Redispatch.REDISPATCH_STATE_ADVISED,
+        _Redispatch.REDISPATCH_STATE_DONE,
+        _Redispatch.REDISPATCH_STATE_ABORTED,
+    }
+)
+"""The states that a re-dispatch never leaves."""
 
 NAME = Text().with_variant(Text(collation="C"), "postgresql")
 

@@ -128,6 +128,7 @@ class Store:
         self.lease = Lease(self._lease_s, machine)  # of the present term
         # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
         self.leader: Holder | None = None
+        self._led_s = machine()  # when this planner or another was last known to lead
 
     @classmethod
     async def open(
@@ -160,6 +161,11 @@ class Store:
         return store
 
     @property
+    def led_s_ago(self) -> float:
+        """Return the seconds since any planner was last seen to lead. They grow when a standby cannot take over."""
+        return self._machine_s() - self._led_s
+
+    @property
     def epoch(self) -> int | None:
         """The epoch of the present term, or None if this planner does not lead."""
         return self._epoch
@@ -181,6 +187,7 @@ class Store:
             self._note_leader(error)
             raise
         self._epoch, self.leader = epoch, None
+        self._led_s = self._machine_s()
         self._ended = asyncio.Event()
         self.lease.grant(asked_s)
         if self._lease_s:
@@ -195,6 +202,7 @@ class Store:
                 left_s = await self._limited(self._look)
                 if left_s <= 0:
                     return await self.lead(holder, addresses)
+                self._led_s = self._machine_s()
                 wait_s = min(left_s + 0.01, _LOOK_S)
             except ServiceError as error:
                 self._note_leader(error)
@@ -316,12 +324,13 @@ class Store:
         raise ServiceError(lost.reason, message, metadata={**lost.metadata, "changed": "unknown"})
 
     def _end_term(self) -> None:
-        self._epoch = None
+        self._epoch, self._led_s = None, self._machine_s()
         self.lease.end()
         self._ended.set()
 
     def _note_leader(self, error: ServiceError) -> None:
         if error.reason == Reason.ERROR_REASON_NOT_LEADER and "leader" in error.metadata:
+            self._led_s = self._machine_s()
             addresses = error.metadata.get("leader_address", "")
             self.leader = Holder.from_text(f"{error.metadata['leader']} {addresses}")
 

@@ -34,16 +34,24 @@ class RecordKind(Generic[R]):
     """One kind of record: an attribute that is a `TableView` of a `Reader`, and a `RecordTable` of a `Transaction`."""
 
     def __init__(
-        self, table: sa.Table, record: type[R], *, newest_first: bool = False, kept_per_cluster: int | None = None
+        self,
+        table: sa.Table,
+        record: type[R],
+        *,
+        newest_first: bool = False,
+        kept_per_cluster: int | None = None,
+        final_states: Collection[int] = (),
     ) -> None:
         """Describe the records of ``table``.
 
         Args:
             newest_first: the order of records: by age or, otherwise, by name.
-            kept_per_cluster: how many records a cluster keeps; adding one deletes those older than its last so many.
+            kept_per_cluster: how many records a cluster keeps; adding one deletes those older than its last so many,
+                if they are in one of the ``final_states``.
         """
         self.table, self.record = table, record
         self.newest_first, self.kept_per_cluster = newest_first, kept_per_cluster
+        self.final_states = tuple(final_states)
         self.body = get_type_hints(record)["body"]
         self.fields = tuple(field.name for field in dataclasses.fields(record))  # type: ignore[arg-type]
         self.columns = [table.c[name] for name in self.fields]
@@ -138,7 +146,7 @@ class RecordTable(TableView[R]):
         first = dataclasses.replace(record, version=record.version + self._gone_version())  # type: ignore[type-var]
         self._connection.execute(sa.insert(self._table).values(self._to_row(first)))
         if self._kind.kept_per_cluster is not None:
-            self._forget_oldest(self._kind.kept_per_cluster, record.cluster)  # type: ignore[attr-defined]
+            self._forget_oldest(self._kind.kept_per_cluster, record)
         return first
 
     def update(self, record: R) -> R:
@@ -171,15 +179,19 @@ class RecordTable(TableView[R]):
             self._connection.execute(sa.insert(gone).values(table_name=self._table.name, version=version))
         return self._connection.execute(sa.delete(self._table).where(*conditions)).rowcount
 
-    def _forget_oldest(self, num_kept: int, cluster: str) -> None:
+    def _forget_oldest(self, num_kept: int, newest: R) -> None:
+        """Delete the oldest records of a cluster, but neither ``newest`` nor any that is not final.
+
+        Either may be older by its time than all others: clocks are set back, and leaders have clocks of their own.
+        """
         columns = self._table.c
-        times = (
-            sa.select(columns.create_time_s).where(columns.cluster == cluster).order_by(columns.create_time_s.desc())
-        )
+        of_cluster = columns.cluster == newest.cluster  # type: ignore[attr-defined]
+        times = sa.select(columns.create_time_s).where(of_cluster).order_by(columns.create_time_s.desc())
         oldest_kept_s = self._connection.execute(times.limit(1).offset(num_kept - 1)).scalar_one_or_none()
         if oldest_kept_s is not None:
-            old = sa.and_(columns.cluster == cluster, columns.create_time_s < oldest_kept_s)
-            self._connection.execute(sa.delete(self._table).where(old))
+            is_old = sa.and_(of_cluster, columns.create_time_s < oldest_kept_s, columns.name != newest.name)
+            is_final = columns.state.in_(self._kind.final_states)
+            self._connection.execute(sa.delete(self._table).where(is_old, is_final))
 
     def _gone_version(self) -> int:
         gone = records.gone_versions
@@ -285,7 +297,11 @@ class Reader:
     plans = RecordKind(records.plans, PlanRecord, newest_first=True)
     replicas = RecordKind(records.replicas, ReplicaRecord)
     redispatches = RecordKind(
-        records.redispatches, RedispatchRecord, newest_first=True, kept_per_cluster=KEPT_REDISPATCHES
+        records.redispatches,
+        RedispatchRecord,
+        newest_first=True,
+        kept_per_cluster=KEPT_REDISPATCHES,
+        final_states=records.FINAL_REDISPATCHES,
     )
 
     def __init__(self, connection: sa.Connection) -> None:
