@@ -262,7 +262,7 @@ class NodeReport(_message.Message):
     """How old the numbers of the engine were when the report was sent, in seconds: scraped ones lag. 0: fresh."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_report_pb2.DeviceReport]:
-        """Its GPUs. At most 64, of 32 KiB together. Empty: it has none."""
+        """Its GPUs. At most 1,024, of 128 KiB together. Empty: it has none."""
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_report_pb2.ReplicaReport]:

@@ -53,7 +53,7 @@ Global___DeviceSource: _TypeAlias = DeviceSource  # noqa: Y015
 
 @_typing.final
 class NodeInventory(_message.Message):
-    """What an agent found on its node. Its digest tells the planner whether to ask for it. At most 32 KiB; every text has at
+    """What an agent found on its node. Its digest tells the planner whether to ask for it. At most 128 KiB; every text has at
     most 255 characters.
     """
 

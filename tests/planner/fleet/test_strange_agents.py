@@ -270,20 +270,20 @@ def test_nodes_that_an_earlier_planner_stored_are_forgotten_unless_they_are_drai
             "inventory.devices[0].uuid: has 256 characters, at most 255 are allowed",
         ),
         (
-            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice()] * 65)},
-            "inventory.devices: has 65 entries, at most 64 are allowed",
+            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice()] * 1025)},
+            "inventory.devices: has 1025 entries, at most 1024 are allowed",
         ),
         (
-            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice(linked_devices=range(65))])},
-            "inventory.devices[0].linked_devices: has 65 entries, at most 64 are allowed",
+            {"inventory": inventory_pb2.NodeInventory(devices=[inventory_pb2.GpuDevice(linked_devices=range(1025))])},
+            "inventory.devices[0].linked_devices: has 1025 entries, at most 1024 are allowed",
         ),
         (
-            {"inventory": inventory_pb2.NodeInventory.FromString(b"\xfa\x01\x80\x80\x02" + b"x" * 2**15)},
-            "inventory: has 32773 bytes, at most 32768 are allowed",
+            {"inventory": inventory_pb2.NodeInventory.FromString(b"\xfa\x01\x80\x80\x08" + b"x" * 2**17)},
+            "inventory: has 131077 bytes, at most 131072 are allowed",
         ),
         (
             {"report": pb.NodeReport(devices=[report_pb2.DeviceReport(unhealthy="x" * 900_000)])},
-            "report.devices: has 900004 bytes, at most 32768 are allowed",
+            "report.devices: has 900004 bytes, at most 131072 are allowed",
         ),
         (
             {"report": pb.NodeReport(replicas=[report_pb2.ReplicaReport(replica="x" * 256)])},

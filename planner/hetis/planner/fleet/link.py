@@ -10,6 +10,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from hetis.formats.cluster import MAX_GPUS_PER_NODE
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval
@@ -128,9 +129,8 @@ PROTOCOL_VERSION = 1
 _MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that a node may report
 _MOST_REMOVALS = 16  # in flight per node
 
-MOST_DEVICES = 64  # of a node
 MOST_CHARACTERS = 255  # of any text that is kept: names, versions, digests
-MOST_BYTES = 32 * 2**10  # of an inventory, and of the reports of all devices: ten times what a node of 64 GPUs has
+MOST_BYTES = 128 * 2**10  # of an inventory, and of the reports of all devices: what the largest node has
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -206,8 +206,8 @@ def _check_texts(message: Message, field: str) -> None:
 
 
 def _check_number(entries: Sized, field: str) -> None:
-    if len(entries) > MOST_DEVICES:
-        raise invalid_field(field, f"has {len(entries)} entries, at most {MOST_DEVICES} are allowed")
+    if len(entries) > MAX_GPUS_PER_NODE:
+        raise invalid_field(field, f"has {len(entries)} entries, at most {MAX_GPUS_PER_NODE} are allowed")
 
 
 def _check_bytes(num_bytes: int, field: str) -> None:
