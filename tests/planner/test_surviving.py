@@ -70,11 +70,34 @@ def test_what_survives_is_spread_over_nodes_where_that_takes_less(
     goal = ["--objective", "gpus", "--rate", "1", "--tpot", "none", "--ttft", "none"]
     alone, kept = placed(capsys, [*inputs, *goal]), placed(capsys, [*inputs, *goal, "--survive", "node"])
     assert kept["result"]["value"] == 2 * alone["result"]["value"], "as much on either node"
-    assert kept["result"]["bound"] == pytest.approx(alone["result"]["bound"])
-    assert kept["result"]["status"] == "feasible", "a plan that survives with less was not ruled out"
+    assert kept["result"]["bound"] == kept["result"]["value"], "on two nodes, what survives serves twice the demand"
+    assert kept["result"]["status"] == "optimal"
     assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 1
     Path("plan.json").write_text(json.dumps(kept))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+def test_a_demand_that_is_too_large_proves_nothing_of_smaller_ones(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan for the demand itself has a replica of all nodes, whose loss takes more than the fleet has beside it."""
+    Path("fleet.yaml").write_text(
+        FLEET.replace(
+            "  - {name: l4, count: 6, gpus: [{type: L4, count: 1}]}",
+            "  - {name: h, count: 2, gpus: [{type: H100-SXM-80GB, count: 2}]}\n"
+            "  - {name: l, count: 2, gpus: [{type: L40S, count: 4}]}\n"
+            "  - {name: a, gpus: [{type: A100-SXM-80GB, count: 4}]}",
+        )
+    )
+    asked = [*inputs, "-m", "Llama-3.1-70B", "-w", "2000/300", "--objective", "cost", "--survive", "node"]
+    kept = placed(capsys, [*asked, "--rate", "2.5"])
+    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 2.5
+
+
+def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 1"))
+    assert run([*inputs, "--objective", "gpus", "--rate", "0.1", "--survive", "node"]) == ExitCode.INFEASIBLE
+    assert "--survive node: the fleet has no other node" in capsys.readouterr().err
 
 
 def test_every_plan_says_what_is_served_without_its_worst_node(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats import catalogue
@@ -222,12 +223,12 @@ def make_plan(
 
     survive = settings.survive
 
-    def find(posed: PlacementProblem) -> Plan:
+    def find(posed: PlacementProblem, *, explains: bool = True) -> Plan:
         on_search()
-        own = replace(budget, time_limit_s=settings.time_limit_s) if survive else budget
+        own = replace(budget, time_limit_s=settings.time_limit_s, explains=explains) if survive else budget
         return search(posed, settings, budget=own, report=report, market=market)
 
-    plan = surviving_plan(find, problem, survive) if survive else find(problem)
+    plan = surviving_plan(find, partial(find, explains=False), problem, survive) if survive else find(problem)
     problem = replace(problem, objective=plan.objective)
     plan = describe(plan, loaded, problem, settings)
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # the others do not survive

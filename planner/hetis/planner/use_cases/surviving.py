@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 
@@ -16,6 +17,7 @@ MOST_TRIES = 6  # demands that are tried
 ENOUGH = 1.0 - 1e-9
 FEW_NODES = (2, 3, 4, 6, 8)  # numbers of nodes that are tried on their own
 FEW_ZONES = 3  # plans of as many zones, or all but one, are tried besides those of all
+LEAST_GROWTH = 1.01  # of a demand from try to try
 CLOSE = 0.01  # share of a zone's rate: less surplus is not worth another search
 
 Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
@@ -37,10 +39,11 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
         return {}
 
 
-def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> Plan:
+def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:
     """Return a plan that serves the demand even if any one ``node`` or ``zone`` is lost.
 
-    It is the plan for a larger demand, which its objective tells.
+    It is the plan for a larger demand, which its objective tells. ``probe`` finds as ``find`` does, but does not say
+    why there is no plan, which would take longer than the search.
 
     Raises:
         InvalidProblemError: the objective has no demand to keep, or zones or constraints do not allow the question.
@@ -48,7 +51,7 @@ def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> Plan:
         InfeasibleError: a demand that such a plan must serve has no plan.
     """
     check_survival(problem, place)
-    return _without_a_zone(find, problem) if place == "zone" else _without_a_node(find, problem)
+    return (_without_a_zone if place == "zone" else _without_a_node)(find, probe, problem)
 
 
 def check_survival(problem: PlacementProblem, place: str) -> None:
@@ -66,48 +69,74 @@ def check_survival(problem: PlacementProblem, place: str) -> None:
             )
 
 
-def _without_a_node(find: Find, problem: PlacementProblem) -> Plan:
-    """Return the cheaper of two plans: one for a demand that grows until enough is left, and one of few nodes.
+def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
+    """Return the cheapest of some plans that survive: for a demand that grows until enough is left, and of few nodes.
 
-    Neither is the best of all that survive. No surviving plan costs less than the best plan for the original demand,
-    whose bound is theirs.
+    A plan on N nodes that serves the demand D without any one of them serves D N / (N - 1) with all, as with zones
+    (`_without_a_zone`). So the best plan for that rate is a bound on all that survive, and none survives if there is
+    none; if it survives itself, it is the answer.
     """
+    demand, num_nodes = _demand(problem), sum(group.count for group in problem.cluster.node_groups)
     alone = find(problem)
-    plan, why_not = _grown(find, problem, alone)
-    if plan is alone:
-        return _with_cost(alone, alone, "node", _demand(problem), _left_without_node(alone, problem), least=0.0)
-    spread = _spread(find, problem)
-    if spread is not None and (plan is None or spread.result.value < plan.result.value):
-        plan = spread
-    if plan is None:
-        raise why_not or NoPlanFoundError(
-            f"no plan was found that serves {_demand(problem):.4g} requests/s without its worst node, nor proved that "
-            "there is none"
+    if _left_without_node(alone, problem) >= demand * ENOUGH:
+        return _with_cost(alone, alone, "node", demand, _left_without_node(alone, problem), least=alone.result.bound)
+    if num_nodes < 2:
+        raise InfeasibleError(("--survive node: the fleet has no other node",))
+    first = _larger(find, _for(problem, demand * num_nodes / (num_nodes - 1)), demand, "node")
+    least = first.result.bound
+    found = [_grown(probe, problem, first, demand)]
+    if found[0] is not first:
+        found += [_inside_nodes(probe, problem, demand), _spread(probe, problem)]
+    plans = [replace(one, family=first.family) for one in found if one is not None]
+    if not plans:
+        raise NoPlanFoundError(
+            f"no plan was found that serves {demand:.4g} requests/s without its worst node, nor proved that there is "
+            "none"
         )
-    plan = replace(plan, result=bounded_by(plan.result, alone.result.bound))
+    plan = min(plans, key=lambda one: one.result.value)
+    plan = replace(plan, result=bounded_by(plan.result, least))
     asked, rate = plan.objective.demand_rps or 0.0, _left_without_node(plan, problem)
-    return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound)
+    return _with_cost(plan, alone, "node", asked, rate, least=least)
 
 
-def _grown(find: Find, problem: PlacementProblem, alone: Plan) -> tuple[Plan | None, InfeasibleError | None]:
-    """Let the demand grow by the worst loss until enough is left; return that plan, or None, perhaps with a proof."""
-    demand, plan = _demand(problem), alone
-    utilisation = problem.assumptions.planned_utilisation
-    asked = demand
+def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) -> Plan | None:
+    """Let the demand of a plan grow by its worst loss until enough is left; None: no such plan was found.
+
+    The step supposes that the next plan loses as much. It may go too far, where the plan has replicas of many nodes;
+    then half of it is tried.
+    """
+    utilisation, asked, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
     for _ in range(MOST_TRIES):
-        left = worst_node(plan, problem.cluster)
-        rate, whole = (0.0, asked) if left is None else (utilisation * left.rate, utilisation * left.whole)
+        lost = worst_node(plan, problem.cluster)
+        rate, whole = (0.0, asked) if lost is None else (utilisation * lost.rate, utilisation * lost.whole)
         if rate >= demand * ENOUGH:
-            return plan, None
-        asked = max(asked, demand + whole - rate)
+            return plan
+        wanted = max(asked * LEAST_GROWTH, demand + whole - rate)
+        wanted = wanted if wanted < too_much else (asked + too_much) / 2.0
         try:
-            plan = _larger(find, _for(problem, asked), demand, "node")
-        except InfeasibleError as error:
-            return None, error
-    return None, None
+            plan = probe(_for(problem, wanted))
+        except InfeasibleError:
+            too_much = wanted
+        except NoPlanFoundError:
+            return None
+        else:
+            asked = wanted
+    return plan if _left_without_node(plan, problem) >= demand * ENOUGH else None
 
 
-def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
+def _inside_nodes(probe: Find, problem: PlacementProblem, demand: float) -> Plan | None:
+    """Return a plan whose replicas have a node each, so that the loss of one takes few; None: none was found."""
+    engine = problem.family.engine
+    if engine is None or engine.max_nodes == 1:
+        return None
+    posed = replace(problem, family=replace(problem.family, engine=replace(engine, max_nodes=1)))
+    try:
+        return _grown(probe, posed, probe(posed), demand)
+    except (InfeasibleError, NoPlanFoundError):
+        return None
+
+
+def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
     """Return the cheapest plan of a few nodes, each on its own, all but one of which serve the demand; None if none.
 
     Nodes of one group are alike, so that one of them is tried for all.
@@ -119,7 +148,7 @@ def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
     def plan_of(node: str, rate: float) -> Plan | None:
         if (node, rate) not in found:
             try:
-                found[node, rate] = find(_on_node(_for(problem, rate), node))
+                found[node, rate] = probe(_on_node(_for(problem, rate), node))
             except (InfeasibleError, NoPlanFoundError):
                 found[node, rate] = None
         return found[node, rate]
@@ -166,7 +195,7 @@ def bounded_by(result: SolveResult, bound: float) -> SolveResult:
     return replace(result, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)
 
 
-def _without_a_zone(find: Find, problem: PlacementProblem) -> Plan:
+def _without_a_zone(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
     """Plan every zone on its own, so that the others serve the demand without it.
 
     Of a plan for Z zones that survives, take what each of the Z sets of Z - 1 zones serves, at least the demand D, and
@@ -181,7 +210,7 @@ def _without_a_zone(find: Find, problem: PlacementProblem) -> Plan:
     plan = _larger(find, posed, demand, "zone")
     least = plan.result.bound
     if _left(plan, problem) < demand * ENOUGH:
-        plan = _united(_Zones(find, problem).cheapest(), plan, posed)
+        plan = _united(_Zones(probe, problem).cheapest(), plan, posed)
     return _with_cost(plan, alone, "zone", _demand(posed), _left(plan, problem), least=least)
 
 
@@ -199,8 +228,8 @@ def _larger(find: Find, posed: PlacementProblem, demand: float, place: str) -> P
 class _Zones:
     """Plans of single zones that serve a demand together without any one of them."""
 
-    def __init__(self, find: Find, problem: PlacementProblem) -> None:
-        self._find, self._problem, self._demand = find, problem, _demand(problem)
+    def __init__(self, probe: Find, problem: PlacementProblem) -> None:
+        self._probe, self._problem, self._demand = probe, problem, _demand(problem)
         self._found = dict[tuple[str, float], Plan | None]()
 
     def cheapest(self) -> Mapping[str, Plan]:
@@ -256,7 +285,7 @@ class _Zones:
     def _plan(self, zone: str, rate: float) -> Plan | None:
         if (zone, rate) not in self._found:
             try:
-                self._found[zone, rate] = self._find(_inside(_for(self._problem, rate), zone))
+                self._found[zone, rate] = self._probe(_inside(_for(self._problem, rate), zone))
             except InfeasibleError:
                 self._found[zone, rate] = None
         return self._found[zone, rate]
@@ -265,7 +294,7 @@ class _Zones:
         """Return the planned rate that a zone can serve, or 0 if it cannot run the model."""
         goal = replace(self._problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
         try:
-            return self._find(_inside(replace(self._problem, objective=goal), zone)).result.value * (1.0 - 1e-6)
+            return self._probe(_inside(replace(self._problem, objective=goal), zone)).result.value * (1.0 - 1e-6)
         except InfeasibleError:
             return 0.0
 
