@@ -129,3 +129,27 @@ def test_every_command_ends_alike_when_its_reader_goes_away(command: str) -> Non
     done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, b"")
+
+
+@pytest.mark.parametrize("command", ["hetis-plan", "hetis-planner", "hetis-agent", "hetis-launch", "hetis-profile"])
+def test_a_closed_stdout_fails_no_command(command: str) -> None:
+    (script,) = entry_points(group="console_scripts", name=command)
+    program = f"import sys; from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (OK, "")
+
+
+def test_no_file_gets_the_number_of_a_closed_stream() -> None:
+    """Else native libraries would print into it, and children have it as their stdout."""
+    program = (
+        "import os, sys; from hetis.formats.command_line.process import open_closed_streams; open_closed_streams();"
+        "file = os.open('/', os.O_RDONLY);"
+        "os._exit(file > 2 and all(os.get_inheritable(n) for n in range(3)) and None not in (sys.stdin, sys.stdout))"
+    )
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(closing, check=False).returncode == 1

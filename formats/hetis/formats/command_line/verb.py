@@ -22,6 +22,7 @@ from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get
 
 import typer
 
+from hetis.formats.command_line.process import open_closed_streams
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use, plain_streams
 
 E = TypeVar("E", bound=StrEnum)
@@ -46,6 +47,7 @@ def run_application(
     ``report_failure`` prints an error and returns its exit code; ``defaults`` returns defaults of options by verb and
     parameter, or None for those of the options.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # bars and dashes become question marks instead of errors
