@@ -158,6 +158,8 @@ def _check(data: Mapping[str, Any]) -> Found:
     # Batches or chunks of 0 are only valid for roles without them.
     for i, replica in entries(data.get("replicas")):
         role = replica.get("role", "unified")
+        if replica.get("stages") == []:  # nothing that reads a plan could tell what such a replica holds, or where
+            yield ("replicas", i, "stages"), "is empty, must have at least 1 stage"
         for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
             if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
                 yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
