@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.planner.cli.app import run
-from hetis.planner.use_cases.sources import load_inputs
+from hetis.planner.use_cases.sources import engine_of_plan, load_inputs
+from hetis.solver.problem import EngineRules
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -114,6 +115,26 @@ def test_an_unknown_strategy_is_refused(tmp_path: Path) -> None:
     assert code == 2
     assert "unknown strategy hexgem" in err
     assert "did you mean hexgen?" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_pooled_stages", None, "max_pooled_stages is null, must be a whole number"),
+        ("min_layers", None, "min_layers is null, must be a whole number"),
+        ("max_stages", 2.5, "max_stages is 2.5, must be a whole number"),
+        ("max_gpus", "8", "max_gpus is '8', must be a whole number or null"),
+    ],
+)
+def test_a_limit_of_an_engine_is_a_number(name: str, value: Any, words: str, tmp_path: Path) -> None:
+    engine = {"name": "vllm-hetis", "max_gpus": None, "max_nodes": None}
+    assert engine_of_plan(replace(GOOD, inputs={"engine": engine})) == EngineRules(name="vllm-hetis")
+    inputs = {**GOOD.inputs, "engine": {**engine, name: value}}
+    (tmp_path / "plan.json").write_text(dump(replace(GOOD, inputs=inputs), "json"))
+    for verb in ("check", "explain"):
+        code, err = messages(verb, str(tmp_path / "plan.json"))
+        assert code == 2
+        assert f"inputs.engine.{words}" in " ".join(err.split())
 
 
 def _paths(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

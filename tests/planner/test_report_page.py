@@ -19,6 +19,7 @@ from hetis.planner.report.plan import simple_setups
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.robustness.profile_errors import PROFILE_ERRORS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import VERIFICATION
 from hetis.solver.plan import Explanation, IdleGpus
@@ -145,6 +146,16 @@ def test_names_of_documents_cannot_write_html(folder: Path) -> None:
     page = plans_page([ShownPlan(name=evil, plan=plan, problem=replace(found.problem, cluster=cluster))])
     assert evil not in page
     assert evil in whole(page).text
+
+
+def test_errors_of_profiles_in_no_form_of_ours_are_not_shown(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    known = found.plan.inputs[PROFILE_ERRORS]["predicted"]
+    words = {gpu: dict.fromkeys(errors, "x") for gpu, errors in known["errors"].items()}
+    for changes in ({"errors": words}, {"assumed": None}):
+        inputs = {**found.plan.inputs, PROFILE_ERRORS: {"predicted": {**known, **changes}}}
+        plan = replace(found.plan, inputs=inputs)
+        assert "Profiles and their errors" in plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
 
 
 def test_a_missed_limit_is_said_first(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,22 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     unsearched = replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{**unknown, "why_not": NOT_COMPILED}]})
     assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
     assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{"of": "another version"}]})) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": None}, {"lacks": [1]}, {"lacks": "ab"}, {"why_not": 3},
+        {"bound": "x"}, {"bound": math.nan}, {"value": "x"}, {"value": math.nan}, {"value": 10**400},
+    ],
+)  # fmt: skip
+def test_an_entry_of_another_engine_in_no_form_of_ours_is_none(changes: dict[str, object]) -> None:
+    """And keeps none of the others from being shown."""
+    plan = plans.plan(plans.paper_replica())
+    row = {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""}
+    rows = [{**row, **changes}, row, 5]
+    assert beside_engines(replace(plan, inputs={ENGINE_VALUES: rows})) == ["vllm: 20% less, without attention workers"]
+    assert beside_engines(replace(plan, inputs={ENGINE_VALUES: 5})) == []
 
 
 def test_explain_names_the_devices_of_every_stage_and_its_workers() -> None:

@@ -205,6 +205,8 @@ BROKEN: list[tuple[str, set[Rule], Mutation]] = [
     ("route of a negative rate", {Rule.FINITE}, routes({}, {"rate": -1.0})),
     ("route that is not a number", {Rule.FINITE}, routes({}, {"rate": math.nan})),
     ("value without the routes", {Rule.VALUE}, lambda plan: replace(plan, kv_routes=())),
+    ("prefill replica without stages", {Rule.LAYERS}, replica_with(0, stages=())),
+    ("decode replica without stages", {Rule.LAYERS, Rule.POOL_STAGE}, replica_with(1, stages=())),
     ("route outside the zones of its replica", {Rule.ROUTE}, replica_with(0, kv_zones=("east",))),
 ]  # fmt: skip
 

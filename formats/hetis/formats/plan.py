@@ -158,9 +158,22 @@ def _check(data: Mapping[str, Any]) -> Found:
     # Batches or chunks of 0 are only valid for roles without them.
     for i, replica in entries(data.get("replicas")):
         role = replica.get("role", "unified")
+        if replica.get("stages") == []:  # nothing that reads a plan could tell what such a replica holds, or where
+            yield ("replicas", i, "stages"), "is empty, must have at least 1 stage"
+        yield from _check_pools(replica, i)
         for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
             if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
                 yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
+
+
+def _check_pools(replica: Mapping[str, Any], number: int) -> Found:
+    """Yield pools of stages that a replica does not have: what their cards hold would be unknown."""
+    stages = replica.get("stages")
+    for i, pool in entries(replica.get("attention_workers")):
+        stage = pool.get("stage")
+        if isinstance(stages, list) and isinstance(stage, int) and stage >= len(stages) > 0:
+            path = ("replicas", number, "attention_workers", i, "stage")
+            yield path, f"is {stage}, the replica has stages 0 to {len(stages) - 1}"
 
 
 def _check_inputs(data: Mapping[str, Any]) -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Annotated
 import pytest
 import typer
 
+from hetis.formats.command_line.process import INTERRUPTED, command_process, ctrl_c_raises
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import BROKEN_PIPE, INTERRUPTED, OK, run_application, verb, version_option
+from hetis.formats.command_line.verb import BROKEN_PIPE, OK, run_application, verb, version_option
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
@@ -129,3 +131,75 @@ def test_every_command_ends_alike_when_its_reader_goes_away(command: str) -> Non
     done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, b"")
+
+
+@pytest.mark.parametrize("command", ["hetis-plan", "hetis-planner", "hetis-agent", "hetis-launch", "hetis-profile"])
+def test_a_closed_stdout_fails_no_command(command: str) -> None:
+    (script,) = entry_points(group="console_scripts", name=command)
+    program = f"import sys; from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (OK, "")
+
+
+def test_no_file_gets_the_number_of_a_closed_stream() -> None:
+    """Else native libraries would print into it, and children have it as their stdout."""
+    program = (
+        "import os, sys; from hetis.formats.command_line.process import open_closed_streams; open_closed_streams();"
+        "file = os.open('/', os.O_RDONLY);"
+        "os._exit(file > 2 and all(os.get_inheritable(n) for n in range(3)) and None not in (sys.stdin, sys.stdout))"
+    )
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(closing, check=False).returncode == 1
+
+
+IMPORTING = """
+import os, signal, sys
+class CtrlC:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                pass  # as libraries do that try an import
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, CtrlC())
+"""
+RUNNING = """
+import signal, sys
+from hetis.formats.command_line.process import INTERRUPTED, command_process, ctrl_c_raises
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Gone:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+with command_process(), ctrl_c_raises():
+    Gone()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("command", ["hetis-plan", "hetis-profile"])
+def test_ctrl_c_ends_a_command_that_is_still_importing(command: str) -> None:
+    """Even where something between drops the error."""
+    (script,) = entry_points(group="console_scripts", name=command)
+    program = f"{IMPORTING}from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "interrupted\n")
+
+
+def test_ctrl_c_in_a_callback_whose_errors_python_drops_ends_the_command() -> None:
+    done = subprocess.run([sys.executable, "-c", RUNNING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "interrupted\n")
+
+
+def test_ctrl_c_is_as_before_after_a_command() -> None:
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with command_process():
+        for _ in range(2):
+            with ctrl_c_raises():
+                assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, before[0])
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before

@@ -22,12 +22,12 @@ from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get
 
 import typer
 
+from hetis.formats.command_line.process import INTERRUPTED, ctrl_c_raises, open_closed_streams
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use, plain_streams
 
 E = TypeVar("E", bound=StrEnum)
 
 OK = 0
-INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
 BROKEN_PIPE = 141
 REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
 
@@ -46,13 +46,15 @@ def run_application(
     ``report_failure`` prints an error and returns its exit code; ``defaults`` returns defaults of options by verb and
     parameter, or None for those of the options.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # bars and dashes become question marks instead of errors
     with plain_streams(), _console() as has_lost_reader:
         try:
-            code = _invoke(application, name, arguments, defaults())
-            sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the handlers below
+            with ctrl_c_raises():
+                code = _invoke(application, name, arguments, defaults())
+                sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the handlers below
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED

@@ -153,7 +153,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Losses", lost
     if count_by_role(plan):
         yield "Roles", f"requests/s: {rates_by_role(plan)}"
-    if (expected := predicted_of(plan)) is not None:
+    if (expected := range_of(plan)) is not None:
         yield "Range", _range(expected, plan)
     yield "Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}"
     engine = plan.inputs.get("engine")
@@ -295,6 +295,14 @@ def _beside(value: float, other: float) -> str:
     """Return ``7.38% more``, ``15% less``, ``the same``."""
     ratio = value / other - 1.0 if other else 0.0
     return "the same" if not ratio else f"{percent(abs(ratio))} {'more' if ratio > 0 else 'less'}"
+
+
+def range_of(plan: Plan) -> Predicted | None:
+    """Return the ranges that the profiles' errors leave; None if the plan has none, or in another version's form."""
+    try:
+        return predicted_of(plan)
+    except TypeError:  # what it lists is no list
+        return None
 
 
 def _range(expected: Predicted, plan: Plan) -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -61,12 +62,27 @@ def with_engine_values(
 
 
 def engine_values_of(plan: Plan) -> list[EngineValue]:
-    """Return a plan's values for other engines; none if they were not requested, or are in another version's form."""
+    """Return a plan's values for other engines; none if they were not requested.
+
+    An entry that is in another version's form, or holds something else than we write, is none.
+    """
     rows = plan.inputs.get(ENGINE_VALUES)
+    return [value for value in map(_from_row, rows) if value is not None] if isinstance(rows, list) else []
+
+
+def _from_row(row: Any) -> EngineValue | None:
+    """Return what `_row` made; None if it did not make this. Reports calculate with the numbers and join the words."""
     try:
-        return [EngineValue(**{**row, "lacks": tuple(row["lacks"])}) for row in rows or ()]
+        found = EngineValue(**{**row, "lacks": tuple(row["lacks"])})
     except (TypeError, KeyError):
-        return []
+        return None
+    numbers = (one for one in (found.value, found.bound) if one is not None)
+    is_ours = (
+        all(isinstance(text, str) for text in (found.engine, found.why_not, *found.lacks))
+        and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
+        and isinstance(row["lacks"], list)
+    )
+    return found if is_ours else None
 
 
 def _values(

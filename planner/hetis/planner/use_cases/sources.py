@@ -19,7 +19,7 @@ from hetis.formats.documents import (
     load_workload,
     to_data,
 )
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.profiler.defaults import default_profile
@@ -366,12 +366,23 @@ def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
     data = plan.inputs.get("engine")
     if data is None:
         return None
+    if isinstance(data, dict):
+        _check_engine_limits(data, path)
     try:
         engine = EngineRules(**data)
         family_of(plan.strategy, engine=engine)
     except (TypeError, InvalidProblemError) as error:
         raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
     return engine
+
+
+def _check_engine_limits(data: dict[str, Any], path: str) -> None:
+    """Refuse limits of an engine that are no whole numbers, which `EngineRules` and the rules of plans rely on."""
+    for name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
+        value, may_be_null = data.get(name, 0), name in ("max_gpus", "max_nodes")  # null: no limit
+        if type(value) is not int and not (value is None and may_be_null):
+            must = "a whole number or null" if may_be_null else "a whole number"
+            raise single_problem(path, f"inputs.engine.{name} is {shown(value)}, must be {must}")
 
 
 def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:

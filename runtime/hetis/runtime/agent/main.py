@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hetis.formats.command_line.process import command_process
 from hetis.formats.command_line.verb import run_application
 from hetis.runtime.agent.options import (
     AgentOptionError,
@@ -191,7 +192,8 @@ def simulate(
 
 def main() -> NoReturn:
     """Run the command ``hetis-agent`` and exit."""
-    sys.exit(run_application(app, "hetis-agent", sys.argv[1:], _report_failure))
+    with command_process():
+        sys.exit(run_application(app, "hetis-agent", sys.argv[1:], _report_failure))
 
 
 def _report_failure(error: Exception) -> int:

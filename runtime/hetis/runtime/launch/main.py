@@ -18,6 +18,7 @@ from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
+from hetis.formats.command_line.process import command_process
 from hetis.formats.command_line.verb import run_application, with_own_words
 from hetis.formats.endpoints import is_host
 
@@ -247,7 +248,8 @@ def kubernetes(
 
 def main() -> NoReturn:
     """Run the command ``hetis-launch`` and exit."""
-    sys.exit(run_application(app, "hetis-launch", sys.argv[1:], _report_failure))
+    with command_process():
+        sys.exit(run_application(app, "hetis-launch", sys.argv[1:], _report_failure))
 
 
 def _report_failure(error: Exception) -> int:

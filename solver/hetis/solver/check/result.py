@@ -72,6 +72,8 @@ def _check_route(
     if wrong:
         return
     sender, receiver = plan.replicas[route.prefill], plan.replicas[route.decode]
+    if not sender.stages or not receiver.stages:
+        return  # a side without layers is reported as a replica
     zone = _zone_of(receiver.devices(), fleet)
     if zone is not None and zone not in sender.kv_zones:
         allowed = ", ".join(sender.kv_zones) or "none"

@@ -38,6 +38,7 @@ from hetis.planner.report.plan import (
     price_cells,
     problem_title,
     promised_figures,
+    range_of,
     simple_setups,
     stage_rows,
     verdict,
@@ -46,7 +47,7 @@ from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import kept_beyond
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.robustness.profile_errors import predicted_of, used_fits
+from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
@@ -127,7 +128,7 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
 
 def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     kept, kind, figures = less_than_planned(plan), plan.objective.kind, promised_figures(plan, problem)
-    expected = predicted_of(plan)
+    expected = range_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
@@ -190,7 +191,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 def _worth(plan: Plan) -> Scale:
     """Return the value next to its bound and today's practice."""
-    result, alone, expected = plan.result, plan.inputs.get(EQUAL_STAGES), predicted_of(plan)
+    result, alone, expected = plan.result, plan.inputs.get(EQUAL_STAGES), range_of(plan)
     beside = float(alone) if isinstance(alone, int | float) and alone > 0 else 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
     known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
@@ -432,7 +433,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
     origins = _mapping(_mapping(plan.inputs.get("origins")).get("profiles"))
-    expected = predicted_of(plan)
+    expected = range_of(plan)
     errors = {} if expected is None else expected.errors
     rows = list[tuple[str, ...]]()
     fits = used_fits({gpu: problem.profiles[gpu] for gpu in sorted(used)}, problem.model, problem.family.tp_sizes)
@@ -441,7 +442,8 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
             provenances = [fit.provenance for fit in profile.fits if fit.op is op]
             stated = [one.held_out_mape for one in provenances if one.held_out_mape is not None]
             assumed = _mapping(errors.get(gpu)).get(op.value)
-            error = "not stated" if assumed is None else f"{percent(assumed)} assumed"
+            # Plans are taken at their word here, and a word that is no number states nothing.
+            error = f"{percent(assumed)} assumed" if isinstance(assumed, int | float) else "not stated"
             error = percent(max(stated)) if stated else error
             source = ", ".join(dict.fromkeys(one.source.value for one in provenances))
             whence = "; ".join(dict.fromkeys(one.origin for one in provenances))

@@ -1,0 +1,90 @@
+"""The process of a command, from before its imports to its end: streams that are there, and Ctrl-C without a traceback.
+
+Nothing heavy is imported here, and no typer or rich: entry points of commands use this before they import the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
+
+
+@contextmanager
+def command_process() -> Iterator[None]:
+    """Run a whole command in the block: with all three standard streams, and so that Ctrl-C always ends it with 130.
+
+    Ctrl-C ends the process at once until `ctrl_c_raises`: what is imported before has nothing to clean up, and some of
+    it would drop a KeyboardInterrupt. A SIGINT that the caller ignores or handles stays as it is.
+    """
+    open_closed_streams()
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    hook, sys.unraisablehook = sys.unraisablehook, _leave_if_interrupted
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in the block, where there are files and calls to leave in order."""
+    if signal.getsignal(signal.SIGINT) is not _leave:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def open_closed_streams() -> None:
+    """Put the null device in place of each standard stream that the caller closed, as in ``hetis-plan ... >&-``.
+
+    Python has None for it, which nothing expects. The next file to be opened would get its number, and with it what
+    native libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null == number:
+                os.set_inheritable(number, True)  # as standard streams are
+            else:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+    with suppress(OSError):  # whoever pressed Ctrl-C may have closed the terminal, too
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def _leave_if_interrupted(unraisable: UnraisableHookArgs) -> None:
+    """End the process if Ctrl-C came in a callback, such as one of the import system, whose errors Python drops."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _leave(signal.SIGINT, None)
+    sys.__unraisablehook__(unraisable)
