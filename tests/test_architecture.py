@@ -147,6 +147,7 @@ def test_the_base_install_is_enough_for_files_and_profiles(root: str) -> None:
 # Modules with the options of a command, outside rooms named `cli`.
 COMMANDS = {
     "planner/hetis/planner/service/command.py",
+    "planner/hetis/planner/service/main.py",
     "runtime/hetis/runtime/agent/main.py",
     "runtime/hetis/runtime/launch/main.py",
 }

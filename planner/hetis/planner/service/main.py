@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from hetis.formats.command_line.process import command_process
+
 
 def main() -> NoReturn:
     """Run the command; the base install has it too, but lacks its dependencies."""
-    try:
-        from hetis.planner.service.command import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
-            raise
-        sys.exit(f"hetis-planner needs {error.name}: pip install 'hetis[planner]'")
-    code = run(sys.argv[1:])
+    with command_process():
+        try:
+            from hetis.planner.service.command import run
+        except ModuleNotFoundError as error:
+            if error.name not in ("typer", "rich"):
+                raise
+            sys.exit(f"hetis-planner needs {error.name}: pip install 'hetis[planner]'")
+        code = run(sys.argv[1:])
     from hetis.planner.threads import exit_process
 
     exit_process(code)
