@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from hetis.solver.errors import InvalidProblemError
 
 
 class Status(StrEnum):
@@ -43,6 +46,13 @@ class Objective:
     ttft_limit_s: float | None = 2.0
     tpot_limit_s: float | None = 0.1
     demand_rps: float | None = None
+
+    def __post_init__(self) -> None:
+        # HiGHS takes the interpreter down with it if a bound of a row is not a number.
+        given = {"TTFT limit": self.ttft_limit_s, "TPOT limit": self.tpot_limit_s, "demanded rate": self.demand_rps}
+        for name, value in given.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InvalidProblemError(f"the {name} is {value:g}, must be above 0 and finite")
 
     @property
     def unit(self) -> str:
