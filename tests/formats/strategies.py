@@ -26,6 +26,7 @@ from hetis.solver.model import (
     MoeShape,
 )
 from hetis.solver.plan import (
+    LEAST_DEMAND_RPS,
     AttentionWorkerPool,
     ClassPrice,
     KvRoute,
@@ -302,7 +303,8 @@ JSON_VALUES = st.recursive(
 def plans(draw: st.DrawFn) -> Plan:
     kind = draw(st.sampled_from(ObjectiveKind))
     limits = st.none() | st.floats(min_value=1e-6, max_value=1e6)
-    objective = Objective(kind=kind, ttft_limit_s=draw(limits), tpot_limit_s=draw(limits), demand_rps=draw(limits))
+    demands = st.none() | st.floats(min_value=LEAST_DEMAND_RPS, max_value=1e6)
+    objective = Objective(kind=kind, ttft_limit_s=draw(limits), tpot_limit_s=draw(limits), demand_rps=draw(demands))
     proven = draw(st.booleans())
     finite = st.floats(min_value=-1e9, max_value=1e9)
     result = SolveResult(

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from shutil import copy
 from typing import Any
 
+import numpy as np
 import pytest
 
 import hetis
@@ -210,11 +212,65 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"time_limit": -1}, "must be > 0"),
         ({"objective": "cost"}, "needs a demanded rate"),
         ({"roles": ["judge"]}, "judge"),
+        ({"cluster": None}, r"cluster: is None, must be a Cluster, or its file$"),
+        ({"cluster": 3}, "cluster: is 3, must be a Cluster"),
+        ({"model": None}, "model: is None, must be a ModelSpec"),
+        ({"workload": (1000, 200)}, r"workload: is \(1000, 200\), must be a Workload"),
+        ({"objective": "gpus", "rate": float("nan")}, "rate: is nan, must be at least 0.001"),
+        ({"objective": "cost", "rate": -1}, "rate: is -1, must be at least 0.001"),
+        ({"objective": "cost", "rate": 1e-9}, "rate: is 1e-09, must be at least 0.001"),
+        ({"objective": "cost", "rate": "3"}, "rate: is '3', must be a number"),
+        ({"gap": float("nan")}, "gap: is nan, must be at least 0 and below 1"),
+        ({"gap": -0.1}, "gap: is -0.1, must be at least 0"),
+        ({"objective": "cost", "rate": float("inf")}, "rate: is inf, must be finite"),
+        ({"mtp": "x"}, "mtp: 'x' is not TOKENS:ACCEPTANCE"),
+        ({"seed": -1}, "seed: is -1, must be at least 0"),
+        ({"seed": 1.5}, "seed: is 1.5, must be a whole number"),
+        ({"threads": -1}, "threads: is -1, must be"),
+        ({"simplest_within": 2}, "simplest_within: is 2, must be at least 0 and below 1"),
+        ({"ttft": True}, "ttft: is True, must be a number or text such as '200ms'"),
+        ({"ttft": [1]}, r"ttft: is \[1\], must be a number"),
+        ({"pin": [3]}, r"pin\[0\]: is 3, must be text"),
+        ({"profiles": 3}, "profiles: is 3, must be a list"),
+        ({"weights": 8}, "weights: is 8, must be text"),
+        ({"kv": ["fp8"]}, r"kv: is \['fp8'\], must be text"),
+        ({"max_stages": 1.5}, "max_stages: is 1.5, must be a whole number"),
+        ({"chunk_tokens": 0}, "chunk_tokens: is 0, must be a list"),
+        ({"chunk_tokens": [0]}, r"chunk_tokens\[0\]: is 0, must be at least 1"),
+        ({"verify": "no"}, "verify: is 'no', must be True or False"),
+        ({"progress": 3}, "progress: is 3, must be callable"),
     ],
 )
 def test_what_is_wrong_is_named(folder: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(hetis.HetisError, match=words):
-        hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", **options)
+        hetis.place(**{"cluster": folder / "cluster.yaml", "model": "Llama-2-7B", "workload": "500/100", **options})
+
+
+def test_wrong_arguments_are_told_at_once() -> None:
+    with pytest.raises(hetis.HetisError) as caught:
+        hetis.place(None, "Llama-2-7B", "500/100", gap=-1, threads="2")  # type: ignore[arg-type]
+    assert str(caught.value).splitlines() == [
+        "place: cluster: is None, must be a Cluster, or its file",
+        "place: gap: is -1, must be at least 0 and below 1 (100%)",
+        "place: threads: is '2', must be a whole number",
+    ]
+    with pytest.raises(hetis.HetisError, match="load_plan: path: is 3, must be a path"):
+        hetis.load_plan(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="plaice"):
+        hetis.place("cluster.yaml", "Llama-2-7B", "500/100", plaice=1)  # type: ignore[call-arg]
+
+
+def test_a_simulation_names_its_wrong_arguments(plan: hetis.Plan) -> None:
+    with pytest.raises(hetis.HetisError, match="simulate: rate: is nan, must be above 0\nsimulate: seeds: is 0"):
+        plan.simulate(rate=float("nan"), seeds=0)
+
+
+def test_one_constraint_or_role_stands_for_a_list_of_it_and_numbers_may_be_numpys(folder: Path) -> None:
+    inputs = (folder / "cluster.yaml", "Llama-2-7B", "500/100")
+    make = partial(hetis.place, *inputs, tpot=np.float64(0.08), seed=np.int64(0), verify=False, other_engines=False)
+    one, several = make(pin="gpus=..1", roles="unified"), make(pin=["gpus=..1"], roles=["unified"])
+    assert one.figures.gpus_used == 1
+    assert one.replicas == several.replicas
 
 
 def test_an_impossible_plan_has_its_reasons(folder: Path) -> None:

@@ -199,6 +199,11 @@ def test_cost_and_gpus_need_a_rate(kind: str, capsys: pytest.CaptureFixture[str]
     assert f"objective {kind} needs a demanded rate: --rate; azure_conv_2023 arrives at 5.53" in err
 
 
+def test_a_rate_below_what_a_search_can_tell_from_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*INPUTS, "--objective", "cost", "--rate", "1e-9"]) == ExitCode.INVALID
+    assert "'1e-9' is too low, must be at least 0.001" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "ttft_s", "tpot_s", "limits"),
     [

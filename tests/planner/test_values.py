@@ -25,6 +25,7 @@ from hetis.planner.cli import values
         (values.ratio, "0.005", 0.005),
         (values.ratio, "0", 0.0),
         (values.rate, "12.5", 12.5),
+        (values.demand, "1e-3", 1e-3),
     ],
 )
 def test_values_with_and_without_units(parse: Callable[[str], float], text: str, value: float) -> None:
@@ -50,6 +51,8 @@ def test_values_with_and_without_units(parse: Callable[[str], float], text: str,
         (values.rate, "nan"),
         (values.rate, "inf"),
         (values.rate, "4/s"),
+        (values.demand, "0"),
+        (values.demand, "9e-4"),
     ],
 )
 def test_nonsense_is_a_usage_error(parse: Callable[[str], float], text: str) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from hetis.formats.errors import shown
 from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, plain, value_of
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, Plan
 
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -43,7 +43,7 @@ class ObjectivePart(DocumentPart):
     kind: ObjectiveName
     ttft_limit_s: Annotated[float, Field(gt=0)] | None = None
     tpot_limit_s: Annotated[float, Field(gt=0)] | None = None
-    demand_rps: Annotated[float, Field(gt=0)] | None = None
+    demand_rps: Annotated[float, Field(ge=LEAST_DEMAND_RPS)] | None = None
 
 
 class StagePart(DocumentPart):

@@ -537,7 +537,7 @@ class Objective(_message.Message):
     tpot_unlimited: _builtins.bool
     """True: no limit. False is refused."""
     demand_rps: _builtins.float
-    """Demanded goodput, in requests per second. COST and GPUS need it, above 0; others ignore it. 0: none."""
+    """Demanded goodput, in requests per second. COST and GPUS need it; others ignore it. At least 0.001, 0: none."""
     def __init__(
         self,
         *,

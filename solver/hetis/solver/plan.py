@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from hetis.solver.errors import InvalidProblemError
 
 
 class Status(StrEnum):
@@ -30,19 +33,35 @@ class ObjectiveKind(StrEnum):
     GPUS = "gpus"  # fewest GPUs for a demanded rate
 
 
+LEAST_DEMAND_RPS = 1e-3
+"""The least demand that a plan can be made for. HiGHS takes numbers for whole within 1e-6: of a much smaller demand, a
+replica that serves a thousand requests per second has so small a part that none would do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """The goal of a plan.
 
     ``goodput`` is ``planned_utilisation`` of the saturated rate while mean TPOT and p95 TTFT meet their limits;
     ``throughput`` is the saturated rate (limits apply only if given); ``cost`` and ``gpus`` are the least USD per hour
-    and the fewest GPUs whose goodput reaches ``demand_rps``. A limit of None is lifted.
+    and the fewest GPUs whose goodput reaches ``demand_rps``, at least `LEAST_DEMAND_RPS`. A limit of None is lifted.
     """
 
     kind: ObjectiveKind = ObjectiveKind.GOODPUT
     ttft_limit_s: float | None = 2.0
     tpot_limit_s: float | None = 0.1
     demand_rps: float | None = None
+
+    def __post_init__(self) -> None:
+        # HiGHS takes the interpreter down with it if a bound of a row is not a number.
+        given = {"TTFT limit": self.ttft_limit_s, "TPOT limit": self.tpot_limit_s, "demanded rate": self.demand_rps}
+        for name, value in given.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InvalidProblemError(f"the {name} is {value:g}, must be above 0 and finite")
+        if self.demand_rps is not None and self.demand_rps < LEAST_DEMAND_RPS:
+            raise InvalidProblemError(
+                f"the demanded rate is {self.demand_rps:g} requests/s, must be at least {LEAST_DEMAND_RPS:g}"
+            )
 
     @property
     def unit(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,3 +203,14 @@ def test_limits_can_be_lifted_and_a_demand_is_asked_for_where_it_is_needed() -> 
     assert wrong == {"o.demand_rps": "is missing: the objective GPUS needs a demanded rate"}
     lifted.demand_rps = 2.0
     assert read(lifted) == (replace(found, demand_rps=2.0), {})
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("inf"), float("nan")])
+def test_a_demand_that_is_no_rate_is_a_wrong_field(rate: float) -> None:
+    _, wrong = read(plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_GPUS, demand_rps=rate))
+    assert wrong == {"o.demand_rps": f"is {rate:g}, must be above 0 and finite"}
+
+
+def test_a_demand_below_what_a_search_can_tell_from_none_is_a_wrong_field() -> None:
+    _, wrong = read(plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_GPUS, demand_rps=1e-9))
+    assert wrong == {"o.demand_rps": "is 1e-09, must be at least 0.001"}

@@ -124,7 +124,7 @@ prefix_hit_rate_option = partial(
     parser=values.prefix_hit_rate,
     shown="the workload's, or 0",
 )
-rate_option = partial(_goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.rate)
+rate_option = partial(_goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.demand)
 ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
 tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)
 strategy_option = partial(

@@ -14,7 +14,7 @@ import typer
 from hetis.formats.command_line.verb import one_of
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.units import parse_bandwidth, parse_bytes, parse_duration, parse_ratio
-from hetis.solver.plan import Role
+from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
 NO_LIMIT = float("inf")
 ALL = "all"
@@ -120,6 +120,14 @@ def rate(text: str) -> float:
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a number of requests per second") from None
     return _positive(value, text)
+
+
+def demand(text: str) -> float:
+    """Parse a rate for which plans can be made."""
+    value = rate(text)
+    if value < LEAST_DEMAND_RPS:
+        raise typer.BadParameter(f"{text!r} is too low, must be at least {LEAST_DEMAND_RPS:g}")
+    return value
 
 
 def _parsed(parse: Callable[[str], T], text: str) -> T:

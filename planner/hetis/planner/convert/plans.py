@@ -18,6 +18,7 @@ from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.cluster import GpuType
 from hetis.solver.plan import (
+    LEAST_DEMAND_RPS,
     AttentionWorkerPool,
     Explanation,
     MemoryBar,
@@ -204,6 +205,10 @@ def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) 
     demand_rps = message.demand_rps or None
     if demand_rps is not None and not (demand_rps > 0 and math.isfinite(demand_rps)):
         wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be above 0 and finite")
+        demand_rps = None  # no objective has it
+    elif demand_rps is not None and demand_rps < LEAST_DEMAND_RPS:
+        wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be at least {LEAST_DEMAND_RPS:g}")
+        demand_rps = None
     elif kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and demand_rps is None:
         wrong(f"{field}.demand_rps", f"is missing: the objective {kind.name} needs a demanded rate")
     return placing.objective(

@@ -4,64 +4,98 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from hetis.formats import documents
+from hetis.formats.model import drafts
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
-from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
+from hetis.planner.library.arguments import (
+    LISTED,
+    BelowOne,
+    ClusterOrFile,
+    Count,
+    CountOrZero,
+    Demand,
+    Duration,
+    File,
+    Files,
+    HitRate,
+    Limit,
+    ModelOrName,
+    Path,
+    Quantity,
+    Share,
+    Texts,
+    WorkloadOrName,
+    checked,
+    one_of,
+    read_by,
+)
+from hetis.planner.library.plan import Plan, limit_of, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.service_level import Statistic, asked_level
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
-from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ObjectiveKind, Role
-from hetis.solver.workload import Workload
 
-Path = str | os.PathLike[str]
 T = TypeVar("T")
 
 
+def _strategies() -> Iterable[str]:
+    from hetis.solver.placement.families import STRATEGIES
+
+    return STRATEGIES
+
+
+Drafts = Annotated[str, read_by(drafts)]
+Objective = Annotated[str, one_of(lambda: ObjectiveKind, "objective")]
+Strategy = Annotated[str, one_of(_strategies, "strategy")]
+Roles = Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], LISTED]
+StatisticName = Annotated[str, one_of(lambda: Statistic, "statistic")]
+Loss = Annotated[str, one_of(lambda: ("", *placing.PLACES), "loss")]
+
+
+@checked
 def place(
-    cluster: Cluster | Path,
-    model: ModelSpec | Path,
-    workload: Workload | Path,
+    cluster: ClusterOrFile,
+    model: ModelOrName,
+    workload: WorkloadOrName,
     *,
-    prefix_hit_rate: Quantity | None = None,
-    objective: str = "goodput",
-    rate: float | None = None,
-    ttft: Quantity | None = "default",
-    tpot: Quantity | None = "default",
+    prefix_hit_rate: HitRate | None = None,
+    objective: Objective = "goodput",
+    rate: Demand | None = None,
+    ttft: Limit | None = "default",
+    tpot: Limit | None = "default",
     weights: str | None = None,
     kv: str | None = None,
-    mtp: str | None = None,
-    pin: Sequence[str] = (),
-    forbid: Sequence[str] = (),
-    strategy: str = placing.DEFAULT_STRATEGY,
-    roles: Sequence[str] = (),
+    mtp: Drafts | None = None,
+    pin: Texts = (),
+    forbid: Texts = (),
+    strategy: Strategy = placing.DEFAULT_STRATEGY,
+    roles: Roles = (),
     engine: str | None = None,
-    max_stages: int | None = None,
-    max_gpus: int | None = None,
-    min_layers: int | None = None,
-    max_nodes: int | None = None,
-    max_num_seqs: int | None = None,
-    chunk_tokens: Sequence[int] = (),
-    kv_blocks: int | None = None,
-    profiles: Sequence[Path] = (),
-    simplest_within: Quantity = 0.0,
-    survive: str = "",
-    time_limit: Quantity = 60.0,
-    gap: Quantity = 0.001,
-    seed: int = 0,
-    threads: int = 1,
+    max_stages: Count | None = None,
+    max_gpus: Count | None = None,
+    min_layers: Count | None = None,
+    max_nodes: Count | None = None,
+    max_num_seqs: Count | None = None,
+    chunk_tokens: Sequence[Count] = (),
+    kv_blocks: Count | None = None,
+    profiles: Files = (),
+    simplest_within: BelowOne = 0.0,
+    survive: Loss = "",
+    time_limit: Duration = 60.0,
+    gap: BelowOne = 0.001,
+    seed: CountOrZero = 0,
+    threads: CountOrZero = 1,
     verify: bool = True,
-    ttft_statistic: str | None = None,
-    tpot_statistic: str | None = None,
-    attainment: Quantity | None = None,
+    ttft_statistic: StatisticName | None = None,
+    tpot_statistic: StatisticName | None = None,
+    attainment: Share | None = None,
     other_engines: bool = True,
     progress: Callable[[Progress], None] = silent,
 ) -> Plan:
@@ -86,7 +120,7 @@ def place(
             that a replica runs at once, sizes of prefill chunks, and KV blocks of 16 tokens that it has at most.
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
-        pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
+        pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``; one, or several.
         verify: simulate the plan at its promised rate; where it misses a limit, plan again for a tighter one.
         ttft_statistic, tpot_statistic: what of TTFT and TPOT the simulation holds to its limit: ``mean``, ``p50``,
             ``p90``, ``p95`` or ``p99``; None: p95 and mean.
@@ -97,11 +131,11 @@ def place(
     Raises:
         InfeasibleError: no plan exists; contains the reasons.
         NoPlanFoundError: none was found within the time limit.
-        HetisError: an input is not usable; the message names it.
+        HetisError: arguments are wrong, or an input is not usable; the message names them.
     """
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     goal = placing.objective(
-        member(ObjectiveKind, objective, "objective"),
+        ObjectiveKind(objective),
         ttft_s=limit_of(ttft),
         tpot_s=limit_of(tpot),
         demand_rps=rate,
@@ -119,21 +153,21 @@ def place(
         mtp=mtp,
         objective=goal,
         settings=placing.PlacementSettings(
-            strategy=_strategy(strategy),
-            roles=ordered(member(Role, role, "role") for role in roles),
+            strategy=strategy,
+            roles=ordered(map(Role, roles)),
             engine=engine_rules(engine, strategy, limits),
             time_limit_s=seconds_of(time_limit),
             gap_target=ratio_of(gap),
             seed=seed,
             threads=threads,
             simplest_within=ratio_of(simplest_within),
-            survive=_lost(survive),
+            survive=survive,
         ),
         engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
         verify=verify,
         service_level=asked_level(
-            ttft=None if ttft_statistic is None else member(Statistic, ttft_statistic, "ttft_statistic"),
-            tpot=None if tpot_statistic is None else member(Statistic, tpot_statistic, "tpot_statistic"),
+            ttft=None if ttft_statistic is None else Statistic(ttft_statistic),
+            tpot=None if tpot_statistic is None else Statistic(tpot_statistic),
             attainment=None if attainment is None else ratio_of(attainment),
             objective=goal,
             verify=verify,
@@ -159,21 +193,8 @@ def _hit_rate(given: Quantity | None) -> PrefixHitRate | None:
     return "trace" if given == "trace" else ratio_of(given)
 
 
-def _lost(name: str) -> str:
-    if name not in ("", *placing.PLACES):
-        raise InvalidProblemError(f"unknown loss {name!r}, expected one of {', '.join(placing.PLACES)}")
-    return name
-
-
-def _strategy(name: str) -> str:
-    from hetis.solver.placement.families import STRATEGIES
-
-    if name not in STRATEGIES:
-        raise InvalidProblemError(f"unknown strategy {name!r}, expected one of {', '.join(STRATEGIES)}")
-    return name
-
-
-def load_cluster(path: str | os.PathLike[str]) -> Cluster:
+@checked
+def load_cluster(path: File) -> Cluster:
     """Read a Cluster file.
 
     Raises:
@@ -182,7 +203,8 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
     return documents.load_cluster(os.fspath(path))
 
 
-def load_plan(path: str | os.PathLike[str]) -> Plan:
+@checked
+def load_plan(path: File) -> Plan:
     """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
 
     Raises:

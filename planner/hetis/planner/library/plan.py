@@ -15,6 +15,7 @@ from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.export.targets import Export
+from hetis.planner.library.arguments import Count, CountOrZero, Quantity, Rate, Share, checked
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.simulation import simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -45,7 +46,6 @@ _COLUMNS = (
     "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "expert_parallel",
     "first_layer", "num_layers", "kv_head_groups", "num_gpus", "devices",
 )  # fmt: skip
-Quantity = float | str
 Name = TypeVar("Name", bound=StrEnum)
 
 
@@ -153,18 +153,19 @@ class Plan:
             write_atomically(Path(path), page)
         return page
 
+    @checked
     def simulate(
         self,
         *,
-        rate: float | None = None,
-        requests: int | None = None,
-        seeds: int = 1,
-        seed: int = 0,
+        rate: Rate | None = None,
+        requests: Count | None = None,
+        seeds: Count = 1,
+        seed: CountOrZero = 0,
         sweep: bool = False,
-        tolerance: Quantity = 0.02,
-        max_num_seqs: int | None = None,
-        chunk_tokens: int | None = None,
-        kv_blocks: int | None = None,
+        tolerance: Share = 0.02,
+        max_num_seqs: Count | None = None,
+        chunk_tokens: Count | None = None,
+        kv_blocks: Count | None = None,
     ) -> Simulation:
         """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
@@ -176,7 +177,7 @@ class Plan:
             max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with instead of the plan's.
 
         Raises:
-            InvalidProblemError: the plan has no replicas, or cannot be simulated.
+            HetisError: arguments are wrong, or the plan has no replicas or cannot be simulated.
         """
         if not self.value.replicas:
             raise InvalidProblemError("the plan has no replicas: there is nothing to simulate")

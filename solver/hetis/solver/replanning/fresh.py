@@ -46,7 +46,7 @@ from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, interval_of, stages_in, use_of
-from hetis.solver.plan import ObjectiveKind
+from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
 from hetis.solver.replanning.running import Option, is_allowed
@@ -183,7 +183,9 @@ def search_left_over(
         return ()
     objective = costs.problem.objective
     if objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS):
-        objective = replace(objective, demand_rps=demand_rps)
+        assert demand_rps is not None, "the objective is minimised"
+        # What the others leave may be less than can be planned for; a replica for a little more serves it, too.
+        objective = replace(objective, demand_rps=max(demand_rps, LEAST_DEMAND_RPS))
     part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective))
     outcome = search(part, settings)
     if outcome is None:

@@ -1,0 +1,190 @@
+"""Arguments of the library's functions, which are checked against their annotations before anything is done.
+
+A program finds every wrong argument at once, by name, instead of an error from deep inside. The annotations here say
+more than a type where that is not enough: a rate is finite and above 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
+from numbers import Integral, Real
+from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.units import parse_duration, parse_ratio
+from hetis.solver.cluster import Cluster
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import LEAST_DEMAND_RPS
+from hetis.solver.workload import Workload
+
+Path = str | os.PathLike[str]
+Quantity = float | str
+P = ParamSpec("P")
+T = TypeVar("T")
+Check = Callable[[Any], Any]  # returns the value, or raises ValueError
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function with its arguments checked against their annotations, strictly: no text for a number.
+
+    Raises:
+        DocumentError: when called, with every wrong argument.
+    """
+    parameters, hints = signature(function), get_type_hints(function, include_extras=True)
+    names = [name for name in parameters.parameters if name in hints]  # without ``self``
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in names}
+    form = create_model(
+        function.__name__,
+        __config__=ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
+        **fields,
+    )
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = parameters.bind(*args, **kwargs)
+        given.apply_defaults()
+        try:
+            read = form.model_validate({name: given.arguments[name] for name in names})
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            raise DocumentError(_problem(detail, function.__name__) for detail in details) from None
+        given.arguments.update((name, getattr(read, name)) for name in names)
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
+def _problem(detail: ErrorDetails, function: str) -> Problem:
+    name, *inside = detail["loc"]
+    place = f"{name}{''.join(f'[{part}]' for part in inside)}"
+    kind, limits = detail["type"], detail.get("ctx", {})
+    if kind == "value_error":
+        message = str(limits["error"])
+    else:
+        what = _WORDS[kind].format(**limits) if kind in _WORDS else detail["msg"].removeprefix("Input should be ")
+        message = f"is {_shown(detail['input'])}, must be {what}"
+    return Problem(file=function, path=place, message=message)
+
+
+# What pydantic says of an error, ``Input should be ...``, in our words.
+_WORDS = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "bool_type": "True or False",
+    "is_instance_of": "a list",
+    "sequence_str": "a list",
+    "finite_number": "finite",
+}
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # of anybody's class
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _plain(value: object) -> object:
+    """Return numbers of other libraries, such as numpy's, as Python's."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _listed(value: object) -> object:
+    """Return a single text or path as the only one; as a sequence, it would be one of letters."""
+    return (value,) if isinstance(value, str | os.PathLike) else value
+
+
+def _quantity(parse: Callable[[str], float], example: str, fits: Callable[[float], bool], limit: str) -> Check:
+    """Return a check of a number, or text with a unit; the value stays as it is given."""
+
+    def check(value: Any) -> Any:
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(f"is {_shown(value)}, must be a number or text such as {example!r}")
+        if not fits(parse(value) if isinstance(value, str) else value):
+            raise ValueError(f"is {_shown(value)}, must be {limit}")
+        return value
+
+    return check
+
+
+def _word_or(words: Sequence[str], otherwise: Check) -> Check:
+    """Return a check that also lets some words pass."""
+
+    def check(value: Any) -> Any:
+        is_word = isinstance(value, str) and value.strip().lower() in words
+        return value if is_word else otherwise(value)
+
+    return check
+
+
+def _instance_of(kinds: tuple[type, ...], expected: str) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise ValueError(f"is {_shown(value)}, must be {expected}")
+        return value
+
+    return check
+
+
+def one_of(names: Callable[[], Iterable[str]], what: str) -> AfterValidator:
+    """Return a check of text that is one of some names, which are only listed when it is called."""
+
+    def check(text: str) -> str:
+        known = list(names())
+        if text not in known:
+            raise ValueError(f"unknown {what} {text!r}, expected one of {', '.join(filter(None, known))}")
+        return text
+
+    return AfterValidator(check)
+
+
+def read_by(read: Callable[[str], object]) -> AfterValidator:
+    """Return a check of text that ``read``, which raises ValueError, can read; the text stays as it is."""
+
+    def check(text: str) -> str:
+        read(text)
+        return text
+
+    return AfterValidator(check)
+
+
+_seconds = _quantity(parse_duration, "200ms", lambda seconds: seconds > 0, "> 0")
+_below_one = _quantity(parse_ratio, "40%", lambda share: 0 <= share < 1, "at least 0 and below 1 (100%)")
+_share = _quantity(parse_ratio, "90%", lambda share: 0 < share <= 1, "above 0 and at most 1 (100%)")
+_path = _instance_of((str, os.PathLike), "a path")
+_cluster = _instance_of((Cluster, str, os.PathLike), "a Cluster, or its file")
+_model = _instance_of((ModelSpec, str, os.PathLike), "a ModelSpec, or the name of a model or a file")
+_lengths = "a Workload, or a name, a file, or lengths such as '8000/300'"
+_workload = _instance_of((Workload, str, os.PathLike), _lengths)
+
+LISTED = BeforeValidator(_listed)
+ClusterOrFile = Annotated[Cluster | Path, PlainValidator(_cluster)]
+ModelOrName = Annotated[ModelSpec | Path, PlainValidator(_model)]
+WorkloadOrName = Annotated[Workload | Path, PlainValidator(_workload)]
+File = Annotated[Path, PlainValidator(_path)]
+Files = Annotated[Sequence[File], LISTED]
+Texts = Annotated[Sequence[str], LISTED]
+Demand = Annotated[float, BeforeValidator(_plain), Field(ge=LEAST_DEMAND_RPS, allow_inf_nan=False)]
+Rate = Annotated[float, BeforeValidator(_plain), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_plain), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(_plain), Field(ge=0)]
+Duration = Annotated[Quantity, PlainValidator(_seconds)]
+Limit = Annotated[Quantity, PlainValidator(_word_or(("none", "default"), _seconds))]
+BelowOne = Annotated[Quantity, PlainValidator(_below_one)]
+HitRate = Annotated[Quantity, PlainValidator(_word_or(("trace",), _below_one))]
+Share = Annotated[Quantity, PlainValidator(_share)]
