@@ -267,13 +267,23 @@ STAGES = st.builds(
     devices=DEVICES,
     kv_head_groups_kept=COUNTS,
 )
-POOLS = st.builds(
-    AttentionWorkerPool, stage=COUNTS, gpu=TITLES, devices=DEVICES, kv_head_groups=COUNTS, shared=st.booleans()
-)
+
+
+def pools_of(stages: int) -> st.SearchStrategy[AttentionWorkerPool]:
+    return st.builds(
+        AttentionWorkerPool,
+        stage=st.integers(0, stages - 1),
+        gpu=TITLES,
+        devices=DEVICES,
+        kv_head_groups=COUNTS,
+        shared=st.booleans(),
+    )
+
+
 ROUTES = st.builds(KvRoute, prefill=COUNTS, decode=COUNTS, rate=NOT_NEGATIVE)
 
 
-def replicas_of(role: Role) -> st.SearchStrategy[ReplicaPlan]:
+def replicas_of(role: Role, stages: int) -> st.SearchStrategy[ReplicaPlan]:
     return st.builds(
         ReplicaPlan,
         rate=NOT_NEGATIVE,
@@ -283,15 +293,15 @@ def replicas_of(role: Role) -> st.SearchStrategy[ReplicaPlan]:
         in_flight=SMALL,
         chunk_tokens=st.just(0) if role is Role.DECODE else SMALL,
         kv_tokens=COUNTS,
-        stages=st.lists(STAGES, max_size=2).map(tuple),
-        attention_workers=st.lists(POOLS, max_size=2).map(tuple),
+        stages=st.lists(STAGES, min_size=stages, max_size=stages).map(tuple),
+        attention_workers=st.lists(pools_of(stages), max_size=2).map(tuple),
         role=st.just(role),
         expert_parallel=st.booleans(),
         kv_zones=st.lists(TITLES, max_size=2).map(tuple),
     )
 
 
-REPLICAS = st.sampled_from(Role).flatmap(replicas_of)
+REPLICAS = st.tuples(st.sampled_from(Role), st.integers(1, 2)).flatmap(lambda one: replicas_of(*one))
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
