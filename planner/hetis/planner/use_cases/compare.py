@@ -333,7 +333,7 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     Bound and prices remain the container's. Every search has a time limit, so a heuristic may beat a truncated search.
     """
     own = container.plan
-    if own is None or contained is None or not _is_better(contained, own):
+    if own is None or contained is None or not _is_better(contained, own.result.value):
         return container
     if _is_outside(contained, own, problem):
         return container
@@ -369,17 +369,12 @@ def _keeps_all_rules(plan: Plan, problem: PlacementProblem) -> bool:
 
 def _is_outside(plan: Plan, container: Plan, problem: PlacementProblem) -> bool:
     """Return whether a plan passes the bound of another, because it is not of the family that the bound holds for."""
-    return _is_beyond(plan.result, container.result.bound, plan.objective) and not _keeps_all_rules(plan, problem)
+    return _is_better(plan, container.result.bound) and not _keeps_all_rules(plan, problem)
 
 
-def _is_beyond(result: SolveResult, bound: float, objective: Objective) -> bool:
-    beyond = result.value - bound if objective.maximises else bound - result.value
-    return beyond > ROUNDING * abs(result.value)
-
-
-def _is_better(plan: Plan, other: Plan) -> bool:
-    ahead = plan.result.value - other.result.value
-    return (ahead if plan.objective.maximises else -ahead) > ROUNDING * abs(other.result.value)
+def _is_better(plan: Plan, value: float) -> bool:
+    ahead = plan.result.value - value
+    return (ahead if plan.objective.maximises else -ahead) > ROUNDING * abs(plan.result.value)
 
 
 def _with_best_bound(compared: Compared, plans: Mapping[str, Plan], holds: Callable[[str, Plan], bool]) -> Compared:

@@ -78,8 +78,8 @@ def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
     """
     demand, num_nodes = _demand(problem), sum(group.count for group in problem.cluster.node_groups)
     alone = find(problem)
-    if _left_without_node(alone, problem) >= demand * ENOUGH:
-        return _with_cost(alone, alone, "node", demand, _left_without_node(alone, problem), least=alone.result.bound)
+    if (left := _left_without_node(alone, problem)) >= demand * ENOUGH:
+        return _with_cost(alone, alone, "node", demand, left, least=alone.result.bound)
     if num_nodes < 2:
         raise InfeasibleError(("--survive node: the fleet has no other node",))
     first = _larger(find, _for(problem, demand * num_nodes / (num_nodes - 1)), demand, "node")
