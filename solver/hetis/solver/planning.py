@@ -2,7 +2,7 @@
 
 The best plan under all constraints has a value between the plan's value and its bound, and the best one without a
 constraint has a value between value and bound of its own solve. The price of the constraint is the difference, known
-within an interval and never below 0, because whatever keeps all constraints also keeps fewer.
+within an interval and never below 0, because a plan that meets all constraints also meets fewer.
 
 Importing this module loads compiled kernels and HiGHS.
 """
@@ -45,7 +45,7 @@ def solve_placement(
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
-        InfeasibleError: the family provably holds no plan; ``reasons`` say what is missing.
+        InfeasibleError: the family provably holds no plan; ``reasons`` list what is missing.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
     if strategy not in STRATEGIES:
@@ -67,7 +67,7 @@ def solve_placement(
 
 
 def is_compiled(problem: PlacementProblem) -> bool:
-    """Return whether the slow part of compiling a search of the family, up to a minute, is on disk."""
+    """Return whether kernels for the family's search are cached on disk; compiling them takes up to a minute."""
     if problem.family.engine is not None:
         return is_cached(best_splits)
     return is_cached(explore) and is_cached(best_column)
