@@ -120,7 +120,7 @@ class Links:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersProblem:
-    """The question which layers each node should hold so that most requests per second are served.
+    """The question of which layers each node should hold so that the most requests per second are served.
 
     Attributes:
         name: a name for people.
