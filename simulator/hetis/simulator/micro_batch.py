@@ -77,8 +77,7 @@ class MicroBatch:
         seconds: time of the current iteration on each stage.
         contents: the current iteration, as arguments of `StageTiming.seconds`.
         rooms: KV blocks of the copies that count blocks of whole requests.
-        pools: pools of the other copies, with this micro-batch's load on their devices; ``loads`` has the same by
-            stage.
+        pools: pools of the other copies, with this micro-batch's load on their devices; ``loads`` is the same by stage.
         alive: False once one of its copies has failed: its remaining scheduled events are void.
     """
 

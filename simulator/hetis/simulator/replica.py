@@ -114,8 +114,7 @@ class ReplicaRun:
     """A running replica.
 
     Attributes:
-        rate: requests/s that the plan assigns to it; for a prefill replica, the total rate of its routes, which may be
-            0.
+        rate: requests/s that the plan assigns to it; for a prefill replica the rate of its routes, which may be 0.
     """
 
     def __init__(

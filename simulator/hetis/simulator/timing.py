@@ -41,9 +41,8 @@ class StageTiming:
 
     Attributes:
         steps: number of steps into which an iteration is divided (see `seconds`).
-        overlap: share of the shorter of decode and prefill attention that is saved by a kernel that does both. Plans
-            count
-           on none; see `docs/accuracy.md`, "Mixed batches".
+        overlap: share of the shorter of decode and prefill attention that a kernel for both saves. Plans count on none;
+            see `docs/accuracy.md`, "Mixed batches".
     """
 
     __slots__ = (

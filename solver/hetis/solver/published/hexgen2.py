@@ -140,7 +140,10 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
 def _first_to_serve(
     networks: Sequence[FlowNetwork], starts: Iterable[Arrangement]
 ) -> list[tuple[FlowNetwork, Evaluated]]:
-    """Evaluate, on every network, the first arrangement that serves requests, switching one group's role if needed."""
+    """Return the first arrangement that serves requests on any network, evaluated on every network on which it does.
+
+    Each start is tried as it is, then with one of its groups in the other role.
+    """
     for start in starts:
         changed = (g for g, role in enumerate(start.roles) if start.roles.count(role) > 1)
         for arrangement in (start, *map(start.with_other_role, changed)):
