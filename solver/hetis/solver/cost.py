@@ -209,7 +209,7 @@ class DeviceCost:
         seconds = self.exchange_s(all_tokens)
         if experts is None:
             return seconds + _seconds(dense, flops=own + flops, num_bytes=num_bytes + weights, tokens=tokens)
-        each = weights / share + m.expert_activation_bytes(busiest)  # of a layer that has experts
+        each = weights / share + m.expert_activation_bytes(busiest)  # bytes of a layer that has experts
         routed_s = _seconds(experts, flops=flops / share, num_bytes=each, tokens=all_tokens)
         seconds += share * (routed_s - self._unstarted_s())
         return seconds + _seconds(dense, flops=own, num_bytes=num_bytes, tokens=tokens)

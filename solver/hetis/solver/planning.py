@@ -37,7 +37,7 @@ def solve_placement(
 
     The search ends when the gap is at most ``gap_target``, the time is up or nothing is left that could help. With the
     same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
-    added (None: none is looked for). Published heuristics prove little and have no target.
+    added (None: no search for any). Published heuristics prove little and have no target.
 
     With ``simplest_within``, the plan is the one on the fewest nodes, then with the fewest replica shapes, that is
     found among those of an engine's family that lose no more than this share of the best value. Its notes state the

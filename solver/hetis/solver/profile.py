@@ -127,9 +127,8 @@ class FitRegion:
         batch: sequences in one call.
         past_tokens: KV tokens before a chunk, per sequence.
         context_tokens: KV tokens per sequence, including a chunk's own.
-        kv_bytes: KV bytes that one call reads; limited on their own, since no table has its largest batch at its
-            longest
-           context.
+        kv_bytes: KV bytes that one call reads; limited separately, since no table has its largest batch at its longest
+            context.
         num_bytes: bytes of a message.
     """
 

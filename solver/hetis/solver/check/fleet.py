@@ -202,7 +202,7 @@ def _zone_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
 
 
 def _kv_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
-    """Return the links from the zone of a prefill replica to those that it may send KV to."""
+    """Return the links from the zone of a prefill replica to those to which it may send KV."""
     (zone,) = fleet.zones_of(replica.devices())
     return [fleet.cluster.network.zone_link(zone, other) for other in replica.kv_zones]
 

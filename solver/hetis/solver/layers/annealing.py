@@ -427,7 +427,7 @@ def _split(trial: LayerPlacement, i: int) -> bool:
 
 @kernel
 def _merge(trial: LayerPlacement, i: int, j: int) -> bool:
-    """Let the nodes of two adjacent ranges hold both."""
+    """Make the nodes of two adjacent ranges hold both ranges."""
     first, held = trial.first, trial.held
     begin, left, middle, right = first[i], held[i], first[j], held[j]
     if left == 0 or right == 0 or begin + left != middle:

@@ -53,7 +53,7 @@ def solve_layers(
 
 
 def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0) -> LayersPlan:
-    """Return the placement with the largest flow by measured token rates and links, whatever is in flight.
+    """Return the placement with the largest flow by measured token rates and links, regardless of what is in flight.
 
     This is the objective of Helix (ASPLOS'25), found by the same search. Its judgement is that of `solve_layers`.
 

@@ -8,7 +8,7 @@ not look for it (`needed_rates`).
 Prefill and decode replicas have frontiers of their own over the same sub-fleets: the best rate of each role on each.
 They lie in one zone, as device classes do, so a sub-fleet determines the zone. The master joins them by their flows.
 
-The first pass over the whole family takes longest, because it knows no bound and there are many ways to build a stage.
+The first pass over the whole family takes longest, because no bound is known and there are many ways to build a stage.
 If a pass has not ended after a share of the time (`MAIN`), the smaller families inside are searched, which is cheap in
 comparison. The search of the whole family then resumes where it stopped and uses their results. A search that ends
 early therefore pays nothing for the smaller families, no work is lost, and a search that is cut short is at least as
@@ -132,7 +132,7 @@ Rates = Mapping[FrontierKind, FloatArray]  # [V] each
 class Sweep:
     """The state of one pass over the configurations of a part of the family.
 
-    Rates below ``needed`` are not looked for. ``bounds`` are what the configurations in ``swept`` may hold beyond the
+    Rates below ``needed`` are not searched for. ``bounds`` are what the configurations in ``swept`` may hold beyond the
     rates found (`Frontier`).
     """
 

@@ -33,7 +33,7 @@ class Strategy:
 
     @property
     def has_engines(self) -> bool:
-        """Whether it plans for named engines: heuristics know none, and no engine has workers for decode replicas."""
+        """Whether it plans for named engines: heuristics do not, and no engine has workers for decode replicas."""
         return not self.is_published and self.restrict(Family()).decode_keeps_heads
 
 
@@ -83,7 +83,7 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 def constraints_ignored(strategy: str, constraints: Constraints) -> tuple[Constraint, ...]:
-    """Return the constraints that a strategy ignores: published heuristics know a fleet and TP sizes, not GPU roles."""
+    """Return the constraints that a strategy ignores: published heuristics consider a fleet and TP sizes alone."""
     if not STRATEGIES[strategy].is_published:
         return ()
     return tuple(each for each in constraints if not isinstance(each, Exclude | WithoutTp))

@@ -45,7 +45,7 @@ class ChunkTables(NamedTuple):
 class Tables(NamedTuple):
     """The arrays that compiled kernels read: X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
 
-    Times are seconds per request, per repeated layer if the name says ``layer`` and per stage otherwise. ``layer_s``
+    Times are seconds per request, per repeated layer if the name has ``layer``, otherwise per stage. ``layer_s``
     and ``act_bytes`` are inf where a rank type may not have a mix.
     """
 

@@ -119,7 +119,7 @@ def _least_unevenness(t: Tables, x: int) -> float:
 
 
 def _unevenness_limits(costs: CostTables, scope: int, x: int, f: int) -> Iterator[float]:
-    """Yield the limits on unevenness under which sequential replicas are looked for, or inf if TTFT has no limit.
+    """Yield the limits on unevenness under which sequential replicas are searched for, or inf if TTFT has no limit.
 
     This omits limits that no stage can meet, that leave no time for the layers, or that a wider one dominates because
     it does not shorten the interval more.

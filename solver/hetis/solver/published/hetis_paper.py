@@ -1,6 +1,6 @@
 """`hetis-paper`: the search that Hetis (SC'25, arXiv 2509.08309) describes, under our cost model.
 
-`docs/strategies.md` says what is reconstructed. Every zone is planned separately, and GPUs are dealt to its replicas in
+`docs/strategies.md` lists what is reconstructed. Zones are planned separately, and GPUs are dealt to its replicas in
 the order of their nodes. Degrees of data parallelism are tried from the cheapest on: the first one at which every
 replica fits memory and limits is taken, or else the one with the highest rate.
 

@@ -1,6 +1,6 @@
 """`hexgen-paper`: HexGen's genetic search (ICML'24, arXiv 2311.11514) under our cost model.
 
-`docs/strategies.md` says what is reconstructed. Offspring come from mutations alone, as in HexGen's published code. A
+`docs/strategies.md` lists what is reconstructed. Offspring come from mutations alone, as in HexGen's published code. A
 moved GPU comes from the machine that holds most of the receiving group, if the giving group has one there; a split
 takes a random share of every machine. HexGen ranks individuals first by their number of groups and later by simulated
 attainment of a deadline; here the rate within the limits ranks them, with the number of groups breaking ties.

@@ -4,7 +4,7 @@
     B  evaluate    the best replica of every group, then the maximum flow through all of them
     C  refine      swaps guided by the flow, until none increases it
 
-`docs/strategies.md` says what is reconstructed. Besides:
+`docs/strategies.md` lists what is reconstructed. Besides:
 
 **A.** Recursive bisection by the Fiedler vector, by cuts that divide the memory evenly, then pair exchanges after
 Kernighan and Lin. (The exchanges in networkx ignore memory and do not guarantee that no single exchange is better.) A

@@ -1,6 +1,6 @@
 """`splitwise-paper`: pools of equal machines, as Splitwise (ISCA'24, arXiv 2311.18677) provisions them.
 
-`docs/strategies.md` says what is reconstructed. A machine is a TP group inside a node, or a pipeline of up to
+`docs/strategies.md` lists what is reconstructed. A machine is a TP group inside a node, or a pipeline of up to
 `MAX_STAGES` groups of one size if one cannot hold the model. KV is sent from every prompt machine to every token
 machine in equal shares, within a zone.
 """

@@ -3,7 +3,7 @@
 OEF (Middleware'24, arXiv 2403.18545) has two fair rules that maximise total value. With claimants l of weight pi_l,
 speed-ups w_l and shares x_l [types], m the fleet:
 
-    cooperative       max sum_l w_l x_l   s.t.  w_l x_l / pi_l >= w_l x_i / pi_i   all l, i        (nobody envies)
+    cooperative       max sum_l w_l x_l   s.t.  w_l x_l / pi_l >= w_l x_i / pi_i   all l, i        (no envy)
     non-cooperative   max sum_l w_l x_l   s.t.  w_l x_l / pi_l equal for all l                      (equal value)
     both              sum_l x_l <= m,  x >= 0
 
@@ -314,7 +314,7 @@ def trading(problem: ShareProblem) -> Shares:
     """Return Gandiva_fair's (EuroSys'20) shares: pairs trade fast GPUs of one for slow ones of the other.
 
     Trading starts from an equal split. The pair whose speed-ups between two types differ most trades first, at the mean
-    of the two speed-ups as the price, until one of them has nothing to trade. Both gain by every trade, so that nobody
+    of the two speed-ups as the price, until one of them has nothing to trade. Both gain by every trade, so no claimant
     has less than an equal split at the end.
     """
     amounts = problem.equal_split.copy()

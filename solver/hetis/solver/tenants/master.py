@@ -57,7 +57,7 @@ class TenantsGoal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TenantsBound:
-    """Proof that no placement exceeds ``value``, by dual feasible ``row_prices`` [rows] and ``multipliers`` [tenants]."""
+    """Proof that no placement exceeds ``value``: dual feasible ``row_prices`` [rows] and ``multipliers`` [tenants]."""
 
     value: float
     row_prices: FloatArray

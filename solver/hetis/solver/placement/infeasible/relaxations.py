@@ -34,7 +34,7 @@ class Relaxation:
         change: what to do, in words.
         option: the command-line option that makes the change; empty if an input must change.
         usd_per_hour: cost of the change; None if unknown or nothing.
-        is_tried: whether a plan was found with it; if False, the sentence only says what is out of reach.
+        is_tried: whether a plan was found with it; if False, the sentence only states what is out of reach.
     """
 
     about: Requirement | None
