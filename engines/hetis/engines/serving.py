@@ -25,7 +25,9 @@ DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
         *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
-        *("--prefill-context-parallel-size", "-pcp", "--data-parallel-size", "-dp", "--dp-size"),
+        *("--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size", "-dcp", "--dcp-size"),
+        *("--data-parallel-size", "-dp", "--dp-size", "--enable-dp-attention"),
+        *("--enable-expert-parallel", "--no-enable-expert-parallel", "-ep", "--expert-parallel-size", "--ep-size"),
         *("--data-parallel-size-local", "-dpl", "--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr"),
         *("--data-parallel-external-lb", "-dpe", "--data-parallel-hybrid-lb", "-dph"),
         *("--data-parallel-multi-port-external-lb", "-dpm"),
@@ -33,11 +35,12 @@ DECIDED = frozenset(
         *("--dist-init-addr", "--nccl-init-addr"),
         *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
         *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
-        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens"),
+        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens", "--num-gpu-blocks-override"),
         "--config",  # a file that may contain any option
     )
 )
 """Engine options that follow from the plan or from our own settings; users may set all others (`decided_in`)."""
+_SHORT = "-dc"  # vLLM's ``--diffusion-config``, not an abbreviated ``-dcp``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +95,11 @@ def _decided(name: str) -> str:
     """Return the decided option that an engine may take ``name`` for; empty: none.
 
     Their parsers accept prefixes of option names, a value directly after a single letter (``-n2``), and a key of a
-    JSON option (``--kv-transfer-config.kv_role``). No option that users may set is a prefix of a decided one.
+    JSON option (``--kv-transfer-config.kv_role``). Of the options that users may set, only `_SHORT` is a prefix of a
+    decided one.
     """
     name = name.partition(".")[0]
-    if not name.strip("-"):
+    if not name.strip("-") or name == _SHORT:
         return ""
     found = [one for one in DECIDED if one.startswith(name) or (len(one) == 2 and name.startswith(one))]
     return name if name in found else min(found, key=lambda one: (len(one), one), default="")
