@@ -124,7 +124,7 @@ def _rows(case: Case, *, seeds: int) -> list[Row]:
 def ablated(case: Case, *, seeds: int, iterations: int, thetas: tuple[float, ...]) -> Iterator[Row]:
     """Yield the row of the full method, then one without each of its parts, over about this many iterations each."""
     cluster = example(case.fleet)
-    compile_kernels(cluster.num_gpus(), ("hetis",), report=silent)  # once per installation, longer than the time limit
+    compile_kernels(cluster.num_gpus(), ("hetis",), report=silent)  # once per installation; exceeds the time limit
     started_s = time.process_time()
     posed = problem(cluster, model=case.model, workload=case.workload, objective=case.objective)
     lengths = load_workload(case.workload)

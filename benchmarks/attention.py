@@ -1,4 +1,4 @@
-"""What an attention worker computes, beside torch's attention over the same KV: microseconds of one layer.
+"""Attention of an attention worker compared with torch's over the same KV: microseconds of one layer.
 
     python -m benchmarks.attention [--quick] [--json] [--device cpu|cuda:N] [--rounds N]
 
@@ -31,7 +31,7 @@ from hetis.runtime.attention.device import DeviceStep, LocalDevice
 from hetis.runtime.attention.kv import KvShape, SequenceKey, cuda_count, use_cuda_device
 
 DIM, PAGE, DTYPE = 128, 16, torch.bfloat16
-LEAST_S = 0.002  # that a timed batch of calls takes on a GPU, which a clock outside of it then knows well
+LEAST_S = 0.002  # least time of a timed batch of calls on a GPU, long enough for the host's clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def compare(case: Case, device: str, rounds: int) -> Row:
-    """Return what both take."""
+    """Return the row that compares both."""
     timed = *_ours(case, device), _theirs(case, device)
     calls = [max(1, round(LEAST_S / _seconds(call, device, 1))) if device != "cpu" else 1 for call in timed]
     took = [[_seconds(call, device, n) for call, n in zip(timed, calls, strict=True)] for _ in range(rounds)]
@@ -140,7 +140,7 @@ def _theirs(case: Case, device: str) -> Callable[[], object]:
 
 
 def _seconds(call: Callable[[], object], device: str, count: int) -> float:
-    """Return the seconds of one of ``count`` calls in a row, after one that does not count."""
+    """Return the seconds of one of ``count`` calls in a row, after a warm-up call."""
     call()
     if device != "cpu":
         torch.cuda.synchronize(device)

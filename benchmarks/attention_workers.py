@@ -5,8 +5,8 @@
 Two strong GPUs with eight weak ones (examples/h100-l4.yaml, examples/h100-p100.yaml) serve Llama-3.1-70B under several
 lengths and TPOT limits, with TTFT unlimited. The paper's cluster serves Llama-2-70B under the default limits and
 without limits. ``bound_without`` is the proven bound of the `hetis` family with ``max_pool = 0``. ``ratio`` is ``value
-/ bound_without``. Above 1, no plan without attention workers reaches the rate. A row without a ratio has no plan
-without them at all.
+/ bound_without``. Above 1, no plan without attention workers reaches the rate. A row has no ratio if no plan without
+them exists.
 """
 
 from __future__ import annotations

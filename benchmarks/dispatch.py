@@ -64,7 +64,7 @@ SIZES = ((12, 1), (12, 8), (64, 8), (64, 64), (256, 32), (1024, 16))
 LOADS = ("balanced", "imbalanced", "nearly full")
 GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S", "L4", "V100-SXM2-32GB", "T4", "A10G", "P100-PCIe-12GB", "RTX-3090")
 MODEL = "Llama-2-70B"
-LEVEL_S = (2e-4, 6e-4)  # attention time of a layer, from which the running level is drawn
+LEVEL_S = (2e-4, 6e-4)  # range of a layer's attention time from which the running level is drawn
 FREE_RATIO = 1.2
 STAGES = 20  # mixes of GPUs per row
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -207,7 +207,7 @@ def random_requests(rng: np.random.Generator, arrivals: int) -> Requests:
 
 
 def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Requests, level_s: float) -> DeviceLoad:
-    """Return running heads whose KV bytes let devices finish at the level, less the slack of the case's load."""
+    """Return running heads whose KV bytes make devices finish at the level, less the slack of the case's load."""
     costs = costs_of(stage)
     heads = rng.integers(10, 100, case.devices) * 4 * stage.heads.queries_per_group
     mean_context = float(requests.context_tokens.mean())
@@ -289,7 +289,7 @@ def dispatch_all(case: Case) -> list[Timed]:
     """Dispatch every instance; the time includes building the problem from arrays. The stages are warm."""
     dispatchers: dict[int, Dispatcher] = {}
     result = []
-    for problem in list(instances(case)):  # made in advance, so that no dispatch is timed with cold caches
+    for problem in list(instances(case)):  # built in advance, so that no dispatch is timed with cold caches
         key = id(problem.stage)
         if key not in dispatchers:
             dispatchers[key] = Dispatcher(problem.stage)
@@ -337,7 +337,7 @@ def shares(names: Iterator[str]) -> str:
     return ", ".join(f"{name} {count / counted.total():.1%}" for name, count in counted.most_common())
 
 
-# --- the others
+# --- other solvers
 
 
 def water_filling(problem: DispatchProblem) -> tuple[float, float]:

@@ -80,7 +80,7 @@ class Run:
     """The result of one rule on the traffic."""
 
     tokens_per_s: float
-    heads: list[int]  # group-steps on every device
+    heads: list[int]  # head groups on every device, summed over all steps
     moved: int
 
 
@@ -172,7 +172,7 @@ def _row(name: str, runs: Sequence[Run], base: Sequence[Run]) -> Row:
 
 
 def _bars(shown: Sequence[Row]) -> list[plots.Bars]:
-    """Return a group for each rule with its tokens per second."""
+    """Return a group of bars for each rule with its tokens per second."""
     bars = []
     for row in shown:
         scenario, _, rule = str(row["name"]).partition(": ")

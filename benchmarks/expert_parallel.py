@@ -2,13 +2,13 @@
 
     python -m benchmarks.expert_parallel [--quick] [--json] [--only TEXT] [--data FOLDER]
 
-Both are rules of the cost model (``docs/cost-model.md``, "Expert parallelism"), held here against the tables that they
-were read from: aiconfigurator's fused experts and collectives on A100, H100 and L40S.
+Both are rules of the cost model (``docs/cost-model.md``, "Expert parallelism"), compared here with the tables from
+which they were derived: aiconfigurator's fused experts and collectives on A100, H100 and L40S.
 
 *busiest of R ranks*: R ranks have whole experts, and tokens prefer some (``power_law_1.01``). ``measured`` is the time
 of the busiest rank over that of a rank with a slice of every expert, which has exactly its share; ``rule`` is R to the
-power of the exponent. Only iterations of at least 4,096 tokens: in shorter ones reading weights takes longest, of which
-all ranks read about as many.
+power of the exponent. Only iterations of at least 4,096 tokens count: in shorter ones reading weights takes longest,
+and all ranks read about the same number of them.
 
 *exchange among R ranks*: ``measured`` is an all-gather and a reduce-scatter over two all-reduces of half the message,
 all by NCCL; ``rule`` is 1. ``p10`` and ``p90`` are over shapes and sizes.
@@ -35,7 +35,7 @@ from hetis.solver.cost import EXPERT_IMBALANCE
 DATA = Path(__file__).parents[2] / "shared" / "data" / "profiles"
 GPUS = {"A100-SXM-80GB": "aic_a100_sxm", "H100-SXM-80GB": "aic_h100_sxm", "L40S": "aic_l40s"}
 RANKS = (2, 4, 8)
-LEAST_TOKENS = 4096  # of an iteration with a long prompt, whose experts compute for longer than they read
+LEAST_TOKENS = 4096  # tokens per iteration; in iterations this long, experts compute for longer than they read
 
 
 class _Experts(NamedTuple):
@@ -57,7 +57,7 @@ def main() -> None:
         message = f"{missing[0]}: no such file; --data says where the tables are"
         if not arguments.quick:
             raise SystemExit(message)
-        print(message, file=sys.stderr)  # the quick form must run everywhere, but the tables are not ours to ship
+        print(message, file=sys.stderr)  # --quick must run everywhere, but we may not ship the tables
         return
     found = (row for row in all_rows(arguments.data) if arguments.only in str(row["name"]))
     rows.show(found, arguments, name="expert_parallel")
@@ -96,7 +96,7 @@ def row_of(name: str, ratios: list[float], *, rule: float) -> Row:
 
 
 def busiest_ratios(path: Path) -> dict[int, list[float]]:
-    """Return, by ranks, the time of the busiest one with whole experts over that of one with its share of all."""
+    """Return, by number of ranks, the time of the busiest with whole experts over that of one with slices of all."""
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts")
     table, times = read_sheet(path), dict[_Experts, float]()
     for row in table:

@@ -5,9 +5,9 @@
 A case draws a fleet of two to four GPU types, a model, a trace or mean lengths, and limits on TTFT and TPOT. A fleet
 without a plan is drawn again. The case gets the default plan of `hetis-plan place`, which is then simulated as
 `place` does, with Poisson arrivals at the planned rate; where it misses a limit, ``place`` plans again for a tighter
-one, whose share of the limit is ``tightened``. ``kept`` says whether p95 TTFT and mean TPOT of the plan that is shown
+one, whose share of the limit is ``tightened``. ``kept`` tells whether p95 TTFT and mean TPOT of the plan that is shown
 stay within their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``kept_rps``
-is the highest rate that the plan is said to keep, lower than the planned one if that misses a limit, and
+is the highest rate that the plan reports to keep, lower than the planned one if that misses a limit, and
 ``kept_again`` whether other traffic at this rate, by another seed, keeps the limits. ``best_rps`` is the highest rate
 that keeps the limits, found by a sweep in runs as long as the longest that `place` makes; ``planned_over_best`` and
 ``kept_over_best`` are the two rates over it. The last rows summarise.
@@ -48,8 +48,8 @@ MODELS = ("Llama-2-70B", "Qwen3-32B", "Llama-3.1-8B", "Qwen2.5-72B-Instruct", "M
 LENGTHS = ("azure_conv_2023", "sharegpt_8k_lengths", "sharegpt_first_turn_lengths", "4000/300", "1000/500", "500/50")
 TTFT_S, TPOT_S = (0.5, 1.0, 2.0, 5.0), (0.03, 0.05, 0.1, 0.2)
 TIME_LIMIT_S = 10.0
-TOLERANCE = 0.02  # of the sweep, relative
-SEED, OTHER_SEED = 0, 7  # of the traffic that `place` simulates, and of that which judges it
+TOLERANCE = 0.02  # relative tolerance of the sweep
+SEED, OTHER_SEED = 0, 7  # seeds of the traffic that `place` simulates, and of that which judges it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

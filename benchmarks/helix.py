@@ -3,14 +3,14 @@
     git clone https://github.com/Thesys-lab/Helix-ASPLOS25
     python -m benchmarks.helix --helix Helix-ASPLOS25 [--seconds 660] [--quick] [--only TEXT] [--json]
 
-Clusters, machine profiles, traces and Helix's placements (MILP) come from its artifact evaluation, nothing of it is
+Clusters, machine profiles, traces and Helix's placements (MILP) come from its artifact evaluation; nothing of it is
 copied here. Each cluster is posed to `layers` with Helix's tokens per second, KV room and times per batch. Its
-simulator runs offline as in the artifact: requests come as long as KV room is expected to suffice. Routing is Helix's
+simulator runs offline as in the artifact: requests arrive as long as KV room is expected to suffice. Routing is Helix's
 max-flow scheduler with flows of its own, or with shares of requests from the plan for its flows.
 
 ``decode`` and ``prompt`` are tokens per second after the first minute, ``_late`` in the second half of that;
 ``vs_helix`` is the ratio of decode to the first row of the cluster. Helix's simulator takes minutes to an hour per row.
-It needs networkx and matplotlib; Gurobi is not needed. Only what it logs is left out here.
+It needs networkx and matplotlib; Gurobi is not needed. Only its logs are omitted here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hetis.solver.layers.plan import LayersPlan
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.layers.solve import solve_layers
 
-PROMPT, OUTPUT = 763.1, 232.4  # mean tokens of the trace, which Helix states beside it
+PROMPT, OUTPUT = 763.1, 232.4  # mean tokens of the trace, as Helix states them
 WARM_UP_S, SECONDS, SECONDS_QUICK = 60.0, 660.0, 120.0
 UNITS = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9, "MB": 1e6, "GB": 1e9, "MilliSec": 1e-3, "Sec": 1.0}
 SOURCE, SINK = "source", "sink"
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--helix", type=Path, required=True, metavar="DIR", help="a checkout of Helix's repository")
     parser.add_argument("--seconds", type=float, metavar="S", help=f"of the cluster's time, {SECONDS:.0f} by default")
     arguments = parser.parse_args()
-    sys.path.append(str(arguments.helix))  # it is not installed, as that would need Gurobi
+    sys.path.append(str(arguments.helix))  # Helix is not installed as a package, as that would need Gurobi
     seconds = arguments.seconds or (SECONDS_QUICK if arguments.quick else SECONDS)
     rows.show(all_rows(arguments.helix, seconds=seconds, only=arguments.only), arguments, name="helix")
 
@@ -132,7 +132,7 @@ def quantity(text: str) -> float:
 
 
 def rising(measured: Mapping[int, float]) -> TimeTable:
-    """Return measured seconds as a table that never falls; a batch of nothing is left out."""
+    """Return measured seconds as a table that never falls; empty batches are left out."""
     sizes = sorted(size for size in measured if size > 0)
     return TimeTable(
         sizes=tuple(float(size) for size in sizes),
@@ -142,11 +142,11 @@ def rising(measured: Mapping[int, float]) -> TimeTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """A cluster of Helix's: the type of every node, and bandwidth and latency between any two."""
+    """A Helix cluster: the type of every node, and bandwidth and latency between any two."""
 
-    kinds: dict[str, str]  # of every node
+    kinds: dict[str, str]  # type of every node
     links: dict[Link, tuple[float, float]]
-    model: Any  # Helix's name of the model
+    model: Any  # Helix's model object
     manager: Any  # Helix's profiles of the model on these machines
 
     @classmethod
@@ -212,7 +212,7 @@ class Cluster:
 
 
 def usable_links(places: Mapping[str, Place], num_layers: int, *, partial: bool) -> Iterator[Link]:
-    """Yield links on which requests can go on: to where the next layer begins, or to its midst with ``partial``."""
+    """Yield links to nodes whose range begins with the next layer, or with ``partial`` has it anywhere inside."""
     for name, (first, held) in places.items():
         end = first + held
         if first == 0:
@@ -280,7 +280,7 @@ class Simulation:
             feed_hwm=0.8,
             seed=0,
         )
-        gc.disable()  # it looks through millions of tokens' records again and again
+        gc.disable()  # it would traverse millions of token records again and again
         try:
             feeder.auto_simulate(simulator=self._simulator)
         finally:
@@ -296,7 +296,7 @@ class Simulation:
 
 
 class _Finished(dict[int, Any]):
-    """Finished passes: when, of which phase, and how many tokens, instead of their histories."""
+    """A log of finished passes (time, phase, number of tokens) in place of their histories."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,7 +323,7 @@ class _Nothing(dict[Any, Any]):
 
 
 def _forget(simulator: Any) -> None:
-    """Let a simulator keep no logs: they take gigabytes, and nothing that is simulated depends on them."""
+    """Make a simulator keep no logs: they take gigabytes, and nothing that is simulated depends on them."""
     simulator.previous_events_list = simulator.previous_events_dict = _Nothing()
     simulator.logger.add_log = lambda **_: None
     analyzer = simulator.query_manager.latency_analyzer
@@ -331,7 +331,7 @@ def _forget(simulator: Any) -> None:
 
 
 def _route(graph: Any, flow: Mapping[tuple[int, int], float]) -> None:
-    """Let Helix's scheduler weight links by ``flow``, in tokens per second, instead of by its maximum flow."""
+    """Make Helix's scheduler weight links by ``flow``, in tokens per second, instead of by its maximum flow."""
     solve = graph.update_flow
 
     def update_flow(time_stamp: float) -> tuple[float, dict[str, dict[str, float]]]:

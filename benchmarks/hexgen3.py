@@ -1,4 +1,4 @@
-"""Prefill, decode attention and the rest of decode on GPUs of their own, beside strategies that keep some together.
+"""Prefill, decode attention and the rest of decode on separate GPUs, compared with strategies that keep some together.
 
     python -m benchmarks.hexgen3 [--quick] [--json]
 
@@ -11,9 +11,9 @@ TTFT is unlimited. Columns are goodput in requests/s; 0 means no plan.
 In `hexgen3` a stage waits while its workers attend. Attention-FFN disaggregation lets several micro-batches take turns,
 so that neither waits: ``turns_bound`` bounds what any plan of `hexgen3` could serve then, for a layer takes no less
 than the longest of its dense work, its attention and its exchange. A request still needs them one after another, which
-the bound leaves out, so that it says more than can be under a tight limit on TPOT. ``over_rest`` is the value of
-`hexgen3` over the best of `hexgen` and `hexgen2`, and ``turns_over_hetis`` is ``turns_bound`` over the value of
-`hetis`: below 1, taking turns would not help `hexgen3` past what `hetis` serves without.
+the bound leaves out, so that it is too high under a tight limit on TPOT. ``over_rest`` is the value of `hexgen3` over
+the best of `hexgen` and `hexgen2`, and ``turns_over_hetis`` is ``turns_bound`` over the value of `hetis`: below 1,
+taking turns would not help `hexgen3` past what `hetis` serves without.
 """
 
 from __future__ import annotations
@@ -156,9 +156,9 @@ def turns_bound(posed: PlacementProblem) -> float:
 
 
 def _without_waiting(costs: CostTables, t: Tables) -> Tables:
-    """Return tables whose decode layers with a pool take the longest of dense work, attention and exchange.
+    """Return tables in which decode layers with a pool take the longest of dense work, attention and exchange.
 
-    Entries hold what attention adds to the dense work. Those of fewer than all head groups are in no plan of `hexgen3`.
+    Entries hold the time that attention adds to the dense work. No plan of `hexgen3` has those below all head groups.
     """
     pool_s, least_s = t.pool_s.copy(), t.least_pool_s.copy()
     sizes = np.array(costs.pool_sizes, dtype=float)

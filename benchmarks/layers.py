@@ -4,8 +4,8 @@
 
 The fleets are two examples (`examples/layers-24.yaml`, `layers-42.yaml`) and two to which nothing was fitted. Each is
 placed by the plan, by maximum flow, and by others (short searches from several seeds, random chains). ``rate`` is the
-objective and ``flow`` the static flow, both in requests per second; ``queued`` is what
-the queue serves. The last row of a fleet has the rank correlation (Spearman) of rate and of flow with that.
+objective, ``flow`` the static flow, and ``queued`` what the queue serves, all in requests per second. The last row of
+a fleet has the rank correlations (Spearman) of ``rate`` and of ``flow`` with ``queued``.
 
 The queue has individual requests, batches and hops, and is written independently of `hetis.solver.layers.plan`,
 without its round trips, clumps of batches and mean lengths:

@@ -1,16 +1,16 @@
-"""How often measurements lie in the range stated for a GPU nobody measured: every measured GPU is left out in turn.
+"""How often measurements lie in the range stated for an unmeasured GPU: every measured GPU is left out in turn.
 
     python -m benchmarks.left_out [--quick] [--json]
 
 A GPU is modelled from its relatives alone: efficiencies and ranges are derived again without any of its measurements
 (`tools.left_out`). Rows of operators compare every measured time in the serving range, ``count`` of them: `nine_in_ten`
-is the error that nine in ten keep, in either direction (0.5: between 1/1.5 and 1.5 times the modelled time), ``range``
-the one that is stated, and ``covered`` the share that it holds. ``mean_error`` is the mean error of the relatives, and
-``covered_by_mean`` the share that a range of it would hold. Rows of plans do the same with rates: plans are made with
-the modelled profile, and their rate by the profile that was measured is compared with the stated range. ``range`` is
-its median upper end there. In rows called all, each trial counts once and ``covered`` is the mean.
+is the error that nine in ten do not exceed, in either direction (0.5: between 1/1.5 and 1.5 times the modelled time),
+``range`` the stated error, and ``covered`` the share of times within it. ``mean_error`` is the mean error of the
+relatives, and ``covered_by_mean`` the share that a range of that size would cover. Rows of plans do the same with
+rates: plans are made with the modelled profile, and their rate by the measured profile is compared with the stated
+range. ``range`` is its median upper end there. In rows called all, each trial counts once and ``covered`` is the mean.
 
-Without the published tables (``--data``) the shipped profiles' fits on a grid stand for what was measured.
+Without the published tables (``--data``) the shipped profiles' fits on a grid stand in for the measurements.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def operator_row(measured: Tables, trial: Trial) -> Row:
 
 
 def plan_trials(measured: Tables, *, quick: bool) -> Iterator[tuple[str, str]]:
-    """Yield each GPU whose layers and attention were measured, with each architecture its attention can be of."""
+    """Yield each GPU whose layers and attention were measured, with each architecture that can model its attention."""
     whole = [gpu for gpu in PARTNERS if all(gpu in measured.operators[op].points for op in COMPUTE)]
     for gpu in whole[: 1 if quick else None]:
         yield from ((gpu, relative) for relative in measured.relatives("decode_attention", gpu))
@@ -122,7 +122,7 @@ def plans_row(name: str, measured: Tables, gpu: str, relative: str, *, quick: bo
         plan = solve_placement(posed, gap_target=GAP, budget=budget)
         fixed = FixedPlan(plan, posed)
         if gpu not in fixed.gpus:
-            continue  # it says nothing about this GPU
+            continue  # the plan shows nothing about this GPU
         planned, rate = fixed.as_planned(posed.profiles).rate, fixed.as_planned({**posed.profiles, gpu: true}).rate
         stated = predicted(plan, posed)
         mean = predicted(plan, replace(posed, profiles={**posed.profiles, gpu: _by_mean(modelled)}))
@@ -175,7 +175,7 @@ def _problems(gpu: str, modelled: Profile, *, quick: bool) -> Iterator[Placement
 
 
 def _by_mean(profile: Profile) -> Profile:
-    """Return the profile with its mean errors alone, or `UNKNOWN_ERROR` where there were no two relatives."""
+    """Return the profile with its mean errors alone, or `UNKNOWN_ERROR` with fewer than two relatives."""
     fits = []
     for fit in profile.fits:
         known = fit.provenance.held_out_mape

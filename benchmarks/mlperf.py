@@ -1,17 +1,17 @@
-"""Plans against MLPerf Inference v5.1: the output tokens/s that a fleet is planned for, and those that were published.
+"""Plans against MLPerf Inference v5.1: the output tokens/s planned for a fleet, and those published.
 
     python -m benchmarks.mlperf [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
 
-Every row of the table (`benchmarks.measuring.mlperf_rows`) is a submission. Those on equal nodes, of one model, format
-of the weights, scenario and engine are one group, for which one node is planned: the planner chooses replicas, stages,
-batches and chunks for the highest rate, in Server and Interactive for the goodput under MLPerf's limits. Profiles are
-those that are shipped or, for GPUs that nobody measured, modelled, with the host times of the engine. Nothing is fitted
+Every row of the table (`benchmarks.measuring.mlperf_rows`) is a submission. Submissions on equal nodes with one model,
+weight format, scenario and engine form one group, for which one node is planned: the planner chooses replicas, stages,
+batches and chunks for the highest rate, or in Server and Interactive for the goodput under MLPerf's limits. Profiles
+are the shipped ones or, for GPUs without measurements, modelled ones, with the engine's host times. Nothing is fitted
 to these rows.
 
-A row is one group, with rates in output tokens/s of a GPU: ``predicted`` by the plan, ``best`` and ``median`` of its
-``n`` submissions, and the prediction over each. ``plan`` is its replicas. The last rows are totals, the mean absolute
-error (``mape``) and the mean (``bias``, negative: predicted too slow) of predicted / best - 1, and how many rows were
-posed and skipped. ``--markdown`` writes docs/accuracy.md.
+A row is one group, with rates in output tokens/s per GPU: ``predicted`` by the plan, ``best`` and ``median`` of its
+``n`` submissions, and the prediction over each. ``plan`` describes its replicas. The last rows are totals: the mean
+absolute error (``mape``) and the mean (``bias``, negative: predicted too slow) of predicted / best - 1, and how many
+rows were posed and skipped. ``--markdown`` writes docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def predicted(self) -> float:
-        """Return the output tokens/s of a GPU that the plan promises."""
+        """Return the output tokens/s per GPU that the plan promises."""
         return self.plan.result.value * output_tokens(self.submissions) / self.system.gpus
 
     @property
@@ -78,7 +78,7 @@ class Outcome:
 
     @property
     def is_measured(self) -> bool:
-        """Return whether the GPU has a shipped profile, and none that is modelled from relatives."""
+        """Return whether the GPU has a shipped profile rather than one modelled from relatives."""
         return shipped_profile(self.system.gpu) is not None
 
 
@@ -143,7 +143,7 @@ def grouped(table: list[dict[str, str]]) -> tuple[list[tuple[Submission, ...]], 
 
 
 def output_tokens(submissions: Sequence[Submission]) -> float:
-    """Return the mean output tokens of an answer."""
+    """Return the mean output tokens per answer."""
     return fmean(one.output_tokens for one in submissions)
 
 
@@ -151,20 +151,20 @@ def plan_of(submissions: Sequence[Submission]) -> Plan:
     """Return the plan for one node of a group.
 
     Raises:
-        HetisError: there is none.
+        HetisError: no plan exists.
     """
     budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.monotonic)
     return solve_placement(problem_of(submissions[0].system, output_tokens(submissions)), budget=budget)
 
 
 def problem_of(system: System, tokens: float) -> PlacementProblem:
-    """Return the placement of a group's model on one of its nodes, for answers of so many tokens on average.
+    """Return the placement of a group's model on one of its nodes, for answers with this mean number of tokens.
 
-    Plans keep to the rules of vLLM, whichever engine it is: pipelines of whole replicas, which both run.
+    Plans follow the rules of vLLM for every engine: pipelines of whole replicas, which all of them run.
     """
     kind = catalogue.find_gpu(system.gpu).gpu
     model = dtypes.with_precision(load_model(BENCHMARKS[system.benchmark].model), weights=system.weights, kv="fp8")
-    # Submitters of models with experts share out whole ones, beside attention data parallelism.
+    # For MoE models, submitters distribute whole experts over ranks and combine that with attention data parallelism.
     profile = for_engine(
         shipped_profile(system.gpu) or modelled_profile(kind), kind, system.engine,
         stream_interval=system.stream_interval(tokens), whole_experts=model.moe is not None,
@@ -196,7 +196,7 @@ def group_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
 
 
 def shape_of(plan: Plan) -> str:
-    """Return the replicas of a plan in a few words, equal ones together."""
+    """Return the replicas of a plan in a few words, with equal ones merged."""
     shapes = Counter(map(_shape, plan.replicas))
     return ", ".join(f"{count} x {shape}" for shape, count in shapes.items())
 

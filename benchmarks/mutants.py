@@ -79,17 +79,17 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-NOT_CHANGED = ("small_stage", "compile_dispatch", "compile_redispatch")  # what only compiles
+NOT_CHANGED = ("small_stage", "compile_dispatch", "compile_redispatch")  # functions that only compile
 WITH_KERNELS = ("dispatch", "redispatch")
-INSTANCES = 4  # of a parametrised test of these parts, except those of which each concerns other code
+INSTANCES = 4  # instances kept of each parametrised test, except tests whose instances each cover other code
 ALL_INSTANCES = tuple(name.rpartition("::")[2] for name in STEPS.values())
-# Kernels as plain Python take minutes for the first two, and have no signatures, which the third is about.
+# With kernels as plain Python the first two take minutes; the third tests their signatures, which those lack.
 LEFT_OUT = (
     "test_rounding_stays_within_half_a_percent_of_the_best_plan_on_average",
     "test_quality_over_small_stages_of_every_kind_is_as_the_search_found_it",
     "test_costs_of_any_type_become_what_kernels_are_compiled_for",
 )
-LONGEST_S = 240.0  # CPU seconds of a mutant's tests; beyond that it never ends and counts as killed
+LONGEST_S = 240.0  # CPU seconds of a mutant's tests; a mutant that takes longer counts as killed
 PRELOADED = ("numpy", "scipy.optimize", "scipy.sparse", "pytest", "numba", "highspy")
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
@@ -205,7 +205,7 @@ def _not_run(tree: ast.AST) -> set[int]:
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the variants of the node with one mistake each."""
+    """Yield the variants of the node, each with one mistake."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in OPERATORS:
             yield _with(node, ops=[OPERATORS[type(op)]()])

@@ -54,13 +54,13 @@ OBJECTIVES = {
     "goodput": Objective(),
 }
 TIME_LIMIT_S = 30.0  # CPU seconds, so that other work on the machine does not cut searches short
-ROUTERS = {  # of strategies whose paper has its own rule
+ROUTERS = {  # routing rules of strategies whose papers have their own
     "hexgen-paper": Settings(router="fewest-requests"),
     "splitwise-paper": Settings(router="fewest-tokens"),
 }
 QUICK_S = 2.0  # with ``--quick``
 COMPILING_S = 1.0  # CPU seconds; a compilation in progress is finished
-LATENCY_LOAD = 0.7  # of the weakest strategy's throughput
+LATENCY_LOAD = 0.7  # share of the weakest strategy's throughput
 BLOCK_TOKENS = 16
 # The most that the paper reports for Hetis over each: throughput, KV blocks, p95 TTFT, p95 TPOT.
 OVER_SPLITWISE, OVER_HEXGEN = (2.25, 1.87, 1.47, 1.39), (1.33, 1.87, 1.22, 1.39)
@@ -74,7 +74,7 @@ PAPER = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A strategy on a case; without a plan, ``note`` says why."""
+    """A strategy on a case; without a plan, ``note`` has the reason."""
 
     strategy: str
     plan: Plan | None

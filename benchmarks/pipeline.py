@@ -170,7 +170,7 @@ SEED = 1
 MAX_STAGES = 6
 MAX_COPIES = 3
 IMBALANCE = 0.7  # the fastest stage needs this share of the slowest one's time
-CHUNK_SHARES = (0.1, 0.9)  # of iterations that carry a chunk: phi
+CHUNK_SHARES = (0.1, 0.9)  # range of phi, the share of iterations that carry a chunk
 CHUNK_RATIOS = (2.0, 20.0)  # seconds of an iteration with a chunk over one without
 FILLS = ("M = 1", "K <= M < 2K", "M >= 2K")
 ROLE_MODELS = ("Llama-13B", "Llama-3.1-8B")
@@ -299,7 +299,7 @@ def ratio_to_formula(pipeline: Pipeline, iterations: int, rng: np.random.Generat
 def simulate_pipeline(pipeline: Pipeline, iterations: int, carries_chunk: Callable[[int], bool]) -> tuple[float, float]:
     """Return the iterations per second once the pipeline has filled up, and the share of them with a chunk.
 
-    Every stage serves first come, first served, on the copy that is free first. ``carries_chunk`` is asked once for
+    Every stage serves first come, first served, on the copy that is free first. ``carries_chunk`` is called once for
     each iteration of a micro-batch, in order.
     """
     warm_up = iterations // 5

@@ -56,11 +56,11 @@ BETWEEN = (
 SCALES = (1, 4, 16, 64, 256, 1024, 8192, 83333)
 TYPE_COUNTS = range(1, 9)
 GPUS_PER_TYPES_ROW = 1024
-SLOWER = Objective(ttft_limit_s=4.0)  # for fleets with P100s, which have no plan under 2 s
+SLOWER = Objective(ttft_limit_s=4.0)  # limit for fleets with P100s, which have no plan under 2 s
 THROUGHPUT = replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT)
 BETWEEN_LIMIT_S = 10.0
 CURVE_LIMIT_S = 10.0
-# One choice of each for all replicas, which is small enough for the compact MILP.
+# Settings fixed for all replicas, so that the compact MILP stays small enough.
 SHRUNK = Family(
     max_copies=2, max_pool=0, micro_batches=(32,), in_flight=(8,), chunk_tokens=(512,), roles=(Role.UNIFIED,)
 )

@@ -6,21 +6,21 @@ One stage of Llama-2-70B (two A100 as primary, two RTX 3090 and four P100 as att
 see `benchmarks.measuring.drift`. Some requests grow eight times as long as expected, a device becomes half as fast, a
 device leaves after a notice of 150 steps, memory is short, or all of these. Figures are means over seeds.
 
-All policies look every five steps and act on a trigger: ``joint`` and ``whole`` on any, ``paper`` as published on
-deviation and memory. For ``joint`` the trigger must be due (`Watch`, as in the service); the others may look in vain
+All policies check every five steps and act on a trigger: ``joint`` and ``whole`` on any, ``paper`` as published on
+deviation and memory. For ``joint`` the trigger must be due (`Watch`, as in the service); the others may check in vain
 any number of times. ``thrifty joint`` requires a move to pay back within a tenth of its request's remaining steps
-instead of a quarter. ``same bytes`` looks when ``paper`` does, and makes the joint program's best moves within the
+instead of a quarter. ``same bytes`` acts when ``paper`` does, and makes the joint program's best moves within the
 bytes that the paper's rule would move then. If a device still runs full, the request admitted last there is evicted
 (``none``: the one that cannot grow).
 
 ``mean_us`` and ``p95_us`` are makespans per layer and decode step. ``refill_us`` is the time to prefill KV lost by
 eviction or with a device, spread over all layers and steps. ``over_ideal`` is the mean excess of the makespan over a
 new dispatch of all running requests, which does not reward a policy for evictions. ``moved_gib`` is the KV copied
-between devices, and ``refilled_gib`` the KV lost and computed again. ``saved_us`` is the saving in makespan and refill
+between devices, and ``refilled_gib`` the KV lost and recomputed. ``saved_us`` is the saving in makespan and refill
 against ``none``, and ``saved_us_per_gib`` the same per GiB moved, over all seeds. ``more_us`` and ``more_us_per_gib``
-are by how much both exceed the savings of the paper's rule at the same Theta on the same seeds, with ``.._error`` their
-standard errors (the second by the jackknife). ``evictions`` counts those for lack of memory, and ``tokens_per_s`` the
-tokens decoded per second of virtual time.
+are the amounts by which both exceed the savings of the paper's rule at the same Theta on the same seeds, with
+``.._error`` their standard errors (the second by the jackknife). ``evictions`` counts those for lack of memory, and
+``tokens_per_s`` the tokens decoded per second of virtual time.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ from hetis.solver.profile import Op
 
 MODEL = "Llama-2-70B"
 LINK_BYTES_PER_S, LINK_S = 12.5e9, 4e-5  # 100 Gb/s; round trip
-PLENTY = 10**7  # KV blocks
+PLENTY = 10**7  # number of KV blocks, more than any request needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,16 +7,16 @@
 One real `hetis-planner` (SQLite, no TLS) serves agents on real gRPC streams, each with its own TCP connection. Most of
 them run in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
 and eight nodes with a P100 each, its attention workers. Agents and engines are scripted and act at once, so that the
-times are those of the planner, gRPC and this machine's scheduler. Everything shares the same few cores; ``load`` says
+times are those of the planner, gRPC and this machine's scheduler. Everything shares the same few cores; ``load`` shows
 how busy they were.
 
 ``rate_per_s`` is the rate of the row's subject, for timed calls over all lanes together. ``p50_ms``, ``p99_ms`` and
 ``max_ms`` are those of ``count`` latencies, ``at_once`` at a time. ``over_empty_p50`` and ``over_empty_p99`` are the
 same over those of an empty call (health's Check) on the same channel just before, with as many at once. ``cores`` is
 the CPU time of the planner's process per second, and ``cpu_us`` that per unit of the row's subject. ``rss_mib`` is its
-memory, and ``kb_per_agent`` its growth since before the first agent, per agent. ``lag_s`` is the time to take the
-reports that were sent but not taken yet, at the present rate. ``load`` is the machine's mean of running processes over
-a minute.
+memory, and ``kb_per_agent`` its growth since before the first agent, per agent. ``lag_s`` is the time to process the
+reports that were sent but not processed yet, at the present rate. ``load`` is the machine's mean number of running
+processes over a minute.
 
 ``--soak`` applies 500 reports/s and 200 admissions/s. It prints a row for each twelfth of the time, and one that
 compares the last part with the second: memory as a share, p99 as a ratio. This p99 covers the calls during which, and
@@ -60,7 +60,7 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb
 
 QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)
 AT_ONCE, BATCHES = (1, 16), (1, 8)
-STREAMED = (  # requests of a step, steps at once, streams
+STREAMED = (  # (requests per step, concurrent steps, streams)
     (1, 1, 1, "1 at once"),
     (1, 16, 1, "16 at once on a stream"),
     (1, 16, 16, "16 at once on 16 streams"),
@@ -68,7 +68,7 @@ STREAMED = (  # requests of a step, steps at once, streams
 )
 SMALL = "clusters/small"
 MANY = 10_000  # number of agents to which costs are extrapolated
-MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that, the planner is saturated
+MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond either, the planner counts as saturated
 
 
 async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
@@ -154,7 +154,7 @@ async def connections(bench: Bench) -> AsyncIterator[Row]:
     yield bench.row(
         "connecting", rate_per_s=extent.agents / seconds, cpu_us=1e6 * watched.cpu_s / extent.agents, **bench.memory()
     )
-    await asyncio.sleep(extent.idle_s / 3)  # heartbeats spread out
+    await asyncio.sleep(extent.idle_s / 3)  # lets heartbeats spread out
     yield await idle(bench, "heartbeats, no replicas", alone)
     with Watched(bench.planner) as watched:
         seconds = await bench.activate()

@@ -1,4 +1,4 @@
-"""One fleet, several models: what every rule gives, what fairness costs, and whether its promise holds at real rates.
+"""One fleet, several models: what every rule yields, what fairness costs, and whether its promise holds at real rates.
 
     python -m benchmarks.sharing [--quick] [--json]
 
@@ -6,7 +6,7 @@ Rows named after a rule of `hetis-plan share` are placements by the joint master
 tenants' rates, each over the rate that it reaches alone. ``lost`` is the relative loss of value against the most
 efficient placement. ``least`` is the least of these rates per part, with its own gap. ``over_part`` is the least rate
 over the rate on the tenant's own part of every GPU class. ``envy`` is the largest factor on a tenant's rate with as
-many GPUs as another tenant has, per part. ``promise`` says what the rule promises, and whether it held or the
+many GPUs as another tenant has, per part. ``promise`` states what the rule promises and whether it held, or gives the
 counter-example.
 
 Rows called *linear* are the shares of `hetis-plan fair` from one speed-up per GPU type, rounded down to whole GPUs, on

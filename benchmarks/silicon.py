@@ -4,9 +4,9 @@
 
 Every row of the table (`benchmarks.measuring.serving_points`) is one engine on some GPUs with a constant number of
 requests in flight. What the cost model can express is predicted from the catalogue and shipped profiles, or modelled
-ones of GPUs that nobody measured; the rest is counted with its reason. Profiles are made of tables of single operators,
-and engine settings are those of published scripts. An engine's host times are fitted to two models on one GPU, whose
-rows say so (``split``) and are in no total.
+ones for GPUs without measurements; the rest is counted with its reason. Profiles are made of tables of single
+operators, and engine settings are those of published scripts. An engine's host times are fitted to two models on one
+GPU, whose rows are marked in ``split`` and are in no total.
 
 A row is one (GPU, engine, model, kind, mode). ``..._mape`` is the mean absolute error over its points, ``..._bias`` the
 mean of predicted / measured - 1 (negative: predicted too fast), and ``tpot_p90`` the error that nine in ten points stay
@@ -60,8 +60,8 @@ DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
 ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
 LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
-READINGS_S = (0.0, 2e-6, 4e-6, 6e-6, 8e-6, 10e-6, 14e-6)  # by the server, of one token of a prompt
-ANSWERS_S, USUAL_ANSWER_S = tuple(0.005 * k for k in range(41)), 0.06  # to the server and back
+READINGS_S = (0.0, 2e-6, 4e-6, 6e-6, 8e-6, 10e-6, 14e-6)  # time in which the server reads one token of a prompt
+ANSWERS_S, USUAL_ANSWER_S = tuple(0.005 * k for k in range(41)), 0.06  # way to the server and back
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -155,16 +155,16 @@ def predicted(
     return answered(found), skipped
 
 
-Readings = tuple[Outcome, ...]  # of one point, at each of `READINGS_S`
+Readings = tuple[Outcome, ...]  # outcomes of one point, one for each of `READINGS_S`
 
 
 def answered(found: Sequence[Readings]) -> list[Outcome]:
-    """Return the outcomes with what a first token takes outside of iterations, fitted for each engine and source.
+    """Return the outcomes with the part of a first token's time outside of iterations, fitted per engine and source.
 
     The server reads one prompt after another, and there is a way to it and back; neither is in any table, and neither
-    loads a GPU. For models with experts both are what has the least error of TTFT on the dense ones of the same engine
-    and source (or, without any, of the same engine), and the other way around: no point has a part in its own
-    prediction.
+    loads a GPU. For models with experts both are the values with the least error of TTFT on the dense models of the
+    same engine and source (or, without any, of the same engine), and the other way around: no point has a part in its
+    own prediction.
     """
     groups = defaultdict[tuple[str, str, str], list[Readings]](list)
     for outcomes in found:
@@ -192,7 +192,7 @@ def outside_iterations(found: Sequence[Readings]) -> tuple[int, float]:
 def predict(
     point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0, reading_s: float = 0.0
 ) -> Outcome:  # fmt: skip
-    """Return the mean TTFT, but for the way to the server and back, and the mean TPOT of a point.
+    """Return the mean TTFT, without the way to the server and back, and the mean TPOT of a point.
 
     The server takes ``reading_s`` for each token of a prompt.
 
@@ -219,7 +219,7 @@ def predict(
         def alike(
             decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
         ) -> float:
-            """Return the seconds of an iteration in which every copy has the same to do."""
+            """Return the seconds of an iteration in which every copy has the same work."""
             others = (point.copies - 1) * (decoding + chunk_tokens)
             return seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
 
@@ -241,7 +241,7 @@ def engine_of(point: ServingPoint, seats: int, reading_s: float) -> Engine:
 
 
 def iteration_time(point: ServingPoint, timing: StageTiming) -> CopyTime:
-    """Return the time of a copy's iterations, with the host that starts what is not in CUDA graphs."""
+    """Return the time of a copy's iterations, with the host launching what is not in CUDA graphs."""
     graphs, graph_tokens, layers = point.settings.graphs, point.settings.graph_tokens, point.model.num_layers
 
     def seconds(
@@ -262,7 +262,7 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
     """Return the replica's only stage, and the number of requests for which its KV has room.
 
     Raises:
-        NotPosedError: it has room for none.
+        NotPosedError: the stage has room for none.
     """
     model, share = point.model, (1.0 + point.shortest) / 2.0
     lengths = LengthBin(
@@ -334,7 +334,7 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
     """Return aiconfigurator's answers for the same rows.
 
     Raises:
-        SystemExit: it cannot be started.
+        SystemExit: aiconfigurator cannot be started.
     """
     # Each key loads its tables; parallel sizes as they were, and requests of one copy.
     ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))
@@ -352,7 +352,7 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
 
 
 def beside_row(point: ServingPoint) -> dict[str, str | float]:
-    """Return what published settings change in a row: 8-bit KV, ranks, and tokens that are drafted and accepted."""
+    """Return the fields of a row that published settings change: 8-bit KV, ranks, drafted and accepted tokens."""
     drafts = point.settings.draft_tokens
     kv: dict[str, str | float] = {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {}
     if point.copies > 1 or point.row.get("attention_dp_size") not in ("", "1", None):

@@ -4,13 +4,13 @@
 
 ``agreement``: random (cluster, model, workload) cases are placed. One replica of every shape of the plan serves
 requests that always wait, with the plan's b, M and C, and heads split as planned; a plan's prefill and decode replicas
-run all together (``#roles``). ``ratio`` is the simulated rate over `ReplicaPlan.rate`, or over that of the KV routes;
+run together (``#roles``). ``ratio`` is the simulated rate over `ReplicaPlan.rate`, or over that of the KV routes;
 the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the ratio for a pipeline whose iterations take exactly the
-formula's time, but come one by one, with or without a chunk. If it is as far below, the slack of the formula is too
-small; if it is as far above, too large. For roles it is that of the weaker side. ``ttft`` is the planned p95.
-``ttft_at_plan`` is the simulated one with Poisson arrivals at the planned utilisation, `-` if that load is not carried
-or the run is too short to tell. ``ttft_at_half`` is that at half the planned rate, where hardly any request waits for a
-seat. ``--rate-only`` leaves both out.
+formula's time, but come one by one, with or without a chunk. If it is equally far below 1, the slack of the formula is
+too small; if it is equally far above 1, too large. For roles it is that of the weaker side. ``ttft`` is the planned
+p95. ``ttft_at_plan`` is the simulated one with Poisson arrivals at the planned utilisation, `-` if that load is not
+carried or the run is too short to tell. ``ttft_at_half`` is that at half the planned rate, where hardly any request
+waits for a seat. ``--rate-only`` leaves both out.
 
 ``speed``: CPU seconds of whole plans on always-waiting requests, in one process.
 """
@@ -57,8 +57,8 @@ SEED = 7
 BAR = 0.1
 TTFT_BAR = 0.25
 SOLVE_S = 8.0  # CPU seconds, so that other work on the machine does not cut searches short
-WORST = 16  # rows shown
-MOST_ITERATIONS = 60_000  # of one simulated replica, roughly
+WORST = 16  # number of rows shown
+MOST_ITERATIONS = 60_000  # approximate limit for one simulated replica
 AS_PLANNED = Settings(dispatch=False, redispatch=False)
 
 
@@ -207,7 +207,7 @@ def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:
 def _speed(name: str, posed: PlacementProblem, requests: int, settings: Settings) -> Row:
     plan = solve_placement(posed, budget=Budget(time_limit_s=SOLVE_S, clock=time.process_time), gap_target=0.01)
     workload = posed.workload.clipped_to(posed.model.max_position)
-    compile_redispatch()  # otherwise the first move would wait for the compiler
+    compile_redispatch()  # otherwise the first move would wait for compilation
     simulate(plan, posed, Deck(workload, 20, 0), settings)
     started = time.process_time()
     run = simulate(plan, posed, Deck(workload, requests, 0), settings)

@@ -4,12 +4,13 @@
 
 Random (cluster, model, workload) cases are placed with prefill and decode replicas only. The replicas that KV routes
 join run together, with Poisson arrivals at the planned utilisation, and then (``_full``) with requests always waiting.
-Rows are replicas, and figures are those of one stage copy, in prompts of the mean length. Of a decode replica ``held``
-are prompts that have their blocks and do not decode yet; of a prefill replica they are what is there of prompts that
-are being prefilled or have not landed yet. ``counted`` is what the cost model has room for. ``error`` is what is
-counted too much, as a share of ``kv_tokens``, the whole room (``of_one``: if a decode replica had room for one prompt).
-``waiting`` are the requests that have landed and do not decode yet, or are sent and have not landed yet; ``seats`` is
-the share of the seats that decode, and ``served`` the rate with requests always waiting over the planned one.
+Rows are replicas, and figures are those of one stage copy, in prompts of the mean length. For a decode replica ``held``
+counts prompts that have their blocks and do not decode yet; for a prefill replica, what is present of prompts that are
+being prefilled or have not landed yet. ``counted`` is the room that the cost model reserves for them. ``error`` is the
+excess of ``counted``, as a share of ``kv_tokens``, the whole room (``of_one``: if a decode replica had room for one
+prompt). ``waiting`` counts the requests that have landed and do not decode yet, or are sent and have not landed yet;
+``seats`` is the share of the seats that decode, and ``served`` the rate with requests always waiting over the planned
+one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SEED = 11
 SOLVE_S = 1.0  # CPU seconds
 SAMPLES = 1500
 QUANTILES = (5, 25, 50, 75, 95)
-WARM_UP = 0.25  # of the arrivals
+WARM_UP = 0.25  # share of the arrivals
 MOST_ITERATIONS = 8_000
 MOST_REQUESTS = 1200
 ROLES = (Role.PREFILL, Role.DECODE)
@@ -81,7 +82,7 @@ class Watch:
         return samples
 
     def tick(self, now_s: float) -> None:
-        """Sample all replicas now, and again later unless nothing is left to happen."""
+        """Sample all replicas now, and again later unless no event is left."""
         if self.events.is_empty:
             return
         self.times_s.append(now_s)

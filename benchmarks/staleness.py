@@ -120,7 +120,7 @@ class Table:
 
     document: Path
     name: str
-    digest: str  # of the sources that were measured
+    digest: str  # digest of the sources at the measurement
     is_marked: bool
 
     @property
@@ -175,7 +175,7 @@ def mark(document: Path) -> None:
 
 
 def stamp(name: str) -> str:
-    """Return the first line of a table that is measured today."""
+    """Return the first line of a table measured today."""
     return f"<!-- sources {digest(name)}: measured at {_commit()} -->"
 
 
@@ -244,7 +244,7 @@ def _rows_of_code(text: str, module: ast.Module) -> list[str]:
 
 
 def _strike(rows: list[bytes], node: ast.stmt) -> None:
-    """Write zeros over a statement, which keep the columns of those behind it."""
+    """Overwrite a statement with zeros, which keeps the columns of those after it."""
     assert node.end_lineno is not None
     assert node.end_col_offset is not None
     for row in range(node.lineno - 1, node.end_lineno):
@@ -254,7 +254,7 @@ def _strike(rows: list[bytes], node: ast.stmt) -> None:
 
 
 def _is_for_checkers(node: ast.stmt) -> bool:
-    """Return whether a statement is for readers of the module alone: of its types, or of its public names."""
+    """Return whether a statement matters only to readers of the module: type checkers, or users of its public names."""
     if isinstance(node, ast.If):
         return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING") and not node.orelse
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -262,7 +262,7 @@ def _is_for_checkers(node: ast.stmt) -> bool:
 
 
 def _renamings(statement: ast.stmt) -> set[tuple[str, str]]:
-    """Return the aliases of the imports in a statement that are not the name of what they import, with the latter."""
+    """Return the aliases of the imports in a statement that differ from the imported name, each with the latter."""
     found = set()
     for node in ast.walk(statement):
         if isinstance(node, ast.Import | ast.ImportFrom):

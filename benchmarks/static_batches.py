@@ -1,11 +1,11 @@
-"""Predictions against static batches of engines of 2024: the time that a batch takes from its first prompt to its end.
+"""Predictions against static batches of engines of 2024: the time of a batch from its first prompt to its end.
 
     python -m benchmarks.static_batches [--points FILE] [--json] [--only TEXT] [--quick] [--markdown]
 
 A row of the table (argonne-lcf/LLM-Inference-Bench) is one batch of equal requests on one replica: as many output
-tokens as prompt tokens, all requests at once, no others after them. Predicted is the time of the iterations that
+tokens as prompt tokens, all requests at once, and none after them. The prediction is the time of the iterations that
 prefill the prompts, as many whole ones at a time as an iteration takes, and of those that decode the rest, one token of
-every request each. Profiles are shipped or, for GPUs that nobody measured, modelled, with the host times of the engine.
+every request each. Profiles are shipped or, for GPUs without measurements, modelled, with the host times of the engine.
 Nothing is fitted to these rows.
 
 A row is one (GPU, engine, model), or several of them (``all``): the mean absolute error (``mape``) and the mean
@@ -45,8 +45,8 @@ from hetis.solver.workload import LengthBin, Workload
 POINTS = FOLDER / "llm_inference_bench.csv.gz"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 COLUMNS = ("Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency")
-# A row names neither memory nor form. Argonne has four A100 of 40 GB in a node of Polaris (ALCF's user guide), and in
-# JLSE four H100 of 80 GB and one GH200 of 96 GB (arXiv 2411.00136, "LLM-Inference-Bench").
+# A row names neither memory nor form factor. Argonne has four A100 of 40 GB in a node of Polaris (ALCF's user
+# guide), and in JLSE four H100 of 80 GB and one GH200 of 96 GB (arXiv 2411.00136, "LLM-Inference-Bench").
 GPUS = {
     "Nvidia A100 GPU": ("A100-SXM-40GB", 4),
     "Nvidia H100 GPU": ("H100-SXM-80GB", 4),
@@ -58,8 +58,8 @@ MODELS = {
     "meta-llama/Meta-Llama-3-8B": "Llama-3-8B", "meta-llama/Meta-Llama-3-70B": "Llama-3-70B",
     "mistralai/Mistral-7B-v0.1": "Mistral-7B",
 }  # fmt: skip
-CHUNK_TOKENS = 8192  # prompts of an iteration: TensorRT-LLM's max_num_tokens; engines of 2024 split no prompt
-CONTEXTS = 17  # at which a decoding iteration is timed
+CHUNK_TOKENS = 8192  # prompt tokens per iteration: TensorRT-LLM's max_num_tokens; engines of 2024 did not split prompts
+CONTEXTS = 17  # number of contexts at which a decoding iteration is timed
 QUICK_STRIDE = 25
 
 
@@ -70,10 +70,10 @@ class Batch:
     gpu: str
     node_gpus: int
     engine: str
-    model: str  # as in the catalogue
+    model: str  # name in the catalogue
     tp: int
     requests: int
-    tokens: int  # of every prompt, and of every answer
+    tokens: int  # tokens of every prompt, and of every answer
     measured_s: float
 
 
@@ -177,13 +177,13 @@ def batch_s(batch: Batch) -> float:
 
 @cache
 def stage_of(gpu: str, node_gpus: int, engine: str, name: str, tp: int) -> tuple[StageTiming, float]:
-    """Return a replica of one stage, and the tokens for whose KV it has room.
+    """Return a replica of one stage, and the number of tokens for whose KV it has room.
 
     Raises:
         NotPosedError: the weights do not fit.
     """
     kind, model = catalogue.find_gpu(gpu).gpu, load_model(name)
-    # Answers are read when all of them are there; vLLM's host handles every token all the same.
+    # Answers are read when they are complete; vLLM's host handles every token all the same.
     profile = for_engine(shipped_profile(gpu) or modelled_profile(kind), kind, engine)
     lengths = LengthBin(prompt_tokens=1024.0, output_tokens=1024.0, weight=1.0)
     try:

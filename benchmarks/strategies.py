@@ -30,7 +30,7 @@ from hetis.solver.plan import Objective, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
-FAILED = "failed"  # a crash, or a plan that the checker refuses
+FAILED = "failed"  # status of a solve that crashed, or whose plan the checker refuses
 LENGTHS = ("1024/256", "8000/300", "500/2000")
 TPOT_LIMITS_S = (None, 0.05)
 TIME_LIMIT_S = 10.0
@@ -144,7 +144,7 @@ def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> 
         return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
     except HetisError as error:
         return _without_plan("none", math.inf, started, str(error))
-    except Exception as error:  # a bug: the row says so, and later rows are still measured
+    except Exception as error:  # a bug: the row reports it, and later rows are still measured
         traceback.print_exc()
         return _without_plan(FAILED, math.inf, started, repr(error))
     seconds = time.process_time() - started

@@ -4,8 +4,8 @@
                               [--python PYTHON]
 
 Engines: *stock*; *local*, the plugin without workers; *shm* and *tcp* with one to three attention workers, each a
-process with one thread. Every engine is one process with one thread and runs vLLM in eager mode. A round asks each in
-turn, after short answers that are not counted. `equal` says whether greedy tokens are stock's. `wall_s` and
+process with one thread. Every engine is one process with one thread and runs vLLM in eager mode. A round sends each the
+requests in turn, after short ones that are not counted. `equal` reports whether greedy tokens are stock's. `wall_s` and
 `worker_cpu_s` (CPU seconds of the engine's process) are the least of the rounds. `ratio_to_stock` and `cpu_ratio` are
 medians over the rounds of wall and CPU seconds over stock's in the same round; on a shared machine, only the second is
 meaningful. If workers share the engine's cores, wall seconds include theirs.
@@ -13,7 +13,7 @@ meaningful. If workers share the engine's cores, wall seconds include theirs.
 *batch* is 16 requests of 200 to 1,500 prompt and 100 to 300 output tokens at once, *single* one of 500 and 200,
 *sampled* is *batch* at temperature 1. In *memory*, with 8 requests of 100 to 300 and 200 to 400, all engines have KV
 for a third of the tokens: stock lets requests wait and preempts, while the plugin holds the rest on workers. A step of
-8 requests spends its time on reading weights, as one of a hundred does on a GPU. *memory of many* has 24 requests: a
+8 requests spends its time on reading weights, as a step of a hundred does on a GPU. *memory of many* has 24 requests: a
 CPU core computes so long for each that a larger batch saves little.
 
 vLLM needs its own environment: `make vllm`, or `--python`.
@@ -49,9 +49,9 @@ class Case:
     """A set of prompts for every engine.
 
     Attributes:
-        prompt_tokens, output_tokens: least and most, per request.
-        kv_share: share of the batch's tokens that the engine's own KV holds; None: more than all.
-        engines: the engines asked, each with its number of workers; stock comes first.
+        prompt_tokens, output_tokens: fewest and most tokens per request.
+        kv_share: share of the batch's tokens that the engine's own KV holds; None: it has room for more than all.
+        engines: the engines to compare, each with its number of workers; stock comes first.
     """
 
     name: str
@@ -197,7 +197,7 @@ def _start(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba may be another version than ours
+        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # vLLM's environment may have another numba than ours
     }
     environment.pop("HETIS_VLLM_CONFIG", None)
     if kind != "stock":
@@ -224,7 +224,7 @@ def _start(
 
 
 def _configure(stack: ExitStack, folder: Path, kind: str, count: int) -> Path:
-    """Start the workers and return the path of the plugin's file."""
+    """Start the workers and return the path of the plugin's configuration file."""
     key = folder / "key"
     key.touch(mode=0o600)
     key.write_text("of a benchmark, on loopback alone")

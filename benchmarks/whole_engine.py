@@ -68,7 +68,7 @@ def main() -> None:
         message = f"{arguments.data / TABLE}: no such file; --data says where the table is"
         if not arguments.quick:
             raise SystemExit(message)
-        print(message, file=sys.stderr)  # the quick form must run everywhere, but the table is not ours to ship
+        print(message, file=sys.stderr)  # --quick must run everywhere, but we may not ship the table
         return
     rows.show(engine_rows(arguments.data, quick=arguments.quick, only=arguments.only), arguments, name="whole_engine")
 
@@ -117,7 +117,7 @@ def simulated(profile: Profile, point: Point) -> Point | None:
 
 
 class _AtOnce:
-    """The requests of a point, each available when it is asked for (`hetis.simulator.values.SaturatingSource`)."""
+    """The requests of a point, each available when it is requested (`hetis.simulator.values.SaturatingSource`)."""
 
     def __init__(self, point: Point) -> None:
         self._point = point

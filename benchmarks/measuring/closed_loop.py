@@ -43,7 +43,7 @@ class Attended(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """``total`` requests, ``in_flight`` at once. Lengths are uniform between ``shortest`` and 1 of the stated ones."""
+    """``total`` requests, ``in_flight`` at once. Lengths are uniform from ``shortest`` to 1 times the stated ones."""
 
     in_flight: int
     total: int
@@ -58,10 +58,10 @@ class Engine:
     """An engine's limits on an iteration.
 
     It carries at most ``chunk_tokens`` tokens, drafts among them, and ``seats`` requests with KV. Prompts may join
-    decoding requests or not. One for which an iteration has too little room left is split, or waits for the next one if
-    the engine ``keeps_whole`` prompts. New requests are looked for after every iteration with prompts, and after
-    ``poll_iterations`` others. While requests decode, prompts wait for ``wait_iterations``, or until an iteration has
-    ``wait_tokens`` tokens. Before all that, the server reads one prompt after another, each token in ``reading_s``
+    decoding requests or not. A prompt for which an iteration has too little room left is split, or waits for the next
+    one if the engine ``keeps_whole`` prompts. The engine polls for new requests after every iteration with prompts, and
+    after ``poll_iterations`` others. While requests decode, prompts wait for ``wait_iterations``, or until an iteration
+    has ``wait_tokens`` tokens. Before all that, the server reads one prompt after another, each token in ``reading_s``
     seconds.
 
     An engine that ``schedules_ahead`` schedules the next iteration as this one starts: what arrives meanwhile joins the
@@ -105,7 +105,7 @@ class Engine:
         return seconds(tokens, attended, 0, 0.0, 0.0, tokens) + self.drafting_s(seconds, decoding, attended)
 
     def iterations(self, output_tokens: int) -> int:
-        """Return the iterations in which a request decodes, its first token apart."""
+        """Return the iterations in which a request decodes, excluding its first token."""
         return max(1, math.ceil((output_tokens - 1) / self.tokens_per_iteration - 1e-9))
 
 
@@ -131,7 +131,7 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
     scheduled_s = 0.0  # when the next iteration is, or was, scheduled
     gain = engine.tokens_per_iteration
     waiting, prefilling = deque[_Request](), deque[_Request]()
-    unpolled, waited = 0, 0  # iterations since the last look for new requests, and those that prompts have waited
+    unpolled, waited = 0, 0  # iterations since the last poll for new requests, and those that prompts have waited
     ttft_s, tpot_s = 0.0, 0.0
     while arrived or waiting or prefilling or finishing:
         if not num or unpolled >= engine.poll_iterations:
@@ -278,7 +278,7 @@ def _slowest_s(
 ) -> float:  # fmt: skip
     """Return the seconds of an iteration: those of the copy that has the most tokens.
 
-    ``more_context`` is what each request's context has grown by until the middle one of several iterations.
+    ``more_context`` is the growth of each request's context until the middle one of several iterations.
     """
     tokens = [
         copy.decoding * (1 + engine.draft_tokens) + chunk[1] for copy, chunk in zip(copies, chunks, strict=True)

@@ -54,7 +54,7 @@ def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: in
     best, least_s = None, np.inf if device is not None else before_s * (1 - 1e-9)
     for j in np.flatnonzero(tables.now[:, where]).tolist():
         if snapshot.groups[j].sum() != tables.now[j].sum():
-            continue  # in flight
+            continue  # one of its moves is in flight
         free = np.where(tables.takes, snapshot.total_blocks() - used + tables.blocks[j] * tables.now[j], 0)
         if device is not None:
             free[device] = min(free[device], 0)
@@ -177,7 +177,7 @@ class Scenario:
     """The disturbances, and when they happen.
 
     Attributes:
-        name: for the table.
+        name: name in the table.
         long_share: share of the requests whose output is `LENGTHENED` times as long as expected.
         slow_at: step at which the device named ``slow`` begins to take twice as long.
         leaves_at: step at which the device named ``leaves`` starts to drain; it is gone `NOTICE` steps later.
@@ -234,7 +234,7 @@ class Tally:
     refilled_tokens: int = 0
     refilled_bytes: float = 0.0
     looks: int = 0
-    admissions: int = 0  # of one or several requests together
+    admissions: int = 0  # number of admissions, each of one or several requests
     raised: int = 0  # admissions that raised the makespan
 
 

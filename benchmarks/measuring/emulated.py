@@ -159,7 +159,7 @@ class Replica:
         """Return the answer of `emulated_engine` to a traffic. If ``followed``, costs change with the paces.
 
         Raises:
-            EngineFailedError: its process has ended.
+            EngineFailedError: the engine's process has ended.
         """
         return self.ask(
             {
@@ -193,7 +193,7 @@ def emulated_replica(
 
     Args:
         seats: number of concurrent requests.
-        most_tokens: per request, prompt and output.
+        most_tokens: limit on the tokens of a request, prompt and output together.
         growth_tokens: growth for which dispatch reserves room.
     """
     with tempfile.TemporaryDirectory(prefix="hetis-emulation-") as text, ExitStack() as stack:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.measuring.emulated import Pace
 
 
-_ROUNDS = 60  # of bisection, down to the precision of floats
+_ROUNDS = 60  # steps of bisection, down to the precision of floats
 
 
 @dataclass(frozen=True, slots=True)

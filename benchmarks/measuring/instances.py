@@ -25,7 +25,7 @@ NODE_SIZES = {
     "A100-PCIe-40GB": 4,
 }
 
-PRICES = {"A100-PCIe-40GB": 3.67}  # has no price in the catalogue; that of A100-SXM-40GB is used
+PRICES = {"A100-PCIe-40GB": 3.67}  # the catalogue has no price for it; that of A100-SXM-40GB is used
 
 
 def example(name: str) -> Cluster:

@@ -22,7 +22,7 @@ COLUMNS = (
     "Submitter", "Category", "Suite", "Platform", "UsedModel", "Scenario", "Accelerator", "a#", "Nodes",
     "weight_data_types", "Software", "Accuracy", "Performance_Result", "Performance_Units",
 )  # fmt: skip
-# Accelerators whose name in the table the importers do not know: the catalogue's name, and GPUs on one card.
+# Accelerators whose name in the table is unknown to the importers: the catalogue's name, and GPUs per card.
 ACCELERATORS = {
     "AMD Instinct MI300X 192GB HBM3": ("MI300X-192GB", 1),
     "AMD Instinct MI325X 256GB HBM3e": ("MI325X-256GB", 1),
@@ -48,8 +48,8 @@ class Benchmark:
     Attributes:
         model: the name in the catalogue.
         lengths: mean prompt and output tokens of equal shares of the data set.
-        seats: ``gpu_batch_size`` and ``max_num_seqs`` of submitters, of a replica.
-        output_tokens: of every answer. None: the table has their mean.
+        seats: the submitters' ``gpu_batch_size`` and ``max_num_seqs`` for a replica.
+        output_tokens: tokens of every answer; None: the table has their mean.
         limits: p99 TTFT and TPOT in seconds by scenario (``loadgen/mlperf.conf`` of mlcommons/inference).
     """
 
@@ -107,7 +107,7 @@ class System:
     """What is planned: submissions on equal nodes, of the same model, precision and scenario, by the same engine."""
 
     gpu: str
-    gpus: int  # of a node
+    gpus: int  # per node
     benchmark: str
     weights: str
     scenario: str
@@ -141,7 +141,7 @@ class System:
         return AMD_STEPS if self.gpu.startswith("MI3") else 1
 
     def workload(self, output_tokens: float) -> Workload:
-        """Return the data set with answers of so many tokens on average."""
+        """Return the data set with answers of this mean length."""
         lengths = BENCHMARKS[self.benchmark].lengths
         scale = output_tokens * len(lengths) / sum(output for _, output in lengths)
         bins = (LengthBin(prompt_tokens=p, output_tokens=scale * o, weight=1.0) for p, o in lengths)
@@ -153,7 +153,7 @@ class Submission:
     """A posed row."""
 
     system: System
-    run: tuple[str, ...]  # the same for rows of one run under both accuracy targets
+    run: tuple[str, ...]  # equal for rows of one run under both accuracy targets
     output_tokens: float
     tokens_per_s: float  # per GPU
 
@@ -162,7 +162,7 @@ def pose(row: Mapping[str, str]) -> Submission:
     """Return the submission of one row.
 
     Raises:
-        NotPosedError: it cannot be planned.
+        NotPosedError: the row cannot be planned.
     """
     if row["Suite"] != "datacenter":
         edge = "suite edge: other samples, or one request at a time"

@@ -29,7 +29,7 @@ def parser(module: str, description: str | None, points: Path) -> ArgumentParser
 
 
 def asked_rows(arguments: Namespace, columns: Sequence[str]) -> list[dict[str, str]] | None:
-    """Return the rows of the table that is asked for; None if it is absent from a quick run, which must work anywhere.
+    """Return the rows of the requested table; None if it is absent from a quick run, which must work anywhere.
 
     Raises:
         SystemExit: as `read_rows`.
@@ -62,7 +62,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def coverage(name: str, count: int, skipped: Mapping[str, int]) -> Iterator[Row]:
-    """Yield the number of rows that were predicted, called ``name``, and of those that were not by reason."""
+    """Yield the number of predicted rows, called ``name``, and the numbers of those that were not, by reason."""
     yield {"coverage": name, "n": count, "reason": ""}
     for reason, number in sorted(skipped.items(), key=lambda item: (-item[1], item[0])):
         yield {"coverage": "skipped", "n": number, "reason": reason}

@@ -2,8 +2,8 @@
 (SemiAnalysisAI/InferenceX, Apache-2.0, ``benchmarks/`` and ``.github/configs``, as of the rows' dates: October 2025 to
 April 2026).
 
-They depend on engine, model, GPU, image, date and load as the scripts say, and never on what was measured. Rows of
-other sources have an engine's defaults.
+They depend on engine, model, GPU, image, date and load as the scripts specify, and never on what was measured. Rows
+of other sources have an engine's defaults.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ACCEPTANCE = {
 _FIRST_MTP_DATE, _SHARED_IMAGE, _MTP_IMAGE = "2026-01-14", "1.1.0rc2.post2", "1.2.0rc6.post3"
 # From pull request 258 on, DeepSeek-R1's scripts without drafts allow 8,192 tokens or more in an iteration.
 _LEAST_TOKENS_DATE = "2026-01-21"
-# vLLM captures CUDA graphs of up to so many tokens (max_cudagraph_capture_size) unless it is told otherwise. On B200 it
-# was 1,024 from July 2026 on (pull request 49390), after these runs.
+# By default vLLM captures CUDA graphs of up to this many tokens (max_cudagraph_capture_size). On B200 the default was
+# 1,024 from July 2026 on (pull request 49390), after these runs.
 _GRAPH_TOKENS = 512
 _BALANCE_ITERATIONS = 60  # attention_dp_config.timeout_iters of DeepSeek-R1's scripts; batching_wait_iters is 0
 
 
 class Graphs(Enum):
-    """Iterations that run in CUDA graphs; Python starts every kernel of the others."""
+    """Iterations that run in CUDA graphs; in the others, Python launches every kernel."""
 
     NONE = "none"
     DECODE = "those without prompts"
@@ -49,19 +49,20 @@ class Settings:
         keeps_whole: whether prompts are never split among iterations (TensorRT-LLM without enable_chunked_prefill).
         stream_interval: tokens of a request that are sent together; 1 for vLLM, which sends from another process, and
             for SGLang with drafts, whose host works between iterations and not beside them.
-        has_fp8_kv: whether the KV cache has 8 bits, whatever the weights; None: as for the engine elsewhere.
+        has_fp8_kv: whether the KV cache has 8 bits, whatever the weights; None: as in the engine's other scripts.
         seats: the most requests that run at once, on a copy (max_num_seqs, max_running_requests, max_batch_size);
             None: no limit below the requests in flight.
-        poll_iterations: decoding iterations between two looks for new requests (SGLang's scheduler_recv_interval).
-        wait_iterations, wait_tokens: new prompts wait for so many iterations, or until an iteration has so many tokens
+        poll_iterations: decoding iterations between two checks for new requests (SGLang's scheduler_recv_interval).
+        wait_iterations, wait_tokens: new prompts wait for this many iterations, or until one has this many tokens
             (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
-        balance_iterations, gather_iterations: prompts wait until all copies have one and so many iterations after, or
-            for so many in all (timeout_iters and batching_wait_iters of its attention_dp_config); 0: they do not.
+        balance_iterations, gather_iterations: prompts wait until all copies have one and ``gather_iterations`` more, or
+            for ``balance_iterations`` in all (batching_wait_iters and timeout_iters of its attention_dp_config); 0: no
+            wait.
         schedules_ahead: whether an iteration is scheduled while the one before it runs (vLLM's async_scheduling, the
             overlap schedulers of the others), so that a request that arrives meanwhile is too late for it.
         default_experts: whether experts run in the kernels that the engine's recipes choose.
         graphs: which iterations run in CUDA graphs.
-        graph_tokens: those with prompts do, too, up to so many tokens (vLLM's max_cudagraph_capture_size).
+        graph_tokens: so do those with prompts, up to this many tokens (vLLM's max_cudagraph_capture_size).
         draft_tokens: tokens that the model's own prediction layer drafts in an iteration
             (num_nextn_predict_layers of TensorRT-LLM's MTP, speculative_num_steps of SGLang's).
         static_share: share of a GPU's memory for weights and KV (SGLang's mem_fraction_static).
@@ -90,7 +91,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run of a script: the load, and what it was started for.
+    """A run of a script: the load, and the configuration for which it was started.
 
     ``precision`` is that of the weights (bf16, fp8 or fp4), ``tp`` the GPUs, ``experts`` the ranks that share out whole
     experts, ``copies`` the ranks with attention of their own and ``requests`` those in flight on one of them. ``image``
@@ -112,12 +113,12 @@ class Run:
 
 
 def settings_elsewhere(engine: str, container: str) -> Settings:
-    """Return the settings of a run by others, in a container.
+    """Return the settings of a run in a container by a source other than InferenceX.
 
-    All runs of vLLM are in 0.12.0, which schedules ahead only if it is told to (from 0.14.0 on by default).
+    All runs of vLLM are in 0.12.0, which schedules ahead only on request (from 0.14.0 on by default).
 
-    Nobody says how the runs in Dynamo 0.9.0 were started. Their TPOT is the same under 5 and under 56 requests, and on
-    4 and on 8 GPUs: that of an engine without CUDA graphs.
+    How the runs in Dynamo 0.9.0 were started is not published. Their TPOT is the same under 5 and under 56 requests,
+    and on 4 and on 8 GPUs: that of an engine without CUDA graphs.
     """
     if engine == "vllm":
         return Settings(schedules_ahead=False, graph_tokens=_GRAPH_TOKENS)
@@ -128,8 +129,8 @@ def with_ranks(run: Run) -> Run:
     """Return the run with the ranks of experts and of attention that its configuration has.
 
     Two dumps state attention data parallelism for every row of vLLM with whole experts, see `_vllm_ranks`. Rows of
-    DeepSeek-R1 in FP4 of 2025 state neither. SGLang shared out whole experts; TensorRT-LLM did so above some requests
-    in flight, and from others on it ran attention data-parallel.
+    DeepSeek-R1 in FP4 of 2025 state neither. SGLang distributed whole experts; TensorRT-LLM did so above one number of
+    requests in flight, and ran attention data-parallel above another.
     """
     if run.engine == "vllm" and "MiniMax" in run.model:
         return _vllm_ranks(run)
@@ -148,7 +149,7 @@ def with_ranks(run: Run) -> Run:
 def _vllm_ranks(run: Run) -> Run:
     """Return a run of MiniMax-M2.5 with the ranks that its script starts.
 
-    On B200 in image v0.17.0 it shares out whole experts even for an EP_SIZE of 1. Only the script of B200 in FP4 has
+    On B200 in image v0.17.0 it distributes whole experts even for an EP_SIZE of 1. Only the script of B200 in FP4 has
     attention data parallelism, for a single configuration (``dp-attn: true``, whose requests changed on 21 April 2026).
     """
     if run.gpu.startswith("B200") and run.image.startswith("v0.17"):
@@ -161,14 +162,14 @@ def _vllm_ranks(run: Run) -> Run:
 
 
 def settings_of(run: Run) -> tuple[Settings, ...]:
-    """Return the settings of a run by InferenceX: those with drafts last where two scripts ran what the row names."""
+    """Return the settings of a run by InferenceX: with drafts last if two scripts match the row."""
     return {"vllm": _vllm, "trtllm": _trtllm, "sglang": _sglang}[run.engine](run)
 
 
 def _vllm(run: Run) -> tuple[Settings, ...]:
     if "MiniMax" in run.model and run.gpu.startswith("B200") and not run.image.startswith("v0.17"):
         settings = Settings(has_fp8_kv=True, graph_tokens=_GRAPH_TOKENS)
-        if not run.image.startswith("nightly"):  # whose script was not merged, and left both to the engine
+        if not run.image.startswith("nightly"):  # nightly: its script was not merged, and left both to the engine
             settings = replace(settings, chunk_tokens=2 * run.prompt_tokens, graph_tokens=2048)
         return (settings,)
     if "gpt-oss" in run.model:
@@ -200,7 +201,7 @@ def _trtllm(run: Run) -> tuple[Settings, ...]:
         drafts, seats = 1 if has_copies else 3, run.requests
         if has_copies and run.image == _MTP_IMAGE and run.precision == "fp4":
             seats = run.requests * run.copies // 4
-        # Without a lower limit: prompts are computed one by one.
+        # without a lower limit: prompts are computed one by one
         settings = Settings(
             chunk_tokens=_blocks((drafts + 1) * seats + run.prompt_tokens),
             stream_interval=10,

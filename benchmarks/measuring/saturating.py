@@ -1,6 +1,4 @@
-"""Plans under simulated load: saturated rates, also of random placements' replicas, and latencies at a rate, over
-seeds.
-"""
+"""Plans under simulated load, over seeds: saturated rates, also of random placements' replicas, and latencies."""
 
 from __future__ import annotations
 

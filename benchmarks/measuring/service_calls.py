@@ -52,12 +52,12 @@ from hetis.v1 import (
 )
 from hetis.v1 import dispatch_service_pb2 as pb
 
-ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # when a connection ends, and of a write after it
-MOST_REOPENED = 4  # attempts at one step
-MOST_FINISHED = 64  # requests in one step
-LONGEST_CALL_S = 10.0  # of dispatch, as the planner allows
-LONGEST_STEP_S = 60.0  # of a stream, so that a machine that stands still makes a measurement long and does not end it
-MOST_WAITS = 30  # for kernels that the planner compiles, of `LONGEST_CALL_S` each
+ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # when a connection ends, and for a write after it
+MOST_REOPENED = 4  # attempts per step
+MOST_FINISHED = 64  # requests per step
+LONGEST_CALL_S = 10.0  # limit on a dispatch call, as in the planner
+LONGEST_STEP_S = 60.0  # limit on a step of a stream: a stalled machine makes a measurement long and does not end it
+MOST_WAITS = 30  # waits of `LONGEST_CALL_S` each for kernels that the planner compiles
 Call = Callable[[list[float]], Awaitable[None]]
 
 
@@ -200,7 +200,7 @@ class DispatchedReplica:
                 try:
                     answer = await next(turn).step(finished, request.requests)
                 except CallError:
-                    ended.extend(finished)  # the step may have been done anyway, and finishing twice is no error
+                    ended.extend(finished)  # the step may have been done anyway, and finishing twice is not an error
                     raise
                 finally:
                     ended.extend(one.id for one in request.requests)
@@ -318,7 +318,7 @@ async def in_process_seconds(model: stage_pb2.StageModel, *, batch: int, count: 
 
 PAUSE_S = 1.1  # between samples: a replica is checked every half second, and again after a change
 GIVE_UP_S = 20.0
-MISPLACED_EVERY = 3  # requests
+MISPLACED_EVERY = 3  # one in this many requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,9 +327,9 @@ class ChangeTimes:
 
     Attributes:
         asked_s: the planner asks for the head map.
-        prepare_s: the first node is told to prepare; before that, the change is solved and stored.
+        prepare_s: the first node receives the command to prepare; before that, the change is solved and stored.
         commit_s: the primary is permitted to flip.
-        resolved_s: the first node is told that the change was flipped.
+        resolved_s: the first node is informed that the change was flipped.
         done_s: the change is stored as DONE.
         moves: number of moves of the change.
     """
@@ -417,7 +417,7 @@ def skew(stage: StageRun, prefix: str) -> None:
 
 CLUSTER, PLAN = "clusters/cells", "plans/cells"
 QUIET_CORES = 0.5
-MOST_STOLEN_CORES = 0.02  # above that, the host may cause the latencies, and a row says so
+MOST_STOLEN_CORES = 0.02  # above this, the host may cause the latencies, and the row notes it
 MOST_BETWEEN = 0.1  # share of agents that may be reconnecting, as connections end after half an hour
 KEYS = (
     "name",
@@ -537,7 +537,7 @@ class Bench:
         await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
 
     async def behind(self) -> tuple[float, float]:
-        """Return how many reports the planner has taken so far, and how many sent ones it has not."""
+        """Return how many reports the planner has processed so far, and how many sent ones it has not."""
         counts = await asyncio.to_thread(self.crowd.counts)
         there = self.extent.agents - len(self.engine_cell) - len(self.planner_cell)
         if counts.connected < there * (1 - MOST_BETWEEN):

@@ -1,8 +1,8 @@
 """Node agents that cost next to nothing: they speak the protocol and obey at once, in memory.
 
 A stream that ends is opened again, as by the real agent, because the planner ends every connection after half an hour.
-Nothing is stored, copied or decoded. A primary has a head map of invented requests, which it updates when told to flip
-a change.
+Nothing is stored, copied or decoded. A primary has a head map of invented requests, which it updates on the planner's
+command to flip a change.
 
 Most agents of a fleet are in a separate process, this module, that reads lines of JSON from stdin and answers on
 stdout.
@@ -38,7 +38,7 @@ CHANNEL_OPTIONS = (  # as in hetis-agent; a separate pool gives every agent its 
 )
 REQUESTS, CONTEXT_TOKENS = 24, 1400  # running on a primary, where they fit and trigger nothing
 VARIETY = 64  # number of different reports before they repeat
-LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # between two streams, as at the first attempt of the real agent
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # pause between two streams, as at the first attempt of the real agent
 WELCOME_S = 30.0
 
 Phase = change_pb2.ChangePhase
@@ -248,7 +248,7 @@ class ScriptedAgent:
                 statuses = [self._status(change, Phase.CHANGE_PHASE_READY)]
             case "commit":
                 change, phase = self._changes[delta.commit.change_id]
-                if phase != Phase.CHANGE_PHASE_FLIPPED:  # repeated after a new stream
+                if phase != Phase.CHANGE_PHASE_FLIPPED:  # otherwise the commit is repeated after a reconnect
                     self._flip(change)
                 self._changes[change.change_id] = (change, Phase.CHANGE_PHASE_FLIPPED)
                 statuses, reports = [self._status(change, Phase.CHANGE_PHASE_FLIPPED)], True
@@ -364,7 +364,7 @@ def balanced_owners(stage: StageRun) -> list[list[int]]:
 CONNECTING_AT_ONCE = 32
 WRITING_AT_ONCE = 64
 TURN_S = 0.02  # between two checks for due reports
-MOST_BEHIND_S = 0.5  # backlog of a rate, beyond which due reports are dropped
+MOST_BEHIND_S = 0.5  # backlog beyond which due reports are dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

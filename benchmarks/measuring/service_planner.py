@@ -39,7 +39,7 @@ from hetis.solver.plan import ClassPrice, Objective, Plan, ReplicaPlan
 from hetis.v1 import document_pb2
 
 ROOT = Path(__file__).parents[2]
-PROFILE = "HETIS_BENCHMARK_PROFILE"  # not read by the planner
+PROFILE = "HETIS_BENCHMARK_PROFILE"  # environment variable that the planner does not read
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -105,7 +105,7 @@ class PlannerProcess:
         return int(pages) * resource.getpagesize()
 
     def messages(self, kind: str) -> float:
-        """Return how many agent messages of this kind the planner has taken so far."""
+        """Return how many agent messages of this kind the planner has processed so far."""
         with urllib.request.urlopen(f"{self._page}metrics", timeout=30) as page:
             text = page.read().decode()
         found = re.search(rf'^hetis_planner_agent_messages_total{{kind="{kind}"}} (\S+)$', text, re.MULTILINE)
@@ -148,9 +148,9 @@ class HostWatch:
 def undisturbed(
     samples: Sequence[tuple[float, float]], began_s: Sequence[float], seconds: Sequence[float]
 ) -> npt.NDArray[np.bool_]:
-    """Return which calls met no time in which the host kept more than `MOST_STOLEN_SHARE` of a processor.
+    """Return which calls overlapped no time in which the host kept more than `MOST_STOLEN_SHARE` of a processor.
 
-    A call waits for those before it, so what the host takes is felt for another `AFTERMATH_S`. What the host took
+    A call waits for those before it, so time taken by the host is felt for another `AFTERMATH_S`. What the host took
     before the first sample or after the last is unknown, and is assumed to disturb no call.
 
     Args:
@@ -187,7 +187,7 @@ class Watched:
 
 
 def raise_file_limit() -> int:
-    """Raise the limit to the most allowed, and return it."""
+    """Raise the limit on open files to the maximum allowed, and return it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most

@@ -27,11 +27,11 @@ from hetis.solver.cost import rank_shape
 from hetis.solver.model import ModelSpec
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published model configs
-NODE_GPUS = 8  # in every system of the tables; a tensor-parallel group stays within a node
+NODE_GPUS = 8  # GPUs per node in every system of the tables; a tensor-parallel group stays within a node
 # SGLang computes prompts in separate iterations; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
-DRIFT = 0.98  # of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
-ROUNDING = 3e-3  # between dumps of one measurement
+DRIFT = 0.98  # `shortest` of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
+ROUNDING = 3e-3  # relative difference between dumps of one measurement
 WARM_DATE = "2026-01-21"  # when InferenceX's load generator began to warm engines up (its pull request 480)
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
@@ -43,7 +43,7 @@ COLUMNS = ("id", "backend", "model_path", "system", "mode", "isl", "osl", "silic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPoint:
-    """A posed row: ``requests`` in flight on one replica of ``tp`` GPUs, or on each of its ``copies`` of so many.
+    """A posed row: ``requests`` in flight on one replica of ``tp`` GPUs, or on each of ``copies`` with ``tp`` GPUs.
 
     Copies share their experts and iterate together (attention data parallelism).
     """
@@ -60,7 +60,7 @@ class ServingPoint:
     output_tokens: int
     shortest: float  # lengths are uniform between this share of the stated ones and all of it
     settings: Settings
-    has_whole_experts: bool  # each rank has some of the experts, and not slices of all
+    has_whole_experts: bool  # whether each rank has some whole experts instead of slices of all
     copies: int = 1
     ttft_s: float
     tpot_s: float
@@ -73,7 +73,7 @@ class ServingPoint:
 
     @property
     def source(self) -> str:
-        """Return who loaded the engine: InferenceX, or NVIDIA with its own generator through Dynamo."""
+        """Return the source of the load: InferenceX, or NVIDIA with its own generator through Dynamo."""
         return "InferenceX" if self.shortest == LENGTH_RATIO else "NVIDIA"
 
     @property
@@ -97,8 +97,8 @@ class ServingPoint:
 def posed(rows: list[dict[str, str]]) -> list[ServingPoint | tuple[dict[str, str], str]]:
     """Return the point of every row, or the row and why it is not posed.
 
-    A measurement in several dumps, which round differently, is posed once. Where two scripts ran what a row names, one
-    of them with drafts, the row needs another one beside it: the faster of the two drafted.
+    A measurement in several dumps, which round differently, is posed once. If two published scripts match a row, one of
+    them with drafts, the row needs a counterpart: the faster of the two ran with drafts.
     """
     found = list[ServingPoint | tuple[dict[str, str], str]]()
     unsettled = defaultdict[tuple[object, ...], list[tuple[int, tuple[ServingPoint, ...]]]](list)
@@ -135,7 +135,7 @@ def _is_same(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def pose(row: Mapping[str, str]) -> tuple[ServingPoint, ...]:
-    """Return the point of one row: two where it may have been run without drafts or with them.
+    """Return the point of one row: two if it may have been run without drafts or with them.
 
     Raises:
         NotPosedError: the cost model cannot express it.

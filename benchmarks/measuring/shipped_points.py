@@ -1,4 +1,4 @@
-"""Points made of the shipped profiles' own fits, on a grid of the serving range, for where their tables are not."""
+"""Points derived from the shipped profiles' own fits, on a grid of the serving range, in place of their tables."""
 
 from __future__ import annotations
 

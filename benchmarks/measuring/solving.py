@@ -58,8 +58,8 @@ class Measured:
     """A solve that was measured.
 
     Attributes:
-        status: of the plan; ``infeasible`` if none exists, ``none`` if time ran out before one was found, ``failed`` if
-            the solver crashed.
+        status: the plan's; ``infeasible`` if none exists, ``none`` if time ran out before one was found, ``failed``
+            if the solver crashed.
         import_s: time to load the solver, numba and HiGHS.
         first: the first solve of the process, which loads compiled kernels from numba's cache (or fills it).
         warm: the median of the others.

@@ -133,7 +133,7 @@ class _Formulation:
         options = {"mip_rel_gap": 1e-9, "mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
         if math.isfinite(time_limit_s):
             options["time_limit"] = time_limit_s
-        with warnings.catch_warnings():  # the status already tells that a time limit was hit
+        with warnings.catch_warnings():  # the status already reports that a time limit was hit
             warnings.filterwarnings("ignore", message="Solution may be inaccurate", category=UserWarning)
             milp.solve(solver=cp.HIGHS, **options)
         return self._result(milp)
@@ -299,8 +299,8 @@ class Shared:
     t_limit_s: float  # T
     chunk_limit_s: float  # longest iteration of a stage with a chunk, divided by its copies
     unevenness: float  # limit on that iteration as a multiple of a mean one
-    gpu: str | None  # None: any
-    layers: tuple[int, int]  # fewest and most of a stage
+    gpu: str | None  # None: any GPU type
+    layers: tuple[int, int]  # fewest and most layers of a stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

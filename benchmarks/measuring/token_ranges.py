@@ -1,9 +1,9 @@
 """Attention workers that hold ranges of tokens, of all head groups, in place of all tokens of some head groups.
 
 No plan has such workers: this is what they would cost, to be compared with `cost.PoolCost`. KernelFlume (arXiv
-2606.29207) splits the KV of a request so. Letters are those of `docs/cost-model.md`, "Token ranges": f is the share of
-a request's tokens on p cards, equally many on each. Every card attends with all query heads, and returns for each of
-them a partial output and the logarithm of its sum of exponentials, by which the stage weighs it.
+2606.29207) splits the KV of a request in this way. Letters are those of `docs/cost-model.md`, "Token ranges": f is the
+share of a request's tokens on p cards, equally many on each. Every card attends with all query heads, and returns for
+each of them a partial output and the logarithm of its sum of exponentials, by which the stage weighs it.
 """
 
 from __future__ import annotations
