@@ -27,7 +27,7 @@ def free_ports(count: int = 1) -> int:
     """Return the first of ``count`` consecutive ports that nothing listens on.
 
     The kernel gives none of them away before a server takes it: they lie below those of outgoing connections, where a
-    port that was free a second ago may be the near end of someone's connection.
+    port that was free a second ago may be the local end of another process's connection.
     """
     ephemeral = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32_768
     while True:
@@ -46,10 +46,10 @@ def listens(port: int) -> bool:
 
 
 def kernel_cache(python: Path) -> dict[str, str]:
-    """Return the variable that names a folder for compiled kernels to a Python of another virtual environment.
+    """Return the environment variable that gives a Python of another virtual environment a folder for compiled kernels.
 
-    Empty where its numba is the version of this one, for then both share what either has compiled, and where the caller
-    has chosen a folder. Two versions in one would each throw away what the other has compiled.
+    It is empty if that Python's numba has this one's version, for then both share what either has compiled, or if the
+    caller has chosen a folder. Two versions in one folder would each discard what the other has compiled.
     """
     if "NUMBA_CACHE_DIR" in os.environ:
         return {}
@@ -76,7 +76,7 @@ class DemoProcesses:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.status_page = ""  # of the last planner
+        self.status_page = ""  # address of the last planner's status page
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -105,7 +105,7 @@ class DemoProcesses:
         return address
 
     def kill(self, name: str) -> None:
-        """Kill the process like a power cut, without a chance to say goodbye."""
+        """Kill the process like a power cut, without a chance to clean up."""
         process = self._running.pop(name)
         process.kill()
         _wait(process)

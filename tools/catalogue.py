@@ -26,7 +26,7 @@ from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
 
 GIB = 2**30
 _CONFIGS = Path(__file__).parents[1] / "tests" / "formats" / "huggingface"
-# Billions of all and of active parameters, as the model cards say.
+# Billions of all and of active parameters, as the model cards state.
 _PUBLISHED_B = {
     "deepseek-ai/DeepSeek-V3.2": (671, 37),
     "zai-org/GLM-4.5": (355, 32),

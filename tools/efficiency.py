@@ -140,7 +140,7 @@ class Calibration:
 
 
 def calibrate(folder: Path, engine_tables: Path | None = None) -> Calibration:
-    """Return all efficiencies from the tables in ``folder``, and from those of engines or what is shipped of them.
+    """Return all efficiencies from the tables in ``folder``, and from the engine tables or their shipped results.
 
     Raises:
         DocumentError: a table is missing or malformed.
@@ -204,7 +204,7 @@ def _own_ops(
 
 
 def relative_points(folder: Path) -> dict[str, list[Points]]:
-    """Return the points of every measured GPU in the serving range, with work as seconds at its peaks.
+    """Return the points of every measured GPU in the serving range, with work in seconds at its peaks.
 
     Raises:
         DocumentError: a table is missing or malformed.
@@ -217,7 +217,7 @@ def relative_points(folder: Path) -> dict[str, list[Points]]:
 
 
 def measured_tables(relative: Mapping[str, Sequence[Points]]) -> Tables:
-    """Return what `relative_points` found, by operator, to leave GPUs out of."""
+    """Group what `relative_points` found by operator, for trials that leave GPUs out."""
     gpus = {name: catalogue.find_gpu(name).gpu for name in relative}
     operators = []
     for op in (*_OPS, "all_reduce_nvlink"):
@@ -253,7 +253,7 @@ def measured_tables(relative: Mapping[str, Sequence[Points]]) -> Tables:
 
 
 def without(measured: Tables, gpu: GpuType, relative: str) -> Efficiencies:
-    """Return the efficiencies of the architecture of ``gpu`` as they would be had nobody measured it, ranges included.
+    """Return the efficiencies of the architecture of ``gpu`` as if it had not been measured, ranges included.
 
     Operators that no other GPU of its architecture has are those of ``relative``, or of any other architecture if that
     has none either.
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def relative_to_peaks(found: Sequence[Points], gpu: GpuType) -> list[Points]:
-    """Return the points in the serving range, with work as seconds at the peaks of ``gpu``."""
+    """Return the points in the serving range, with work in seconds at the peaks of ``gpu``."""
     results = []
     for points in found:
         flops = matrix_flops(gpu, points.scope.weight_bytes) if points.op is Op.DENSE else gpu.fp16_flops
@@ -362,7 +362,7 @@ def _with_compute_piece(decode: OpEfficiency, prefill: OpEfficiency) -> OpEffici
 def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
     """Return the geometric mean of two hosts (L40S, A40) over 2 and 4 GPUs; each host is judged by the other's fit.
 
-    Over 8 GPUs both hosts cross sockets and reach only a third of it. No one would plan for that, so it is left out.
+    Over 8 GPUs both hosts cross sockets and reach only a third of it. No sensible plan has that, so it is left out.
     """
     hosts = [joined(_few_gpus(found)) for found in by_host.values()]
     fits = [_host_fit(points) for points in hosts]

@@ -1,7 +1,7 @@
 """Trials in which a measured GPU is left out: modelled from what is left, and compared with its own measurements.
 
 A GPU is modelled from other GPUs of its architecture where the operator was measured on one; otherwise every other
-measured architecture is its relative in a trial of its own, so that none is chosen by what came out.
+measured architecture is its relative in a trial of its own, so that none is chosen by the result.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Operator:
 
     Attributes:
         points: by GPU.
-        sources: the GPUs that others may be modelled from.
-        fit: makes the pieces for the points of some of them.
-        family: operators of one family state one range, since none has trials enough of its own; None: the range is
+        sources: the GPUs from which others may be modelled.
+        fit: fits the pieces to the points of some of them.
+        family: operators of one family state one range, since none has enough trials of its own; None: the range is
             assumed and not derived from trials.
         by_architecture: whether only GPUs of one architecture are fitted together.
     """
@@ -72,7 +72,7 @@ class Tables:
     """Measurements, and the trials that they make. Fits are kept, since trials share them."""
 
     operators: Mapping[str, Operator]
-    architectures: Mapping[str, str]  # by GPU
+    architectures: Mapping[str, str]  # architecture of each GPU
     _pieces: dict[tuple[str, tuple[str, ...]], Pieces] = field(default_factory=dict)
     _errors: dict[tuple[str, frozenset[str]], float | None] = field(default_factory=dict)  # by family and `without`
 
@@ -85,7 +85,7 @@ class Tables:
                     yield Trial(op=op.name, gpu=gpu, relative=relative, ratios=ratios)
 
     def relatives(self, op_name: str, gpu: str, *, without: Collection[str] = ()) -> Mapping[str, tuple[str, ...]]:
-        """Return the GPUs that ``gpu`` can be modelled from by architecture: its own if one of that was measured."""
+        """Return, by architecture, the GPUs that can model ``gpu``: its own if one of that was measured."""
         op = self.operators[op_name]
         found: dict[str, tuple[str, ...]] = {}
         for name in op.sources:
@@ -96,7 +96,7 @@ class Tables:
         return {own: found[own]} if own in found else found
 
     def range_error(self, op_name: str, *, without: Collection[str] = ()) -> float | None:
-        """Return the range that the trials of the operator's family ask for, or None without any.
+        """Return the range that the trials of the operator's family require, or None without trials.
 
         The GPUs in ``without`` take no part.
         """
@@ -110,7 +110,7 @@ class Tables:
         return self._errors[key]
 
     def mean_error(self, op_name: str, *, without: Collection[str] = ()) -> float | None:
-        """Return the mean error of predicting each source that is left from every other one. None: under two are."""
+        """Return the mean error of predicting each remaining source from every other one. None: only one remains."""
         op = self.operators[op_name]
         pairs = list(permutations([name for name in op.sources if name not in without], 2))
         if not pairs or op.family is None:
@@ -129,11 +129,11 @@ class Tables:
 
 
 def covering_error(trials: Sequence[Trial]) -> float:
-    """Return the error that nine in ten measured times of the next GPU keep, if it is like those of the trials.
+    """Return the error that nine in ten times of the next GPU do not exceed, if it is like those of the trials.
 
     This is the conformal quantile of two layers (Dunn, Wasserman and Ramdas 2023, pooled distributions): every trial
     has one vote, spread over its points, and one vote more is never covered, as the next GPU may be worse than any
-    before. Under nine trials there is no such quantile, and the largest error of all counts.
+    before. With fewer than nine trials there is no such quantile, and the largest error of all counts.
     """
     votes = min(COVERED * (len(trials) + 1), len(trials))
     factors = np.concatenate([trial.factors for trial in trials])

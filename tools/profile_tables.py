@@ -46,7 +46,7 @@ class OverPast:
     Attributes:
         charges: ways to charge KV.
         num_increments: number of chunks with a past that have a twin without.
-        increment: median of the time that the past adds, as predicted by the shipped fit / measured.
+        increment: median of the time that the past adds, the shipped fit's prediction / measured.
         increment_mape: mean error of this time, as a share of the whole time of the chunk.
     """
 

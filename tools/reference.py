@@ -1,4 +1,4 @@
-"""Writes ``docs/reference``: command lines, files, the service and metrics, as the code says that they are.
+"""Writes ``docs/reference``: command lines, files, the service and metrics, as the code defines them.
 
     make reference            writes the pages
     python -m tools.reference --check    says which are out of date, and ends with 1 where one is

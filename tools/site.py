@@ -98,5 +98,5 @@ def mathml(source: str, *, display: str) -> str:
 
 
 def makeExtension(**kwargs: Any) -> Mathematics:  # noqa: N802
-    """Called by MkDocs."""
+    """Return the extension; MkDocs calls this."""
     return Mathematics(**kwargs)

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"[-+]?(\d[\d,]*)?(\.\d+)?([eE][-+]?\d+)?%?$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Excerpt:
-    """The part of a table that a page asks for."""
+    """The part of a table that a page shows."""
 
     table: str
     columns: tuple[str, ...]  # none: all
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    """Return README and every page that is written by hand."""
+    """Return the README and every hand-written page."""
     return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 

@@ -124,7 +124,7 @@ class Story:
     """The story that happens while chats stream.
 
     Attributes:
-        count: number of the planner's re-dispatches that have been told.
+        count: number of the planner's re-dispatches that have been printed.
         killed: the worker that was killed; empty if none was yet.
         is_restarted: whether its process runs again.
         is_back: whether it takes heads again.
@@ -165,7 +165,7 @@ class Story:
         return "".join(texts)
 
     def _look(self, tokens: int, *, is_line: bool) -> None:
-        """Tell a line of the story now and then, and kill the worker that got heads."""
+        """Print a line of the story now and then, and kill the worker that got heads."""
         moved, seen = self._tell_news(), self.client.heads()
         if self.is_restarted and not self.is_back and self.killed in seen.up:
             self.is_back = True

@@ -24,7 +24,7 @@ def greedy_text(model: Path, question: str, tokens: int) -> str:
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    loaded.generation_config.eos_token_id = None  # the chat ignores it, too
+    loaded.generation_config.eos_token_id = None  # chat requests ignore it, too
     length = prompt["input_ids"].shape[1]
     with torch.inference_mode():
         found = loaded.generate(**prompt, do_sample=False, max_new_tokens=tokens)

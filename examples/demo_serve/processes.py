@@ -1,8 +1,7 @@
-"""The processes of the demo (planner, agent, vLLM with hetis' plugin, its attention workers), and what is asked of
-them.
+"""The processes of the demo (planner, agent, vLLM with hetis' plugin, its attention workers), and their clients.
 
-The planner is asked to activate the plan, and for the outcome of re-dispatches; vLLM for chats over HTTP; the engine,
-as the agent asks it, for the devices of head groups.
+The planner activates the plan and reports the outcomes of re-dispatches; vLLM serves chats over HTTP; the engine's
+socket, which the agent uses as well, gives the devices of head groups.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 from hetis.v1.report_pb2 import DeviceStatus
 
 START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
-BLOCK_TOKENS = 32  # of vLLM's blocks; its CPU kernels need multiples of it
+BLOCK_TOKENS = 32  # block size of vLLM, whose CPU kernels need multiples of 32
 _ROOT = Path(__file__).parents[2]
 
 
@@ -87,7 +86,7 @@ class Processes(DemoProcesses):
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
-        # The engine's process computes by itself: it would watch another one, at the cost of a second processor.
+        # Run the engine in the server's process: otherwise one would poll for the other, at the cost of another core.
         command += ["--distributed-executor-backend", "uni", "--kv-transfer-config", _CONNECTOR, *options]
         environment = {
             "HETIS_VLLM_CONFIG": str(self._settings()),
@@ -95,7 +94,7 @@ class Processes(DemoProcesses):
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM for CPUs makes ``mp`` of ``uni``
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # otherwise vLLM for CPUs replaces ``uni`` by ``mp``
         } | kernel_cache(python)
         self._start("server", command, environment=environment)
         url = f"http://127.0.0.1:{port}"
@@ -115,7 +114,7 @@ class Processes(DemoProcesses):
     # --- private
 
     def _settings(self) -> Path:
-        """Return the plugin's file, which keeps groups in vLLM until the planner moves them."""
+        """Return the plugin's configuration file, which keeps groups in vLLM until the planner moves them."""
         path = self.folder / "workers.yaml"
         document = {
             "apiVersion": "hetis/v1",

@@ -26,7 +26,7 @@ from hetis.v1 import replica_pb2
 
 HERE = Path(__file__).parent
 CLUSTER = "clusters/demo"
-ANSWERS = 40  # between two events of the story
+ANSWERS = 40  # answers between two events of the story
 NO_VLLM = "vLLM is not installed in .venv-vllm (make vllm), nor does HETIS_VLLM_PYTHON name its Python"
 NO_NGINX = "nginx is not installed (apt install nginx), nor does HETIS_NGINX name it"
 Json = dict[str, Any]
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def make_model(python: Path, folder: Path) -> Path:
-    """Make a tiny model with random weights. Raises ProcessError: it was not made."""
+    """Make a tiny model with random weights. Raises ProcessError if that fails."""
     command = [str(python), "-m", "examples.demo_serve.model", str(folder)]
     done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,6 +1,6 @@
 """The processes of the demo: planner, two agents that start vLLM, nginx, and the writer of nginx's server list.
 
-Clients keep asking through the router, with OpenAI's library and without retries of their own.
+Clients send questions through the router all the time, with OpenAI's library and without retries of their own.
 """
 
 from __future__ import annotations
