@@ -18,7 +18,7 @@ def command_of(module: str) -> list[str]:
 
 
 def with_ctrl_c(command: list[str]) -> list[str]:
-    """Return a command that Ctrl-C ends as in a terminal; tests in the background, and so their children, ignore it.
+    """Return a command that Ctrl-C ends as in a terminal; tests in the background and their children ignore it.
 
     A `preexec_fn` would run in a fork of this process, which gRPC's threads do not survive.
     """
@@ -50,7 +50,7 @@ def run_command(
 def run_here(
     run: Callable[[Sequence[str]], int], *arguments: str, cwd: Path | None = None, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command's function and return what `run_command` would: imports and kernels are loaded once for all."""
+    """Run a command's function in this process and return what `run_command` would; imports are loaded only once."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with (
         chdir(cwd or Path.cwd()),

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point one way, one root says what `hetis` is, documents name every root."""
+"""The architecture holds: imports point one way, one root defines `hetis`, and documents name every root."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "runtime": {"solver", "formats", "engines", "v1"},
     "proto": set[str](),
 }
-# Every root's package has its name, but for the contract's: protobuf wants folder and package alike, and a version.
+# A root's package has the root's name, except the contract's: protobuf wants folder and package alike, and a version.
 PACKAGE = {root: root for root in MAY_IMPORT} | {"proto": "v1"}
 # What the base install lacks; only these roots may use it, and only the planner when a module is merely imported.
 EXTRAS = {
@@ -41,14 +41,14 @@ EXTRAS = {
     ),
     *("torch", "plotly", "matplotlib", "pyarrow"),
 }
-# Rooms that the base install has and does not use. The profiler's: its command line, and what measures. The
+# Folders that the base install has and does not use. The profiler's: its command line, and the measuring modules. The
 # formats': what the commands share, which only they import; typer and rich come with the extra of either command.
 ROOMS_OF_EXTRAS = {
     *(("profiler", room) for room in ("cli", "measure")),
     ("formats", "command_line"),
 }
 
-# The planner's folders from top to bottom, and what stands beside them for all.
+# The planner's folders from top to bottom, and those beside them that all may use.
 PLANNER_FLOORS = (
     *("cli", "library", "service", "resources", "fleet", "jobs", "convert", "report"),
     *("export", "use_cases", "client", "store"),
@@ -66,7 +66,7 @@ def modules(root: str) -> list[Path]:
     return sorted((ROOT / root / "hetis").rglob("*.py"))
 
 
-@cache  # every test asks for those of every module, which takes seconds to parse
+@cache  # every test needs those of every module, which takes seconds to parse
 def import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
     """Every import of a module's text, also those inside functions."""
     found, blocks = list[ast.Import | ast.ImportFrom](), list[ast.AST]([ast.parse(source)])
@@ -113,7 +113,7 @@ def test_imports_point_one_way(root: str) -> None:
 
 
 def test_one_root_says_what_hetis_itself_is_and_imports_nothing_for_it() -> None:
-    """The planner's, whose names are made when they are used; every other root only adds a package to it."""
+    """The planner's root has it, with names created on use; every other root only adds a package to the namespace."""
     assert list(ROOT.glob("*/hetis/__init__.py")) == [ROOT / "planner" / "hetis" / "__init__.py"]
     (path,) = ROOT.glob("*/hetis/__init__.py")
     assert set(imported_at_start(path)) == {"__future__", "importlib", "pkgutil", "typing"}
@@ -123,7 +123,7 @@ def test_one_root_says_what_hetis_itself_is_and_imports_nothing_for_it() -> None
 
 
 def test_no_package_asks_hetis_itself() -> None:
-    """Packages import names from where they are defined, since `hetis` would load the planner."""
+    """Packages import names from where they are defined, because `hetis` would load the planner."""
     for root in sorted(MAY_IMPORT):
         for path in modules(root):
             assert "hetis" not in imported(path), path.relative_to(ROOT)
@@ -144,7 +144,7 @@ def test_the_base_install_is_enough_for_files_and_profiles(root: str) -> None:
             assert not EXTRAS & set(imported_at_start(path)), path.relative_to(ROOT)
 
 
-# Modules with the options of a command, outside rooms named `cli`.
+# Modules with the options of a command outside packages named `cli`.
 COMMANDS = {
     "planner/hetis/planner/service/command.py",
     "planner/hetis/planner/service/main.py",
@@ -196,7 +196,7 @@ def imports_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def circle_in(imports: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import one another, each the next; empty: there are none."""
+    """Return modules that import one another in a circle, each the next; empty if there are none."""
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
@@ -232,7 +232,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def test_no_imports_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
-    """Imports for types and inside functions count: a floor has no stairs back, whoever takes them."""
+    """Imports for types and inside functions count: a lower floor never imports a higher one, in any way."""
     circle = circle_in(imports)
     assert not circle, " -> ".join(circle)
 
@@ -246,7 +246,7 @@ def test_no_folders_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
 
 
 def test_the_planners_floors_import_downwards(imports: dict[str, set[str]]) -> None:
-    """The picture in docs/architecture.md: a floor imports floors below it, and all may use what is beside them."""
+    """The picture in docs/architecture.md: a floor imports floors below it, and all may import what is beside them."""
     found = rooms_of(imports, "hetis.planner")
     assert found.keys() - {"__init__"} == {*PLANNER_FLOORS, *PLANNER_BESIDE}
     for room, others in found.items():
@@ -261,7 +261,7 @@ def test_the_planners_floors_import_downwards(imports: dict[str, set[str]]) -> N
 
 
 def steps_of_the_walks() -> list[tuple[str, str]]:
-    """Path and name of everything that the walks of the architecture document tell to read."""
+    """Return path and name of everything to which the walks of the architecture document refer."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     section = text.partition("## Two walks")[2].partition("\n## ")[0]
     steps, path = [], ""

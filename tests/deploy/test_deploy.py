@@ -39,7 +39,7 @@ OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 class OneStore:
-    """The part of a store that its metrics read."""
+    """The part of a store that the metrics read."""
 
     health = StoreHealth(clock=lambda: 0.0)
     lease = Lease(5.0)

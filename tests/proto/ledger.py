@@ -1,7 +1,7 @@
-"""Every number that the contract ever gave away: ``python -m tests.proto.ledger`` adds the new ones.
+"""Every number that the contract ever assigned: ``python -m tests.proto.ledger`` adds the new ones.
 
 A line of numbers.txt is ``message.number name type`` or ``enum.number name``. Lines are added, never changed or
-removed: a field that goes leaves its line here, and its number and name as `reserved` in the .proto file.
+removed: a removed field keeps its line here, and its number and name as `reserved` in the .proto file.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ LEDGER = Path(__file__).with_name("numbers.txt")
 
 
 def given_away() -> dict[str, str]:
-    """Return what the ledger says, number to name and type."""
+    """Return the ledger, from number to name and type."""
     lines = LEDGER.read_text(encoding="utf-8").splitlines() if LEDGER.exists() else []
     return dict(line.split(" ", 1) for line in lines)
 
 
 def in_use() -> dict[str, str]:
-    """Return what the .proto files say."""
+    """Return the same from the .proto files."""
     used = dict[str, str]()
     for name, message in messages():
         used |= {f"{name}.{field.number}": f"{field.name} {_type(field)}" for field in message.field}
@@ -32,13 +32,13 @@ def in_use() -> dict[str, str]:
 
 
 def reserved() -> set[str]:
-    """Numbers and names that are reserved."""
+    """Return the reserved numbers and names."""
     found = set[str]()
     for name, message in messages():
         found |= {f"{name}.{number}" for span in message.reserved_range for number in range(span.start, span.end)}
         found |= {f"{name} {word}" for word in message.reserved_name}
     for name, enum in enums():
-        # The ends of enum ranges belong to them, those of message ranges do not.
+        # The end of a reserved range is inclusive for enums and exclusive for messages.
         found |= {f"{name}.{number}" for span in enum.reserved_range for number in range(span.start, span.end + 1)}
         found |= {f"{name} {word}" for word in enum.reserved_name}
     return found

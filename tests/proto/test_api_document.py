@@ -1,4 +1,4 @@
-"""docs/api.md speaks of everything that callers meet."""
+"""docs/api.md mentions everything that callers need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MENTIONED = {"ListProfiles", "GetProfile", "CreateProfile", "UpdateProfile", "De
 
 
 def values(enum: str) -> list[str]:
-    """Names of an enum's values without prefix, the zero value left out."""
+    """Return the names of an enum's values without prefix, except the zero value."""
     descriptor = ENUMS[f"hetis.v1.{enum}"]
     prefix = descriptor.value[0].name.removesuffix("UNSPECIFIED")
     return [value.name.removeprefix(prefix) for value in descriptor.value[1:]]

@@ -1,4 +1,4 @@
-"""Everything in the contract is explained, and every field says what its zero value means."""
+"""Everything in the contract is explained, and every field's comment states the meaning of its zero value."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from tests.proto.descriptors import Thing, enums, files, services, things
 
 THINGS = list(things())
-# What a field's comment says of the zero value, in one of these words.
+# The phrases with which a field's comment explains the zero value.
 ZERO = re.compile(
     r"\b(0|from 0|none|empty|unset|false|UNSPECIFIED)\b|\bRequired\b|Always (set|above 0)|only grows", re.I
 )
-# Fields of these kinds have a number in their unit, unless they are counts, indices, ids or versions.
+# Fields of these types need a unit, unless they are counts, indices, ids or versions.
 UNITS = ("_s", "_bytes", "_hz", "_w", "_c", "_rps", "_ratio", "_bytes_per_s")
 
 
@@ -100,7 +100,7 @@ def test_unary_rpcs_of_the_planner_say_how_they_fail_and_who_may_call() -> None:
 
 
 def _in_oneof(thing: Thing) -> bool:
-    """Return whether a field is one of several, of which one is set: its zero value is a value like others."""
+    """Return whether a field is in a oneof, where its zero value is a value like others."""
     scope, _, field_name = thing.name.rpartition(".")
     for file in files():
         for message in file.message_type:

@@ -11,7 +11,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, MethodDescriptorProt
 from tests.proto.descriptors import messages, services
 
 STANDARD = {"Get", "List", "Create", "Update", "Delete"}  # AIP-131 to 135
-# Custom methods (AIP-136): a verb that is none of the standard ones, then what it is done to.
+# Custom methods (AIP-136): a verb other than the standard ones, then its object.
 CUSTOM = {
     "Watch", "Cancel", "Explain", "Diff", "Read", "Activate", "Rollback", "Drain", "Undrain", "Admit", "Finish", "Grow",
     "Dispatch", "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
@@ -79,7 +79,7 @@ def test_update_takes_a_mask_and_the_resource_has_the_etag() -> None:
         taken = fields(method.input_type)
         assert taken["update_mask"] == "FieldMask"
         assert resource in taken.values()
-        if resource != "DispatchState":  # its state_id is what an etag is elsewhere
+        if resource != "DispatchState":  # its state_id serves as an etag
             assert "etag" in fields(f".hetis.v1.{resource}")
             assert "request_id" in taken
 

@@ -1,4 +1,4 @@
-"""No number of the contract is ever given away twice; needs neither buf nor git."""
+"""No number of the contract is ever assigned twice; needs neither buf nor git."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""GPUs that are none: tensors that say they are on ``cuda:N``, and compute in this machine's memory.
+"""Simulated GPUs: tensors that report ``cuda:N`` as their device, and are computed in this machine's memory.
 
-Within `FakeGpus` torch makes them wherever ``device="cuda:N"`` is asked for. As on real GPUs, an operation over tensors
+Within `FakeGpus` torch makes them wherever ``device="cuda:N"`` is requested. As on real GPUs, an operation over tensors
 of two devices raises, and so does numpy's view of one. Results are real, so that whole engines can run. What is not
 found here: kernels that differ on GPUs, and calls that return before they are done.
 """
@@ -14,13 +14,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-# Values of another device may be indices, and may be copied into place.
+# Operations whose arguments may be on another device: as indices, or as values that are copied into place.
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _READING = {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__bool__}
 
 
 class GpuTensor(torch.Tensor):
-    """A tensor of a GPU; ``where`` is the GPU."""
+    """A tensor on a simulated GPU; ``where`` is its device."""
 
     where: torch.device
 
@@ -32,10 +32,10 @@ class GpuTensor(torch.Tensor):
 
 
 class FakeGpus(TorchFunctionMode):
-    """So many GPUs, while it is entered.
+    """A context in which this many GPUs exist.
 
     Attributes:
-        to_gpus: copies from the CPU's memory to a GPU's, so far.
+        to_gpus: number of copies from the CPU's memory to a GPU's so far.
     """
 
     def __init__(self, count: int) -> None:

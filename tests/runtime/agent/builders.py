@@ -120,7 +120,7 @@ def assignment(
     peers: Sequence[EnginePeer] = (),
     workers: Sequence[str] = ("w/0", "x/0"),
 ) -> Assignment:
-    """The replica of a primary on p and attention workers, as its node ``node`` gets it."""
+    """The assignment of a replica with its primary on p and attention workers, as node ``node`` gets it."""
     model = model or stage_model(workers)
     gpus = [gpu for device in model.devices for gpu in device.gpus]
     tp = len(model.devices[0].gpus)
@@ -163,7 +163,7 @@ def change(base: int = 1, *, change_id: str = "", timeout_s: float = 10.0, moves
 
 
 class Planner:
-    """Makes deltas of one epoch."""
+    """Builds the deltas of a planner of one epoch."""
 
     def __init__(self, epoch: int = 1) -> None:
         self.epoch = epoch
@@ -207,7 +207,7 @@ class Planner:
 
 
 class Bench:
-    """An `AgentCore` on a bench: keeps its disk, the messages it sent and the calls that wait for an answer."""
+    """An `AgentCore` on a bench: keeps its disk, the messages that it sent and its pending calls."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class Bench:
         self.boot()
 
     def boot(self) -> None:
-        """A new process: only the disk is what it was."""
+        """Start a new process: only the disk is kept."""
         identity = AgentIdentity(
             node=NODE + self.node,
             agent_version="0",
@@ -252,7 +252,7 @@ class Bench:
         return hello
 
     def hear(self, message: ConnectNodeResponse) -> list[ConnectNodeRequest]:
-        """Return what the agent says to a message."""
+        """Return the agent's answer to a message."""
         return self.do(self.core.handle(message, self.now_s))
 
     def tick(self, seconds: float = 0.0) -> list[ConnectNodeRequest]:
@@ -260,13 +260,13 @@ class Bench:
         return self.do(self.core.tick(self.now_s))
 
     def answer(self, answer: EngineResponse | Failure, of: type | None = None) -> list[ConnectNodeRequest]:
-        """Answers the oldest call (of a type), and returns what the agent says to it."""
+        """Answer the oldest pending call (of a type), and return the messages that follow."""
         number = next(n for n, request in self.calls.items() if of is None or isinstance(request, of))
         del self.calls[number]
         return self.do(self.core.answered(number, answer, self.now_s))
 
     def call(self) -> EngineRequest:
-        """The one call that waits."""
+        """Return the only pending call."""
         (request,) = self.calls.values()
         return request
 

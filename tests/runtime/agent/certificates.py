@@ -1,4 +1,4 @@
-"""Certificates of a test: an authority, and what it signs."""
+"""Certificates of a test: an authority, and certificates that it signs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CertificateAuthority:
         return pair
 
     def server(self, name: str, *, asks_clients: bool) -> grpc.ServerCredentials:
-        """Credentials of a server; ``asks_clients``: only for those that this authority signed for."""
+        """Credentials of a server; with ``asks_clients``, clients need a certificate of this authority."""
         pair = self.sign(name)
         return grpc.ssl_server_credentials(
             [(pair.key.read_bytes(), pair.cert.read_bytes())],

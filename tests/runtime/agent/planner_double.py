@@ -1,4 +1,4 @@
-"""A planner of a few lines: keeps what agents say, sends what the test wants, over a real loopback channel."""
+"""A planner of a few lines: records agents' messages, sends what the test chooses, over a real loopback channel."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hetis.v1.agent_service_pb2_grpc import AgentServiceServicer, add_AgentServi
 from hetis.v1.failure_pb2 import Failure
 from tests.runtime.agent.builders import duration, welcome
 
-WAIT_S = 600.0  # the engine may have to compile its dispatcher: most of a minute on a busy machine
+WAIT_S = 600.0  # the engine may have to compile its dispatcher: nearly a minute on a busy machine
 
 
 class PlannerDouble(AgentServiceServicer):
     """One planner for one agent.
 
     Attributes:
-        heard: every message of the agent, of all streams.
-        hellos: how many streams there were.
-        end_with: ends the next stream with this failure after its Hello.
-        metadata, peer: of the last stream; what TLS knows of who opened it.
+        heard: every message of the agent, over all streams.
+        hellos: number of streams so far.
+        end_with: failure with which the next stream ends after its Hello.
+        metadata, peer: those of the last stream; its peer as TLS identified it.
 
     Args:
-        credentials: for TLS. None: plain text.
-        token: that agents have to bring. Empty: none.
+        credentials: TLS credentials. None: plain text.
+        token: token that agents must present. Empty: none.
     """
 
     def __init__(self, *, epoch: int = 1, credentials: grpc.ServerCredentials | None = None, token: str = "") -> None:
@@ -92,7 +92,7 @@ class PlannerDouble(AgentServiceServicer):
         self._outgoing.put_nowait(message)
 
     async def until(self, found: Callable[[ConnectNodeRequest], bool], *, since: int = 0) -> ConnectNodeRequest:
-        """The first message after ``since`` messages that is so."""
+        """Return the first message after ``since`` messages for which the condition holds."""
         async with asyncio.timeout(WAIT_S):
             while True:
                 for message in self.heard[since:]:
@@ -102,7 +102,7 @@ class PlannerDouble(AgentServiceServicer):
                 await self._news.wait()
 
     async def phase(self, change_id: str, phase: int, *, since: int = 0) -> ConnectNodeRequest:
-        """The status of a change in this phase or, in a Hello, already there."""
+        """Return the status of a change in this phase, from a report or a Hello."""
 
         def is_there(message: ConnectNodeRequest) -> bool:
             statuses = [*message.hello.changes, message.change_status]

@@ -1,4 +1,4 @@
-"""An executor that does what it is told to and remembers what it was asked, for tests."""
+"""An executor for tests that succeeds at everything and records its requests."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Answer = Message | Failure | None
 
 
 class RecordingExecutor:
-    """Answers everything with success, unless ``answer`` says otherwise.
+    """Answers every request with success, unless ``answer`` overrides that.
 
     Attributes:
-        asked: every request, in order.
+        asked: all requests, in order.
         reports: what `watch_reports` yields; put a report in to send it.
     """
 
@@ -77,7 +77,7 @@ class RecordingExecutor:
             yield await self.reports.get()
 
     async def close(self) -> None:
-        """Do nothing, as nothing is open."""
+        """Do nothing, because nothing is open."""
 
     def _answered(self, request: EngineRequest, usual: ResponseT) -> ResponseT:
         answer = self._answer(request)

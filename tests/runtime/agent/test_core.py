@@ -68,7 +68,7 @@ def failure(name: str, **metadata: str) -> Failure:
 
 @pytest.fixture
 def bench() -> Bench:
-    """Connected, with an assignment of generation 1 that the engine has taken."""
+    """A connected agent with an assignment of generation 1 that the engine has taken."""
     bench = Bench()
     bench.connect()
     bench.hear(PLANNER.assign())
@@ -202,7 +202,7 @@ def test_an_assignment_builds_on_what_is_held_or_replaces_what_is_older(
 
 @pytest.mark.parametrize(("ahead", "fits"), [(1 << 32, True), ((1 << 32) + 1, False), (1 << 62, False)])
 def test_a_generation_that_no_planner_reaches_is_not_stored(bench: Bench, ahead: int, fits: bool) -> None:
-    """It would lock out every honest planner for good: nothing goes below it again."""
+    """It would lock out every correct planner for good, because a stored generation never decreases."""
     other = assignment()
     other.plan = "plans/two"
     said = bench.hear(PLANNER.assign(other, generation=1 + ahead))
@@ -275,7 +275,7 @@ def engine_run(bench: Bench, engine_id: str) -> list[ConnectNodeRequest]:
 
 
 def test_an_engine_that_restarts_between_two_reports_is_told_of_at_once(bench: Bench) -> None:
-    """Its KV is gone, however soon it serves again."""
+    """The engine's KV is gone, however soon it serves again."""
     engine_run(bench, "one")
     bench.tick(10)
     bench.now_s += 0.001  # a report was just sent
@@ -300,7 +300,7 @@ def test_an_engine_that_restarted_while_nobody_listened_is_told_of_after_the_nex
 
 
 def test_a_node_that_serves_is_not_said_to_load_because_it_is_told_more(bench: Bench) -> None:
-    """A planner would take it for an engine that came up anew, and its KV for lost."""
+    """A planner would conclude that the engine has restarted and lost its KV."""
     engine_run(bench, "one")
     bench.tick(10)
     more = assignment()
@@ -314,7 +314,7 @@ def test_a_node_that_serves_is_not_said_to_load_because_it_is_told_more(bench: B
     assert set(states(bench.sent)) == {"SERVING"}
     other = assignment(model=stage_model(blocks=7))
     assert states(bench.hear(PLANNER.assign(other, generation=3))) == ["LOADING"]
-    assert states(engine_run(bench, "one") + bench.tick(10)) == []  # it still speaks of what it ran before
+    assert states(engine_run(bench, "one") + bench.tick(10)) == []  # the engine still reports the previous assignment
 
 
 def test_a_restarted_agent_does_not_say_that_its_engine_restarted(bench: Bench) -> None:
@@ -478,7 +478,7 @@ def test_after_the_deadline_a_commit_flips_nothing(bench: Bench) -> None:
     flip = bench.call()
     assert isinstance(flip, FlipMovesRequest | AbortMovesRequest)
     if isinstance(flip, FlipMovesRequest):
-        assert flip.timeout.ToNanoseconds() == 0  # the engine aborts
+        assert flip.timeout.ToNanoseconds() == 0  # no time left, so that the engine aborts
 
 
 def test_a_reboot_ends_what_was_being_prepared(bench: Bench) -> None:
@@ -586,12 +586,12 @@ def test_reports_follow_change_thresholds_and_the_least_interval(bench: Bench) -
 
     hear(500, 2)
     bench.tick(2)
-    assert hear(510, 1.5) == []  # one point
-    assert hear(530, 0.0) == [530]  # three points
+    assert hear(510, 1.5) == []  # changed by one point
+    assert hear(530, 0.0) == [530]  # changed by three points
     assert hear(560, 0.5) == []  # too soon
     assert hear(560, 0.6) == [560]
     assert hear(899, 1.1) == [899]
-    assert hear(900, 0.01) == [900]  # at once
+    assert hear(900, 0.01) == [900]  # crosses the threshold: reported at once
 
 
 def test_a_silent_node_sends_heartbeats_with_jitter(bench: Bench) -> None:

@@ -56,7 +56,7 @@ def test_a_damaged_part_is_set_aside_and_the_others_are_used(
     file.write_bytes(damaged)
     found = opened(path)
     assert found["b"] == b"second part"
-    if "a" in found:  # a flipped bit in the blanks of the header, say
+    if "a" in found:  # for example a flipped bit in the blanks of the header
         assert found["a"] == b"first part"
     else:
         assert (path / "a.state.damaged-0").read_bytes() == damaged
@@ -86,7 +86,7 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("killed_at", ["open", "write", "fsync", "rename", "sync"])
 def test_a_writer_that_is_killed_leaves_the_old_or_the_new_part(tmp_path: Path, killed_at: str) -> None:
-    """It kills itself before each thing that a write does, so that no load on the machine decides where that is."""
+    """The process kills itself before each system call of a write, so that the machine's load does not decide where."""
     program = f"""
 import os, signal
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_a_part_that_checks_but_says_nonsense_is_named_and_the_epoch_is_not_lost
     bench.disk["node"] = b"{}"
     bench.boot()
     assert set(bench.core.damaged) == {"node"}
-    assert bench.core.newest_epoch == 6  # the assignment came from it
+    assert bench.core.newest_epoch == 6  # the epoch of the assignment
     bench.disk[REPLICA] = b"\xff"
     bench.boot()
     assert set(bench.core.damaged) == {"node", REPLICA}

@@ -52,7 +52,7 @@ def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> N
 
 
 def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:
-    """It uses the peers' connection: an engine that has promised does not guess, and follows the authority."""
+    """The engine uses the connection to its peer: once prepared, it does not guess but follows the authority."""
 
     async def story() -> None:
         primary = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "p.sock")
@@ -70,12 +70,12 @@ def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: P
         await executors["w"].call(request)
         await executors["w"].call(CopyMovesRequest(epoch=1, change_id=moved.change_id))
         expired = AbortMovesRequest(epoch=1, change_id=moved.change_id)
-        expired.failure.reason = 104  # PREPARE_EXPIRED: the authority may yet hear of it
+        expired.failure.reason = 104  # PREPARE_EXPIRED: the authority may yet receive the commit
         with pytest.raises(RefusedError, match="may yet hear of it"):
             await executors["w"].call(expired)
         await executors["p"].call(expired)
         assert (await executors["w"].call(expired)).outcome == ABORTED
-        async with asyncio.timeout(60):  # and loads of its device come the same way
+        async with asyncio.timeout(60):  # the load of its device arrives by the same connection
             while not worker.engine.report(time.monotonic()).devices[0].used_blocks:
                 await asyncio.sleep(0.05)
         await primary.close()

@@ -39,7 +39,7 @@ Step = ChangePhase.ValueType
 
 
 class Processes:
-    """Starts processes and stops those that it started."""
+    """Starts processes, and stops all of them at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,7 +119,7 @@ async def owner(executor: SocketExecutor, what: Change) -> str:
 
 @pytest.mark.parametrize("killed_after", [("prepare", "READY", "FLIPPED"), ("PREPARING", "commit", "resolved")])
 def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, killed_after: tuple[str, ...]) -> None:
-    """With engine and planner alive and every directive repeated, the change ends as if nothing had happened."""
+    """With engine and planner alive and every directive repeated, the change ends as without a kill."""
 
     async def story() -> None:
         async with PlannerDouble() as planner:
@@ -205,7 +205,7 @@ def test_an_agent_whose_node_another_has_comes_back_by_itself(reason: str, proce
                 reason=ErrorReason.Value(f"ERROR_REASON_{reason}"), message="another agent is connected"
             )
             agent = processes.agent(planner.address)
-            await planner.connected(1)  # after a Hello that was refused
+            await planner.connected(1)  # after the refused Hello
             assert sum(message.HasField("hello") for message in planner.heard) == 2
             assert agent.poll() is None
 
@@ -268,7 +268,7 @@ def test_everything_that_is_wrong_with_the_options_is_said_at_once() -> None:
     assert all(line.startswith("hetis-agent: ") for line in said)
     assert {option for option in wrong if option in ended.stderr} == set(wrong)
     assert "/no/such.pem cannot be read" in ended.stderr
-    assert len(said) == len(wrong) + 1  # and that a key belongs to the certificate
+    assert len(said) == len(wrong) + 1  # the additional line: a key belongs to a certificate
 
 
 def test_help_names_every_source_of_devices() -> None:

@@ -14,7 +14,7 @@ nodes = st.sampled_from(NODES)
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    """Rules are what may happen; `World.check` is asked after each."""
+    """Rules are the possible events; `World.check` runs after each."""
 
     @initialize(seed=st.integers(0, 1000))
     def begin(self, seed: int) -> None:
@@ -109,7 +109,7 @@ TestProtocol.settings = settings(max_examples=20, stateful_step_count=30, deadli
 
 def test_a_change_goes_through_when_nothing_goes_wrong() -> None:
     machine = ProtocolMachine()
-    machine.start(World(3, blocks=4000, control=CALM))  # room enough for every move
+    machine.start(World(3, blocks=4000, control=CALM))  # enough room for every move
     assert machine.world.prepare(60.0)
     assert machine.world.change is not None
     for _ in range(40):
@@ -125,9 +125,9 @@ def test_a_change_goes_through_when_nothing_goes_wrong() -> None:
 
 
 def test_nodes_whose_time_has_passed_do_not_guess() -> None:
-    """The authority got its prepare later, and may still flip when the others' deadlines are over."""
+    """The authority got its prepare later than the others, and may still flip after their deadlines."""
     machine = ProtocolMachine()
-    machine.start(World(3, blocks=4000, control=CALM))  # room enough for every move
+    machine.start(World(3, blocks=4000, control=CALM))  # enough room for every move
     world = machine.world
     assert world.prepare(5.0)
     assert world.change is not None

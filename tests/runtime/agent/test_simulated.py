@@ -1,4 +1,4 @@
-"""The simulated engine in virtual time: what a real one would do, and what none may."""
+"""The simulated engine in virtual time: what a real one would do, and what no engine may do."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_out_of_blocks_the_youngest_are_preempted_and_begin_again() -> None:
     engine.control = Control(**{**vars_of(BUSY), "rate_rps": 0.0})
     engine.step(2000.0)
     report = replica(engine, 2000.0)
-    assert (report.num_running, report.num_waiting) == (0, 0)  # all that were preempted ended at last
+    assert (report.num_running, report.num_waiting) == (0, 0)  # all preempted requests ended at last
 
 
 def test_a_lost_device_costs_its_requests_their_kv_and_nothing_else() -> None:
@@ -228,7 +228,7 @@ def test_a_flip_after_the_deadline_is_an_abort() -> None:
 @pytest.mark.parametrize(("left_s", "outcome"), [(-0.001, ABORTED), (0.0, ABORTED), (0.001, FLIPPED)])
 @pytest.mark.parametrize("limit", ["of the call", "of the change"])
 def test_a_flip_is_made_before_its_time_is_over_or_not_at_all(left_s: float, outcome: int, limit: str) -> None:
-    """``left_s``: at the boundary between two steps, which alone counts."""
+    """``left_s``: time left at the boundary between two steps, the only moment that counts."""
     engine = engine_with(control=Control(**{**vars_of(BUSY), "dense_step_s": 1.0}))
     engine.step(5.0)
     boundary_s = engine.next_s()
@@ -247,7 +247,7 @@ def test_a_flip_is_made_before_its_time_is_over_or_not_at_all(left_s: float, out
 
 
 def test_what_was_not_flipped_is_not_released_by_whoever_waits_for_the_flip() -> None:
-    """Invariant 2 at the engine: a source frees nothing before the flip, whatever it is told and however often."""
+    """Invariant 2 at the engine: a source frees nothing before the flip, whatever commands it gets, however often."""
     engine = engine_with()
     engine.step(5.0)
     what = change(moves=[allowed_move(engine)])
@@ -275,7 +275,7 @@ def test_what_was_not_flipped_is_not_released_by_whoever_waits_for_the_flip() ->
 
 
 def test_a_source_that_is_not_the_authority_gives_up_or_releases_and_never_both() -> None:
-    """It goes by what it is told of the flip; what it gave up it does not release."""
+    """A worker follows the reported outcome of the flip; it does not release what it has given up."""
     for first in ("abort", "release"):
         worker = SimulatedEngine("w", 1, engine_id="e")
         worker.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=assignment("w")), 0.0)
@@ -403,7 +403,7 @@ def test_a_source_must_own_what_moves() -> None:
 @settings(max_examples=15)
 @given(st.data())
 def test_no_order_of_calls_breaks_the_head_map(data: st.DataObject) -> None:
-    """`StageRun.check` is asserted at every step: one owner each, no block twice, sources keep what has not flipped."""
+    """`StageRun.check` asserts after each step: one owner per group, no block twice, sources keep unflipped groups."""
     engine = engine_with(stage_model(blocks=150), seed=data.draw(st.integers(0, 99)))
     now_s, what = 3.0, change()
     engine.step(now_s)

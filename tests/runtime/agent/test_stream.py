@@ -1,4 +1,4 @@
-"""The stream to the planner over a real channel: TLS, certificates, tokens, and what a bug costs."""
+"""The stream to the planner over a real channel: TLS, certificates, tokens, and the effect of a bug."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_S = 20.0
 
 
 class Listener:
-    """Says hello and keeps what it hears; raises ``breaks`` times at a state request."""
+    """Sends a Hello and records what it receives; raises ``breaks`` times at a state request."""
 
     def __init__(self, *, breaks: int = 0) -> None:
         self.heard_kinds: list[str | None] = []
@@ -42,7 +42,7 @@ class Listener:
 
 
 class Soon(ReconnectBackoff):
-    """Tries again at once."""
+    """A backoff without a pause."""
 
     def __init__(self, seed: random.Random) -> None:
         super().__init__(seed)
@@ -122,7 +122,7 @@ def test_wrong_credentials_are_one_clear_line_and_the_agent_keeps_trying(
             await until_ends(listener, 4)
             assert planner.hellos == 0
             assert not running.done()
-            if wrong == "ca":  # the file is put right
+            if wrong == "ca":  # the file is corrected
                 other.cert.write_bytes(authority.cert.read_bytes())
                 await planner.connected(1)
             await stop(running)
@@ -187,7 +187,7 @@ def test_an_agent_goes_to_the_leader_that_a_standby_names_and_comes_back_when_th
                 running = asyncio.create_task(PlannerStream(address, listener, Soon(random.Random(0))).run())
                 await leader.connected(1)
                 first = standby.hellos
-            await standby.connected(1)  # it leads now
+            await standby.connected(1)  # the standby now leads
             await stop(running)
             return [first, leader.hellos]
 

@@ -1,4 +1,4 @@
-"""Three nodes in virtual time: agents, simulated engines, and an honest planner whose messages may go any way."""
+"""Three nodes in virtual time: agents, simulated engines, and a correct planner on an unreliable network."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from tests.runtime.agent.builders import (
 NODES = ("p", "w", "x")
 PEERS = [EnginePeer(node="p", address="p:1")]
 BUSY = Control(rate_rps=2, prompt_tokens=60, output_tokens=40, load_s=0.0, dense_step_s=0.2)
-CALM = BUSY.model_copy(update={"output_tokens": 500.0})  # nobody ends soon
+CALM = BUSY.model_copy(update={"output_tokens": 500.0})  # no request ends soon
 ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 
 
 class World:
-    """Everything there is, and what must never happen in it.
+    """All parts under test, and the checks of what must never happen.
 
     Attributes:
         flipped: changes that the authority ever flipped.
-        lost_flips: of them, those whose authority died after: nothing of its head map is in force any more.
-        ready: nodes that told the planner that they are ready, by change.
-        told: the authority's word on a change, as the planner heard it.
+        lost_flips: those of them whose authority died afterwards: nothing of its head map is in force any more.
+        ready: nodes that reported READY to the planner, by change.
+        told: the authority's status of a change, as the planner received it.
     """
 
     def __init__(self, seed: int, *, blocks: int = 60, control: Control = BUSY) -> None:
@@ -149,7 +149,7 @@ class World:
         return True
 
     def decide(self) -> None:
-        """Return an honest planner's next directive for its change."""
+        """Return a correct planner's next directive for its change."""
         for earlier, parts in self.earlier:
             self._decide_on(earlier, parts, aborting=True)
         if self.change is not None:
@@ -197,7 +197,7 @@ class World:
             self.give(node, message, dies_after=dies_after)
 
     def repeat(self, node: str, *, old_epoch: bool) -> None:
-        """Something that came before comes again, or from a planner whose term is over."""
+        """Deliver an earlier message again, or with the epoch of a planner whose term is over."""
         if not self.delivered[node]:
             return
         message = ConnectNodeResponse()
@@ -244,14 +244,14 @@ class World:
     # --- engines
 
     def call(self, node: str, *, answer_lost: bool = False, authority_reached: bool = True) -> None:
-        """The engine does the oldest call that waits."""
+        """Let the engine execute the oldest pending call."""
         bench = self.benches[node]
         if not bench.calls:
             return
         number, request = next(iter(bench.calls.items()))
         answer = self._ask(node, request, authority_reached)
         if answer is None:
-            return  # it takes longer
+            return  # the call takes longer
         del bench.calls[number]
         if answer_lost:
             answer = unreachable("the answer was lost")
@@ -313,7 +313,7 @@ class World:
         self.check()
 
     def settle(self) -> None:
-        """The network works, the planner decides, time passes: everything ends."""
+        """Let everything end: the network works, the planner decides, and time passes."""
         for _ in range(60):
             self.pass_time(2.0)
             self.decide()

@@ -1,4 +1,4 @@
-"""Compiles Triton's kernels for GPUs that are not here: a JSON line for each, with what it needs."""
+"""Compiles Triton's kernels for GPUs that this machine lacks: a JSON line for each, with its needs."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def shape_of(dtype: str, d: int, soft_cap: float) -> KvShape:
 
 
 def compiled(kernel: str, capability: int, types: dict[str, str], constants: dict[str, Any], sizes: Sizes) -> None:
-    """Prints what one kernel needs."""
+    """Prints the needs of one kernel."""
     function = getattr(paged_triton, kernel)
     names = function.arg_names
     source = ASTSource(
         fn=function,
         signature={argument: types.get(argument, "constexpr") for argument in names},
         constexprs={(names.index(argument),): value for argument, value in constants.items()},
-        # As Triton finds ours, see `test_no_number_of_a_step_has_a_kernel_of_its_own`.
+        # Named as Triton names our kernels' arguments, see `test_no_number_of_a_step_has_a_kernel_of_its_own`.
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
     )
     options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
@@ -73,7 +73,7 @@ def attend(shape: KvShape, capability: int, *, is_chunk: bool, has_splits: bool,
 
 
 def around(shape: KvShape, capability: int) -> None:
-    """The small kernels."""
+    """Compile the small kernels."""
     sizes = sizes_of(shape, divmod(capability, 10), is_chunk=False)
     pointer, constants = POINTERS[shape.dtype], {"D": shape.head_dim, "R": shape.queries_per_group}
     constants |= {"BLOCK_D": sizes.block_d}

@@ -1,6 +1,6 @@
-"""Checks Triton's kernels by its interpreter, which must be asked for before Triton is imported: a line for each case.
+"""Checks Triton's kernels by its interpreter, which must be enabled before Triton is imported: a line for each case.
 
-bfloat16 is tried as an older device computes it, widened: the interpreter cannot multiply it.
+bfloat16 is tested as on older devices, widened to float32: the interpreter cannot multiply it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def attends_as_defined() -> None:
 
 
 class RecordedBackend(GraphBackend):
-    """Captures as a GPU does, where the interpreter cannot: a graph keeps to the buffers of its time."""
+    """Stands in for CUDA graphs, which the interpreter lacks: a graph keeps the buffers that it was captured with."""
 
     def __init__(self, pool: PagePool) -> None:
         super().__init__(pool, capability=(9, 0))
         self._captures = True
-        self._pages = self._pages[:8]  # so that more are soon needed
+        self._pages = self._pages[:8]  # few pages, so that more are soon needed
 
     def _captured(self, size: Any, window: int) -> Any:
         then = copy.copy(self)
@@ -88,7 +88,7 @@ def a_gpu_that_refuses_graphs_attends_without() -> None:
 
 
 def first_outputs(case: Case, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of the first sequence, which has ``rows`` whoever else is there."""
+    """Outputs of the first sequence, which has ``rows``, whatever other sequences there are."""
     device = local(case, lambda pool: TritonBackend(pool, capability=(9, 0)))
     return run(device, case, [rows, *case.numbers()[1:]])[0]
 
@@ -103,7 +103,7 @@ def gives_the_same_bits_among_others() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    paged_triton.SPLIT = 64  # the least: of one block
+    paged_triton.SPLIT = 64  # the smallest split: one block
     attends_as_defined()
     graphs_give_the_same_bits()
     a_gpu_that_refuses_graphs_attends_without()

@@ -1,4 +1,4 @@
-"""Every backend attends as the definition says: softmax of scaled products over the positions that are seen."""
+"""Every backend attends as defined: softmax of scaled products over the positions that are seen."""
 
 from __future__ import annotations
 

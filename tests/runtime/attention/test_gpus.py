@@ -1,4 +1,4 @@
-"""KV and attention on GPUs that are none, which refuse what real ones refuse."""
+"""KV and attention on simulated GPUs, which refuse what real ones refuse."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_device_on_a_gpu_never_mixes_memories_and_computes_what_is_defined() -
 def test_indices_go_to_a_gpu_once_per_step_however_many_layers_there_are() -> None:
     with FakeGpus(1) as gpus:
         device = LocalDevice("gpu", CASE.shape(), PAGES, device="cuda:0")
-        own = [x.to("cuda:0") for x in CASE.numbers()]  # as a rank has them, on its GPU
+        own = [x.to("cuda:0") for x in CASE.numbers()]  # where a rank has them: on its GPU
         steps = layers = 0
         begin, attend = device.begin, device.attend
 

@@ -1,4 +1,4 @@
-"""Pages belong to one sequence or to nobody, and hold what was written."""
+"""Pages belong to one sequence or to none, and hold what was written."""
 
 from __future__ import annotations
 

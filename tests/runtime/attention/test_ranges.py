@@ -21,7 +21,7 @@ from hetis.runtime.attention.kv import KvShape, PagePool
 from tests.runtime.worker.inproc import InprocWorker
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.03, "float16": 0.004}
-GPU_TOLERANCE = 1e-4  # of float32: scores near 40 are rounded, which is worth some 2e-5 (seen on an H100)
+GPU_TOLERANCE = 1e-4  # for float32: scores near 40 are rounded, an error of about 2e-5 (seen on an H100)
 LAYERS = 2
 
 
@@ -66,7 +66,7 @@ class Case:
 
 
 def defined(rows: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
-    """Outputs [tokens, r, d] of one sequence's rows [tokens, r + 2, d], in float64, one query after the other."""
+    """Outputs [tokens, r, d] of one sequence's rows [tokens, r + 2, d], in float64, computed query by query."""
     wide, window, outputs = rows.double(), shape.windows[layer], []
     for t in range(len(rows)):
         seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
@@ -132,7 +132,7 @@ def local(
 
 
 class ArrayDevice(LocalDevice):
-    """Attends to arrays, as if a channel had brought them."""
+    """Attends to arrays, as if they had arrived over a channel."""
 
     def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         out = self.attend_received(layer, qkv.view(torch.uint8).numpy().view(self.shape.numpy_dtype))

@@ -17,9 +17,9 @@ from hetis.runtime.attention.kv import PagePool
 from tests.runtime.attention.test_ranges import ArrayDevice, Case, check, local, run
 
 ROOT = Path(__file__).parents[3]
-# Triton compiles for how these are aligned, too: ours always are, as tensors or as whole layers of pages.
+# Triton specialises kernels on pointer alignment, too: ours always have it, as tensors or as whole layers of pages.
 POINTERS = {"qkv", "k", "v", "where", "slots", "table", "tiles", "out", "sums", "parts"}
-FLOATS = {"scale", "soft_cap"}  # Triton never compiles for their values
+FLOATS = {"scale", "soft_cap"}  # Triton never specialises on their values
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="NOT TESTED: kernels of GPUs, as Triton is not installed (extra dev)"
@@ -80,7 +80,7 @@ def test_on_a_gpu_graphs_give_the_bits_that_kernels_give_one_by_one(dtype: str) 
 
 
 def test_kernels_compile_for_every_gpu_and_fit_into_its_shared_memory() -> None:
-    """They stay in Triton's own cache, where a kernel is found by its source, target and options."""
+    """Compiled kernels stay in Triton's own cache, where a kernel is found by its source, target and options."""
     compile_all("--quick")
 
 
@@ -102,8 +102,7 @@ def compile_all(*arguments: str, **variables: str) -> None:
 
 
 def run_apart(program: str, *arguments: str, **variables: str) -> str:
-    """Return what a program beside this file prints, in a process of its own: Triton interprets all, or compiles
-    all."""
+    """Return the output of a program beside this file, in a new process: Triton interprets all kernels or none."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", f"tests.runtime.attention.{program}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)

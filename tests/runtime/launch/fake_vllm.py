@@ -1,10 +1,11 @@
-"""Stands for vLLM where only its life is of interest: ``python fake_vllm.py serve MODEL --port N`` says it is well.
+"""A stand-in for vLLM's process: ``python fake_vllm.py serve MODEL --port N`` reports that it is healthy.
 
 Nothing but the standard library is imported. With ``--headless`` it waits, with a child of its own as vLLM's ranks are.
-A JSON file that ``FAKE_VLLM`` names says how it is, and is read at every question: with ``{"fails": TEXT}`` it ends
-with 1 at its start, with ``{"loading": true}`` it is not well yet, with ``{"silent": true}`` it answers nothing, and
-``{"running": N}`` requests run. Beside the file it keeps two lists. ``.log`` has its lives: ``started``, and ``told``,
-with how many requests ran then. ``.asked`` has what its metrics said each time.
+The JSON file named by ``FAKE_VLLM`` controls it, and is read at every request: with ``{"fails": TEXT}`` it exits with
+code 1 at its start, with ``{"loading": true}`` it is not healthy yet, with ``{"silent": true}`` it answers nothing, and
+with ``{"running": N}`` it reports N running requests. Beside the file it keeps two lists. ``.log`` has its lifecycle:
+``started``, and ``told`` (to terminate) with the number of running requests then. ``.asked`` has what its metrics
+reported each time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CONTROL = os.environ.get("FAKE_VLLM", "")
 
 
 class Front(BaseHTTPRequestHandler):
-    """Every path is well, unless the control file says something else; every chat has the same answer."""
+    """Every path answers OK unless the control file changes that; every chat has the same answer."""
 
     def do_GET(self) -> None:
         control = _control()
@@ -51,7 +52,7 @@ class Front(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 def main() -> None:

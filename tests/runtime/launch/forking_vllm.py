@@ -1,6 +1,6 @@
 """vLLM's server, whose engine and ranks are forks, as on GPUs. A forked engine ends with exit code 1 now and then.
 
-On CPUs vLLM starts each as a new process, which takes longer to import vLLM than to serve all requests of a test.
+On CPUs vLLM starts each as a new process, and importing vLLM takes longer than all requests of a test.
 """
 
 from __future__ import annotations

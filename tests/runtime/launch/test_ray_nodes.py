@@ -1,4 +1,4 @@
-"""Nodes of a plan are found in a Ray cluster by label, address or host name; those that are not are named."""
+"""Nodes of a plan are found in a Ray cluster by label, address or host name; those that are not found are named."""
 
 from __future__ import annotations
 

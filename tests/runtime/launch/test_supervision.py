@@ -42,7 +42,7 @@ def test_a_worker_is_started_again_for_ever_and_waits_longer_each_time() -> None
         made.started("w", now_s)
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
     assert max(waits) == LONGEST_WAIT_S
-    assert made.ended("w", 1, now_s + SETTLED_S) == FIRST_WAIT_S  # it had lived
+    assert made.ended("w", 1, now_s + SETTLED_S) == FIRST_WAIT_S  # the process had lived long enough
     assert made.outcome is None
 
 
@@ -81,7 +81,7 @@ def test_a_worker_with_invalid_options_ends_all() -> None:
 
 
 def test_a_worker_that_could_start_once_is_waited_for() -> None:
-    """It ends with 2 also where another process takes its memory, or its card is gone."""
+    """Its exit code is also 2 if another process takes its memory, or its card is gone."""
     made = supervision()
     made.ended("w", -9, 100.0)
     made.started("w", 101.0)
@@ -92,7 +92,7 @@ def test_a_worker_that_could_start_once_is_waited_for() -> None:
 
 @dataclass
 class Fake:
-    """A process: it ends with ``ends`` after so many looks, and when it is told, after ``stubborn`` more."""
+    """A process that ends with ``ends`` after ``looks`` polls, or ``stubborn`` polls after it is terminated."""
 
     name: str
     log: list[str]
@@ -121,7 +121,7 @@ class Fake:
 
 @dataclass
 class World:
-    """Time that only waiting lets pass, lives of processes in order, and signals at times."""
+    """A clock that advances only by waiting, the successive processes of each name, and signals at given times."""
 
     lives: dict[str, list[Fake]]
     log: list[str]

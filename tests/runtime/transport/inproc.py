@@ -1,4 +1,4 @@
-"""Both ends in one process and one thread: whoever waits makes the other end work. For tests, and to see every byte."""
+"""Both ends in one process and one thread: an end that waits runs the other one, and tests see every byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class InprocPipe:
     """One end; `pair` makes both.
 
     Attributes:
-        idle: called when this end waits and nothing is there: runs the other end.
+        idle: called when this end waits and nothing has arrived; runs the other end.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Two ends agree on shared memory, or go on over their socket; nothing of an attempt stays behind."""
+"""Two ends agree on shared memory, or continue over their socket; an attempt leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def refuse(path: Path) -> SharedFile:
 
 @contextmanager
 def ends(worker: Callable[[], tuple[int, Accepted]]) -> Iterator[tuple[Channel, Channel]]:
-    """An engine's and a worker's, once the first frame is through."""
+    """Yield the channels of an engine and a worker, once the first frame has arrived."""
     port, accepted = worker()
     with closing(connect("127.0.0.1", port)) as one:
         one.send([PING])

@@ -1,4 +1,4 @@
-"""Channels carry whole frames, in order, of any size; what is cut, late or foreign ends them with a clear error."""
+"""Channels carry whole frames, in order, of any size; truncated, late or foreign data end them with a clear error."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_wait_ends_when_its_time_is_up_and_the_next_has_its_own(make_ends: Cal
         begun_s = time.monotonic()
         assert one.receive(timeout_s) is None
         assert time.monotonic() - begun_s >= timeout_s or isinstance(one._pipe, InprocPipe)
-    if not isinstance(one._pipe, InprocPipe):  # which waits for nobody
+    if not isinstance(one._pipe, InprocPipe):  # an in-process pipe does not wait
         later = threading.Timer(0.3, other.send, [[frame(5)]])
         later.start()
         assert one.receive(1e20) is not None
@@ -151,16 +151,16 @@ def test_who_sleeps_is_woken_and_sleeps_until_then(monkeypatch: pytest.MonkeyPat
     one, other = shm_ends(30.0)
     with closing(one), closing(other), ThreadPoolExecutor() as threads:
         begun_s = time.monotonic()
-        for size in (3, 200_000):  # more than fits: the writer sleeps too
+        for size in (3, 200_000):  # the second is more than fits: the writer sleeps, too
             for _ in range(10):
                 asked = threads.submit(other.receive, 30)
-                time.sleep(0.01)  # it sleeps by now
+                time.sleep(0.01)  # the receiver sleeps by now
                 one.send([frame(size)])
                 came = asked.result()
                 assert came is not None
                 assert same(came, frame(size))
-    assert time.monotonic() - begun_s < 20  # naps alone take a minute
-    assert len(calls) < 2000  # who does not sleep asks for it thousands of times
+    assert time.monotonic() - begun_s < 20  # sleeping until the naps end would take a minute
+    assert len(calls) < 2000  # a polling reader would make thousands of calls
 
 
 @pytest.mark.skipif(not is_supported(), reason="no shared memory here")
@@ -188,7 +188,7 @@ def test_an_end_that_closes_is_noticed_by_the_other(make_ends: Callable[..., End
     one, other = make_ends()
     one.send([frame(5)])
     one.close()
-    came = other.receive(5)  # what was sent before still comes
+    came = other.receive(5)  # what was sent before still arrives
     assert came is not None
     with pytest.raises(ChannelClosedError):
         other.receive(5)

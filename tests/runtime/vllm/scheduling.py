@@ -1,4 +1,4 @@
-"""The scheduler's side of the plugin without vLLM: a pool and tables that are only counted, ranks that only answer."""
+"""The scheduler's side of the plugin without vLLM: a pool and tables that only count, and ranks that only answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, DeviceCondition, Re
 from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
 
 REPLICA = "clusters/c/replicas/r"
-NAMES = ("n/0", "n/1", "n/2")  # as the planner calls the engine's devices
+NAMES = ("n/0", "n/1", "n/2")  # the planner's names of the engine's devices
 GROUPS, LAYERS, BLOCK = 4, 3, 16
 EVERYTHING = (
     ChangePart.CHANGE_PART_AUTHORITY,
@@ -62,7 +62,7 @@ class CountedBlocks:
         return self.free
 
     def take(self, request_id: str, tokens: int) -> bool:
-        """Do what vLLM does for a request that is to have room for so many tokens; False: there is none."""
+        """Allocate room for this many tokens of a request, as vLLM does; return False if there is none."""
         needed = -(-tokens // BLOCK)
         if not self.homes.has_room(request_id, tokens):
             return False
@@ -127,7 +127,7 @@ class CountedBlocks:
 
 @dataclass
 class FakeRequest:
-    """A request of vLLM's."""
+    """A vLLM request."""
 
     request_id: str
     num_tokens: int
@@ -145,8 +145,8 @@ class Ranks:
     """One rank, or several that do the same: they copy a move within some steps.
 
     Attributes:
-        copy_steps: that a copy takes.
-        blocks: of each worker; 0: it is lost.
+        copy_steps: number of steps that a copy takes.
+        blocks: number of blocks of each worker; 0: the worker is lost.
     """
 
     count: int
@@ -212,18 +212,18 @@ class World:
     # --- vLLM
 
     def add(self, name: str, tokens: int = 60) -> str:
-        """A request, which runs with the next step; returns what the planner calls it."""
+        """Add a request, which runs with the next step; return the planner's name of it."""
         self.arrive(name, tokens)
         self.step()
         return str(self.side.allocator.number(name))
 
     def arrive(self, name: str, tokens: int) -> None:
-        """A request, which runs as soon as there is room."""
+        """Add a request, which runs as soon as there is room."""
         self.waiting[name] = FakeRequest(name, tokens)
         self.side.arrived(self.waiting[name])
 
     def step(self, times: int = 1) -> None:
-        """Admits whom there is room for, lengthens the others, and hands the plan to the ranks."""
+        """Admit the requests for which there is room, extend the others, and hand the plan to the ranks."""
         for _ in range(times):
             for request in list(self.running.values()):
                 if not self.blocks.take(request.request_id, request.num_tokens + 1):
@@ -304,7 +304,7 @@ class World:
         )
 
     def assign(self, assignment: Assignment | None = None) -> int:
-        """Returns the state."""
+        """Return the state."""
         self.generation += 1
         request = ApplyAssignmentRequest(
             epoch=self.epoch, generation=self.generation, assignment=assignment or self.assignment()
@@ -357,7 +357,7 @@ class World:
         self.steered.flip_moves(request, self.now_s)
 
     def flip(self, change: Change, **more: Any) -> FlipMovesResponse:
-        """Asks, and lets the engine come to a boundary."""
+        """Request the flip, and let the engine reach a step boundary."""
         self.ask_flip(change, **more)
         self.step()
         answer = self.steered.flip_answer(change.change_id)
@@ -374,7 +374,7 @@ class World:
         return self.steered.abort_moves(AbortMovesRequest(epoch=self.epoch, change_id=change_id), self.now_s)
 
     def prepared(self, *moves: Move, **more: Any) -> Change:
-        """A change that is ready to be flipped."""
+        """Return a change that is ready to be flipped."""
         change = self.change(*moves, **more)
         self.reserve(change)
         self.copy(change)

@@ -1,4 +1,4 @@
-"""Calibration finds what devices take, and leaves them as they were."""
+"""Calibration finds the times of devices, and leaves them unchanged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_dispatch_goes_by_is_what_the_devices_take_and_they_hold_nothing_af
     found = calibrated(devices, clock)
     costs = with_coefficients(COSTS, {name: one.coefficients for name, one in found.items()})
     for i, pace in enumerate(PACES):
-        # What another device takes beyond its pace is that its answer is read.
+        # Beyond its pace, another device takes the time to read its answer.
         assert costs.head_s[i, 0] == pytest.approx(pace.head_s, rel=1e-3)
         assert costs.kv_byte_s[i, 0] == pytest.approx(pace.kv_byte_s, rel=1e-3)
         assert costs.call_s[i, 0] + costs.transfer_s[i] == pytest.approx(pace.call_s + pace.read_s, rel=1e-3)
@@ -89,7 +89,7 @@ def test_an_answer_that_is_there_already_takes_what_reading_it_takes() -> None:
 
 
 def test_the_exchange_is_told_apart_by_copies_and_the_sum_stays() -> None:
-    """A device whose copies take 1e-8 s per byte and 2e-5 s each: so do its exchanges, of what calls take in all."""
+    """Copies take 1e-8 s per byte and 2e-5 s each, and exchanges count as the same part of a call's total time."""
     clock = FakeClock()
     devices = paced_devices(PACES, clock, pages=1000)(SHAPE)
     away = devices[1]

@@ -1,4 +1,4 @@
-"""Costs follow what steps take: bounded, and calm under noise."""
+"""Costs follow measured step times: within bounds, and stable under noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COSTS = Stage(
     transfer_s=np.zeros(2),
     primary=Primary(device=0),
 )
-LAYER_S = 2 * 1.0 + 100 * 0.1 + 5.0  # of `taken`, as calibrated
+LAYER_S = 2 * 1.0 + 100 * 0.1 + 5.0  # calibrated time of `taken`
 
 
 def taken(times: float, *, least: float | None = None) -> LayerTime:
@@ -34,7 +34,7 @@ def taken(times: float, *, least: float | None = None) -> LayerTime:
 
 
 class Watched:
-    """A `CostTracker` of devices a and b, and what it put into use."""
+    """A `CostTracker` of devices a and b, and the scales that it applied."""
 
     def __init__(self) -> None:
         self.applied: list[Stage] = []
@@ -83,9 +83,9 @@ def test_noise_and_single_outliers_change_nothing(seed: int) -> None:
 
 def test_an_answer_that_was_there_before_it_was_asked_for_only_bounds_what_it_took() -> None:
     watched = Watched()
-    watched.steps(40, taken(5.0, least=0.2))  # between 0.2 and 5 times: 1 is as good as any
+    watched.steps(40, taken(5.0, least=0.2))  # bounds of 0.2 and 5 times contain 1, which is kept
     assert watched.applied == []
-    watched.steps(40, taken(0.5, least=0.1))  # at most half
+    watched.steps(40, taken(0.5, least=0.1))  # at most half as long as predicted
     assert watched.scale == 0.5
 
 
@@ -105,7 +105,7 @@ def test_a_device_that_nobody_measures_gets_another_chance() -> None:
     assert watched.scale == 2.0
     watched.steps(3 * (FORGET_STEPS + 1), None)
     assert watched.scale == 1.0
-    assert len(watched.applied) == 5  # 4, 2, the root of 2, its root, 1
+    assert len(watched.applied) == 5  # 4, 2, the root of 2, the root of that, 1
 
 
 def test_large_changes_are_logged_once_and_small_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +122,7 @@ def test_large_changes_are_logged_once_and_small_ones_are_not(caplog: pytest.Log
 
 
 class World:
-    """Three paced devices that are calibrated and then compute the same steps, on a clock that the test owns."""
+    """Three paced devices that are calibrated and then compute the same steps, on the test's own clock."""
 
     def __init__(self) -> None:
         clock = self.clock = FakeClock()
@@ -150,7 +150,7 @@ class World:
         self.costs = costs
 
     def step(self, times: int = 1) -> None:
-        """The next position of a request with two heads on each device, which all compute at the same time."""
+        """The next position of a request with two heads on each device, all of which compute at the same time."""
         for _ in range(times):
             self.position += 1
             heads, kv_bytes = 2 * SHAPE.queries_per_group, 2.0 * self.position * token_bytes(SHAPE)

@@ -1,4 +1,4 @@
-"""Dispatch goes by what was measured of every device, and by what its steps take; what happens is counted."""
+"""Dispatch follows the measured costs of every device and the times of its steps, and events are counted."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from hetis.v1.executor_service_pb2 import (
 from hetis.v1.report_pb2 import AssignmentState
 from tests.runtime.vllm.scheduling import EVERYTHING, NAMES, REPLICA, World, seconds
 
-# --- whose turn it is
+# --- turns
 
 
 def test_work_is_done_at_once_while_nothing_runs_and_at_a_boundary_otherwise() -> None:
@@ -93,7 +93,7 @@ def test_what_work_raises_reaches_who_wanted_it_and_nobody_else() -> None:
 
 
 class Stepping:
-    """vLLM's thread: steps the world for as long as it is told to."""
+    """vLLM's thread, which steps the world until it is stopped."""
 
     def __init__(self, world: World) -> None:
         self._world, self._ends = world, threading.Event()
@@ -108,7 +108,7 @@ class Stepping:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ends.wait(0.003):  # a request that grows without a pause soon has no room, and is preempted
+        while not self._ends.wait(0.003):  # without pauses a growing request soon has no room, and is preempted
             self._world.step()
 
 
@@ -191,7 +191,7 @@ def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_p
         executor = SocketExecutor(tmp_path / "engine.sock")
         await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
         reports = executor.watch_reports(0.01)
-        await anext(reports)  # and never again
+        await anext(reports)  # no report follows
         world.add("a")
         await asyncio.to_thread(world.step, 200)
         assert world.side.num_steps >= 200

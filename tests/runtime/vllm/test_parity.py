@@ -1,10 +1,10 @@
-"""The table of docs/vllm.md: each row is an engine with the plugin that says what stock vLLM and transformers say.
+"""The table of docs/vllm.md: in each row an engine with the plugin generates what stock vLLM and transformers do.
 
     python -m pytest -m soak tests/runtime/vllm/test_parity.py
 
-Greedy in float32, token for token, but for the rows that say otherwise. One engine does all acts of a row. Where
-numbers are rounded differently (in 16 bits, and on a GPU, where stock vLLM multiplies float32 in TF32), stock vLLM
-judges every token instead, after the same tokens before it: it must be the likeliest, or nearly.
+Tokens are greedy in float32 and must be equal, unless the row has something else. One engine does all acts of a row.
+Where numbers are rounded differently (in 16 bits, and on a GPU, where stock vLLM multiplies float32 in TF32), stock
+vLLM judges every token instead, after the same tokens before it: it must be the likeliest, or nearly.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ ABORTED = {"act": "aborted", "seed": 3, "count": 8, "tokens": 24}
 SAMPLED = {"act": "sampled", "seed": 5, "count": 4, "tokens": 24}
 PREFIX = {"act": "prefix", "seed": 6, "count": 4, "tokens": 16}
 PRESSURE = {"act": "pressure", "seed": 7, "count": 10, "tokens": 50}
-MANY = {"act": "moves", "seed": 8, "count": 14, "tokens": 16}  # more than run at a time
-# Differences of logarithms: logits of 8 to 16 are 1/16 apart in bfloat16 and 1/128 in float16. float32 is of TF32.
+MANY = {"act": "moves", "seed": 8, "count": 14, "tokens": 16}  # more requests than run at a time
+# Differences of logarithms: logits of 8 to 16 are 1/16 apart in bfloat16 and 1/128 in float16. float32 is that of TF32.
 MOST_GAP = {"bfloat16": 0.5, "float16": 0.1, "float32": 0.2}
 MOST_UNLIKELY = 0.1  # share of the tokens that are not the likeliest
 PIPELINE = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
 
 
 def kills(seed: int, step: int, victims: Sequence[int], name: str = "SIGKILL") -> dict[str, Any]:
-    """An act in which workers get a signal while groups move; their numbers become process ids later."""
+    """An act in which workers get a signal while groups move; worker numbers become process ids later."""
     return {
         "act": "fault",
         "seed": seed,
@@ -52,11 +52,11 @@ def kills(seed: int, step: int, victims: Sequence[int], name: str = "SIGKILL") -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """An engine and what it does.
+    """An engine and its acts.
 
     Attributes:
         workers: devices beside the primary; each has one process for each of ``ranks``.
-        options: of vLLM; ``stock``: of stock vLLM beside float32 and a prefix cache.
+        options: options of vLLM. ``stock``: those of stock vLLM besides float32 and a prefix cache.
     """
 
     name: str
@@ -145,7 +145,7 @@ def _checkpoint(family: str, parent: Path) -> Path:
 
 @cache
 def _stock(family: str, options: str, parent: Path) -> dict[str, dict[str, Any]]:
-    """Return what stock vLLM, in one process and eager, says to the acts of all rows that compare with it: by act."""
+    """Return, by act, the results of stock vLLM, in one process and eager, for all rows that compare with it."""
     acts = {
         json.dumps(asked): asked
         for row in ROWS

@@ -55,7 +55,7 @@ class Blocks:
             begin, end, last = int(part.starts[i]), int(part.starts[i + 1]), int(part.lasts[i])
             at = _slots(tables[i].numpy(), 0, last)
             keys, values = self.kv[0, number, at], self.kv[1, number, at]
-            # Rows before the chunk are only there to be attended to.
+            # Rows before the chunk are only attended to, so their queries are zero.
             whole = torch.zeros(last, QUERIES, DIM, dtype=torch.float64)
             whole[last - (end - begin) :] = q[begin:end]
             out[begin:end] = reference(whole, keys, values, number)[last - (end - begin) :]
@@ -78,7 +78,7 @@ def _slots(blocks: Any, first: int, last: int) -> torch.Tensor:
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
-    """Causal attention [tokens, r, d] in float64, one query after the other."""
+    """Causal attention [tokens, r, d] in float64, computed query by query."""
     out = torch.zeros_like(q)
     for t in range(len(k)):
         first = max(0, t + 1 - SHAPE.windows[layer]) if SHAPE.windows[layer] else 0
@@ -88,7 +88,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> 
 
 
 class Breakable(LocalDevice):
-    """A worker that dies when told."""
+    """A worker that dies on demand."""
 
     is_dead = False
 
@@ -100,13 +100,13 @@ class Breakable(LocalDevice):
 
 @dataclass(eq=False)
 class Running:
-    """A request as the test knows it: what was fed so far is all it needs to say what must come out."""
+    """A request as the test knows it: the inputs so far determine the expected outputs."""
 
     anchor: int
     number: int
     devices: list[int]
     tables: list[list[int]] = field(default_factory=lambda: [[] for _ in range(GROUPS)])
-    q: list[torch.Tensor] = field(default_factory=list)  # of each layer, [tokens, G, r, d]
+    q: list[torch.Tensor] = field(default_factory=list)  # per layer, [tokens, G, r, d]
     k: list[torch.Tensor] = field(default_factory=list)
     v: list[torch.Tensor] = field(default_factory=list)
     computed: int = 0
@@ -137,7 +137,7 @@ class World:
         self.events: list[Event] = []
         self.plans = self.numbers = self.moves = self.committed = self.restarts = 0
         self.open: dict[int, GroupMove] = {}
-        self.spoils = 0.0  # how often another rank makes a request's step void, of which this one knows nothing
+        self.spoils = 0.0  # how often another rank voids a request's step without this rank's knowledge
 
     # --- the scheduler
 
@@ -219,12 +219,12 @@ class World:
     # --- a step
 
     def step(self) -> None:
-        """Every request that runs computes some tokens; all outputs that count are compared."""
+        """Compute some tokens of every running request, and compare all outputs that count."""
         batch = self.running[:]
         counts = [self._feed(one) for one in batch]
         for one, count in zip(batch, counts, strict=True):
             for group, device in enumerate(one.devices):
-                if device == LOCAL or one.tables[group]:  # here, or on its way
+                if device == LOCAL or one.tables[group]:  # here, or on its way here
                     self.grow(one, group, one.computed + count)
         self.plans += 1
         events, self.events = self.events, []
@@ -271,7 +271,7 @@ class World:
         self.hear()
 
     def _feed(self, one: Running) -> int:
-        """Tokens of this step: what was computed before and is void, or new ones."""
+        """Return the tokens of this step: those whose computation is void, or new ones."""
         fed = len(one.q[0]) if one.q else 0
         count = fed - one.computed
         if count:
@@ -346,7 +346,7 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
     world.spoils = 1.0
     world.step()
     stored, world.spoils = len(one.q[0]), 0.0
-    world.step()  # its copies have reached what is void by now
+    world.step()  # its copies have reached the void tokens by now
     while one.computed < stored:
         world.step()
     world.open[move.number] = move
@@ -355,7 +355,7 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
 
 
 def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
-    """vLLM may warm up with steps of requests that nobody knows, and without the connector between them."""
+    """vLLM may warm up with steps of unknown requests, without calling the connector between them."""
     world = _run(2, steps=6)
     for count in (5, 2):
         common = SimpleNamespace(
@@ -377,7 +377,7 @@ def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
 
 
 def test_moves_are_committed_and_losses_restart_requests() -> None:
-    """If this failed, the tests above would test nothing."""
+    """Otherwise the tests above would test nothing."""
     assert _run(1, steps=40).committed > 1
     assert _run(1, steps=40, dies_at=15).restarts > 0
 
@@ -406,7 +406,7 @@ def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(layer: 
 def test_what_a_worker_takes_is_known_only_as_far_as_its_answer_was_waited_for(
     meanwhile_s: float, least_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes a second, and the rank something else meanwhile."""
+    """The worker takes a second, while the rank does other work for ``meanwhile_s``."""
     clock = FakeClock()
     world = World(0, clock)
     attend, attend_here = world.devices[1].attend, world.blocks.attend_here

@@ -1,4 +1,4 @@
-"""The plugin's file: what is valid, and that all problems are told at once."""
+"""The plugin's configuration file: what is valid, and that all problems are reported at once."""
 
 from __future__ import annotations
 

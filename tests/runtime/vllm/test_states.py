@@ -17,7 +17,7 @@ POOL, WORKERS = 90, (60, 40)
 
 
 class SteeredStates(RuleBasedStateMachine):
-    """A small pool, two workers that come and go, and an agent that prepares, permits, gives up, and goes away."""
+    """A small pool, two workers that come and go, and an agent that prepares, permits, aborts and disconnects."""
 
     @initialize(policy=st.sampled_from(["local", "remote", "remote"]), copy_steps=st.integers(1, 3))
     def begin(self, policy: str, copy_steps: int) -> None:
@@ -91,7 +91,7 @@ class SteeredStates(RuleBasedStateMachine):
         try:
             world.reserve(change)
         except RefusedError:
-            return  # for one of the documented reasons, and nothing is held of it
+            return  # for one of the documented reasons, and nothing of it is kept
         world.copy(change)
         self.change = change
         world.step(steps)
@@ -128,7 +128,7 @@ class SteeredStates(RuleBasedStateMachine):
 
     @property
     def held(self) -> int:
-        """Generation of the replica in the engine."""
+        """Return the replica's generation in the engine."""
         return max(report.generation for report in self.world.steered.report(self.world.now_s).replicas)
 
     @invariant()

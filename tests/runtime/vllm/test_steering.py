@@ -167,7 +167,7 @@ def test_moves_that_belong_together_are_left_out_together() -> None:
     world, number = started(blocks=(400, 3))
     change = world.change(
         world.move(number, [0], NAMES[1], index=0, together=7),
-        world.move(number, [1], NAMES[2], index=1, together=7),  # there is no room for it
+        world.move(number, [1], NAMES[2], index=1, together=7),  # worker 2 has no room for it
         world.move(number, [2], NAMES[1], index=2, together=8),
     )
     assert [result.number for result in world.reserve(change).moves] == [0, 1]
@@ -241,7 +241,7 @@ def test_the_goal_says_how_far_the_replica_is() -> None:
 def test_a_device_that_drains_takes_no_groups_until_it_may_again() -> None:
     world, number = started()
     change = world.prepared(world.move(number, [0], NAMES[1]))
-    said = DeviceCondition(device=NAMES[1], status=LOST)  # as the planner sees it; we reach it: its KV is not gone
+    said = DeviceCondition(device=NAMES[1], status=LOST)  # only the planner lost contact: its KV is not gone
     world.assign(world.assignment(conditions=[said]))
     assert world.side.allocator.moves == ()
     assert world.abort(change.change_id).outcome == ABORTED
@@ -255,7 +255,7 @@ def test_the_plan_bounds_where_dispatch_puts_groups() -> None:
     world = World(policy="remote")
     stage = world.stage()
     stage.devices[1].total_blocks = 12
-    del stage.devices[2]  # the plan does without it
+    del stage.devices[2]  # the plan does not use it
     world.assign(world.assignment(stage=stage))
     world.add("a", 60)
     counts = [world.devices("a").count(device) for device in range(3)]

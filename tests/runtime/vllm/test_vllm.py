@@ -1,4 +1,4 @@
-"""Token for token what stock vLLM says: heads on workers, moved while they decode, workers killed, pipeline stages.
+"""Token for token the output of stock vLLM: heads on workers, moved while they decode, workers killed, pipeline stages.
 
 vLLM has a virtual environment of its own (`make vllm`), whose Python runs `engine.py`. One engine does several acts,
 because each start takes vLLM some seconds. All rows of the table in docs/vllm.md are in `test_parity.py`.
@@ -74,7 +74,7 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
 def test_pipeline_stages_have_workers_of_their_own(
     llama: Path, stock: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several steps are under way at a time, and one stage knows of a dead worker before the other."""
+    """Several steps are in progress at a time, and one stage detects a dead worker before the other."""
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,3")
     with workers(tmp_path, 4) as (pids, addresses):
         ours = run_engine(
@@ -88,7 +88,7 @@ def test_pipeline_stages_have_workers_of_their_own(
             config=config_of(tmp_path, [addresses[:2], addresses[2:]]),
             pipeline_parallel_size=2,
             distributed_executor_backend="mp",
-            # On a CPU the second stage's buffers are made as the graph is compiled; the backend `eager` compiles
+            # On a CPU the second stage's buffers are made when the graph is compiled; the backend `eager` compiles
             # nothing, which costs half a minute less. `test_parity.py` has the row with compiled graphs.
             enforce_eager=False,
             compilation_config={"mode": 1, "backend": "eager"},

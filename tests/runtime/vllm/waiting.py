@@ -1,6 +1,6 @@
-"""How vLLM's processes wait for one another in tests: without a processor.
+"""Makes vLLM's processes wait for one another without using a processor, in tests.
 
-Each would look for its next message again and again for a second, at the cost of those who should write it: here ranks
+Each would poll for its next message for a second, at the cost of the processes that should write it: here ranks
 outnumber processors. Run by vLLM's own Python.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-SOON_MS = 10  # a message whose notice is lost is found then
+SOON_MS = 10  # limit after which a message is found even if its notification is lost
 
 
 def wait_in_peace() -> None:
-    """Let the processes that are started from here wait for a message's notice from the beginning."""
+    """Make the processes that are started from here wait for notifications of messages from the beginning."""
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
     def wait(self: Any, timeout_ms: int | None = None) -> None:

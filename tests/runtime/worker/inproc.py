@@ -1,4 +1,4 @@
-"""Workers in the tests' process: a core behind a channel, which runs while the engine waits. Faults on demand."""
+"""Workers in the tests' process: a core behind a channel, run while the engine waits, with faults on demand."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ KEY = bytes(range(16))
 class Fault(StrEnum):
     """A fault of a worker in place of one frame."""
 
-    KILL = "kill"  # before it does what the frame says
-    KILL_AFTER = "kill_after"  # after that, before the answer
-    STOP = "stop"  # it answers no more
-    RESET = "reset"  # the connection is gone, the worker is not
-    HALF = "half"  # half of an answer comes, the rest never
-    ZOMBIE = "zombie"  # it stops, and wakes when the engine has given it up
+    KILL = "kill"  # dies before it handles the frame
+    KILL_AFTER = "kill_after"  # dies after it has handled the frame, before the answer
+    STOP = "stop"  # answers no more
+    RESET = "reset"  # loses the connection, but lives on
+    HALF = "half"  # sends half of an answer, and the rest never
+    ZOMBIE = "zombie"  # stops, and resumes after the engine has given it up
 
 
 @dataclass(slots=True, eq=False)
 class InprocWorker:
-    """One worker. It handles frames when its engine waits, until ``fault`` happens at frame ``fault_at``."""
+    """One worker. It handles frames while its engine waits, until ``fault`` happens at frame ``fault_at``."""
 
     name: str
     pages: int
@@ -46,7 +46,7 @@ class InprocWorker:
         self.start()
 
     def start(self) -> None:
-        """A process that holds nothing."""
+        """Start a new process, which holds nothing."""
         self.is_running = True
         self.core = WorkerCore(self.name, lambda shape: LocalDevice(self.name, shape, self.pages), key=KEY)
 
@@ -60,7 +60,7 @@ class InprocWorker:
         return RemoteDevice(self.name, shape, Channel(ours), epoch=epoch, key=KEY)
 
     def run(self, channel: Channel, pipe: InprocPipe) -> None:
-        """Handles everything that has come."""
+        """Handle every frame that has arrived."""
         while self.is_running and not pipe.is_closed:
             try:
                 frame = channel.receive(0)
@@ -75,7 +75,7 @@ class InprocWorker:
                 self._leave(channel)
 
     def wake(self) -> None:
-        """A zombie goes on with what it had been sent, and finds that nobody listens."""
+        """Resume a zombie: it handles the frames that it had been sent, and finds its connection closed."""
         assert self._channel is not None
         assert self._pipe is not None
         self.is_running = True

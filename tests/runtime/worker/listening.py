@@ -21,7 +21,7 @@ SECRET = "what only engine and worker know"
 
 @dataclass(frozen=True)
 class ListeningWorker:
-    """A process, and where it listens."""
+    """A worker process and its address."""
 
     process: subprocess.Popen[bytes]
     host: str
@@ -53,7 +53,7 @@ def listening_worker(folder: Path, *arguments: str, kv_memory: str = "4MiB") -> 
 
 
 def _read_when_there(path: Path, process: subprocess.Popen[bytes]) -> str:
-    until_s = monotonic() + 600  # it may have to compile its kernels, which takes a minute where nothing else runs
+    until_s = monotonic() + 600  # it may have to compile its kernels, which takes a minute on an idle machine
     while not path.exists():
         assert process.poll() is None, "the worker has ended"
         assert monotonic() < until_s, f"{path} was not written"

@@ -1,5 +1,5 @@
 """A fault at every message of a copy: a worker that dies, hangs, is cut off, stops in mid-frame or wakes too late is a
-lost device, and never one that gives or keeps wrong KV. Faults within steps are in `test_ranges_and_faults.py`."""
+lost device, and never one that returns or keeps wrong KV. Faults within steps are in `test_ranges_and_faults.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def received(frame: Frame) -> Frame:
 
 
 def carry(device: RemoteDevice) -> None:
-    """Brings KV in two pieces, takes it out again, and frees it: everything that a move does."""
+    """Import KV in two pieces, export it again, and free it: everything that a move does."""
     generator = torch.Generator().manual_seed(3)
     k, v = torch.randn(2, len(HEADS), SHAPE.layers, TOKENS, SHAPE.head_dim, generator=generator)
     for begin, end in ((0, 6), (6, TOKENS)):
@@ -66,7 +66,7 @@ def test_a_fault_at_any_message_is_a_lost_device_and_the_next_connection_finds_n
 
 
 def test_a_zombie_that_serves_an_old_connection_answers_nobody() -> None:
-    """The same worker is met again while frames of the old connection are still to come."""
+    """The engine reconnects to the same worker while frames of the old connection are still to come."""
     worker = InprocWorker("w0", PAGES)
     old = worker.join(SHAPE)
     new = worker.join(SHAPE)
@@ -89,7 +89,7 @@ def test_a_worker_without_memory_for_its_kv_says_so_and_lives() -> None:
         assert answer is not None
         assert answer.counts[0] == ErrorCode.FAILED
         assert read_error(received(answer))[2] == "no memory for its KV: you tried to allocate 990 TiB"
-    assert core.handle(Frame(kind=FrameKind.FINISH, epoch=2, session=2)) is None  # nobody is served
+    assert core.handle(Frame(kind=FrameKind.FINISH, epoch=2, session=2)) is None  # no engine is served
 
 
 def test_kv_of_an_earlier_incarnation_is_refused_and_that_of_a_later_one_takes_its_place() -> None:

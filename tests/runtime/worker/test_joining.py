@@ -64,7 +64,7 @@ def test_a_shape_that_no_memory_holds_leaves_a_worker_for_the_next_engine(worker
     with pytest.raises(OutOfPagesError, match="w0: 1 KV pages are needed, 0 are free"):
         check(device, CASE)
     device.close()
-    with pytest.raises(DeviceLostError):  # it hangs up: no engine says that
+    with pytest.raises(DeviceLostError):  # the worker hangs up, because no engine sends that
         worker.join(replace(largest, head_dim=4097), epoch=61)
     worker.join(CASE.shape(), epoch=62).close()
 
@@ -101,13 +101,13 @@ def test_a_killed_worker_is_lost_at_once_and_not_reached(tmp_path: Path, kind: C
 
 def test_connections_that_say_nothing_hold_up_nobody(worker: ListeningWorker) -> None:
     with ExitStack() as probes:
-        for _ in range(5):  # each of them once held a worker up for 10 s
+        for _ in range(5):  # each of these used to hold a worker up for 10 s
             probes.enter_context(socket.create_connection((worker.host, worker.port), timeout=30))
         device = worker.join(CASE.shape(), epoch=90)
         assert device.ping() == (device.num_pages, 0)
         for _ in range(5):
             probes.enter_context(socket.create_connection((worker.host, worker.port), timeout=30))
-        sleep(0.3)  # until the worker, which hears nothing, has looked at them
+        sleep(0.3)  # until the worker, which receives nothing, has checked them
         assert device.ping() == (device.num_pages, 0)
         device.close()
 

@@ -1,4 +1,4 @@
-"""A worker's settings come from options or from the environment, and all that is wrong is said at once."""
+"""A worker's settings come from options or from the environment, and all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_environment_says_it_as_well_and_an_option_counts_before_it(tmp_path
     )
     assert read_options([], variables) == wanted
     assert read_options(["--name", "other"], variables).name == "other"
-    assert read_options([], variables | {"HETIS_WORKER_THREADS": ""}).threads == 1  # set, but to nothing
+    assert read_options([], variables | {"HETIS_WORKER_THREADS": ""}).threads == 1  # set, but empty
 
 
 def test_all_that_is_wrong_is_said_with_its_source() -> None:

@@ -1,4 +1,4 @@
-"""Connections that say nothing: they hold up nobody, and are closed in time."""
+"""Silent connections delay no engine, and are closed in time."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_connection_that_was_reset_is_told_as_closed(listener: socket.socket) 
     other = connected(listener)
     assert pending.speaking(1.0) is None
     other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    other.close()  # a reset, not a goodbye
+    other.close()  # a reset, not an orderly close
     found = pending.speaking(10.0)
     assert found is not None
     with pytest.raises(ChannelClosedError):

@@ -1,4 +1,4 @@
-"""Workers told of position ranges: whatever goes wrong at any message, the step done again elsewhere gives the same."""
+"""Workers with position ranges: whatever fails at any message, repeating the step elsewhere gives the same outputs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_fault_at_any_message_is_a_lost_device_and_the_next_connection_compute
 
 
 def check_and_ask(device: RemoteDevice) -> None:
-    """A fault at the last frame, which has no answer, is found when something is asked for."""
+    """A fault at the last frame, which has no answer, is detected at the next request."""
     check(device, CASE)
     device.ping()
 
@@ -118,7 +118,7 @@ def test_an_older_engine_is_refused_and_cannot_write_into_a_newer_ones_ranges() 
 
 
 def begun(pages: int = 20) -> WorkerCore:
-    """A worker that has an engine, and is within a step of a range of 3 positions."""
+    """A worker that has an engine and is in the middle of a step, with a range of 3 positions."""
     core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, pages), key=KEY)
     core.handle(received(Hello(shape=CASE.shape(), key=KEY).frame(epoch=1, session=SESSION)))
     core.handle(frame_of(FrameKind.BEGIN, (2, 4, 0), np.array([[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]).tobytes()))
@@ -139,7 +139,7 @@ def received(frame: Frame) -> Frame:
     ("counts", "columns"),
     [
         ((2, 5, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]),  # their sum is 4
-        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [4, 0]]),  # one that writes nothing
+        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [4, 0]]),  # a sequence that writes nothing
         ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [5, -1]]),
         ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [-1, 0], [3, 1]]),
         ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0]]),  # a column is missing
@@ -196,7 +196,7 @@ def test_whatever_frames_come_a_worker_answers_or_hangs_up_and_keeps_its_pages_i
             break
         assert core.device is not None
         core.device.pool.check_invariants()
-    # The next engine finds it empty.
+    # The next engine finds the worker empty.
     hello = Hello(shape=CASE.shape(), key=KEY).frame(epoch=2, session=SESSION + 1)
     answer = core.handle(received(hello))
     assert answer is not None
@@ -246,7 +246,7 @@ def test_no_greeting_breaks_a_worker(shape: tuple[int, int, int, int], body: byt
     except FrameError:
         return
     assert answer is not None
-    assert answer.kind is FrameKind.ERROR  # nobody guesses the key
+    assert answer.kind is FrameKind.ERROR  # a wrong key is refused
 
 
 def test_a_device_that_was_lost_does_nothing_more() -> None:

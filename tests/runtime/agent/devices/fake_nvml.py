@@ -1,4 +1,4 @@
-"""A `pynvml` that answers from plain values: names, shapes and errors of nvidia-ml-py 13, and none of its driver."""
+"""A `pynvml` that answers from plain values: names, shapes and errors of nvidia-ml-py 13, without its driver."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Gpu:
     uncorrected: int = 0
     links: set[str] = field(default_factory=set)  # bus ids of GPUs that NVLink reaches
     remotes: list[str] = field(default_factory=list)  # bus ids at the other ends of its NVLinks: GPUs or switches
-    processes: list[int] = field(default_factory=list)  # pids of those that compute
+    processes: list[int] = field(default_factory=list)  # pids of compute processes
     compute_mode: int = real.NVML_COMPUTEMODE_DEFAULT
     recovery: int = real.NVML_GPU_RECOVERY_ACTION_NONE
     slices: list[Gpu] | None = None
@@ -43,7 +43,7 @@ class Gpu:
 def fake_pynvml(
     *gpus: Gpu, driver: str = "580.65.06", refused: dict[str, int] | None = None, names: dict[int, str] | None = None
 ) -> ModuleType:
-    """A module to put in the place of ``pynvml``; ``module.events`` is the list of events that wait to be read."""
+    """A replacement for ``pynvml``; ``module.events`` is the list of unread events."""
     module: Any = ModuleType("pynvml")
     for name in dir(real):
         if name.startswith(("NVML_", "nvmlClocks", "nvmlEventType", "NVMLError")):
@@ -104,7 +104,7 @@ def fake_pynvml(
 
     def link_state(gpu: Gpu, link: int) -> int:
         if not gpu.remotes:
-            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)  # as boards without NVLink answer
+            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)  # the answer of boards without NVLink
         return int(link < len(gpu.remotes))
 
     def field_values(gpu: Gpu, wanted: list[int]) -> Any:

@@ -1,4 +1,4 @@
-"""The agent's own metrics: what is counted is served, on the loopback, and read by any Prometheus."""
+"""The agent's own metrics: counters are served on the loopback, in the format of Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVML tells what it knows; what it refuses is not known, and only its absence is an error."""
+"""NVML's answers are reported; what it refuses is unknown, and only its absence is an error."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_sample_holds_everything_that_the_driver_says(monkeypatch: pytest.Monk
             real.nvmlClocksThrottleReasonHwSlowdown | real.nvmlClocksThrottleReasonHwThermalSlowdown,
             [report_pb2.THROTTLE_REASON_THERMAL, report_pb2.THROTTLE_REASON_HARDWARE],
         ),
-        (1 << 40, []),  # a reason that is newer than we are
+        (1 << 40, []),  # a reason newer than this code
     ],
 )
 def test_clock_event_reasons_are_told(monkeypatch: pytest.MonkeyPatch, bits: int, reasons: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""The devices that a source means, and the GPU type of a product."""
+"""The devices that a source denotes, and the GPU type of a product name."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MIB = 2**20
         ("NVIDIA H100 80GB HBM3", 81559, "H100-SXM-80GB"),
         ("NVIDIA H100 PCIe", 81559, "H100-PCIe-80GB"),
         ("NVIDIA H100 NVL", 95830, "H100-NVL-94GB"),
-        ("NVIDIA H200", 143771, "H200-SXM-141GB"),  # the SXM board says no more than this
+        ("NVIDIA H200", 143771, "H200-SXM-141GB"),  # the name of the SXM board has no more than this
         ("NVIDIA H200 NVL", 143771, "H200-NVL-141GB"),
         ("NVIDIA GH200 480GB", 97871, "GH200-96GB"),
         ("NVIDIA B200", 183359, "B200-SXM-180GB"),
-        ("NVIDIA L4", 23034, "L4"),  # ECC takes a sixteenth
+        ("NVIDIA L4", 23034, "L4"),  # ECC takes one sixteenth
         ("NVIDIA L40S", 46068, "L40S"),
         ("NVIDIA A10G", 22731, "A10G"),
         ("Tesla T4", 15360, "T4"),
@@ -35,7 +35,7 @@ MIB = 2**20
         ("NVIDIA GeForce RTX 3090", 24576, "RTX-3090"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887, "RTX-PRO-6000-Server-96GB"),
         ("NVIDIA RTX 6000 Ada Generation", 49140, "RTX-6000-Ada"),
-        # Not what it looks like: the memory of a cut board, a vGPU, a slice, another chip, nothing at all.
+        # Names that mislead: the memory of a cut-down board, a vGPU, a slice, another chip, nothing at all.
         ("NVIDIA A100-SXM4-80GB", 65536, ""),
         ("GRID A100D-20C", 20480, ""),
         ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40192, ""),

@@ -1,4 +1,4 @@
-"""Assignments as a planner makes them of a plan, and settings of engines whose process only stands for vLLM."""
+"""Assignments as a planner derives them from a plan, and settings of engines that are stand-ins for vLLM."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings_of(**changes: Any) -> EngineSettingsDocument:
 
 
 def fake_settings(folder: Path, **changes: Any) -> EngineSettingsDocument:
-    """The engine is ``fake_vllm.py``, on free ports; what ``control`` writes steers it."""
+    """The engine is ``fake_vllm.py``, on free ports, controlled by what ``control`` writes."""
     control(folder)
     fields = {
         "program": [sys.executable, str(FAKE), "serve"],
@@ -50,14 +50,14 @@ def fake_settings(folder: Path, **changes: Any) -> EngineSettingsDocument:
 
 
 def control(folder: Path, **state: object) -> None:
-    """Say how the fake engines are from now on; see ``fake_vllm.py``."""
+    """Set the behaviour of the fake engines from now on; see ``fake_vllm.py``."""
     written = folder / "fake.new"
     written.write_text(json.dumps(state), encoding="utf-8")
     written.rename(folder / "fake.json")
 
 
 def lives(folder: Path) -> list[str]:
-    """Return the fake engines' notes of when they started and were told to end."""
+    """Return the fake engines' log of starts and termination signals."""
     log = folder / "fake.log"
     return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 

@@ -1,4 +1,4 @@
-"""The whole agent: a planner's assignment becomes an engine, also after the agent was killed or told to end."""
+"""The whole agent: a planner's assignment becomes an engine, also after the agent was killed or terminated."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def leaders(folder: Path) -> list[int]:
 
 
 def told_once(notes: list[str]) -> list[str]:
-    """Return the notes, with one of those in a row: an engine that ends slowly is told again by the next agent."""
+    """Return the notes without repetitions in a row: the next agent tells an engine that ends slowly once more."""
     return [note for note, _ in itertools.groupby(notes)]
 
 
@@ -73,9 +73,9 @@ def test_engines_end_with_their_agent_and_start_with_the_next(tmp_path: Path, pr
             agent.wait()
             agent = processes.start("--server", planner.address, *options)
             await planner.connected(2)
-            # Not counted at the kill: what the first one sent just before may be heard after it.
+            # Not counted at the kill: messages that the first agent sent just before may arrive after it.
             since = max(number for number, message in enumerate(planner.heard) if message.HasField("hello"))
-            await planner.until(lambda message: is_in(message, serving), since=since)  # nobody has told it anything
+            await planner.until(lambda message: is_in(message, serving), since=since)  # without a new assignment
             assert is_gone(first)
             (second,) = leaders(tmp_path)
             assert told_once(lives(tmp_path)) == ["started", "told 0", "started"]

@@ -1,4 +1,4 @@
-"""Engines that the agent starts, from the assignment to the last process, with one that stands for vLLM."""
+"""Engines that the agent starts, from the assignment to the last process, with a stand-in for vLLM."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.runtime.agent.launched.assigning import (
 )
 from tests.runtime.launch.test_command import is_gone
 
-LIMIT_S = 120.0  # on a machine that does much else
+LIMIT_S = 120.0  # on a busy machine
 OTHER = "clusters/c/replicas/p-1"
 
 
@@ -53,7 +53,7 @@ def state(name: str) -> AssignmentState.ValueType:
 
 
 class Node:
-    """An executor of fake engines, and what it reports."""
+    """An executor of fake engines, and its reports."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic, **settings: Any) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ class Node:
         self.executor = LaunchExecutor(self.settings, node=NODE, folder=folder / "engines", clock=clock)
 
     async def report(self) -> WatchReportsResponse:
-        """Return the present report."""
+        """Return the current report."""
         return await self.until(lambda _: True)
 
     async def apply(self, request: ApplyAssignmentRequest) -> str:
@@ -69,7 +69,7 @@ class Node:
         return AssignmentState.Name(answer.state).removeprefix("ASSIGNMENT_STATE_")
 
     async def until(self, holds: Callable[[WatchReportsResponse], bool]) -> WatchReportsResponse:
-        """The first report that is so."""
+        """Return the first report for which ``holds`` is true."""
         last = None
         try:
             async with asyncio.timeout(LIMIT_S), aclosing(self.executor.watch_reports(0.01)) as reports:  # type: ignore[type-var]
@@ -82,7 +82,7 @@ class Node:
         raise AssertionError(f"waited in vain; last report {last}; lives {lives(self.folder)}")
 
     async def until_state(self, name: str, replica: str = REPLICA) -> ReplicaReport:
-        """The first report of a replica in a state."""
+        """Return the first report of a replica in a state."""
 
         def found(report: WatchReportsResponse) -> list[ReplicaReport]:
             return [one for one in report.replicas if (one.replica, one.assignment_state) == (replica, state(name))]
@@ -100,7 +100,7 @@ class Node:
         await wait_until(lambda: asked(self.folder)[before:].count(str(running)) >= 2, lambda: "nobody asks")
 
     def sessions(self) -> list[int]:
-        """Leaders of the sessions that are noted."""
+        """Return the leaders of the recorded sessions."""
         return sorted(int(file.name) for file in (self.folder / "engines" / "sessions").glob("*"))
 
 
@@ -240,7 +240,7 @@ def test_requests_that_run_end_before_a_withdrawn_engine_is_told_to(tmp_path: Pa
             control(tmp_path, running=2)
             await node.apply(applying(assigned()))
             await node.until(lambda report: report.replicas[0].num_running == 2)
-            await node.apply(applying(assigned(replica_on("a/1"), goal=DRAIN), 2))  # what ends does not change before
+            await node.apply(applying(assigned(replica_on("a/1"), goal=DRAIN), 2))  # it does not move before it ends
             assert (await node.until_state("DRAINING")).num_running == 2
             assert await node.apply(removing(generation=3)) == "STOPPED"
             assert not (await node.until(lambda report: not report.replicas)).devices
@@ -405,7 +405,7 @@ def test_what_is_left_of_an_agent_before_is_ended_and_nobody_elses(tmp_path: Pat
         (leader,) = node.sessions()
         sessions = tmp_path / "engines" / "sessions"
         noted = (sessions / str(leader)).read_text()
-        (sessions / str(leader)).write_text(noted + "1")  # the number, but not the process
+        (sessions / str(leader)).write_text(noted + "1")  # the leader's process id, but not its start time
         assert end_leftovers(sessions, patience_s=0.0) == []
         assert not is_gone(leader)
         (sessions / str(leader)).write_text("another-boot " + noted.partition(" ")[2])

@@ -54,14 +54,14 @@ def refused(replica: object, node: str = "a", **settings: object) -> str:
 
 
 def essence(command: Command) -> tuple[str, list[str], dict[str, str]]:
-    """A process with what it is told, but for what differs."""
+    """Return a process's name, options and variables, without those that differ between export and agent."""
     words = list(command.shown)
     kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & TOLD]
     environment = {name: text for name, text in command.environment.items() if name not in TOLD_VARIABLES}
     return command.process.name, kept, environment
 
 
-UNLIKE = {  # the GPUs of a replica that prefills, and of one that decodes
+UNLIKE = {  # GPUs of a prefill replica and of a decode replica
     "no bfloat16 on one": ("T4", "H100-SXM-80GB"),
     "another choice of attention": ("H100-SXM-80GB", "B200-SXM-180GB"),
     "alike": ("L4", "L4"),
@@ -141,7 +141,7 @@ def test_the_other_side_of_an_exchange_decides_dtype_and_attention_backend() -> 
 
 
 def test_a_replica_whose_prompts_its_engine_would_refuse_is_not_started() -> None:
-    """`tests/engines/test_layout.py` has the reasons."""
+    """`tests/engines/test_layout.py` tests the reasons."""
     sender = KvPartner(role=ReplicaRole.REPLICA_ROLE_PREFILL, gpu_types=["L4"], tp=16)
     with pytest.raises(RefusedError, match="it decodes in TP1, and prompts come from TP16"):
         part_of(assigned(DECODES[0], node="d", kv_partners=[sender]), settings_of(), node="d", folder=FOLDER)

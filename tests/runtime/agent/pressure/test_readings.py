@@ -40,7 +40,7 @@ def test_vllm_is_read_by_its_names() -> None:
             num_waiting=7,
             num_waiting_for_kv=5,
             total_blocks=27150,
-            used_blocks=25358,  # 0.934 of them
+            used_blocks=25358,  # 0.934 of the blocks
             kv_use_ratio=0.934,
             num_preempted=23,
             num_finished=1134,
@@ -70,7 +70,7 @@ def test_sglang_is_read_without_what_it_can_evict() -> None:
             num_running=12,
             num_waiting=4,
             total_blocks=100_000,
-            used_blocks=60_000,  # 100,000 less 5,000 available less 35,000 evictable; not the 95,000 it calls used
+            used_blocks=60_000,  # 100,000 less 5,000 available less 35,000 evictable; the engine reports 95,000
             evictable_blocks=35_000,
             kv_use_ratio=0.6,
             num_finished=507,
@@ -140,7 +140,7 @@ def test_blocks_that_are_not_measured_yet_are_not_known() -> None:
         ("# HELP up Up.\n# TYPE up gauge\nup 1\n", ScrapeState.NO_ENGINE),
         ("<html><body>404</body></html>", ScrapeState.UNREADABLE),
         ('{"error": "no metrics"}', ScrapeState.UNREADABLE),
-        (VLLM[: VLLM.index("41.0")], ScrapeState.UNREADABLE),  # cut off
+        (VLLM[: VLLM.index("41.0")], ScrapeState.UNREADABLE),  # truncated
         ('vllm:num_requests_running{model_name="m} 1\n', ScrapeState.UNREADABLE),
         ('vllm:num_requests_running{model_name="m"} many\n', ScrapeState.UNREADABLE),
     ],
@@ -168,14 +168,14 @@ def test_a_mean_is_of_the_time_between_two_readings() -> None:
     assert Total(sum=30.0, count=20.0).mean_since(Total(sum=10.0, count=10.0)) == 2.0
     assert Total(sum=30.0, count=20.0).mean_since(None) == 1.5
     assert Total(sum=10.0, count=10.0).mean_since(Total(sum=10.0, count=10.0)) == 0.0
-    assert Total(sum=3.0, count=2.0).mean_since(Total(sum=10.0, count=10.0)) == 1.5  # it restarted
+    assert Total(sum=3.0, count=2.0).mean_since(Total(sum=10.0, count=10.0)) == 1.5  # the engine restarted
 
 
 @pytest.mark.parametrize(
     ("now", "waiting"),
     [
         (reading(kv_use_ratio=0.9, num_waiting=9), 0),  # not above the limit
-        (reading(kv_use_ratio=0.3, num_waiting=9), 0),  # they wait for something else
+        (reading(kv_use_ratio=0.3, num_waiting=9), 0),  # requests wait for something other than KV
         (reading(kv_use_ratio=0.3, num_waiting=9, num_waiting_for_kv=2), 2),
         (reading(kv_use_ratio=0.95, num_waiting=9), 9),
         (reading(kv_use_ratio=0.95, num_waiting=9, num_waiting_for_kv=0), 0),

@@ -1,4 +1,4 @@
-"""An engine over HTTP: slow, large, broken or gone, it costs a state and never an exception."""
+"""An engine over HTTP: slow, large, broken or gone, it leads to a state and never to an exception."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hetis.runtime.agent.pressure import EngineNews, Scrape, ScrapeState, read_t
 from tests.runtime.agent.pressure.expositions import SGLANG, VLLM_OLD
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
-WAIT_S = 60.0  # for an answer that comes, on a machine that does much else
+WAIT_S = 60.0  # limit for an answer that does come, on a busy machine
 
 
 @contextmanager
 def engine(answer: Answer) -> Iterator[str]:
-    """An HTTP server on the loopback that answers so; its address."""
+    """Serve this handler over HTTP on the loopback; yield the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -81,11 +81,11 @@ def test_an_engine_may_send_to_another_path_and_to_no_other_server() -> None:
 
 
 def drips(handler: BaseHTTPRequestHandler) -> None:
-    """A few bytes now and then: each read is in time, the whole is not."""
+    """Send a few bytes now and then: each read is in time, the whole answer is not."""
     handler.send_response(200)
     handler.end_headers()
     try:
-        for _ in range(1000):  # until the other side goes
+        for _ in range(1000):  # until the client hangs up
             handler.wfile.write(b"# a comment\n")
             handler.wfile.flush()
             time.sleep(0.02)
@@ -158,7 +158,7 @@ def test_news_come_at_the_interval_and_keep_the_last_readings_with_their_age() -
 
     async def take() -> Scrape:
         nonlocal now_s
-        now_s += 0.5  # what a scrape takes
+        now_s += 0.5  # duration of a scrape
         return answers.pop(0)
 
     async def watch() -> list[EngineNews]:
