@@ -1,4 +1,4 @@
-"""Pages in headless Chromium: what its console says, pictures, and the rules of axe.
+"""Pages in headless Chromium: their console messages, pictures, and the rules of axe.
 
 axe-core comes from npm (`npm pack axe-core`). HETIS_AXE names its ``axe.min.js``, HETIS_SCREENSHOTS a folder for
 pictures.
@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.w
 AXE = os.environ.get("HETIS_AXE")
 WIDTH = 1120
 THEMES = {"light": "--blink-settings=preferredColorScheme=1", "dark": "--blink-settings=preferredColorScheme=0"}
-# Puts what axe finds into the page, which Chromium then prints.
+# Puts axe's findings into the page, which Chromium then prints.
 RUN_AXE = """
 document.querySelectorAll("details").forEach((one) => { one.open = true; });
 axe.run().then((found) => {
@@ -31,7 +31,7 @@ axe.run().then((found) => {
 
 
 def browse(address: str, folder: Path, *options: str, width: int = WIDTH, height: int = 1600) -> str:
-    """Opens an address; returns what Chromium printed, console and all.
+    """Open an address; return what Chromium printed, including the console.
 
     ``folder`` has the browser's profile.
     """
@@ -48,7 +48,7 @@ def console(said: str) -> list[str]:
 
 
 def picture(address: str, path: Path, theme: str, *, width: int = WIDTH, height: int = 1600) -> list[str]:
-    """Takes a picture of a page; returns what the console said meanwhile."""
+    """Take a picture of a page; return the console messages meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options = (THEMES[theme], "--hide-scrollbars", f"--screenshot={path}")
     said = browse(address, path.parent, *options, width=width, height=height)

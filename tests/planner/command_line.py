@@ -1,4 +1,4 @@
-"""Runs ``hetis-plan`` as users do, in a process of its own, and as quickly as tests like, in this one."""
+"""Runs ``hetis-plan`` as users do, in a separate process, and faster, in this process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def hetis_plan(*arguments: str, cwd: Path | None = None, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """A whole run: exit code, stdout, stderr."""
+    """Run the command to its end; return exit code, stdout and stderr."""
     return run_command(COMMAND, *arguments, cwd=cwd, timeout_s=timeout_s)
 
 
 def hetis_plan_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A whole run with its exit code and messages, in this process: imports and kernels are loaded once for all."""
+    """Run the command to its end in this process, with exit code and messages; imports are loaded only once."""
     return run_here(run, *arguments, cwd=cwd)
 
 
 def invoke(*arguments: str) -> Result:
-    """A run in this process. Errors that `run` would turn into messages come back as ``result.exception``."""
+    """Run the command in this process. Errors that `run` would turn into messages come back as ``result.exception``."""
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1"})

@@ -1,21 +1,21 @@
-"""A page as tests read it: its text, and whether its HTML is whole."""
+"""A parsed page: its text, and whether its HTML is well-formed."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "link", "br", "line", "path", "circle"}  # end by themselves, in SVG with a slash
+VOID = {"meta", "link", "br", "line", "path", "circle"}  # elements without end tags, in SVG with a slash
 
 
 class ReadPage(HTMLParser):
-    """Every element closed by its own end, every name in the address once, nothing fetched."""
+    """Checks that every element is closed by its own end tag, every id is unique, and nothing is fetched."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.words: list[str] = []
         self.names: list[str] = []
         self.addresses: list[str] = []
-        self.columns: list[int] = []  # cells of every row of a table
+        self.columns: list[int] = []  # number of cells in every row of a table
         self._open: list[str] = []
         self.feed(page)
         self.close()

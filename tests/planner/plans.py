@@ -1,4 +1,4 @@
-"""Plans made by hand, for what only looks at plans: reports and files. Their numbers prove nothing."""
+"""Plans made by hand, for code that only reads plans: reports and files. Their numbers prove nothing."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ GOOD = replace(
 
 
 def messages(*arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of a run in this process."""
+    """Return exit code and stderr of a run in this process."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")):
         code = run(arguments)
@@ -138,7 +138,7 @@ def test_a_limit_of_an_engine_is_a_number(name: str, value: Any, words: str, tmp
 
 
 def _paths(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Every place in a document, the document itself left out."""
+    """Yield every place in a document, except the document itself."""
     items: list[tuple[str | int, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())

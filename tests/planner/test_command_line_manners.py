@@ -1,4 +1,4 @@
-"""How the command line treats people and pipes: plain where asked, whole names, defaults from files, errors as data."""
+"""How the command line treats people and pipes: plain on request, whole names, defaults from files, errors as data."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def piped(*arguments: str, cwd: Path, **variables: str) -> str:
 
 
 def unfolded(frame: str) -> str:
-    """Return the words in a frame on the terminal."""
+    """Return the words in a framed message on the terminal."""
     return " ".join(frame.replace("│", " ").split())
 
 
@@ -78,7 +78,7 @@ def test_a_stream_of_ascii_has_signs_and_no_question_marks(folder: Path) -> None
 
 
 def test_a_locale_of_ascii_has_signs_in_pipes_too(folder: Path) -> None:
-    """Python's UTF-8 mode, which such a locale turns on, makes the stream one of UTF-8."""
+    """Python's UTF-8 mode, which such a locale turns on, makes the stream UTF-8."""
     for locale in ({"LC_ALL": "C"}, {"LC_ALL": "", "LC_CTYPE": "", "LANG": "POSIX"}):
         shown = piped("explain", "plan.json", cwd=folder, NO_COLOR="1", **locale)
         assert shown.isascii(), [line for line in shown.splitlines() if not line.isascii()]
@@ -89,7 +89,7 @@ def test_a_locale_of_ascii_has_signs_in_pipes_too(folder: Path) -> None:
 
 
 def test_no_color_is_plain_even_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FORCE_COLOR makes any stream a terminal for rich."""
+    """With FORCE_COLOR, rich treats any stream as a terminal."""
     shown = {
         name: piped("catalog", "gpus", "L4", *options, cwd=folder, FORCE_COLOR="1", NO_COLOR=value)
         for name, options, value in (("asked", (), "1"), ("option", ("--no-color",), ""), ("not", (), ""))
@@ -145,7 +145,7 @@ def test_compare_says_what_its_rows_are(folder: Path) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder of configuration, and the project in a folder above the current one."""
+    """A user's configuration folder, and the project in a folder above the current one."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "hetis").mkdir(parents=True)
     (tmp_path / "project" / "below").mkdir(parents=True)
@@ -241,7 +241,7 @@ def test_a_whole_call_can_be_checked_without_solving(
 
 
 def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every file, name and option, and where results would go."""
+    """Every file, name and option, and where the results would go."""
     assert run_verb(["init", "-q"]) == ExitCode.OK
     wrong = {
         ("--pin", "type=L5:as=worker"): "L5",
@@ -355,7 +355,7 @@ def test_the_sample_is_planned_with_all_its_cards(tmp_path: Path) -> None:
 
 
 def tour() -> list[str]:
-    """The commands of README's tour, as they stand there."""
+    """Return the commands of the README's tour, verbatim."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"## A tour\n\n```bash\n(.*?)```", text, re.DOTALL)
     assert block is not None

@@ -48,7 +48,7 @@ def plan_of(strategy: str, value: float, bound: float, objective: Objective) -> 
 
 @pytest.fixture
 def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
-    """Makes every strategy return a value and a bound, or raise; tells in which order they were run."""
+    """Makes every strategy return a value and a bound, or raise; records the order in which they ran."""
 
     def answer_with(outcomes: Mapping[str, Outcome]) -> list[str]:
         asked: list[str] = []
@@ -110,11 +110,11 @@ def test_a_heuristic_gets_the_bound_of_the_strategy_that_contains_it(solver: Sol
     plan = found["hexgen2-paper"].plan
     assert plan is not None
     assert plan.notes[-1] == "the bound is that of strategy hexgen2, which has all plans of hexgen2-paper"
-    assert results["hetis-paper"].bound == 9.0  # its attention workers are shared, which no other strategy has
+    assert results["hetis-paper"].bound == 9.0  # only this strategy shares attention workers among stages
 
 
 def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
-    """Both are sums of rounded numbers."""
+    """Value and bound are sums of rounded numbers."""
     solver({"hexgen2-paper": (2.0 * (1 + 1e-12), 9.0), "hexgen2": (2.0, 2.0)})
     plan = compared(["hexgen2-paper", "hexgen2"])["hexgen2-paper"].plan
     assert plan is not None
@@ -124,7 +124,7 @@ def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
 def test_a_better_plan_of_a_contained_strategy_is_the_container_s_too(
     solver: Solver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its search was cut short at 2.0; the heuristic found 2.2, the bound stays 2.5. `hetis` is ahead of both."""
+    """The container's search was cut short at 2.0; the heuristic found 2.2, the bound stays 2.5. `hetis` beats both."""
     monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
     solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5), "hetis": (3.0, 3.0)})
     found = compared(["hetis", "hexgen2", "hexgen2-paper"])
@@ -137,7 +137,7 @@ def test_a_better_plan_of_a_contained_strategy_is_the_container_s_too(
 
 
 def test_a_plan_that_the_checker_refuses_is_not_taken_over(solver: Solver) -> None:
-    solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # made by hand: their numbers prove nothing
+    solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # handmade plans, whose numbers prove nothing
     plan = compared(["hexgen2", "hexgen2-paper"])["hexgen2"].plan
     assert plan is not None
     assert plan.result.value == 2.0
@@ -186,7 +186,7 @@ def test_figures_of_a_plan() -> None:
 
 
 def test_a_gpu_without_a_price_makes_the_plan_s_price_unknown() -> None:
-    """The catalogue has none for P100."""
+    """The catalogue has no price for the P100."""
     figures = figures_of(plans.plan(plans.paper_replica()), LOADED.inputs)
     assert figures.usd_per_hour is None
     assert figures.usd_per_million_output_tokens is None
@@ -278,12 +278,12 @@ def test_an_unknown_strategy_is_named_with_the_nearest_one(capsys: pytest.Captur
 
 def test_least_cost_is_compared_by_cost(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
     solver({"hexgen": (9.0, 8.0), "hetis": (8.5, 8.5)})
-    cluster = ["--cluster", str(EXAMPLES / "h100-l4.yaml")]  # all of its GPUs have a price
+    cluster = ["--cluster", str(EXAMPLES / "h100-l4.yaml")]  # all its GPUs have a price
     goal = ["--objective", "cost", "--rate", "1", "--strategies", "hexgen,hetis"]
     assert run([*COMMAND, *cluster, *goal, "-o", "json"]) == ExitCode.OK
     hexgen, hetis = json.loads(capsys.readouterr().out)["strategies"]
     assert hexgen["result"]["objective"] == ObjectiveKind.COST.value
-    assert hexgen["result"]["bound"] == 8.5  # no plan of hexgen costs less than the least of hetis
+    assert hexgen["result"]["bound"] == 8.5  # no plan of hexgen costs less than the least cost of hetis
     assert hetis["result"]["bound"] == 8.5
 
 
@@ -293,7 +293,7 @@ def test_all_strategies_are_not_given_beside_others(capsys: pytest.CaptureFixtur
 
 
 def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One search for each; any engine runs what the others do, here where its own search found less."""
+    """Each has its own search; "any engine" also gets the plans of the others, which here are better than its own."""
     monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
     values = {None: 2.0, "vllm": 2.4, "vllm-hetis": 3.0}
 
@@ -359,7 +359,7 @@ def verification(*, kept: bool, kept_rps: float | None) -> dict[str, object]:
 
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, dict[str, object] | Exception]], list[str]]:
-    """Makes the simulation of a strategy's plan say something, or raise; tells what it was held to."""
+    """Makes the simulation of a strategy's plan return something, or raise; records the limits that it was given."""
 
     def answer_with(outcomes: Mapping[str, dict[str, object] | Exception]) -> list[str]:
         asked: list[str] = []
@@ -373,7 +373,7 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, dict[st
             outcome = outcomes[settings.strategy]
             if isinstance(outcome, Exception):
                 raise outcome
-            result = replace(plan.result, solve_s=plan.result.solve_s + 2.0)  # it was searched for again
+            result = replace(plan.result, solve_s=plan.result.solve_s + 2.0)  # a second search took place
             return replace(plan, result=result, inputs={**plan.inputs, VERIFICATION: outcome})
 
         monkeypatch.setattr(comparing, "simulated_plan", simulated_plan)
@@ -517,8 +517,8 @@ def test_the_best_plan_is_the_one_that_keeps_most_or_costs_least() -> None:
 @pytest.mark.parametrize(
     ("value", "rate_rps", "kept", "kept_rps", "expected"),
     [
-        (12.0, 5.0, True, 5.0, (5.0, True)),  # 5 are demanded
-        (10.0, 20.0, False, 10.5, (10.0, True)),  # 20 are, and 10 were planned
+        (12.0, 5.0, True, 5.0, (5.0, True)),  # the demand is 5
+        (10.0, 20.0, False, 10.5, (10.0, True)),  # the demand is 20, and 10 were planned
         (10.0, 20.0, False, 7.0, (7.0, False)),
         (10.0, 10.0, True, 11.0, (10.0, True)),
         (10.0, 10.0, False, None, (0.0, False)),

@@ -1,4 +1,4 @@
-"""`--pin`, `--forbid`, `--price-pins`, and what is said where no plan exists: the real command line and solver."""
+"""`--pin`, `--forbid`, `--price-pins`, and the output if no plan exists: the real command line and solver."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_plan_file_with_other_constraints_is_found_out(folder: Path, capsys: p
     (folder / "plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.INVALID
     assert "--pin replicas=1: the plan has 2 replicas (constraint)" in " ".join(capsys.readouterr().out.split())
-    plan["inputs"]["will"] = plan["inputs"].pop("constraints")  # as in earlier versions
+    plan["inputs"]["will"] = plan["inputs"].pop("constraints")  # the name in earlier versions
     (folder / "plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.INVALID
     assert "--pin replicas=1: the plan has 2 replicas (constraint)" in " ".join(capsys.readouterr().out.split())
@@ -113,7 +113,7 @@ def test_what_excludes_what_is_data_too(folder: Path, capsys: pytest.CaptureFixt
 def test_weights_that_do_not_fit_are_counted_and_gpus_to_add_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fleet has two A100 less than the model needs."""
+    """The fleet has two A100 fewer than the model needs."""
     cluster = yaml.safe_load(SMALL)
     cluster["nodes"] = cluster["nodes"][:1]
     cluster["nodes"][0]["gpus"][0]["count"] = 1

@@ -1,4 +1,4 @@
-"""`hetis-plan convert`: a trace in our form, with warnings for what is not the file's own word."""
+"""`hetis-plan convert`: a trace in our form, with warnings about values that the file does not state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.formats.traces import read_trace
 from tests.formats.test_trace_forms import AIPERF, SHAREGPT, VLLM_LOG
 from tests.planner.command_line import hetis_plan_here
 
-ANSWERS = [(10, 20), (10, 1), (4, 3), (8, 4)]  # of SHAREGPT, at four characters a token
+ANSWERS = [(10, 20), (10, 1), (4, 3), (8, 4)]  # tokens of SHAREGPT, at four characters each
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Default profiles have the times of vLLM, for every engine; profiles of files stay as they are."""
+"""Default profiles have the host times of vLLM, for every engine; profiles from files stay unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def a_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def host_s(loaded: LoadedInputs, gpu: str, tokens: float) -> float:
-    """Return the host's seconds of an iteration with so many tokens."""
+    """Return the host's seconds of an iteration with this many tokens."""
     fits = (loaded.inputs.profiles[gpu].fit(op, loaded.inputs.model, 1) for op in (Op.STEP, Op.SAMPLE))
     return sum(fit.seconds(tokens=tokens) for fit in fits if fit is not None)
 
@@ -50,7 +50,7 @@ def test_a_profile_of_a_file_is_taken_as_it_is_and_a_note_says_what_it_lacks(a_f
 
 
 def test_a_plan_promises_less_where_the_host_takes_time(a_file: str) -> None:
-    """The P100 alone: with its default profile, and with one of kernels."""
+    """The P100 alone: with its default profile, and with one of kernels alone."""
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
     engine = engine_rules("vllm", "hetis")
     values = [

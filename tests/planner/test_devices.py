@@ -1,4 +1,4 @@
-"""Device names in short."""
+"""Short lists of device names."""
 
 from __future__ import annotations
 

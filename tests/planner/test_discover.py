@@ -1,4 +1,4 @@
-"""`hetis-plan cluster discover`: the file on stdout or in a file, news on stderr, and errors as all verbs have them."""
+"""`hetis-plan cluster discover`: the file on stdout or in a file, messages on stderr, and errors as in all commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dispatch` and `redispatch` from the command line: what they print, save and return."""
+"""`dispatch` and `redispatch` from the command line: their output, files and results."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ BAD_FILES = sorted(path for path in (Path(__file__).parents[1] / "bad_input").it
 
 
 def answer(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """Exit code and the JSON document on stdout."""
+    """Return exit code and the JSON document on stdout."""
     result = invoke(*arguments, "-o", "json")
     return result.exit_code, json.loads(result.stdout)
 
 
 def changed(path: str, tmp_path: Path, **changes: Any) -> str:
-    """A copy of a state file with devices changed."""
+    """Write a copy of a state file with changed devices."""
     data = yaml.safe_load(Path(path).read_text())
     for device in data["devices"]:
         device.update(changes.get(device["name"].replace("-", "_"), {}))
@@ -278,7 +278,7 @@ def test_a_budget_limits_what_is_moved() -> None:
 def test_a_draining_device_that_nobody_can_relieve_misses_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = {"a100": 5200, "l4_0": 2700, "l4_1": 4100, "l4_2": 2900}  # a few more than are in use
+    blocks = {"a100": 5200, "l4_0": 2700, "l4_1": 4100, "l4_2": 2900}  # a few more blocks than are in use
     full = {name: {"kv_memory": None, "blocks": count} for name, count in blocks.items()}
     path = changed(DRAINING, tmp_path, **full)
     assert run(["redispatch", "--state", path, "-q", "-o", "json"]) == ExitCode.OK
@@ -292,7 +292,7 @@ def test_strict_misses_while_requests_with_groups_under_way_hold_kv_on_a_drainin
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["redispatch", "--state", DRAINING, "--strict", "--explain"]) == ExitCode.MISSED
-    # essay-0, with a group under way, keeps 3 groups of 875 blocks on l4-3.
+    # essay-0, which has a group in flight, keeps 3 groups of 875 blocks on l4-3.
     said = capsys.readouterr()
     assert "2,625 KV blocks stay short, or on draining devices" in said.err
     assert "2,625 KV blocks are expected to be short, or stay on draining devices" in " ".join(said.out.split())
@@ -308,7 +308,7 @@ def test_a_gap_above_100_percent_is_told_as_what_the_best_plan_could_save() -> N
 def test_a_budget_is_spent_on_two_devices_that_are_equally_slow() -> None:
     plan = redispatch_stage(load_stage(DRIFTED), RedispatchSettings(budget_bytes=4 * 2**30)).plan
     assert plan.num_bytes <= 4 * 2**30
-    assert plan.objective_s == pytest.approx(563e-6, rel=0.005)  # one device after the other ends at 614 us
+    assert plan.objective_s == pytest.approx(563e-6, rel=0.005)  # improving one device after the other ends at 614 us
 
 
 def test_moves_of_a_bundle_are_of_one_request() -> None:

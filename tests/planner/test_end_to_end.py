@@ -1,4 +1,4 @@
-"""The real solver behind the real command line: place, check, explain, and Ctrl-C in between."""
+"""The real solver behind the real command line: place, check, explain, and Ctrl-C during a search."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STAGE_FIELDS = {"gpu", "tp", "copies", "first_layer", "num_layers", "devices", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small cluster and its plan, placed once, by a process of its own."""
+    """A folder with a small cluster and its plan, placed once, in a separate process."""
     path = tmp_path_factory.mktemp("placed")
     (path / "small.yaml").write_text(SMALL)
     done = hetis_plan("place", *INPUTS, "-o", "json", "--out", "plan.json", cwd=path)
@@ -49,7 +49,7 @@ def place(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def found_by(folder: Path, *options: str) -> dict[str, Any]:
-    """Return the plan as the search finds it: a simulation takes most of the time, and never raises the value."""
+    """Return the plan without a simulation, which takes most of the time and never raises the value."""
     done = place(folder, *options, "--no-verify", "-o", "json")
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
@@ -103,7 +103,7 @@ def test_check_and_explain_work_from_the_plan_alone(folder: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def again(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The same problem placed once more, saved, simulated and shown as tables."""
+    """The same problem placed again, saved, simulated and shown as tables."""
     return place(folder, "--out", "again.json")
 
 
@@ -168,7 +168,7 @@ def test_a_model_that_does_not_fit_is_proved_infeasible(tmp_path: Path) -> None:
 
 
 def test_requests_of_one_output_token_have_no_time_between_tokens(folder: Path) -> None:
-    """A prompt alone takes longer than the default limit on TPOT."""
+    """One prompt takes longer than the default limit on TPOT."""
     asked = ("-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "4000/1", "--ttft", "5s", "--tpot", "1ms")
     done = hetis_plan_here("place", *asked, "--out", "one.json", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -256,13 +256,13 @@ nodes:
   - {name: a10, count: 4, gpus: [{type: A10G, count: 4}]}
   - {name: t4, count: 3, gpus: [{type: T4, count: 4}]}
 network: {bandwidth: 100Gbps, latency: 20us}
-"""  # the first plan comes in seconds, a proof in minutes
+"""  # the first plan takes seconds, a proof minutes
 
 
 def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(MANY_GPUS)
     arguments = ["place", "-c", str(tmp_path / "cluster.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
-    arguments += ["--ttft", "none", "--tpot", "none", "--engine", "any"]  # whose search does not end soon
+    arguments += ["--ttft", "none", "--tpot", "none", "--engine", "any"]  # a search that does not end soon
     process = subprocess.Popen(
         [
             *COMMAND,
@@ -292,6 +292,6 @@ def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
     result = json.loads(out)["result"]
     assert result["status"] == "interrupted"
     assert result["value"] > 0
-    assert result["bound"] is None or result["bound"] >= result["value"]  # null: stopped before there was a bound
+    assert result["bound"] is None or result["bound"] >= result["value"]  # null: stopped before a bound was found
     assert "stopping with the best plan so far" in err
     assert hetis_plan("check", str(tmp_path / "plan.json")).returncode == 0

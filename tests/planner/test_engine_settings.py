@@ -43,7 +43,7 @@ GIVEN = ("--max-num-seqs", "24", "--chunk-tokens", "384", "--kv-blocks", "2000")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a plan for vLLM as it is best, one at fixed settings, and one of prefill and decode replicas."""
+    """A folder with the best plan for vLLM, one at fixed settings, and one of prefill and decode replicas."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "small.yaml").write_text(CLUSTER)
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def test_a_plan_is_simulated_with_engines_started_otherwise() -> None:
         "changes": [f"8 requests at once (planned: {replica[0]})", f"chunks of 128 tokens (planned: {replica[1]})"],
     }
     assert found["throughput_rps"] < 0.5 * free["throughput_rps"]
-    # What is planned is what the cost model says of these settings.
+    # The prediction is the cost model's for these settings.
     assert found["planned"]["rate_rps"] < 0.5 * free["planned"]["rate_rps"]
     assert found["ratios"]["throughput"] == pytest.approx(1.0, abs=0.25)
     shown = " ".join(invoke("simulate", "free.json", "--requests", "50", "--max-num-seqs", "8").output.split())

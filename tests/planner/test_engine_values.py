@@ -1,4 +1,4 @@
-"""The values of other engines' plans next to a plan, by the real solver, on a fleet where all are found."""
+"""The values of other engines' plans next to a plan, by the real solver, on a fleet where every engine has one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedInputs:
 
 
 def placed(loaded: LoadedInputs, engine: str, **limits: int) -> tuple[Plan, list[EngineValue]]:
-    """A plan for an engine, and what it says of the others."""
+    """Return a plan for an engine, and its values of the others."""
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
     settings = PlacementSettings(engine=engine_rules(engine, "hetis", ReplicaLimits(**limits)))
     problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
@@ -68,7 +68,7 @@ def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: Loaded
 
 
 def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own search is the longest, and may find less in the time that it has."""
+    """The search for any engine is the longest, and may find less within its time."""
     solve = planning.solve_placement
 
     def without_any(problem: PlacementProblem, **options: Any) -> Plan:

@@ -1,4 +1,4 @@
-"""The value of equal stages, which every engine runs: other engines are never said to reach less."""
+"""The value of equal stages, which every engine runs: other engines are never reported to reach less."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.solver.problem import EngineRules
 from tests.planner import plans
 from tests.solver.instances import make_node, make_problem
 
-NO_SEARCH: Any = None  # where equal stages are known, nothing is solved
+NO_SEARCH: Any = None  # no search is needed where equal stages are known
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 
     monkeypatch.setattr(verb, "_invoke", fail)
     alone = copy_context()
-    alone.run(in_use.set, None)  # other tests of this process may have left a form of output
+    alone.run(in_use.set, None)  # other tests in this process may have left an output format
     return alone.run(run, [])
 
 

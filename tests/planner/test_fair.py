@@ -1,4 +1,4 @@
-"""``hetis-plan fair``: shares as users see them, and what is wrong with a file."""
+"""``hetis-plan fair``: shares as users see them, and errors in files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`layers` from the command line: what it prints, and how it ends."""
+"""`layers` from the command line: its output and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``import hetis``: its names, that they are made when used, and that they do what the verbs do."""
+"""``import hetis``: its names, their creation on first use, and their agreement with the commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ nodes:
   - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
 network: {bandwidth: 100Gbps, latency: 20us}
 """
-# Nothing that an installation may lack, and nothing that takes time.
+# Nothing that may be missing from an installation, and nothing that takes time.
 BARE_PROGRAM = """
 import sys
 for name in ("numpy", "pydantic", "yaml", "grpc", "google.protobuf", "ortools", "highspy", "numba", "rich", "typer"):
@@ -139,7 +139,7 @@ def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
 
 
 def test_an_export_has_the_options_of_the_command_line() -> None:
-    """Three lists of them: a verb's parameters are read by typer, a library's and the settings by people."""
+    """There are three lists of options: typer reads a command's, people read those of the library and the settings."""
     wanted = {field.name for field in fields(ExportSettings)} - {"hosts"}
     assert wanted == parameters(hetis.Plan.export) - {"self", "target", "folder", "force", "node_address"}
     theirs = parameters(ExportOptions)
@@ -151,7 +151,7 @@ def parameters(function: Callable[..., object]) -> set[str]:
 
 
 def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path) -> None:
-    """Both ways give the same files, report all errors in options at once, and never overwrite a folder."""
+    """Library and command give the same files, report all errors in options at once, and never overwrite a folder."""
     plan.save(tmp_path / "plan.json")
     options = ("--model", "/models/x", "--node-address", "a100=10.0.0.1", "--", "--max-model-len", "512")
     done = hetis_plan_here("export", "plan.json", "--to", "vllm", "--out", "theirs", *options, cwd=tmp_path)
@@ -288,9 +288,9 @@ def test_an_impossible_plan_has_its_reasons(folder: Path) -> None:
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    """Cell by cell, as a notebook does: the last expression of each is its value.
+    """Runs cell by cell, as a notebook does: the last expression of each cell is its value.
 
-    Only the last simulation is made, of fewer requests; `place` simulates the plan of other tests here.
+    Only the last simulation runs, with fewer requests; other tests here simulate the plan by `place`.
     """
     pytest.importorskip("pandas")
     copy(EXAMPLES / "h100-l4.yaml", tmp_path)

@@ -1,4 +1,4 @@
-"""`--weights` and `--kv`: plans in a precision use GPUs that run it, and say which ones do not, and why."""
+"""`--weights` and `--kv`: plans in a precision use GPUs that support it, and name those that do not, with reasons."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_more_requests_fit_in_fp8(folder: Path, capsys: pytest.CaptureFixture[st
 def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ModelOpt's checkpoints state FP8, which vLLM takes by itself; the engine is told of the plan's in any case."""
+    """ModelOpt's checkpoints state FP8, which vLLM applies by itself; the engine gets the plan's in any case."""
     config = json.loads((HUGGINGFACE / "Qwen__Qwen2.5-7B-Instruct.json").read_text())
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -144,7 +144,7 @@ def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: p
 
 
 def test_a_fleet_that_is_changed_is_held_to_the_table_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """GPUs that are added are left out, too, where they do not run the precision: nothing is gained."""
+    """Added GPUs are left out as well if they do not support the precision: nothing is gained."""
     inputs = ("-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "--engine", "vllm", "--weights", "fp8")
     options = ("--strategy", "uniform", "--add", "2xV100-PCIe-16GB", "-q", "-o", "json")
     assert run(["what-if", *inputs, *options]) == ExitCode.OK

@@ -1,4 +1,4 @@
-"""Progress is sparse where nobody watches."""
+"""Progress is sparse where it is not shown live."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``hetis-plan replan`` and ``diff``: plan files in, the way from one to the other out."""
+"""``hetis-plan replan`` and ``diff``: from two plan files to the transition between them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_gpu_of_another_type_is_another_gpu_whatever_its_name(folder: Path) ->
 
 
 def test_types_that_join_are_taken_as_the_engine_takes_them(folder: Path) -> None:
-    """A10 have the engine's times in the answer. vLLM does not start on V100: they stay idle, and a note says so."""
+    """A10 have the engine's times in the answer. vLLM does not start on V100: they stay idle, as a note states."""
     asked = [*PROBLEM[:4], "--engine", "vllm", "--no-verify", "--out", str(folder / "vllm.json"), "-q"]
     assert run(["place", "-c", str(folder / "fleet.yaml"), *asked]) == ExitCode.OK
     joined = (
@@ -109,7 +109,7 @@ def test_types_that_join_are_taken_as_the_engine_takes_them(folder: Path) -> Non
 
 
 def test_gpus_that_cannot_be_left_out_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """V100 stand before L4 in their node: without them the L4 would have other numbers."""
+    """The V100 precedes the L4 in its node: without it the L4 would have another index."""
     mixed = FLEET.replace(
         "  - {name: t4,",
         "  - {name: m, gpus: [{type: V100-SXM2-16GB, count: 1}, {type: L4, count: 1}]}\n  - {name: t4,",
@@ -122,7 +122,7 @@ def test_gpus_that_cannot_be_left_out_are_refused(folder: Path, capsys: pytest.C
 
 
 def test_what_was_forbidden_stays_so(folder: Path) -> None:
-    """T4 stay idle though they are there; a count of replicas is not kept to, and a warning says so."""
+    """T4 stay idle although present; a pinned number of replicas is dropped, as a warning states."""
     asked = [*PROBLEM, "--forbid", "type=T4", "--pin", "replicas=1..9", "--out", str(folder / "forbidden.json"), "-q"]
     assert run(["place", "-c", str(folder / "fleet.yaml"), "--no-verify", *asked]) == ExitCode.OK
     again = ["replan", "--from", str(folder / "forbidden.json"), "--no-verify", "-o", "json", "-c"]

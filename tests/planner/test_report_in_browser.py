@@ -1,4 +1,4 @@
-"""A page in headless Chromium: no errors on its console, no rule of axe broken, pictures of it light and dark.
+"""A page in headless Chromium: no console errors, no violations of axe's rules, and pictures in light and dark.
 
 HETIS_AXE=node_modules/axe-core/axe.min.js python -m pytest -m soak tests/planner/test_report_in_browser.py
 """

@@ -1,4 +1,4 @@
-"""Pages of HTML: they hold what the plan says, need no network, and are whole HTML whatever names are in them."""
+"""Pages of HTML: they show the plan, need no network, and are well-formed whatever names are in them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def whole(page: str) -> ReadPage:
-    """The page, which is whole and fetches nothing."""
+    """Return the page, which is well-formed and fetches nothing."""
     read = ReadPage(page)
     assert len(set(read.names)) == len(read.names), "a name is used twice"
     assert all(address.startswith(("#", "data:,")) for address in read.addresses), read.addresses
@@ -197,7 +197,7 @@ def test_a_fleet_of_many_equal_nodes_is_drawn_in_a_few() -> None:
 
 
 def test_many_replicas_are_called_by_their_shape() -> None:
-    """Equal ones share a letter and a colour; a row of the map has four GPUs, whatever stands in it."""
+    """Equal replicas share a letter and a colour; a row of the map has four GPUs, whatever it shows."""
     cluster = load_cluster(str(EXAMPLES / "fleet-160.yaml"))
     equal = [
         plans.replica(plans.stage("A100-SXM-80GB", tp=1, first=0, layers=80, devices=(f"a100-0/{i}",)))
@@ -230,7 +230,7 @@ def test_memory_falls_to_what_is_free(folder: Path) -> None:
 
 
 def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
-    """The market of `what-if --buy-next` on the plan's own inputs, in a part of the page of its own."""
+    """The market of `what-if --buy-next` on the plan's own inputs, in a separate part of the page."""
     asked = ("--buy-next", "--count", "2", "--time-limit", "5s")
     done = hetis_plan_here("report", "plan.json", *asked, "--out", "bought.html", "-q", cwd=folder)
     assert done.returncode == 0, done.stderr

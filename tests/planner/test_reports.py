@@ -1,4 +1,4 @@
-"""Reports fit 80 columns and tell what the plan holds, however large it is."""
+"""Reports fit 80 columns and show the plan's contents, however large it is."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
 
 
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
-    """The plan's value is 1.35; costs say it the other way round."""
+    """The plan's value is 1.35; for costs more and less are reversed."""
     rows = [
         {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
         {"engine": "sglang", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
@@ -82,7 +82,7 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     ],
 )  # fmt: skip
 def test_an_entry_of_another_engine_in_no_form_of_ours_is_none(changes: dict[str, object]) -> None:
-    """And keeps none of the others from being shown."""
+    """Such an entry does not keep the others from being shown."""
     plan = plans.plan(plans.paper_replica())
     row = {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""}
     rows = [{**row, **changes}, row, 5]

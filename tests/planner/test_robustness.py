@@ -1,4 +1,4 @@
-"""Plans under other coefficients: what is priced grows and shrinks as it must, and the same seed says the same."""
+"""Plans under other coefficients: rates and latencies change as they must, and the same seed gives the same results."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_own_profiles_give_what_the_plan_says(fleet: str) -> None:
 
 @pytest.mark.parametrize("fleet", FLEETS)
 def test_doubling_all_times_halves_the_rate_and_doubles_latencies(fleet: str) -> None:
-    """Links have latencies of their own, which no profile holds: without them all times double."""
+    """Links have latencies that are in no profile: without them all times double."""
     problem = posed(fleet)
     network = replace(problem.cluster.network, default=replace(problem.cluster.network.default, latency_s=0.0))
     groups = tuple(
@@ -119,7 +119,7 @@ def test_a_split_plan_serves_what_both_sides_and_the_links_between_zones_let_thr
         problem = test_check_roles.the_problem(between=between)
         plan = test_check_roles.sound(problem)
         prefill, east, west, unified = (replica.rate for replica in plan.replicas)
-        over_link = between.bytes_per_s / (120 * 6 * 2 * 256)  # the KV of a prompt: P L G kvb bytes
+        over_link = between.bytes_per_s / (120 * 6 * 2 * 256)  # requests/s; a prompt's KV has P L G kvb bytes
         routed = min(prefill, east + min(west, over_link))
         found = FixedPlan(plan, problem)
         assert found.as_planned({}).rate == pytest.approx(0.9 * (unified + routed))
@@ -156,7 +156,7 @@ def test_within_limits_a_plan_meets_them_or_serves_nothing(fleet: str) -> None:
         reach, kept = fixed.within_limits(profiles), fixed.as_planned(profiles)
         assert not reach.misses(problem.objective)
         assert reach.rate >= kept.rate * (1 - 1e-9) or kept.misses(problem.objective)
-    assert reach.rate == 0.0  # a hundred times slower: at no size
+    assert reach.rate == 0.0  # a hundred times slower: no batch is within the limits
 
 
 def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
@@ -252,7 +252,7 @@ def test_the_spread_grows_with_the_error(fleet: str) -> None:
 
 
 def test_everything_slower_is_the_worst_there_is() -> None:
-    """Times only grow with coefficients: no sample is worse than all of them at their edge."""
+    """Times only grow with coefficients: no sample is worse than all coefficients at their bounds."""
     found = studied("paper", 0.2, samples=100)
     worst = next(corner for corner in found.corners if corner.name == "everything slower")
     assert found.rate.worst == worst.rate
@@ -428,7 +428,7 @@ def test_drafts_are_among_the_tokens_of_an_iteration() -> None:
 
 
 def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> None:
-    """The average chunk of Azure's conversations: they attend to a tokens on average, half of them its own."""
+    """The average chunk of Azure's conversations attends to a tokens on average, half of which are its own."""
     plan, problem = planned("h100-p100"), posed("h100-p100")
     moments = problem.workload.clipped_to(problem.model.max_position).moments(
         block_tokens=problem.assumptions.block_tokens
@@ -452,7 +452,7 @@ def test_kv_beyond_what_any_call_read_is_named_though_batch_and_context_are_insi
 
 
 def test_kv_that_a_cache_served_is_named_once_per_gpu_though_smaller_kv_was_fitted() -> None:
-    """Regions of decode attention begin above the cache: a plan with a small batch has the note, and no louder one."""
+    """Regions of decode attention begin above the cache: a plan with a small batch has the note, and no warning."""
     plan, problem = planned("h100-p100"), posed("h100-p100")
     region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1e12, 2e12))
     notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
@@ -493,7 +493,7 @@ def test_a_card_that_only_shares_a_name_with_the_catalogue_is_modelled() -> None
         assert default_profile(smaller) == (MODELLED, for_engine(modelled_profile(smaller), smaller, "vllm"))
 
 
-# --- the verb
+# --- the command
 
 
 def test_a_plan_carries_its_range_and_still_passes_its_checks() -> None:
@@ -510,10 +510,10 @@ def test_place_prints_and_saves_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(robustness, "SEARCHES", 1)  # of 12, which take half a minute
+    monkeypatch.setattr(robustness, "SEARCHES", 1)  # of 12 searches, which take half a minute
     defaults = robustness.study.__kwdefaults__
     assert defaults["samples"] == 200
-    monkeypatch.setitem(defaults, "samples", 20)  # all take six seconds
+    monkeypatch.setitem(defaults, "samples", 20)  # the default number takes six seconds
     path = tmp_path / "plan.json"
     arguments = ["place", "-c", str(EXAMPLES / "h100-p100.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
     assert run([*arguments, "--profile-error", "20%", "--no-verify", "--out", str(path)]) == ExitCode.OK

@@ -1,4 +1,4 @@
-"""Traffic between prefill and decode replicas of a fixed plan is the most that sides and links allow."""
+"""Traffic between prefill and decode replicas of a fixed plan is the most that both sides and the links allow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINKS = st.dictionaries(st.sampled_from([(a, b) for a in ZONES for b in ZONES if
 def test_it_is_the_least_cut(
     prefill: dict[tuple[str, tuple[str, ...]], float], decode: dict[str, float], links: dict[tuple[str, str], float]
 ) -> None:
-    """A maximum flow is a minimum cut: whatever is taken away so that nothing can flow, all cuts tried."""
+    """Return the maximum flow as the minimum cut: the least capacity without which nothing flows, over all cuts."""
 
     def cut(sending: tuple[bool, ...], closed: tuple[bool, ...]) -> float:
         senders = [sender for sender, on in zip(prefill, sending, strict=True) if on]

@@ -1,4 +1,4 @@
-"""``hetis-plan share``: one fleet for several models, as users see it, and what is wrong with a file."""
+"""``hetis-plan share``: one fleet for several models, as users see it, and errors in files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_tenant_that_fits_nowhere_makes_the_fleet_infeasible_by_name(tmp_path:
     run = hetis_plan_here("share", written(tmp_path, text), "-c", str(cluster))
     assert run.returncode == 3, run.stderr
     assert "tenant drafts can be served by no replica on this fleet, even alone" in run.stderr
-    assert "weights" in run.stderr  # and why: the reasons of a placement of its own
+    assert "weights" in run.stderr  # with the reasons that a separate placement gives
 
 
 def test_a_strategy_without_a_family_is_refused(tmp_path: Path) -> None:

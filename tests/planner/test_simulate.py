@@ -51,7 +51,7 @@ def simulated(plan: Path, *arguments: str) -> dict[str, Any]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return what is said on stderr, on one line, of a run that must end with exit code 2."""
+    """Return the stderr, on one line, of a run that must end with exit code 2."""
     assert run(["simulate", *arguments]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
@@ -59,7 +59,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_a_crowd_that_comes_at_once_is_sampled_as_long_as_it_is_served(plan: Path) -> None:
-    # At this rate the last request comes after 50 ns; serving them takes seconds.
+    # At this rate the last request arrives after 50 ns; serving them takes seconds.
     found = simulated(plan, "--rate", "1e9", "--requests", "50")
     assert found["runs"][0]["counts"]["finished"] == 50
     assert found["limits"] == {"ttft_s": 2.0, "tpot_s": 0.1}
@@ -86,10 +86,10 @@ def test_prefix_hits_let_the_first_token_come_earlier(plan: Path, tmp_path: Path
         ]
         assert [one["load"].get("prefix_hit_rate", 0) for one in found] == [0, 0.4, 0.9]
         assert ttft_s(found[0]) > ttft_s(found[1]) > ttft_s(found[2])
-        # As before there was the option.
+        # As without the option.
         assert found[0] == simulated(plan, "--requests", "300", "--rate", "20", *source)
     counted = simulated(plan, "--requests", "300", "--trace", str(trace), "--prefix-hit-rate", "trace")
-    # One block of the second request, and all of the third but the one token that is always computed.
+    # One block of the second request, and all of the third except the one token that is always computed.
     assert counted["load"]["prefix_hit_rate"] == pytest.approx((512 + 599) / 2200)
 
 
@@ -234,7 +234,7 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
     ) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()  # the first news: it runs
+        line = process.stderr.readline()  # the first line of news: the run has begun
         time.sleep(0)
         assert "simulating" in line
         os.kill(process.pid, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Ctrl-C during a solve, in processes of their own."""
+"""Ctrl-C during a solve, in separate processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from hetis.planner.cli.searching import run_interruptibly
 
-# Works until it is cancelled, or for a minute whatever happens; says when it has begun.
+# Works until it is cancelled, or for a minute at most; prints a line when it has begun.
 PROGRAM = """
 import sys, threading, time
 from hetis.planner.cli.searching import run_interruptibly

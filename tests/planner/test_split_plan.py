@@ -1,4 +1,4 @@
-"""A plan whose prompts are prefilled and decoded on different replicas, through everything that reads plans."""
+"""A plan whose prompts are prefilled and decoded on different replicas, through all commands that read plans."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLEET = ["--cluster", str(EXAMPLES / "h100-l4.yaml"), "--model", "Llama-3.1-8B",
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Its file; without unified replicas, under limits that this fleet can keep."""
+    """The plan's file; without unified replicas, under limits that this fleet can keep."""
     path = tmp_path_factory.mktemp("plans") / "split.json"
     done = invoke("place", *FLEET, "--roles", "prefill,decode", "--ttft", "5s", "--no-verify", "--out", str(path))
     assert done.exit_code == ExitCode.OK, done.output
@@ -51,7 +51,7 @@ def test_it_holds_and_its_value_is_what_the_routes_carry(split: str) -> None:
 
 
 def test_it_can_be_simulated_before_it_is_shown(split: str) -> None:
-    """With a tenth of the requests that `place` takes, which would take longer than all else here."""
+    """The run has a tenth of the requests that `place` simulates, which would take longer than all other tests here."""
     found = load_plan_and_problem(split)
     rate_rps = default_rate(found.plan, found.problem)
     tried = simulated_at(

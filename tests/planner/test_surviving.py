@@ -1,4 +1,4 @@
-"""`place --survive node`: the demand is served without any one node; every plan says what is left."""
+"""`place --survive node`: the demand is served without any one node; every plan states what remains."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_what_survives_is_spread_over_nodes_where_that_takes_less(
 def test_a_demand_that_is_too_large_proves_nothing_of_smaller_ones(
     inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The plan for the demand itself has a replica of all nodes, whose loss takes more than the fleet has beside it."""
+    """The plan for the demand alone has one replica on all nodes, whose loss the other GPUs cannot make up for."""
     Path("fleet.yaml").write_text(
         FLEET.replace(
             "  - {name: l4, count: 6, gpus: [{type: L4, count: 1}]}",
@@ -131,7 +131,7 @@ PRICES = {"east": 0.7, "west": 0.8, "north": 2.5}
 
 
 def cheapest(rates: dict[str, float], demand: float) -> float:
-    """The least cost of counts of GPUs by zone, of which those outside any one zone serve the demand, by trying all."""
+    """Return the least cost of GPU counts by zone that serve the demand without any one zone, by trying all counts."""
     sizes = {"east": 4, "west": 3, "north": 3}
     found = []
     for counts in itertools.product(*(range(size + 1) for size in sizes.values())):

@@ -52,7 +52,7 @@ def plan_of(value: float, *, ttft_s: float, objective: Objective) -> Plan:
 
 
 class Fleet:
-    """A search and a simulator: plans by the TTFT limit they are searched for, and the rates that they keep."""
+    """A fake search and simulator: plans by the TTFT limit of their search, and the rates that they keep."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, values: Mapping[float, float], kept: Mapping[float, float]):
         self.limits_s, self._values, self._kept = list[float](), values, kept

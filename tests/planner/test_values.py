@@ -1,4 +1,4 @@
-"""Option values with units."""
+"""Values of options with units."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def one_run(pair: Placed) -> Summary:
 
 
 def drawn(plan: Plan) -> str:
-    """The words of a plan's first lines, however they are wrapped."""
+    """Return the words of a plan's first lines, however they are wrapped."""
     return " ".join(text_of(headline(plan), width=160).split())
 
 
@@ -148,13 +148,13 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
     ("short_rps", "long_rps", "at_least_rps", "found"),
     [
         (97.5, 97.5, 0.0, 97.0),
-        (70.0, 70.0, 0.0, 69.5),  # 97, 94, 88, 76, 50, then halvings of 50 to 76
-        (70.0, 66.0, 0.0, 65.39),  # the longer run is not within its limits at 69.5, nor at 97% of that
-        (98.0, 85.0, 0.0, 82.45),  # 97, and 85% of that
-        (70.0, 30.0, 0.0, None),  # short runs lead too far astray
+        (70.0, 70.0, 0.0, 69.5),  # tries 97, 94, 88, 76, 50, then halves 50 to 76
+        (70.0, 66.0, 0.0, 65.39),  # the longer run misses its limits at 69.5, and at 97% of that
+        (98.0, 85.0, 0.0, 82.45),  # tries 97, and 85% of that
+        (70.0, 30.0, 0.0, None),  # short runs mislead too much
         (10.0, 10.0, 0.0, None),
         (20.0, 20.0, 0.0, 19.92),
-        (70.0, 70.0, 60.0, 70.0),  # from 60 on
+        (70.0, 70.0, 60.0, 70.0),  # searches only from 60 on
         (70.0, 70.0, 80.0, None),
         (70.0, 70.0, 100.0, None),
     ],
@@ -178,13 +178,13 @@ def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_
 @pytest.mark.parametrize(
     ("short_s", "long_s", "asked", "kept", "sure"),
     [
-        ((0.6, 0.05), None, 1, True, True),  # seconds of p95 TTFT and its half width, of a limit of 1 s
+        ((0.6, 0.05), None, 1, True, True),  # p95 TTFT and its half width in seconds, for a limit of 1 s
         ((1.3, 0.05), None, 1, False, False),
         ((0.87, 0.05), (0.88, 0.02), 2, True, True),
         ((0.87, 0.05), (1.4, 0.1), 2, False, False),  # queues had not filled up in the shorter run
         ((1.3, 0.5), (0.97, 0.05), 2, True, False),
-        ((0.98, 0.05), (1.01, 0.05), 2, True, False),  # by chance
-        ((0.98, 0.05), (1.05, 0.1), 2, False, False),  # more than chance excuses
+        ((0.98, 0.05), (1.01, 0.05), 2, True, False),  # a miss within the error
+        ((0.98, 0.05), (1.05, 0.1), 2, False, False),  # a miss beyond the error
     ],
 )
 def test_a_longer_run_decides_where_the_limit_is_close(
@@ -227,14 +227,14 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
     limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
     found = verification_of(again(replace(plan, objective=limits), problem))
     assert found is not None
-    assert seeds[:3] == [0, 0, 1]  # a longer run, and other traffic
+    assert seeds[:3] == [0, 0, 1]  # a longer run, then other traffic
     assert (found.kept, found.ttft_p95_s) == (kept, 0.97 if kept else other_s)
     assert found.kept_rps == pytest.approx((1.0 if kept else 0.985) * planned_rps)
 
 
 @pytest.fixture(scope="module")
 def whole_run(pair: Placed) -> Simulated:
-    """2,000 requests at the planned rate."""
+    """Return a run of 2,000 requests at the planned rate."""
     plan, problem = pair
     load = Load(
         lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN,
@@ -261,7 +261,7 @@ def test_a_run_is_judged_by_the_statistics_that_are_asked_for(whole_run: Simulat
     assert others.seconds == pytest.approx({"TTFT": summary.ttft_s.p99, "TPOT": summary.tpot_s.p50})
     assert [one.value for one in others.limited] == list(others.seconds.values())
     assert all(one.low < one.value < one.high for one in others.limited)
-    assert others.limited[0].high - others.limited[0].value > p95.half_width  # a tail further out is known less well
+    assert others.limited[0].high - others.limited[0].value > p95.half_width  # a tail further out is less certain
     unlimited = Objective(ttft_limit_s=None, tpot_limit_s=None)
     assert held(ServiceLevel(ttft=Statistic.P99), summary, run, unlimited).limited == ()
 
@@ -281,7 +281,7 @@ def test_a_run_is_judged_by_the_share_of_requests_that_keep_all_limits(whole_run
     assert (both.limited[0].value, both.missed["TPOT"]) == (1.0, 1.0)
     never = held(share, summary, run, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0]
     assert never.value == 0.0
-    assert never.high == pytest.approx(3 / len(ttft))  # a run without a miss does not say that there are none
+    assert never.high == pytest.approx(3 / len(ttft))  # a run without a miss does not prove that there are none
     lost = replace(run, finished_s=np.full_like(run.finished_s, np.nan))
     assert held(share, summary, lost, Objective(ttft_limit_s=1e6, tpot_limit_s=None)).limited[0].value == 1.0
 
@@ -454,7 +454,7 @@ def test_no_verify_leaves_it_out(placed: Path) -> None:
         (False, (0.0, 0.0), False),
         (None, (0.005, 0.01), True),  # short, and clear nevertheless
         (None, (0.005, 0.02), False),
-        (None, (0.0, math.nan), False),  # the interval is not known
+        (None, (0.0, math.nan), False),  # an unknown interval
     ],
 )
 def test_a_wait_that_grows_by_chance_at_most_is_calm(

@@ -1,4 +1,4 @@
-"""Hubs: whoever watches ends up with the last state of everything, however slowly and with whatever pauses."""
+"""Hubs: every watcher ends up with the last state of all resources, however slow it is and whenever it pauses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHANGES = st.lists(st.tuples(KEYS, st.none() | st.integers(0, 9)), max_size=30)
 
 
 def applied(state: dict[str, int], events: list[Event[str, int]]) -> int:
-    """Puts events into a watcher's picture; the sequence of the last one."""
+    """Apply events to a watcher's state; return the sequence number of the last one."""
     for event in events:
         if event.value is None:
             state.pop(event.key, None)
@@ -116,7 +116,7 @@ def test_sequences_of_another_term_are_too_old() -> None:
     first = new.publish("a", 2, now_s=0.0)
     assert first > last
     assert new.is_too_old(last)
-    assert old.is_too_old(first)  # from the future: the token of a store that was restored from a backup
+    assert old.is_too_old(first)  # a token from the future: the store was restored from a backup
     assert not new.is_too_old(first)
     assert not new.is_too_old(0)
 

@@ -1,4 +1,4 @@
-"""``hetis-plan what-if``: two fleets, the market, and what is wrong with a question."""
+"""``hetis-plan what-if``: two fleets, the market, and errors in options."""
 
 from __future__ import annotations
 

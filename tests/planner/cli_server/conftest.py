@@ -1,4 +1,4 @@
-"""A fake planner with a cluster that looks like one, and hetis-plan run against it."""
+"""A fake planner with a realistic cluster, and hetis-plan run against it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def fleet(planner: FakePlanner) -> FakePlanner:
 
 @pytest.fixture
 def saved_plan(tmp_path: Path) -> Path:
-    """A Plan file that says which cluster it was made from."""
+    """Write a Plan file that states from which cluster it was made."""
     made_from = {"documents": {"cluster": {"name": "Paper"}}}
     path = tmp_path / "plan.json"
     path.write_text(dump(dataclasses.replace(plan(), inputs=made_from), "json"))
@@ -128,7 +128,7 @@ def saved_plan(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hetis_plan(planner: FakePlanner, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command line against the planner, in this process, at 80 columns without colours."""
+    """Run a command line against the planner, in this process, at 80 columns without colours."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("HETIS_SERVER", planner.address)

@@ -1,4 +1,4 @@
-"""apply, rollback, cancel: what they send, what they say, and how they end."""
+"""apply, rollback, cancel: what they send, print and return."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_cluster_file_is_created_then_updated(planner: FakePlanner, hetis_plan
     assert hetis_plan("apply", PAPER) == ExitCode.OK
     assert capsys.readouterr().out == f"{name}  updated\n"
     assert planner.calls["UpdateCluster"] == 1
-    planner.clusters[name].document.digest = "sha256:1"  # the real one says it, and that it is the same
+    planner.clusters[name].document.digest = "sha256:1"  # as the real planner, which sees that nothing changed
 
 
 def test_somebody_elses_change_is_a_conflict(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
@@ -293,12 +293,12 @@ def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlann
         until_s = time.monotonic() + 60
         while planner.calls["WatchPlan"] == 0 and time.monotonic() < until_s:
             time.sleep(0.05)
-        time.sleep(1.0)  # into the wait
+        time.sleep(1.0)  # while it waits
         os.kill(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-        process.communicate()  # closes the pipes, also where it did not end by itself
+        process.communicate()  # closes the pipes, even if it did not end by itself
     assert process.returncode == ExitCode.INTERRUPTED
     assert out == ""
     assert "plans/night goes on without you\n  come back: hetis-plan watch plans/night\n" in err

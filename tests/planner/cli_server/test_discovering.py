@@ -1,4 +1,4 @@
-"""`cluster discover --from agents`: what agents report becomes a cluster file, and what is left out has reasons."""
+"""`cluster discover --from agents`: agents' reports become a cluster file, and omissions have reasons."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def declared(planner: FakePlanner, tmp_path: Path) -> Callable[..., None]:
 
 
 def discovered(hetis_plan: Run, capsys: Captured, tmp_path: Path, *options: str) -> tuple[Cluster, list[str]]:
-    """The cluster file, and what was said of it."""
+    """Return the cluster file and the messages about it."""
     out = tmp_path / "found.yaml"
     capsys.readouterr()
     code = hetis_plan("cluster", "discover", "--from", "agents", "--out", str(out), *options)
@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_one_error(
 
 
 def has_inventory(client: Client, name: str) -> bool:
-    """Return whether a node's agent has told its GPUs, which it does after it is ready."""
+    """Return whether a node's agent has reported its GPUs, which happens after it is ready."""
     return client.clusters.GetNode(cluster_service_pb2.GetNodeRequest(name=name)).node.HasField("inventory")
 
 

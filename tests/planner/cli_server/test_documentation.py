@@ -1,4 +1,4 @@
-"""docs/cli.md names every verb, every option of the connection, and what the environment may say."""
+"""docs/cli.md names every verb, every option of the connection, and every environment variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""get, agents, status, watch: what is there, in 80 columns or as data, and nothing else on stdout."""
+"""get, agents, status, watch: the present state, in 80 columns or as data, and nothing else on stdout."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_an_interrupt_on_its_way_out_is_not_interrupted(monkeypatch: pytest.Monk
             try:
                 raise KeyboardInterrupt
             finally:
-                os.kill(os.getpid(), signal.SIGINT)  # whoever presses it again means it
+                os.kill(os.getpid(), signal.SIGINT)  # a second Ctrl-C is meant
                 steps.append(10)
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The same verbs against the real `hetis-planner`, to verify what the fake planner only claims."""
+"""The same verbs against the real `hetis-planner`, to verify what the fake planner only assumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAPER = str(EXAMPLES / "paper.yaml")
 
 @pytest.fixture
 def hetis_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Runs a command line against a planner that was just started."""
+    """Run a command line against a planner that was just started."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.delenv("HETIS_DEBUG", raising=False)
@@ -48,7 +48,7 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     plan = json.loads(out)
     assert plan["state"] == "PLAN_STATE_READY"
     assert plan["result"]["value"] > 0
-    assert said(ExitCode.OK, "check", str(saved))  # the offline verbs read what the planner made
+    assert said(ExitCode.OK, "check", str(saved))  # the offline commands read what the planner made
 
     assert hetis_plan(*solve, "--name", "night") == ExitCode.CONFLICT
     assert "read what is there: hetis-plan get plans/night" in capsys.readouterr().err

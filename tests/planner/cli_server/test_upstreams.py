@@ -1,4 +1,4 @@
-"""upstreams writes the serving replicas as a router's list, and again when they change."""
+"""upstreams writes the serving replicas as a router's list, and rewrites it when they change."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_the_list_is_written_again_when_what_serves_changes_and_only_then(
         cluster_service_pb2.WatchClusterResponse(resume_token="t3", replica=replica(1, 6.0, DOWN)),
         cluster_service_pb2.WatchClusterResponse(resume_token="t4", replica=replica(1, 6.0)),
     ]
-    states = {1: UP, 2: UP, 3: DOWN, 4: UP}  # of the first replica, whenever all are listed
+    states = {1: UP, 2: UP, 3: DOWN, 4: UP}  # states of the first replica at each listing
 
     def called(method: str, context: object) -> None:
         if method == "ListReplicas":
             served.replicas[NAME.format(1)].state = states[served.calls[method]]
-        if method == "WatchCluster" and served.calls[method] > 1:  # in the place of Ctrl-C
+        if method == "WatchCluster" and served.calls[method] > 1:  # ends the watch in place of Ctrl-C
             refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
 
     served.fail = called
@@ -102,7 +102,7 @@ def test_a_list_is_followed_however_long_the_planner_hangs(
     served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served.events = [cluster_service_pb2.WatchClusterResponse(resume_token="t0", caught_up=True)]
-    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)  # of the other verbs
+    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)  # the limit of the other verbs
     monkeypatch.setattr("hetis.planner.client.errors.FIRST_WAIT_S", 0.01)
     monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.0)
     monkeypatch.setattr("hetis.planner.client.errors.TOLD_AGAIN_S", 0.0)
@@ -112,7 +112,7 @@ def test_a_list_is_followed_however_long_the_planner_hangs(
         number = served.calls[method]
         if method == "WatchCluster" and number <= 3:
             refuse(context, 14, "", "the proxy gives up")  # type: ignore[arg-type]
-        if method == "WatchCluster" and number > 4:  # in the place of Ctrl-C
+        if method == "WatchCluster" and number > 4:  # ends the watch in place of Ctrl-C
             refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
         if method == "ListReplicas" and number == 2:
             refuse(context, 4, "", "too late")  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""A planner made of dictionaries on loopback, which keeps what clients may rely on and fails on demand.
+"""A planner made of dictionaries on loopback, which keeps the guarantees that clients rely on and fails on demand.
 
-It handles etags, request ids and pages by the contract, solves nothing, and activates at once. A test puts the searches
-that it wants to see into ``searches``.
+It handles etags, request ids and pages by the contract, solves nothing, and activates at once. A test puts the
+searches that it needs into ``searches``.
 """
 
 # ruff: noqa: N802  # methods are named as in the contract
@@ -48,7 +48,7 @@ def refuse(
     violations: tuple[tuple[str, str], ...] = (),
     retry_after_s: float | None = None,
 ) -> None:
-    """End the call with a status and its details, as the contract says."""
+    """End the call with a status and its details, as the contract defines."""
     details: list[Message] = [error_details_pb2.ErrorInfo(domain="hetis", reason=reason, metadata=metadata or {})]
     if violations:
         wrong = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations]
@@ -322,7 +322,7 @@ class FakePlanner(
 
 
 def result(value: float = 1.61, bound: float = 1.6131) -> plan_pb2.PlanResult:
-    """An answer, as a watch shows it."""
+    """Return a response of a watch."""
     return plan_pb2.PlanResult(
         status=plan_pb2.SOLVE_STATUS_FEASIBLE,
         value=value,
@@ -346,7 +346,7 @@ def result(value: float = 1.61, bound: float = 1.6131) -> plan_pb2.PlanResult:
 
 
 def searching(incumbent: float, bound: float) -> plan_pb2.Plan:
-    """News of a search."""
+    """Return the progress of a search."""
     progress = plan_pb2.SolveProgress(
         phase="pricing",
         elapsed_s=1.5,
@@ -373,7 +373,7 @@ def _page(things: dict[str, Any], request: Any) -> tuple[list[Any], str]:
 def serving(
     planner: FakePlanner, *, port: int = 0, credentials: grpc.ServerCredentials | None = None
 ) -> Iterator[FakePlanner]:
-    """The planner on the loopback, with health as the real one has it; ``planner.address`` says where."""
+    """Serve the planner on the loopback, with health as the real one; ``planner.address`` is its address."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server(planner, server)
     plan_service_pb2_grpc.add_PlanServiceServicer_to_server(planner, server)

@@ -1,4 +1,4 @@
-"""Clients, sync and aio, over a real channel: deadlines, ids, retries, errors with details, watches that go on."""
+"""Clients, sync and aio, over a real channel: deadlines, ids, retries, errors with details, watches that resume."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def with_both(
     sync: Callable[[Client], T],
     aio: Callable[[AsyncClient], Awaitable[T]],
 ) -> list[T]:
-    """Return what a sync and an aio client get, in this order, without waiting between tries."""
+    """Return the results of a sync and an aio client, in this order, without waiting between tries."""
     return [with_sync(planner, sync), with_aio(planner, aio)]
 
 
@@ -106,7 +106,7 @@ def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: Fake
 def test_dispatch_has_a_deadline_of_its_own(planner: FakePlanner) -> None:
     with Client(planner.address) as client, pytest.raises(CallError) as caught:
         client.dispatch.GetDispatchState(dispatch_service_pb2.GetDispatchStateRequest(name="x"))
-    assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED  # the fake has no such service; it was asked in time
+    assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED  # the fake lacks the service; the call was in time
 
 
 def test_calls_that_change_something_get_an_id_and_the_callers_message_stays(planner: FakePlanner) -> None:
@@ -223,7 +223,7 @@ def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner) -> None:
     planner.fail = fail
     first, second = with_both(planner, sync, aio)
     assert first == [1, 2, 3, 900]
-    assert second == [1000]  # it is final by then
+    assert second == [1000]  # the plan is final by then
     assert breaks == 1
     assert [request.after_sequence for request in planner.requests] == [0, 1, 0]
 
@@ -363,7 +363,7 @@ def test_patience_has_an_end_and_begins_anew_with_an_answer() -> None:
 
 
 class Trying:
-    """A watch whose attempts take time, in virtual time, and what it was told."""
+    """A watch whose attempts take virtual time, and the events that it received."""
 
     def __init__(self, **settings: Any) -> None:
         self.now_s, self.told = 0.0, list[tuple[float, bool]]()
@@ -460,7 +460,7 @@ def test_a_watch_without_news_lasts_only_at_a_planner_that_has_opened_it(
             breaks.append(1)
             if is_open:
                 context.send_initial_metadata((STREAM_OPEN,))
-            time.sleep(0.3)  # 300 s by the client's clock, which only the metadata explains
+            time.sleep(0.3)  # 300 s by the client's clock, which only the error's metadata explains
             refuse(context, code_pb2.UNAVAILABLE, "", "the proxy gives up")
 
     def slow() -> Patience:

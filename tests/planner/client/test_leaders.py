@@ -42,7 +42,7 @@ def pair() -> Iterator[tuple[FakePlanner, FakePlanner]]:
 
 
 def both(address: str, request: cluster_service_pb2.CreateClusterRequest, watches: bool = True) -> None:
-    """Calls and watches, with the one client and the other."""
+    """Call with both clients, sync and aio."""
     with Client(address, sleep=lambda _: None) as client:
         assert client.plans.GetPlan(GET, timeout=20).plan.name == "plans/night"
         client.clusters.CreateCluster(request, timeout=20)
@@ -76,14 +76,14 @@ TAKEN = CallError("it is there already", code=grpc.StatusCode.ALREADY_EXISTS, re
         ([SILENCE, UNDONE], AWAY, "unknown"),
         ([UNDONE, AWAY], UNDONE, "no"),
         ([AWAY], AWAY, None),
-        ([SILENCE], TAKEN, None),  # had the first been carried out, the leader would have repeated its answer
+        ([SILENCE], TAKEN, None),  # had the first attempt been carried out, the leader would have repeated its answer
     ],
     ids=["silence", "silence before", "never", "elsewhere", "refused"],
 )
 def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
     earlier: Sequence[CallError], last: CallError, changed: str | None
 ) -> None:
-    """The last planner asked knows only of its own attempt; a history of faults found this."""
+    """The last planner called knows only its own attempt; a history with faults found this."""
     now_s = 0.0
     search = search_for(Connection(address="127.0.0.1:1,127.0.0.1:2"))
     method = "/hetis.v1.ClusterService/UpdateCluster"
@@ -109,18 +109,18 @@ def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner,
     leader, standby = pair
     both(standby.address, CREATE)
     assert leader.calls["CreateCluster"] == 1
-    assert standby.calls["GetPlan"] <= 8  # gRPC asks the fake one again by itself; hetis-planner tells it not to
+    assert standby.calls["GetPlan"] <= 8  # gRPC itself retries with the fake planner; hetis-planner prevents that
 
 
 def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner]) -> None:
     leader, standby = pair
-    standby.fail = standing_by("")  # it does not know
+    standby.fail = standing_by("")  # it does not know the leader
     both(f"127.0.0.1:{free_ports()},{standby.address},{leader.address}", CREATE)
     assert leader.calls["CreateCluster"] == 1
 
 
 def test_a_call_goes_on_while_there_is_no_leader_with_one_request_id(pair: tuple[FakePlanner, FakePlanner]) -> None:
-    """The leader is dead, and the standby names it until it takes over: no call is refused for that."""
+    """The leader is dead, and the standby names it until it takes over itself: no call fails because of that."""
     _, standby = pair
     standby.fail = standing_by(f"127.0.0.1:{free_ports()}")
     waits = list[float]()
@@ -192,7 +192,7 @@ def test_what_is_no_list_of_addresses_is_refused(text: str) -> None:
         (Connection(address="127.0.0.1:1"), "10.0.0.1:2", False),
         (Connection(address="10.0.0.9:1", plaintext=True), "10.0.0.1:2", False),
         (Connection(address="10.0.0.9:1,10.0.0.1:2", plaintext=True), "10.0.0.1:2", True),
-        (Connection(address="10.0.0.9:1"), "10.0.0.1:2", True),  # TLS: its certificate says who it is
+        (Connection(address="10.0.0.9:1"), "10.0.0.1:2", True),  # with TLS, where its certificate identifies it
         (Connection(address="10.0.0.9:1"), "nonsense", False),
     ],
 )

@@ -1,4 +1,4 @@
-"""TLS both ways: a planner that shows a certificate, and one that asks for the client's."""
+"""TLS both ways: a planner that presents a certificate, and one that requires the client's."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_whoever_is_wrong_about_tls_is_told_so_first(
 ) -> None:
     pair = (files["key"].read_bytes(), files["cert"].read_bytes())
     with serving(FakePlanner(), credentials=grpc.ssl_server_credentials([pair])) as planner:
-        address = planner.address.replace("localhost", "127.0.0.1")  # one address: gRPC tells the last failure only
+        address = planner.address.replace("localhost", "127.0.0.1")  # one address: gRPC reports only the last failure
         assert run(["get", "clusters", "--server", address]) == ExitCode.UNREACHABLE
         assert "may want TLS: --ca FILE" in " ".join(capsys.readouterr().err.split())
         other = files["cert"].with_name("other.pem")
@@ -93,6 +93,6 @@ def test_whoever_is_wrong_about_tls_is_told_so_first(
         arguments = ["get", "clusters", "--server", address, "--ca", str(files["cert"])]
         assert run(arguments) == ExitCode.UNREACHABLE
         assert "TLS fails" in " ".join(capsys.readouterr().err.split())
-    for credentials in ([], ["--ca", str(files["cert"])]):  # nobody listens any more
+    for credentials in ([], ["--ca", str(files["cert"])]):  # no planner listens any more
         assert run(["get", "clusters", "--server", address, *credentials]) == ExitCode.UNREACHABLE
         assert "is hetis-planner running?" in " ".join(capsys.readouterr().err.split())

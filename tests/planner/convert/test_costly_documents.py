@@ -24,7 +24,7 @@ from hetis.v1 import document_pb2
 
 MOST_MB = 300
 MOST_CPU_S = 2.0
-SLACK = 3  # a core that others use as well, with cold caches, takes longer for the same
+SLACK = 3  # a core that is shared, with cold caches, takes longer for the same work
 _SIZE = 2_700_000
 _HEAD = "apiVersion: hetis/v1\nkind: Cluster\nname: x\nnetwork: {bandwidth: 1Gbps, latency: 1s}\n"
 _JSON = '{"apiVersion":"hetis/v1","kind":"Cluster","name":"x","network":{"bandwidth":"1Gbps","latency":"1s"},'

@@ -53,7 +53,7 @@ def stage_model(
 
 
 def empty_map(model: stage_pb2.StageModel, totals: Sequence[int] | None = None) -> head_map_pb2.HeadMap:
-    """Return a head map without requests; ``totals`` are the blocks of each device."""
+    """Return a head map without requests; ``totals`` are the numbers of blocks of each device."""
     return head_map_pb2.HeadMap(
         stage=model.stage,
         copy=model.copy,

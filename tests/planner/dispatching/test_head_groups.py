@@ -1,4 +1,4 @@
-"""Naming head groups where the solver counts them."""
+"""Names of head groups, which the solver only counts."""
 
 from __future__ import annotations
 

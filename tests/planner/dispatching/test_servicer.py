@@ -1,4 +1,4 @@
-"""DispatchService over a real connection, and who may call it."""
+"""DispatchService over a real connection, and its access control."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def agent_of(node: str) -> Identity:
 
 
 def called_by(identity: Identity, method: Callable[[Request, Any], Awaitable[Answer]], request: Request) -> Answer:
-    """Return the answer as the service computes it, with the caller known only in the call's task."""
+    """Return the answer as the service computes it, with the caller set only in the call's task."""
 
     async def call() -> Answer:
         set_present_caller(identity)
@@ -150,7 +150,7 @@ def test_a_step_finishes_grows_and_admits_and_a_wrong_one_changes_nothing() -> N
                 assert [violation.field for violation in caught.value.violations] == [
                     *("grown[0].id", "grown[0].context_tokens", "new_requests[0].context_tokens")
                 ]
-                assert placed(await stream.step(new=[new("a")])) == ["a"]  # it still ran
+                assert placed(await stream.step(new=[new("a")])) == ["a"]  # the request was still running
                 answer = await stream.step(
                     finished=["a"], grown=[pb2.Growth(id="b", context_tokens=14)], new=[new("a", 12)]
                 )
@@ -176,13 +176,13 @@ def test_steps_of_many_tasks_travel_together_and_one_that_fails_fails_alone() ->
                 others = [answer for answer in answers if isinstance(answer, pb2.DispatchRequestsResponse)]
                 assert [placed(answer) for answer in others] == [[f"r{n}"] for n in range(1, 16)]
                 together = await asyncio.gather(*(stream.step(new=[new(f"s{n}")]) for n in range(16)))
-                assert len({answer.sequence for answer in together}) <= 2  # the first alone, the others behind it
+                assert len({answer.sequence for answer in together}) <= 2  # the first alone, the others together
 
     asyncio.run(session())
 
 
 class HeldCall:
-    """A stream of gRPC whose answers come when the test says so; `written`: the requests of each message."""
+    """A gRPC stream whose answers come when the test decides; `written`: the requests of each message."""
 
     def __init__(self) -> None:
         self.written = list[list[str]]()
@@ -199,7 +199,7 @@ class HeldCall:
     async def is_sent(
         self, step: Coroutine[Any, Any, pb2.DispatchRequestsResponse]
     ) -> asyncio.Task[pb2.DispatchRequestsResponse]:
-        """The step, begun and on its way."""
+        """Begin a step and return its task."""
         before, task = len(self.written), asyncio.create_task(step)
         while len(self.written) == before:
             await asyncio.sleep(0)
@@ -222,7 +222,7 @@ def test_a_step_that_nobody_waits_for_any_more_is_not_sent() -> None:
         under_way = await call.is_sent(stream.step(new=[new("d")]))
         with pytest.raises(CallError):
             await stream.step(new=[new("e")], timeout=0)
-        for name in ("d", "f"):  # nothing is left behind the first: the stream goes on all the same
+        for name in ("d", "f"):  # nothing stays queued behind the first: the stream continues
             call.answers.put_nowait(pb2.DispatchRequestsResponse())
             await (under_way if name == "d" else stream.step(new=[new("f")]))
         assert call.written[2:] == [["d"], ["f"]]

@@ -23,7 +23,7 @@ Place = tuple[int, int]
 
 @dataclass
 class Known:
-    """A request as its engine knows it: owners by name for each (stage, copy) that it is on."""
+    """A request as its engine knows it: owners by name for each (stage, copy) where it is."""
 
     admitted: tuple[int, int, int]
     context: int
@@ -36,7 +36,7 @@ class Known:
 
 
 class Machine(RuleBasedStateMachine):
-    """Every rule makes one call and does the same to the model."""
+    """Every rule makes one call and applies it to the model."""
 
     @initialize(
         totals=st.lists(st.integers(0, 40), min_size=8, max_size=8),
@@ -156,13 +156,13 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     @rule()
     def restart(self) -> None:
-        """A planner that restarted is told what runs, and goes on as if it had not."""
+        """A restarted planner gets the running requests, and continues as if it had not restarted."""
         self.states = DispatchStates(Replicas({REPLICA: self.replica}))
         for known in self.known.values():
             known.admitted = (known.admitted[0], known.context, known.remaining)
         self.declare()
 
-    # --- what always holds
+    # --- invariants
 
     def used(self) -> dict[str, int]:
         return {device: sum(known.blocks(device) for known in self.known.values()) for device in self.totals}

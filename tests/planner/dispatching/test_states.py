@@ -1,4 +1,4 @@
-"""DispatchService as its callers see it."""
+"""DispatchService as seen by its callers."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_a_stage_refuses_for_the_sake_of_a_request_that_does_not_come_is_tr
 def test_requests_go_to_the_copy_with_most_room_and_to_the_other_when_it_is_full() -> None:
     models = [stage_model(1, copy=0), stage_model(1, copy=1)]
     service = Service(Replica(models), [empty_map(models[0], [12]), empty_map(models[1], [8])])
-    answer = service.admit(*(new(name, 4) for name in "abcdef"))  # of 4 blocks
+    answer = service.admit(*(new(name, 4) for name in "abcdef"))  # 4 blocks each
     assert [placement.stages[0].copy for placement in answer.placements] == [0, 0, 1, 0, 1]
     assert [one.request for one in answer.unplaced] == ["f"]
 

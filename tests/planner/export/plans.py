@@ -75,7 +75,7 @@ WITH_WORKERS = {"attention workers", "workers of stages"}
 
 
 def apart(prefill: str, decode: str, own: Mapping[str, Mapping[str, str]] | None = None) -> Plan:
-    """A plan of a replica that prefills and one that decodes, on GPUs of these types, of the fleet's ``own`` maybe."""
+    """Return a plan of a prefill and a decode replica on GPUs of these types, which may be the fleet's ``own``."""
     sender = replace(PREFILL, stages=(on("a/0", gpu=prefill),), in_flight=1)
     receiver = replace(DECODES[0], stages=(on("d/0", gpu=decode),))
     plan = made_of(sender, receiver, routes=(KvRoute(prefill=0, decode=1, rate=2.0),))

@@ -28,7 +28,7 @@ class Read(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A process as an export has it."""
+    """A process as exported."""
 
     words: list[str]
     environment: Mapping[str, str]
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def planned(replica: ReplicaPlan) -> Read:
-    """Return what an export of a replica must say."""
+    """Return what an export of a replica must contain."""
     return Read(
         tuple(stage.num_layers for stage in replica.stages),
         tuple(stage.devices for stage in replica.stages),
@@ -45,7 +45,7 @@ def planned(replica: ReplicaPlan) -> Read:
 
 
 def read_replica(processes: Iterable[Found]) -> Read:
-    """A replica from its processes, in whatever order they come."""
+    """Return a replica from its processes, in whatever order they are."""
     servers, workers = list[Found](), set[str]()
     for one in processes:
         if "hetis-worker" in one.words:
@@ -58,7 +58,7 @@ def read_replica(processes: Iterable[Found]) -> Read:
     assert nnodes == {len(servers)}, "every process knows how many there are"
     first = servers[0]
     tp = int(option(first.words, "--tensor-parallel-size", "--tp-size") or 1)
-    if copies := option(first.words, "--data-parallel-size"):  # SGLang counts them among its ranks
+    if copies := option(first.words, "--data-parallel-size"):  # SGLang counts copies among its ranks
         assert "--enable-expert-parallel" in first.words
         tp *= int(copies)
     stages = int(option(first.words, "--pipeline-parallel-size", "--pp-size") or 1)
@@ -77,7 +77,7 @@ def partition_of(environment: Mapping[str, str]) -> str:
 
 
 def option(words: list[str], *names: str) -> str | None:
-    """The value of an option, which may have several names."""
+    """Return the value of an option, which may have several names."""
     for name, value in pairwise(words):
         if name in names:
             return value
@@ -106,7 +106,7 @@ def read_shell(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_compose(files: Mapping[str, str]) -> dict[str, Read]:
-    """Read NODE/compose.yaml: the container counts the GPUs that it sees anew."""
+    """Read NODE/compose.yaml: the container numbers its visible GPUs from 0."""
     found = dict[str, list[Found]]()
     for path, text in files.items():
         if path.endswith("/compose.yaml"):
@@ -122,7 +122,7 @@ def read_compose(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def manifests(files: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every object of every manifest."""
+    """Yield every object of every manifest."""
     return [
         one
         for path, text in files.items()
@@ -146,7 +146,7 @@ def environment_of(container: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
-    """Read StatefulSets: the node by its selector, so many GPUs, and which ones by the annotation."""
+    """Read StatefulSets: the node by its selector, the number of GPUs, and which ones by the annotation."""
     found = dict[str, list[Found]]()
     for one in manifests(files):
         if one["kind"] == "StatefulSet":
@@ -162,7 +162,7 @@ def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_hetis_launch(files: Mapping[str, str], folder: Path) -> dict[str, Read]:
-    """Read what hetis-launch itself says that every command line in NODE.sh would start."""
+    """Read what every command line in NODE.sh would start, according to hetis-launch itself."""
     (folder / "plan.json").write_text(files["plan.json"], encoding="utf-8")
     found, parts = dict[str, Read](), dict[str, set[str]]()
     for path, text in files.items():
@@ -189,7 +189,7 @@ def read_hetis_launch(files: Mapping[str, str], folder: Path) -> dict[str, Read]
 def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, Any] | None]]) -> dict[str, list[Found]]:
     """Read replicas made from two templates: name, size, the leader's and the workers'.
 
-    A worker takes its rank from its node, as its script says: the script is run for every node.
+    A worker's script derives its rank from its node, so the script is run for every node.
     """
     found = dict[str, list[Found]]()
     for name, size, leader, workers in groups:
@@ -221,7 +221,7 @@ def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, A
 
 
 def check_apart(workers: Mapping[str, Any], nodes: list[str]) -> None:
-    """Pods of one template are on these nodes, and no two of them on one."""
+    """Assert that pods of one template are on these nodes, no two of them on the same."""
     required = "requiredDuringSchedulingIgnoredDuringExecution"
     affinity = workers["spec"]["affinity"]
     [term] = affinity["nodeAffinity"][required]["nodeSelectorTerms"]
@@ -232,7 +232,7 @@ def check_apart(workers: Mapping[str, Any], nodes: list[str]) -> None:
 
 
 def run_script(words: list[str], node: str) -> list[str]:
-    """The command that a script of a pod executes on a node."""
+    """Return the command that a pod's script executes on a node."""
     at = words.index("-c") + 1
     shown = words[at].replace("exec ", "printf '%s\\n' ", 1)
     environment = {"HETIS_NODE": node, "PATH": "/usr/bin:/bin"}
@@ -241,7 +241,7 @@ def run_script(words: list[str], node: str) -> list[str]:
 
 
 def workers_of(files: Mapping[str, str]) -> dict[str, list[Found]]:
-    """Attention workers, which are StatefulSets whatever makes the engine's pods."""
+    """Read attention workers, which are StatefulSets whatever creates the engine's pods."""
     found = dict[str, list[Found]]()
     for one in manifests(files):
         if one["kind"] == "StatefulSet":
@@ -295,7 +295,7 @@ def read_llm_d(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_slurm(files: Mapping[str, str]) -> dict[str, Read]:
-    """Read batch scripts: a component's node, and the steps that run there; which GPUs, a comment says."""
+    """Read batch scripts: a component's node, and the steps that run there; a comment names the GPUs."""
     found = dict[str, Read]()
     for path, text in files.items():
         if not path.endswith(".sbatch"):
@@ -359,7 +359,7 @@ def read_dynamo(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_ray(files: Mapping[str, str]) -> dict[str, Read]:
-    """Read Serve's applications: a bundle for each rank, which names its node; the GPU's number Ray chooses."""
+    """Read Serve's applications: a bundle for each rank, which names its node; Ray chooses the GPU's number."""
     found = dict[str, Read]()
     for application in yaml.safe_load(files["serve.yaml"])["applications"]:
         arguments, name = application["args"], application["name"]

@@ -1,6 +1,6 @@
-"""What operators' objects may hold, as far as exports use them: nothing else may stand there.
+"""The fields of operators' objects, as far as exports use them; any other field is an error.
 
-Written down from the projects' own definitions, which are 1 to 3 MB each and are no part of this repository:
+Derived from the projects' own definitions, which are 1 to 3 MB each and not part of this repository:
 
 - LeaderWorkerSet and DisaggregatedSet v1: kubernetes-sigs/lws at 060ab4da17ee, config/crd/bases (Apache-2.0)
 - LLMInferenceService v1alpha2: kserve/kserve at aaac4e294dae, config/crd/full/llmisvc (Apache-2.0)
@@ -9,10 +9,10 @@ Written down from the projects' own definitions, which are 1 to 3 MB each and ar
 - EndpointPickerConfig: llm-d/llm-d-router, the documents of the weight scorer and the label producer (Apache-2.0)
 - LLMConfig: ray 2.60.0 from PyPI, ray/llm/_internal: serve/core/configs/llm_config.py, common/placement.py (Apache-2.0)
 
-Every export of the ten plans was also held against the three whole CRDs of LWS and KServe and the chart's
-values.schema.json when this was written (22 November 2026): 62 objects and 10 value files, no error. A `POD` or
-`POD_TEMPLATE` is held against Kubernetes' own schema by the test. `test_crds.py` does the same with the CRDs again,
-where a folder has them.
+Every export of the ten plans was also checked against the three whole CRDs of LWS and KServe and the chart's
+values.schema.json when this was written (22 November 2026): 62 objects and 10 value files, no error. The test checks a
+`POD` or `POD_TEMPLATE` against Kubernetes' own schema. `test_crds.py` does the same with the CRDs again, where a folder
+has them.
 """
 
 from __future__ import annotations

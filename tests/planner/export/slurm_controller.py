@@ -1,6 +1,6 @@
-"""A controller of Slurm on loopback that answers `sbatch --test-only`: no daemon on nodes, no munge, no accounts.
+"""A Slurm controller on loopback that answers `sbatch --test-only`: no daemon on nodes, no munge, no accounts.
 
-The programs are those on the PATH, or of packages unpacked below the folder that HETIS_SLURM names:
+The programs are those on the PATH, or in packages unpacked below the folder named by HETIS_SLURM:
 
     apt-get download slurmctld slurm-client slurm-wlm-basic-plugins libmunge2 libhwloc15 liblua5.1-0
     for package in *.deb; do dpkg -x $package slurm; done
@@ -20,7 +20,7 @@ from examples.processes import free_ports
 
 _LIBRARIES = Path("usr/lib/x86_64-linux-gnu")
 _READY = "Running as primary controller"
-# Nodes of a cloud that are asleep count as usable although no slurmd answers there.
+# Cloud nodes that are powered down count as usable, although no slurmd answers there.
 _CONFIGURATION = """ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
@@ -50,7 +50,7 @@ class Programs:
     """The programs of Slurm, and the environment that they need.
 
     Attributes:
-        missing: the names of those that are not here.
+        missing: the names of missing programs.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Programs:
         if self._root:
             path = os.pathsep.join(str(self._root / folder) for folder in ("usr/bin", "usr/sbin"))
         found = {name: shutil.which(name, path=path) for name in ("sbatch", "scontrol", "slurmctld")}
-        found["slurmctld"] = found["slurmctld"] or shutil.which("slurmctld-wlm", path=path)  # Debian's name for it
+        found["slurmctld"] = found["slurmctld"] or shutil.which("slurmctld-wlm", path=path)  # Debian's name of it
         self._paths = {name: program for name, program in found.items() if program}
         self.missing = sorted(found.keys() - self._paths.keys())
 
@@ -69,7 +69,7 @@ class Programs:
 
     @property
     def plugins(self) -> str:
-        """The line that says where plugins are, if they are not where they were built for."""
+        """Return the line with the folder of plugins, if it is not the one compiled in."""
         return f"PluginDir={self._root / _LIBRARIES / 'slurm-wlm'}" if self._root else ""
 
     @property
@@ -81,7 +81,7 @@ class Programs:
 
 
 class Controller:
-    """A `slurmctld` with these nodes and their numbers of GPUs. Use it as a context: it ends with it."""
+    """A `slurmctld` with these nodes and their numbers of GPUs, as a context manager."""
 
     def __init__(self, programs: Programs, folder: Path, gpus: Mapping[str, int]) -> None:
         self._programs, self._folder, self._gpus = programs, folder, gpus
@@ -118,11 +118,11 @@ class Controller:
         else:
             self._daemon.wait()
             raise AssertionError("".join(said))
-        # A pipe that nobody reads would stop the controller when it is full.
+        # A pipe that is not read would block the controller when it is full.
         self._reader = threading.Thread(target=self._daemon.stderr.read, daemon=True)
         self._reader.start()
         for name, num_gpus in self._gpus.items():
-            # As a node itself would tell when it wakes; until then the controller takes it to have none.
+            # As a node reports when it wakes; until then the controller assumes that it has no GPUs.
             done = self._run("scontrol", "update", f"NodeName={name}", f"Gres=gpu:{num_gpus}")
             assert done.returncode == 0, done.stderr
         return self
@@ -135,7 +135,7 @@ class Controller:
         self._daemon.stderr.close()
 
     def tested(self, script: Path) -> tuple[int, str]:
-        """Return the exit code of `sbatch --test-only`, and what it said."""
+        """Return the exit code of `sbatch --test-only`, and its output."""
         done = self._run("sbatch", "--test-only", str(script))
         return done.returncode, done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""``hetis-plan export``: files where they were asked for, one message for all that is wrong, documented codes."""
+"""``hetis-plan export``: files in the requested place, one message for all errors, documented codes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_options_that_the_plan_decides_are_refused_in_every_form(
 
 
 def test_an_address_is_of_a_node_of_the_plan_or_its_fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = PLANS["unlike replicas"]  # on a and b
+    plan = PLANS["unlike replicas"]  # this plan is on a and b
     nodes = [{"name": "spare"}, {"name": "gpu", "count": 2}]
     documents = {**plan.inputs["documents"], "cluster": {"nodes": nodes}}
     path = saved(tmp_path, replace(plan, inputs={"documents": documents}))

@@ -1,8 +1,8 @@
-"""Objects of operators are held against whole CRDs: files of them in the folder that HETIS_CRDS names.
+"""Objects of operators match the whole CRDs, whose files are in the folder named by HETIS_CRDS.
 
-They are 1 to 3 MB each and no part of this repository. `kubectl get crd NAME -o yaml` prints those of a cluster;
-projects have them under config/crd, at the commits that `schemas.py` names. What that file writes down is
-always held against.
+They are 1 to 3 MB each and not part of this repository. `kubectl get crd NAME -o yaml` prints those of a cluster;
+projects have them under config/crd, at the commits that `schemas.py` names. The schemas in that file are always checked
+against.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def strict(schema: Any) -> Any:
-    """A schema in which nothing unknown may stand: a server of Kubernetes drops that without a word."""
+    """Return a schema that refuses unknown fields, which a Kubernetes server drops silently."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
@@ -48,7 +48,7 @@ def strict(schema: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def validators() -> Mapping[tuple[str, str], jsonschema.Draft202012Validator]:
-    """By version of the API and kind."""
+    """Return the schemas by API version and kind."""
     return dict(_validators(Path(FOLDER or "")))
 
 
@@ -58,7 +58,7 @@ def _validators(folder: Path) -> Iterator[tuple[tuple[str, str], jsonschema.Draf
         assert one["kind"] == "CustomResourceDefinition", path
         for version in one["spec"]["versions"]:
             schema = strict(version["schema"]["openAPIV3Schema"])
-            schema["properties"]["metadata"] = {"type": "object"}  # that of Kubernetes itself
+            schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own metadata
             key = f"{one['spec']['group']}/{version['name']}", one["spec"]["names"]["kind"]
             yield key, jsonschema.Draft202012Validator(schema)
 

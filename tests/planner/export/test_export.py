@@ -62,7 +62,7 @@ def exported(plan: Plan, target: ExportTarget, **changes: Any) -> Export:
     return export_plan(plan, model_of(plan), target, replace(SETTINGS, **{"engine": engine, **changes}))
 
 
-# The parts of these plans that targets cannot carry: a part of the reason, and the replicas.
+# The parts of these plans that targets cannot carry: an excerpt of the reason, and the replicas.
 LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
     **{(ExportTarget.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
     **{(ExportTarget.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
@@ -78,7 +78,7 @@ LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
     (ExportTarget.DYNAMO, "prefill and decode"): (
         "it is on 2 nodes",
         ("r0", "r1", "r2"),
-    ),  # nothing prefills without it
+    ),  # without it no replica prefills
     (ExportTarget.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
     (ExportTarget.RAY, "prefill and decode"): ("no partner is left", ("r2",)),
 }
@@ -191,12 +191,12 @@ def test_router_weights_are_the_plans_rates(target: ExportTarget) -> None:
     found = json.loads(made.files["router/weights.json"])
     assert [(one["share"], one["weight"]) for one in found["endpoints"]] == [(0.6, 600), (0.15, 150), (0.25, 250)]
     endpoints = list(dict.fromkeys(one["endpoint"] for one in found["endpoints"]))
-    weights = [600, 150, 250] if target is not ExportTarget.DYNAMO else [1000]  # its front stands for all replicas
+    weights = [600, 150, 250] if target is not ExportTarget.DYNAMO else [1000]  # its frontend stands for all replicas
     assert len(endpoints) == len(weights)
     litellm = yaml.safe_load(made.files["router/litellm.yaml"])["model_list"]
     assert [one["litellm_params"]["api_base"] for one in litellm] == [f"http://{e}/v1" for e in endpoints]
     assert [one["litellm_params"]["weight"] for one in litellm] == weights
-    if target is ExportTarget.RAY:  # its replicas are reached by paths, of which the others know nothing
+    if target is ExportTarget.RAY:  # its replicas are reached by paths, which the other routers do not support
         assert not {"router/nginx.conf", "router/envoy.yaml"} & made.files.keys()
         return
     nginx = re.findall(r"server (\S+) weight=(\d+);", made.files["router/nginx.conf"])
@@ -260,7 +260,7 @@ def is_selected(labels: Mapping[str, str], selector: Mapping[str, Any]) -> bool:
 
 
 def ports_from(source: Mapping[str, str], to: Mapping[str, str], policies: list[Any]) -> list[Any]:
-    """Return what a pod may reach of another: a list of ports for every policy that lets it; None: any port."""
+    """Return what a pod may reach of another: a list of ports for every policy that allows it; None: any port."""
     return [
         [port["port"] for port in rule["ports"]] if "ports" in rule else None
         for policy in policies
@@ -272,7 +272,7 @@ def ports_from(source: Mapping[str, str], to: Mapping[str, str], policies: list[
 
 @pytest.mark.parametrize("target", [ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D])
 def test_every_stage_of_a_prefill_replica_can_be_asked_for_kv_by_decode_replicas_alone(target: ExportTarget) -> None:
-    """NIXL reads from each rank of the replica that prefills, so from pods of further stages, too."""
+    """NIXL reads from each rank of the replica that prefills, so also from pods of further stages."""
     files = exported(PLANS["prefill and decode"], target).files
     pods, stranger = labels_of_pods(files), {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": "chat-r1"}
     named = [(labels["app.kubernetes.io/instance"], labels) for labels in pods]
@@ -308,7 +308,7 @@ def test_options_after_two_dashes_are_written_or_told_as_lost(target: ExportTarg
 
 
 def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
-    """Pods of one template are told apart by nodes; vLLM on Ray counts the ranks of a node one after the other."""
+    """Pods of one template are distinguished by node; vLLM on Ray numbers the ranks of a node consecutively."""
     stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))
     plan = made_of(replica(*stages, in_flight=3))
     for target in (ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE):
@@ -360,7 +360,7 @@ def test_addresses_of_ipv6_have_brackets_before_a_port(target: ExportTarget) -> 
 
 @pytest.mark.parametrize("name", ["attention workers", "stages of two nodes", "unlike replicas"])
 def test_all_steps_of_a_slurm_job_start_and_share_its_memory(name: str) -> None:
-    """A step takes whatever it does not ask for from the job: all GPUs of the node, all memory, one CPU."""
+    """A step inherits from the job whatever it does not request: all GPUs of the node, all memory, one CPU."""
     made = exported(PLANS[name], ExportTarget.SLURM)
     for path in made.shown:
         head, _, body = made.files[path].partition("set -euo pipefail")
@@ -432,7 +432,7 @@ def test_compose_refuses_what_it_has_no_image_for() -> None:
 
 
 def test_compose_says_who_must_own_the_key() -> None:
-    """It is mounted with its owner and mode, and read by the user that our images run as."""
+    """The key is mounted with its owner and mode, and read by the user of our images."""
     readme = exported(PLANS["attention workers"], ExportTarget.COMPOSE).files["README.md"]
     [user] = re.findall(r"chown (\d+) worker.key", readme)
     for image in ("vllm", "worker"):
@@ -473,7 +473,7 @@ def test_text_that_other_readers_of_yaml_take_for_a_number_is_quoted(target: Exp
 
 @pytest.mark.parametrize("target", READERS)
 def test_every_target_tells_its_engine_of_kv_once(target: ExportTarget) -> None:
-    """The dtype of KV in 16 bits is given with the engine's options, and told for each replica as what it has."""
+    """The dtype of 16-bit KV is among the engine's options, and passed for each replica as its own."""
     plan = PLANS["one GPU"]
     settings = replace(SETTINGS, engine=next(iter(ENGINES.get(target, ())), None))
     settings = replace(settings, engine_options=("--kv-cache-dtype=bfloat16",))

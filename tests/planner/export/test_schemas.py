@@ -1,4 +1,4 @@
-"""Exports are accepted by their readers' own parsers, or by the schemas of their objects."""
+"""Exports are accepted by their readers' own parsers, or match the schemas of their objects."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def definitions() -> Registry[Any]:
 
 @cache
 def core_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
-    """The schema of an object of Kubernetes, in which nothing unknown may stand."""
+    """The schema of a Kubernetes object, without unknown fields."""
     schema = schema_contents(f"{_SCHEMAS}/{kind.lower()}-{version}.json", "")
     return jsonschema.Draft202012Validator(schema, registry=Resource.from_contents(schema) @ definitions())
 
 
-IN_PODS = sorted(set(PLANS) - {"workers of stages"})  # where cards serve several ranks each
+IN_PODS = sorted(set(PLANS) - {"workers of stages"})  # plans in which no card serves several ranks
 
 
 def check_core(one: dict[str, Any]) -> None:
-    """An object of Kubernetes itself."""
+    """Check a Kubernetes object by its own schema."""
     group, _, version = one["apiVersion"].rpartition("/")
     name = f"{group.partition('.')[0]}-{version}" if group else version
     core_validator(one["kind"], name).validate(one)
@@ -78,7 +78,7 @@ def test_what_compose_does_not_know_is_found() -> None:
 
 
 def pods_in(schema: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    """Pods and their templates in an object, found along its schema."""
+    """Yield the pods and pod templates in an object, found along its schema."""
     if schema.get("$comment"):
         yield schema["$comment"], value
     for name, inner in schema.get("properties", {}).items():
@@ -90,7 +90,7 @@ def pods_in(schema: Any, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_pod(pod: dict[str, Any], labels: dict[str, str] | None = None) -> None:
-    """A pod by Kubernetes' own schema."""
+    """Check a pod by Kubernetes' own schema."""
     metadata = {"name": "pod", **({"labels": labels} if labels else {})}
     check_core({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod})
 

@@ -1,4 +1,4 @@
-"""Slurm's own `sbatch --test-only` takes every exported job: its options, its nodes and their GPUs."""
+"""Slurm's own `sbatch --test-only` accepts every exported job: its options, its nodes and their GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]
 
 
 def scripts(name: str, folder: Path) -> list[Path]:
-    """Jobs of a plan, as files."""
+    """Write the jobs of a plan as files."""
     made = exported(PLANS[name], ExportTarget.SLURM)
     found = []
     for path in made.shown:

@@ -1,4 +1,4 @@
-"""Exports for fleets of several vendors, and for GPUs whose engines would choose unlike attention backends."""
+"""Exports for fleets of several vendors, and for GPUs whose engines would choose different attention backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The installed vLLM takes the command lines of exports as the plan means them, and agrees with our tables of GPUs."""
+"""The installed vLLM reads the command lines of exports as the plan intends, and agrees with our tables of GPUs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ AT = (7.5, 8.0, 8.9, 9.0, 10.0, 12.0)  # capabilities
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, Any]:
-    """What vLLM says to everything that is asked here."""
+    """Return vLLM's answers to all questions of these tests."""
     return said_by_vllm(lines_and_meanings()[0], [one for one, _ in CONFIGS], AT)
 
 
 @cache
 def lines_and_meanings() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
-    """Return the command line of every process of every plan, and what vLLM must understand of it."""
+    """Return the command line of every process of every plan, and what vLLM must read from it."""
     lines, expected = lines_of_layouts()
     for kv_bytes in (2.0, 1.0):
         for plan in PLANS.values():
@@ -58,7 +58,7 @@ def test_vllm_understands_every_process_of_every_plan(said: dict[str, Any]) -> N
 
 
 def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
-    """Return what vLLM must have understood of a process, for the fields that `said_by_vllm` returns."""
+    """Return what vLLM must have read from a process's options, for the fields that `said_by_vllm` returns."""
     layout, of_role = one.layout, {Role.UNIFIED: None, Role.PREFILL: "NixlConnector", Role.DECODE: "NixlConnector"}
     ranks = layout.tensor_parallel * len(layout.layers)
     return {
@@ -104,10 +104,10 @@ def test_the_version_that_was_recorded_is_the_one_that_parses() -> None:
 
 
 def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -> None:
-    """Assert that vLLM has the backends that we tell it, on all the GPUs of which we think so.
+    """Assert that vLLM supports the backends that we pass to it, on all the GPUs for which we choose them.
 
-    Where we tell it nothing, its first choice is the same on all of them, and where we know none, there is none.
-    Backends whose libraries are not installed are left out: they do not say where they run.
+    Where we pass none, its first choice is the same on all of them, and where we know none, there is none.
+    Backends whose libraries are not installed are left out: they do not report where they run.
     """
     assert {"FLASH_ATTN", "TRITON_ATTN", "TRITON_MLA", "FLASHMLA_SPARSE"} <= runs.keys()
     sparse = {name for name in runs if "SPARSE" in name}

@@ -1,4 +1,4 @@
-"""The planner's side of one cluster without a loop, which performs the steps of `Fleet` synchronously."""
+"""The planner's side of one cluster without a loop, which takes the steps of `Fleet` synchronously."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DrivenPlanner:
         self.cluster.take(read_cluster(self.store.tables, CLUSTER), self._nodes, now_s=now_s)  # type: ignore[arg-type]
 
     def settle(self, now_s: float) -> None:
-        """Decide, store and send until nothing is left to decide."""
+        """Decide, store and send until no decision is left."""
         cluster = self.cluster
         for _ in range(100):
             for name in list(cluster.unprepared):

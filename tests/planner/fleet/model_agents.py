@@ -1,7 +1,7 @@
-"""Agents and engines as the contract says they are, small enough to be obviously right; they check what only they see.
+"""Agents and engines as the contract defines them, small enough to be obviously right; they check what only they see.
 
 `Engines` is the truth: which device owns each head group of one replica, and which devices hold its blocks. An agent
-does what it is told to its engine, and refuses what the contract says it refuses.
+applies commands to its engine, and refuses what the contract tells it to refuse.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Engines:
     """The engines of all nodes together."""
 
     owner: dict[Group, str] = field(default_factory=dict)
-    blocks: dict[str, set[Group]] = field(default_factory=dict)  # of running requests, by device
-    reserved: dict[tuple[str, str], set[Group]] = field(default_factory=dict)  # by change and device
+    blocks: dict[str, set[Group]] = field(default_factory=dict)  # blocks of running requests, by device
+    reserved: dict[tuple[str, str], set[Group]] = field(default_factory=dict)  # blocks reserved, by change and device
     flipped: set[str] = field(default_factory=set)
-    aborted: set[str] = field(default_factory=set)  # by the authority
+    aborted: set[str] = field(default_factory=set)  # changes that the authority has aborted
     generation: int = 0
 
     def start(self, devices: list[str], groups: list[Group]) -> None:
@@ -42,7 +42,7 @@ class Engines:
             self.blocks.setdefault(device, set()).add(group)
 
     def check(self) -> None:
-        """One owner per head group, which holds its KV."""
+        """Check that each head group has one owner, which holds its KV."""
         for group, device in self.owner.items():
             if group not in self.blocks.get(device, set()):
                 raise BrokenInvariantError(f"{device} owns {group} and has freed it")
@@ -54,7 +54,7 @@ class Engines:
             for number in move.head_groups:
                 group = (move.request, number)
                 if self.owner[group] != move.source:
-                    continue  # left out
+                    continue  # this move is left out
                 if group not in self.reserved.get((change.change_id, move.target), set()):
                     raise BrokenInvariantError("flipped to a device that has no copy")
                 self.owner[group] = move.target
@@ -89,8 +89,8 @@ class ModelAgent:
             pb.AGENT_CAPABILITY_HEAD_MAP,
         ]
         self.num_running = 1
-        self.refuse_with: Reason.ValueType | None = None  # the next delta
-        self._answers: dict[str, pb.ConnectNodeRequest] = {}  # by replica: to its last delta
+        self.refuse_with: Reason.ValueType | None = None  # reason to refuse the next delta
+        self._answers: dict[str, pb.ConnectNodeRequest] = {}  # answer to each replica's last delta
         self._sequence = 0
         self._stream_epoch = 0
 
@@ -145,7 +145,7 @@ class ModelAgent:
     # The engine's own progress.
 
     def load(self) -> None:
-        """Every assignment reaches its goal."""
+        """Let every assignment reach its goal."""
         for name, (_, _, assignment) in self.held.items():
             self.states[name] = {
                 replica_pb2.ASSIGNMENT_GOAL_LOAD: State.ASSIGNMENT_STATE_LOADED,
@@ -155,7 +155,7 @@ class ModelAgent:
         self.report()
 
     def get_ready(self) -> None:
-        """All copies are made."""
+        """Complete all copies."""
         for held in self.changes.values():
             if held.phase == Phase.CHANGE_PHASE_PREPARING:
                 self._enter(held, Phase.CHANGE_PHASE_READY)
@@ -166,7 +166,7 @@ class ModelAgent:
                 self._abort_here(held)
 
     def miss_deadline(self) -> None:
-        """The authority's prepare deadline passed."""
+        """Let the authority's prepare deadline pass."""
         for held in self.changes.values():
             undecided = held.phase in (Phase.CHANGE_PHASE_PREPARING, Phase.CHANGE_PHASE_READY)
             if undecided and self._is(held, change_pb2.CHANGE_PART_AUTHORITY):

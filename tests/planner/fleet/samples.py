@@ -96,7 +96,7 @@ def cluster_record(plan: str = PLAN, document: document_pb2.Document | None = No
 
 
 def store_with_plan(document: document_pb2.Document | None = None) -> MemoryStore:
-    """A plan of one replica has just been activated."""
+    """Return a store in which a plan of one replica has just been activated."""
     store = MemoryStore()
     store.tables.clusters.insert(cluster_record(document=document))
     store.tables.plans.insert(plan_record())
@@ -113,14 +113,14 @@ def contents() -> Contents:
 
 
 class SampleContents:
-    """Every replica of every plan can be read."""
+    """Return contents in which every replica of every plan can be read."""
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         return [contents() for _ in indices]
 
 
 def change(base_generation: int, *, source: str = "b/0", target: str = "c/0") -> redispatch_pb2.Redispatch:
-    """Moves one head group."""
+    """Return a change that moves one head group."""
     change_id = str(uuid.uuid4())
     move = head_map_pb2.Move(
         number=0,

@@ -28,7 +28,7 @@ def world() -> World:
 
 
 def activate(world: World, *replicas: tuple[str, replica_pb2.ReplicaPlan]) -> None:
-    """Activate a plan like ActivatePlan: in one transaction, of which the fleet then learns."""
+    """Activate a plan like ActivatePlan: in one transaction, of which the fleet is then notified."""
     tables = world.store.tables
     cluster = tables.clusters.require("clusters/lab")
     tables.clusters.update(replace(cluster, active_plan=NEXT, earlier_plan=PLAN))
@@ -46,7 +46,7 @@ def state(world: World, name: str) -> int:
 
 
 def work(world: World) -> None:
-    """Engines reach their goals."""
+    """Let engines reach their goals."""
     world.flow()
     for agent in world.agents.values():
         agent.load()
@@ -96,7 +96,7 @@ def test_a_plan_goes_through_its_waves(world: World) -> None:
     assert state(world, REPLICA) == DRAINING
     assert INSTEAD not in world.agents["a"].held
     work(world)
-    assert state(world, REPLICA) == DRAINING  # something runs
+    assert state(world, REPLICA) == DRAINING  # requests are still running
     world.agents["a"].num_running = 0
     work(world)
     assert REPLICA not in world.store.tables.replicas.rows

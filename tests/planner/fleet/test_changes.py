@@ -1,4 +1,4 @@
-"""One change by itself: what its nodes are told follows from what the store knows, and from the authority's word."""
+"""One change by itself: the messages to its nodes follow from the store and from the authority's status."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_an_abort_whose_write_is_under_way_is_no_end_that_may_be_told() -> None:
     one = coordinator()
     keep(one)
     one.lose("c")
-    saving = one.to_save()  # ABORTING, and nobody knows how it ended
+    saving = one.to_save()  # ABORTING, and the outcome is still unknown
     say(one, "a", Phase.CHANGE_PHASE_ABORTED)
     one.saved(saving)
     assert set(told(one).values()) == {"abort"}
     keep(one)
-    assert told(one) == {"b": "resolved", "c": "resolved"}  # c may be back any moment
+    assert told(one) == {"b": "resolved", "c": "resolved"}  # c may reconnect at any moment
 
 
 def test_only_the_authority_says_how_it_ended() -> None:
@@ -124,7 +124,7 @@ def refuse(one: ChangeCoordinator, node: str, kind: str, reason: Reason.ValueTyp
 
 
 def forgotten() -> ChangeCoordinator:
-    """The authority's agent lost its disk after it was permitted."""
+    """The authority's agent lost its disk after the permission."""
     one = coordinator()
     engine(one, "first")
     keep(one)
@@ -150,7 +150,7 @@ def test_an_agent_that_knows_nothing_of_a_permission_is_asked_again_until_its_en
 @pytest.mark.parametrize("is_first", [False, True])
 def test_a_permission_that_is_forgotten_with_the_engine_came_to_nothing(is_first: bool) -> None:
     one = forgotten()
-    if is_first:  # the report came before the answer
+    if is_first:  # the report arrives before the answer
         one = coordinator()
         engine(one, "first")
         keep(one)
@@ -174,7 +174,7 @@ def test_an_engine_that_does_not_say_its_run_is_new_when_it_counts_from_the_star
         say(one, node, Phase.CHANGE_PHASE_READY)
     keep(one)
     refuse(one, "a", "commit", Reason.ERROR_REASON_CHANGE_UNKNOWN)
-    one.see_report("a", report_pb2.ReplicaReport(assignment_state=report_pb2.ASSIGNMENT_STATE_LOADING))  # a guess
+    one.see_report("a", report_pb2.ReplicaReport(assignment_state=report_pb2.ASSIGNMENT_STATE_LOADING))  # a mere hint
     assert one.state == State.REDISPATCH_STATE_COMMITTING
     engine(one, "", 3)
     assert one.state == State.REDISPATCH_STATE_ABORTING
@@ -191,7 +191,7 @@ def test_an_authority_that_flipped_corrects_an_abort_that_it_never_spoke_of(rest
         body.CopyFrom(one.body)
         one = ChangeCoordinator.resumed(body, now_s=0.0, again_s=10.0)
     say(one, "a", Phase.CHANGE_PHASE_FLIPPED)
-    assert told(one) == {}  # not before it is kept
+    assert told(one) == {}  # not before the correction is stored
     keep(one)
     assert one.state == State.REDISPATCH_STATE_RELEASING
     assert told(one) == {"b": "resolved", "c": "resolved"}
@@ -256,7 +256,7 @@ def test_parts_follow_the_gpus_of_the_copy_that_is_meant() -> None:
 
 
 def test_a_node_that_moves_no_heads_has_no_part_and_the_authority_does_it() -> None:
-    """This happens if attention workers of a real engine are on nodes whose agents have no engine."""
+    """This happens if the attention workers of a real engine are on nodes whose agents have no engine."""
     world = World()
     world.agents["b"].capabilities = []
     world.serve()

@@ -59,8 +59,8 @@ class _Servicer(agent_service_pb2_grpc.AgentServiceServicer):
 
     async def ConnectNode(self, request_iterator, context):  # type: ignore[no-untyped-def] # noqa: N802
         try:
-            # Closed at once also where the call is cancelled while a message is written, which gRPC leaves to the
-            # garbage collector if a servicer yields its messages.
+            # Closes the generator at once even if the call is cancelled while a message is written; gRPC leaves that
+            # to the garbage collector if a servicer yields its messages.
             async with aclosing(self._fleet.connect(self._who, request_iterator)) as responses:
                 async for response in responses:
                     await context.write(response)
@@ -303,7 +303,7 @@ def test_an_agent_may_speak_for_its_own_node_only() -> None:
 
 
 def test_an_agent_of_another_run_is_refused_while_the_first_is_heard() -> None:
-    """A replayed Hello, with a token of the whole cluster, ended the real agent for good."""
+    """A replayed Hello, with a token for the whole cluster, used to end the real agent for good."""
 
     async def body() -> None:
         async with planner() as (fleet, stub, _, _):
@@ -317,7 +317,7 @@ def test_an_agent_of_another_run_is_refused_while_the_first_is_heard() -> None:
             assert _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_READY
             first.cancel()
             await until(lambda: _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_SUSPECT)
-            second = stub.ConnectNode()  # the first is gone
+            second = stub.ConnectNode()  # the first stream has ended
             await second.write(replayed.hello())
             assert await _kind_of_next(second) == "welcome"
             second.cancel()
@@ -430,7 +430,7 @@ def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_
 
 
 class _UnheardError(Exception):
-    """The server has not heard of the cancelled call, as gRPC's does now and then after a thousand other tests."""
+    """The server was not notified of the cancelled call, as happens in gRPC now and then after many other tests."""
 
 
 def _state(fleet: LiveFleet, name: str) -> int:

@@ -1,4 +1,4 @@
-"""The fleet in its loop where things go wrong beside it: the store, its own time, clusters that come and go."""
+"""The fleet's loop with failures around it: of the store, of its own time, and clusters that come and go."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NODE = f"{CLUSTER}/nodes/a"
 
 
 class HandClock:
-    """It goes when it is told to."""
+    """A clock that the test moves."""
 
     now_s = 100.0
 
@@ -49,7 +49,7 @@ class HandClock:
 
 
 class FaultyStore(MemoryStore):
-    """``fails_with``: the next write; ``reads``: waits before every read."""
+    """``fails_with``: error of the next write; ``reads``: event awaited before every read."""
 
     fails_with: BaseException | None = None
     num_reads = 0
@@ -87,7 +87,7 @@ def new_fleet(store: MemoryStore, clock: HandClock | None = None) -> LiveFleet:
 
 @asynccontextmanager
 async def stream(fleet: LiveFleet, *messages: Request) -> AsyncIterator[list[Response]]:
-    """An agent of node a, which says no more than this; and what it is sent."""
+    """Connect an agent of node a that sends only these messages; yield the messages that it receives."""
     sent: list[Response] = []
 
     async def requests() -> AsyncIterator[Request]:
@@ -186,11 +186,11 @@ def test_a_planner_that_stood_still_takes_nobodys_silence_for_a_death() -> None:
         await fleet.cluster_changed(CLUSTER)
         async with stream(fleet):
             fleet.tick()
-            clock.now_s += 60.0  # it was stopped, or its machine was
+            clock.now_s += 60.0  # the process or its machine was suspended
             fleet.tick()
             assert state(fleet) == "READY"
             seen = []
-            for _ in range(24):  # and now it listens, and the node says nothing
+            for _ in range(24):  # now it listens, and the node is silent
                 clock.now_s += SETTINGS.tick_s
                 fleet.tick()
                 seen.append(state(fleet))
@@ -251,7 +251,7 @@ def test_the_number_of_connected_nodes_follows_their_streams() -> None:
         await fleet.cluster_changed(CLUSTER)
         async with stream(fleet):
             assert fleet.num_connected(CLUSTER) == 1
-            async with stream(fleet):  # takes over
+            async with stream(fleet):  # a new stream takes over
                 assert fleet.num_connected(CLUSTER) == 1
         assert fleet.num_connected(CLUSTER) == 0
         await fleet.stop("the test is over")
@@ -294,7 +294,7 @@ def test_a_planner_that_another_one_replaced_writes_nothing(tmp_path: Path) -> N
         await zombie.lead("the first")
         await zombie.write(lambda tx: tx.clusters.insert(cluster_record("")))
         assert zombie._lock is not None
-        zombie._lock.release()  # as after a pause, or on a disk that forgot it
+        zombie._lock.release()  # as after a suspension, or on a disk that lost the lock
         other = await Store.open(url)
         await other.lead("the second")
         with pytest.raises(ServiceError) as caught:

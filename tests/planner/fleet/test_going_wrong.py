@@ -1,4 +1,4 @@
-"""Every row of the table "What goes wrong" of docs/api.md, as far as it is the planner's: step by step, no luck."""
+"""Every row of the table "What goes wrong" of docs/api.md, as far as it concerns the planner: step by step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Phase = change_pb2.ChangePhase
 
 @pytest.fixture
 def world() -> World:
-    """A replica that serves."""
+    """A world with a serving replica."""
     world = World()
     world.serve()
     assert world.store.tables.replicas.rows[REPLICA].state == replica_pb2.REPLICA_STATE_SERVING
@@ -22,7 +22,7 @@ def world() -> World:
 
 
 def ready(world: World) -> str:
-    """A change that every node is ready for, and nobody has told the planner yet of a."""
+    """A change for which every node is ready, before the planner has received a's status."""
     change_id = world.propose()
     assert change_id
     world.flow()
@@ -81,7 +81,7 @@ def test_commit_is_lost_and_the_authority_aborts_at_its_deadline(world: World) -
     change_id = ready(world)
     world.hear("a")
     assert world.state(change_id) == "COMMITTING"
-    world.disconnect("a")  # with the commit
+    world.disconnect("a")  # the commit is lost with the stream
     world.agents["a"].miss_deadline()
     assert change_id in world.engines.aborted
     world.heal()
@@ -117,7 +117,7 @@ def test_the_planner_dies_after_the_flip_and_the_next_one_hears_it_with_hello(wo
     world.hear("a")
     world.tell("a")
     assert change_id in world.engines.flipped
-    world.restart_planner()  # before FLIPPED came
+    world.restart_planner()  # before FLIPPED arrived
     assert world.state(change_id) == "COMMITTING"
     world.heal()
     assert world.state(change_id) == "DONE"
@@ -247,7 +247,7 @@ def test_any_message_that_comes_twice_is_void_the_second_time(world: World) -> N
 
 def test_a_delta_without_an_answer_is_sent_again_under_its_nonce(world: World) -> None:
     change_id = world.propose()
-    first = world.to_agent["c"].pop(0)  # lost, though its stream goes on
+    first = world.to_agent["c"].pop(0)  # lost, although its stream continues
     world.pass_time(SETTINGS.answer_s / 10)
     assert not world.to_agent["c"]
     for _ in range(12):

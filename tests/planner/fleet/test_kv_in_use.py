@@ -11,7 +11,7 @@ from tests.planner.fleet.samples import REPLICA, SETTINGS, store_with_plan
 
 
 def test_a_device_counts_once_and_none_of_a_lost_node() -> None:
-    """The node's report comes first, then the fullest stage of its engine; unknown blocks say nothing."""
+    """The node's report comes first, then the fullest stage of its engine; unknown blocks are ignored."""
     cluster = DrivenPlanner(store_with_plan(), 1, lambda _node, _message: None, now_s=0.0).cluster
     for node in ("a", "b"):
         cluster.leases.connect(node, now_s=0.0)

@@ -1,4 +1,4 @@
-"""Presence of nodes."""
+"""Leases, which define whether nodes are present."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The invariants of docs/api.md hold whatever is lost, repeated, reordered or late, and whoever dies when."""
+"""The invariants of docs/api.md hold whatever is lost, repeated, reordered or late, and whichever process dies when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOME = st.integers(min_value=0, max_value=5)
 
 
 class Protocol(RuleBasedStateMachine):
-    """Checks of single steps are in `World` and its agents; what must come of it all in the end is in `teardown`."""
+    """Single steps are checked in `World` and its agents; the final outcome is checked in `teardown`."""
 
     world: World
 
@@ -100,7 +100,7 @@ class Protocol(RuleBasedStateMachine):
 
 
 class Pressed(Protocol):
-    """The same machine with a change always under way, so that faults meet its phases."""
+    """The same machine with a change always in progress, so that faults meet its phases."""
 
     @initialize(serves=st.just(True))
     def begin(self, serves: bool) -> None:
@@ -109,7 +109,7 @@ class Pressed(Protocol):
 
     @rule(node=NODES)
     def step(self, node: str) -> None:
-        """The way of a change where nothing goes wrong."""
+        """Advance a change as if nothing went wrong."""
         self.world.tell(node)
         self.world.agents[node].get_ready()
         self.world.hear(node)

@@ -1,4 +1,4 @@
-"""Malicious or newer messages of one agent cost others nothing."""
+"""Malicious or newer messages of one agent do not affect others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAR = 2**62
 
 @pytest.fixture
 def world() -> World:
-    """A replica that serves."""
+    """A world with a serving replica."""
     world = World()
     world.serve()
     return world
@@ -132,7 +132,7 @@ def test_what_is_not_answered_costs_no_look_per_message(world: World) -> None:
     for _ in range(1000):
         cluster.handle("b", world.sessions["b"], beat, now_s=1.0, time_s=1.0)
         assert not cluster.messages(1.0)
-    assert time.process_time() - began_s < 0.5  # 1,000 slots at every message take more than that by far
+    assert time.process_time() - began_s < 0.5  # 1,000 slots at every message would take far longer
 
 
 def test_replicas_of_nobody_are_all_removed_in_the_end(world: World) -> None:
@@ -156,11 +156,11 @@ def test_reports_of_replicas_that_are_not_its_own_are_not_kept(world: World) -> 
     assert slot.failure is None
 
 
-# Nodes that nobody declared.
+# Undeclared nodes.
 
 
 def connect(world: World, node: str, **said: Any) -> str:
-    """Connect an agent as the node, and let it say one thing more; return its session."""
+    """Connect an agent as the node, and let it send one more message; return its session."""
     agent, cluster = ModelAgent(node, world.engines), world.planner.cluster
     world.to_agent.setdefault(node, [])
     session = cluster.open(node, agent.hello(), now_s=world.now_s, time_s=world.now_s)
@@ -186,14 +186,14 @@ def test_a_node_that_is_not_declared_is_not_stored_and_forgotten_with_its_stream
         session = connect(world, node, inventory=INVENTORY)
         assert cluster.links[node].inventory == INVENTORY
         status = change_pb2.ChangeStatus(change_id="x", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
-        cluster.changes.hear(node, status)  # looked up when it is gone
+        cluster.changes.hear(node, status)  # looked up when the node is gone
         cluster.close(node, session)
         world.planner.settle(world.now_s)
     cluster.pass_time(world.now_s)
     cluster.messages(world.now_s)
     assert stored(world) == before
     assert {*cluster.links} == {*cluster.connect_time_s} == {*cluster.leases.nodes} == {"a", "b", "c"}
-    with pytest.raises(ServiceError, match="another stream of node n0 began"):  # which was disconnected by an admin
+    with pytest.raises(ServiceError, match="another stream of node n0 began"):  # disconnected by an admin
         cluster.handle("n0", "", pb.ConnectNodeRequest(), now_s=world.now_s, time_s=world.now_s)
 
 
@@ -220,7 +220,7 @@ def test_what_a_node_said_before_it_was_declared_is_stored_then_and_forgotten_wh
     planner._nodes = ("a", "b", "c")
     planner.reread(world.now_s)
     planner.settle(world.now_s)
-    assert "d" in stored(world)  # until its stream is gone
+    assert "d" in stored(world)  # it stays until its stream ends
     planner.cluster.close("d", session)
     planner.settle(world.now_s)
     assert "d" not in stored(world)
@@ -254,7 +254,7 @@ def test_nodes_that_an_earlier_planner_stored_are_forgotten_unless_they_are_drai
         world.store.tables.nodes.insert(record)
     planner = DrivenPlanner(world.store, world.store.epoch, lambda *_: None, now_s=0.0, nodes=("a", "b"))
     planner.settle(0.0)
-    assert stored(world) == {"a", "b", "c", "drained"}  # c has a share of the replica
+    assert stored(world) == {"a", "b", "c", "drained"}  # c has a part of the replica
     assert "old" not in planner.cluster.node_records
 
 
@@ -350,7 +350,7 @@ def test_changes_that_a_node_made_up_are_listened_to_up_to_a_limit(world: World)
     assert len(cluster.changes.late.unknown) == MOST_OF_NODE
     world.planner.settle(world.now_s)
     assert cluster.links["b"].slots[REPLICA].num_directives <= MOST_OF_NODE
-    for number in range(9000):  # the same, one by one
+    for number in range(9000):  # the same, one after another
         status = change_pb2.ChangeStatus(
             change_id=f"d-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING, generation=3
         )
@@ -366,7 +366,7 @@ def test_a_flip_that_no_store_has_recorded_is_told_as_the_node_says_it(world: Wo
     world.tell("a")
     assert change_id in world.engines.flipped
     world.store.tables.redispatches.rows.clear()
-    world.check = lambda: None  # type: ignore[method-assign]  # the permission is not in the store any more
+    world.check = lambda: None  # the store no longer has the permission
     world.restart_planner()
     for node in world.agents:
         world.connect(node)

@@ -1,4 +1,4 @@
-"""A planner, three agents and a transport between them that loses, repeats and reorders, all under a test's control."""
+"""A planner, three agents and a transport that loses, repeats and reorders messages, all under a test's control."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PERMITTED = {
 
 
 class World:
-    """``to_agent``: messages under way to each node; what agents sent is in ``agents[...].sent``."""
+    """``to_agent``: messages in flight to each node; those that agents sent are in ``agents[...].sent``."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -37,14 +37,14 @@ class World:
     # Steps.
 
     def connect(self, node: str) -> None:
-        """A new stream, which ends an older one."""
+        """Open a new stream, which ends an older one."""
         self.to_agent[node].clear()
         hello = self.agents[node].hello()
         self.sessions[node] = self.planner.cluster.open(node, hello, now_s=self.now_s, time_s=self.now_s)
         self.settle()
 
     def disconnect(self, node: str) -> None:
-        """Drop the stream with all messages under way in both directions."""
+        """Drop the stream with all messages in flight in both directions."""
         session = self.sessions.pop(node, None)
         self.agents[node].sent.clear()
         self.to_agent[node].clear()
@@ -53,7 +53,7 @@ class World:
             self.settle()
 
     def restart_planner(self) -> None:
-        """It died; another one leads, with what is in the store."""
+        """Replace the dead planner by another one, which leads with the contents of the store."""
         self.store.epoch += 1
         for node in self.agents:
             self.sessions.pop(node, None)
@@ -63,7 +63,7 @@ class World:
         self.settle()
 
     def hear(self, node: str, position: int = 0, *, again: bool = False) -> None:
-        """The planner gets a message of the agent; ``again``: it will get it once more."""
+        """Deliver an agent's message to the planner; ``again``: it will be delivered once more."""
         sent = self.agents[node].sent
         if node not in self.sessions or not sent:
             return
@@ -76,7 +76,7 @@ class World:
         self.settle()
 
     def tell(self, node: str, *, again: bool = False) -> None:
-        """The agent gets the planner's next message."""
+        """Deliver the planner's next message to the agent."""
         queue = self.to_agent[node]
         if not queue:
             return
@@ -93,7 +93,7 @@ class World:
         self.settle()
 
     def propose(self) -> str:
-        """Moves the head group away from whoever has it; empty: it could not begin."""
+        """Move the head group away from its owner; return the change's id, or an empty text if it could not begin."""
         held = self.agents["a"].held.get(REPLICA)
         source = self.engines.owner[MOVED]
         target = "c/0" if source == "b/0" else "b/0"
@@ -112,15 +112,15 @@ class World:
             self.planner.settle(self.now_s)
         except PlannerDiedError:
             for node in self.agents:
-                while self.to_agent[node]:  # it had been sent when the planner died
+                while self.to_agent[node]:  # these had been sent when the planner died
                     self.tell(node)
             self.restart_planner()
         self.check()
 
-    # Longer ways.
+    # Longer courses.
 
     def flow(self, rounds: int = 30) -> None:
-        """Everything is delivered in its order, engines do their work, until nothing is under way."""
+        """Deliver everything in order and let engines work, until nothing is in progress."""
         for _ in range(rounds):
             busy = False
             for node, agent in self.agents.items():
@@ -133,7 +133,7 @@ class World:
         raise AssertionError("messages never end")
 
     def heal(self) -> None:
-        """Time in which nothing goes wrong any more."""
+        """Let time pass in which nothing goes wrong any more."""
         for node in self.agents:
             if node not in self.sessions:
                 self.connect(node)
@@ -162,7 +162,7 @@ class World:
                 agent.load()
         self.flow()
 
-    # What must hold.
+    # Invariants.
 
     def check(self) -> None:
         self.engines.check()
@@ -173,7 +173,7 @@ class World:
                 raise BrokenInvariantError(f"{change_id} was flipped, and the store knows of no permission")
 
     def check_healed(self) -> None:
-        """Everything has ended, as the authority decided, on both sides."""
+        """Check that every change has ended on both sides, as the authority decided."""
         for record in self.store.tables.redispatches.rows.values():
             was_flipped = record.body.change.change_id in self.engines.flipped
             ended = RedispatchState.REDISPATCH_STATE_DONE if was_flipped else RedispatchState.REDISPATCH_STATE_ABORTED
@@ -188,7 +188,7 @@ class World:
             assert all(not agent.held[REPLICA][2].conditions for agent in self.agents.values())
         for node, agent in self.agents.items():
             assert not agent.changes, node
-        # What every engine still reserves belongs to nothing; what has moved is freed.
+        # Engines reserve nothing of ended changes, and have freed what has moved.
         for group, device in self.engines.owner.items():
             holders = [name for name, groups in self.engines.blocks.items() if group in groups]
             assert holders == [device]

@@ -1,6 +1,6 @@
-"""A stand-in for the solver process: the posed problem says what it does, so that tests need no solver.
+"""A stand-in for the solver process: the posed problem selects its behaviour, so that tests need no solver.
 
-Run as a script. It ends with its input, as the real one does. It imports little before it is ready: many are started.
+Run as a script. It ends with its input, as the real one does. It imports little before it is ready: tests start many.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def act(script: dict[str, Any]) -> None:
             send("searching")
             send("progress", phase="pricing", elapsed_s=0.5, incumbent=1.0)
             send("found", str(script.get("document", os.getpid())).encode(), result="")
-        case "wait":  # for the end, or until it is called off
+        case "wait":  # for the end of the input, or until it is cancelled
             send("searching")
             send("progress", phase="waiting", elapsed_s=0.0)
             cancelled.wait()
             send("found", b"incumbent", result=base64.b64encode(interrupted(b"incumbent")).decode())
-        case "verify":  # until it is called off
+        case "verify":  # until it is cancelled
             send("searching", spent_s=0.0)
             send("verifying", spent_s=0.0)
             cancelled.wait()
             send("found", b"not verified", result="")
-        case "compile":  # for longer than the search may take
+        case "compile":  # longer than the search may take
             send("searching", spent_s=0.0)
             send("compiling")
             time.sleep(script["compile_s"])

@@ -1,4 +1,4 @@
-"""The pool of solver processes, with processes that do as they are told."""
+"""The pool of solver processes, with scripted processes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def begun(search: PooledSearch) -> None:
 
 
 async def heard(search: PooledSearch) -> None:
-    """Wait until the process has said how the search goes: killed before, the search would be begun again."""
+    """Wait until the process has reported progress: if it were killed before, the search would start again."""
     async with asyncio.timeout(30):
         async for news in search.news():
             if isinstance(news, Progress):
@@ -91,7 +91,7 @@ def test_a_process_is_kept_for_the_next_search_and_replaced_after_some() -> None
             return [await outcome(begin(pool, "find")) for _ in range(4)]
 
     first, second, third, fourth = asyncio.run(scenario())
-    assert first == second != third == fourth  # each answers with its process id
+    assert first == second != third == fourth  # each result holds its process id
 
 
 def test_processes_start_with_the_first_searches_or_when_none_has_come_for_a_while() -> None:
@@ -308,7 +308,7 @@ def test_one_caller_cannot_take_all_processes_nor_the_queue() -> None:
             assert isinstance(await outcome(begin(pool, "find", caller="modest")), FoundPlan)
             assert (pool.num_running, pool.num_waiting) == (1, 2)
             greedy[0].cancel()
-            await begun(greedy[1])  # the next of the same caller, when it may
+            await begun(greedy[1])  # the caller's next search, when it may begin
             pool.reserve("greedy").abandon()
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Compiling takes no time of a search."""
+"""Compiling does not count towards a search's time."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_a_problem_that_was_posed_before_there_were_roles_and_levels_can_be_read
 
 def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="humaneval_lengths")  # which is simulated quickly
-    objective = Objective(ttft_limit_s=0.5)  # which simulated traffic misses
+    objective = Objective(ttft_limit_s=0.5)  # a limit that simulated traffic misses
     posed = PosedProblem(loaded=loaded, objective=objective, settings=PlacementSettings())
     begun, *progress, found = search_for(posed)
     assert begun is Begun.BEGUN
@@ -94,7 +94,7 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(capfd: pytest
     said = plan_pb2.PlanResult.FromString(found.result).verification
     assert (said.rate_rps, said.kept, said.ttft_p95_s) == (simulated.rate_rps, simulated.kept, simulated.ttft_p95_s)
     assert (said.kept, [miss.partition(" s of ")[2] for miss in said.misses]) == (False, ["0.5 s"])
-    assert capfd.readouterr().out == ""  # HiGHS prints, but not here
+    assert capfd.readouterr().out == ""  # HiGHS prints, but not to this stdout
 
 
 def test_a_plan_is_held_to_the_level_that_is_asked_for_or_not_simulated(posed: PosedProblem) -> None:
@@ -159,7 +159,7 @@ def test_a_process_ends_when_its_service_is_gone(posed: PosedProblem) -> None:
             assert ready.kind == "ready"
             process.send(JobFrame(kind="solve", fields={}, payload=posed.to_json()))
             await process.receive()
-            process._stdin.close()  # what the kernel does to a service that is gone
+            process._stdin.close()  # as the kernel does for a service that has died
             return await process.ended()
 
     assert asyncio.run(scenario()) == 0

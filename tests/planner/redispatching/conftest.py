@@ -1,4 +1,4 @@
-"""Kernels are compiled before the clock of a look runs: on a new machine that takes longer than a look may."""
+"""Compiles the kernels before any timed check: on a new machine that takes longer than a check may."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random problems of the solver as the messages that a planner gets."""
+"""Random problems of the solver as the messages that a planner receives."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def head_map_message(snapshot: StateSnapshot) -> head_map_pb2.HeadMap:
 def load_message(
     head_map: head_map_pb2.HeadMap, model: stage_pb2.StageModel, *, slowness: dict[str, float] | None = None
 ) -> report_pb2.StageLoad:
-    """The sums of a head map; with ``slowness`` also times, so many times as long as predicted."""
+    """The sums of a head map; with ``slowness`` also times, longer than predicted by that factor."""
     heads, byte_s = model.heads, {}
     load = report_pb2.StageLoad(stage=head_map.stage, copy=head_map.copy)
     for i, device in enumerate(head_map.devices):
@@ -87,7 +87,7 @@ def load_message(
 
 
 def apply_moves(head_map: head_map_pb2.HeadMap, moves: Iterable[head_map_pb2.Move]) -> None:
-    """Flip all of the moves, as an engine does."""
+    """Flip all moves, as an engine does."""
     place = {device.name: i for i, device in enumerate(head_map.devices)}
     running = {request.id: request for request in head_map.requests}
     for move in moves:

@@ -1,4 +1,4 @@
-"""The loop with a fleet that only exists in memory, in time that only passes when told to."""
+"""The loop with a fleet that exists only in memory, in virtual time."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ class LiveFleet:
             redispatch.change.generation = self.last_generation
             self.replica.redispatch = redispatch.name
 
-    # --- what happens
+    # --- events
 
     def end(self, state: redispatch_pb2.RedispatchState.ValueType = DONE) -> None:
-        """The change under way ends."""
+        """End the change in progress."""
         redispatch = self.sent[-1]
         redispatch.state = state
         if state == DONE:
@@ -93,7 +93,7 @@ class LiveFleet:
         self.loop.redispatch_ended(redispatch)
 
     def report(self) -> None:
-        """The primary's node reports."""
+        """Deliver a report of the primary's node."""
         slowness = {device.name: self.slowness.get(device.name, 1.0) for device in self.model.devices}
         load = load_message(self.map, self.model, slowness=slowness)
         report = report_pb2.ReplicaReport(
@@ -102,7 +102,7 @@ class LiveFleet:
         self.loop.replica_reported(REPLICA, report)
 
     async def seconds(self, num: int) -> None:
-        """Reports every second, as long as the loop wants nothing else; changes end within the second."""
+        """Report every second as long as the loop sends nothing; changes end within the second."""
         for _ in range(num):
             self.now_s += 1
             self.report()
@@ -125,7 +125,7 @@ class LiveFleet:
 
 
 def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Runs a test in an event loop of its own."""
+    """Run a test in a separate event loop."""
 
     def run() -> None:
         asyncio.run(test())

@@ -1,4 +1,4 @@
-"""Proposals as they stand in the store."""
+"""Proposals as stored."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_proposal_is_made_read_with_its_replicas_put_in_force_and_withdrawn(tm
             assert (plan.origin, plan.proposal_reason) == (plan_pb2.PLAN_ORIGIN_PROPOSAL, "For 300 s b is gone.")
             assert plan.spec.model_name == "Llama-2-70B"
             assert plan.result.replicas
-            assert await placements.plan(name) is plan  # its document is read once
+            assert await placements.plan(name) is plan  # the plan's document is parsed once
             await placements.activate(name)
             in_force = await placements.plan_in_force("clusters/paper")
             assert in_force is not None

@@ -1,4 +1,4 @@
-"""Changes that the planner sends can be made: by an authority, on its own head map, all at once."""
+"""Changes that the planner sends can be applied: by an authority, to its own head map, all at once."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_a_change_can_be_made_at_once_by_who_owns_the_head_groups(problem: Redis
         assert all(devices[request.owners[group]].name == move.source for group in move.head_groups)
         used[move.target] += len(move.head_groups) * -(-request.context_tokens // heads.block_tokens)
         seen.update((move.request, group) for group in move.head_groups)
-    assert not seen or max(seen.values()) == 1  # no head group twice
-    for device in devices:  # sources still hold what leaves
+    assert not seen or max(seen.values()) == 1  # no head group moves twice
+    for device in devices:  # sources still hold the groups that leave
         assert used[device.name] <= device.total_blocks
         if device.status != report_pb2.DEVICE_STATUS_OK:
             assert device.name not in {move.target for move in found.moves}
@@ -118,7 +118,7 @@ def test_a_look_in_vain_is_not_repeated_on_the_same_state(monkeypatch: pytest.Mo
     look = replace(look, changed=frozenset())
     while (found := planner.look(look)) is not None:
         apply_moves(look.head_map, found.moves)
-    monkeypatch.setattr(Redispatcher, "solve", None)  # another search would call it
+    monkeypatch.setattr(Redispatcher, "solve", None)  # a second search would call it
     assert planner.look(look) is None
 
 

@@ -1,4 +1,4 @@
-"""Plans that the planner makes by itself when capacity has changed for long."""
+"""Plans that the planner proposes by itself after a lasting change of capacity."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plan_on(*nodes: str, name: str = "plans/first", rate_rps: float = 1.0) -> pl
 
 @dataclass
 class World:
-    """A cluster of three nodes, its plans, and time."""
+    """A cluster of three nodes, its plans, and a clock."""
 
     mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
     now_s: float = 1000.0
@@ -98,7 +98,7 @@ class World:
         self.proposals.capacity_changed(CLUSTER)
 
     def pass_s(self, seconds: float) -> None:
-        """Second by second, as `run` would."""
+        """Advance second by second, as `run` would."""
 
         async def steps() -> None:
             for _ in range(int(seconds)):
@@ -152,7 +152,7 @@ def test_automatic_puts_a_ready_proposal_in_force_and_the_next_one_when_the_node
     world.pass_s(1)
     world.set("b", LOST)
     world.pass_s(310)
-    assert world.in_force == "plans/first"  # it is still searched
+    assert world.in_force == "plans/first"  # the proposal is still being searched
     world.plans["plans/p1"].state = plan_pb2.PLAN_STATE_READY
     world.plans["plans/p1"].result.replicas[0].rate_rps = 1.5
     world.pass_s(5)
@@ -176,7 +176,7 @@ def test_what_is_not_better_is_not_put_in_force(state: plan_pb2.PlanState.ValueT
     world.pass_s(1)
     world.set("b", LOST)
     world.pass_s(310)
-    world.plans["plans/p1"].state = state  # two replicas, as many as b leaves of the plan in force
+    world.plans["plans/p1"].state = state  # as many replicas as the plan in force has without b
     world.pass_s(1000)
     assert world.in_force == "plans/first"
     assert len(world.proposed) == 1
@@ -234,7 +234,7 @@ def test_a_replica_whose_dense_path_lost_a_node_serves_nothing() -> None:
 
 
 def simulated(plan: plan_pb2.Plan, *, kept_rps: float | None) -> plan_pb2.Plan:
-    """The plan with a simulation at 2 requests/s, which missed a limit unless it kept them at that rate."""
+    """Return the plan with a simulation at 2 requests/s, which missed a limit unless ``kept_rps`` is that rate."""
     found = plan_pb2.Verification(rate_rps=2.0, kept=kept_rps == 2.0, kept_rps=kept_rps)
     plan.result.verification.CopyFrom(found)
     return plan
@@ -246,7 +246,7 @@ def test_a_plan_that_misses_its_limits_counts_by_the_rate_that_keeps_them() -> N
     assert is_better(simulated(plan_on("a", rate_rps=4.1), kept_rps=1.0), before, {"a"})
     assert not is_better(simulated(plan_on("a", rate_rps=100.0), kept_rps=None), before, {"a"})
     assert is_better(simulated(plan_on("a", rate_rps=1.1), kept_rps=2.0), missing, {"a"})
-    # One of which nothing is known is compared as planned.
+    # A plan without a simulation counts by its planned rate.
     assert not is_better(plan_on("a", rate_rps=1.1), missing, {"a"})
     assert is_better(simulated(plan_on("a", rate_rps=2.1), kept_rps=1.0), plan_on("a", rate_rps=2.0), {"a"})
 

@@ -1,4 +1,4 @@
-"""Believing measurements, and not too fast."""
+"""Measured slowness is believed, but not too soon."""
 
 from __future__ import annotations
 

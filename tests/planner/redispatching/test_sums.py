@@ -1,4 +1,4 @@
-"""The cheap test has exact times and a true bound, and misses no trigger."""
+"""The cheap check has exact times and a valid bound, and misses no trigger."""
 
 from __future__ import annotations
 
@@ -96,4 +96,4 @@ def test_a_report_in_the_usual_case_takes_microseconds() -> None:
         start = time.perf_counter()
         assert test.deviation(sums_of(load, terms, known), limit) <= limit
         took.append(time.perf_counter() - start)
-    assert sorted(took)[150] < 100e-6  # 15 us on an idle core
+    assert sorted(took)[150] < 100e-6  # takes 15 us on an idle core

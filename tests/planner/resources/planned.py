@@ -1,4 +1,4 @@
-"""PlanService on a real loopback server: a store in a file, a fleet made up, solver processes real or scripted."""
+"""PlanService on a real loopback server: a store in a file, a fake fleet, real or scripted solver processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.planner.resources.served import FakeFleet
 T = TypeVar("T")
 PAPER = (Path(__file__).parents[3] / "examples" / "paper.yaml").read_bytes()
 SCRIPTED = (sys.executable, str(Path(__file__).parents[1] / "jobs" / "scripted_worker.py"))
-WAIT, CRASH, HANG, FIND_NOTHING = 1, 2, 3, 4  # seeds, as the scripted process understands them
+WAIT, CRASH, HANG, FIND_NOTHING = 1, 2, 3, 4  # seeds that select the behaviour of the scripted process
 SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
 
 
@@ -62,7 +62,7 @@ class Planner:
         return (await self.call("GetPlan", pb2.GetPlanRequest(name=name))).plan  # type: ignore[no-any-return]
 
     async def until(self, name: str, is_reached: Callable[[plan_pb2.Plan], bool]) -> list[plan_pb2.Plan]:
-        """States as a watcher sees them, up to the first that is as wanted."""
+        """Return the states as a watcher sees them, up to the first for which the condition holds."""
         seen: list[plan_pb2.Plan] = []
         async for response in self.stub.WatchPlan(pb2.WatchPlanRequest(name=name)):
             seen.append(response.plan)
@@ -81,7 +81,7 @@ def create_request(plan_id: str = "", *, request_id: str = "", validate_only: bo
     wanted = {
         "model_name": "Llama-2-70B",
         "workload_name": "azure_conv_2023",
-        "skip_verification": True,  # seconds for each plan
+        "skip_verification": True,  # verification takes seconds for each plan
         **spec,
     }
     plan = plan_pb2.Plan(cluster="clusters/paper", spec=plan_pb2.PlanSpec(**wanted))
@@ -145,7 +145,7 @@ def with_planner(
     scripted: bool = False,
     settings: PoolSettings = PoolSettings(),  # noqa: B008
 ) -> T:
-    """Runs ``scenario`` against a planner of its own, for at most three minutes: the solver may have to be compiled."""
+    """Run ``scenario`` against a new planner, for at most three minutes: the solver may have to be compiled."""
 
     async def run() -> T:
         async with planner_in(folder, scripted=scripted, settings=settings) as planner, asyncio.timeout(180):

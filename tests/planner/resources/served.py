@@ -1,4 +1,4 @@
-"""ClusterService and ProfileService on a real loopback server, with a store in a file and a fleet made up."""
+"""ClusterService and ProfileService on a real loopback server, with a store in a file and a fake fleet."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def document(text: str = CLUSTER, name: str = "fleet.yaml") -> document_pb2.Docu
 
 
 def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> LiveNode:
-    """Return a node as the fleet sees it; ``given`` fields are not as usual."""
+    """Return a node as the fleet sees it; ``given`` fields replace the defaults."""
     usual: dict[str, Any] = {
         "is_draining": False,
         "devices": (),
@@ -71,7 +71,7 @@ def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> 
 
 
 def live_replica(state: replica_pb2.ReplicaState.ValueType, generation: int, **given: Any) -> LiveReplica:
-    """Return a replica as the fleet sees it; ``given`` fields are not as usual."""
+    """Return a replica as the fleet sees it; ``given`` fields replace the defaults."""
     usual: dict[str, Any] = {
         "name": "",
         "plan": "",
@@ -124,7 +124,7 @@ class FakeFleet:
 
 @dataclass(kw_only=True)
 class Served:
-    """A planner with its two services; calls of the stubs have a deadline of their own."""
+    """A planner with its two services; calls of the stubs have a deadline."""
 
     clusters: Any
     profiles: Any
@@ -180,7 +180,7 @@ class _WithDeadline:
 
 
 def with_planner(folder: Path, scenario: Callable[[Served], Coroutine[Any, Any, T]]) -> T:
-    """Runs ``scenario`` against a planner of its own, for at most a minute."""
+    """Run ``scenario`` against a new planner, for at most a minute."""
 
     async def run() -> T:
         async with served(folder) as planner:
@@ -200,7 +200,7 @@ class Refusal:
 
 
 async def refused(call: Any) -> Refusal:
-    """Return how a call failed, which must fail."""
+    """Return the failure of a call, which must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     status = rpc_status.from_call(caught.value)

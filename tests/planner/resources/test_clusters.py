@@ -1,4 +1,4 @@
-"""Clusters, through a real server: every call as the contract says."""
+"""Clusters, through a real server: every call as the contract defines it."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_repeated_request_is_done_once(tmp_path: Path) -> None:
         delete = pb.DeleteClusterRequest(name="clusters/night", request_id=str(uuid.uuid4()))
         await planner.clusters.DeleteCluster(delete)
         await planner.clusters.DeleteCluster(delete)
-        assert (await planner.clusters.CreateCluster(request)) == answers[0]  # the answer of then, not a new cluster
+        assert (await planner.clusters.CreateCluster(request)) == answers[0]  # the first answer, not a new cluster
         assert list((await planner.clusters.ListClusters(pb.ListClustersRequest())).clusters) == []
 
     with_planner(tmp_path, scenario)

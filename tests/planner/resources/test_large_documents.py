@@ -1,4 +1,4 @@
-"""Large documents are read beside the event loop, which goes on."""
+"""Large documents are read outside the event loop, which continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAD = "apiVersion: hetis/v1\nkind: Cluster\nname: fleet\nnetwork: {bandwidth: 
 
 
 def test_a_large_document_is_read_while_the_collector_of_garbage_rests(tmp_path: Path) -> None:
-    """Its collections hold up the loop for up to a second."""
+    """Garbage collections would block the loop for up to a second."""
     text = _HEAD + "".join(f"  - {{name: n{n}, gpus: [{{type: L4, count: 2}}]}}\n" for n in range(2000))
     collected = list[int]()
 

@@ -1,4 +1,4 @@
-"""Nodes and the inventory: what is declared, kept and seen, in one picture."""
+"""Nodes and the inventory: what is declared, stored and observed, in one view."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
         basic = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name, view=VIEW_BASIC))).node
         assert not basic.HasField("inventory")
         said = {"inventory": found("L4"), "agent_version": "1.3", "engine_address": "spare:1"}
-        see(planner, "spare", STATE.NODE_STATE_UNDECLARED, **said)  # nothing of it is stored
+        see(planner, "spare", STATE.NODE_STATE_UNDECLARED, **said)  # nothing of the node is stored
         spare = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/spare"))).node
         assert {field: getattr(spare, field) for field in said} == said
         expected = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/a100"))).node
@@ -267,7 +267,7 @@ def test_a_node_record_of_a_drained_node_survives_its_agent(tmp_path: Path) -> N
 
 
 def test_one_node_and_one_cluster_are_answered_without_looking_at_all_nodes(tmp_path: Path) -> None:
-    """Else a viewer of a large fleet could stop the planner."""
+    """Otherwise a viewer of a large fleet could block the planner."""
     name = f"{PARENT}/nodes/l4-0"
 
     async def scenario(planner: Served) -> None:
@@ -284,7 +284,7 @@ def test_one_node_and_one_cluster_are_answered_without_looking_at_all_nodes(tmp_
 
 
 def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:
-    """They are kept parsed, and read again only where a record has changed."""
+    """Parsed documents are cached, and read again only when a record has changed."""
     name = f"{PARENT}/nodes/l4-0"
 
     async def scenario(planner: Served) -> None:

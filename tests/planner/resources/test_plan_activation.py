@@ -29,7 +29,7 @@ INACTIVE, FAILED = plan_pb2.ACTIVATION_STATE_INACTIVE, plan_pb2.ACTIVATION_STATE
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
-    """Plans of the paper's cluster: small replicas of another kind on all of it, and one on the A100s."""
+    """Plans of the paper's cluster: small replicas of various types on all of it, and one on the A100s."""
     file = tmp_path_factory.mktemp("cluster") / "paper.yaml"
     file.write_bytes(PAPER)
 
@@ -69,7 +69,7 @@ async def set_activation(planner: Planner, name: str, activation: plan_pb2.Activ
 
 
 async def replicas(planner: Planner) -> dict[str, str]:
-    """Plan by replica."""
+    """Return the plan of each replica."""
     records = await planner.store.read(lambda reader: reader.replicas.all(cluster="clusters/paper"))
     return {record.name: record.plan for record in records}
 
@@ -127,7 +127,7 @@ def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_again(
         assert (await planner.get("plans/same")).activation == INACTIVE
         back = await roll_back(planner, "b", request_id=(request_id := str(uuid.uuid4())))
         assert back.plan.name == "plans/same"
-        assert (1, KEEP) in kinds(back)  # it has not gone yet, and need not
+        assert (1, KEEP) in kinds(back)  # it has not stopped yet, and need not
         assert await roll_back(planner, "b", request_id=request_id) == back
         twice = await refused(roll_back(planner, "b"))
         assert twice.reason == "PLAN_STATE"

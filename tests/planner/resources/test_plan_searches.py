@@ -1,4 +1,4 @@
-"""Everything that can happen to a search, with scripted solver processes."""
+"""All events in the life of a search, with scripted solver processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Pa
 def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path) -> None:
     async def scenario(planner: Planner) -> None:
         await planner.create("night", seed=WAIT)
-        # Killed before it is heard, the search would be begun again.
+        # If the process were killed before its first report, the search would start again.
         await planner.until("plans/night", lambda plan: plan.HasField("progress"))
         os.kill(planner.pool.pids[0], signal.SIGKILL)
         plan = await planner.solved("plans/night")

@@ -1,4 +1,4 @@
-"""Plans from CreatePlan to DeletePlan, with the solver in a process of its own, on the cluster of the paper."""
+"""Plans from CreatePlan to DeletePlan, with the solver in a separate process, on the cluster of the paper."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
 def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of 10,000 GPUs takes long enough to hold up everybody else."""
+    """A cluster of 10,000 GPUs takes long enough to block all other callers."""
     threads = list[tuple[str, bool]]()
 
     def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,9 +71,9 @@ def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -
         assert any(plan.progress.phase for plan in seen)
         ready = seen[-1]
         assert ready.result.status == plan_pb2.SOLVE_STATUS_OPTIMAL
-        assert ready.result.value == pytest.approx(1.286, abs=1e-3)  # `hetis-plan place` on the same inputs
+        assert ready.result.value == pytest.approx(1.286, abs=1e-3)  # as `hetis-plan place` on the same inputs
         assert ready.result.gap <= 1e-6
-        assert (ready.result.unit, ready.result.num_gpus) == ("requests/s", 4)  # the A100s: the rest idles
+        assert (ready.result.unit, ready.result.num_gpus) == ("requests/s", 4)  # the A100s: the other GPUs idle
         assert not ready.result.replicas
         assert not ready.result.document.content
         assert not ready.spec.model_document.content
@@ -147,7 +147,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             assert isinstance(plan, Plan)
             assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
             kept[name] = plan.inputs.get("engine")
-            if name == "fp8":  # the P100s are of no use to it, the RTX 3090s and A100s are
+            if name == "fp8":  # the P100s are of no use to this plan, the RTX 3090s and A100s are
                 assert plan.inputs["documents"]["model"]["weights"] == "fp8"
                 assert plan.inputs["constraints"] == ["--forbid type=P100-PCIe-12GB"]
                 assert any(note.startswith("P100-PCIe-12GB left out: vllm 0.32.0 takes") for note in plan.notes)

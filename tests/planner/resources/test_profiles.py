@@ -1,4 +1,4 @@
-"""Profiles, through a real server: every call as the contract says."""
+"""Profiles, through a real server: every call as the contract defines it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def profile(gpu: str = "L4", *, errors: tuple[float | None, ...] = (0.02, None, 
         Provenance(source=source, origin="test", held_out_mape=error)
         for source, error in zip(sources, errors, strict=True)
     ]
-    operators = [op for op in Op if op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]  # those that every profile has
+    operators = [op for op in Op if op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]  # operators that every profile has
     fits = tuple(
         Fit(op=op, pieces=(Piece(fixed_s=1e-6),), provenance=provenances[number % 3])
         for number, op in enumerate(operators)

@@ -1,4 +1,4 @@
-"""Changes are done once and to the end, whoever still waits for them; on both databases."""
+"""Changes are done once and completely, even if no caller waits any more; on both databases."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_request_id_is_the_same_in_upper_case(tmp_path: Path) -> None:
 
 
 def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path: Path) -> None:
-    """Else callers could fill the disk: 3 MiB for each change of a cluster's policy."""
+    """Otherwise callers could fill the disk: 3 MiB for each change of a cluster's policy."""
     text = CLUSTER.replace("count: 3", "count: 1").replace("nodes:\n", "nodes:\n" + "".join(_NODES))
     create = pb.CreateClusterRequest(
         cluster_id="a", cluster=cluster_pb2.Cluster(document=document(text)), request_id=str(uuid.uuid4())
@@ -135,7 +135,7 @@ def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path: Path
         assert await clusters.update(update) == updated
         await clusters.update(other)
         again = (await clusters.update(update)).cluster.document
-        assert (again.digest, again.content) == (updated.cluster.document.digest, b"")  # nobody has it any more
+        assert (again.digest, again.content) == (updated.cluster.document.digest, b"")  # not stored any more
         await store.close()
 
     asyncio.run(scenario())

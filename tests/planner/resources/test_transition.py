@@ -1,4 +1,4 @@
-"""The transition from running replicas to a plan: what continues, starts and drains, and in which order."""
+"""The transition from running replicas to a plan: which replicas continue, start and drain, and in which order."""
 
 from __future__ import annotations
 

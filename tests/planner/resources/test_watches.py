@@ -1,4 +1,4 @@
-"""WatchCluster, through a real server: the present state, then every change, from wherever one left off."""
+"""WatchCluster, through a real server: the present state, then every change, from wherever a watcher left off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def change(planner: Served, text: str) -> None:
 
 
 class Watcher:
-    """Keeps what it was told."""
+    """Records what it received."""
 
     def __init__(self, planner: Served, token: str = "") -> None:
         self._call = planner.clusters.WatchCluster(pb.WatchClusterRequest(name=NAME, resume_token=token))

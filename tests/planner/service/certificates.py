@@ -1,4 +1,4 @@
-"""Certificates made for a test: an authority, and what it signs."""
+"""Certificates made for a test: an authority, and certificates that it signs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Signed:
 
 
 class Authority:
-    """Signs certificates of a day."""
+    """Signs certificates that are valid for a day."""
 
     def __init__(self, name: str = "test authority") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -34,7 +34,7 @@ class Authority:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def server(self, name: str = "localhost", *, until: datetime | None = None) -> Signed:
-        """``until``: when it ends; None: in a day."""
+        """``until``: end of its validity; None: in a day."""
         alternatives = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         return self._sign(name, alternatives, until=until)
 
@@ -58,7 +58,7 @@ class Authority:
 
 
 def write(folder: Path, signed: Signed, *, name: str = "planner") -> tuple[str, str]:
-    """Paths of certificate and key."""
+    """Return the paths of certificate and key."""
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     certificate.write_bytes(signed.certificate)
     key.write_bytes(signed.key)

@@ -1,4 +1,4 @@
-"""Servicers without a planner, which do what a test selects by the requested name."""
+"""Servicers without a planner, whose behaviour a test selects by the requested name."""
 
 # ruff: noqa: N802  # gRPC's names
 
@@ -64,7 +64,7 @@ ERRORS: dict[str, Exception] = {
 
 
 class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
-    """``GetPlan`` raises what stands in `ERRORS`; ``plans/slow`` waits for ``release``; watches end with the hub."""
+    """``GetPlan`` raises the error in `ERRORS`; ``plans/slow`` waits for ``release``; watches end with the hub."""
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
@@ -93,7 +93,7 @@ class FakePlans(plan_service_pb2_grpc.PlanServiceServicer):
 
 
 class FakeAgents(agent_service_pb2_grpc.AgentServiceServicer):
-    """Welcomes agents to nodes that they speak for, and says goodbye to all."""
+    """Welcomes agents for nodes that they may represent, and sends a Goodbye to all."""
 
     def __init__(self) -> None:
         self.goodbye = asyncio.Event()
@@ -115,7 +115,7 @@ class FakeAgents(agent_service_pb2_grpc.AgentServiceServicer):
 
 
 class FakeDispatch(dispatch_service_pb2_grpc.DispatchServiceServicer):
-    """A stream on which nothing is said."""
+    """A silent stream."""
 
     async def DispatchRequests(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
         async for request in request_iterator:
@@ -207,7 +207,7 @@ class FakePlanner:
     async def say_goodbye(self) -> None:
         self.agents.goodbye.set()
         self.plans.hub.close()
-        await self.agents.gone.wait()  # as the fleet does: what a drain ends is not said any more
+        await self.agents.gone.wait()  # as the fleet does: a stream that ends in a drain sends nothing more
 
     async def close(self) -> None:
         self.closed = True

@@ -1,4 +1,4 @@
-"""`hetis-planner` as a process of its own; run as a module it serves a `FakePlanner`, with the same options."""
+"""`hetis-planner` as a separate process; run as a module, it serves a `FakePlanner`, with the same options."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.command_line import run_here
 FAKE = "tests.planner.service.process"
 REAL = "hetis.planner.service.main"
 ROOT = Path(__file__).parents[3]
-LIMIT_S = 300.0  # for what a planner does in seconds, on a machine that does much else
+LIMIT_S = 300.0  # limit for steps that take seconds, on a busy machine
 
 
 class Process:
-    """A planner that was started, and what it said. Use it as a context: it is killed at the end."""
+    """A started planner and its output. Use it as a context manager: it is killed at the end."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class Process:
         environment: dict[str, str] | None = None,
         within: Sequence[str] = (),
     ) -> None:
-        """``within``: a command that runs the rest of its line in its own place, such as `unshare`."""
+        """``within``: a command that replaces itself by the rest of its line, such as `unshare`."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
-        # A file: a pipe that nobody reads would stop the planner when it is full.
+        # A file, because a pipe that is not read would block the planner when it is full.
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed at the end of the context
         self._process = subprocess.Popen(
             [*within, sys.executable, "-m", module, *arguments],
@@ -74,7 +74,7 @@ class Process:
         self._process.send_signal(number)
 
     def said(self) -> str:
-        """Return what stderr has so far."""
+        """Return the stderr so far."""
         # Not by seek and read: the planner writes at the position of the same open file.
         return os.pread(self._stderr.fileno(), 1 << 24, 0).decode(errors="replace")
 
@@ -85,14 +85,14 @@ class Process:
             time.sleep(0.02)
 
     def end(self, timeout_s: float = LIMIT_S) -> tuple[int, str]:
-        """Exit code and stderr."""
+        """Wait for the end; return exit code and stderr."""
         self._process.communicate(timeout=timeout_s)
         self._stderr.seek(0)
         return self._process.returncode, self._stderr.read()
 
 
 def finished(arguments: Sequence[str], *, folder: Path, **environment: str) -> tuple[int, str, str, float]:
-    """Exit code, stdout, stderr and seconds of a real `hetis-planner` that ends by itself."""
+    """Return exit code, stdout, stderr and seconds of a real `hetis-planner` that ends by itself."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
     began = time.monotonic()
     done = subprocess.run(
@@ -108,7 +108,7 @@ def finished(arguments: Sequence[str], *, folder: Path, **environment: str) -> t
 
 
 def finished_here(arguments: Sequence[str], *, folder: Path, **changes: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command line that ends by itself, in this process."""
+    """Return exit code, stdout and stderr of a command line that ends by itself, in this process."""
     from hetis.planner.service.command import run
 
     with mock.patch.dict(os.environ):

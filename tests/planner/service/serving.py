@@ -58,7 +58,7 @@ async def served(
 
 
 def channel_to(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    # Each test a connection of its own: gRPC shares them between channels of equal arguments.
+    # A separate connection per test: gRPC shares them between channels of equal arguments.
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
@@ -71,7 +71,7 @@ def by_tokens(path: str) -> Credentials:
 
 
 def run(test: Callable[[], Awaitable[T]], timeout_s: float = 30) -> T:
-    """Runs an async test, and does not wait for ever."""
+    """Run an async test, with a time limit."""
 
     async def bounded() -> T:
         return await asyncio.wait_for(test(), timeout_s)
@@ -80,7 +80,7 @@ def run(test: Callable[[], Awaitable[T]], timeout_s: float = 30) -> T:
 
 
 async def failure_of(call: Any) -> grpc.aio.AioRpcError:
-    """The error that a call or stream ends with."""
+    """Return the error with which a call or stream ends."""
     try:
         if hasattr(call, "read"):
             while await call.read() is not grpc.aio.EOF:
@@ -94,7 +94,7 @@ async def failure_of(call: Any) -> grpc.aio.AioRpcError:
 
 
 async def _ended_well(call: Any) -> None:
-    """Reading ends without an error also where the stream ended with one."""
+    """Read to the end without raising the error with which a stream may have ended."""
     if await call.code() is not grpc.StatusCode.OK:
         raise grpc.aio.AioRpcError(
             await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
@@ -102,7 +102,7 @@ async def _ended_well(call: Any) -> None:
 
 
 def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
-    """The details of an error by the names of their messages."""
+    """Return the details of an error by the names of their messages."""
     status: status_pb2.Status | None = None
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":

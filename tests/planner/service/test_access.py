@@ -42,7 +42,7 @@ def bearing(token: str) -> tuple[tuple[str, str]]:
 
 
 def roles_in_the_contract() -> dict[str, str]:
-    """Return what the comments of the .proto files say of each method."""
+    """Return the roles of each method by the comments of the .proto files."""
     found = {}
     for path in PROTOS.glob("*_service.proto"):
         text = path.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> Non
                     except AssertionError:
                         assert allowed, (method, role)
                         continue
-                    if allowed:  # it came as far as the bytes that are no message
+                    if allowed:  # it was admitted, and failed at bytes that are not a message
                         assert reason_of(error) == "INVALID_FIELD", (method, role)
                     else:
                         assert error.code() is grpc.StatusCode.PERMISSION_DENIED, (method, role)

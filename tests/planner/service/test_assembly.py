@@ -1,4 +1,4 @@
-"""The whole planner as a process: makes a plan, is killed and comes back, drains with watches and agents connected."""
+"""The whole planner as a process: makes a plan, is killed and restarted, drains with watches and agents connected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit log says who changed what, and whom the planner refused."""
+"""The audit log records who changed what, and whom the planner refused."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_an_agent_that_was_disconnected_is_a_line_and_one_that_was_not_there_is_
 def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
     async def scenario(planner: Planner) -> None:
         await planner.call("CreatePlan", create_request("p", seed=WAITS))
-        # The search may have begun meanwhile, which is a change of its own.
+        # The search may have begun in the meantime, which is another change.
         [found] = [line for line in await lines(planner.store) if line.method == "CreatePlan"]
         assert (found.caller, found.plan) == ("local", "plans/p")
         first = (await lines(planner.store))[0]
-        assert (first.caller, first.method) == ("planner", "CreateCluster")  # by the test's own hand, in no call
+        assert (first.caller, first.method) == ("planner", "CreateCluster")  # made by the test itself, outside any call
 
     with_planner(tmp_path, scenario, scripted=True)
 
@@ -105,8 +105,8 @@ def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> N
             delete = pb.DeleteClusterRequest(name="clusters/night")
             error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
             assert error.code() is grpc.StatusCode.PERMISSION_DENIED
-            await failure_of(stub.DeleteCluster(delete, timeout=10))  # by nobody
-            await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # no change
+            await failure_of(stub.DeleteCluster(delete, timeout=10))  # an anonymous caller
+            await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # not a change
         return told
 
     assert run(test) == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]

@@ -1,4 +1,4 @@
-"""Every call, over a real connection: deadlines, errors with their details, bytes that are no message, telemetry."""
+"""Every call, over a real connection: deadlines, errors with their details, malformed messages, telemetry."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_dispatch_calls_may_wait_ten_seconds_only() -> None:
             assert reason_of(error) == "DEADLINE_TOO_LONG"
             assert details_of(error)["ErrorInfo"].metadata["max_s"] == "10"
             within = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=10))
-            assert within.code() is grpc.StatusCode.UNIMPLEMENTED  # by the fake: it came through
+            assert within.code() is grpc.StatusCode.UNIMPLEMENTED  # the fake's status: the call was admitted
 
     run(test)
 
@@ -244,7 +244,7 @@ def test_an_unknown_method_is_unimplemented(method: str) -> None:
         async with served() as planner:
             error = await failure_of(planner.channel.unary_unary(method)(b"", timeout=5))
             assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert method.encode() not in planner.metrics.text()  # callers cannot make labels
+            assert method.encode() not in planner.metrics.text()  # callers cannot create labels
 
     run(test)
 
@@ -335,7 +335,7 @@ def test_a_caller_may_have_a_hundred_watches_open() -> None:
             assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
             assert (await get(planner, "plans/p")).plan.name == "plans/p"
             watches[0].cancel()
-            for _ in range(100):  # until the planner has heard of it
+            for _ in range(100):  # until the planner has received it
                 again = watch(planner, "plans/p")
                 if await _read_or_none(again) is not None:
                     break
@@ -385,7 +385,7 @@ def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() 
             streams = [watch(planner, "plans/p", metadata=(("authorization", f"Bearer {t}"),)) for t in (first, second)]
             for stream in streams:
                 await stream.read()
-            planner.calls.end_revoked_streams()  # nothing has changed
+            planner.calls.end_revoked_streams()  # nothing has changed yet
             known = grants(second)
             planner.calls.end_revoked_streams()
             error = await failure_of(streams[0].read())
@@ -416,7 +416,7 @@ def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> N
         async with served(authenticator=credentials) as planner:
             stub = DispatchServiceStub(planner.channel)
             stream = stub.DispatchRequests(metadata=(("authorization", f"Bearer {token}"),))
-            # Twice, so that the first message, with the headers, is out for certain.
+            # Twice, so that the first message, with the headers, has certainly been sent.
             for sequence in (0, 1):
                 await stream.write(dispatch.DispatchRequestsRequest(sequence=sequence))
                 await stream.read()
@@ -443,7 +443,7 @@ def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> N
         (part, of(agent, orchestrator, scope=node), False),
     ):
         for _ in range(2):
-            with suppress(TimeoutError):  # of which gRPC misses one now and then, after many other tests
+            with suppress(TimeoutError):  # gRPC misses a timeout now and then, after many other tests
                 run(lambda before=before, after=after, ends=ends: test(before, after, ends))  # type: ignore[misc]
                 break
         else:

@@ -1,4 +1,4 @@
-"""Connections to the gRPC port: no host takes all of them, and idle strangers do not keep others out."""
+"""Connections to the gRPC port: no host takes up all of them, and idle connections do not keep others out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def connected(address: str, host: str) -> socket.socket:
 
 
 def is_closed(one: socket.socket) -> bool:
-    """Return whether the other side has ended it; what gRPC sends at the start is read."""
+    """Return whether the other side has closed the connection, after reading gRPC's first bytes."""
     one.setblocking(False)
     try:
         while one.recv(4096):
@@ -60,7 +60,7 @@ def test_the_newest_connections_of_a_host_that_has_too_many_are_closed() -> None
 
 
 async def until_accepted(watch: ConnectionWatch, num: int) -> None:
-    """gRPC accepts in threads of its own; nothing is closed meanwhile."""
+    """gRPC accepts connections in its own threads; nothing is closed meanwhile."""
     async with asyncio.timeout(20):
         while watch.look() < num:
             await asyncio.sleep(0.01)
@@ -86,7 +86,7 @@ def test_no_more_connections_are_taken_than_the_descriptors_allow() -> None:
             for one in idle:
                 one.close()
             async with asyncio.timeout(20), channel_to(planner.address) as another:
-                await another.channel_ready()  # gRPC notes in its own time that they are gone
+                await another.channel_ready()  # gRPC notices only after a while that they are closed
                 assert await served_still(another)
 
     run(test)

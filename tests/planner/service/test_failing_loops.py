@@ -1,4 +1,4 @@
-"""A failing background task makes the planner's health red, and delays no end of a term."""
+"""A failing background task makes the planner unhealthy, and does not delay the end of a term."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_guard_of_the_store_that_ends_by_a_bug_is_heard_of(tmp_path: Path) -> 
 
 
 class LostStore:
-    """A store whose term is over as soon as it has begun, and that notes who stands by."""
+    """A store whose term is over as soon as it has begun, and that records who stands by."""
 
     def __init__(self) -> None:
         self.lease, self.health = Lease(5.0), StoreHealth(lambda: 0.0)
@@ -169,7 +169,7 @@ class LostStore:
 
 
 class HangingTerm:
-    """A term that does not come to its end, not even when it is cancelled once."""
+    """A term that does not end, not even when it is cancelled once."""
 
     servicings = ()
 

@@ -1,4 +1,4 @@
-"""Whatever bytes and messages come, the whole planner answers with a documented status and goes on."""
+"""The whole planner answers any bytes and messages with a documented status, and keeps working."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def method_of(path: str) -> Any:
 
 
 def send(channel: grpc.Channel, path: str, raw: list[bytes]) -> grpc.StatusCode:
-    """The status of a call with these bytes."""
+    """Return the status of a call with these bytes."""
     method = method_of(path)
     try:
         if method.client_streaming:
@@ -73,7 +73,7 @@ def send(channel: grpc.Channel, path: str, raw: list[bytes]) -> grpc.StatusCode:
 
 
 def random_message(kind: descriptor.Descriptor, dice: random.Random, depth: int = 0) -> message.Message:
-    """A valid message with some fields set to values that a sane caller would not send."""
+    """Return a valid message, some of whose fields have values that a sane caller would not send."""
     made = message_factory.GetMessageClass(kind)()
     for field in kind.fields:
         if dice.random() < 0.5 or (field.message_type is not None and depth > 2):

@@ -1,4 +1,4 @@
-"""Connections stay open while nothing is said on them, with the keepalive that docs/api.md tells clients to use."""
+"""Connections stay open while they are silent, with the keepalive that docs/api.md prescribes for clients."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.planner.service.serving import run, served
 
 ROOT = Path(__file__).parents[3]
 _OPTION = re.compile(r"[\"'`](grpc\.[a-z0-9_.]+?)(?:=\d+)?[\"'`]")
-FASTER = 27  # the intervals of both sides, divided by the same: gRPC itself pings once a second at most
+FASTER = 27  # factor by which all intervals are shortened: gRPC itself pings at most once a second
 SILENCE_S = 5.0  # four pings; the third one too many would end the connection
 
 
 def test_every_channel_argument_exists_in_the_installed_grpc() -> None:
-    """gRPC ignores names that it does not know, so that a misspelt one is found by nobody."""
+    """gRPC ignores unknown names, so that no error reveals a misspelt one."""
     library = Path(cygrpc.__file__).read_bytes()
     sources = [path for top in ("planner", "runtime", "benchmarks") for path in (ROOT / top).rglob("*.py")]
     used = {
@@ -40,7 +40,7 @@ def test_every_channel_argument_exists_in_the_installed_grpc() -> None:
 
 
 def test_a_ping_is_waited_for_as_long_as_is_said_everywhere() -> None:
-    """The longer of two limits counts, and the second one is a minute unless it is said, too."""
+    """The longer of two limits counts, and the second one is a minute unless it is set, too."""
     limits = dict[str, dict[str, int]]()
     for options in (server.OPTIONS, CHANNEL_OPTIONS, SEVERAL_OPTIONS, OPTIONS_OF_AGENTS):
         limits[str(options)] = {name: int(value) for name, value in options if name.endswith("_timeout_ms")}

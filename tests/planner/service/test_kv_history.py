@@ -1,4 +1,4 @@
-"""The planner's memory of KV in use."""
+"""The planner's history of KV in use."""
 
 from __future__ import annotations
 

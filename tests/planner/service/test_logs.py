@@ -1,4 +1,4 @@
-"""A line that comes again and again is told once in a while, with how often it came."""
+"""A repeated log line is written only now and then, with the number of its repetitions."""
 
 from __future__ import annotations
 
@@ -56,4 +56,4 @@ def test_what_callers_write_gives_a_terminal_no_orders_and_makes_no_second_line(
     line = form.format(record(f"no cluster {evil}", request=evil))
     assert len(line.splitlines()) == 1
     assert line.isprintable()
-    assert "2J" in line  # it is told all the same
+    assert "2J" in line  # the line is still written

@@ -58,9 +58,9 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path)
         with grpc.insecure_channel(address) as channel:
             stub = PlanServiceStub(channel)
             slow = stub.GetPlan.future(plans.GetPlanRequest(name="plans/slow"), timeout=50)
-            stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)  # the slow one was sent before
+            stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)  # the slow call was sent before
             planner.signal(number)
-            for _ in range(500):  # until it drains
+            for _ in range(500):  # until the planner drains
                 try:
                     stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)
                 except grpc.RpcError:
@@ -69,7 +69,7 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path)
             began = time.monotonic()
             planner.signal(number)
             code, _ = planner.end()
-            assert time.monotonic() - began < 30  # the slow call has 50 s
+            assert time.monotonic() - began < 30  # less than the 50 s of the slow call
             assert not slow.cancelled()
     assert code == {signal.SIGTERM: ServiceExitCode.TERMINATED, signal.SIGINT: ServiceExitCode.INTERRUPTED}[number]
 
@@ -84,14 +84,14 @@ def test_a_port_in_use_is_exit_8_and_the_store_is_not_touched(tmp_path: Path) ->
             assert f"error: cannot listen on {address}: address already in use" in stderr
             assert code == ServiceExitCode.ADDRESS
             assert "Traceback" not in stderr
-            assert "add_port" not in stderr  # of gRPC's own log
+            assert "add_port" not in stderr  # a line of gRPC's own log
 
 
 def test_a_planner_that_still_compiles_stops_when_asked_to(tmp_path: Path) -> None:
     empty = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     with Process(LOCAL, folder=tmp_path, module=REAL, environment=empty) as planner:
         planner.ready()
-        time.sleep(3)  # it is in the middle of it
+        time.sleep(3)  # in the middle of the call
         planner.signal(signal.SIGTERM)
         began = time.monotonic()
         code, stderr = planner.end()
@@ -147,7 +147,7 @@ def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
     settings = ("x=1", "tls.certificate=c.pem", "tls.key=k.pem", "tokens=t.yaml", "listen=0.0.0.0:1", "agents.lease=1s")
     options = tuple(part for text in settings for part in ("--set", text))
     for code, _, stderr, *_ in (
-        finished(options, folder=tmp_path),  # a process: it would serve if it overlooked them
+        finished(options, folder=tmp_path),  # in a process, because it would serve if it missed the errors
         finished_here((*options, "--check"), folder=tmp_path),
     ):
         assert code == ServiceExitCode.INVALID
@@ -211,7 +211,7 @@ def test_a_token_that_makes_no_sense_is_not_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process: what one that makes tokens prints and leaves behind is tested above."""
+    """Run in this process; the output and files of a process that creates tokens are tested above."""
     monkeypatch.chdir(tmp_path)
     code = run(["token", "create", "--file", "t.yaml", *options])
     printed = capsys.readouterr()
@@ -232,7 +232,7 @@ def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
         "token create",
     ):
         assert expected in words
-    assert min(seconds for *_, seconds in runs) < 1.5  # 0.3 s on a machine that does nothing else
+    assert min(seconds for *_, seconds in runs) < 1.5  # 0.3 s on an idle machine
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
@@ -294,11 +294,11 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
 
 
 def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) -> None:
-    """Else full collections hold up everything for a second when there are thousands of agents."""
+    """Otherwise full collections would block the process for a second with thousands of agents."""
     given = ("listen", "127.0.0.1:0"), ("status_page.address", "off"), ("store", f"sqlite:///{tmp_path}/h.db")
     config = load_config(None, environment={}, flags=[Given(name=n, text=text, by=n) for n, text in given])
     before, interval_s = gc.get_threshold(), sys.getswitchinterval()
-    gc.unfreeze()  # the tests, see conftest.py
+    gc.unfreeze()  # undo the tests' own freeze, see conftest.py
 
     async def scenario() -> None:
         serving = asyncio.create_task(run_planner(config, open_fake, version="0", ready_json=False))

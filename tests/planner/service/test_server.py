@@ -1,4 +1,4 @@
-"""Health, reflection, addresses, and going away in order."""
+"""Health, reflection, addresses, and an orderly end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_health_is_told_to_anybody_for_every_service() -> None:
         async with served(authenticator=LOCKED) as planner:
             health = health_pb2_grpc.HealthStub(planner.channel)
             for service in ("", "hetis.v1.PlanService", "hetis.v1.AgentService", "grpc.health.v1.Health"):
-                answer = await health.Check(health_pb2.HealthCheckRequest(service=service))  # and without a deadline
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=service))  # without a deadline, too
                 assert answer.status == SERVING
             error = await failure_of(health.Check(health_pb2.HealthCheckRequest(service="x")))
             assert error.code() is grpc.StatusCode.NOT_FOUND
@@ -135,7 +135,7 @@ def test_a_unix_socket_is_not_taken_from_a_planner_that_serves(tmp_path: Path) -
         await first.stop_at_once()
 
     run(test)
-    with socket.socket(socket.AF_UNIX) as left:  # as a killed planner leaves it
+    with socket.socket(socket.AF_UNIX) as left:  # as a killed planner leaves it behind
         left.bind(str(tmp_path / "p.sock"))
 
     async def again() -> None:
@@ -199,7 +199,7 @@ def test_a_drain_ends_in_its_time_whatever_hangs() -> None:
                 await asyncio.Event().wait()
 
             assert not await planner.server.drain(0.5, hang)
-            assert time.monotonic() - began < 15  # the call has 20 s
+            assert time.monotonic() - began < 15  # less than the 20 s of the call
             assert (await failure_of(running)).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
     run(test)

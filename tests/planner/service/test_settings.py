@@ -1,4 +1,4 @@
-"""Settings: which source wins, and what is said of everything wrong."""
+"""Settings: which source wins, and the messages about all errors."""
 
 from __future__ import annotations
 

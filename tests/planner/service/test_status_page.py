@@ -68,7 +68,7 @@ async def page(
 
 
 def test_no_library_that_is_installed_takes_a_connection_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvicorn gives one to whichever it finds for WebSockets, and nobody counts or limits it then."""
+    """uvicorn would hand connections to any installed WebSocket library, where they are neither counted nor limited."""
     taken = list[object]()
     monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", lambda **_: taken.append(1))
 
@@ -124,7 +124,7 @@ BROWSER = "text/html,application/xhtml+xml,*/*;q=0.8"
 
 
 def test_browsers_get_a_page_and_programs_json() -> None:
-    """The page is told apart by what is asked for, and allows itself nothing but its own script and its own server."""
+    """The page depends on the requested path, and its policy allows only its own script and its own server."""
 
     async def test() -> Any:
         served, address = await page(clusters=[running_cluster(), running_cluster("clusters/<b>")])
@@ -152,7 +152,7 @@ def test_browsers_get_a_page_and_programs_json() -> None:
 
 
 def test_the_page_shows_what_runs_as_it_is_now() -> None:
-    """Replicas with their states, the devices with their KV, a re-dispatch under way; the store is not asked."""
+    """Replicas with their states, the devices with their KV, a re-dispatch in progress; the store is not read."""
     text = ReadPage(status_html(OVERVIEW, [running_cluster()], version="1", is_ready=True)).text
     for words in (
         "degraded, heads move", "7 running", "2 waiting", "KV 75%", "75% now, 90% at most",
@@ -339,7 +339,7 @@ def test_only_known_hosts_are_answered(called: str, status: int) -> None:
 
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    """Return what came before the other side closed, in either way."""
+    """Return what arrived before the other side closed or reset the connection."""
     try:
         return await reader.read()
     except ConnectionResetError:
@@ -378,7 +378,7 @@ def test_who_does_not_read_the_answers_does_not_keep_the_page_from_others() -> N
                     asked += client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") > 0
                     await asyncio.sleep(0)
             status = 0
-            while status != 200:  # for ever, if that connection is kept
+            while status != 200:  # would loop forever if that connection were kept
                 await asyncio.sleep(0.1)
                 with contextlib.suppress(OSError, EOFError, ValueError, IndexError):
                     status = (await ask(address, "/healthz"))[0]

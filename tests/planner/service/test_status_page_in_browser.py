@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.skipif(CHROMIUM is None, reason="nee
 
 
 class EnoughSeenError(Exception):
-    """The rest of the story is not looked at."""
+    """Ends the story early, as the rest is not needed."""
 
 
 def page_of(address: str) -> str:
@@ -29,7 +29,7 @@ def page_of(address: str) -> str:
 
 
 def test_the_page_of_a_running_cluster(tmp_path: Path) -> None:
-    """The console stays empty while the page refreshes itself, and the page shows what happens."""
+    """The console stays empty while the page refreshes itself, and the page shows the events."""
 
     def look(chapter: str) -> None:
         address = processes.status_page

@@ -168,7 +168,7 @@ def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
         files = certificates(tmp_path, old)
         async with served(server_credentials=files.credentials(), channel_credentials=of_client(old)) as planner:
             await name_of_caller(planner.channel)
-            assert not files.files.refresh()  # nothing changed
+            assert not files.files.refresh()  # nothing has changed
 
             (tmp_path / "planner.pem").write_bytes(new.server().certificate)  # without its key: half a rotation
             assert not files.files.refresh()
@@ -178,7 +178,7 @@ def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
 
             write(tmp_path, new.server())
             assert files.files.refresh()
-            await name_of_caller(planner.channel)  # a connection that stands stays
+            await name_of_caller(planner.channel)  # an established connection stays open
             async with channel_to(planner.address, of_client(new)) as channel:
                 await name_of_caller(channel)
             async with channel_to(planner.address, of_client(old)) as channel:
@@ -249,7 +249,7 @@ def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands
             await stream.read()
             planner.calls.end_revoked_streams()
             assert await name_of_caller(planner.channel) == "spiffe://hetis/admin/a"
-            now_s[0] += 2 * 86_400  # test certificates are of a day
+            now_s[0] += 2 * 86_400  # test certificates are valid for a day
             planner.calls.end_revoked_streams()
             error = await failure_of(stream.read())
             assert reason_of(error) == "CREDENTIALS"

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own: in a folder of its own, on a free loopback port, gone with the tests."""
+"""A PostgreSQL server for the tests, in a separate folder, on a free loopback port, which ends with them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def running_server() -> Iterator[str]:
             _wait_for(url, server, Path(folder, "log"))
             yield url
         finally:
-            server.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed
+            server.send_signal(signal.SIGQUIT)  # at once: none of its data are needed
             server.wait(30)
 
 
@@ -63,7 +63,7 @@ def new_database(server: str, name: str) -> str:
 
 
 def _account() -> pwd.struct_passwd | None:
-    """PostgreSQL refuses to run as root: whose account it takes then. None: our own."""
+    """Return the account for PostgreSQL, which refuses to run as root; None: our own."""
     if os.geteuid() != 0:
         return None
     names = {entry.pw_name: entry for entry in pwd.getpwall()}

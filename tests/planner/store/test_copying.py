@@ -1,4 +1,4 @@
-"""Backups are of one moment, come back in either kind of store, and never bring an epoch or an etag twice."""
+"""Backups are consistent, can be restored into either kind of store, and never reuse an epoch or an etag."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLDEST = ("clusters", "nodes", "profiles", "plans", "plan_documents", "replicas"
 
 
 def fill(tx: Transaction) -> None:
-    """A row in every table."""
+    """Write a row into every table."""
     tx.clusters.insert(samples.cluster("clusters/a", text=b"\0\xff" * 5000))
     tx.clusters.insert(samples.cluster("clusters/gone"))
     tx.clusters.delete("clusters/gone")
@@ -38,7 +38,7 @@ def fill(tx: Transaction) -> None:
 
 
 def with_store(url: str, work: Callable[[Transaction], Any] | None = None) -> tuple[int, Any]:
-    """The epoch of a planner that leads and ends, and what ``work`` returns."""
+    """Let a planner lead, do ``work`` and end; return its epoch and the result of ``work``."""
 
     async def scenario() -> tuple[int, Any]:
         store = await Store.open(url)
@@ -138,7 +138,7 @@ def test_a_backup_that_comes_back_twice_brings_no_epoch_and_no_etag_twice(
         assert seen.isdisjoint(etags)
         seen.update(etags)
         last_epoch = epoch
-    # Fresh stores know nothing of one another: the clock tells them apart.
+    # Fresh stores know nothing of one another: their epochs differ by the clock.
     for number in range(3, 5) if start_s else ():
         fresh = f"sqlite:///{tmp_path}/fresh{number}.db"
         restore(fresh, backup, replace=False, clock=partial(float, start_s + 10 * number))
@@ -228,7 +228,7 @@ def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -
 
 
 def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) -> None:
-    """Its last changes are in the log beside the file alone."""
+    """Its last changes are only in the log beside the file."""
     killed = tmp_path / "killed" / "hetis.db"
     killed.parent.mkdir()
 

@@ -1,4 +1,4 @@
-"""kill -9 of a planner that writes, and files that cannot be used: no acknowledged write is lost or half there."""
+"""kill -9 of a planner that writes, and unusable files: no acknowledged write is lost or incomplete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_after_kill_9_every_acknowledged_write_is_there_and_none_is_half_there(u
         numbers, documents = asyncio.run(_stored(url))
         assert numbers == list(range(len(numbers)))
         assert documents == len(numbers)
-        assert len(numbers) in (last + 1, last + 2)  # the last one may have been committed and not yet said
+        assert len(numbers) in (last + 1, last + 2)  # the last write may have been committed and not yet acknowledged
 
 
 def _write_until_killed(url: str, num_writes: int) -> int:
@@ -81,7 +81,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path, sqli
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
         def limit(connection: object) -> None:
-            with store._engine.connect() as here:  # as SQLite sees a full disk
+            with store._engine.connect() as here:  # SQLite's error on a full disk
                 here.exec_driver_sql("PRAGMA max_page_count = 60")
 
         await store._run(limit, None)
@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path, sqli
             await store.write(too_much)
         assert caught.value.reason_name == "STORE_UNAVAILABLE"
         assert caught.value.metadata == {"changed": "no"}
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))  # it goes on with what fits
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))  # it continues with what fits
         names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
         assert names == ["clusters/a", "clusters/c"]
         await store.close()
@@ -131,7 +131,7 @@ def test_a_folder_that_is_missing_or_read_only_is_one_clear_error(tmp_path: Path
 
 
 def test_files_of_another_account_are_one_clear_error() -> None:
-    """The test uses another account if it runs as root, who may write everywhere."""
+    """As root, which may write everywhere, the test uses another account."""
     folder = Path(tempfile.mkdtemp(prefix="hetis-read-only-"))
     asyncio.run(_open_and_close(f"sqlite:///{folder}/hetis.db"))
     before = (folder / "hetis.db").read_bytes()
@@ -163,7 +163,7 @@ def test_urls_of_other_databases_are_refused_without_their_password() -> None:
 
 
 def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: str) -> None:
-    """The way that docs/store.md shows."""
+    """The procedure of docs/store.md."""
     copy = tmp_path / "backup.db"
 
     async def scenario() -> None:
@@ -192,7 +192,7 @@ def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(postgres
         def cut_off(tx: Transaction) -> None:
             tx.clusters.insert(samples.cluster("clusters/b"))
             engine = sa.create_engine(postgres_url.replace("postgresql", "postgresql+psycopg"))
-            with engine.begin() as other:  # as when the server goes: every other connection ends
+            with engine.begin() as other:  # as when the server goes away: every other connection ends
                 other.execute(
                     sa.text(
                         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"

@@ -1,4 +1,4 @@
-"""The lease is a promise about the leader's own clock: it ends when that says so, whatever server and threads do."""
+"""The lease is a promise about the leader's own clock: it ends by that clock, whatever server and threads do."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_file_holds_its_lease_for_ever() -> None:
 
 
 def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(postgres_url: str, proxy: Proxy) -> None:
-    """Defect 1 of the attack: the first planner went on for 93 s with the second one leading."""
+    """A defect in the past: the first planner went on for 93 s while the second one led."""
 
     async def scenario() -> None:
         old = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
@@ -88,7 +88,7 @@ def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(postgre
         proxy.thaw()
         await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
         names = await old.read(lambda tx: [record.name for record in tx.clusters.all()])
-        assert names in (["clusters/c"], ["clusters/a", "clusters/c"])  # in doubt, and the same for everybody
+        assert names in (["clusters/c"], ["clusters/a", "clusters/c"])  # unknown, but the same for all readers
         assert names == await new.read(lambda tx: [record.name for record in tx.clusters.all()])
         await old.close()
         await new.close()
@@ -116,7 +116,7 @@ def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_th
 
 
 def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease_does(postgres_url: str) -> None:
-    """An error that nobody thought of must not leave a leader that neither renews nor ends."""
+    """An unexpected error must not leave a leader that neither renews nor ends."""
     engine = sa.create_engine(sa.make_url(postgres_url).set(drivername="postgresql+psycopg"))
 
     async def scenario() -> None:
@@ -139,7 +139,7 @@ def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease_does(
 
 
 def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back(postgres_url: str) -> None:
-    """This happens if the process is suspended while it renews: others may lead by then, and callers know."""
+    """This happens if the process is suspended while it renews: others may lead by then, and callers were refused."""
     now_s, is_suspended = 0.0, False
 
     def machine_s() -> float:
@@ -152,7 +152,7 @@ def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back
         nonlocal now_s, is_suspended
         store = await Store.open(postgres_url, lease_s=LEASE_S, machine=machine_s)
         await store.lead("test")
-        now_s, is_suspended = 0.4, True  # what is asked for now is good until 1.9, and answered at 1.6
+        now_s, is_suspended = 0.4, True  # a renewal requested now is valid until 1.9, and answered at 1.6
         async with asyncio.timeout(60):
             await store.until_replaced()
         assert now_s == LEASE_S + 0.1
@@ -160,7 +160,7 @@ def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back
         assert store.epoch is None
         other = await Store.open(postgres_url, lease_s=LEASE_S)
         async with asyncio.timeout(60):
-            assert await other.stand_by("other") == 2  # nobody renews the old term
+            assert await other.stand_by("other") == 2  # the old term is not renewed
         await other.close()
         await store.close()
 
@@ -170,7 +170,7 @@ def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back
 def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_made(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would renew a term that callers know to be over, and hold up whoever leads next."""
+    """It would renew a term that callers know to be over, and delay the next leader."""
     begun, leave = list[int](), threading.Event()
 
     def blocked(_store: Store, epoch: int) -> None:
@@ -182,7 +182,7 @@ def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_mad
         store = await Store.open(postgres_url, lease_s=LEASE_S)
         await store.lead("test")
         async with asyncio.timeout(60):
-            await store.until_replaced()  # two renewals were waited for in vain: one had begun, one had not
+            await store.until_replaced()  # two renewals were awaited in vain: one had begun, one had not
         leave.set()
         assert await store.stand_by("test") == 2
         assert begun[0] == 1
@@ -193,7 +193,7 @@ def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_mad
 
 
 def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
-    """NOT_LEADER is final, because agents are sent away after it."""
+    """NOT_LEADER is final, because agents are redirected after it."""
     now_s = 0.0
 
     async def scenario() -> None:
@@ -232,8 +232,8 @@ def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str
 def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
     postgres_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A renewal of five cost leaders far from their store the lease. Counted, it does not depend on the machine."""
-    granted = list[int]()  # questions until then
+    """Leaders far from their store lost the lease when a renewal took five round trips; it now takes one."""
+    granted = list[int]()  # number of round trips before each grant
     grant = Lease.grant
 
     def counting(lease: Lease, asked_s: float) -> None:
@@ -243,7 +243,7 @@ def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
     async def scenario() -> None:
         other = await Store.open(postgres_url, lease_s=LEASE_S)
         await other.lead("other")
-        # Its clock stands still: no probe of the other connection is due, no lease ends.
+        # The clock stands still: no probe of the other connection is due, and no lease ends.
         store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S, machine=lambda: 0.0)
         with pytest.raises(ServiceError, match="another planner leads"):
             await store.lead("store")
@@ -251,7 +251,7 @@ def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
         connected = proxy.num_asked
         monkeypatch.setattr(Lease, "grant", counting)
         await store.stand_by("store")
-        assert granted.pop() - connected == 5  # who leads? then BEGIN, the row, its change, COMMIT
+        assert granted.pop() - connected == 5  # reading the leader, then BEGIN, the row, its change, COMMIT
         async with asyncio.timeout(60):
             while len(granted) < 9:
                 await asyncio.sleep(0.01)
@@ -306,10 +306,10 @@ def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(p
         reads = [asyncio.ensure_future(store.read(lambda tx: tx.clusters.all())) for _ in range(4)]
         found = await asyncio.gather(*reads, return_exceptions=True)
         assert [error.reason_name for error in found if isinstance(error, ServiceError)] == ["STORE_UNAVAILABLE"] * 4
-        assert store.health.errors < 4  # as many as tried: the others heard before it was their turn
+        assert store.health.errors < 4  # as many as tried: the others knew before it was their turn
         proxy.thaw()
         async with asyncio.timeout(30):
-            while store.health.failing_s:  # the probe finds it
+            while store.health.failing_s:  # until the probe finds it
                 await asyncio.sleep(0.05)
         assert await store.read(lambda tx: tx.clusters.all()) == []
         await store.close()
@@ -328,7 +328,7 @@ def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_i
         assert caught.value.reason_name == "STORE_UNAVAILABLE"
         assert store.health.answered_s_ago > LEASE_S
         async with asyncio.timeout(30):
-            while not store.health.errors:  # its connection is broken from outside
+            while not store.health.errors:  # the connection is broken from outside
                 await asyncio.sleep(0.05)
         proxy.thaw()
         assert await store.read(lambda tx: tx.clusters.all()) == []
@@ -351,7 +351,7 @@ def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
         async with asyncio.timeout(60):
             with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
                 await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-            while not has_ended("hetis-store"):  # the process could not end before
+            while not has_ended("hetis-store"):  # otherwise the process could not end
                 await asyncio.sleep(0.05)
         proxy.mend()
         store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)

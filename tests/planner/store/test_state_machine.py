@@ -1,4 +1,4 @@
-"""The store against a dictionary, with crashes: what `write` returned from is there, what failed is not."""
+"""The store against a dictionary, with crashes: completed writes are there, failed ones are not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = st.sampled_from([f"clusters/{letter}" for letter in "abc"])
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The work of a transaction stops half way."""
+    """The work of a transaction stops halfway."""
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -32,7 +32,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.folder = Path(tempfile.mkdtemp(prefix="hetis-store-"))
         self.model: dict[str, ClusterRecord] = {}
-        self.versions: dict[str, int] = {}  # the highest that each name has had
+        self.versions: dict[str, int] = {}  # the highest version that each name has had
         self.answers: dict[str, bytes] = {}
         self.epoch = 0
         self.number = 0

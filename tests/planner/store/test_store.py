@@ -1,4 +1,4 @@
-"""Transactions are durable, all or nothing, one after another, and only of the planner that leads."""
+"""Transactions are durable, all or nothing, serialised, and only the leading planner's."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_ol
     def fill(tx: Transaction) -> None:
         for number, name in enumerate(names[:KEPT_REDISPATCHES]):
             tx.redispatches.insert(samples.redispatch(name, time_s=1000.0 + number))
-        behind, another, last = names[KEPT_REDISPATCHES:]  # made by a leader whose clock is behind
+        behind, another, last = names[KEPT_REDISPATCHES:]  # made by a leader with a slow clock
         tx.redispatches.insert(samples.redispatch(behind, time_s=999.0, state=REDISPATCH_STATE_PREPARING))
         tx.redispatches.insert(samples.redispatch(another, time_s=998.0))
         assert tx.redispatches.get(another) is not None
@@ -278,7 +278,7 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
         await old.lead("old")
         renewal = old._renewal
         assert renewal is not None
-        renewal.cancel()  # it hangs: the process is stopped, the network is gone
+        renewal.cancel()  # it hangs: the process is stopped, or the network is down
         await asyncio.sleep(0.4)
         new = await leading(postgres_url)
         assert new.epoch == 2
@@ -287,7 +287,7 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
         await asyncio.wait_for(old.until_replaced(), 60)
         assert await new.read(lambda tx: tx.clusters.all()) == []
         await old.close()
-        await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing took nothing away
+        await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing removed nothing
         await new.close()
 
     asyncio.run(scenario())
@@ -296,7 +296,7 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
 def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
     postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    user = f"planner_{postgres_url.rpartition('/')[2]}"  # roles are of the whole server
+    user = f"planner_{postgres_url.rpartition('/')[2]}"  # roles belong to the whole server
     own_url = postgres_url.replace("//hetis@", f"//{user}@")
 
     async def as_administrator(*statements: str) -> None:
@@ -306,7 +306,7 @@ def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
                 connection.execute(sa.text(statement))
 
     async def scenario() -> None:
-        await _open_and_close(postgres_url)  # which makes the tables
+        await _open_and_close(postgres_url)  # creates the tables
         rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
         await as_administrator(f"CREATE ROLE {user} LOGIN", f"GRANT {rights} TO {user}")
         store = await leading(own_url)
@@ -325,7 +325,7 @@ def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
         standing_by = asyncio.create_task(standby.stand_by("standby"))
         while "the store does not answer a standby" not in caplog.text:
             await asyncio.sleep(0.01)
-        assert standby.led_s_ago == 100.0  # which ends its readiness
+        assert standby.led_s_ago == 100.0  # which ends the standby's readiness
         await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
         await asyncio.wait_for(standing_by, 60)
         assert standby.led_s_ago == 0.0
@@ -345,7 +345,7 @@ def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> No
         assert caught.value.retry_after_s is not None
         assert 0 < caught.value.retry_after_s <= 2.0
         engine = sa.create_engine(opening.parse_url(postgres_url))
-        with engine.begin() as connection:  # as if another had taken over
+        with engine.begin() as connection:  # as if another planner had taken over
             connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
         engine.dispose()
         await asyncio.wait_for(store.until_replaced(), 60)
@@ -385,7 +385,7 @@ def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> 
         await entered.wait()
         assert old._renewal is not None
         old._renewal.cancel()
-        await asyncio.sleep(0.3)  # the lease is over
+        await asyncio.sleep(0.3)  # the lease has ended
         takeover = asyncio.create_task(new.lead("new"))
         while not await asyncio.to_thread(_somebody_waits_for_a_lock, postgres_url):
             assert not takeover.done()
@@ -482,7 +482,7 @@ def test_the_files_of_a_store_are_for_its_owner_alone(tmp_path: Path) -> None:
         await store.lead("test")
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
         files = sorted(file.parent.glob(f"{file.name}*"))
-        assert len(files) >= 3  # the write-ahead log and the lock among them
+        assert len(files) >= 3  # the write-ahead log and the lock are among them
         assert {found.name: found.stat().st_mode & 0o777 for found in files} == {found.name: 0o600 for found in files}
         await store.close()
 

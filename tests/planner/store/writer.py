@@ -1,4 +1,4 @@
-"""A planner that only writes: ``python -m tests.planner.store.writer URL``. Says each write that was acknowledged."""
+"""A planner that only writes: ``python -m tests.planner.store.writer URL``. Prints every acknowledged write."""
 
 from __future__ import annotations
 
