@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 REGISTER, SERVED = "clusters/register", "clusters/served"
 NODES = ("a", "b")
 MODEL, WORKLOAD = "Llama-2-7B", "1000/200"
-_PAUSE_S = 0.1  # between two writes of a writer, to leave the machine to the planners
+_PAUSE_S = 0.1  # pause between two writes of a writer, which leaves the machine to the planners
 _WITNESS_S = 0.02
 _VALUE = re.compile(r"r(\d+)")
 
@@ -204,7 +204,7 @@ class Watcher:
                 with contextlib.suppress(grpc.RpcError):
                     for event in call:
                         self._note(event)
-            self._stopped.wait(0.1)  # it is a standby, or gone
+            self._stopped.wait(0.1)  # it is a standby, or down
 
     def _note(self, event: cluster_service_pb2.WatchClusterResponse) -> None:
         if event.WhichOneof("event") == "node":
@@ -223,7 +223,7 @@ class Writer:
     """Compares and swaps the register until it is stopped, and records every attempt.
 
     Args:
-        address: of all planners, or of the one ``planner`` that is asked alone, whose redirects are ignored.
+        address: addresses of all planners, or only that of ``planner``, whose redirects are ignored.
     """
 
     def __init__(
@@ -411,7 +411,7 @@ class Faulty:
         return found[0]
 
     def acknowledged_after(self, moment_s: float) -> float:
-        """Wait for a write of the writers that keep trying, and return when it was acknowledged, in Unix time."""
+        """Wait for a write of the writers that keep retrying, and return when it was acknowledged, in Unix time."""
         ends = list[float]()
 
         def is_there() -> bool:
@@ -439,7 +439,7 @@ class Faulty:
 
     @property
     def errors(self) -> list[str]:
-        """Return what writers were told besides acknowledgements and lost races."""
+        """Return the answers to writers other than acknowledgements and lost races."""
         return [error for writer in self.writers for error in writer.errors]
 
     def _stop_writers(self) -> None:
@@ -457,7 +457,7 @@ class Faulty:
 
 @contextlib.contextmanager
 def pinned(faulty: Faulty, planner: Planner) -> Iterator[list[Write]]:
-    """Yield writes that ask only one planner, whatever it says of others, to see what it acknowledges while cut off."""
+    """Yield a writer that calls only one planner and ignores redirects, to see what it acknowledges while cut off."""
     history, stop = faulty.history, threading.Event()
     made = list[Write]()
 

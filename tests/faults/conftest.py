@@ -1,4 +1,4 @@
-"""The stores of the store's tests."""
+"""Provides the fixtures of the store's tests."""
 
 from tests.planner.store.conftest import postgres_server, postgres_url, sqlite_url, url
 

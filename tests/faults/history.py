@@ -18,12 +18,12 @@ class Write:
     """A compare-and-swap of the register.
 
     Attributes:
-        value: the value written, unique to this write.
+        value: the value that is written, unique to this write.
         base: version on which it builds.
         began_s, ended_s: Unix time at the caller.
-        version: version that it was told it made, or None if it was not told.
-        refused: whether it was told that nothing was changed.
-        planner: the planner that answered, if the caller asked only this one.
+        version: version that the answer states, or None without an answer.
+        refused: whether the answer states that nothing was changed.
+        planner: the planner that answered, if the caller calls only this one.
     """
 
     value: str
@@ -51,7 +51,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Led:
-    """The start of a planner's term: the store knew at ``taken_s``, and all open work was taken over at ``time_s``."""
+    """The start of a planner's term: stored at ``taken_s``, with all open work taken over at ``time_s``."""
 
     planner: str
     epoch: int

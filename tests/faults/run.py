@@ -25,11 +25,11 @@ FAR_SHARE = 1 / 60  # of the lease, each way to the store and back: 50 ms of 3 s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FarTerm:
-    """Two leases' time of a leader far from its store.
+    """A leader far from its store over the time of two leases.
 
     Attributes:
         held: whether it kept leading.
-        starved_s: the longest time without a processor for this process, which only watched.
+        starved_s: the longest time in which this process, a mere observer, got no processor.
     """
 
     held: bool
@@ -38,7 +38,7 @@ class FarTerm:
 
 @dataclass(slots=True)
 class Figures:
-    """Seconds of each fault.
+    """Times in seconds after each kind of fault.
 
     Attributes:
         takeovers: from a kill to the next acknowledged write of a client that keeps trying.
@@ -49,7 +49,7 @@ class Figures:
         far_terms: the effect of the distance alone on leaders.
         agents: from a fault to an agent's Welcome of the new term.
         left: the same from a stop, which an agent has to detect by itself.
-        refused: what writers were told besides acknowledgements and lost races.
+        refused: answers to writers other than acknowledgements and lost races.
     """
 
     takeovers: list[float] = field(default_factory=list)
@@ -106,7 +106,7 @@ def inject(
     lease_s: float,
     most_s: float = float("inf"),
 ) -> Figures:
-    """Inject every fault into the leader, each with both planners healthy before. None begins after ``most_s``."""
+    """Inject every fault into the leader, each with both planners healthy before. No fault begins after ``most_s``."""
     end_s = time.monotonic() + most_s
     figures = Figures()
     with Faulty(store, folder, lease_s=lease_s, seed=seed) as faulty:
@@ -137,7 +137,7 @@ def inject(
                         (leader.network.freeze if how == "freeze" else leader.network.cut)()
                         led = faulty.term_after(began_s, faulty.other(leader))
                         seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
-                        faulty.welcomes(led.epoch)  # agents must leave the old leader before it is mended
+                        faulty.welcomes(led.epoch)  # agents must leave the old leader before the network is repaired
                         time.sleep(faulty.chance.uniform(0, lease_s))
                         leader.network.mend()
                 case "far":

@@ -113,12 +113,12 @@ def test_a_refused_write_that_was_done_is_found() -> None:
 
 
 def test_a_write_in_doubt_that_was_done_on_another_version_than_it_builds_on_is_found() -> None:
-    """A planner that writes without comparing would do this: no caller was told, but the register has the value."""
+    """A planner that writes without comparing would do this: no answer was sent, but the register has the value."""
     history, last = well(9)
     lost_race = replace(
         history.writes[-1], value="late", base=last.version - 1, version=None, refused=False, ended_s=last.began_s
     )
-    history.writes += [lost_race, replace(lost_race, value="other", base=last.version)]  # which explains the version
+    history.writes += [lost_race, replace(lost_race, value="other", base=last.version)]  # the last explains the version
     assert found(history, last).violations == ()
     read = replace(last, version=last.version + 1, value="late", began_s=last.ended_s + 1, ended_s=last.ended_s + 2)
     assert found(history, replace(read, value="other")).violations == ()

@@ -116,7 +116,7 @@ def test_a_leader_whose_cable_is_pulled_stops_and_another_one_leads(postgres_url
         first.ready()
         old = ClusterServiceStub(stack.enter_context(grpc.insecure_channel(socket)))
         end_s = time.monotonic() + 60
-        while (found := outcome(old, "before")) != "OK":  # it may lose its first lease on a busy machine
+        while (found := outcome(old, "before")) != "OK":  # the old leader may lose its first lease on a busy machine
             assert time.monotonic() < end_s, found
         second = stack.enter_context(planner(postgres_url, tmp_path, "127.0.0.1:0"))
         new = ClusterServiceStub(stack.enter_context(grpc.insecure_channel(second.ready()["listen"][0])))
@@ -138,7 +138,7 @@ def test_a_leader_whose_cable_is_pulled_stops_and_another_one_leads(postgres_url
         cable.set("up")
         while True:
             try:
-                assert names(old) == kept  # it is a standby now, and reads again
+                assert names(old) == kept  # now a standby, which serves reads again
                 break
             except grpc.RpcError:
                 assert time.monotonic() < end_s + 60

@@ -27,17 +27,17 @@ def test_only_a_term_that_is_over_for_long_and_not_ended_is_overdue() -> None:
     clock = Clock()
     lease = Lease(5.0, clock)
     term = OverdueTerm(lease)
-    assert not any(term.tick() for _ in range(2 * TICKS))  # none began
+    assert not any(term.tick() for _ in range(2 * TICKS))  # no term has begun
     lease.grant(clock())
     clock.now_s += 4.9
     assert not any(term.tick() for _ in range(2 * TICKS))
     clock.now_s += 0.2
     assert [term.tick() for _ in range(TICKS)] == [False] * (TICKS - 1) + [True]
-    lease.end()  # the loop has noticed
+    lease.end()  # the loop has noticed the end of the lease
     assert not any(term.tick() for _ in range(2 * TICKS))
     lease.grant(clock())
     clock.now_s += 6.0
-    assert not any(term.tick() for _ in range(TICKS - 1))  # a suspended machine starts to count when it wakes
+    assert not any(term.tick() for _ in range(TICKS - 1))  # a suspended machine starts to count when it resumes
     lease.grant(clock())
     assert not any(term.tick() for _ in range(2 * TICKS))
 
@@ -50,6 +50,6 @@ def test_a_leader_whose_loop_hangs_ends_soon_after_its_lease(postgres_url: str, 
     with Process(options, folder=tmp_path, module="tests.faults.hanging") as planner:
         planner.ready()
         planner.signal(signal.SIGUSR2)
-        code, said = planner.end(timeout_s=40)  # it hangs for longer
+        code, said = planner.end(timeout_s=40)  # the hang lasts longer
     assert code == ServiceExitCode.INTERNAL
     assert "the event loop hangs" in said

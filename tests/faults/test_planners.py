@@ -16,7 +16,7 @@ TERM_S = 2.0  # the next term begins at most this long after a lease ends
 def assert_well(figures: Figures, *, lease_s: float, slack: float = 1) -> None:
     """Assert the promises of time and safety.
 
-    What depends on the machine has slack. What depends on the protocol is asserted of the best of several takeovers: a
+    What depends on the machine has slack. What depends on the protocol is asserted for the best of several takeovers: a
     busy machine delays some, but a protocol that waits too long delays all of them.
     """
     assert figures.findings is not None

@@ -28,7 +28,7 @@ from tests.planner.service.process import REAL, Process
 from tests.planner.service.serving import details_of
 
 LEASE_S = 2.0
-LIMIT_S = 30.0  # three times what is promised, as in test_planners.py: machines are busy
+LIMIT_S = 30.0  # three times the promise, as in test_planners.py, because machines are busy
 OPTIONS = (
     *("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json"),
     *("--set", "solver.processes=1", "--set", f"leadership.lease={LEASE_S:g}s"),
@@ -173,7 +173,7 @@ def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby
             first.create("a")
             proxy.freeze()
             until(second.leads)
-            assert not first.leads()  # the page needs no store
+            assert not first.leads()  # not by the page, which needs no store
             assert first.status("metrics") == 200
             assert first.status("clusters/a") == 503
             with pytest.raises(grpc.RpcError) as caught:
@@ -192,7 +192,7 @@ def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby
 
 
 def test_a_file_is_led_at_once_by_whoever_is_started_after_a_kill(sqlite_url: str, tmp_path: Path) -> None:
-    """The solver processes outlive it for a moment, but do not hold its lock."""
+    """The solver processes outlive the planner for a moment, but do not hold its lock."""
     with Planner(sqlite_url, tmp_path) as first:
         first.create("a")
         first.signal(signal.SIGKILL)

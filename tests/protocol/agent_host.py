@@ -56,7 +56,7 @@ class AgentHost:
     """One node's agent. After a kill it has no visible effects.
 
     Attributes:
-        engine_address: where it says that its engine listens.
+        engine_address: the engine address that it reports.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class AgentHost:
         self._running = asyncio.get_running_loop().create_task(daemon.run(self._stream), name=f"agent of {self.node}")
 
     def kill(self) -> None:
-        """-9: at once. What it has said so far arrives if ``its_words_arrive``."""
+        """Kill it as by -9, at once. Messages that it has sent arrive if ``its_words_arrive``."""
         if self.is_dead:
             return
         wire = self._network.wires.get(self.node)
@@ -119,7 +119,7 @@ class AgentHost:
 
 
 class _Guarded:
-    """The engine, for as long as the agent lives."""
+    """The engine's executor, for as long as the agent lives."""
 
     def __init__(self, engine: EngineHost, state: MortalState) -> None:
         self._engine, self._state = engine, state

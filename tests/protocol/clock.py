@@ -1,4 +1,4 @@
-"""An event loop whose time passes only when nothing is left to do, so that minutes take milliseconds."""
+"""An event loop whose time advances only when no work is left, so that minutes take milliseconds."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 START_S = 1000.0
-UNIX_S = 1.7e9  # Unix time of the moment 0 of the loop's clock
-AT_ONCE_S = 1e-6  # waiting so long lets everything happen that needs no time
+UNIX_S = 1.7e9  # Unix time at 0 of the loop's clock
+AT_ONCE_S = 1e-6  # waiting this long runs all work that takes no time
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Runs what would go to threads at once, in line: nothing depends on how busy the machine is.
+    """Runs the work of threads immediately, inline, so that nothing depends on the machine's load.
 
     Attributes:
-        failures: of tasks that nobody waited for.
+        failures: failures of tasks that were never awaited.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.run_until_complete(work)
 
     def advance(self, seconds: float) -> None:
-        """Lets ``seconds`` pass, and everything happen in them."""
+        """Let ``seconds`` pass, and run everything due in them."""
         self.run_until_complete(asyncio.sleep(seconds))
 
     def end(self) -> None:
-        """Cancels what is left, and closes."""
+        """Cancel the remaining tasks, and close the loop."""
         left = asyncio.all_tasks(self)
         for task in left:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Thousands of broken streams: what agents and planner log of each is of no use in a failure."""
+"""Silences agents and planner, whose logs of thousands of broken streams are of no use in a failure."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ class EngineHost:
     """One node's engine, which may die and come up empty.
 
     Attributes:
-        engine: of this run.
+        engine: the engine of the current run.
         control: the load of every run.
-        answers_lost: as many of the next answers to the agent do not reach it.
+        answers_lost: number of the next answers that do not reach the agent.
         hears_peers: whether connections to other engines work.
         calls: names of the methods that the agent called, in order.
-        dies_at: number of the call at which it dies, before it does it. None: it does not.
-        loses: number of the call whose answer is lost. None: of none.
+        dies_at: number of the call before which it dies. None: it does not die.
+        loses: number of the call whose answer is lost. None: no answer is.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """A ledger of the physical place of head groups' KV on every node, which sees all engines and trusts none.
 
-An engine that releases a change has freed what it was the source of. One that aborts a change has freed what it was the
-target of. The map of the primary's engine says which device serves a head group; that device must still have it.
+An engine that releases a change has freed the groups of which it was the source. One that aborts a change has freed
+those of which it was the target. The map of the primary's engine names the device that serves a head group; that device
+must still have it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ class BrokenError(AssertionError):
 
 @dataclass
 class Ledger:
-    """Attributes:
-    kv: of every worker's present engine.
-    flipped: changes that an authority flipped, with the numbers of the moves it left out.
-    void: of them and of aborted ones, those whose authority's engine is gone: nothing of its map is in force.
-    aborted: by the authority.
-    failures: what was broken, in words.
+    """The ledger.
+
+    Attributes:
+        kv: KV of every worker's current engine.
+        flipped: changes that an authority flipped, with the numbers of the moves that it left out.
+        void: flipped and aborted changes whose authority's engine has died: nothing of its map is in force.
+        aborted: changes that the authority aborted.
+        failures: descriptions of broken invariants.
     """
 
     primary: str
@@ -39,7 +42,7 @@ class Ledger:
     _phases: dict[tuple[str, str, str], ChangePhase.ValueType] = field(default_factory=dict)
     _engines: dict[str, str] = field(default_factory=dict)
     _placed: set[tuple[str, int]] = field(default_factory=set)
-    wounded: set[str] = field(default_factory=set)  # nodes whose engine died, until the primary knows
+    wounded: set[str] = field(default_factory=set)  # nodes whose engine died, until the primary knows it
 
     def look(self, hosts: dict[str, EngineHost]) -> None:
         for node, host in hosts.items():
@@ -48,7 +51,7 @@ class Ledger:
                     self._note_death(node)
                 self._engines[node] = host.engine.engine_id
                 self.kv[node] = set()
-        # The authority's word first: others only follow it.
+        # The authority first: the others only follow it.
         for node in sorted(hosts, key=lambda node: node != self.primary):
             for held in hosts[node].engine._held.values():
                 for change in list(held.changes.known.values()):
@@ -60,7 +63,7 @@ class Ledger:
             raise BrokenError("; ".join(self.failures))
 
     def holes(self, hosts: dict[str, EngineHost], *, of_wounded: bool = False) -> list[str]:
-        """Head groups whose owner does not have their KV; ``of_wounded``: also those whose engine died once."""
+        """Return the head groups whose owner lacks their KV; ``of_wounded``: also those whose engine died once."""
         found = []
         for held in hosts[self.primary].engine._held.values():
             if held.primary is None:

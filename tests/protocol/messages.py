@@ -1,4 +1,4 @@
-"""Random valid messages, made from descriptors, with a liking for names and numbers that mean something here."""
+"""Random valid messages, made from descriptors, with a preference for names and numbers that occur in the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEPTH = 4
 
 
 def random_message(kind: descriptor.Descriptor, dice: random.Random, depth: int = 0) -> message.Message:
-    """A message that can be sent; what is in it need not make sense."""
+    """Return a message that can be sent, whose contents need not make sense."""
     made = message_factory.GetMessageClass(kind)()
     for field in kind.fields:
         if dice.random() < 0.3 or (field.message_type is not None and depth >= DEPTH):

@@ -28,7 +28,7 @@ T = TypeVar("T")
 PRIMARY = "a"
 WORKERS = ("b", "c")
 NODES = (PRIMARY, *WORKERS)
-BLOCKS = 120  # of every device
+BLOCKS = 120  # number of blocks of every device
 
 
 def stage_model() -> stage_pb2.StageModel:
@@ -55,9 +55,9 @@ class MortalStore(Store):
     """The real store; a planner can die before or after one of its writes.
 
     Attributes:
-        dies_at: number of the write to come at which it dies: 0 the next. None: it does not.
-        dies_after: that write is durable.
-        died: is told.
+        dies_at: number of future writes before the one at which it dies: 0 the next. None: it does not die.
+        dies_after: whether that write is durable.
+        died: called when it dies.
     """
 
     dies_at: int | None = None
@@ -80,7 +80,7 @@ class MortalStore(Store):
         raise AssertionError("a dead planner goes on")
 
     def lose_lock(self) -> None:
-        """Another planner may lead, and this one does not know."""
+        """Always hold the lease: another planner may lead without this one knowing."""
         assert self._lock is not None
         self._lock.release()
 
@@ -111,7 +111,7 @@ class PlannerHost:
         return cls(store, fleet, epoch)
 
     def kill(self) -> None:
-        """-9: nothing is said, nothing is written any more."""
+        """Kill it as by -9: nothing is sent or written any more."""
         self.is_dead = True
         tasks = [*(reconciler.task for reconciler in self.fleet._reconcilers.values()), self.fleet._ticks]
         for task in tasks:
@@ -122,7 +122,7 @@ class PlannerHost:
 
 @cache
 def _template(folder: Path) -> Path:
-    """A store with an activated plan of one replica, made once."""
+    """Return a template of a store with an activated plan of one replica, made once."""
     file = folder / "template.db"
 
     async def make() -> None:
@@ -142,7 +142,7 @@ def _template(folder: Path) -> Path:
 
 
 def new_store(template_folder: Path, folder: Path) -> Path:
-    """A file of its own with the same contents."""
+    """Return a new file with the template's contents."""
     made = folder / "hetis.db"
     shutil.copyfile(_template(template_folder), made)
     return made

@@ -1,5 +1,5 @@
-"""A planner process that moves head groups all the time: the real fleet, store and server, and a re-dispatch loop that
-needs no reason. ``python -m tests.protocol.planner_process FILE PORT SEED``; prints what it has acknowledged.
+"""A planner process that moves head groups all the time, with the real fleet, store and server, and a re-dispatch loop
+that needs no trigger: ``python -m tests.protocol.planner_process FILE PORT SEED``. It prints what it has acknowledged.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ async def serve(file: str, port: int, dice: random.Random) -> None:
 
 
 async def _move(fleet: LiveFleet, maps: Any, dice: random.Random) -> str:
-    """Moves a head group of some request; returns the change's id once it is kept."""
+    """Move a head group of some request; return the change's id once it is stored."""
     (head_map,) = maps.maps
     if not head_map.requests:
         return ""

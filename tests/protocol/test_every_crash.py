@@ -16,7 +16,7 @@ Prepare = Callable[[World], Callable[[], bool]]
 
 
 def course(what: str, prepare: Prepare) -> str:
-    """Return what is wrong after a death that ``prepare`` has set up. It returns whether it came to that."""
+    """Return the violation, empty if none, after a death set up by ``prepare``, whose result tells if it happened."""
     with World() as world:
         world.serve()
         came = prepare(world)
@@ -39,7 +39,7 @@ def course(what: str, prepare: Prepare) -> str:
 
 
 def uneventful(counted: Callable[[World], int]) -> int:
-    """Return how often something is counted in the course without a death."""
+    """Return the increase of a count over the course without a death."""
     with World() as world:
         world.serve()
         before = counted(world)
@@ -54,7 +54,7 @@ def assert_all(found: Iterator[str]) -> None:
 
 
 def chosen(total: int, *, after: bool, every: bool) -> range:
-    """Numbers of writes. A death after one is nearly that before the next: some of them meet every one."""
+    """Return numbers of writes. A death after one is nearly one before the next, so every second number suffices."""
     return range(total) if every else range(int(after), total, 2)
 
 

@@ -1,4 +1,4 @@
-"""One re-dispatch, and every single thing that may happen to every single message of it."""
+"""One re-dispatch, with every possible fate of every single message."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.protocol.planner_host import NODES
 from tests.protocol.transport import Fate, Seen
 from tests.protocol.world import State, World
 
-COURSE_S = 4.0  # in which all of it happens when nothing goes wrong
+COURSE_S = 4.0  # duration of a course without faults
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["some", "every"])
 FAULTS = [Fate.DROP, Fate.DUPLICATE, Fate.DELAY, Fate.CUT_BEFORE, Fate.CUT_AFTER]
 
 
 @cache
 def recorded() -> tuple[Seen, ...]:
-    """Every message of a re-dispatch between three nodes to which nothing happens."""
+    """Return every message of an undisturbed re-dispatch between three nodes."""
     with World() as world:
         world.serve()
         first = len(world.network.log)
@@ -28,7 +28,7 @@ def recorded() -> tuple[Seen, ...]:
 
 
 def course(fate: Fate, number: int) -> str:
-    """Return what is wrong after a message met its fate; empty: nothing."""
+    """Return the violation after a message met its fate; empty: none."""
     with World() as world:
         world.serve()
         first = len(world.network.log)
@@ -65,7 +65,7 @@ def numbers(*, noise: bool) -> list[int]:
 
 
 def one_of_each_kind(turn: int) -> list[int]:
-    """Return a message of each kind that is no noise; ``turn`` chooses, so that faults meet different nodes."""
+    """Return a message of each kind except noise; ``turn`` chooses, so that faults meet different nodes."""
     kinds: dict[str, list[int]] = {}
     for number in numbers(noise=False):
         seen = recorded()[number]
@@ -108,7 +108,7 @@ def _at(numbers: set[int], fate: Fate, seen: Seen) -> Fate:
 @pytest.mark.soak
 @pytest.mark.parametrize("fate", FAULTS, ids=lambda fate: fate.name.lower())
 def test_whatever_happens_to_two_messages_costs_nothing_but_time(fate: Fate) -> None:
-    """The second one is of whatever the first fault led to."""
+    """The second message is one of those to which the first fault led."""
     wrong = []
     for number in range(len(recorded())):
         for later in range(1, 8):

@@ -1,7 +1,7 @@
-"""Whatever valid message comes in the middle of a stream or a call: a documented answer, and everything goes on.
+"""Any valid message in the middle of a stream or a call has a documented answer, and service continues.
 
-`tests/planner/service/test_fuzz.py` sends random bytes and messages to every rpc of the planner; here they come after
-what makes them matter: a good Hello, an assignment, a change under way. Hypothesis draws the seeds.
+`tests/planner/service/test_fuzz.py` sends random bytes and messages to every rpc of the planner; here they follow the
+messages that give them a meaning: a good Hello, an assignment, a change in progress. Hypothesis draws the seeds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BAD = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAI
 
 
 class Errors(logging.Handler):
-    """The messages that were logged as errors."""
+    """Yield the messages that are logged as errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -62,20 +62,20 @@ def errors() -> Iterator[Errors]:
 
 @pytest.fixture(autouse=True)
 def loud() -> None:
-    """Undo `quiet`, since errors are what these tests look for."""
+    """Undo `quiet`, since these tests look for errors."""
     logging.getLogger("hetis").setLevel(logging.ERROR)
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """It serves; each test leaves it serving, or at least alive."""
+    """A serving world; each test leaves it serving, or at least alive."""
     with World(3) as made:
         made.serve()
         yield made
 
 
 def hello(dice: random.Random, node: str) -> pb.ConnectNodeRequest:
-    """A good one, or nearly."""
+    """Return a Hello that is valid, or nearly so."""
     request = pb.ConnectNodeRequest(sequence=1)
     made = random_message(pb.Hello.DESCRIPTOR, dice)
     assert isinstance(made, pb.Hello)
@@ -268,5 +268,5 @@ def test_a_good_stream_is_welcome_after_all_that(serving: tuple[Process, grpc.Ch
 
 
 def is_of_grpc(line: dict[str, str]) -> bool:
-    """Return whether gRPC logged that a call ended in the middle of a write; its client has a status already."""
+    """Return whether gRPC logged that a call ended in the middle of a write; its client already has a status."""
     return line["logger"] == "grpc._cython.cygrpc" and "ExecuteBatchError" in line["message"]

@@ -41,7 +41,7 @@ class Fleet:
     """One planner, and an engine and an agent per node; every process is stopped by its id at the end.
 
     Attributes:
-        kept: re-dispatches that planners said they have kept.
+        kept: re-dispatches that planners reported as stored.
     """
 
     def __init__(self, folder: Path, template_folder: Path) -> None:
@@ -113,7 +113,7 @@ class Fleet:
         return str(self.folder / f"{node}.sock")
 
     def peer_port(self, node: str) -> int:
-        """Fixed, as that of an engine in a data centre."""
+        """A fixed address, as for an engine in a data centre."""
         if not hasattr(self, "_ports"):
             first = free_ports(len(NODES))
             self._ports = {one: first + place for place, one in enumerate(NODES)}
@@ -136,10 +136,10 @@ class Fleet:
                 word, _, rest = line.decode().strip().partition(" ")
                 if word == "ready":
                     self.ready.set()
-                elif word == "kept" and len(rest) == 36:  # a line may be cut by the kill
+                elif word == "kept" and len(rest) == 36:  # the kill may cut a line
                     self.kept.add(rest)
 
-    # --- what is
+    # --- state
 
     def redispatches(self) -> dict[str, State.ValueType]:
         async def read() -> dict[str, State.ValueType]:
@@ -188,7 +188,7 @@ class Fleet:
                 raise AssertionError(f"not after {limit_s:g} s: {what}\n{tail}")
             time.sleep(0.1)
 
-    # --- what must hold
+    # --- invariants
 
     def check_moving_again(self) -> None:
         """Check that re-dispatches are made again once everything has restarted."""
@@ -196,7 +196,7 @@ class Fleet:
         self.until(lambda: self.num_done() > done, "another re-dispatch is done")
 
     def check_ends(self) -> None:
-        """Check that, with a planner that proposes no more, everything ends and all agree."""
+        """Check that, once the planner proposes nothing more, everything ends and all sides agree."""
         self.kill("planner")
         phases = {node: self._until_closed(node) for node in NODES}
         for node in NODES:

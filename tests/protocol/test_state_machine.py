@@ -1,7 +1,7 @@
-"""The five invariants of DESIGN section 7 hold whatever is lost, repeated, reordered or late, and whoever dies when.
+"""The five invariants of DESIGN section 7 hold whatever is lost, repeated, reordered or late, and whatever dies when.
 
-1, 2 and 3 are looked at by `Ledger` after every delivery, call and engine step; 4 and 5 by what must come of it in the
-end, when faults stop. ``HETIS_EXAMPLES`` and ``HETIS_STEPS`` make runs longer; see docs/protocol-tests.md.
+1, 2 and 3 are checked by `Ledger` after every delivery, call and engine step; 4 and 5 by the outcome in the end, when
+faults stop. ``HETIS_EXAMPLES`` and ``HETIS_STEPS`` make runs longer; see docs/protocol-tests.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BAD = (Fate.DROP, Fate.DUPLICATE, Fate.DELAY, Fate.HOLD)
 
 
 class Protocol(RuleBasedStateMachine):
-    """Real planner, agents and engines; rules are what may happen around them."""
+    """Real planner, agents and engines; rules are the events around them."""
 
     world: World
 
@@ -33,7 +33,7 @@ class Protocol(RuleBasedStateMachine):
         self.world = World(seed)
         self.world.serve()
 
-    # The usual course.
+    # The regular course.
 
     @rule(seconds=st.sampled_from([0.01, 0.1, 0.6, 3.0, 11.0, 26.0]))
     def time_passes(self, seconds: float) -> None:
@@ -166,7 +166,7 @@ class Protocol(RuleBasedStateMachine):
 
 
 class Pressed(Protocol):
-    """The same machine with a change always under way, so that faults meet its phases."""
+    """The same machine with a change always in progress, so that faults meet its phases."""
 
     @initialize(seed=st.integers(0, 1000), seconds=st.sampled_from([0.0, 0.01, 0.3, 0.55, 0.6, 0.7]))
     def begin(self, seed: int, seconds: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""The planner is off the data path (invariant 4), and an old one changes nothing (invariant 3)."""
+"""The planner is off the data path (invariant 4), and a replaced one changes nothing (invariant 3)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.protocol.test_every_message import numbers, recorded
 from tests.protocol.transport import Fate
 from tests.protocol.world import BUSY, OPEN, PREPARE_S, STILL, State, World
 
-SLACK_S = 3.0  # for engines to hear of each other after the deadline
-FEW = (0, 3, 8, 12, 17, 19, 22)  # of the messages of a re-dispatch: one of every phase
+SLACK_S = 3.0  # time for engines to reach each other after the deadline
+FEW = (0, 3, 8, 12, 17, 19, 22)  # messages of a re-dispatch, one in each phase
 
 
 def steps(world: World) -> int:
@@ -22,7 +22,7 @@ def steps(world: World) -> int:
 
 
 def die_at(number: int, limit_s: float = PREPARE_S) -> str:
-    """Return what is wrong when the planner dies at this message and nobody comes after it; empty: nothing."""
+    """Return the violation if the planner dies at this message and has no successor; empty: none."""
     with World() as world:
         world.serve()
         first = len(world.network.log)
@@ -73,7 +73,7 @@ def test_engines_alone_resolve_prepared_moves_by_their_deadline(seconds: float) 
 
 
 def test_nodes_that_cannot_ask_how_a_change_ended_do_not_guess() -> None:
-    """The authority has flipped, and before anybody hears of it planner and connections between engines are gone."""
+    """The authority has flipped, and before any other process knows, planner and engine connections are lost."""
     with World() as world:
         world.serve()
         change_id = world.between_workers(prepare_s=3.0)
@@ -105,7 +105,7 @@ def test_requests_come_and_end_without_a_planner() -> None:
 
 @pytest.mark.parametrize("seconds", [0.02, 0.3, 0.55, 0.62])
 def test_a_planner_that_was_replaced_changes_nothing(seconds: float) -> None:
-    """It goes on with its streams and its change while another one leads; nodes come to the new one, one by one."""
+    """The old planner continues with its streams and its change while another leads, to which nodes move one by one."""
     with World() as world:
         world.serve()
         change_id = world.between_workers()
@@ -117,7 +117,7 @@ def test_a_planner_that_was_replaced_changes_nothing(seconds: float) -> None:
         before = {node: world.agents[node].core.newest_epoch for node in NODES}
         world.cut(WORKERS[0])
         world.advance(2.0)
-        world.to_zombie.update(NODES)  # even where the old one is all they reach
+        world.to_zombie.update(NODES)  # even if they reach only the old planner
         for node in NODES:
             world.cut(node)
         world.advance(20.0)

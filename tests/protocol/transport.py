@@ -1,7 +1,7 @@
 """The network between agents and planner, in memory: every message of every stream goes through one hand.
 
-The agent's end is a gRPC call as `hetis.runtime.agent.stream.PlannerStream` uses one, the planner's end is what the
-servicer hands to `LiveFleet.connect`. Between them messages are bytes, and have a `Fate`.
+The agent's end is a gRPC call as used by `hetis.runtime.agent.stream.PlannerStream`, the planner's end is what the
+servicer passes to `LiveFleet.connect`. Between them messages are bytes, and have a `Fate`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hetis.planner.service import statuses
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 
 LATENCY_S = 0.002
-NOTICE_S = 25.0  # until the end that did not break a stream notices that it is broken: keepalive
+NOTICE_S = 25.0  # time until the end that did not break a stream notices, by keepalive
 Message = ConnectNodeRequest | ConnectNodeResponse
 
 
 class Way(Enum):
-    UP = "up"  # to the planner
+    UP = "up"  # towards the planner
     DOWN = "down"
 
 
@@ -39,10 +39,10 @@ class Fate(Enum):
     PASS = "pass"
     DROP = "drop"
     DUPLICATE = "duplicate"
-    DELAY = "delay"  # others overtake it
-    CUT_BEFORE = "cut before"  # the stream breaks, and takes it along
-    CUT_AFTER = "cut after"  # it arrives, then the stream breaks
-    HOLD = "hold"  # until somebody delivers it
+    DELAY = "delay"  # later messages overtake it
+    CUT_BEFORE = "cut before"  # the stream breaks before the message arrives
+    CUT_AFTER = "cut after"  # the message arrives, then the stream breaks
+    HOLD = "hold"  # until a test delivers it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,8 @@ class Seen:
     """A message as the network saw it.
 
     Attributes:
-        number: over all messages, from 0.
-        kind: the field that is set, with that of the delta.
+        number: number over all messages, from 0.
+        kind: the field that is set, with that of its delta.
     """
 
     number: int
@@ -72,12 +72,12 @@ class _End:
 
 
 class _HalfClose:
-    """The agent writes no more."""
+    """The end of the agent's messages."""
 
 
 @dataclass(slots=True)
 class Item:
-    """Under way."""
+    """An item in transit."""
 
     seen: Seen
     content: bytes | _End | _HalfClose
@@ -88,12 +88,12 @@ class Network:
     """All links.
 
     Attributes:
-        fate: decides what becomes of each message.
-        delay_s: how long a delayed one takes.
-        log: everything that was sent.
-        wires: the stream of each node that stands at the agent's end.
-        fleet: who answers a new stream; None: nobody.
-        unreachable: nodes that reach nobody.
+        fate: decides the fate of each message.
+        delay_s: transit time of a delayed message.
+        log: all messages that were sent.
+        wires: the stream that is open at each node's agent.
+        fleet: the fleet that answers a new stream of a node; None: none does.
+        unreachable: nodes that reach no planner.
     """
 
     fate: Callable[[Seen], Fate] = field(default=lambda _: Fate.PASS)
@@ -102,7 +102,7 @@ class Network:
     wires: dict[str, Wire] = field(default_factory=dict)
     fleet: Callable[[str], LiveFleet | None] = field(default=lambda _: None)
     unreachable: set[str] = field(default_factory=set)
-    earlier: dict[str, list[bytes]] = field(default_factory=dict)  # down messages that each node ever got
+    earlier: dict[str, list[bytes]] = field(default_factory=dict)  # messages that each node ever received
     acknowledged: Callable[[str, ConnectNodeRequest], None] = field(default=lambda node, request: None)
     watches: list[Callable[[], None]] = field(default_factory=list)  # called after every delivery
 
@@ -112,7 +112,7 @@ class Network:
         return seen
 
     def release(self) -> None:
-        """Deliver what was held, in order."""
+        """Deliver the held messages in order."""
         for wire in list(self.wires.values()):
             for way in Way:
                 while wire.held[way]:
@@ -120,7 +120,7 @@ class Network:
 
 
 class Wire:
-    """One stream of one node; it counts as long as each end takes it to stand."""
+    """One stream of one node; each end uses it as long as it considers it open."""
 
     def __init__(self, network: Network, node: str, fleet: LiveFleet) -> None:
         self.network, self.node, self.fleet = network, node, fleet
@@ -157,7 +157,7 @@ class Wire:
                 self.held[way].append(item)
 
     def end_of(self, way: Way, content: _End | _HalfClose) -> None:
-        """Ends come after what was sent before; they are not lost by themselves."""
+        """Deliver the end of a direction after the messages sent before it; it is not lost by itself."""
         item = Item(self.network.note(self.node, way, None, "end"), content)
         if self.held[way]:
             self.held[way].append(item)
@@ -183,12 +183,12 @@ class Wire:
         for watch in self.network.watches:
             watch()
 
-    # How it breaks.
+    # Breaking.
 
     def cut(self, *, agent_notices: bool = True, planner_notices: bool = True, arrives: Sequence[Way] = ()) -> None:
         """Stop all traffic; an end that does not notice does so after `NOTICE_S`.
 
-        ``arrives``: directions in which messages under way still arrive.
+        ``arrives``: directions in which messages in transit still arrive.
         """
         for way in arrives:
             while self.under_way[way]:
@@ -214,7 +214,7 @@ class Wire:
         """Cancel the handler, as gRPC does."""
         if self.planner_stands:
             self.planner_stands = False
-            # After the handler has read what has arrived.
+            # After the handler has read the messages that have arrived.
             asyncio.get_running_loop().call_later(LATENCY_S, self._serving.cancel)
 
     # The planner's end.
@@ -241,7 +241,7 @@ class Wire:
 
 
 class AgentCall:
-    """The agent's end, as the calls of `grpc.aio` are."""
+    """The agent's end, with the interface of a `grpc.aio` call."""
 
     def __init__(self, wire: Wire | None) -> None:
         self._wire = wire
@@ -270,7 +270,7 @@ class AgentCall:
         raise _aio_error(status.code, status.details, status.trailing_metadata)
 
     def cancel(self) -> None:
-        """The agent is done with it; the planner hears of it a little later."""
+        """The agent ends the stream; the planner is notified a little later."""
         wire = self._wire
         if wire is not None and wire.agent_stands:
             wire.cut_agent()
@@ -302,7 +302,7 @@ class Address:
 
 
 class _Channel:
-    """Has what a stub asks of a channel."""
+    """A channel with the methods that a stub uses."""
 
     def __init__(self, network: Network, node: str) -> None:
         self._network, self._node = network, node

@@ -1,4 +1,4 @@
-"""A planner, three agents and three engines, all real, in virtual time, with every fault there is in one hand."""
+"""A planner, three agents and three engines, all real, in virtual time, with every kind of fault under control."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ ENDS = (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED)
 OPEN = (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
 ARRIVING = Control(rate_rps=1.0, prompt_tokens=60, output_tokens=4000, load_s=0.1, dense_step_s=0.2)
 BUSY = Control(rate_rps=1.0, prompt_tokens=60, output_tokens=40, load_s=0.1, dense_step_s=0.2)
-# Weights take long enough to load that everybody hears of an engine that came up anew.
+# Weights take long enough to load that all processes notice an engine's restart.
 STILL = Control(rate_rps=0.0, load_s=3.0, dense_step_s=0.2)
-LEAST_HEALED_S, HEALED_S = 4.0, 120.0  # the second is past every timeout there is, more than once
+LEAST_HEALED_S, HEALED_S = 4.0, 120.0  # the second exceeds every timeout several times
 SERVED_S = 60.0
 PREPARE_S = 10.0
 
@@ -58,11 +58,11 @@ def _memory() -> str | None:
 
 
 class World:
-    """Use it as a context. What must always hold is checked after every delivery, call and engine step.
+    """Use it as a context manager. Invariants are checked after every delivery, call and engine step.
 
     Attributes:
-        planner: that leads. None: it is down.
-        zombie: that led before, and does not know that it does no more.
+        planner: the planner that leads. None: it is down.
+        zombie: a planner that led before and does not know that it was replaced.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -80,12 +80,12 @@ class World:
         self.zombie: PlannerHost | None = None
         self.to_zombie: set[str] = set()  # nodes that reach the zombie instead
         self.proposed: list[str] = []
-        self.acknowledged: list[str] = []  # re-dispatches that the fleet said it has kept
+        self.acknowledged: list[str] = []  # re-dispatches that the fleet reported as stored
         self.draining: frozenset[str] = frozenset()
-        self.planners_words_arrive = False  # what it said before it was killed
+        self.planners_words_arrive = False  # whether messages sent before the kill still arrive
         self._proposing: list[Any] = []
         self._known_flips: set[str] = set()
-        self._dead: list[PlannerHost] = []  # kept: what they were doing hangs for ever
+        self._dead: list[PlannerHost] = []  # kept, because their pending work hangs forever
         self.engines: dict[str, EngineHost] = {}
         self.agents: dict[str, AgentHost] = {}
         self.loop.run(self._begin(folder))
@@ -130,7 +130,7 @@ class World:
                 self._check_permitted(change_id)
 
     def _check_on_disk(self, node: str, request: ConnectNodeRequest) -> None:
-        """Check that an acknowledged request is durable on the agent."""
+        """Check that an acknowledged request is durable on the agent's disk."""
         ack = request.ack
         saved = self.agents[node].state.read().get(ack.replica)
         kept = 0 if saved is None else ReplicaState.from_bytes(saved, clock="this boot").held_generation
@@ -151,7 +151,7 @@ class World:
         self.planner = self.loop.run(PlannerHost.start(self.file, self.loop, self._planner_died))
 
     def kill_planner(self) -> None:
-        """-9; nobody leads until another is started."""
+        """Kill the planner as by -9; none leads until another one is started."""
         if self.planner is None:
             return
         planner, self.planner = self.planner, None
@@ -162,7 +162,7 @@ class World:
         self.start_planner()
 
     def take_over(self) -> None:
-        """Another planner leads; the one before goes on, as after a pause or behind a broken network."""
+        """Let another planner lead while the one before continues, as after a pause or behind a broken network."""
         if self.planner is None:
             self.start_planner()
             return
@@ -189,7 +189,7 @@ class World:
 
     def _planner_died(self) -> None:
         assert self.planner is not None
-        self.loop.call_soon(self.kill_planner)  # what is in its streams is written by then
+        self.loop.call_soon(self.kill_planner)  # messages in its streams are written by then
 
     def _fleet_of(self, node: str) -> Any:
         if node in self.to_zombie and self.zombie is not None:
@@ -199,7 +199,7 @@ class World:
     # --- time
 
     def settle(self) -> None:
-        """Everything that needs no time."""
+        """Run everything that takes no time."""
         self.advance(AT_ONCE_S)
 
     def advance(self, seconds: float) -> None:
@@ -218,10 +218,10 @@ class World:
         if self.loop.failures:
             raise BrokenError("; ".join(self.loop.failures))
 
-    # --- usual courses
+    # --- regular courses
 
     def serve(self) -> None:
-        """Go from an activated plan to a replica that serves some lasting requests."""
+        """Go from an activated plan to a replica that serves some long requests."""
         self.start_planner()
         self.until(self.is_serving, SERVED_S, "the replica serves")
         self.until(lambda: len(self.running()) >= 4, SERVED_S, "requests run")
@@ -250,7 +250,7 @@ class World:
         ]
 
     def propose(self, *, num_moves: int = 3, prepare_s: float = PREPARE_S, copy_s: float = 0.5) -> str | None:
-        """Begins a re-dispatch between workers of what the head map has; None: it could not begin."""
+        """Begin a re-dispatch of groups in the head map between workers; return None if it could not begin."""
         assert self.planner is not None
         try:
             generation, maps = self._map()
@@ -278,7 +278,7 @@ class World:
         return None if not moves else self._propose(generation, moves, prepare_s)
 
     def between_workers(self, *, prepare_s: float = PREPARE_S, copy_s: float = 0.5) -> str | None:
-        """A re-dispatch whose authority, source and target are three nodes."""
+        """Begin a re-dispatch whose authority, source and target are three nodes."""
         generation, found = self._map()
         names = [device.name for device in found.devices]
         source, target = (f"{worker}/0" for worker in WORKERS)
@@ -343,7 +343,7 @@ class World:
             self._call(lambda: wire.cut(agent_notices=agent_notices, planner_notices=planner_notices))
 
     def deliver(self, node: str, way: Way, position: int = 0, *, again: bool = False, lost: bool = False) -> None:
-        """A held message goes on, out of its order, twice or not at all."""
+        """Deliver a held message out of order, twice or not at all."""
         wire = self.network.wires.get(node)
         if wire is None or not wire.held[way]:
             return
@@ -354,7 +354,7 @@ class World:
             self._call(lambda: wire.deliver(way, item))
 
     def repeat_old(self, node: str, position: int) -> None:
-        """A message that the agent once got, from whichever planner, comes again."""
+        """Deliver again a message that the agent once got, from any planner."""
         wire, earlier = self.network.wires.get(node), self.network.earlier.get(node)
         if wire is None or not earlier:
             return
@@ -401,7 +401,7 @@ class World:
         self.loop.run(do())
         self.settle()
 
-    # --- the end
+    # --- the end of a run
 
     def heal(self) -> None:
         """Let time pass without faults for long enough."""
@@ -426,7 +426,7 @@ class World:
         self.advance(LEAST_HEALED_S)
         while not self._is_healed():
             if self.loop.time() >= end_s:
-                self.check_healed()  # says what is wrong
+                self.check_healed()  # raises with the reason
             self.advance(2.0)
 
     def _is_healed(self) -> bool:
@@ -471,7 +471,7 @@ class World:
         return not any("delta" in seen.kind for seen in self.network.log[first:])
 
     def check_views(self) -> None:
-        """The planner's, the agents' and the engines' generations and head maps are the same."""
+        """Check that the generations and head maps of planner, agents and engines are equal."""
         assert self.planner is not None
         cluster = self.planner.fleet._clusters[CLUSTER]
         generations = {
@@ -497,7 +497,7 @@ class World:
         assert owners[: len(now)] == owners[len(now) :] or self.engines[PRIMARY].control is not STILL
 
     def redispatches(self) -> dict[str, State.ValueType]:
-        """States by change id, as the store has them."""
+        """Return the stored states by change id."""
         assert self.planner is not None
         records = self.loop.run(self.planner.store.read(lambda tx: tx.redispatches.all()))
         return {record.body.change.change_id: record.state for record in records}
@@ -506,14 +506,14 @@ class World:
         return self.redispatches().get(change_id) in ENDS
 
     def check_another_works(self) -> None:
-        """A re-dispatch that nothing disturbs is made."""
+        """Check that an undisturbed re-dispatch succeeds."""
         if not self.running():
             for engine in self.engines.values():
                 engine.control = ARRIVING
             self.until(lambda: len(self.running()) >= 2, SERVED_S, "new requests run")
             for engine in self.engines.values():
                 engine.control = STILL
-        for _ in range(3):  # a delta whose answer was lost holds the next ones up for a while: an early try may abort
+        for _ in range(3):  # a delta without an answer delays the next ones for a while: an early try may abort
             change_id = self.propose(copy_s=0.2)
             if change_id is not None:
                 self.until(partial(self._has_ended, change_id), 60.0, "another one ends")
