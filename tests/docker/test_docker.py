@@ -1,4 +1,4 @@
-"""The images cannot be built here, but every command, option, variable and file that they name must exist."""
+"""Images are not built here, but every command, option, variable and file that they name must exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hetis.runtime.worker.main import VARIABLES as WORKER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
-VLLM = ROOT / "docker" / "vllm.Dockerfile"  # is based on vLLM's image
+VLLM = ROOT / "docker" / "vllm.Dockerfile"  # based on vLLM's image
 APPS = {"hetis-plan": plan_app, "hetis-planner": planner_app, "hetis-agent": agent_app}
 WORKER = "hetis-worker"  # its options can be given as environment variables
 COMMANDS = {*APPS, WORKER}

@@ -1,6 +1,6 @@
-"""What the installed vLLM says of GPUs and checkpoints, and how its own parser reads command lines, in one process.
+"""The installed vLLM's answers about GPUs, checkpoints and command lines, all from one process.
 
-vLLM takes ten seconds to import, longer than everything that is asked here.
+vLLM takes ten seconds to import, longer than all questions here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON
 
-# Reads {"lines": command lines, "configs": quantization configs, "at": capabilities}, and prints what vLLM makes of
+# Reads {"lines": command lines, "configs": quantization configs, "at": capabilities}, and prints vLLM's reading of
 # each. Lines are parsed as `vllm serve` does.
 _PROGRAM = """
 import json, sys, types
@@ -63,7 +63,7 @@ print("SAID", json.dumps(said))
 def said_by_vllm(
     lines: Sequence[Sequence[str]], configs: Sequence[dict[str, Any]], at: Sequence[float]
 ) -> dict[str, Any]:
-    """Return what it said of the words after ``vllm``, of quantization configs, and of compute capabilities."""
+    """Return its answers about the words after ``vllm``, quantization configs, and compute capabilities."""
     done = subprocess.run(
         [str(PYTHON), "-c", _PROGRAM],
         input=json.dumps({"lines": lines, "configs": configs, "at": at}),

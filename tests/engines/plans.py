@@ -33,8 +33,8 @@ MODEL = ModelSpec(
     attention=AttentionKind.GQA,
 )
 WITH_EXPERTS = replace(MODEL, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1))
-PAGES = 63  # of each KV head: 1,000 tokens
-LAYER_BYTES = PAGES * 2 * 16 * 8 * 2  # of one KV head in one layer: K and V of 16 tokens of 8 numbers of 2 bytes
+PAGES = 63  # pages of each KV head: 1,000 tokens
+LAYER_BYTES = PAGES * 2 * 16 * 8 * 2  # bytes of one KV head in one layer: K and V of 16 tokens of 8 numbers of 2 bytes
 
 
 def plan_of(*stages: StagePlan, pools: tuple[AttentionWorkerPool, ...] = (), **changes: Any) -> Plan:
@@ -113,7 +113,7 @@ FP8_KV = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo"
 
 
 def write_config(folder: Path, quantisation: Mapping[str, str] | None = None) -> Path:
-    """Write the folder of a model of which only the configuration is read."""
+    """Write the folder of a model, with its configuration alone."""
     (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
     config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],

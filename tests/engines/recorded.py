@@ -1,6 +1,6 @@
 """The options and variables of each engine version that command lines of `hetis.engines` may use, and their origin.
 
-A test holds command lines to it, and another parses those for vLLM with the parser of the installed version.
+One test checks command lines against it, and another parses those for vLLM with the installed version's parser.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hetis.engines.versions import Engine
 class Recorded:
     """The part of an engine version's interface that is used."""
 
-    origin: str  # where it is documented, and how it was checked
-    options: Mapping[str, str]  # of its command line, with what the plan puts there
+    origin: str  # where it is documented, and how that was verified
+    options: Mapping[str, str]  # of its command line, with the meaning of their values
     variables: Mapping[str, str]  # of its environment, likewise
 
 

@@ -1,4 +1,4 @@
-"""Replicas that exchange KV on unlike GPUs have one attention backend that runs on all of them."""
+"""Replicas that exchange KV between different GPUs have one attention backend that runs on all of them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
 
 
 def kinds_at(capabilities: set[float]) -> list[GpuKind]:
-    """Kinds of GPUs, one of them of a vendor on whose GPUs nothing is recorded."""
+    """Return kinds of GPUs, one of them of a vendor without recorded capabilities."""
     return [GpuKind("AMD", None), *(GpuKind("NVIDIA", one) for one in capabilities)]
 
 
 @pytest.mark.parametrize(
     ("model", "capabilities", "told"),
     [
-        (LLAMA, {A100, H100, L40S, RTX5090}, ""),  # FLASH_ATTN by itself
+        (LLAMA, {A100, H100, L40S, RTX5090}, ""),  # all choose FLASH_ATTN by themselves
         (LLAMA, {H100, B200}, "FLASH_ATTN"),
         (LLAMA, {T4, A100}, "TRITON_ATTN"),
         (replace(LLAMA, head_dim=512), {H100, B200}, "TRITON_ATTN"),
@@ -42,13 +42,13 @@ def kinds_at(capabilities: set[float]) -> list[GpuKind]:
         (DEEPSEEK, {H100, B200}, "TRITON_MLA"),
         (DEEPSEEK, {A100, RTX5090}, ""),
         (SPARSE, {H100, B200}, "FLASHMLA_SPARSE"),
-        (SPARSE, {B200}, "FLASHMLA_SPARSE"),  # the choice goes by the heads of a rank
-        (SPARSE, {RTX5090}, ""),  # it has one alone
+        (SPARSE, {B200}, "FLASHMLA_SPARSE"),  # the choice depends on the heads of a rank
+        (SPARSE, {RTX5090}, ""),  # its only backend
         (SPARSE, {H100, RTX5090}, None),
-        (replace(LLAMA, head_dim=256), {H100, B200}, "TRITON_ATTN"),  # pages of FLASH_ATTN differ
+        (replace(LLAMA, head_dim=256), {H100, B200}, "TRITON_ATTN"),  # FLASH_ATTN has different page sizes
         (replace(LLAMA, head_dim=256), {H100, A100}, ""),
         *((model, {B200}, "") for model in (LLAMA, FP8, GPT_OSS, GEMMA_3, DEEPSEEK)),
-        *((model, set[float](), "") for model in (LLAMA, SPARSE)),  # AMD's
+        *((model, set[float](), "") for model in (LLAMA, SPARSE)),  # AMD alone
     ],
 )
 def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities: set[float], told: str | None) -> None:

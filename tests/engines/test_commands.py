@@ -108,7 +108,7 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
         (("--kv_cache_dtype=float16", "--seed", "1"), False),
         (("--kv-cache-dtype", "fp8"), True),
         (("--kv-cache-dtype", "bfloat16", "--kv-cache-dtype=fp8"), True),
-        (("--kv-cache-dtype", "bf16"), True),  # vLLM has no such name
+        (("--kv-cache-dtype", "bf16"), True),  # not a name of vLLM's
         (("--seed", "1", "--kv-cache-dtype"), True),
         (("--kv-cache-dtype", "auto"), True),
     ],
@@ -128,7 +128,7 @@ def test_users_say_which_dtype_kv_of_16_bits_has(words: tuple[str, ...], decided
         (("-t", "4"), "-tp"),
         (("-n2",), "-n"),
         (("--kv-cache-memory", "100"), "--kv-cache-memory-bytes"),
-        (("--kv-cache-dtyp", "bfloat16"), "--kv-cache-dtype"),  # which would not be told once
+        (("--kv-cache-dtyp", "bfloat16"), "--kv-cache-dtype"),  # otherwise the option would be passed twice
         (("--kv-transfer-config.kv_role=kv_both",), "--kv-transfer-config"),
         (("--kv_transfer_conf.kv_connector", "X"), "--kv-transfer-config"),
         (("--config", "c.yaml"), "--config"),
@@ -150,9 +150,9 @@ def test_what_the_plan_decides_is_found_however_parsers_let_it_be_written(words:
         ({}, {}, None),
         ({}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "bfloat16"),
         ({}, {"options": ("--seed", "1", "--kv_cache_dtype=float16")}, "float16"),
-        ({}, {"dtype": "float16"}, "float16"),  # of model and KV
+        ({}, {"dtype": "float16"}, "float16"),  # dtype of the model and its KV
         ({}, {"dtype": "float16", "options": ("--seed", "1", "--kv-cache-dtype", "bfloat16")}, "float16"),
-        ({}, {"dtype": "float32"}, None),  # no dtype of KV has 32 bits
+        ({}, {"dtype": "float32"}, None),  # KV has no 32-bit dtype
         ({"dtype": "float16"}, {"options": ("--kv-cache-dtype", "bfloat16", "--seed", "1")}, "float16"),
         ({"dtype": "float16"}, {"device": "cpu"}, None),
         ({}, {"device": "cpu", "dtype": "bfloat16"}, None),
@@ -169,7 +169,7 @@ def test_every_engine_is_told_of_the_kv_of_its_own_replica(
     assert after.get("--kv-cache-dtype") == told
     assert sum("kv-cache-dtype" in word or "kv_cache_dtype" in word for word in vllm.shown) == (told is not None)
     assert after.get("--seed") == ("1" if serving.get("options") else None)
-    if (layout.get("dtype"), serving.get("dtype")) == (None, None) and told != "float16":  # SGLang has none of float16
+    if (layout.get("dtype"), serving.get("dtype")) == (None, None) and told != "float16":  # SGLang has no float16 KV
         [sglang] = commands_of(replace(ALONE, **layout, engine=Engine.SGLANG), replace(SERVING, **serving), Addresses())
         after = dict(itertools.pairwise(sglang.shown))
         assert after.get("--kv-cache-dtype") == ("fp8_e4m3" if told == "fp8" else told)
@@ -197,7 +197,7 @@ def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
         (replace(ALONE, kv_is_fp8=True), {}, ""),
         (replace(ALONE, kv_is_fp8=True), both, ""),
         (replace(ALONE, dtype="float16"), {}, ""),
-        (replace(ALONE, dtype="float16"), told, ""),  # it is told of its own, whatever the others are
+        (replace(ALONE, dtype="float16"), told, ""),  # it gets its own dtype, whatever the others have
         (ALONE, {"dtype": "bfloat16"}, ""),
         (ALONE, {"dtype": "bfloat16"} | told, ""),
         (ALONE, told, ""),
@@ -233,7 +233,7 @@ def test_a_replica_without_workers_needs_no_plugin() -> None:
 
 
 def test_copies_that_share_experts_are_one_engine() -> None:
-    """vLLM's limits are those of each copy, SGLang's those of all."""
+    """vLLM's limits apply to each copy, SGLang's to all together."""
     layout = layout_of(SHARED, 0, WITH_EXPERTS)
     [vllm] = commands_of(layout, SERVING, Addresses())
     assert vllm.shown[3:] == (
@@ -262,7 +262,7 @@ def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
         assert command.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
     assert [("--headless" in one.shown) for one in (first, second)] == [False, True]
     assert first.environment["VLLM_HOST_IP"] == "10.0.0.1"
-    assert "VLLM_HOST_IP" not in second.environment  # a host name, which vLLM would take for an address
+    assert "VLLM_HOST_IP" not in second.environment  # vLLM would take this host name for an address
     assert first.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert second.environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
@@ -327,7 +327,7 @@ def test_the_forms_say_the_same() -> None:
 
 
 def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
-    """Return command lines, and what vLLM's own parser must find in them; see test_vllm.py of exports."""
+    """Return command lines with what vLLM's own parser must read from them; see test_vllm.py of exports."""
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = list[tuple[str, ...]](), list[dict[str, Any]]()
     for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, WITH_EXPERTS)):

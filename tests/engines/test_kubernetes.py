@@ -1,4 +1,4 @@
-"""Kubernetes objects: who reaches whom, what runs where, and no more rights than needed."""
+"""Kubernetes objects: which pods reach which, what runs where, and no more rights than needed."""
 
 from __future__ import annotations
 

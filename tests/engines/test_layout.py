@@ -157,7 +157,7 @@ def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refus
 
 
 def test_replicas_exchange_kv_with_all_that_routes_join_over_others() -> None:
-    """0 -> 1 <- 2 -> 3 and 4 -> 5, a replica without a route, and one that does both."""
+    """Routes 0 -> 1 <- 2 -> 3 and 4 -> 5, a replica without a route, and one with both roles."""
     gpus = ("T4", "L4", "T4", "A100", "L4", "L4", "H100", "V100")
     roles = (Role.PREFILL, Role.DECODE) * 3 + (Role.DECODE, Role.UNIFIED)
     replicas = tuple(
@@ -208,8 +208,8 @@ def test_copies_that_share_experts_leave_kv_room_to_what_plans_do_not_count() ->
     four = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
     plan = plan_of(four, in_flight=2, expert_parallel=True, kv_tokens=200_000)
     layout = layout_of(plan, 0, WITH_EXPERTS, engine=Engine.VLLM)
-    shared = 4 * (3 * 128 * 64) * 2 // 2  # half of the shared expert of each layer, of which a rank has the whole
-    workspace = 2 * (4 + 32) * 2 * (128 + 64) * 2  # two experts each for the tokens of both copies
+    shared = 4 * (3 * 128 * 64) * 2 // 2  # half of each layer's shared expert, which a rank holds whole
+    workspace = 2 * (4 + 32) * 2 * (128 + 64) * 2  # for the tokens of both copies with two experts each
     of_tokens = -(-layout.kv_tokens // 16) * 4 * LAYER_BYTES // PAGES * 4
     assert layout.rank_kv_bytes == of_tokens - shared - workspace
 

@@ -1,4 +1,4 @@
-"""The table of GPUs and precisions is complete, and refuses with reasons."""
+"""The table of GPUs and precisions is complete, and gives reasons for refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ V100, T4, A100, L4, H100, B200, MI300X = (
     [
         ("fp8", None, (T4, A100, H100), (V100,)),
         ("fp8", "fp8", (A100, H100), (V100, T4)),
-        ("mxfp4", None, (), (V100, A100, H100)),  # no experts
+        ("mxfp4", None, (), (V100, A100, H100)),  # no experts to quantise
         ("awq-int4", None, (T4, A100), (V100,)),
         ("nvfp4", None, (A100, B200), (V100,)),
     ],

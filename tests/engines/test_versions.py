@@ -44,7 +44,7 @@ def commands(plan: Plan, engine: Engine, **changes: object) -> tuple[Command, ..
 
 
 def told(command: Command) -> dict[str, str]:
-    """Return the options with their values, empty if there is none."""
+    """Return the options with their values, empty if a line has none."""
     words = [*command.shown, "--"]
     return {name: "" if value.startswith("--") else value for name, value in pairwise(words) if name.startswith("--")}
 
@@ -64,10 +64,10 @@ def test_engines_are_told_nothing_that_was_not_recorded(engine: Engine) -> None:
 def test_engines_are_told_of_the_longest_request_that_fits() -> None:
     for engine, name in ((Engine.VLLM, "--max-model-len"), (Engine.SGLANG, "--context-length")):
         [one] = commands(PLANS["whole"], engine)
-        assert told(one)[name] == "992"  # of 1,000 tokens of KV room
+        assert told(one)[name] == "992"  # for 1,000 tokens of KV room
         [given] = commands(PLANS["whole"], engine, options=(name, "512"))
         assert (given.shown.count(name), told(given)[name]) == (1, "512")
-        if engine is Engine.VLLM:  # which sizes its own KV, and checks the context against it, unless told otherwise
+        if engine is Engine.VLLM:  # vLLM sizes its own KV by default, and checks the context against it
             assert name not in told(commands(PLANS["whole"], engine, limits_kv=False)[0])
 
 

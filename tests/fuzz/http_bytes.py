@@ -192,7 +192,7 @@ def _engine() -> _Engine:
 
 
 def read_engine(data: bytes) -> None:
-    """Read bytes as an engine's answer: metrics, or a state that says why there are none."""
+    """Read bytes as an engine's answer: metrics, or a state that explains why there are none."""
     engine = _engine()
     engine.answer = data
     found: Scrape = scrape(f"http://{LOOPBACK}:{engine.port}/metrics", timeout_s=_ANSWER_S)

@@ -65,7 +65,7 @@ def _mutate(data: bytearray, chance: random.Random, kept: list[bytes]) -> None:
 
 
 def failure_of(target: Target, data: bytes) -> BaseException | None:
-    """Return the undocumented exception of a target, or that it took too long, or None if all is well."""
+    """Return the target's undocumented exception, or one about its time if that was too long, or None."""
     began_s = time.process_time()
     try:
         target.read(data)

@@ -1,4 +1,4 @@
-"""Inputs nobody thought of, for as long as one likes.
+"""Fuzzing with random inputs, for any length of time.
 
     python -m tests.fuzz.run [TARGET ...] [--minutes N] [--seed N]     # every target, a minute each, unless said
     pip install atheris                                                # then inputs follow the code's own branches

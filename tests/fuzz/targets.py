@@ -48,14 +48,14 @@ ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
 MOST_BYTES = 20_000
 MOST_S = 5.0
-"""CPU time of one input; far above what any takes, and far below what hurts."""
+"""Limit on the CPU time of one input; far above what any takes, and far below what does harm."""
 
 Read = Callable[[bytes], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``read`` takes the bytes; ``seeds`` are patterns of files of the repository to start from."""
+    """``read`` takes the bytes; ``seeds`` are patterns of repository files to start from."""
 
     read: Read
     seeds: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ def _text(data: bytes) -> None:
 
 
 def _document(kind: type[Any], data: bytes) -> None:
-    """Read a document as a request carries it."""
+    """Read a document in the form that a request carries."""
     with suppress(DocumentError, InvalidProblemError, ServiceError):
         read_document(document_pb2.Document(content=data), kind)
 

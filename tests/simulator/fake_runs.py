@@ -1,4 +1,4 @@
-"""Runs without a simulator: a plain queue, for what only looks at runs."""
+"""Runs without a simulator: a plain queue, for code that only reads runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.simulator.values import Request, Run, SaturatingSource, Series, Settings, TraceEvent
 
-PREFILL_S, TOKEN_S = 0.1, 0.01  # of a request, of each output token but the first
+PREFILL_S, TOKEN_S = 0.1, 0.01  # time of a prefill, and of each output token after the first
 
 
 def queue_run(

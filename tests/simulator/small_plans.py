@@ -1,4 +1,4 @@
-"""Plans and requests by hand, on the small problems of `tests.solver.instances`: small enough to know the answer."""
+"""Handmade plans and requests on the small problems of `tests.solver.instances`, small enough to know the answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def small_problem(
     usable_bytes: int = 60_000_000,
     block_tokens: int = 4,
 ) -> PlacementProblem:
-    """``gpus`` single-card nodes ``big-0`` ... and as many ``small-0`` ..., slower, in one zone."""
+    """Return ``gpus`` single-card nodes ``big-0`` ... and as many slower ``small-0`` ..., in one zone."""
     return make_problem(
         [make_node("big", "big", nodes=gpus), make_node("small", "small", nodes=gpus)],
         profiles={
@@ -57,7 +57,7 @@ def pipeline(
     role: Role = Role.UNIFIED,
     rate: float = 1.0,
 ) -> ReplicaPlan:
-    """Stages of so many layers on cards ``big-FIRST/0`` and on; ``pool`` gives the first stage (cards, groups)."""
+    """Return stages of these layers on cards from ``big-FIRST/0`` on; the first stage's ``pool`` is (cards, groups)."""
     stages, start, card = list[StagePlan](), 0, first
     groups = problem.model.head_groups
     for position, num in enumerate(layers):

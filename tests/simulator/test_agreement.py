@@ -1,4 +1,4 @@
-"""The rate that the cost model plans and the rate that is simulated, where the model leaves little out."""
+"""The cost model's rate and the simulated one, in cases in which the model neglects little."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.solver.instances import make_workload
 
 
 class Shuffled:
-    """Requests that are always waiting: as many of each length of the workload, in random order."""
+    """Requests that are always waiting: equally many of each length of the workload, in random order."""
 
     def __init__(self, problem: PlacementProblem, count: int) -> None:
         bins = problem.workload.bins
@@ -43,7 +43,7 @@ class Shuffled:
 
 
 def planned_rate(problem: PlacementProblem, one: ReplicaPlan) -> float:
-    """1 / t by the checker's derivation."""
+    """Return 1 / t as the checker derives it."""
     setting = Setting(
         problem=problem,
         moments=problem.workload.moments(block_tokens=problem.assumptions.block_tokens),

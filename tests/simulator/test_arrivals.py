@@ -1,4 +1,4 @@
-"""Traffic: lengths and arrivals are what was asked for, and the same by seed."""
+"""Traffic: lengths and arrivals are as requested, and reproducible by seed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_seeds_differ() -> None:
 def test_a_trace_is_replayed_as_recorded_and_from_its_start_again() -> None:
     load = Load(lengths=TRACE, max_position=4096, arrivals=Arrivals.RECORDED)
     traffic = draw_traffic(load, 6, seed=0)
-    # After the last, a mean gap of 4 s / 3 until the first comes again.
+    # After the last request, a mean gap of 4 s / 3 until the trace starts again.
     assert traffic.arrival_s.tolist() == pytest.approx([0.0, 1.0, 1.5, 4.0, 4 + 4 / 3, 5 + 4 / 3])
     assert traffic.prompt_tokens.tolist() == [100, 200, 300, 4056, 100, 200]
     assert traffic.output_tokens.tolist() == [10, 20, 30, 40, 10, 20]

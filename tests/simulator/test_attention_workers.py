@@ -23,7 +23,7 @@ AS_PLANNED = Settings(dispatch=False, redispatch=False)
 
 
 def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], chosen: Settings) -> list[PoolCopy]:
-    """Runs half a second and returns the stage copies with pools as they are then, moves under way included."""
+    """Run for half a second and return the stage copies with pools at that time, moves in progress included."""
     log, events = RequestLog(), Events()
     fleet = SimulatedFleet(Builder(plan, problem, log, events, chosen).replicas(), log, events, LeastWork(0))
     fleet.serve(iter(requests))
@@ -33,13 +33,13 @@ def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], cho
 
 @pytest.mark.parametrize(("seats", "kept"), [(1, 96), (4, 74), (400, 51)])
 def test_a_request_leaves_room_for_what_requests_hold_of_their_outputs(seats: int, kept: int) -> None:
-    """Outputs of 96 tokens: 48 on average, and 1.645 deviations of what n seats hold, over n: 31 / sqrt(n)."""
+    """Requests with outputs of 96 tokens hold 48 on average, plus 1.645 deviations over n seats: 31 / sqrt(n)."""
     problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((32, 96), (4, 96)), usable_bytes=10**9)
     plan = plan_of(pipeline(problem, 6, micro_batch=seats, in_flight=1, pool=(2, 1)))
     (replica,) = Builder(plan, problem, RequestLog(), Events(), AS_PLANNED).replicas()
     pool = replica.stages[0][0].pool
     assert pool is not None
-    for request in range(2):  # where nobody is, one needs no room but its own
+    for request in range(2):  # alone, a request needs no room but its own
         assert pool.place(replica.batches[0].pools[0][1], request, 32)
     assert [pool.state.remaining_tokens(str(request)) for request in range(2)] == [0, kept]
 
@@ -60,7 +60,7 @@ def test_everything_is_served_with_head_groups_on_workers(
         Request(id=n, arrival_s=n * 1e-3, prompt_tokens=prompt, output_tokens=output)
         for n, (prompt, output) in enumerate(lengths)
     ]
-    run = simulate(plan, problem, requests, chosen)  # asserts that all blocks come back
+    run = simulate(plan, problem, requests, chosen)  # asserts that all blocks are returned
     assert (~np.isnan(run.finished_s)).sum() + run.rejected == len(requests)
     assert run.migrated_bytes == pytest.approx(run.moved_bytes.sum())
     if not run.rejected:
@@ -79,7 +79,7 @@ def test_the_head_map_is_sound_in_the_middle_of_a_run(chosen: Settings) -> None:
 
 
 def test_re_dispatch_sees_every_context_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two blocks the head map is behind, which nothing else would notice."""
+    """Between two blocks the head map is out of date, which no other test would detect."""
     seen = list[tuple[int, int]]()
 
     def look(migration: Migration, _now_s: float, batch: Decoding, _moved: object) -> None:
@@ -101,7 +101,7 @@ def test_requests_that_a_full_worker_evicts_give_back_their_blocks_on_every_stag
     little = make_profile("small", usable_bytes=3_400_000)
     problem = replace(problem, profiles={**problem.profiles, "small": little})
     plan = plan_of(pipeline(problem, 3, 3, micro_batch=8, in_flight=2, pool=(1, 4)))
-    run = simulate(plan, problem, equal_requests(24, prompt=21, output=80), AS_PLANNED)  # asserts that all come back
+    run = simulate(plan, problem, equal_requests(24, prompt=21, output=80), AS_PLANNED)  # asserts that no block is kept
     assert run.num_preemptions > 0
     assert run.generated_tokens == 24 * 80
 

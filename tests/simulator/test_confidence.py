@@ -1,4 +1,4 @@
-"""95% intervals hold the truth 19 times out of 20."""
+"""95% intervals contain the true value 19 times out of 20."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_intervals_within_a_run_cover_the_truth(statistic: object) -> None:
     for _ in range(300):
         found = within_run(rng.exponential(size=2000), statistic)  # type: ignore[arg-type]
         covered += abs(found.value - truth) <= found.half_width
-    assert 270 <= covered <= 298  # 285 expected
+    assert 270 <= covered <= 298  # 285 are expected
 
 
 def test_intervals_within_a_run_see_that_observations_depend_on_each_other() -> None:

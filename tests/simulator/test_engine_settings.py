@@ -1,4 +1,4 @@
-"""Engines started with fixed settings: no more requests at once, and no more KV blocks, than they have."""
+"""Engines started with fixed settings: no more requests at once, and no more KV blocks, than these allow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices that fail and come back."""
+"""Devices that fail and recover."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_whatever_fails_and_comes_back_nothing_is_lost(
     )
     chosen = Settings(discipline=discipline, dispatch=dispatch, faults=faults)  # type: ignore[arg-type]
     requests = equal_requests(60, prompt=60, output=30, every_s=5e-3)
-    run = simulate(plan, problem, requests, chosen)  # asserts that all blocks come back
+    run = simulate(plan, problem, requests, chosen)  # asserts that all blocks are returned
     assert not np.isnan(run.finished_s).any()
     assert run.generated_tokens == 60 * 30
 

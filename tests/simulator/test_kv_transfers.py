@@ -1,4 +1,4 @@
-"""Prompts on some replicas, outputs on others."""
+"""Prefill and decode on separate replicas, with KV sent between them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_the_emptiest_decode_replica_gets_the_next_prompt_where_queues_decide(
 
 
 def test_the_mixed_pool_takes_prompts_once_the_prompt_pool_has_a_batch_waiting() -> None:
-    # Ten prompts of 900 tokens at once: three leave the prompt pool more than 2,048 waiting, then three the mixed one.
+    # Ten prompts of 900 tokens at once: three leave more than 2,048 tokens waiting for the prompt pool, then three for
+    # the mixed one.
     problem = small_problem()
     plan = plan_of(*split_plan(problem).replicas, pipeline(problem, 6, first=6), routes=split_plan(problem).kv_routes)
     run = simulate(plan, problem, equal_requests(10, prompt=900, output=5), Settings(router="fewest-tokens"))
@@ -103,8 +104,8 @@ def test_a_prefill_replica_gets_what_its_routes_take_and_not_what_it_could_do() 
 
 @pytest.mark.parametrize("prefix_tokens", [0, 20])
 def test_a_slow_link_between_zones_limits_the_rate(prefix_tokens: int) -> None:
-    # Everything else is far faster: requests leave at the link's bytes per second over the KV bytes of a prompt, of
-    # which those from the prefix cache are as many as others.
+    # Everything else is far faster: requests leave at the link's bytes per second over the KV bytes of a prompt, which
+    # has as much KV from the prefix cache as without it.
     problem = small_problem()
     groups = tuple(replace(g, zone="there" if g.name == "small" else "here") for g in problem.cluster.node_groups)
     link = Link(bytes_per_s=2e6, latency_s=1e-4)
@@ -132,8 +133,8 @@ def test_a_slow_link_between_zones_limits_the_rate(prefix_tokens: int) -> None:
     ids=["the receiving card", "the sending card"],
 )
 def test_a_slow_card_limits_the_rate(prefill: tuple[int, ...], decodes: list[tuple[int, ...]], layers: float) -> None:
-    # The card of the stage that holds the most layers passes their KV of every prompt, one after the other. Profiles by
-    # hand take 1.1 times the seconds of the bytes.
+    # The card of the stage with the most layers passes their KV of every prompt, one after the other. Handmade profiles
+    # take 1.1 times the seconds of the bytes.
     problem = small_problem()
     link = Link(bytes_per_s=2e5, latency_s=1e-6)
     problem = replace(problem, cluster=replace(problem.cluster, network=Network(default=link, zone_default=link)))

@@ -1,4 +1,4 @@
-"""Whatever goes over a link in the background waits for what is already there."""
+"""Background transfers over a link wait for those already in progress."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BUSY_S = 1.2
 def test_a_transfer_starts_when_both_ends_are_free_and_directions_are_apart() -> None:
     links = FleetLinks()
     assert transfer(1.0, 2.0, links.leaving("a"), links.coming("b")) == 3.0
-    assert transfer(1.0, 2.0, links.leaving("c"), links.coming("b")) == 5.0  # after the first
-    assert transfer(1.0, 2.0, links.leaving("b"), links.coming("a")) == 3.0  # the other way
+    assert transfer(1.0, 2.0, links.leaving("c"), links.coming("b")) == 5.0  # after the first transfer
+    assert transfer(1.0, 2.0, links.leaving("b"), links.coming("a")) == 3.0  # in the other direction
     assert transfer(1.0, 1.0, links.leaving("a"), links.coming("c")) == 4.0
     assert transfer(0.0, 1.0, links.between("x", "y")) == transfer(0.0, 1.0, links.between("y", "x")) == 1.0
 
@@ -26,7 +26,7 @@ def test_a_transfer_starts_when_both_ends_are_free_and_directions_are_apart() ->
 def fleet_with_a_busy_link(
     plan: Plan, problem: PlacementProblem, device: str
 ) -> tuple[SimulatedFleet, RequestLog, Events]:
-    """Replicas of a plan; something else comes to the device for `BUSY_S`."""
+    """Return the replicas of a plan, while another transfer to the device takes `BUSY_S`."""
     log, events = RequestLog(), Events()
     builder = Builder(plan, problem, log, events, Settings(theta=0.05))
     fleet = SimulatedFleet(builder.replicas(), log, events, LeastWork(0))
@@ -48,7 +48,7 @@ def test_kv_waits_for_the_links_of_ranks_and_of_workers() -> None:
         fleet.serve(iter(equal_requests(4, prompt=20, output=5)))
         events.run()
         assert max(log.first_token_s) < BUSY_S < min(log.finished_s)
-    fleet, log, events = fleet_with_a_busy_link(plan, problem, "big-0/0")  # KV leaves it: that is the other way
+    fleet, log, events = fleet_with_a_busy_link(plan, problem, "big-0/0")  # KV leaves it, in the other direction
     fleet.serve(iter(equal_requests(4, prompt=20, output=5)))
     events.run()
     assert max(log.finished_s) < BUSY_S

@@ -53,7 +53,7 @@ def test_an_iteration_takes_what_the_document_says() -> None:
     stage = Stage(
         gpu="A", tp=1, copies=4, layers=shape.layers, intra_link=shape.intra_link, hop_link=shape.hop_link
     )  # fmt: skip
-    # A single copy with a chunk: three times b tokens are elsewhere, or b and C.
+    # A single copy with a chunk: elsewhere there are three times b tokens, or three times b and C.
     numbers = Numbers(problem, role=Role.UNIFIED, b=4, M=4, C=64, d=4)
     one = replace(stage, layers=1)
     plain = shape.layers * numbers.plain(one) + numbers.plain(one, is_prefix=True) + numbers.ends(one, 4, 0, True, True)
@@ -64,7 +64,7 @@ def test_an_iteration_takes_what_the_document_says() -> None:
 
 
 def busiest(numbers: Numbers) -> float:
-    """Return the context of the busiest of four copies, which iterations of the document are for."""
+    """Return the context of the busiest of four copies, for which the document states iterations."""
     return 1 + 1.0293753730 * numbers.moments.resident_context_sd / numbers.moments.resident_context / 2
 
 
@@ -78,7 +78,7 @@ def test_copies_iterate_together_and_wait_for_the_longest() -> None:
     for event in run.trace_events:
         bars.setdefault(event.start_s, set()).add(event.duration_s)
     assert len(bars) > 20
-    assert all(len(lengths) == 1 for lengths in bars.values())  # whoever begins together ends together
+    assert all(len(lengths) == 1 for lengths in bars.values())  # copies that begin together end together
     ends = sorted((start, start + min(lengths)) for start, lengths in bars.items())
     assert all(end <= start + 1e-12 for (_, end), (start, _) in itertools.pairwise(ends))  # one at a time
 
@@ -105,7 +105,7 @@ def test_a_replica_that_cannot_iterate_together_is_refused() -> None:
 @pytest.mark.parametrize("roles", [(Role.UNIFIED,), (Role.PREFILL, Role.DECODE)])
 def test_a_plan_serves_what_it_says(roles: tuple[Role, ...]) -> None:
     problem = problem_of(nodes=2)
-    # Too large for one GPU, six heads that four ranks cannot share, and no pipelines: the copies share experts.
+    # Too large for one GPU, six heads that four ranks cannot share, and no pipelines: so the copies share experts.
     model = replace(problem.model, q_heads=6, head_dim=48)
     family = replace(SMALL_FAMILY, tp_sizes=(1, 4), in_flight=(1,), roles=roles, max_pool=0, max_copies=1)
     small = {"A": make_profile("A", usable_bytes=14_000_000)}
@@ -114,5 +114,5 @@ def test_a_plan_serves_what_it_says(roles: tuple[Role, ...]) -> None:
     assert all(replica.expert_parallel for replica in plan.replicas)
     requests = equal_requests(1200, prompt=60, output=40)
     ends = np.sort(simulate(plan, shared, requests, APART).finished_s)
-    first, last = ends[[240, 960]]  # neither filling up nor running out
+    first, last = ends[[240, 960]]  # without filling up and running out
     assert 720 / (last - first) == pytest.approx(plan.served_rate(), rel=0.12)

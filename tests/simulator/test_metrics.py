@@ -1,4 +1,4 @@
-"""Metrics are what they are called, on runs worked out by hand and on a queue with a known answer."""
+"""Metrics match their definitions, on runs worked out by hand and on a queue with a known answer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_latency_by_hand() -> None:
         assert [distribution.mean, distribution.p50, distribution.p99] == pytest.approx([value] * 3)
     assert found.mean_tpot_s.value == pytest.approx(0.1)
     assert found.ttft_p95_s.value == pytest.approx(0.5)
-    assert found.steady is None  # of a hundred requests nobody can tell
+    assert found.steady is None  # a hundred requests are too few to tell
     assert found.attainment == 1.0
     assert found.throughput_rps.value == pytest.approx(1.0, rel=0.03)
     assert found.output_tokens_per_s == pytest.approx(11.0, rel=0.03)
@@ -93,7 +93,7 @@ def test_requests_that_never_finish_are_counted_and_attain_nothing() -> None:
     assert found.counts.unfinished == 60
     assert found.counts.rejected == 40
     assert found.attainment == pytest.approx(0.5, abs=0.02)
-    assert not found.steady  # half of what comes piles up
+    assert not found.steady  # half of the arrivals pile up
 
 
 def test_what_was_rejected_before_the_window_hides_nothing_that_is_not_served_in_it() -> None:
@@ -136,7 +136,7 @@ def single_server_run(load: float, count: int, seed: int) -> Run:
 
 
 def test_a_load_that_is_carried_is_steady_and_one_that_is_not_is_not() -> None:
-    # 8 seats, a second each: 8 requests/s are served at most.
+    # 8 seats, one second each: at most 8 requests/s are served.
     carried = measure(queue_run(requests_of(draw_traffic(load(6.0), 3000, seed=0))), LIMITS, saturated=False)
     assert carried.steady
     assert carried.throughput_rps.value == pytest.approx(carried.arrival_rps, rel=0.02)
@@ -167,7 +167,7 @@ def test_a_run_is_steady_or_grows_or_is_too_short_to_tell(rate_rps: float, count
 
 
 def test_a_fleet_that_is_not_full_yet_has_shown_nothing() -> None:
-    # 100 requests/s on 2,000 seats that are left after 30 s: one third is lacking, and 10 s do not show it.
+    # 100 requests/s on 2,000 seats, each free after 30 s: one third is missing, which 10 s do not show.
     rows = [(request(i, i / 100), i / 100, i / 100 + 0.1, i / 100 + 30.0) for i in range(1000)]
     assert measure(run_of(rows, end_s=40.0), LIMITS, saturated=False).steady is None
     rows = [(request(i, i / 100), i / 100, i / 100 + 0.1, i / 100 + 30.0) for i in range(10_000)]

@@ -1,4 +1,4 @@
-"""The sums that a micro-batch keeps are those that one gets by looking at every request."""
+"""The sums that a micro-batch keeps equal those over all its requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK = 4
 
 
 class Told:
-    """The oracle, request by request: contexts before the present step."""
+    """The oracle, request by request: contexts before the current step."""
 
     def __init__(self, growth: KvGrowth) -> None:
         self.growth = growth
@@ -46,7 +46,7 @@ def test_sums_are_those_of_the_single_requests(
     growth = KvGrowth(model, BLOCK)
     batch, told, number = MicroBatch(0, (), growth), Told(growth), 0
     left: dict[int, int] = {}
-    back: tuple[int, int, int] | None = None  # was evicted in the step before, and has a token more
+    back: tuple[int, int, int] | None = None  # was evicted in the step before, and has one token more
     for many, context, remaining in joins:
         batch.step += 1
         batch.cross_windows()

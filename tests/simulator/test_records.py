@@ -1,4 +1,4 @@
-"""Files of a run: rows that are a trace again, and a Perfetto trace whose bars and counters add up."""
+"""Files of a run: rows that form a trace again, and a Perfetto trace whose bars and counters add up."""
 
 from __future__ import annotations
 

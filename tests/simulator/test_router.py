@@ -16,7 +16,7 @@ from hetis.simulator.replica import ReplicaRun
 
 @dataclass(slots=True)
 class Replica:
-    """A replica as routers see it. The test sets ``outstanding``, as nothing ends here."""
+    """A replica as seen by routers. The test sets ``outstanding``, because no request ends here."""
 
     number: int
     rate: float
@@ -25,7 +25,7 @@ class Replica:
 
 
 def chosen(router: LeastWork | Weighted, replicas: list[Replica], *, times: int) -> Counter[int]:
-    """Return how often each is chosen; prefill replicas finish at once, others keep all their requests."""
+    """Return how often each replica is chosen; prefill replicas finish at once, others keep all their requests."""
     counts = Counter[int]()
     for _ in range(times):
         number = router(cast(list[ReplicaRun], replicas)).number
@@ -40,7 +40,7 @@ def chosen(router: LeastWork | Weighted, replicas: list[Replica], *, times: int)
 def test_prefill_replicas_get_their_planned_share_however_soon_they_are_done(
     router: type[LeastWork | Weighted], rates: list[float], data: st.DataObject
 ) -> None:
-    """Requests stay where they decode, so that a prefill replica always has the least waiting and running."""
+    """Requests stay where they decode, so that a prefill replica always has the fewest waiting and running."""
     num_prefill = data.draw(st.integers(1, len(rates) - 1))
     replicas = [Replica(n, rate, decodes=n >= num_prefill) for n, rate in enumerate(rates)]
     counts = chosen(router(seed=0), replicas, times=1000)

@@ -1,4 +1,4 @@
-"""Runs report how far they are, stop when told to, and give what there is."""
+"""Runs report their progress, stop on cancellation, and return the results so far."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def job(seed: int = 0, arrivals: Arrivals = Arrivals.DRAWN, keep_run: bool = Fal
 
 
 def test_answers_come_in_the_order_of_the_jobs_and_runs_only_where_wanted() -> None:
-    with runner(None, None) as runs:  # type: ignore[arg-type]  # the queue looks at neither
+    with runner(None, None) as runs:  # the queue reads neither
         one, other = runs.run([job(1, keep_run=True), job(2)])
         alone = runs.run([job(2)])
     assert one.metrics != other.metrics
@@ -67,5 +67,5 @@ def test_a_run_that_is_stopped_serves_what_has_arrived(arrivals: Arrivals) -> No
 
     with runner(None, None, cancelled=cancelled, report=stop_soon) as runs:  # type: ignore[arg-type]
         answers = runs.run([job(1, arrivals), job(2, arrivals)])
-    (first,) = answers  # the second never began
+    (first,) = answers  # the second never started
     assert first.metrics.counts.arrived == first.metrics.counts.finished == 128

@@ -1,4 +1,4 @@
-"""Whole runs: what came is served, nothing is lost, time goes forward, and theory is met where it has an answer."""
+"""Whole runs: requests are served, nothing is lost, time goes forward, and theory is met where it has an answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AS_PLANNED = Settings(dispatch=False, redispatch=False)
 
 
 class Waiting:
-    """Equal requests that are always waiting, so many of them."""
+    """``count`` equal requests that are always waiting."""
 
     def __init__(self, count: int, *, prompt: int, output: int) -> None:
         self._left, self._lengths = iter(range(count)), (prompt, output)
@@ -89,7 +89,7 @@ def test_every_request_is_served_once_in_order_and_all_blocks_come_back(
     case: tuple[Plan, PlacementProblem, list[Request], Settings],
 ) -> None:
     plan, problem, requests, chosen = case
-    run = simulate(plan, problem, requests, chosen)  # asserts itself that no block is kept
+    run = simulate(plan, problem, requests, chosen)  # asserts itself that no block stays allocated
     served = ~np.isnan(run.finished_s)
     assert served.sum() + run.rejected == len(requests)
     assert run.prompt_tokens.tolist() == [request.prompt_tokens for request in requests]
@@ -151,7 +151,7 @@ def test_tokens_in_the_prefix_cache_take_blocks_like_any_others() -> None:
     requests = equal_requests(60, prompt=20, output=80)
     cached = simulate(plan, problem, with_prefix(requests, 19), AS_PLANNED)
     assert cached.num_preemptions > 0
-    # What was evicted finds its prefix again, and computes the rest.
+    # An evicted request finds its prefix again, and computes the rest.
     again = cached.prefilled_tokens - 60
     assert again >= cached.num_preemptions
     assert again < simulate(plan, problem, requests, AS_PLANNED).prefilled_tokens - 60 * 20
@@ -177,8 +177,8 @@ def test_a_request_that_can_never_fit_is_rejected_and_the_others_are_served() ->
 
 
 def test_iterations_take_what_each_of_their_tokens_attends_to() -> None:
-    # 80 tokens in chunks of 32, 32 and 16: the first of a chunk attends to those before it and itself. Logits are made
-    # of the last one. Two more tokens, which attend to 81 and 82.
+    # 80 tokens in chunks of 32, 32 and 16: a chunk's first token attends to those before it and itself. Logits are made
+    # for the last one. Two more tokens follow, which attend to 81 and 82.
     problem = small_problem()
     one = pipeline(problem, 6, micro_batch=1, in_flight=1, chunk_tokens=32)
     run = simulate(plan_of(one), problem, equal_requests(1, prompt=80, output=3), AS_PLANNED)
@@ -209,7 +209,7 @@ def test_a_queue_of_one_server_waits_as_long_as_theory_says() -> None:
     run = simulate(plan, problem, requests, AS_PLANNED)
     wait_s = run.admitted_s - run.arrival_s
     assert float(np.mean(wait_s)) == pytest.approx(rho * service_s / (2 * (1 - rho)), rel=0.1)
-    # Lindley's recursion has the very arrivals: each waits for what is left of those before.
+    # Lindley's recursion on the same arrivals: each request waits for the remaining work of those before.
     left_s, expected = 0.0, []
     for gap_s in np.diff(arrivals, prepend=arrivals[0]).tolist():
         left_s = max(0.0, left_s - gap_s)
@@ -225,8 +225,8 @@ def test_a_queue_of_one_server_waits_as_long_as_theory_says() -> None:
 def test_a_closed_pipeline_of_equal_iterations_runs_at_the_limit_of_theory(
     in_flight: int, copies: tuple[int, ...]
 ) -> None:
-    # Prompts that fill a chunk and make one token: every iteration is alike, so that M micro-batches go round at
-    # min(M / sum u, 1 / max (u / c)), c of them being at work at a time where M is a multiple of c.
+    # Prompts that fill a chunk and make one token: every iteration is alike, so that M micro-batches circulate at
+    # min(M / sum u, 1 / max (u / c)), c of them being processed at a time if M is a multiple of c.
     problem = small_problem(workload=make_workload((32, 1)))
     one = pipeline(problem, 1, 2, 3, copies=copies, micro_batch=1, in_flight=in_flight, chunk_tokens=32)
     run = simulate(plan_of(one), problem, Waiting(600, prompt=32, output=1), AS_PLANNED)
@@ -263,7 +263,7 @@ def test_greedy_micro_batches_stay_together_once_they_have_met() -> None:
 
 
 def test_paced_chunks_keep_a_tight_pipeline_going() -> None:
-    # As many micro-batches as stages, and chunks that take far longer than decoding: whoever carries one holds up the
+    # As many micro-batches as stages, and chunks that take far longer than decoding: a micro-batch with one delays the
     # others at every stage. The same prompts in small pieces do not. Outputs differ, so that chunks do not coincide.
     workload = make_workload((400, 400))
     problem = small_problem(workload=workload, usable_bytes=400_000_000)

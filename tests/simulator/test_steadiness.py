@@ -1,4 +1,4 @@
-"""Warm-up is cut where it ends, and piling up is told from chance."""
+"""Warm-up is cut where it ends, and growing queues are distinguished from chance."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_the_interval_of_a_growth_holds_the_true_one_as_often_as_it_says() -> No
 def test_a_load_is_carried_or_not_or_nobody_can_tell() -> None:
     assert is_carried(Estimate(value=0.0, half_width=0.02), arrived=1000) is True
     assert is_carried(Estimate(value=0.02, half_width=0.02), arrived=10_000) is True
-    # Of 1,000 requests 1.5 / sqrt(1000) = 4.7% may stay away by chance, and fewer than 900 show nothing.
+    # Of 1,000 requests 1.5 / sqrt(1000) = 4.7% may be missing by chance, and fewer than 900 prove nothing.
     assert is_carried(Estimate(value=0.02, half_width=0.02), arrived=1000) is None
     assert is_carried(Estimate(value=0.0, half_width=0.0), arrived=800) is None
     assert is_carried(Estimate(value=0.04, half_width=0.02), arrived=1000) is None
     assert is_carried(Estimate(value=0.2, half_width=0.02), arrived=1000) is False
-    # 60 requests may come 2 / sqrt(60) = 26% faster than on average, by chance.
+    # 60 requests may arrive 2 / sqrt(60) = 26% faster than on average, by chance.
     assert is_carried(Estimate(value=0.2, half_width=0.02), arrived=60) is None
 
 

@@ -27,7 +27,7 @@ SUMMARY = summarise([measure(queue_run(requests_of(draw_traffic(_LOAD, 300, seed
 
 
 class Server:
-    """p95 TTFT reaches the limit at ``best_rps``; remembers what it was asked."""
+    """A p95 TTFT that reaches the limit at ``best_rps``; records the rates that were requested."""
 
     def __init__(self, best_rps: float, half_width_s: float = 0.0, patience: int = 10_000) -> None:
         self.best_rps, self.half_width_s, self.patience = best_rps, half_width_s, patience
@@ -45,7 +45,7 @@ class Server:
 def test_the_bracket_holds_the_best_rate_and_is_narrow(best: float, start: float, at_once: int, wide: float) -> None:
     found = sweep(Server(best), LIMITS, start_rps=start, tolerance=wide, at_once=at_once)
     assert found.goodput_rps <= best * (1 + 1e-9)
-    if found.beyond_rps is None:  # so far from the start that the search ended: all were within
+    if found.beyond_rps is None:  # the search ended far from its start: all rates were within the limits
         assert all(point.within for point in found.points)
         return
     assert best <= found.beyond_rps * (1 + 1e-9)

@@ -1,4 +1,4 @@
-"""Iterations take what the cost model says when they carry what it assumes, and more when they carry more."""
+"""Iterations take the cost model's time when they carry what it assumes, and more when they carry more."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def setting_of(problem: PlacementProblem, one: ReplicaPlan) -> Setting:
 def test_average_contents_take_the_seconds_of_the_cost_model(
     moe: MoeShape | None, pool: tuple[int, int] | None
 ) -> None:
-    # The checker's derivation of u is the oracle: nc iterations with a full chunk, nd without, all at the mean context.
+    # The oracle is the checker's derivation of u: nc iterations with a full chunk, nd without, all at the mean context.
     problem = small_problem(model=make_model(moe=moe), workload=make_workload((300, 60)))
     one = pipeline(problem, 3, 3, micro_batch=6, chunk_tokens=64, pool=pool)
     setting, shape = setting_of(problem, one), replica_shape(one, problem, Fleet.of(problem.cluster))

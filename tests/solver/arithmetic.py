@@ -1,7 +1,7 @@
-"""The cost model a third time, from `docs/cost-model.md` alone: what search, checker and simulator are judged by.
+"""The cost model a third time, from `docs/cost-model.md` alone: the oracle for search, checker and simulator.
 
-It takes of the solver only plain values (problems, models, profiles, moments): neither `cost.py` nor `check/` nor
-`placement/`, so that an error of theirs cannot be its own. Letters are those of the document.
+It takes only plain values from the solver (problems, models, profiles, moments): neither `cost.py` nor `check/` nor
+`placement/`, so that it cannot share their errors. Letters are those of the document.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def divides(model: ModelSpec, n: int) -> bool:
 
 @cache
 def greatest_of(d: int) -> float:
-    """The mean of the greatest of d standard normal numbers: of 1 - P(all <= x) over x > 0, less that of x < 0."""
+    """The mean maximum of d standard normal numbers: the integral of 1 - P(all <= x) over x > 0, less P over x < 0."""
 
     def all_below(x: float) -> float:
         return (0.5 * math.erfc(-x / math.sqrt(2))) ** d
@@ -71,7 +71,7 @@ def groups_of_rank(model: ModelSpec, n: int) -> int:
 
 
 class Numbers:
-    """Everything the document says of a replica with one role, b, M and C; d copies share their experts."""
+    """All quantities of the document for a replica with one role, b, M and C; d copies share their experts."""
 
     def __init__(self, problem: PlacementProblem, *, role: Role, b: int, M: int, C: int, d: int = 1) -> None:
         workload = problem.workload.clipped_to(problem.model.max_position)
@@ -86,7 +86,7 @@ class Numbers:
         self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b / emitted - self.nc)
         self.n_it = self.nc + self.nd
         self.phi = self.nc / self.n_it
-        # The oracle asks for the same layer in stages of every length, and layers ask for the same fits.
+        # The oracle needs the same layer in stages of every length, and layers need the same fits.
         self.fit_of, self.layer = cache(self.fit_of), cache(self.layer)
         self.plain, self.chunk = cache(self.plain), cache(self.chunk)
 
@@ -125,7 +125,7 @@ class Numbers:
         return apart + self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
 
     def two_products(self, s: Stage) -> float:
-        """what the dense fit starts for an MLP that neither experts nor shared experts have"""
+        """The launches in the dense fit of an MLP that layers with neither experts nor shared experts do not have."""
         assert self.model.moe is not None
         found = self.fit_of(s.gpu, Op.DENSE, s.tp)
         assert found is not None
@@ -174,7 +174,7 @@ class Numbers:
         return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=F, B=B, T=C, H=C * heads)
 
     def decode(self, gpu: str, n: int, pairs: int, s: Stage, queries: int = 0) -> float:
-        """Attention of so many (request, group) pairs, of groups as the stage's ranks see them."""
+        """Attention of this many (request, group) pairs, with groups as the stage's ranks see them."""
         if pairs == 0:
             return 0.0
         m = self.model
@@ -274,7 +274,7 @@ class Numbers:
         return total + (self.model.prefix_layers * max(self.chunk(one, is_prefix=True), wire) if is_first else 0.0)
 
     def drafting(self, is_last: bool) -> int:
-        """Layers of the stage that draft."""
+        """The stage's layers that draft."""
         return 1 if self.model.draft and is_last else 0
 
     def ends(self, s: Stage, T: int, rows: int, is_first: bool, is_last: bool) -> float:
@@ -371,7 +371,7 @@ class Numbers:
         return self.held(copies) * self.phi * (self.held_of(self.moments.prefilling_context) + self.C)
 
     def held_of(self, context: float) -> float:
-        """Tokens whose KV is kept of such a context, in the mean layer."""
+        """Tokens of such a context whose KV is kept, in the mean layer."""
         m = self.model
         if m.sliding_window is None:
             return context

@@ -1,4 +1,4 @@
-"""Plans made by hand whose claims are what the cost model says: what tests of the checker break."""
+"""Handmade plans whose claims are those of the cost model, which tests of the checker then break."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unclaimed(
     role: Role = Role.UNIFIED,
     kv_zones: tuple[str, ...] = (),
 ) -> ReplicaPlan:
-    """A replica whose numbers are still to be filled in."""
+    """Return a replica whose numbers are not filled in yet."""
     return ReplicaPlan(
         rate=0.0,
         ttft_s=0.0,
@@ -52,7 +52,7 @@ def derived_of(replica: ReplicaPlan, problem: PlacementProblem) -> Derived:
 
 
 def claimed(replica: ReplicaPlan, problem: PlacementProblem, *, share: float = 1.0) -> ReplicaPlan:
-    """The replica with the numbers the cost model gives, at a ``share`` of its rate."""
+    """Return the replica with the cost model's numbers, at a ``share`` of its rate."""
     derived = derived_of(replica, problem)
     return replace(
         replica,
@@ -70,7 +70,7 @@ def value_of(replicas: tuple[ReplicaPlan, ...], routes: tuple[KvRoute, ...], pro
     return {
         ObjectiveKind.GOODPUT: 0.9 * rate,
         ObjectiveKind.THROUGHPUT: rate,
-        ObjectiveKind.COST: 1.0 * num_gpus,  # every GPU is 1 USD/h
+        ObjectiveKind.COST: 1.0 * num_gpus,  # every GPU costs 1 USD/h
         ObjectiveKind.GPUS: 1.0 * num_gpus,
     }[problem.objective.kind]
 
@@ -103,7 +103,7 @@ def plan_of(
 
 
 def counted(plan: Plan, problem: PlacementProblem) -> Plan:
-    """The plan with a class table that counts its devices; nothing has a price."""
+    """Return the plan with a class table that counts its devices; nothing has a price."""
     workers = {name for replica in plan.replicas for pool in replica.attention_workers for name in pool.devices}
     used = {name for replica in plan.replicas for name in replica.devices()}
     rows = []

@@ -1,4 +1,4 @@
-"""Small problems to test with: by hand (`make_problem`) and at random (`problems`).
+"""Small problems for tests: handmade (`make_problem`) and random (`problems`).
 
 Sizes are chosen so that memory, links and latency limits all bind now and then: layers of about 1 to 2 MB, cards of 6
 to 60 MB, links of 0.1 to 1 GB/s, steps of about a millisecond.
@@ -28,7 +28,7 @@ NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)
 def make_profile(
     gpu: str, *, flops: float = 2e12, bytes_per_s: float = 2e10, usable_bytes: int = 30_000_000, with_step: bool = True
 ) -> Profile:
-    """A roofline: one piece for compute, one for memory, a launch in both."""
+    """A roofline: one piece for compute, one for memory, with a launch in both."""
 
     def roofline(op: Op) -> Fit:
         pieces = (Piece(fixed_s=5e-6, flop_s=1 / flops), Piece(fixed_s=5e-6, byte_s=1 / bytes_per_s))
@@ -81,7 +81,7 @@ def make_model(
 
 
 def make_workload(*lengths: tuple[float, float]) -> Workload:
-    """Equally frequent (prompt, output) lengths in tokens."""
+    """Return a workload of equally frequent (prompt, output) lengths in tokens."""
     bins = tuple(LengthBin(prompt_tokens=p, output_tokens=o, weight=1.0) for p, o in lengths or [(120, 40)])
     return Workload(name="tiny", bins=bins)
 
@@ -106,7 +106,7 @@ def make_problem(
     assumptions: Assumptions | None = None,
     usd_per_hour: Mapping[str, float] | None = None,
 ) -> PlacementProblem:
-    """A problem on these nodes; what is not given takes the values above."""
+    """A problem on these nodes; omitted arguments take the values above."""
     names = dict.fromkeys(slots.gpu for group in nodes for slots in group.gpus)
     prices = usd_per_hour or {}
     cluster = Cluster(
@@ -150,7 +150,7 @@ def problems(
     family: Family | None = None,
     num_zones: int = 2,
 ) -> PlacementProblem:
-    """Random tiny problems: up to ``max_gpus`` GPUs of up to 3 types, 4 to 6 layers, with and without limits."""
+    """Draw tiny problems: up to ``max_gpus`` GPUs of up to 3 types, 4 to 6 layers, with and without limits."""
     nodes = draw(_fleets(max_gpus=max_gpus, num_zones=num_zones))
     types = dict.fromkeys(slots.gpu for group in nodes for slots in group.gpus)
     profiles = {
@@ -188,7 +188,7 @@ def problems(
 
 @st.composite
 def _fleets(draw: st.DrawFn, *, max_gpus: int, num_zones: int) -> list[NodeGroup]:
-    """Node groups of one type each (now and then of two), no two of the same type, zone and size."""
+    """Draw node groups of one type each (sometimes of two), no two of the same type, zone and size."""
     groups: list[NodeGroup] = []
     seen: set[tuple[str, str, int]] = set()
     room = max_gpus

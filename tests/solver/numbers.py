@@ -1,4 +1,4 @@
-"""Outputs of any kind as a few numbers, which change if any element does: what is kept of the steps of a search."""
+"""Outputs of any kind as a few numbers, which change if any element does: the record of a search's steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, without their whole parts, are spread evenly and never repeat
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly and never repeat
 
 
 def numbers_of(*values: Any) -> list[float]:

@@ -1,7 +1,7 @@
 """The best plan of a tiny problem by brute force, written to be obviously right rather than fast.
 
 Every role, every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every
-set of replicas that packs into the nodes, with the KV flows between its zones as a linear program of its own. Rates and
+set of replicas that packs into the nodes, with the KV flows between its zones as a separate linear program. Rates and
 bytes are those of `arithmetic.py`, so that the oracle shares nothing with search or checker.
 
 Not covered, and refused: explicit links between nodes; zone links so slow that the activations of replicas over several
@@ -25,7 +25,7 @@ from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_ran
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceClass:
-    """GPUs that no number of the cost model tells apart."""
+    """GPUs that are equal to the cost model."""
 
     gpu: str
     per_node: int
@@ -45,7 +45,7 @@ class StageOption:
     sharing: int = 1  # copies that share their experts
 
 
-Need = tuple[tuple[int, ...], ...]  # per class: sizes of the device groups, descending
+Need = tuple[tuple[int, ...], ...]  # per class: sizes of the device groups, in descending order
 
 
 def always(_: object) -> bool:
@@ -59,7 +59,7 @@ def best_plan_value(
     may_serve: Callable[[Wanted], bool] = always,
     may_plan: Callable[[list[Wanted]], bool] = always,
 ) -> float:
-    """Objective value of the best plan of the family; 0 (or infinity when minimising) when there is none.
+    """Return the objective value of the best plan of the family; 0 (infinity when minimising) if there is none.
 
     Stages, replicas and plans that the predicates refuse are left out.
     """
@@ -85,9 +85,9 @@ def is_one_type_per_role(problem: PlacementProblem, wanted: list[Wanted]) -> boo
 
 
 def served_rate(problem: PlacementProblem, wanted: list[Wanted], replicas: Mapping[Wanted, BestReplica]) -> float:
-    """Requests/s that unified replicas serve, plus the most that prefill and decode replicas serve together."""
+    """Return the requests/s of unified replicas, plus the most that prefill and decode replicas serve together."""
     builds = dict.fromkeys(w.build for w in wanted)
-    if len(builds) > 1:  # no KV goes from one to another
+    if len(builds) > 1:  # replicas of different builds cannot exchange KV
         alike = ([w for w in wanted if w.build == build] for build in builds)
         return sum(served_rate(problem, some, replicas) for some in alike)
     unified = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
@@ -106,7 +106,7 @@ def greatest_flow(
     sending: list[tuple[Wanted, float]],
     receiving: list[tuple[Wanted, float]],
 ) -> float:
-    """Between every prefill and every decode replica that may be joined: rates and links allow so much."""
+    """Return the largest flow between prefill and decode replicas that may be joined, within rates and links."""
     model, zones, network = problem.model, problem.cluster.zones(), problem.cluster.network
     kv_bytes = problem.workload.moments().mean_prompt * model.num_layers * model.head_groups
     kv_bytes *= model.kv_bytes_per_token_group()
@@ -135,7 +135,7 @@ def greatest_flow(
 
 
 def share_of_link(problem: PlacementProblem, zones: tuple[str, ...]) -> float:
-    """Bytes/s that a replica over several zones is granted on the links among them, used or not."""
+    """Return the bytes/s granted to a replica over several zones on the links among them, used or not."""
     model, network = problem.model, problem.cluster.network
     slowest_bytes = min(network.zone_link(a, b).bytes_per_s for a, b in itertools.combinations(zones, 2))
     room = 0.0
@@ -146,7 +146,7 @@ def share_of_link(problem: PlacementProblem, zones: tuple[str, ...]) -> float:
 
 
 def value_of(problem: PlacementProblem, nodes: Mapping[DeviceClass, int], needs: list[Need], rate: float) -> float:
-    """Objective value of replicas that take these devices and have this rate together."""
+    """Return the objective value of replicas that take these devices and have this rate together."""
     objective, goodput = problem.objective, problem.assumptions.planned_utilisation * rate
     if objective.maximises:
         return rate if objective.kind is ObjectiveKind.THROUGHPUT else goodput
@@ -156,7 +156,7 @@ def value_of(problem: PlacementProblem, nodes: Mapping[DeviceClass, int], needs:
 
 
 def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
-    """Classes of the cluster with the number of nodes that hold each."""
+    """Return the classes of the cluster with the number of nodes that hold each."""
     nodes: dict[DeviceClass, int] = {}
     for group in cluster.node_groups:
         for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
@@ -175,12 +175,12 @@ def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
     return nodes
 
 
-Precision = tuple[str, float, float]  # of weights by name, bytes of a weight, bytes of an element of KV
-Build = tuple[Precision, str]  # and the vendor
+Precision = tuple[str, float, float]  # name of the weights' precision, bytes of a weight, bytes of an element of KV
+Build = tuple[Precision, str]  # a precision and the vendor
 
 
 def builds_of(problem: PlacementProblem) -> dict[Build, set[str]]:
-    """GPU types of the fleet by the precision in which they compute layers and, for an engine, by vendor."""
+    """Return the GPU types of the fleet by the precision in which they compute layers and, for an engine, by vendor."""
     model = problem.model
     own = {one.gpu: (one.weights, one.weight_bytes, one.kv_bytes) for one in model.precisions}
     found: dict[Build, set[str]] = {}
@@ -193,7 +193,7 @@ def builds_of(problem: PlacementProblem) -> dict[Build, set[str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A replica's role, its build, where its KV may go, and what it takes of the fleet."""
+    """A replica's role, its build, the zones to which its KV may go, and its share of the fleet."""
 
     role: Role
     build: Build
@@ -206,13 +206,13 @@ class Wanted:
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class BestReplica:
     rate: float
-    hops_in_zones: int  # at most, of a replica in several zones; 0 inside one
+    hops_in_zones: int  # at most, for a replica in several zones; 0 inside one
 
 
 def best_replica_of_need(
     problem: PlacementProblem, nodes: Mapping[DeviceClass, int], may_be: Callable[[StageOption], bool] = always
 ) -> dict[Wanted, BestReplica]:
-    """The best single replica for everything it may do and take of the fleet."""
+    """Return the best single replica for each role and share of the fleet."""
     found = dict[Wanted, BestReplica]()
     for build, gpus in builds_of(problem).items():
         (weights, weight_bytes, kv_bytes), _ = build
@@ -262,7 +262,7 @@ def may_have_pool(problem: PlacementProblem, role: Role, stage: Stage) -> bool:
 
 
 def fillings(problem: PlacementProblem, M: int) -> tuple[float, ...]:
-    """The most stage copies, with one slack and with another; an engine has as many stages as micro-batches."""
+    """Return the most stage copies for each slack; an engine has as many stages as micro-batches."""
     if problem.family.engine is not None:
         return (M,)
     return (math.inf,) if M == 1 else (M // 2, M)
@@ -277,7 +277,7 @@ def alike_for_engine(
         yield options
         return
     if role is Role.DECODE and M > 1:
-        return  # KV is handed over to single stages
+        return  # KV is handed over only to single stages
     if role is Role.PREFILL and M > 1 and problem.model.sliding_window and engine.name.startswith("vllm"):
         return
     kinds: dict[object, list[StageOption]] = {}
@@ -339,24 +339,24 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begun:
-    """The first stages of a replica: what their continuation may still depend on, but for the times."""
+    """The first stages of a replica: everything on which their continuation depends, except times."""
 
-    layers: int  # repeated layers they hold together
+    layers: int  # number of repeated layers that they hold together
     need: Need
     copies: int  # K
-    fewest: int  # layers of a stage; 0 where the family does not care
+    fewest: int  # fewest layers of a stage; 0 if the family does not care
     most: int
 
 
-# For the first stages: max u / c, sum u, and the input of the rule for iterations with a chunk: of a single micro-batch
-# the most uneven stage, else the longest over its copies.
+# Times of the first stages: max u / c, sum u, and the input of the rule for iterations with a chunk: with a single
+# micro-batch the most uneven stage, otherwise the longest over its copies.
 Times = tuple[float, float, float]
 
 
 class ReplicaSearch:
-    """All replicas of one (b, M, C) that span exactly these zones, with at most so many stage copies.
+    """All replicas of one (b, M, C) that span exactly these zones, with at most ``most_copies`` stage copies.
 
-    Of two beginnings that are alike in everything but their times, one that is slower in all is forgotten: whatever
+    Of two beginnings that are equal except for their times, the one that is slower in all of them is dropped: whatever
     follows, it stays slower.
     """
 
@@ -375,7 +375,7 @@ class ReplicaSearch:
         kv_links = [network.zone_link(zones[0], zone) for zone in kv_zones]
         self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
         self.most_copies = most_copies
-        self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated ones
+        self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated layers
         self.options = []
         for option in options:
             if option.device_class.zone in zones and may_have_pool(problem, setting.role, option.shape):
@@ -384,7 +384,7 @@ class ReplicaSearch:
                 shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link)
                 self.options.append(replace(option, shape=shape))
         shapes = [option.shape for option in self.options if option.shape.kv_link is not None]
-        # Of all the ranks in the zone, whichever a replica uses: what it keeps of the TTFT limit for the last KV.
+        # Over all ranks in the zone, whichever a replica uses: the part of the TTFT limit reserved for the last KV.
         self.landing_s = max((setting.landing_seconds(s, s.kv_link) for s in shapes if s.kv_link), default=0.0)
         self.seconds: dict[tuple[int, int, bool, bool], tuple[float, float] | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
@@ -403,7 +403,7 @@ class ReplicaSearch:
                 yield from self.finish(replica, times)
 
     def extend(self, begun: Begun, times: Times) -> Iterator[tuple[Begun, Times]]:
-        """Every stage that may follow."""
+        """Yield every stage that may follow."""
         model = self.problem.model
         for number, need in self.options_after(begun.need):
             copies = self.options[number].shape.copies
@@ -412,7 +412,7 @@ class ReplicaSearch:
             for held in range(self.least_layers(begun), self.layers - begun.layers + 1):
                 done = begun.layers + held
                 if self.setting.d > 1 and held < self.layers:
-                    continue  # one stage
+                    continue  # copies that share experts have one stage
                 stage_s = self.stage_s(number, held, begun.layers == 0, done == self.layers)
                 fewest, most = self.extremes(begun, held)
                 if stage_s is None or most > fewest + 1 or not model.allowed_cut(model.prefix_layers + done):
@@ -424,18 +424,18 @@ class ReplicaSearch:
                 yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
 
     def least_layers(self, begun: Begun) -> int:
-        """Repeated layers of the next stage; the model's leading dense layers are the first one's, too."""
+        """Return the fewest repeated layers of the next stage; the first one also has the leading dense layers."""
         engine, prefix = self.problem.family.engine, 0 if begun.layers else self.problem.model.prefix_layers
         return 1 if engine is None else max(1, engine.min_layers - prefix)
 
     def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
-        """Fewest and most layers of a stage so far, in families of even layers."""
+        """Return the fewest and most layers of a stage so far, in families with even layers."""
         if self.problem.family.uneven_layers:
             return 0, 0
         return min(begun.fewest or held, held), max(begun.most, held)
 
     def options_after(self, need: Need) -> list[tuple[int, Need]]:
-        """Stages for which devices are left (of the same GPU type, where the family says so), and all needs then."""
+        """Return the stages for which devices are left (of one type if the family requires it), and all needs then."""
         if need not in self.possible:
             after = [(i, combine(need, self.need_of(option))) for i, option in enumerate(self.options)]
             self.possible[need] = [
@@ -448,7 +448,7 @@ class ReplicaSearch:
         return len(types) == 1 or self.problem.family.mixed_types
 
     def finish(self, replica: Begun, times: Times) -> Iterator[tuple[Need, BestReplica]]:
-        """The replica, if it spans the zones and meets the limits."""
+        """Yield the replica if it spans the zones and meets the limits."""
         used = {device_class.zone for device_class, sizes in zip(self.nodes, replica.need, strict=True) if sizes}
         if used != set(self.zones):
             return
@@ -462,7 +462,7 @@ class ReplicaSearch:
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
 
     def keeps_chunk_rule(self, copies: int, t_s: float, chunk: float) -> bool:
-        """Return whether stages keep what the family asks of a unified replica so that TTFT keeps its limit."""
+        """Return whether stages keep the family's rule by which a unified replica meets its TTFT limit."""
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
@@ -477,7 +477,7 @@ class ReplicaSearch:
         return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
-        """u of a stage with its slack, and its iteration with a chunk; None when it does not fit in memory."""
+        """Return u of a stage with its slack, and its iteration with a chunk; None if it does not fit in memory."""
         key = (number, layers, is_first, is_last)
         if key not in self.seconds:
             stage = replace(self.options[number].shape, layers=layers)
@@ -497,7 +497,7 @@ class ReplicaSearch:
 
 
 def keep_fastest(kept: list[Times], new: Times) -> None:
-    """Adds times unless others are no slower in all, and drops those it is no slower than in all."""
+    """Add times unless others are no slower in all of them, and drop those that are no faster in any."""
     if not any(no_slower(old, new) for old in kept):
         kept[:] = [old for old in kept if not no_slower(new, old)] + [new]
 
@@ -507,7 +507,7 @@ def no_slower(one: Times, other: Times) -> bool:
 
 
 def t_limit_s(setting: Numbers, landing_s: float) -> float:
-    """The latency limits as a limit on t."""
+    """Return the latency limits as a limit on t."""
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None and setting.role is not Role.PREFILL:
         limit = objective.tpot_limit_s / setting.tpot_per_t()
@@ -523,7 +523,7 @@ def subsets(zones: set[str]) -> Iterator[tuple[str, ...]]:
 
 
 def packable_sets(replicas: list[Wanted], nodes: Mapping[DeviceClass, int]) -> Iterator[list[Wanted]]:
-    """Every multiset of replicas that fits into the nodes, the empty one included."""
+    """Yield every multiset of replicas that fits into the nodes, the empty one included."""
 
     def extend(chosen: list[Wanted], start: int, taken: Need) -> Iterator[list[Wanted]]:
         yield chosen
@@ -560,7 +560,7 @@ def fits_bins(sizes: tuple[int, ...], room: tuple[int, ...]) -> bool:
 
 
 def price_of(need: Need, nodes: Mapping[DeviceClass, int], kind: ObjectiveKind) -> float:
-    """USD per hour of a replica, or its number of GPUs."""
+    """Return the USD per hour of a replica, or its number of GPUs."""
     return sum(
         sum(sizes) * (device_class.usd_per_hour if kind is ObjectiveKind.COST else 1.0)
         for sizes, device_class in zip(need, nodes, strict=True)

@@ -1,11 +1,11 @@
 """Answers of dispatch, re-dispatch and their steps on random stages: ``python -m tests.solver.recorded`` writes them.
 
-Properties cannot tell a good heuristic from one that a slip made a little worse, or that looks in another order; the
-answers it gave can. A change of a heuristic that is meant changes the file too, and the diff shows which answers became
-better and which worse. Times are kept, rather than placements, which may differ where two are equally good.
+Properties cannot distinguish a good heuristic from one that a mistake made a little worse, or that searches in another
+order; recorded answers can. An intended change of a heuristic changes the file, too, and the diff shows which answers
+became better and which worse. Times are kept rather than placements, which may differ if two are equally good.
 
-Of the steps, on inputs of their own (`tests.solver.dispatch.steps`, `tests.solver.redispatch.steps`), a few numbers are
-kept that every element of the outputs changes.
+For the steps, on their own inputs (`tests.solver.dispatch.steps`, `tests.solver.redispatch.steps`), a few numbers are
+kept that change with every element of the outputs.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Answer = dict[str, Any]
 FILE = pathlib.Path(__file__).with_name("recorded.json")
 STEPS_FILE = FILE.with_name("recorded_steps.json")
 NUM_DISPATCHES, NUM_REDISPATCHES = 240, 150
-PROVED = 1e-4  # gap of a plan that no longer search would have improved
+PROVED = 1e-4  # gap of a plan that further search would not have improved
 
 
 def is_same(name: str, before: Any, now: Any) -> bool:
-    """Return whether a value is the recorded one: exactly, or about, where the name says so."""
+    """Return whether a value is the recorded one, exactly or approximately, depending on its name."""
     if not isinstance(now, float):
         return bool(now == before)
     return math.isclose(now, before, rel_tol=5e-3 if name.startswith("about") else 1e-6, abs_tol=1e-9)
 
 
 def dispatched(seed: int) -> Answer:
-    """Dispatch on a random stage of any kind, memory short in two of three."""
+    """Dispatch on a random stage of any kind, with short memory in two of three cases."""
     rng = np.random.default_rng(seed)
     problem = dispatch.random_problem(
         rng,
@@ -67,7 +67,7 @@ def dispatched(seed: int) -> Answer:
         "relaxed_us": plan.relaxed_s * 1e6,
         "unplaced": [str(one) for one in plan.unplaced],
     }
-    # Where HiGHS or ruin and recreate took part, the last digits decide which of several good plans is found.
+    # If HiGHS or ruin and recreate took part, the last digits decide which of several good plans is found.
     if plan.path is not Path.LP and plan.gap < PROVED:
         answer |= {"makespan_us": plan.makespan_s * 1e6, "groups": sorted(plan.groups.sum(axis=0).tolist())}
     else:
@@ -79,7 +79,7 @@ def redispatched(seed: int) -> Answer:
     """Re-dispatch on a random stage of any kind, and why it was due."""
     rng = np.random.default_rng(seed)
     head_groups = int(rng.choice([1, 2, 4, 8]))
-    is_large = rng.random() < 0.12  # so that the integer program has only some of the requests
+    is_large = rng.random() < 0.12  # so large that the integer program considers only some requests
     problem = redispatch.random_problem(
         seed,
         num_devices=int(rng.integers(6, 17) if is_large else rng.integers(2, 6)),
@@ -116,21 +116,21 @@ KINDS: dict[str, tuple[int, Callable[[int], Answer]]] = {
     "dispatch": (NUM_DISPATCHES, dispatched),
     "redispatch": (NUM_REDISPATCHES, redispatched),
 }
-# Seeds of large stages that take 1 to 3 s each, half of the time of all; a dozen large ones remain.
+# Seeds of large stages that take 1 to 3 s each, half of the total time; a dozen large ones remain.
 SLOW = {"redispatch": {4, 72, 80, 140, 142}}
 STEPS = {"dispatch": DISPATCH_STEPS, "redispatch": REDISPATCH_STEPS}
-PLAIN_ONLY = ("perturbed",)  # compiled, its random numbers are others: what overflows is not wrapped as in Python
-DIGITS = 9  # of every number of a step
+PLAIN_ONLY = ("perturbed",)  # its random numbers differ when compiled, since Python does not wrap overflowing integers
+DIGITS = 9  # digits of every number of a step
 
 
 def recorded(kind: str) -> list[Answer]:
-    """Return the answers that were kept, by seed."""
+    """Return the recorded answers by seed."""
     answers: list[Answer] = json.loads(FILE.read_text(encoding="utf-8"))[kind]
     return answers
 
 
 def recorded_step(kind: str, step: str) -> list[list[float]]:
-    """Return the numbers that were kept of a step, by seed."""
+    """Return the recorded numbers of a step by seed."""
     rows: list[list[float]] = json.loads(STEPS_FILE.read_text(encoding="utf-8"))[kind][step]
     return rows
 
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def _record_steps() -> None:
-    """Write the numbers of all steps, with kernels as plain Python, which some of them need (`PLAIN_ONLY`)."""
+    """Write the numbers of all steps, with kernels as plain Python, as some of them need (`PLAIN_ONLY`)."""
     rows = {
         kind: {step: [answer(seed) for seed in range(number)] for step, (number, answer) in of_kind.items()}
         for kind, of_kind in STEPS.items()

@@ -14,12 +14,12 @@ modelling = np.errstate(over="ignore", invalid="ignore")
 solve_specification = modelling(specification.solve_specification)
 
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["small", "every"])
-FEW_CHOICES = 500  # of all stage slots together
+FEW_CHOICES = 500  # number of choices in all stage slots together
 
 
 def is_soon_solved(problem: PlacementProblem) -> bool:
     """Return whether the MILP with as many replicas and stages as GPUs has few choices."""
     slots = problem.cluster.num_gpus()
     if slots > 2 and problem.model.num_layers > 5:
-        return False  # it hardly ever has, and to list them takes a second
+        return False  # larger problems rarely have few, and listing them takes a second
     return sum(len(slot) for slot in Sets.of(problem, slots).slots) <= FEW_CHOICES

@@ -1,4 +1,4 @@
-"""Two proofs bound a difference, whose interval holds every true one; fleets with nodes added or gone keep names."""
+"""Two proofs bound a difference by an interval that contains the true one; changed fleets keep their names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_true_difference_lies_in_the_interval(
     one: float, two: float, a: float, b: float, c: float, d: float, maximises: bool, change: Change
 ) -> None:
     best0, best1 = one, two
-    if change is not Change.OTHER:  # growing never makes the best plan worse, whichever way that is counted
+    if change is not Change.OTHER:  # growth never makes the best plan worse, by either objective
         best0, best1 = sorted((one, two), reverse=(change is Change.GROWN) is not maximises)
     sides = []
     for best, short, long in ((best0, a, b), (best1, c, d)):
@@ -50,7 +50,7 @@ def test_a_difference_smaller_than_the_gaps_is_undecided() -> None:
     assert difference(before, after, maximises=True, change=Change.OTHER).verdict is ChangeVerdict.UNDECIDED
     grown = difference(before, after, maximises=True, change=Change.GROWN)
     assert grown.verdict is ChangeVerdict.UNDECIDED
-    assert grown.low == 0.0  # more GPUs take nothing away
+    assert grown.low == 0.0  # more GPUs never lower the value
 
 
 def test_a_side_without_a_bound_leaves_its_end_open() -> None:

@@ -1,4 +1,4 @@
-"""Checker, search and simulator know the same seconds and bytes as an arithmetic that shares nothing with them."""
+"""Checker, search and simulator get the same seconds and bytes as independent arithmetic."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_oracle_imports_nothing_of_what_it_judges() -> None:
 
 @st.composite
 def pieces(draw: st.DrawFn, op: Op) -> Piece:
-    """Coefficients of which each counts, and none alone."""
+    """Draw coefficients such that each one matters, and none alone decides."""
     share = st.floats(0.2, 1.5)
     wired = op in (Op.ALL_REDUCE, Op.TRANSFER)
     return Piece(
@@ -135,7 +135,7 @@ def profiles(draw: st.DrawFn, gpu: str) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A stage of a replica, and where it stands."""
+    """A stage of a replica, and its position."""
 
     problem: PlacementProblem
     role: Role
@@ -266,13 +266,13 @@ def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
 def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
     numbers, ends, s = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}, one.stage
     if one.role is not Role.UNIFIED or (s.pool is not None and (one.b * s.pool.head_groups * s.tp) % s.pool.cards):
-        return  # KV of prefill and decode replicas travels in its own events; cards differ by a pair
+        return  # KV of prefill and decode replicas has events of its own; cards differ by a (request, group) pair
     if s.pool is not None and one.problem.model.prefix_layers and one.is_first:
-        return  # what is late is the mean over all layers there
+        return  # there, the late time is the mean over all layers
     model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
     steps = model.emitted_tokens
     if one.d > 1:
-        return  # the mean over what the copies have at once; see tests/simulator/test_lockstep.py
+        return  # depends on the mean over all copies; see tests/simulator/test_lockstep.py
     found = StageTiming(one.problem, one.shape, **ends, steps=steps)
     a = moments.prefill_pairs / moments.mean_computed
     read = model.attended_tokens(a)
@@ -299,7 +299,7 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
 
 @st.composite
 def templates(draw: st.DrawFn) -> tuple[PlacementProblem, CostTables, Template]:
-    """Any replica of two stages or one, of the tables of a problem."""
+    """Draw any replica of one or two stages from the tables of a problem."""
     problem = problem_of(draw)
     costs = build_cost_tables(problem)
     configuration = draw(st.sampled_from(configurations(costs)))
@@ -363,7 +363,7 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, Co
     seconds = of_search.times_of(template, of_search.stage_seconds(costs, template))
     expected = [
         numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) / numbers.d for i, s in enumerate(stages)
-    ]  # of copies that iterate together, the part of each
+    ]  # for copies that iterate together, the part of each
     assert seconds == [near(value) for value in expected]
     if numbers.role is Role.UNIFIED:
         chunks = of_search.times_of(template, of_search.stage_seconds(costs, template, with_chunk=True))

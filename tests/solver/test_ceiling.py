@@ -1,4 +1,4 @@
-"""Ceilings: no replica found by searching every stage option lies above them, and none is lost by trusting them."""
+"""Ceilings: no replica found by searching every stage option lies above them, and none is lost by relying on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ceiling_of(
 def searched(
     costs: CostTables, c: Configuration, group_price: FloatArray, card_price: FloatArray, proof: Ceiling, floor: float
 ) -> float:
-    """Best ``rate / price`` of a configuration; scarcity left aside, as the ceiling leaves it."""
+    """Return the best ``rate / price`` of a configuration, ignoring scarcity as the ceiling does."""
     tables, family = costs.scopes[c.scope].tables, costs.problem.family
     limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, tables.t_floor)
     if limits.shortest_s > limits.longest_s:

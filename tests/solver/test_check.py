@@ -1,4 +1,4 @@
-"""The checker accepts sound plans, agrees with numbers worked by hand, and rejects every kind of broken plan."""
+"""The checker accepts sound plans, agrees with numbers worked out by hand, and rejects every kind of broken plan."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_plan_that_claims_less_than_its_rate_has_the_latency_that_it_claims() 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, {Rule.RATE}), (1 - 1e-5, {Rule.RATE}), (1.0, set())])
 def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expected: set[Rule]) -> None:
-    """Rate, value and bound all halved: nothing in the result gives it away."""
+    """Rate, value and bound all halved: nothing in the result reveals it."""
     problem = make_problem([make_node("a", "A", nodes=2)])
     stage = replace(A_STAGE, tp=1, devices=("a-0/0",), kv_head_groups_kept=2)
     replica = unclaimed(stage, replace(stage, first_layer=3, devices=("a-1/0",)))
@@ -122,7 +122,7 @@ def priced(node: NodeGroup, usd_per_hour: float) -> NodeGroup:
         (make_node("b", "A"), 1),
         (make_node("b", "A", nic=SLOW), 2),
         (replace(make_node("b", "A"), intra_link=SLOW), 2),
-        (priced(make_node("b", "A"), 1.0), 1),  # the price of the type
+        (priced(make_node("b", "A"), 1.0), 1),  # the price of the GPU type
         (priced(make_node("b", "A"), 3.0), 2),
     ],
 )
@@ -156,7 +156,7 @@ def test_infeasible_result_without_replicas_is_sound() -> None:
     assert check_plan(replace(nothing, result=infeasible), problem) == ()
 
 
-# --- broken plans: each kind is caught, and by its own rule alone
+# --- broken plans: each kind is detected, and by its own rule alone
 
 Mutation = Callable[[Plan], Plan]
 RIGHT_TABLE = (
@@ -196,7 +196,7 @@ def result_with(**changes: object) -> Mutation:
 
 
 def with_result_of_rates(plan: Plan) -> Plan:
-    """The plan with the goodput that its replicas claim."""
+    """Return the plan with the goodput that its replicas claim."""
     value = 0.9 * sum(replica.rate for replica in plan.replicas)
     return result_with(value=value, bound=value * (1 + plan.result.gap))(plan)
 
@@ -349,7 +349,7 @@ def test_broken_plan_is_caught_by_its_own_rule_alone(rule: Rule, mutate: Mutatio
     problem = the_problem()
     plan = sound(problem)
     broken = mutate(plan)
-    if broken.prices == plan.prices:  # devices may have changed: count them again, so that the table is not at fault
+    if broken.prices == plan.prices:  # devices may have changed: recount them, so that the class table is right
         broken = counted(broken, problem)
     assert rules(broken, problem) == {rule}
 
@@ -440,7 +440,7 @@ def test_traffic_between_zones_must_fit_the_link() -> None:
     back = replace(one, stages=(replace(east, devices=("w/1",)), replace(west, devices=("e/1",))))
     assert rules(plan_of(problem, one), problem) == set()
     assert rules(plan_of(problem, one, other), problem) == {Rule.LINK_CAPACITY}
-    assert rules(plan_of(problem, one, back), problem) == set()  # a link carries as much the other way
+    assert rules(plan_of(problem, one, back), problem) == set()  # the link has the same capacity in the other direction
 
 
 def test_explicit_node_link_slows_only_the_stages_that_use_it() -> None:
@@ -462,14 +462,14 @@ def test_broken_replica_does_not_hide_the_next() -> None:
     assert {v.where.split()[1] for v in check_plan(plan, problem) if v.where.startswith("replica")} == {"0", "1"}
 
 
-# --- numbers worked by hand
+# --- numbers worked out by hand
 
 
 A_MICROSECOND_PER_BYTE = Piece(byte_s=1e-6)
 
 
 def token_profile(gpu: str, transfer: Piece = A_MICROSECOND_PER_BYTE) -> Profile:
-    """A millisecond per token of dense work, so much per byte sent; the rest takes no time."""
+    """A profile with a millisecond per token of dense work and ``byte_s`` per byte sent; the rest takes no time."""
     pieces = {Op.DENSE: Piece(token_s=1e-3), Op.TRANSFER: transfer}
     ops = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE, Op.TRANSFER)
     fits = tuple(Fit(op=op, pieces=(pieces.get(op, Piece()),), provenance=MADE_UP) for op in ops)
@@ -479,7 +479,7 @@ def token_profile(gpu: str, transfer: Piece = A_MICROSECOND_PER_BYTE) -> Profile
 def token_problem(
     bytes_per_s: float = 1e9, *, a: Piece = A_MICROSECOND_PER_BYTE, b: Piece = A_MICROSECOND_PER_BYTE
 ) -> PlacementProblem:
-    """Four A and four B, whose messages take so long; a link's latency is 10 ms."""
+    """Four A and four B with these message times; a link's latency is 10 ms."""
     nodes = [make_node("a", "A", nodes=4), make_node("b", "B", nodes=4)]
     network = Network(default=Link(bytes_per_s=bytes_per_s, latency_s=0.01))
     profiles = {"A": token_profile("A", a), "B": token_profile("B", b)}
@@ -540,13 +540,13 @@ def test_kv_of_chunks_that_reaches_attention_workers_late_is_waited_for() -> Non
     stage = replace(WHOLE, kv_head_groups_kept=0)
     pool = AttentionWorkerPool(stage=0, gpu="B", devices=("b-0/0",), kv_head_groups=2)
     one = unclaimed(stage, pools=(pool,), in_flight=1)
-    # Both groups of 64 tokens are 32768 bytes, the exchange of 8 pairs 6144 bytes and 20 ms of latency; the latter also
+    # Both groups of 64 tokens are 32768 bytes, the exchange of 8 pairs is 6144 bytes and 20 ms of latency; that also
     # in iterations without a chunk. A byte takes 10 us on the wire and 1 us beside it: 360.448 and 87.584 ms, together
     # longer than 68 + 87.584 ms of computing.
     w_s = 2 * (0.360448 + 0.087584) + 8 * (0.004 + 0.087584)
     wired = Piece(byte_s=1e-6, wire=1.0)
     assert derived_of(one, token_problem(1e5, a=wired, b=wired)).t_s == pytest.approx(6 * w_s + 0.042)
-    # So also where only the cards are slow, 10 us for a byte.
+    # The same holds if only the cards are slow, at 10 us per byte.
     w_s = 2 * (0.32768 + 0.08144) + 8 * (0.004 + 0.08144)
     slow_cards = token_problem(b=Piece(byte_s=1e-5))
     assert derived_of(one, slow_cards).t_s == pytest.approx(6 * w_s + 0.042)

@@ -1,4 +1,4 @@
-"""The checker on constraints: one plan breaks each; another, which differs only in what it concerns, keeps it."""
+"""The checker on constraints: one plan breaks each; another, which differs only in that respect, keeps it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine does not run is said of a replica, each in its own words."""
+"""Each reason why an engine does not run a replica is reported separately."""
 
 from __future__ import annotations
 

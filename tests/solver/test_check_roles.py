@@ -130,7 +130,7 @@ def test_kv_for_an_engine_stays_with_one_vendor_and_in_one_zone_where_there_are_
     assert messages(workers_only)[1:] == [], "what computes no layers counts for nothing"
 
 
-# --- broken plans: each kind is caught, and by its own rule alone
+# --- broken plans: each kind is detected, and by its own rule alone
 
 Mutation = Callable[[Plan], Plan]
 
@@ -145,7 +145,7 @@ def replica_with(number: int, **changes: object) -> Mutation:
 
 
 def routes(*changed: KvRoute | dict[str, object]) -> Mutation:
-    """The plan with other routes: whole ones, or changes to the present ones in order; its value follows."""
+    """Return the plan with other routes (whole ones, or changes to the present ones in order) and its new value."""
 
     def mutate(plan: Plan) -> Plan:
         new = tuple(
@@ -255,7 +255,7 @@ def test_flow_violation_names_flow_and_rate() -> None:
 
 
 def test_kv_of_routes_and_activations_of_spanning_replicas_share_a_link() -> None:
-    """Each fits the link between the zones alone; both do not, and one the other way does."""
+    """Each flow fits the link between the zones alone; both together do not, but one in the other direction does."""
     nodes = [make_node("e", "A", gpus=2, zone="east"), make_node("w", "A", gpus=2, zone="west")]
     between = Link(bytes_per_s=4e6, latency_s=0.0)
     problem = make_problem(nodes, network=Network(default=FAST, zone_default=between))
@@ -311,7 +311,7 @@ def test_latency_of_a_role_above_its_limit_is_caught(number: int, name: str, rul
         assert rules(plan_of(limited, replica, gap=0.0), limited) == expected
 
 
-# --- numbers worked by hand
+# --- numbers worked out by hand
 
 
 def token_problem(*, link: Link | None = None, **model: object) -> PlacementProblem:
@@ -341,7 +341,7 @@ DECODE = unclaimed(ALONE, in_flight=1, role=Role.DECODE)
 def test_prefill_replica_takes_the_time_worked_by_hand() -> None:
     derived = derived_of(PREFILL, token_problem())
     # nc = 2, nd = 0. Computing: 2 * 64 ms = 128 ms a layer. Sending: 64 * 512 = 32768 bytes take 32.768 us on the wire
-    # and 32.768 ms beside it, twice 65.6 ms: in its shade. LM head of one token, twice.
+    # and 32.768 ms besides, twice 65.6 ms: hidden behind it. LM head of one token, twice.
     assert derived.t_s == pytest.approx(6 * 0.128 + 2 * 0.001)
     assert derived.tpot_per_t == 0.0
     # q = 0.9; p_wait = 0.9^(sqrt(4) - 1); wait = 2 RT / (1 - 0.9) / 2 * ln 18, RT = t / 2; the p95 prompt has 2 chunks.
@@ -438,7 +438,7 @@ def test_groups_held_by_several_ranks_travel_once() -> None:
     problem = token_problem(link=Link(bytes_per_s=1e12, latency_s=0.0), kv_heads=1)
     stage = replace(ALONE, tp=4, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=1)
     derived = derived_of(replace(DECODE, stages=(stage,)), problem)
-    assert derived.t_s == pytest.approx(6 * 0.04 + 0.04)  # 128 * 256 bytes take 32.8 ms, in the shade of 40 ms
+    assert derived.t_s == pytest.approx(6 * 0.04 + 0.04)  # 128 * 256 bytes take 32.8 ms, hidden behind 40 ms
     narrow = token_problem(link=Link(bytes_per_s=128 * 256 / 0.05, latency_s=0.0), kv_heads=1)
     assert derived_of(replace(DECODE, stages=(stage,)), narrow).t_s == pytest.approx(6 * (0.05 + 0.032768) + 0.04)
 
@@ -515,7 +515,7 @@ SHARING = replace(SMALL_FAMILY, name="hetis-paper")
 
 
 def two_stages_sharing(family: Family = SHARING) -> tuple[PlacementProblem, Plan]:
-    """Two stages on B; both C serve both of them."""
+    """Two stages on B, both served by both C."""
     problem = replace(the_problem(), family=family)
     first = replace(WHOLE, gpu="B", num_layers=4, devices=("b-0/0",), kv_head_groups_kept=1)
     last = replace(first, first_layer=4, num_layers=2, devices=("b-1/0",))
@@ -570,7 +570,7 @@ def test_shared_card_holds_the_kv_of_every_stage_it_serves() -> None:
 
 
 def with_slow_shared_cards() -> tuple[PlacementProblem, Plan]:
-    """`two_stages_sharing`, where a card takes a second for a layer, whatever it holds."""
+    """`two_stages_sharing`, with cards that take a second for a layer, whatever they hold."""
     problem, plan = two_stages_sharing()
     card = problem.profiles["C"]
     fits = (replace(f, pieces=(Piece(fixed_s=1.0),)) if f.op is Op.DECODE_ATTENTION else f for f in card.fits)

@@ -17,7 +17,7 @@ from hetis.solver.problem import PlacementProblem
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import NO_LIMITS, make_node, make_problem, make_profile
 
-WITHIN, BEYOND = 0.9e-6, 1.1e-6  # of the millionth that claims may differ by
+WITHIN, BEYOND = 0.9e-6, 1.1e-6  # of the millionth by which claims may differ
 STAGE = StagePlan(gpu="A", tp=1, copies=1, first_layer=0, num_layers=6, devices=("a-0/0",), kv_head_groups_kept=2)
 PROBLEM = make_problem([make_node("a", "A", gpus=2, nodes=2)])
 REPLICA = claimed(unclaimed(STAGE), PROBLEM)
@@ -123,7 +123,7 @@ def test_routes_may_exceed_a_rate_by_a_millionth() -> None:
 
 
 def test_a_rank_that_does_not_hold_its_weights_has_no_room_for_kv_either() -> None:
-    """Its attention workers hold all KV, so its own memory decides nothing but whether there is any room at all."""
+    """The rank's attention workers hold all KV, so its own memory only decides whether there is any room at all."""
     link = Link(bytes_per_s=1e9, latency_s=0.0)
     pool = PoolShape(gpu="B", cards=1, head_groups=2, link=link)
     stage = StageShape(gpu="A", tp=1, copies=1, layers=6, intra_link=link, hop_link=link, pool=pool)

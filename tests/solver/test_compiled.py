@@ -1,6 +1,6 @@
-"""Processes that start at once compile a kernel once: the first does it, and the others load what it has made.
+"""Processes that start at once compile a kernel once: the first one does it, and the others load the result.
 
-Nor is a kernel compiled once more for each constant that another passes to it.
+Nor is a kernel compiled again for each constant that another kernel passes to it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_kernel_is_compiled_by_one_process_and_loaded_by_the_others(tmp_path: 
 
 
 def test_cached_code_of_a_type_that_has_another_name_now_is_compiled_anew(tmp_path: Path) -> None:
-    """An upgrade in place leaves the machine code of the version before; its types are looked up by their names."""
+    """An upgrade in place leaves the machine code of the previous version, whose types are looked up by name."""
     file = tmp_path / "typed.py"
     for name in ("Before", "After"):
         file.write_text(TYPED.replace("Pair", name), encoding="utf-8")
@@ -170,8 +170,8 @@ print(*sorted(path.name for path in paths), moves > 0)
 
 
 def test_nothing_is_compiled_or_loaded_after_the_warm_up() -> None:
-    """Dispatch answers in an event loop, which would wait for whichever thread compiles at that moment."""
-    compile_dispatch()  # so that the other process has only to load
+    """Dispatch answers in an event loop, which would wait for any thread that compiles at that moment."""
+    compile_dispatch()  # so that the other process only has to load
     compile_redispatch()
     done = subprocess.run([sys.executable, "-c", WARM], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("CHAIN LP MIXED True\n", "")

@@ -1,6 +1,6 @@
-"""Conflicts are smallest, and every relaxation works when it is applied: memory, links, limits, constraints, prices.
+"""Conflicts are minimal, and every relaxation works when it is applied: memory, links, limits, constraints, prices.
 
-Each alone and in combination; what a relaxation suggests is solved as its own problem.
+Obstacles are tested alone and in combination; each relaxation's suggestion is solved as a separate problem.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def why(problem: PlacementProblem, *, strategy: str = "hetis", market: bool = Fa
 
 
 def exists(problem: PlacementProblem) -> bool:
-    """Return whether a plan exists, by a solve of its own; what it finds passes the checker."""
+    """Return whether a plan exists, by a separate solve, whose plan passes the checker."""
     try:
         plan = solve_placement(problem, strategy=problem.family.name)
     except InfeasibleError:
@@ -61,7 +61,7 @@ def exists(problem: PlacementProblem) -> bool:
 
 
 def posed(problem: PlacementProblem, kept: Iterable[Requirement]) -> PlacementProblem:
-    """The problem with these requirements alone, its demand among them."""
+    """Return the problem with these requirements alone, its demand among them."""
     kept = frozenset(kept)
     demand = [r.value for r in kept if r.subject is Subject.DEMAND]
     relaxed = keeping(problem, kept)
@@ -72,7 +72,7 @@ def posed(problem: PlacementProblem, kept: Iterable[Requirement]) -> PlacementPr
 
 
 def assert_smallest(problem: PlacementProblem, found: Infeasibility) -> None:
-    """No conflict can be kept, and every part of one that leaves a single member out can."""
+    """Assert that no conflict can be kept, but every conflict without any one member can."""
     assert found.conflicts
     for conflict in found.conflicts:
         assert conflict.is_minimal
@@ -82,7 +82,7 @@ def assert_smallest(problem: PlacementProblem, found: Infeasibility) -> None:
 
 
 def applied(problem: PlacementProblem, option: str) -> PlacementProblem:
-    """The problem with an option changed as a relaxation says."""
+    """Return the problem with an option changed as a relaxation suggests."""
     name, value = option.split(" ", 1)
     seconds = float(value[:-2]) * 1e-3 if value.endswith("ms") else float(value.rstrip("s"))
     field = {"--rate": "demand_rps", "--tpot": "tpot_limit_s", "--ttft": "ttft_limit_s"}[name]
@@ -232,7 +232,7 @@ def test_demand_and_a_constraint_are_named_together() -> None:
 
 @pytest.mark.parametrize("of_what", list(Sum))
 def test_a_rent_that_is_too_low_says_what_is_enough(of_what: Sum) -> None:
-    """One GPU holds no replica, and one of these GPUs costs a dollar."""
+    """One GPU is too small for a replica, and each of these GPUs costs a dollar."""
     profile = make_profile("A", usable_bytes=4_800_000)
     problem = make_problem([make_node("a", "A", nodes=6)], profiles={"A": profile})
     constraint = AtMost(of=of_what, most=1.0)
@@ -277,7 +277,7 @@ def test_conflicts_are_smallest_and_relaxations_work(problem: PlacementProblem) 
     assert best_by_brute_force(problem) == (0.0 if problem.objective.maximises else float("inf"))
     assert_smallest(problem, found)
     if len(found.conflicts) > 1:
-        return  # what is said of one supposes the others lifted
+        return  # statements about one conflict assume that the others are lifted
     for relaxation in found.relaxations:
         if relaxation.is_tried and relaxation.option.startswith(("--rate", "--tpot", "--ttft")):
             assert exists(applied(problem, relaxation.option)), relaxation.sentence
@@ -317,7 +317,7 @@ def test_what_dense_work_refutes_needs_no_time() -> None:
 
 
 def test_lifting_a_requirement_never_loses_a_plan() -> None:
-    """Every problem is a part of what `keeping` makes of it."""
+    """`keeping` only widens a problem."""
     problem = two_types(Replicas(least=1, most=2), objective=replace(NO_LIMITS, tpot_limit_s=0.01))
     given_ = requirements_of(problem)
     whole = solve_placement(posed(problem, given_)).result.value

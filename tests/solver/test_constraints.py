@@ -1,4 +1,4 @@
-"""Plans keep what is pinned and forbidden, and are the best that do: brute force says the same."""
+"""Plans keep what is pinned and forbidden, and are the best that do, as brute force confirms."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def workers(plan: Plan) -> set[str]:
 
 
 def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan:
-    """A plan that passes the checker."""
+    """Return a plan that passes the checker."""
     plan = solve_placement(problem, strategy=strategy)
     assert check_plan(plan, replace(problem, family=problem.family)) == ()
     return plan
@@ -83,7 +83,7 @@ def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan:
 
 
 def without_nodes(cluster: Cluster, constraints: Constraints) -> Cluster:
-    """The cluster without the nodes, types and zones that are left out, found by looking at each node."""
+    """Return the cluster without the excluded nodes, types and zones, found node by node."""
     groups = []
     for group in cluster.node_groups:
         gone = 0
@@ -103,7 +103,7 @@ def without_nodes(cluster: Cluster, constraints: Constraints) -> Cluster:
 
 
 def best_by_brute_force(problem: PlacementProblem) -> float:
-    """The best value of a plan that keeps the will; 0 or infinity where there is none."""
+    """Return the best value of a plan that keeps the constraints; 0 or infinity if there is none."""
     constraints, family = problem.constraints, problem.family
     cluster = without_nodes(problem.cluster, constraints)
     sizes = tuple(tp for tp in family.tp_sizes if WithoutTp(tp=tp) not in constraints)
@@ -152,7 +152,7 @@ def best_by_brute_force(problem: PlacementProblem) -> float:
 
 @st.composite
 def some_constraint(draw: st.DrawFn, cluster: Cluster) -> Constraint:
-    """A constraint that the cluster can be asked."""
+    """Draw a constraint that refers to the cluster."""
     types = sorted({slots.gpu for group in cluster.node_groups for slots in group.gpus})
     nodes = [group.node_name(i) for group in cluster.node_groups for i in range(group.count)]
     kind = draw(st.sampled_from(("out", "out", "keep", "keep", "use", "use", "tp", "workers", "replicas", "sum")))
@@ -185,7 +185,7 @@ def some_constraint(draw: st.DrawFn, cluster: Cluster) -> Constraint:
 
 @st.composite
 def constrained(draw: st.DrawFn) -> PlacementProblem:
-    """Small random problems with a constraint or two, most of which have a plan."""
+    """Draw small problems with a constraint or two, most of which have a plan."""
     kinds = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS)
     problem = draw(problems(max_gpus=4, kinds=kinds, family=SMALL_FAMILY, num_zones=1))
     constraints = draw(st.lists(some_constraint(problem.cluster), min_size=1, max_size=2, unique=True))
@@ -213,7 +213,7 @@ def test_generated_plans_keep_the_will_and_their_bounds_hold(problem: PlacementP
         try:
             plan = solve_placement(problem)
         except NoPlanFoundError:
-            return  # nothing is claimed
+            return  # no claim to check
         except InfeasibleError:
             assert best_by_brute_force(problem) == (0.0 if problem.objective.maximises else float("inf"))
             return

@@ -1,4 +1,4 @@
-"""The functions of the cost model one by one, against an arithmetic that shares nothing with them."""
+"""The functions of the cost model one by one, compared with independent arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans at an engine's fixed settings: the search finds the best of those that keep to them, the checker no others."""
+"""Plans at an engine's fixed settings: the search finds the best that keeps them, and the checker accepts no others."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ some_settings = st.builds(
 
 tight_settings = st.builds(
     EngineSettings,
-    max_num_seqs=st.sampled_from((None, 3, 5, 7, 8)),  # of micro-batches of 4, one or two in flight
+    max_num_seqs=st.sampled_from((None, 3, 5, 7, 8)),  # for micro-batches of 4, one or two in flight
     chunk_tokens=st.sampled_from([(), (32,), (48, 96)]),
     kv_blocks=st.sampled_from((None, 20, 60, 120)),
 )
 
 
 def at(problem: PlacementProblem, **given: Any) -> PlacementProblem:
-    """The problem at an engine's settings."""
+    """Return the problem at an engine's settings."""
     return replace(problem, family=problem.family.at(EngineSettings(**given)))
 
 
 def solved(problem: PlacementProblem) -> Plan | None:
-    """The plan that is found, which the checker accepts and which is proved the best; None: there is none."""
+    """Return the plan found, which the checker accepts and which is proved the best; None if there is none."""
     try:
         plan = solve_placement(problem, strategy=problem.family.name, gap_target=0.0)
     except InfeasibleError:
@@ -92,7 +92,7 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
     family = data.draw(st.sampled_from((UNIFIED, ON_AN_ENGINE)))
     problem = data.draw(problems(max_gpus=4, family=family))
     assume(not problem.model.forbidden_cuts)
-    loose = at(problem, max_num_seqs=10**6, kv_blocks=10**9)  # nothing has memory for so many
+    loose = at(problem, max_num_seqs=10**6, kv_blocks=10**9)  # no card has memory for so many
     assert value_of(loose) == pytest.approx(value_of(problem), rel=REL)
 
 
@@ -151,7 +151,7 @@ def test_as_many_requests_as_the_engine_runs_are_no_size_of_the_table_but_are_re
 @pytest.mark.parametrize("family", [UNIFIED, ON_AN_ENGINE, APART], ids=["any engine", "an engine", "roles apart"])
 @pytest.mark.parametrize("most", [2, 3, 5])
 def test_micro_batches_in_flight_count_together(family: Family, most: int) -> None:
-    """The model fits on no single card, so that a replica has stages and several micro-batches in flight."""
+    """The model does not fit on one card, so that a replica has stages and several micro-batches in flight."""
     nodes = [make_node("a", "A", nodes=2), make_node("b", "B", nodes=2)]
     profiles = {"A": make_profile("A", usable_bytes=8_500_000), "B": make_profile("B", usable_bytes=9_500_000)}
     free = make_problem(nodes, profiles=profiles, workload=make_workload((40, 120)), family=replace(family, max_pool=0))
@@ -208,7 +208,7 @@ def test_a_plan_claims_no_more_kv_than_its_blocks_hold() -> None:
     assert rules(more, kept) == {Rule.KV_TOKENS}
 
 
-# --- words and refusals
+# --- descriptions and refusals
 
 
 def test_the_family_names_settings_only_if_there_are_any() -> None:

@@ -40,7 +40,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
-    """Every total is what the checker derives, every bar as long as its card."""
+    """Every total equals the checker's, and every bar is as long as its card's memory."""
     explanation = explain_plan(plan, problem)
     rederivation, fleet = Rederivation(problem), Fleet.of(problem.cluster)
     workload = problem.workload.clipped_to(problem.model.max_position)
@@ -234,7 +234,7 @@ def test_replicas_of_every_role_add_up() -> None:
 
 
 def test_a_plan_that_leaves_a_zone_idle_is_explained_although_it_might_send_there() -> None:
-    """The prefill replica may send KV to all zones; the plan's other devices are in its own."""
+    """The prefill replica may send KV to all zones; the plan's other devices are in its own zone."""
     problem = test_check_roles.the_problem()
     plan = test_check_roles.sound(problem)
     fleet = Fleet.of(problem.cluster)

@@ -52,7 +52,7 @@ def test_all_other_nodes_keep_their_names_gpus_zones_and_links(counts: list[int]
     for a in kept:
         for b in kept:
             assert rest.network.node_link(a, b) == whole.network.node_link(a, b)
-    assert from_data(to_data(rest, self_contained=True)) == rest  # a document of it is valid
+    assert from_data(to_data(rest, self_contained=True)) == rest  # its document is valid
 
 
 def test_a_fleet_that_lacks_nothing_stays_as_it_is() -> None:

@@ -1,4 +1,4 @@
-"""The reasons why no plan exists are true, minimal, and name values that a plan can keep; brute force says the same."""
+"""The reasons why no plan exists are true, minimal, and name values that a plan can keep, as brute force confirms."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def best_goodput(problem: PlacementProblem, **limits: float | None) -> float:
 
 
 def can_keep(problem: PlacementProblem, constraints: dict[str, float]) -> bool:
-    """Return whether a plan keeps these, keyed by the fields of `Objective`; by brute force."""
+    """Return, by brute force, whether a plan keeps these limits, keyed by the fields of `Objective`."""
     limits = {name: value for name, value in constraints.items() if name != "demand_rps"}
     best = best_goodput(problem, **limits)
     return best > 0 and best >= constraints.get("demand_rps", 0.0) * (1 - 1e-9)
@@ -69,7 +69,7 @@ def given_constraints(objective: Objective) -> dict[str, float]:
 
 
 def members(found: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The field and the sentence of every constraint that is blamed."""
+    """Return the field and the sentence of every constraint that is blamed."""
     for sentence in found:
         for words, name in GIVEN.items():
             if sentence.startswith(words):
@@ -77,7 +77,7 @@ def members(found: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def suggested(sentence: str) -> float:
-    """The value that a sentence says can be kept, in seconds or requests/s."""
+    """Return the value that can be kept according to a sentence, in seconds or requests/s."""
     match = re.search(r"\(--(rate|tpot|ttft) ([0-9.e+-]+)(ms|s|)\)$", sentence)
     assert match, sentence
     return float(match[2]) * (1e-3 if match[3] == "ms" else 1.0)
@@ -91,7 +91,7 @@ def out_of_reach(sentence: str) -> float:
 
 @st.composite
 def tight_problems(draw: st.DrawFn) -> PlacementProblem:
-    """Random problems that often ask for too much."""
+    """Draw problems that often require too much."""
     problem = draw(problems(max_gpus=3, kinds=tuple(ObjectiveKind), family=SMALL_FAMILY, num_zones=1))
     objective = replace(
         problem.objective,
@@ -119,7 +119,7 @@ def test_reasons_agree_with_brute_force(problem: PlacementProblem) -> None:
     conflict = dict(members(found))
     assert conflict
     if found[0].startswith("several"):
-        return  # the sentences speak of problems without the other conflicts
+        return  # the sentences are about problems without the other conflicts
     for size in range(len(conflict)):
         for part in combinations(conflict, size):
             assert can_keep(problem, {name: constraints[name] for name in part}), "not a smallest conflict"
@@ -180,7 +180,7 @@ def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:
     for spare, words in ((-500_000, "for weights alone; this fleet has "), (50_000, "for the KV of 1 request, ")):
         profile = make_profile("A", usable_bytes=1_000_000 + weights + spare)
         problem = make_problem([make_node("a", "A")], profiles={"A": profile})
-        reason, *_ = reasons(problem)  # others say what would help
+        reason, *_ = reasons(problem)  # the others suggest remedies
         assert words in reason
 
 
@@ -196,7 +196,7 @@ def test_states_are_among_what_requests_keep() -> None:
 def test_layer_that_fits_no_card_is_named() -> None:
     profile = make_profile("A", usable_bytes=1_900_000)
     problem = make_problem([make_node("a", "A", nodes=40)], profiles={"A": profile})
-    reason, *_ = reasons(problem)  # others say what would help
+    reason, *_ = reasons(problem)  # the others suggest remedies
     assert re.match(r"a layer of tiny needs .* on each of 1 GPUs?, activations included; A has .* usable$", reason)
 
 
@@ -205,12 +205,12 @@ def test_layers_that_cards_cannot_share_are_counted() -> None:
     layer = model.layer_params() * model.weight_bytes
     profile = make_profile("A", usable_bytes=int(1_000_000 + 1.8 * layer))
     problem = make_problem([make_node("a", "A", nodes=5)], profiles={"A": profile}, model=model)
-    reason, *_ = reasons(problem)  # others say what would help
+    reason, *_ = reasons(problem)  # the others suggest remedies
     assert reason.startswith("the GPUs that a replica may use hold at most 5 of 6 layers of tiny, KV left out: ")
 
 
 def test_replica_of_one_type_is_measured_by_one_type() -> None:
-    """Together both types would do."""
+    """Both types together would suffice."""
     profiles = {name: make_profile(name, usable_bytes=4_800_000) for name in "AB"}
     problem = make_problem([make_node("a", "A", nodes=2), make_node("b", "B", nodes=1)], profiles=profiles)
     assert solve_placement(problem).replicas
@@ -223,7 +223,7 @@ def test_replica_of_one_type_is_measured_by_one_type() -> None:
 
 
 class StoppedClock:
-    """A clock that stands still until the given number of readings, and then runs out of any time."""
+    """A clock that stands still for the given number of readings, and then exceeds any limit."""
 
     def __init__(self, readings: int) -> None:
         self.left = readings

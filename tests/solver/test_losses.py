@@ -1,4 +1,4 @@
-"""The rest of a plan after losing a node or a zone: worked by hand, and never above what the rest can serve."""
+"""The rest of a plan after losing a node or a zone: worked out by hand, and never above what the rest can serve."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_halves_of_requests_need_one_another_and_the_routes_between_zones() -> N
     twice = (*replicas, on(one, 5.0, "e-1/1", role=Role.PREFILL, to=("east", "west")))
     node = worst_node(replace(plan, replicas=twice, kv_routes=routes), cluster)
     assert node is not None
-    assert (node.name, node.rate) == ("e-1", 2.0)  # of 5 that are prefilled, only the west decodes any
+    assert (node.name, node.rate) == ("e-1", 2.0)  # of the 5 that are prefilled, only the west decodes any
     assert worst_node(replace(plan, replicas=()), cluster) is None
 
 

@@ -1,4 +1,4 @@
-"""Objectives that no search can be given are refused when they are made."""
+"""Objectives that no search accepts are refused when they are made."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_least_demand_is_met_and_less_is_refused(kind: ObjectiveKind) -> Non
 
 
 def test_replanning_serves_what_little_the_others_leave() -> None:
-    """Less than a demand may be is left by replicas that stay, not asked for."""
+    """A remainder below the least demand is what staying replicas leave, and is not an input."""
     goal = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=1.0)
     costs = build_cost_tables(make_problem([make_node("a", "A", nodes=2)], objective=goal))
     assert len(search_left_over(costs, set(), 1e-9, SearchSettings())) == 1

@@ -1,4 +1,4 @@
-"""Replicas on as few nodes as can be: against every way there is, and what holds of every packing."""
+"""Replicas on as few nodes as possible: compared with all assignments, and properties of every packing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def packed(replicas: Replicas, node_size: int, num_nodes: int) -> Packing | None
 
 
 def every_way(replicas: Replicas, node_size: int, num_nodes: int) -> Iterator[list[set[int]]]:
-    """Nodes of every replica, for every way to put each part into some node."""
+    """Yield the nodes of every replica, for every way to put each part into some node."""
     parts = [(replica, size) for replica, sizes in enumerate(replicas) for size in sizes]
     free, homes = [node_size] * num_nodes, [Counter[int]() for _ in replicas]
 
@@ -71,7 +71,7 @@ def test_every_part_has_room_and_the_bound_holds(kinds: list[Replicas], node_siz
     replicas = [replica for kind in kinds for replica in kind if max(replica) <= node_size]
     num_nodes = sum(-(-len(replica) // (node_size // replica[0])) for replica in replicas) or 1
     found = packed(replicas, node_size, num_nodes)
-    assert found is not None  # a node for every piece is enough
+    assert found is not None  # one node per piece is enough
     used = Counter[int]()
     for replica, nodes in zip(replicas, found.nodes, strict=True):
         assert len(nodes) == len(replica)
@@ -83,7 +83,7 @@ def test_every_part_has_room_and_the_bound_holds(kinds: list[Replicas], node_siz
 
 
 def test_a_full_fleet_is_packed_where_first_fit_cuts_replicas() -> None:
-    """Six nodes of 8: replicas of 5 and 3 fill them in pairs; largest first would put two of 3 together."""
+    """Six nodes of 8: replicas of 5 and 3 fill them in pairs; placing the largest first would put two of 3 together."""
     replicas = [[1] * 5] * 6 + [[1] * 3] * 6
     found = packed(replicas, 8, 6)
     assert found is not None

@@ -61,7 +61,7 @@ def test_nodes_of_several_types_hand_out_the_right_cards(order: str) -> None:
             assert all(types.get(device, "A") == stage.gpu for device in stage.devices)
 
 
-Shape = tuple[int, int]  # (GPUs of a node, nodes)
+Shape = tuple[int, int]  # (GPUs of a node, number of nodes)
 
 
 @settings(max_examples=5 * EXAMPLES)

@@ -47,7 +47,7 @@ FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS, LARGE_STAGES)
 
 
 def value_of(problem: PlacementProblem) -> float:
-    """The value of the plan that is found, which the checker accepts and which is proved the best."""
+    """Return the value of the plan found, which the checker accepts and which is proved the best."""
     try:
         plan = solve_placement(problem, strategy="hetis", gap_target=0.0)
     except InfeasibleError:
@@ -58,7 +58,7 @@ def value_of(problem: PlacementProblem) -> float:
 
 
 def a_problem(data: st.DataObject) -> PlacementProblem:
-    """A problem of any of the families and objectives, whose model may be cut anywhere."""
+    """Draw a problem of any family and objective, whose model may be cut anywhere."""
     family = data.draw(st.sampled_from(FAMILIES))
     problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
     assume(not problem.model.forbidden_cuts)
@@ -77,7 +77,7 @@ WEIGHTS, KV = (2.0, 1.0, 0.5), (2.0, 1.0)
 
 
 def in_precisions(data: st.DataObject, problem: PlacementProblem) -> PlacementProblem:
-    """The problem with some GPU types in precisions of their own."""
+    """Draw the problem with separate precisions for some GPU types."""
     gpus = sorted(problem.profiles)
     own = tuple(
         GpuPrecision(
@@ -157,7 +157,7 @@ def test_an_engine_never_serves_more_than_any_engine(data: st.DataObject) -> Non
     except InfeasibleError:
         anything = 0.0
     assert values[0] <= values[1] * (1 + REL)
-    if problem.objective.ttft_limit_s is None:  # with it, a single stage keeps a rule of its own there
+    if problem.objective.ttft_limit_s is None:  # with a TTFT limit, single stages have another rule there
         assert values[1] <= anything * (1 + REL)
 
 
@@ -318,7 +318,7 @@ def test_uneven_workers_are_not_an_engines() -> None:
 @settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=5, family=Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,))))
 def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProblem) -> None:
-    """Plans for any engine are looked at; the checker derives it on its own, one replica after another."""
+    """The plans are for any engine; the checker derives the same independently, replica by replica."""
     try:
         plan = solve_placement(problem, strategy="hetis")
     except InfeasibleError:
@@ -393,7 +393,7 @@ def test_what_no_engine_runs_is_refused() -> None:
     with pytest.raises(InvalidProblemError, match="min_layers is 0"):
         EngineRules(name="vllm", min_layers=0)
     with pytest.raises(InvalidProblemError, match="must be at most 64"):
-        EngineRules(name="vllm", max_stages=2**31 - 1)  # no list of so many is made
+        EngineRules(name="vllm", max_stages=2**31 - 1)  # no list of this length is built
 
 
 def test_forbidden_cuts_are_refused_with_what_to_do() -> None:
@@ -413,7 +413,7 @@ def test_a_search_without_time_says_so() -> None:
 def test_whole_counts_that_found_nothing_prove_nothing_unless_they_came_to_their_end(
     monkeypatch: pytest.MonkeyPatch, is_settled: bool, error: type[Exception]
 ) -> None:
-    """Gave HiGHS up on plans that meet the demand, "no plan exists" would be a lie: the relaxation has one."""
+    """If HiGHS gave up on plans that meet the demand, "no plan exists" would be false: the relaxation has one."""
     fleet = [make_node("a", "BIG", gpus=2)]
     most = value_of(make_problem(fleet, family=PLAIN))
     objective = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=most / 2)

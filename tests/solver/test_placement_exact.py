@@ -1,4 +1,4 @@
-"""The exact search finds the optimum of brute force, and its optimum moves as an optimum must."""
+"""The exact search finds the optimum of brute force, and its optimum changes as an optimum must."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan_or_none(problem: PlacementProblem, strategy: str = "hetis") -> Plan | N
 
 
 def value_of(problem: PlacementProblem) -> float:
-    """Return the value of the plan found, or what `best_plan_value` says where there is none."""
+    """Return the value of the plan found, or the result of `best_plan_value` if there is none."""
     plan = plan_or_none(problem)
     if plan is not None:
         return plan.result.value
@@ -66,7 +66,7 @@ def of_strategy(problem: PlacementProblem, strategy: str) -> PlacementProblem:
 
 
 def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
-    """The search grants every replica a share of the links between zones, which the oracle knows nothing of."""
+    """The search grants every replica a share of the links between zones, which the oracle does not model."""
     cluster = problem.cluster
     wide = Link(bytes_per_s=1e12, latency_s=1e-4)
     return replace(problem, cluster=replace(cluster, network=replace(cluster.network, zone_default=wide)))
@@ -155,7 +155,7 @@ def test_demand_just_met_by_the_whole_fleet_is_met() -> None:
     assert plan_or_none(make_problem(nodes, objective=beyond)) is None
 
 
-# --- the claims of a plan are those of the cost model, to the last digits
+# --- the claims of a plan are those of the cost model, to the last digit
 
 
 @given(problems(max_gpus=5, kinds=KINDS, family=SMALL_FAMILY))
@@ -173,7 +173,7 @@ def test_numbers_of_a_plan_are_those_of_the_cost_model(problem: PlacementProblem
         assert abs(replica.kv_tokens - derived.kv_tokens) <= 1
 
 
-# --- how the optimum moves
+# --- how the optimum changes
 
 
 @given(problems(max_gpus=4, kinds=MAXIMISED, family=SMALL_FAMILY))
@@ -302,7 +302,7 @@ def test_more_to_choose_from_never_makes_the_optimum_worse(better: Change, probl
 @settings(max_examples=EXAMPLES // 3)
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_a_zone_behind_slow_links_never_makes_the_optimum_worse(problem: PlacementProblem) -> None:
-    """A replica keeps away from it. Links are wide otherwise: a share of them is what every replica is granted."""
+    """A replica can avoid the zone. Other links are wide, because every replica is granted a share of them."""
     problem = with_wide_zone_links(problem)
     cluster = problem.cluster
     slow = {(zone, "far"): Link(bytes_per_s=1e4, latency_s=0.1) for zone in cluster.zones()}
@@ -333,7 +333,7 @@ def test_equal_arguments_give_equal_plans(problem: PlacementProblem) -> None:
 
 
 def test_a_fleet_that_only_holds_long_chunks_has_a_plan() -> None:
-    """Long prompts in short chunks keep requests in prefill for longer, and so their KV: more memory, not less."""
+    """Short chunks keep long prompts in prefill for longer, and so their KV: they need more memory, not less."""
     workload = make_workload((1500, 30))
     family = replace(SMALL_FAMILY, micro_batches=(1,), in_flight=(1,), chunk_tokens=(16, 128))
     for usable_bytes in range(15_000_000, 16_500_000, 250_000):
@@ -344,7 +344,7 @@ def test_a_fleet_that_only_holds_long_chunks_has_a_plan() -> None:
 
 
 def test_more_micro_batches_than_stages_are_tried_under_a_ttft_limit() -> None:
-    """Prompts wait for one another less where more are prefilled at a time: heavy tails make that worth its memory."""
+    """Prompts wait less for one another if more are prefilled at a time; with heavy tails that is worth its memory."""
     objective = Objective(ttft_limit_s=0.04, tpot_limit_s=None)
     problem = make_problem(
         [make_node("a", "A")],
@@ -357,7 +357,7 @@ def test_more_micro_batches_than_stages_are_tried_under_a_ttft_limit() -> None:
 
 
 def test_replicas_that_wait_for_a_link_between_zones_are_found() -> None:
-    """Their interval is the link's share, longer than any stage takes."""
+    """The replicas' interval is determined by their share of the link, longer than the time of any stage."""
     nodes = [make_node(f"n{zone}", "A", zone=zone) for zone in ("a", "b", "c", "d", "e", "f")]
     network = Network(default=Link(bytes_per_s=5e8, latency_s=2e-5), zone_default=Link(bytes_per_s=3e5, latency_s=1e-3))
     profiles = {"A": make_profile("A", usable_bytes=7_000_000)}
@@ -367,7 +367,7 @@ def test_replicas_that_wait_for_a_link_between_zones_are_found() -> None:
     assert value_of(problem) >= value_of(sequential) * (1 - REL) > 0
 
 
-# --- worked by hand
+# --- worked out by hand
 
 
 def test_one_card_and_one_choice_gives_the_rate_worked_by_hand() -> None:
@@ -389,7 +389,7 @@ def test_one_card_and_one_choice_gives_the_rate_worked_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", [ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS])
 def test_a_search_that_is_cut_short_is_no_worse_than_equal_stages(kind: ObjectiveKind) -> None:
-    """Time is over when the search has found a tenth of what there is, or what costs ten times as much."""
+    """Time runs out when the search has found a tenth of the optimum, or a plan that costs ten times as much."""
     now, is_most = [0.0], kind is ObjectiveKind.THROUGHPUT
 
     def poor(*arguments: Any, **named: Any) -> Outcome | None:

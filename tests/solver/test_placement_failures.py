@@ -1,4 +1,4 @@
-"""A search without a plan says why, and a search stopped early still tells the truth."""
+"""A search without a plan gives the reasons, and the results of a search stopped early are still true."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
 EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about a second each
-# Heuristics as published prove nothing, so that they cannot say why there is no plan.
+# Published heuristics prove nothing, so that they cannot give reasons why no plan exists.
 SEARCHED = [name for name, strategy in STRATEGIES.items() if not strategy.is_published]
 EVERY_WAY = [(strategy, exact) for strategy in SEARCHED for exact in (True, False)]
 every_way = pytest.mark.parametrize(
@@ -44,7 +44,7 @@ every_way = pytest.mark.parametrize(
 
 
 class Ticks:
-    """A clock that moves on by a second each time it is read."""
+    """A clock that advances by a second with every reading."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -55,7 +55,7 @@ class Ticks:
 
 
 def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
-    """The search grants every replica a share of the links between zones, which the oracle knows nothing of."""
+    """The search grants every replica a share of the links between zones, which the oracle does not model."""
     cluster = problem.cluster
     wide = Link(bytes_per_s=1e12, latency_s=1e-4)
     return replace(problem, cluster=replace(cluster, network=replace(cluster.network, zone_default=wide)))
@@ -126,7 +126,7 @@ def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementPr
 
 @contextmanager
 def milps_without_time(num_calls: int = 1 << 20) -> Iterator[list[float]]:
-    """The first MILPs of placement have no time at all; yields one entry for each MILP begun."""
+    """Give the first MILPs of placement no time at all; yield a list with one entry for each MILP begun."""
     begun = list[float]()
 
     def cut(options: Any = None, **settings: Any) -> Any:
@@ -159,7 +159,7 @@ def test_packings_that_ran_out_of_time_prove_nothing(strategy: str, kind: Object
 def test_a_pass_whose_packings_were_cut_is_not_the_last() -> None:
     problem = make_problem([make_node("a", "A", nodes=2)])
     best = solve_placement(problem).result
-    with milps_without_time(num_calls=2):  # those of the coarsest pass
+    with milps_without_time(num_calls=2):  # the MILPs of the coarsest pass
         cut = solve_placement(problem).result
     assert cut.status is Status.OPTIMAL
     assert cut.value == best.value
@@ -215,7 +215,7 @@ def test_a_demand_met_by_gpus_that_cost_nothing_is_a_plan(strategy: str) -> None
 
 
 def first_rate(problem: PlacementProblem) -> float:
-    """Goodput of equal stages, whatever is asked."""
+    """Search for the goodput of equal stages, whatever the problem."""
     free = replace(problem, objective=replace(NO_LIMITS, kind=ObjectiveKind.GOODPUT))
     return solve_placement(free, strategy="uniform").result.value
 
@@ -336,7 +336,7 @@ def assert_truthful(problem: PlacementProblem, value: float, bound: float) -> No
     assert low * (1 - 1e-6) <= best <= high * (1 + 1e-6)
 
 
-# --- news
+# --- progress
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])

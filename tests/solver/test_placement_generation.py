@@ -1,4 +1,4 @@
-"""Column generation: its bounds hold and its plans are sound, where brute force or the exact search can tell."""
+"""Column generation: its bounds are valid and its plans sound, wherever brute force or the exact search can tell."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def searched_exactly(problem: PlacementProblem) -> Plan | None:
 
 
 def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
-    """The search grants every replica a share of the links between zones, which the oracle knows nothing of."""
+    """The search grants every replica a share of the links between zones, which the oracle does not model."""
     cluster = problem.cluster
     wide = Link(bytes_per_s=1e12, latency_s=1e-4)
     return replace(problem, cluster=replace(cluster, network=replace(cluster.network, zone_default=wide)))
 
 
 def assert_claims_hold(problem: PlacementProblem, plan: Plan | None, best: float) -> None:
-    """``best`` is the optimum: no plan beats it, and no bound cuts it off."""
+    """Assert that ``best`` is the optimum: no plan beats it, and no bound excludes it."""
     if plan is None:
         assert best in (0.0, math.inf), f"no plan found, but there is one worth {best}"
         return
@@ -89,7 +89,7 @@ def test_optimum_of_brute_force_lies_between_plan_and_bound(strategy: str, probl
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
 def test_workers_of_a_second_class_count_where_a_stage_has_no_room_without(exact: bool) -> None:
-    """Stages on A have no room for KV, so that none is without workers; best is one replica with a B and a C."""
+    """Stages on A have no room for KV, so that all need workers; the best plan is one replica with a B and a C."""
     slow = {name: make_profile(name, usable_bytes=60_000_000, flops=1e9) for name in "BC"}
     problem = make_problem(
         [make_node("a", "A", nodes=2), make_node("b", "B"), make_node("c", "C")],
@@ -148,7 +148,7 @@ def test_model_that_no_class_holds_alone_is_planned() -> None:
 
 @pytest.mark.parametrize("usable_bytes", [10_000_000, 13_000_000])
 def test_bound_holds_where_equal_classes_have_one_gpu_each(usable_bytes: int) -> None:
-    """Penalties chase each other from class to class; had they no end, the bound would drown in rounding."""
+    """Penalties raise each other from class to class; without a limit, rounding errors would dominate the bound."""
     profiles = {name: make_profile(name, usable_bytes=usable_bytes) for name in "BC"}
     model = make_model(num_layers=6, forbidden_cuts=frozenset({2, 3}), tie_embeddings=True)
     for micro_batch in (1, 4, 16):
@@ -206,7 +206,7 @@ def test_slow_links_between_zones_are_never_overdrawn(
     problem=problems(max_gpus=4, family=SMALL_FAMILY), factors=st.lists(st.floats(0.5, 2.0), min_size=12, max_size=12)
 )
 def test_ceilings_kept_from_earlier_prices_hide_no_replica(problem: PlacementProblem, factors: list[float]) -> None:
-    """One pricer at ever other prices and ever lower caps says what a new one says, or something weaker."""
+    """One pricer at changing prices and ever lower caps gives the results of a new one, or weaker ones."""
     costs = build_cost_tables(problem)
     num_rows = len(costs.resources.rows)
     settings_of = {"max_copies": 2, "max_pool": 2, "threads": 1, "tolerance": 1e-4}
@@ -225,7 +225,7 @@ def test_ceilings_kept_from_earlier_prices_hide_no_replica(problem: PlacementPro
 
 
 def test_a_replica_that_a_limit_keeps_fast_is_priced_whatever_rate_counts() -> None:
-    """It cannot be slowed down to the cap, and may be part of a plan that serves less than it could."""
+    """The replica cannot be slowed down to the cap, and may be part of a plan that serves less than it could."""
     limits = Objective(ttft_limit_s=0.05, tpot_limit_s=None)
     costs = build_cost_tables(make_problem([make_node("a", "A", gpus=2)], objective=limits))
     every = [c for c in configurations(costs) if c.side == UNIFIED]
@@ -245,7 +245,7 @@ def test_pricing_without_time_knows_nothing_and_says_so() -> None:
     spent.cancelled.set()
     priced = pricer.price(prices, 0.0, 1.0, spent, rate_cap=np.inf)
     assert (priced.templates, priced.ratio_bound, priced.complete) == ((), np.inf, False)
-    later = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=np.inf)  # nothing of it is kept as proved
+    later = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=np.inf)  # nothing from the first pricing counts as proved
     assert later.complete
     assert later.templates
     assert later.ratio_bound < np.inf
@@ -254,7 +254,7 @@ def test_pricing_without_time_knows_nothing_and_says_so() -> None:
 def test_a_share_of_a_budget_ends_before_it_and_is_cancelled_with_it() -> None:
     readings = iter([10.0, 12.0, 12.0, 13.0, 15.5])
     budget = Budget(time_limit_s=8.0, clock=lambda: next(readings))
-    part = budget.share(0.5)  # at 12 s: 6 s are left; its own start is read and not kept
+    part = budget.share(0.5)  # at 12 s, 6 s are left; the share's own start is not read again
     assert part.elapsed_s() == 5.5
     assert part.time_limit_s == 5.0
     assert not budget.cancelled.is_set()

@@ -1,4 +1,4 @@
-"""Replicas on few nodes: what is found is the best of those, and is bound to no more nodes than it may."""
+"""Replicas on few nodes: the plan found is the best of those, and is bound to no more nodes than allowed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def on_nodes(problem: PlacementProblem, most: int | None) -> PlacementProblem:
 
 
 def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan | None:
-    """A plan that the checker accepts, proved as far as it says."""
+    """Return a plan that the checker accepts, proved as far as it claims."""
     try:
         plan = solve_placement(problem, strategy=strategy, gap_target=0.0)
     except (InfeasibleError, NoPlanFoundError):
@@ -46,7 +46,7 @@ def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan | None:
 
 
 def value_of(problem: PlacementProblem) -> float:
-    """The value of the best plan of a problem whose rate is maximised."""
+    """Return the value of the best plan of a problem whose rate is maximised."""
     plan = solved(problem)
     assert plan is None or plan.result.status is Status.OPTIMAL
     return 0.0 if plan is None else plan.result.value
@@ -115,7 +115,7 @@ def test_replicas_are_packed_on_so_many_nodes_where_there_is_a_way(
 
 
 def nodes_of(plan: Plan) -> int:
-    """Nodes that replicas are on, all replicas together."""
+    """Return the number of nodes of each replica, summed over all."""
     return sum(len({name.rpartition("/")[0] for name in replica.devices()}) for replica in plan.replicas)
 
 
@@ -159,7 +159,7 @@ def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gav
 
 
 def four_gpus_wanted() -> PlacementProblem:
-    """Nodes of three GPUs, and a model that takes four."""
+    """Nodes of three GPUs, and a model that needs four."""
     groups = [make_node("a", "A", gpus=3, nodes=4)]
     return make_problem(groups, model=make_model(num_layers=60), family=replace(UNIFIED, tp_sizes=(1,)))
 

@@ -1,4 +1,4 @@
-"""Prefill and decode replicas: plans are those of brute force, bounds hold, KV keeps to its links."""
+"""Prefill and decode replicas: plans equal those of brute force, bounds are valid, and KV respects its links."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def value_of(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool 
     return plan.result.value
 
 
-# --- against brute force, with links between zones as slow as they come
+# --- compared with brute force, with links between zones of any slowness
 
 
 @pytest.mark.parametrize("strategy", APART)
@@ -145,7 +145,7 @@ def test_hexgen3_gives_every_kind_of_work_to_the_cards_that_suit_it(exact: bool)
 
 
 def test_hexgen3_has_no_plan_without_cards_for_attention() -> None:
-    """Two GPUs: one prefills, one is left to decode, with nobody to hold its KV."""
+    """Two GPUs: one prefills, one is left to decode, without any to hold its KV."""
     problem = make_problem([make_node("a", "A", gpus=2)])
     assert value_of(problem, "hexgen2") > 0.0
     assert value_of(problem, "hexgen3") == 0.0
@@ -195,7 +195,7 @@ def test_a_prefill_replica_has_no_more_in_flight_than_its_rate_needs(limit_s: fl
             assert few is many
         elif template.num_copies == 1:
             tried += 1
-            assert (problem.family.in_flight[few.in_flight_index], few.rate) == (2, many.rate)  # 1 has no slack
+            assert (problem.family.in_flight[few.in_flight_index], few.rate) == (2, many.rate)  # one has no slack
             assert interval_of(costs, few) == pytest.approx(few.interval_s, rel=1e-12)
     assert tried or limit_s is not None
 
@@ -323,7 +323,7 @@ def test_roles_never_make_the_optimum_worse(problem: PlacementProblem) -> None:
 
 @exactly
 def test_demand_is_met_by_what_is_served_end_to_end(exact: bool) -> None:
-    """Prefill replicas alone serve nobody: a demand counts requests that leave a decode replica."""
+    """Prefill replicas alone serve no request: a demand counts requests that leave a decode replica."""
     most = value_of(split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5)))
     problem = split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5))
     demand = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, tpot_limit_s=0.004, demand_rps=0.9 * most)

@@ -53,7 +53,7 @@ def test_hetis_is_never_worse_than_hexgen_nor_hexgen_than_uniform(exact: bool, p
 
 
 def searched(problem: PlacementProblem, strategy: str = "hetis", limit: float = math.inf) -> tuple[Plan, float]:
-    """The exact search until its clock shows ``limit``, and what that shows in the end: the stage options explored."""
+    """Run the exact search until it has explored ``limit`` stage options; return the plan and the number explored."""
     explored = [0.0]
 
     def clocked(kernel: Callable[..., Any], *arguments: Any) -> Any:
@@ -90,7 +90,7 @@ def test_hetis_cut_short_has_what_ends_in_its_share_and_loses_no_work(
         cut, _ = searched(problem, limit=limit)
         assert cut.result.value >= part.result.value * (1 - REL)
         assert cut.result.value > uniform.result.value * 1.01, "what is left when nothing was searched"
-    for more in (1.5, 1.75):  # the whole family is cut at a quarter, and goes on after its parts
+    for more in (1.5, 1.75):  # the whole family is cut at a quarter, and resumed after its parts
         late, _ = searched(problem, limit=more * taken)
         assert late.result.status is Status.OPTIMAL
         assert late.result.value == pytest.approx(whole.result.value)
@@ -120,7 +120,7 @@ def test_uniform_never_beats_single_types_and_equal_layers(problem: PlacementPro
 @settings(max_examples=EXAMPLES // 2)
 @given(problem=problems(max_gpus=1, kinds=KINDS, num_zones=1))
 def test_uniform_is_optimal_where_one_shape_of_stage_exists(gpus: int, problem: PlacementProblem) -> None:
-    """One class, one TP size, layers that divide: the family of `uniform` without any doubt about what it is."""
+    """One class, one TP size, layers that divide: so that the family of `uniform` is unambiguous."""
     gpu = next(iter(problem.profiles))
     node = make_node("n", gpu, gpus=gpus)
     family = STRATEGIES["uniform"].restrict(replace(SMALL_FAMILY, tp_sizes=(1,), in_flight=(1, 2, 4)))
@@ -153,7 +153,7 @@ def test_unknown_strategy_is_refused() -> None:
 @pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
 def test_strategy_decides_the_shapes_and_says_so(strategy: str, exact: bool) -> None:
-    """Equal layers and single types are what `uniform` is about; other strategies lift them, in their family too."""
+    """Equal layers and single types define `uniform`; other strategies lift them, in their family as well."""
     family = replace(SMALL_FAMILY, mixed_types=False, uneven_layers=False)
     problem = make_problem([make_node("a", "A"), make_node("b", "B")], family=family)
     with patch.object(search, "is_small", lambda _: exact):

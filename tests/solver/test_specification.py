@@ -1,4 +1,4 @@
-"""The compact MILP and the brute-force oracle, written apart, find the same optimum."""
+"""The compact MILP and the brute-force oracle, written independently, find the same optimum."""
 
 from __future__ import annotations
 

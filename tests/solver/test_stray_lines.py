@@ -1,4 +1,4 @@
-"""HiGHS writes nothing to stdout, and takes nothing from others who do."""
+"""HiGHS writes nothing to stdout, and swallows nothing that others write."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_lines_are_dropped_until_the_last_thread_has_left(capfd: pytest.CaptureF
 
 def test_a_process_forked_in_the_meantime_prints(capfd: pytest.CaptureFixture[str]) -> None:
     with no_stray_lines(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # about a fork beside threads, which is intended
         child = os.fork()
         if child == 0:
             LIBC.puts(b"from the child")

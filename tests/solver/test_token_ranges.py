@@ -1,4 +1,4 @@
-"""Workers that hold ranges of tokens: their times worked by hand, and beside those of workers with head groups."""
+"""Workers that hold ranges of tokens: their times worked out by hand, and compared with workers of head groups."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_latent_attention_sends_all_heads_in_the_latent_space() -> None:
 def test_a_share_of_tokens_is_read_in_the_time_of_that_share_of_head_groups_where_cards_divide_them(
     micro_batch: int, groups: int, cards: int, head_s: float
 ) -> None:
-    """Cards read no more than the busiest card with head groups, and never fewer queries than it."""
+    """Cards read no more KV than the busiest card with head groups, and never fewer queries than it."""
     by_token = ranges(head_s=head_s)
     by_head = PoolCost(by_token.primary, by_token.worker, LINK)
     pairs = float(by_head.load(micro_batch, groups, cards))

@@ -1,4 +1,4 @@
-"""Averages of a workload, each against the same average over every single token, and prefix cache hits in them."""
+"""Averages of a workload, each compared with the average over every single token, and prefix cache hits in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cached_tokens(prompt: int, rate: float) -> int:
 
 @given(LENGTHS, st.sampled_from([0.0, 0.25, 0.5, 0.75]))
 def test_averages_are_those_of_all_tokens_that_are_computed(lengths: list[tuple[int, int, float]], rate: float) -> None:
-    # Four, so that every rate leaves whole tokens; a lone last one is computed in any case.
+    # Four, so that every rate leaves whole tokens; a prompt's last token is computed in any case.
     lengths = [(4 * prompt, output, weight) for prompt, output, weight in lengths]
     found = moments_of(bins_of(lengths), block_tokens=1, prefix_hit_rate=rate)
     total = sum(weight for _, _, weight in lengths)
@@ -102,7 +102,7 @@ def test_clipping_keeps_the_rate() -> None:
     workload = Workload(name="w", bins=bins_of([(1000, 100, 1.0)]), prefix_hit_rate=0.5)
     clipped = workload.clipped_to(300)
     assert clipped.prefix_hit_rate == 0.5
-    assert clipped.moments().mean_computed == 100  # of 200 that are left beside the output
+    assert clipped.moments().mean_computed == 100  # of the 200 that the output leaves
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2.0, math.nan])

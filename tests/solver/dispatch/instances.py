@@ -1,4 +1,4 @@
-"""Dispatch problems to test with: at random in three sizes of cards, with everything that can bind now and then."""
+"""Random dispatch problems, with cards of several speeds, in which every constraint binds now and then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape
 
 LoadKind = Literal["level", "uneven", "idle"]
 
-# seconds per head, per KV byte, per call: like an H100, an A100, an L4 and a P100.
+# seconds per head, per KV byte and per call, similar to an H100, an A100, an L4 and a P100
 CARDS = np.array(
     [[1.5e-9, 3.3e-13, 1.3e-5], [1.7e-9, 6.5e-13, 1.8e-5], [1.6e-8, 4.0e-12, 1.1e-5], [6e-9, 2.4e-12, 2e-5]]
 )
@@ -33,16 +33,16 @@ def random_problem(
     """One stage of random cards.
 
     Args:
-        load: every device runs about as long; between nothing and that; or a third of them idle.
-        tp: cards of the primary, device 0; None: there is none.
-        nic_share: about what share of the level the primary's network card needs.
-        free_ratio: free KV blocks of all devices together over what the requests need; None: plenty.
+        load: all devices run about equally long; each between nothing and that; or a third of them idle.
+        tp: number of cards of the primary, device 0; None: there is no primary.
+        nic_share: approximate share of the level that the primary's network card needs.
+        free_ratio: free KV blocks of all devices together over the number that the requests need; None: plenty.
     """
     heads = HeadShape(
         head_groups=head_groups, queries_per_group=4, kv_bytes_per_token=512.0, exchange_bytes_per_head=640.0
     )
     cards = CARDS[rng.integers(len(CARDS), size=num_devices)] * rng.uniform(0.9, 1.1, (num_devices, 3))
-    # Later pieces cost more per byte and start lower: device times bend upwards.
+    # Later pieces cost more per byte and start lower, so that device times bend upwards.
     steeper = 1.0 + 0.4 * np.arange(pieces)
     level = rng.uniform(1e-4, 4e-4)
     running_bytes = level / cards[:, 1] * rng.uniform(0.6, 0.8, num_devices)
@@ -88,7 +88,7 @@ def random_problem(
 
 @st.composite
 def problems(draw: st.DrawFn, *, max_devices: int = 8, max_requests: int = 8, max_groups: int = 8) -> DispatchProblem:
-    """Anything `random_problem` makes."""
+    """Draw any problem that `random_problem` makes."""
     head_groups = draw(st.sampled_from([groups for groups in (1, 2, 4, 8) if groups <= max_groups]))
     tp = draw(st.sampled_from([None, 1, 2, 4]))
     return random_problem(

@@ -1,4 +1,4 @@
-"""Dispatch by trying everything, and the makespan of a placement by the letter of the problem: slow and plain."""
+"""Dispatch by trying everything, and the makespan of a placement by its definition: slow and plain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.solver.dispatch.problem import DispatchProblem, IntArray
 
 
 def makespan_of(problem: DispatchProblem, groups: IntArray) -> float:
-    """Seconds of the slowest device or network card with ``groups`` [J, D]."""
+    """Return the seconds of the slowest device or network card with ``groups`` [J, D]."""
     stage, load, requests = problem.stage, problem.load, problem.requests
     slowest, heads_on_workers = 0.0, 0
     for i in range(stage.num_devices):
@@ -43,7 +43,7 @@ def makespan_of(problem: DispatchProblem, groups: IntArray) -> float:
 
 
 def assert_feasible(problem: DispatchProblem, groups: IntArray, unplaced: set[int]) -> None:
-    """Whole groups, all of every placed request and none of the others, in memory, the primary's in its units."""
+    """Check that groups are whole, complete for placed requests, zero for others, within memory and in units."""
     stage = problem.stage
     assert groups.shape == (len(problem.requests.ids), stage.num_devices)
     assert np.all(groups >= 0)
@@ -57,7 +57,7 @@ def assert_feasible(problem: DispatchProblem, groups: IntArray, unplaced: set[in
 
 
 def best_makespan(problem: DispatchProblem) -> float:
-    """The least makespan of a placement of all requests; infinite if there is none."""
+    """Return the least makespan of a placement of all requests; infinite if there is none."""
     stage = problem.stage
     splits = list(_splits(stage.heads.head_groups, stage.num_devices))
     blocks = problem.requests.blocks(stage.heads.block_tokens)
@@ -73,7 +73,7 @@ def best_makespan(problem: DispatchProblem) -> float:
 
 
 def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write ``total`` as an ordered sum of ``parts`` numbers >= 0."""
+    """Yield all ways to write ``total`` as an ordered sum of ``parts`` numbers >= 0."""
     if parts == 1:
         yield (total,)
         return

@@ -1,4 +1,4 @@
-"""The dispatch problem in cvxpy, written to be read: what the fast code must agree with."""
+"""The dispatch problem in cvxpy, written to be read: the fast code must agree with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from hetis.solver.dispatch.problem import DispatchProblem, FloatArray
 from tests.solver.specified import modelling
 
-cp: Any = cvxpy  # its own annotations cover half of what it exports
+cp: Any = cvxpy  # its annotations cover only half of its exports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +77,7 @@ def solve_specification(
         constraints += [y >= runs, y_w >= float(worker_runs), cp.sum(x, axis=0) <= G * J * y, y[is_worker] <= y_w]
     h = load.heads + r * cp.sum(x, axis=0)
     g = load.kv_bytes + heads.kv_bytes_per_token * (requests.context_tokens @ x)
-    scale = 1e4  # seconds to units of 0.1 ms, where solvers' tolerances mean something
+    scale = 1e4  # seconds to units of 0.1 ms, at which solvers' tolerances are meaningful
     for k in range(stage.head_s.shape[1]):
         constant = cp.multiply(stage.call_s[:, k] + beta, y)
         seconds = cp.multiply(a[:, k] + gamma * e, h) + cp.multiply(b[:, k], g) + constant

@@ -1,7 +1,7 @@
-"""The steps of dispatch one by one on small random inputs, for `tests.solver.recorded` to keep.
+"""The steps of dispatch one by one on small random inputs, whose results `tests.solver.recorded` keeps.
 
-A whole dispatch hides most of what its steps do: a slip in the choice of a row, a price or a swap often ends at the
-same plan. Here each kernel has inputs of its own, many of which no dispatch would give it.
+A whole dispatch hides most of what its steps do: a mistake in the choice of a row, a price or a swap often leads to the
+same plan. Here each kernel has its own inputs, many of which no dispatch would give it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Case:
 
 
 def random_case(seed: int, *, most_devices: int = 7, most_requests: int = 6, roomy: bool = False) -> Case:
-    """Return a case with its devices in any order; ``roomy``: there are blocks for all groups everywhere."""
+    """Return a case with its devices in any order; ``roomy``: every device has blocks for all groups."""
     rng = np.random.default_rng(seed)
     num = int(rng.integers(1 if seed % 10 == 0 else 2, most_devices + 1))
     problem = random_problem(
@@ -116,7 +116,7 @@ def random_case(seed: int, *, most_devices: int = 7, most_requests: int = 6, roo
 
 
 def _in_another_order(problem: DispatchProblem, rng: np.random.Generator) -> DispatchProblem:
-    """Return the problem with unequal costs of transfer and its primary, if any, at any place."""
+    """Return the problem with unequal transfer costs and its primary, if any, at any index."""
     stage, load = problem.stage, problem.load
     order = rng.permutation(stage.num_devices)
     primary = stage.primary
@@ -139,7 +139,7 @@ def _in_another_order(problem: DispatchProblem, rng: np.random.Generator) -> Dis
 
 
 def tabulated(seed: int) -> list[float]:
-    """The stage and its load as arrays, and the rows made of them."""
+    """The stage and its load as arrays, and the rows derived from them."""
     case = random_case(seed)
     load = case.stage[5:]  # the rest is in the costs
     return numbers_of(_us(case.costs), _us(load), _us(case.rows), case.guess_s * 1e6)
@@ -155,7 +155,7 @@ def _has_floats(value: Any) -> bool:
 
 
 def prices_of_rows(seed: int) -> list[float]:
-    """Multipliers from random mixes of rows, and what they prove."""
+    """Multipliers from random mixes of rows, and the bounds that they prove."""
     case = random_case(seed)
     num, width = case.rows.alpha.shape
     rng, pieces = case.rng, width - 2
@@ -261,7 +261,7 @@ def _of_placement(stage: LoadedStage, placement: Placement) -> list[float]:
 
 
 def _anywhere(case: Case) -> Placement:
-    """Return a placement of all groups in random places, in which memory may be exceeded."""
+    """Return a placement of all groups on random devices, which may exceed memory."""
     stage, rng, num = case.stage, case.rng, len(case.stage.unit)
     placement = case.empty()
     weights = rng.dirichlet(np.full(num, 0.5))
@@ -285,7 +285,7 @@ def _leave_room_for_one(case: Case, placement: Placement) -> None:
 
 
 def improved(seed: int) -> list[float]:
-    """Every single step of the local search from a senseless placement."""
+    """Every single step of the local search from a random placement."""
     case = random_case(seed, roomy=seed % 3 == 0)
     placement = _anywhere(case)
     if seed % 2:
@@ -301,7 +301,7 @@ def improved(seed: int) -> list[float]:
 
 
 def perturbed(seed: int) -> list[float]:
-    """Rounds of ruin and recreate, one by one."""
+    """The rounds of ruin and recreate, one by one."""
     case = random_case(seed)
     placement, state, answer = _anywhere(case), seed + 1, list[float]()
     for rounds in (0, 1, 1, 1, 2, 6):
@@ -313,7 +313,7 @@ def perturbed(seed: int) -> list[float]:
 
 
 def packed(seed: int) -> list[float]:
-    """Whole groups where memory is about as large as what they need, and the work of finding that out."""
+    """Whole groups when memory is about as large as they need, and the work to determine it."""
     rng = np.random.default_rng(seed)
     num, head_groups = int(rng.integers(2, 7)), int(rng.choice([1, 2, 4, 8]))
     # Sizes differ, so that devices with equal room, whose order depends on the sort, are rare.
@@ -322,7 +322,7 @@ def packed(seed: int) -> list[float]:
     primary = int(rng.integers(-1, num))
     if primary >= 0:
         unit[primary] = min(head_groups, int(rng.choice([1, 2, 4])))
-    if rng.random() < 0.5:  # as much as some packing needs
+    if rng.random() < 0.5:  # as much as some packing needs, so that one exists
         homes = rng.integers(0, num, (len(blocks), head_groups))
         free_blocks = np.bincount(homes.ravel(), np.repeat(blocks, head_groups), num).astype(np.int64)
         free_blocks += rng.integers(0, 60, num)
@@ -345,7 +345,7 @@ def packed(seed: int) -> list[float]:
             x = np.zeros((len(blocks), num), np.int64)
             left, work = pack_few(packing, few, x, most_work)
             answer += numbers_of(left, work)
-            if left == 0:  # any packing will do
+            if left == 0:  # any packing is acceptable
                 assert x[few].sum(axis=1).tolist() == [head_groups] * len(few)
                 assert np.all(x >= 0)
                 assert np.all(x % unit == 0)
@@ -354,7 +354,7 @@ def packed(seed: int) -> list[float]:
 
 
 def admitted_at_length(seed: int) -> list[float]:
-    """Admission where memory is so scattered, and requests so many, that the search gives up."""
+    """Admission with so many requests, and memory so scattered, that the search gives up."""
     rng = np.random.default_rng(seed)
     num, num_requests = 24, 40
     blocks = rng.integers(2000, 6000, num_requests)
@@ -363,7 +363,7 @@ def admitted_at_length(seed: int) -> list[float]:
 
 
 def admitted_exactly(seed: int) -> list[float]:
-    """The verdicts of HiGHS, which decide what the search leaves open."""
+    """The verdicts of HiGHS, which decide the cases that the search leaves open."""
     rng = np.random.default_rng(seed)
     num = int(rng.integers(3, 6))
     tp = [None, 2][int(rng.integers(2))]
@@ -381,7 +381,7 @@ def admitted_exactly(seed: int) -> list[float]:
 
 
 class _Columns:
-    """What a model adds to HiGHS."""
+    """The numbers that a model passes to HiGHS."""
 
     def __init__(self) -> None:
         self.added: tuple[Any, ...] = ()
@@ -402,7 +402,7 @@ def by_rows(lp: Any) -> Any:
 
 
 def of_model(lp: Any) -> list[float]:
-    """Return the numbers of a model of HiGHS; of its values each column's or row's sum, as their order may differ."""
+    """Return the numbers of a HiGHS model; for its values the sum per column or row, as their order may differ."""
     start, index, value = (np.array(part) for part in (lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_))
     lines = np.repeat(np.arange(len(start) - 1), np.diff(start))
     entries = np.lexsort((index, lines))

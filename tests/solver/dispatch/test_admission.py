@@ -73,7 +73,7 @@ def test_a_refusal_that_is_proved_is_true(problem: DispatchProblem) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> None:
-    # One group each, 3 devices, blocks just enough: about half of these instances refuse someone for whole groups.
+    # One group each, 3 devices, just enough blocks: about half of these instances refuse a request for whole groups.
     rng = np.random.default_rng(seed)
     contexts = 16 * rng.integers(3, 12, 5)
     blocks = contexts // 16
@@ -136,7 +136,7 @@ def test_two_or_three_requests_are_refused_only_if_they_do_not_fit(
 
 
 def test_what_is_left_of_two_full_devices_is_found() -> None:
-    # 4 groups of 5 blocks and 4 of 3 fill 17 and 15 blocks: only as 1 and 4, or as 5 3 3 3 3 and 5 5 5.
+    # 4 groups of 5 blocks and 4 of 3 fill 17 and 15 blocks only as 5 3 3 3 3 and 5 5 5.
     verdict, _, reserved = admit(PackingProblem(np.array([17, 15]), np.ones(2, np.int64), -1, np.array([5, 3]), 4))
     assert verdict.tolist() == [PLACED, PLACED]
     assert reserved.tolist() == [[1, 3], [4, 0]]
@@ -181,7 +181,7 @@ def test_a_primary_that_takes_several_groups_is_packed_too(tp: int) -> None:
 
 @pytest.mark.parametrize("solve", [solve_dispatch, solve_exactly])
 def test_a_request_makes_room_for_the_next(solve: type[solve_dispatch]) -> None:
-    # 10 and 5 free blocks for latents of 5 and 10: the first device is the second one's.
+    # 10 and 5 free blocks for latents of 5 and 10: the second request needs the first device.
     problem = DispatchProblem(
         stage=stage_of(2, heads=MLA), load=DeviceLoad.idle(np.array([10, 5])), requests=requests_of(80, 160)
     )
@@ -190,7 +190,7 @@ def test_a_request_makes_room_for_the_next(solve: type[solve_dispatch]) -> None:
 
 
 def test_earlier_requests_are_not_dropped_for_later_ones() -> None:
-    # The first takes the only device with room for it; both that come after would fit without it.
+    # The first request takes the only device with room for it; both later ones would fit without it.
     problem = DispatchProblem(
         stage=stage_of(2, heads=MLA), load=DeviceLoad.idle(np.array([10, 4])), requests=requests_of(96, 96, 80)
     )
@@ -200,14 +200,14 @@ def test_earlier_requests_are_not_dropped_for_later_ones() -> None:
 
 
 def unlucky() -> tuple[IntArray, IntArray]:
-    """Free blocks and blocks of latents, more than the fast search can look through."""
+    """Return free blocks and blocks of latents, too many for the fast search to examine."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(40, 100, 64)
     return np.bincount(rng.integers(0, 24, 64), weights=blocks, minlength=24).astype(np.int64), blocks
 
 
 def test_what_the_fast_path_overlooks_is_said_to_be_unproved() -> None:
-    free, blocks = unlucky()  # all of them fit, with no block to spare
+    free, blocks = unlucky()  # all of them fit, without a spare block
     problem = DispatchProblem(
         stage=stage_of(24, heads=MLA), load=DeviceLoad.idle(free), requests=requests_of(*(16 * blocks).tolist())
     )

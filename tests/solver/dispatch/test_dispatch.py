@@ -1,4 +1,4 @@
-"""Dispatch places whole head groups, close to the best, and proves how close."""
+"""Dispatch places whole head groups, close to the optimum, and proves how close."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loaded(problem: DispatchProblem) -> LoadedStage:
 
 
 def bound_of(problem: DispatchProblem, plan: DispatchPlan) -> float:
-    """The bound once more, from the plan's prices alone."""
+    """Compute the bound again, from the plan's prices alone."""
     placed = np.setdiff1d(np.arange(len(problem.requests.ids)), [unplaced.request for unplaced in plan.unplaced])
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
     prices = Multipliers(plan.prices.piece, plan.prices.block_s, plan.prices.nic)
@@ -85,7 +85,7 @@ def test_fast_and_readable_statement_agree(problem: DispatchProblem) -> None:
     plan = solve_dispatch(problem, tolerance=1e-7)
     if plan.unplaced:
         return
-    # Without constants of idle devices it is the plain linear program: lower where there are any, else the same.
+    # Without constants of idle devices it is the plain linear program: lower if there are any, otherwise the same.
     linear = solve_specification(problem, whole=False, constants_of_idle=False).makespan_s
     assert linear <= plan.relaxed_s * (1 + 1e-6)
     if np.all(problem.load.heads > 0):
@@ -94,7 +94,7 @@ def test_fast_and_readable_statement_agree(problem: DispatchProblem) -> None:
 
 
 def test_the_bound_of_a_network_card_that_binds_is_tight() -> None:
-    # Found by hypothesis: the running workers' network card was counted twice, which proved less.
+    # Found by hypothesis: the running workers' network card was counted twice, which weakened the bound.
     rng = np.random.default_rng(5)
     for _ in range(20):
         problem = random_problem(
@@ -231,7 +231,7 @@ def test_a_dispatcher_can_be_used_again() -> None:
 
 def test_two_equal_cards_share_a_request_evenly() -> None:
     # 8 groups of one query head, 1 us each, 10 us per call: 4 groups on each of both idle cards end after 14 us.
-    # In fractions just as well, so the bound is tight; all on one card would take 18 us.
+    # Fractions are no better, so the bound is tight; all groups on one card would take 18 us.
     stage = Stage(
         heads=HeadShape(head_groups=8, queries_per_group=1, kv_bytes_per_token=0.0, exchange_bytes_per_head=0.0),
         devices=("a", "b"),

@@ -1,4 +1,4 @@
-"""Unusual inputs have defined answers: a plan, a reason, or an error that names the thing and the limit."""
+"""Unusual inputs have defined results: a plan, a reason, or an error that names the thing and the limit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_without_memory_every_request_waits(free_blocks: list[int]) -> None:
     _, plan = solve(stage_of(2), free_blocks, requests_of(16, 33))
     assert [(u.id, u.resource, u.missing) for u in plan.unplaced] == [
         ("r0", Resource.KV_BLOCKS, 4),  # one block for each of 4 groups
-        ("r1", Resource.KV_BLOCKS, 12),  # 33 tokens are three blocks
+        ("r1", Resource.KV_BLOCKS, 12),  # 33 tokens need three blocks
     ]
     assert str(plan.unplaced[1]) == "request r1: 12 KV blocks per layer are missing"
     assert not plan.groups.any()
@@ -92,7 +92,7 @@ def test_without_memory_every_request_waits(free_blocks: list[int]) -> None:
 def test_a_huge_context_waits_and_the_others_are_placed() -> None:
     _, plan = solve(stage_of(2), [100, 100], requests_of(160, 10**9, 320))
     assert [unplaced.id for unplaced in plan.unplaced] == ["r1"]
-    # 62,500,000 blocks for each of 4 groups, 200 free less 4 * 10 of r0.
+    # 62,500,000 blocks for each of 4 groups; 200 are free, less 4 * 10 for r0.
     assert plan.unplaced[0].missing == 4 * 62_500_000 - 160
 
 
@@ -264,4 +264,4 @@ def test_mha_gqa_and_mla_differ_in_numbers_only(name: str, groups: int) -> None:
     _, plan = solve(stage_of(4, heads=heads), [10**6] * 4, requests_of(4000, 3000, 2000, 1000))
     assert not plan.unplaced
     if groups == 1:
-        assert np.count_nonzero(plan.groups) == 4  # a latent stays whole
+        assert np.count_nonzero(plan.groups) == 4  # latent KV is not divided

@@ -1,4 +1,4 @@
-"""What is just within a limit is accepted, and what is just beyond is refused."""
+"""Values just within a limit are accepted, and those just beyond are refused."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def snapshot(**changes: Any) -> StateSnapshot:
 
 
 def moving(**changes: Any) -> StateSnapshot:
-    """One or two groups of a are on their way to the second device."""
+    """One or two groups of a are moving to the second device."""
     move = PreparedMove(**{"number": 0, "request": "a", "groups": 1, "source": 0, "target": 1} | changes)
     return snapshot(moves=(move,))
 
@@ -278,5 +278,5 @@ def test_what_waits_says_why() -> None:
 def test_the_limits_keep_sums_of_whole_numbers_within_64_bits() -> None:
     assert (MOST_TOKENS, MOST_GROUPS) == (2**31, 2**16)
     assert (MOST_BLOCKS, MOST_HEADS, MOST_KV_BYTES) == (2**40, 2**40, 1e18)
-    # Context and growth in blocks of one token, of all groups of sixteen thousand requests.
+    # Context and growth in blocks of one token, for all groups of sixteen thousand requests.
     assert 2 * MOST_TOKENS * MOST_GROUPS * 2**14 < 2**63

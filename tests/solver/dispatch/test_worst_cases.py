@@ -1,4 +1,4 @@
-"""The worst dispatches a wide search has found, kept: none gets worse, and how bad they may be is on record.
+"""The worst dispatches that a wide search has found: none gets worse, and their gaps are on record.
 
 The search: 9,058 random stages of 2 to 12 devices and 1 to 8 requests, of every kind `random_problem` makes, against
 HiGHS's proved optimum in whole groups (1 s each). Mean gap 0.07%, p95 0.4%, p99 1.4%, p99.9 3.9%, max 20%. Where memory
@@ -20,7 +20,7 @@ from tests.solver.dispatch.instances import LoadKind, random_problem
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The arguments of `random_problem`, and the gap to the optimum that dispatch had."""
+    """The arguments of `random_problem`, and dispatch's gap to the optimum."""
 
     gap: float
     seed: int
@@ -49,8 +49,8 @@ class Case:
         )
 
 
-# Where a tensor-parallel primary is full, the local search finds no way in: it moves whole units there, and swaps
-# groups between workers only.
+# If a tensor-parallel primary is full, the local search cannot enter it: it moves whole units there, and swaps
+# groups only between workers.
 CASES = {
     "full primary of two cards, its network card binds": Case(
         gap=0.2030, seed=667845641, devices=3, requests=8, groups=4, load="uneven", tp=2, nic=1.2, free=1.05

@@ -1,4 +1,4 @@
-"""Small stages to keep state of."""
+"""Small stages for tests of dispatch state."""
 
 from __future__ import annotations
 

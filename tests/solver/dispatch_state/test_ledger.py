@@ -1,4 +1,4 @@
-"""Sums of the ledger are those of a recount, however far contexts grow at a time."""
+"""Sums of the ledger equal those of a recount, however much contexts grow at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.dispatch.state import Ledger
 
 
 def ledger_of(requests: list[tuple[int, int, int]], block_tokens: int = 16) -> Ledger:
-    """Requests of (context, remaining, groups on the first of two devices), four groups each."""
+    """Build a ledger of requests (context, remaining, groups on the first of two devices), with four groups each."""
     ledger = Ledger(2, block_tokens)
     for number, (context, remaining, first) in enumerate(requests):
         ledger.add(f"r{number}", context, remaining, np.array([first, 4 - first]))
@@ -26,7 +26,7 @@ def test_contexts_may_grow_by_any_number_of_tokens(
 ) -> None:
     ledger = ledger_of(requests, block_tokens)
     if moves and requests[0][2]:
-        ledger.send(ledger.slots["r0"], 1, 0, 1)  # groups under way grow at both ends
+        ledger.send(ledger.slots["r0"], 1, 0, 1)  # groups in transit grow at both ends
     some = np.array([slot for name, slot in ledger.slots.items() if name != "r1"], np.int64)
     ledger.lengthen(some, tokens)
     ledger.check(4)
@@ -39,5 +39,5 @@ def test_a_block_is_used_from_its_first_token_on() -> None:
     assert ledger.used.tolist() == [9, 3]
     assert ledger.expected.tolist() == [12, 4]  # 56 tokens: four blocks
     assert ledger.tokens.tolist() == [99, 33]
-    ledger.lengthen(np.array([ledger.slots["r0"]]), 40)  # 17 more than was expected
+    ledger.lengthen(np.array([ledger.slots["r0"]]), 40)  # 17 more than expected
     assert ledger.expected.tolist() == ledger.used.tolist() == [15, 5]

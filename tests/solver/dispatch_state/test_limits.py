@@ -1,4 +1,4 @@
-"""What a state takes to the last block and token, and what it refuses one beyond."""
+"""A state accepts values up to the last block and token, and refuses one more."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_moves_of_two_requests_are_committed_together() -> None:
 
 
 def test_what_is_lost_leaves_with_what_it_lost() -> None:
-    """a has groups on both devices, b on the second alone, and c on the first with one on its way to the second."""
+    """a has groups on both devices, b on the second alone, and c on the first, one of which is moving to the second."""
     state = one_request((40, 40))
     state.admit_one("b", context_tokens=4, remaining_tokens=1, groups=np.array([0, 4]))
     state.admit_one("c", context_tokens=4, remaining_tokens=1, groups=np.array([4, 0]))

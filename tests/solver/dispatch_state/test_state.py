@@ -1,4 +1,4 @@
-"""`DispatchState`: sums worked by hand, plans of the dispatcher, and what it refuses."""
+"""`DispatchState`: sums worked out by hand, plans of the dispatcher, and what it refuses."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BLOCK = 4
 
 @dataclass
 class Group:
-    """One head group: where it is, and the move it takes part in (number, target)."""
+    """One head group: its device, and the move of which it is part (number, target)."""
 
     device: int
     move: tuple[int, int] | None = None
@@ -39,7 +39,7 @@ class Request:
 
 
 class StateMachine(RuleBasedStateMachine):
-    """Every rule does one thing to the state and to the model, and compares the answers."""
+    """Every rule applies one change to the state and to the model, and compares the results."""
 
     @initialize(totals=st.lists(st.integers(0, 24), min_size=3, max_size=3), tp=st.sampled_from([None, 1, 2]))
     def start(self, totals: list[int], tp: int | None) -> None:
@@ -231,7 +231,7 @@ class StateMachine(RuleBasedStateMachine):
         self.changed[device] |= self.status[device] is not status
         self.status[device] = status
 
-    # --- what must hold
+    # --- invariants
 
     @invariant()
     def counts_agree(self) -> None:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hetis.solver.layers.plan import LinkShare, PlacedNode
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 
-SLOW = 30.0  # times slower than others is a type that does more harm than good
+SLOW = 30.0  # factor by which a type is slower that does more harm than good
 
 
 @st.composite
 def tables(draw: st.DrawFn, *, slower: float = 1.0) -> TimeTable:
-    """Times that rise with the batch, convex or not."""
+    """Draw times that rise with the batch, convex or not."""
     sizes = sorted(draw(st.sets(st.integers(1, 60), min_size=1, max_size=4)))
     seconds = [draw(st.floats(1e-4, 5e-3))]
     for _ in sizes[1:]:
@@ -25,11 +25,11 @@ def tables(draw: st.DrawFn, *, slower: float = 1.0) -> TimeTable:
 
 @st.composite
 def problems(draw: st.DrawFn, *, max_nodes: int = 3, max_layers: int = 4) -> LayersProblem:
-    """Nodes with KV room over three decades, with and without batch times, one type slow or none; any links."""
+    """Draw nodes with KV room over three decades, with and without batch times, one slow type or none, any links."""
     num_layers = draw(st.integers(1, max_layers))
     num_nodes = draw(st.integers(1, max_nodes))
     kinds: list[NodeType] = []
-    slow = draw(st.integers(0, 3))  # the type of this number, if there is one
+    slow = draw(st.integers(0, 3))  # index of the slow type, if there is one
     while num_nodes > 0:
         count = draw(st.integers(1, num_nodes))
         num_nodes -= count
@@ -65,7 +65,7 @@ def problems(draw: st.DrawFn, *, max_nodes: int = 3, max_layers: int = 4) -> Lay
 
 
 def ranges(problem: LayersProblem) -> Iterator[tuple[PlacedNode, ...]]:
-    """Every choice of ranges, idle nodes left out."""
+    """Yield every choice of ranges, without idle nodes."""
     choices = []
     for name, kind in problem.node_names():
         here: list[PlacedNode | None] = [None]
@@ -78,7 +78,7 @@ def ranges(problem: LayersProblem) -> Iterator[tuple[PlacedNode, ...]]:
 
 
 def paths(problem: LayersProblem, nodes: tuple[PlacedNode, ...]) -> list[tuple[PlacedNode, ...]]:
-    """Every way of a request from the first layer to the last; a node computes what it holds past the one before."""
+    """Yield every path from the first layer to the last; a node computes its layers beyond those of the one before."""
     done: list[tuple[PlacedNode, ...]] = []
     open_: list[tuple[PlacedNode, ...]] = [()]
     while open_:
@@ -92,7 +92,7 @@ def paths(problem: LayersProblem, nodes: tuple[PlacedNode, ...]) -> list[tuple[P
 
 
 def links_of(routes: list[tuple[tuple[PlacedNode, ...], float]]) -> tuple[LinkShare, ...]:
-    """The links of paths that carry these shares of all requests."""
+    """Return the links of paths that carry these shares of all requests."""
     shares: dict[tuple[str | None, str | None], float] = {}
     for path, share in routes:
         names = [None, *(node.name for node in path), None]
@@ -102,7 +102,7 @@ def links_of(routes: list[tuple[tuple[PlacedNode, ...], float]]) -> tuple[LinkSh
 
 
 def splits(parts: int, steps: int) -> Iterator[tuple[float, ...]]:
-    """Every way to give ``steps`` equal pieces of one to ``parts``."""
+    """Yield every way to distribute ``steps`` equal pieces of one over ``parts``."""
     for bars in itertools.combinations(range(steps + parts - 1), parts - 1):
         cuts = (-1, *bars, steps + parts - 1)
         yield tuple((b - a - 1) / steps for a, b in itertools.pairwise(cuts))

@@ -1,4 +1,4 @@
-"""Plans of layers: what they promise holds, the bound behaves, and the checker sees through wrong ones."""
+"""Plans of layers: their promises hold, the bound behaves, and the checker detects wrong ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hetis.solver.layers.problem import LayersProblem, NodeType, TimeTable
 from hetis.solver.layers.solve import named, solve_layers, solve_max_flow
 from tests.solver.layers.instances import problems
 
-LOOSE = 0.02  # the bound halves intervals until it is about as precise
+LOOSE = 0.02  # the bound halves intervals down to about this precision
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
@@ -107,7 +107,7 @@ def test_every_plan_passes_the_checker_and_is_not_above_its_bound(problem: Layer
 
 
 def slower(problem: LayersProblem, factor: float) -> LayersProblem:
-    """Everything takes ``factor`` times as long."""
+    """Return the problem with ``factor`` times as long times."""
 
     def table(one: TimeTable | None) -> TimeTable | None:
         return None if one is None else replace(one, seconds=tuple(factor * seconds for seconds in one.seconds))
@@ -195,7 +195,7 @@ def test_a_spent_budget_gives_what_there_is(example: LayersProblem) -> None:
 
 
 def with_intervals(plan: LayersPlan, **changes: float) -> LayersPlan:
-    """The plan with these changes in every interval of its proof."""
+    """Return the plan with these changes in every interval of its proof."""
     intervals = tuple(replace(interval, **changes) for interval in plan.bound.intervals)
     return replace(plan, bound=replace(plan.bound, intervals=intervals))
 

@@ -1,4 +1,4 @@
-"""On tiny fleets every placement and, in steps, every routing is tried: none is better, and none beats the bound."""
+"""On tiny fleets every placement and, in steps, every routing is tried: none beats the plan or the bound."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTabl
 from hetis.solver.layers.solve import solve_layers
 from tests.solver.layers.instances import links_of, paths, problems, ranges, splits
 
-STEPS = 4  # of the share of a path
+STEPS = 4  # steps of a path's share
 MOST_PATHS = 5
-CLOSE = 2e-3  # the search may miss the best by this share
+CLOSE = 2e-3  # ratio by which the search may miss the best
 
 
 def best_by_enumeration(problem: LayersProblem) -> float:
-    """The best rate over all ranges and all ways to split requests among paths in quarters."""
+    """Return the best rate over all ranges and all ways to split requests among paths in quarters."""
     best = 0.0
     for nodes in ranges(problem):
         routes = paths(problem, nodes)[:MOST_PATHS]
@@ -116,7 +116,7 @@ def unlike(kinds: tuple[NodeType, ...], num_layers: int, prompt: float, output: 
 
 
 def test_nodes_that_slow_everybody_down_stay_idle() -> None:
-    """One request on a B in the stage is slower than twenty on each A: no move of one node out of four is enough."""
+    """One request on a B in the stage is slower than twenty on each A: moving one of the four nodes is not enough."""
     slow = TimeTable(sizes=(0.0, 8.0, 300.0), seconds=(0.0434, 0.0459, 0.0472))
     kinds = (
         NodeType(name="A", count=2, tokens_per_s=(2323.0,), kv_token_layers=(5710.0,)),
@@ -136,7 +136,7 @@ def test_nodes_that_slow_everybody_down_stay_idle() -> None:
 
 
 def test_few_requests_are_left_to_slow_nodes_with_much_room() -> None:
-    """B has room for twenty times as much, and gets a quarter of the requests."""
+    """B has twenty times the room, and gets a quarter of the requests."""
     kinds = (
         NodeType(
             name="A",
@@ -157,7 +157,7 @@ def test_few_requests_are_left_to_slow_nodes_with_much_room() -> None:
 
 
 def test_a_node_with_a_hundredth_of_the_room_takes_half_of_the_requests() -> None:
-    """A weight by KV room alone, or eight times as much, would leave it idle or cut the chain between the two."""
+    """A weight by KV room alone would leave the node idle, and eight times that would cut the chain between the two."""
     kinds = (
         NodeType(name="A", count=1, tokens_per_s=(642.0, 450.0, 202.0, 160.0), kv_token_layers=(575, 1521, 779, 1476)),
         NodeType(

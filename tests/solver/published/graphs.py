@@ -22,7 +22,7 @@ def graphs(draw: st.DrawFn, *, least: int = 2, most: int = 8) -> FloatArray:
 
 
 def cliques(*sizes: int, inside: float = 100.0, between: float = 1.0) -> FloatArray:
-    """Nodes of so many GPUs: fast links inside, slow ones between."""
+    """Return nodes of ``sizes`` GPUs, with fast links inside and slow ones between."""
     node = np.repeat(np.arange(len(sizes)), sizes)
     weights = np.where(node[:, None] == node[None, :], inside, between)
     np.fill_diagonal(weights, 0.0)
@@ -30,7 +30,7 @@ def cliques(*sizes: int, inside: float = 100.0, between: float = 1.0) -> FloatAr
 
 
 def bipartitions(size: int) -> list[tuple[Part, Part]]:
-    """All splits into two sides, none empty."""
+    """Yield all splits into two sides, neither of them empty."""
     found = []
     for count in range(1, size):
         for first in itertools.combinations(range(size), count):

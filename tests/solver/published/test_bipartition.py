@@ -1,4 +1,4 @@
-"""Prefill and decode sides: a large cut, close to the largest there is."""
+"""Prefill and decode sides: a large cut, close to the largest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.solver.published.graphs import bipartitions, cliques, cut_between, gr
 
 @given(graphs(least=2))
 def test_the_cut_has_half_of_the_weight_and_nine_tenths_of_the_best(weights: FloatArray) -> None:
-    """Half of all edges is what any cut must reach that no single exchange or change of sides improves."""
+    """Any cut that no single exchange or change of sides improves has at least half of all edges' weight."""
     first, second = maximum_cut(weights)
     assert sorted((*first, *second)) == list(range(len(weights)))
     assert first

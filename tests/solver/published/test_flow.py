@@ -1,4 +1,4 @@
-"""The maximum flow equals what a person works out, and never overdraws a replica or a link."""
+"""The maximum flow equals results worked out by hand, and never exceeds a replica or a link."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_weaker_side_limits_one_zone() -> None:
 
 
 def test_a_link_between_zones_carries_what_it_can() -> None:
-    """East prefills 3 and decodes 1: of the 2 left the link takes 0.75, although west could decode 5."""
+    """East prefills 3 and decodes 1: of the remaining 2 the link takes 0.75, although west could decode 5."""
     decode = [*stations(1.0), *stations(5.0, zone="west")]
     routes = maximum_flow(stations(3.0), decode, {("east", "west"): 0.75, ("west", "east"): 9.0})
     assert routes == pytest.approx({(0, 0): 1.0, (0, 1): 0.75})
@@ -56,7 +56,7 @@ def test_one_side_alone_serves_nothing(prefill: tuple[float, ...], decode: tuple
 
 
 def test_routes_are_the_same_in_every_process() -> None:
-    """Sets of strings have another order in each, and here many flows are largest."""
+    """The order of sets of strings differs between processes, and here many flows are maximal."""
     code = """
 from hetis.solver.published.hexgen2 import maximum_flow
 zones = "abcd"

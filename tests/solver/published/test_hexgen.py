@@ -22,7 +22,7 @@ from tests.solver.instances import make_node, make_problem, problems
 
 
 def fleet(rooms: Sequence[float]) -> FleetGpus:
-    """A card of each room, two to a node."""
+    """Return one card for each memory size, two to a node."""
     size = len(rooms)
     return FleetGpus(
         names=tuple(f"card{i}" for i in range(size)),
@@ -57,7 +57,7 @@ def test_mutations_reach_every_partition() -> None:
 
 
 def test_the_best_of_all_generations_survives() -> None:
-    """Fitness prefers what the first generation alone offers: whatever comes later must not replace it."""
+    """Fitness prefers what only the first generation offers, which later ones must not replace."""
     found = iter([((1,),)] + [((0,),)] * 10_000)
     search = SimpleNamespace(budget=Budget(), tell=lambda phase, rate: None)
     best = evolved(

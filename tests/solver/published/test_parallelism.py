@@ -20,7 +20,7 @@ from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_prob
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> Pipeline:
-    """One mix, one number in flight, up to 3 stages and 6 layers; shared cards in half of them."""
+    """One mix, one number in flight, up to 3 stages and 6 layers; half of them with shared cards."""
     stages = draw(st.integers(1, 3))
     seconds = st.floats(0.1, 5.0)
     shared = draw(st.booleans())
@@ -48,7 +48,7 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
 
 
 def intervals(p: Pipeline) -> list[float]:
-    """Seconds between completions of every split of the layers, by the formulas of the document."""
+    """Return the seconds between completions of every split of the layers, by the document's formulas."""
     stages, m = p.layer_s.shape[1], int(p.in_flight[0])
     if 1 < m < stages:
         return []
@@ -113,7 +113,7 @@ def test_shared_cards_may_be_full_before_the_stages_are() -> None:
 
 
 def test_forbidden_cuts_are_not_made() -> None:
-    """Five layers on two equal stages would be cut after 3; the model allows 2 and 4."""
+    """Five layers on two equal stages would be cut after 3, but the model only allows 2 and 4."""
     p = Pipeline(
         num_layers=5, cut_floor=np.array([0, 0, 2, 2, 4, 5]), layer_s=np.ones((1, 2)), fixed_s=np.zeros((1, 2)),
         chunk_layer_s=np.zeros((1, 2)), chunk_fixed_s=np.zeros((1, 2)), trip_cap=np.array([[np.inf]]),

@@ -16,12 +16,12 @@ from tests.solver.published.graphs import bipartitions, cliques, cut_between, gr
 
 
 def cut_weight(weights: FloatArray, parts: list[Part]) -> float:
-    """The total weight of the edges between different parts."""
+    """Return the total weight of the edges between different parts."""
     return float(coarsened(weights, parts).sum()) / 2
 
 
 def exchanges(parts: list[Part]) -> list[list[Part]]:
-    """The partitions that differ in one pair of vertices."""
+    """Yield the partitions that differ in one pair of vertices."""
     found = []
     for i, j in itertools.combinations(range(len(parts)), 2):
         for u, v in itertools.product(parts[i], parts[j]):
@@ -51,7 +51,7 @@ def test_nodes_stay_whole_where_links_between_them_are_slow(sizes: tuple[int, ..
 
 
 def test_memory_is_shared_out() -> None:
-    """Four cards of 80 GB and eight of 20 GB on one switch: both halves get as much."""
+    """Four cards of 80 GB and eight of 20 GB on one switch: both halves get as much memory."""
     sizes = np.array([80.0] * 4 + [20.0] * 8)
     weights = cliques(*[1] * 12)
     first, second = spectral_partition(weights, sizes, 2)

@@ -1,4 +1,4 @@
-"""Published heuristics: every plan passes the checker, is the same again, and is never better than what contains it."""
+"""Published heuristics: plans pass the checker, are reproducible, and never beat the strategy that contains them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_bound_on_cost_holds_for_hexgen2(problem: PlacementProblem) -> None:
 
 
 def strong_and_weak(*, objective: Objective = NO_LIMITS) -> PlacementProblem:
-    """Two strong cards beside four weak ones with much memory."""
+    """Two strong cards, and four weak ones with much memory."""
     nodes = [make_node("strong", "A", gpus=2), make_node("weak", "B", gpus=4)]
     profiles = {
         "A": make_profile("A", flops=2e13, bytes_per_s=2e11, usable_bytes=40_000_000),
@@ -113,7 +113,7 @@ def test_a_type_that_hardly_helps_becomes_attention_workers_of_every_stage() -> 
     [(3_000_000, 4, [1, 1]), (6_000_000, 4, [0, 0]), (20_000_000, 16, [0, 0])],
 )
 def test_shared_cards_hold_the_kv_of_all_stages(worker_bytes: int, micro_batch: int, kept: list[int]) -> None:
-    """Two strong cards need a stage each for the weights; what the workers hold decides how much decodes at once."""
+    """Two strong cards need a stage each for the weights; the workers' memory decides how much decodes at once."""
     nodes = [make_node("strong", "A", nodes=2), make_node("weak", "B", gpus=2)]
     profiles = {
         "A": make_profile("A", flops=2e13, bytes_per_s=2e10, usable_bytes=8_000_000),
@@ -133,7 +133,7 @@ def test_shared_cards_hold_the_kv_of_all_stages(worker_bytes: int, micro_batch: 
 
 @pytest.mark.parametrize(("flops", "stays"), [(4e12, True), (1e12, True), (1e11, False), (1e10, False)])
 def test_a_type_leaves_the_dense_path_that_takes_five_percent_off_it_at_most(flops: float, stays: bool) -> None:
-    """Two strong cards of 8e12 FLOP/s and one weak one; all are roomy and wired fast, so that computing decides."""
+    """Two strong cards of 8e12 FLOP/s and one weak one; memory and links are ample, so that computing decides."""
     profiles = {
         "A": make_profile("A", flops=8e12, usable_bytes=10**9),
         "B": make_profile("B", flops=flops, bytes_per_s=1e12, usable_bytes=10**9),
@@ -157,7 +157,7 @@ def test_a_type_leaves_the_dense_path_that_takes_five_percent_off_it_at_most(flo
     assert (gain > 0.05) == stays
     assert by_rule.leavers == (() if stays else (1,))
     if flops == 1e11:
-        assert gain > 0.0  # it would help, if a little
+        assert gain > 0.0  # it would help, but only a little
 
 
 def test_types_of_equal_strength_stay_in_the_dense_path() -> None:

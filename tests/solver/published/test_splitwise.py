@@ -1,4 +1,4 @@
-"""Splitwise's pools: the sizes by enumeration, one kind of machine each, and what is left over is mixed."""
+"""Splitwise's pools: sizes as by enumeration, one kind of machine each, and the rest in the mixed pool."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_prompt_machine_sends_to_every_token_machine_in_equal_shares() -> 
 
 
 def test_pools_are_of_one_kind_each_and_what_they_do_not_need_is_mixed() -> None:
-    """One strong card prefills for as many weak ones as there are, and the other strong ones are left over."""
+    """One strong card prefills for all weak ones, and the other strong ones remain."""
     profiles = {
         "A": make_profile("A", flops=4e13, bytes_per_s=4e11, usable_bytes=60_000_000),
         "B": make_profile("B", flops=1e12, bytes_per_s=4e10, usable_bytes=60_000_000),

@@ -1,4 +1,4 @@
-"""Guided swaps: from groups with slack to saturated ones, every GPU in one group still, and the flow only rises."""
+"""Guided swaps: from groups with slack to saturated ones, every GPU stays in one group, and the flow only rises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random stages under load, placed without sense or by the dispatcher, for re-dispatch to look at."""
+"""Random stages under load, placed at random or by the dispatcher, as inputs of re-dispatch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_problem(
     least_gain: float = 0.0,
     high_water: float = 0.9,
 ) -> RedispatchProblem:
-    """A stage with so many requests spread at random; ``slack``: free share of the blocks each device has at least."""
+    """Return a stage with requests spread at random; ``slack``: least free share of each device's blocks."""
     rng = np.random.default_rng(seed)
     shape = HeadShape(
         head_groups=head_groups,
@@ -85,7 +85,7 @@ def random_problem(
 
 
 def with_moves_under_way(snapshot: StateSnapshot, rng: np.random.Generator) -> StateSnapshot:
-    """The same stage with groups of up to three requests on their way from where they have most."""
+    """Return the stage with groups of up to three requests moving away from the device with most of them."""
     state = DispatchState.of(snapshot)
     for j in rng.permutation(len(snapshot.ids))[:3].tolist():
         source = int(np.argmax(snapshot.groups[j]))
@@ -101,7 +101,7 @@ def with_moves_under_way(snapshot: StateSnapshot, rng: np.random.Generator) -> S
 def problems(
     draw: st.DrawFn, *, max_devices: int = 5, max_requests: int = 12, max_groups: int = 8, least_gain: float = 0.0
 ) -> RedispatchProblem:
-    """Stages of every sort."""
+    """Draw stages of every kind."""
     head_groups = draw(st.sampled_from([g for g in (1, 2, 4, 8) if g <= max_groups]))
     return random_problem(
         draw(st.integers(0, 2**32)),

@@ -1,4 +1,4 @@
-"""Re-dispatch by trying every placement: obviously right, and only for tiny stages."""
+"""Re-dispatch by trying every placement: obviously right, but only for tiny stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.solver.redispatch.tables import tables_of
 
 
 def least_objective_s(problem: RedispatchProblem, *, horizons: tuple[int, ...], short_s: FloatArray) -> float:
-    """The least objective over all placements in whole groups that memory, budget and devices allow."""
+    """Return the least objective over all placements in whole groups that memory, budget and devices allow."""
     snapshot = problem.snapshot
     stage = snapshot.stage
     per_request = [list(_spreads(stage.heads.head_groups, stage.num_devices)) for _ in snapshot.ids]
@@ -29,9 +29,9 @@ def least_objective_s(problem: RedispatchProblem, *, horizons: tuple[int, ...], 
 
 
 def reachable(problem: RedispatchProblem) -> list[IntArray]:
-    """All placements that moves can lead to, each a new row of one request with room for what arrives.
+    """Return all placements that moves can reach, each step a new row of one request with room for the arriving groups.
 
-    The source still holds its blocks then. Moves on the way may cost what they like; the end keeps the budget.
+    The source still holds its blocks then. Intermediate moves may exceed the budget, but the result keeps it.
     """
     snapshot = problem.snapshot
     stage, names = snapshot.stage, range(len(snapshot.ids))
@@ -63,7 +63,7 @@ def reachable(problem: RedispatchProblem) -> list[IntArray]:
 def all_moves_pay(
     problem: RedispatchProblem, x: IntArray, *, horizons: tuple[int, ...], short_s: FloatArray
 ) -> bool:  # fmt: skip
-    """Return whether each move on the straight way to ``x`` saves more than its copy takes, the others being made."""
+    """Return whether each move on the direct way to ``x`` saves more than its copy takes, given all others."""
     snapshot, tables = problem.snapshot, tables_of(problem)
     for step in steps_between(tables, snapshot.groups, x):
         without, copy_s = x.copy(), 0.0

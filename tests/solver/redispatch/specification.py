@@ -1,7 +1,7 @@
 """The re-dispatch problem as one compact MILP in cvxpy, written to be read: the specification of the search.
 
-It is made of the snapshot alone and shares no table with the search; only the horizons and the price of short blocks,
-which are choices and not consequences, are taken from there. For small stages: cvxpy builds rows one by one.
+It is built from the snapshot alone and shares no table with the search; only the horizons and the price of missing
+blocks, which are choices and not consequences, are taken from there. For small stages: cvxpy builds rows one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.problem import RedispatchProblem
 from tests.solver.specified import modelling
 
-cp: Any = cvxpy  # its own annotations cover half of what it exports
+cp: Any = cvxpy  # its annotations cover only half of its exports
 
 
 @modelling
@@ -45,7 +45,7 @@ def solve_specification(
                sum_ij bytes_j a_ij <= budget
                x_ij <= G y_i,   y_i <= u (i a worker),   x_ij a multiple of what the primary takes at a time
 
-    Snapshots with moves under way are not stated here.
+    Snapshots with moves in progress are not covered.
     """
     snapshot, layers = problem.snapshot, problem.num_layers
     stage, shape, primary = snapshot.stage, snapshot.stage.heads, snapshot.stage.primary
@@ -70,7 +70,7 @@ def solve_specification(
     else:
         rows.append(x[:, ~open_devices] == 0)
 
-    scale = 1e6  # microseconds: a solver's tolerances are absolute
+    scale = 1e6  # microseconds, because a solver's tolerances are absolute
     groups, tokens = cp.sum(x, axis=0), l @ x
     workers = [i for i in range(D) if not stage.has_primary_at(i)]
     for i in range(D):

@@ -1,6 +1,6 @@
-"""The steps of re-dispatch one by one on small random inputs, for `tests.solver.recorded` to keep.
+"""The steps of re-dispatch one by one on small random inputs, whose results `tests.solver.recorded` keeps.
 
-As for dispatch (`tests.solver.dispatch.steps`), each has inputs of its own: senseless placements, fractions and prices.
+As for dispatch (`tests.solver.dispatch.steps`), each has its own inputs: arbitrary placements, fractions and prices.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ from tests.solver.redispatch.instances import random_problem, with_moves_under_w
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A random stage of any kind, and its arrays."""
+    """A random stage of any kind with its arrays."""
 
     rng: np.random.Generator
     problem: RedispatchProblem
     tables: RedispatchTables
 
     def fractions(self) -> FloatArray:
-        """Return groups in fractions that are anywhere, though most of them where they were."""
+        """Return fractional groups on any devices, most of them where they are now."""
         now = self.tables.now.astype(np.float64)
         moves = self.rng.random(len(now)) < 0.6
         shares = self.rng.dirichlet(np.full(now.shape[1], 0.5), len(now)) * now.sum(axis=1, keepdims=True)
         return np.where(moves[:, None], 0.5 * now + 0.5 * shares, now)
 
     def placement(self) -> IntArray:
-        """Return whole groups, of some requests anywhere, in units of the devices."""
+        """Return whole groups, those of some requests on any devices, in the devices' units."""
         x = self.tables.now.copy()
         for j in range(len(x)):
             for _ in range(int(self.rng.integers(0, 4))):
@@ -78,7 +78,7 @@ class Case:
         return x
 
     def prices(self) -> Prices:
-        """Return any multipliers, about as large as those of the programs."""
+        """Return any multipliers, of about the magnitude of those of the programs."""
         num, rng = len(self.tables.unit), self.rng
         return Prices(
             piece=rng.uniform(-0.1, 1.0, self.tables.alpha.shape) / num,
@@ -120,12 +120,12 @@ def random_case(seed: int, *, most_requests: int = 7) -> Case:
 
 
 def _in_another_order(problem: RedispatchProblem, rng: np.random.Generator) -> RedispatchProblem:
-    """Return the problem with its primary, if any, at any place, and with a card of any speed."""
+    """Return the problem with its primary, if any, at any index, and with a network card of any speed."""
     snapshot, stage = problem.snapshot, problem.snapshot.stage
     by = rng.permutation(stage.num_devices)
     place = np.argsort(by)
     primary = stage.primary
-    if primary is not None:  # its card binds in some
+    if primary is not None:  # the network card binds in some cases
         nic_byte_s = primary.nic_byte_s * float(rng.choice([1.0, 30.0, 300.0]))
         primary = replace(primary, device=int(place[primary.device]), nic_byte_s=nic_byte_s)
     stage = replace(
@@ -142,7 +142,7 @@ def _in_another_order(problem: RedispatchProblem, rng: np.random.Generator) -> R
         snapshot,
         stage=stage,
         devices=tuple(snapshot.devices[i] for i in by),
-        groups=np.ascontiguousarray(snapshot.groups[:, by]),  # as kernels are compiled for
+        groups=np.ascontiguousarray(snapshot.groups[:, by]),  # the layout for which kernels are compiled
         moves=tuple(
             replace(move, source=int(place[move.source]), target=int(place[move.target])) for move in snapshot.moves
         ),
@@ -152,16 +152,16 @@ def _in_another_order(problem: RedispatchProblem, rng: np.random.Generator) -> R
 
 
 def _small(*values: Any) -> list[float]:
-    """Return the numbers of seconds and the like, which are small, a million times as large."""
+    """Return the numbers of seconds and other small quantities, multiplied by a million."""
     return [1e6 * number for number in numbers_of(*values)]
 
 
 def tabulated(seed: int) -> list[float]:
-    """The problem as arrays, and what remains of it after some moves."""
+    """The problem as arrays, and the remaining problem after some moves."""
     case = random_case(seed)
     x = case.placement()
     later = continued(case.tables, x, spent_bytes=0.3 * min(case.tables.budget, 1e9))
-    own = case.tables[:-2]  # the last two are the problem's
+    own = case.tables[:-2]  # the last two are inputs of the problem
     answer = [*numbers_of(own), *_small(own)]
     answer += numbers_of(later.now, later.room, later.budget, marks(case.problem))
     for placed in (case.tables.now, x, case.fractions()):
@@ -171,7 +171,7 @@ def tabulated(seed: int) -> list[float]:
 
 
 def priced(seed: int) -> list[float]:
-    """Costs of staying and of arriving at random prices, and what these prove."""
+    """Costs of staying and of arriving at random prices, and the bounds that they prove."""
     case = random_case(seed)
     answer: list[float] = []
     for _ in range(3):
@@ -191,7 +191,7 @@ def _with_room_for_one(case: Case) -> RedispatchTables:
 
 
 def rounded(seed: int) -> list[float]:
-    """Fractions as whole groups, and the descent from there and from where everything is."""
+    """Fractions rounded to whole groups, and the descent from there and from the present placement."""
     case = random_case(seed)
     if seed % 2:
         case = replace(case, tables=_with_room_for_one(case))
@@ -206,7 +206,7 @@ def rounded(seed: int) -> list[float]:
 
 
 def placed(seed: int) -> list[float]:
-    """A placement under construction, after every move."""
+    """A placement under construction, after each move."""
     case = random_case(seed)
     tables = case.tables
     placement = placement_of(tables, case.placement())
@@ -227,7 +227,7 @@ def placed(seed: int) -> list[float]:
 
 
 def moved(seed: int) -> list[float]:
-    """Steps between placements, their worth, which of them pay, and their order where room is short."""
+    """Steps between placements, their values, which of them pay, and their order when memory is short."""
     case = random_case(seed)
     tables = case.tables
     x = case.placement()
@@ -272,7 +272,7 @@ def modelled(seed: int) -> list[float]:
 
 
 def limited(seed: int) -> list[float]:
-    """The requests that the integer program considers where there are too many for all."""
+    """The requests that the integer program considers if there are too many to consider all."""
     case = random_case(seed, most_requests=120)
     return numbers_of(_movable(case.tables, case.fractions()))
 

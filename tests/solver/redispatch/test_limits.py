@@ -1,4 +1,4 @@
-"""What a problem, a trigger and a watch take up to their limits, and what they refuse beyond."""
+"""Problems, triggers and watches accept values up to their limits, and refuse those beyond."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ABOVE_1, BELOW_0 = np.nextafter(1.0, 2.0), np.nextafter(0.0, -1.0)
 
 
 def two_devices() -> DispatchState:
-    """a: 4 groups of 10 tokens, 3 blocks each, on the first of two devices of 30 blocks."""
+    """Request a has 4 groups of 10 tokens, 3 blocks each, on the first of two devices of 30 blocks."""
     state = DispatchState(stage(2), [30, 30])
     state.admit_one("a", context_tokens=10, remaining_tokens=20, groups=np.array([4, 0]))
     return state
@@ -98,10 +98,10 @@ def test_a_device_at_its_mark_is_no_reason_and_one_block_above_it_is() -> None:
     assert kinds(state) == []
     state.grow(["a"])
     assert kinds(state) == [(TriggerKind.HIGH_WATER, "d0", 16 / 24, 0.5)]
-    state.drain_device(0)  # a device to be emptied has no mark, and is no news besides
+    state.drain_device(0)  # a device that drains has no high-water mark, and causes no other trigger
     assert kinds(state) == [(TriggerKind.DRAINING, "d0", 4.0, 0.0)]
     state.drain_device(1)
-    assert kinds(state) == [(TriggerKind.DRAINING, "d0", 4.0, 0.0)]  # nothing is on the other
+    assert kinds(state) == [(TriggerKind.DRAINING, "d0", 4.0, 0.0)]  # the other device is empty
 
 
 def test_a_stage_as_far_from_its_ideal_as_the_limit_is_no_reason() -> None:
@@ -156,13 +156,13 @@ def test_a_trigger_is_news_when_its_value_has_grown_by_more_than_the_ratio() -> 
     events = (trigger(0.0, TriggerKind.LOST, "d1"), trigger(0.0, TriggerKind.CHANGED, "d0"))
     watch.looked(seen, events, moved=False)
     assert watch.due(seen, events) == events
-    # The share has doubled, and what is remembered is the last value that led to a look.
+    # The ratio has doubled to 0.5, and the value remembered is the last one that led to a search.
     assert watch.due(seen, (trigger(1.5),)) == ()
     assert watch.due(seen, (trigger(1.5001),)) == (trigger(1.5001),)
 
 
 def test_a_stage_is_new_when_more_than_the_share_of_its_kv_came_or_went() -> None:
-    """Of 20 requests, or 40 counted twice: 2 come and go for 4 of 40, a tenth; 3 for 6 of 40."""
+    """With 20 requests, 2 that come and 2 that go are 4 of 40, a tenth; 3 of each are 6 of 40."""
     for gone, is_new in ((2, False), (3, True)):
         state, watch = crowd(20), Watch(change=0.1)
         fired = (trigger(1.0),)
@@ -172,7 +172,7 @@ def test_a_stage_is_new_when_more_than_the_share_of_its_kv_came_or_went() -> Non
             state.admit_one(f"new{j}", context_tokens=100, remaining_tokens=0, groups=np.array([4, 0]))
         assert watch.due(state.snapshot(), fired) == (fired if is_new else ())
         watch.looked(state.snapshot(), fired, moved=False)
-        for j in range(gone, 2 * gone):  # the share is a fifth now
+        for j in range(gone, 2 * gone):  # the share has doubled to a fifth
             state.finish(f"r{j}")
             state.admit_one(f"new{j}", context_tokens=100, remaining_tokens=0, groups=np.array([4, 0]))
         assert watch.due(state.snapshot(), fired) == ()

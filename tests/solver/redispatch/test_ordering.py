@@ -1,4 +1,4 @@
-"""An order of moves keeps to room, budget and units at every moment, and leads where the moves lead."""
+"""An order of moves respects memory, budget and units at every moment, and leads to the moves' result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("a", "b", "c", "d")
 
 @st.composite
 def journeys(draw: st.DrawFn) -> tuple[RedispatchTables, IntArray, IntArray]:
-    """A stage, and two placements on it of which each fits, hardly."""
+    """Return a stage, and two placements on it that each barely fit."""
     seed, tp = draw(st.integers(0, 2**32)), draw(st.sampled_from([None, 1, 2]))
     problems = [random_problem(s, num_devices=4, num_requests=5, tp=tp) for s in (seed, seed + 1)]
     tables = tables_of(problems[0])
@@ -119,7 +119,7 @@ def test_a_detour_takes_what_the_third_device_has_room_for(groups: float, is_eno
 
 @pytest.mark.parametrize(("groups", "detours"), [(19, 0), (20, 1), (23, 1), (24, 2)])
 def test_a_second_detour_has_what_the_first_leaves_of_the_budget(groups: int, detours: int) -> None:
-    # Two pairs of requests swap full devices by the same fifth one: 16 groups, and 4 for every detour.
+    # Two pairs of requests swap full devices by way of the same fifth one: 16 groups, and 4 for every detour.
     tables, before = crowded(room=(40, 40, 40, 40, 40), budget_groups=groups)
     swaps = [RequestMoves(j, (MovedGroups(4, j, j ^ 1),)) for j in range(4)]
     ordered, waiting = order(tables, before, swaps, ("a", "b", "c", "d", "e"))
@@ -132,5 +132,5 @@ def test_only_whole_units_of_the_primary_move_where_fewer_would_fit() -> None:
     ordered, waiting = order(tables, before, [SWAP[0]], NAMES)
     assert [one.step.parts for one in ordered] == [
         (MovedGroups(2, 0, 1),)
-    ]  # three fit, the primary gives two at a time
+    ]  # three fit, and the primary gives two at a time
     assert [one.step.parts for one in waiting] == [(MovedGroups(2, 0, 1),)]

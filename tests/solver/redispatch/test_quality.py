@@ -28,7 +28,7 @@ def test_plans_where_memory_is_ample_are_near_the_best_there_are() -> None:
 
 
 def make_room() -> RedispatchProblem:
-    """``big`` is slow where it is. It fits on the fast device once ``small``, which gains nothing, has left that."""
+    """``big`` is on a slow device. It fits on the fast one once ``small``, which gains nothing, has left that."""
     heads = HeadShape(
         head_groups=1, queries_per_group=4, kv_bytes_per_token=4096.0, exchange_bytes_per_head=640.0, block_tokens=16
     )

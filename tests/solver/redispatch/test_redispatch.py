@@ -1,4 +1,4 @@
-"""Re-dispatch: every plan can be carried out, pays, is bounded, and is the last for as long as nothing changes."""
+"""Re-dispatch: every plan can be carried out, pays and is bounded, and no other follows while nothing changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.solver.redispatch.specification import solve_specification
 
 
 def carried_out(problem: RedispatchProblem, plan: RedispatchPlan) -> StateSnapshot:
-    """The stage after all moves, wave by wave: those of a wave are under way together."""
+    """Return the stage after all moves, wave by wave: those of a wave are in progress together."""
     state = DispatchState.of(problem.snapshot)
     for wave in sorted({move.wave for move in plan.moves}):
         under_way = []
@@ -124,7 +124,7 @@ def test_a_single_group_on_workers_takes_the_time_of_the_network_card() -> None:
 
 @given(problems(least_gain=0.01))
 def test_nothing_moves_again_while_nothing_changes(problem: RedispatchProblem) -> None:
-    if np.isfinite(problem.budget_bytes):  # a spent budget stops moves that a new one allows
+    if np.isfinite(problem.budget_bytes):  # a spent budget forbids moves that a new one allows
         problem = replace(problem, budget_bytes=np.inf)
     after = carried_out(problem, solve_redispatch(problem))
     again = solve_redispatch(replace(problem, snapshot=after))

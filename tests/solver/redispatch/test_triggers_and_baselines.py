@@ -21,7 +21,7 @@ from tests.solver.redispatch.instances import problems
 
 
 def lopsided() -> DispatchState:
-    """Two equal devices; the first holds all that runs."""
+    """Two equal devices, the first of which holds all running requests."""
     state = DispatchState(stage(2), [100, 100])
     state.admit_one("a", context_tokens=40, remaining_tokens=40, groups=np.array([4, 0]))
     state.admit_one("b", context_tokens=40, remaining_tokens=40, groups=np.array([4, 0]))

@@ -1,4 +1,4 @@
-"""Looks in vain become rare while nothing much changes, and what does change is seen at once."""
+"""Futile searches become rare while little changes, and changes are noticed at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALIVE = 20
 
 
 def lopsided(num_requests: int = ALIVE) -> DispatchState:
-    """All on the first of three devices, which the deviation trigger never stops to see."""
+    """All groups are on the first of three devices, for which the deviation trigger fires all the time."""
     state = DispatchState(stage(3), [10**6] * 3)
     for j in range(num_requests):
         state.admit_one(f"r{j}", context_tokens=400, remaining_tokens=100, groups=np.array([4, 0, 0]))
@@ -28,7 +28,7 @@ def lopsided(num_requests: int = ALIVE) -> DispatchState:
 def test_looks_in_vain_become_rare_under_steady_load(seed: int) -> None:
     rng, state, watch, looks = np.random.default_rng(seed), lopsided(), Watch(), list[int]()
     steps, dispatcher = 6 * ALIVE, Dispatcher(state.stage)
-    for step in range(steps):  # one comes, one goes: in ALIVE steps all are others
+    for step in range(steps):  # one request comes and one goes, so that ALIVE steps replace all of them
         state.finish(f"r{step}")
         tokens = int(rng.integers(200, 600))
         state.admit_one(f"r{step + ALIVE}", context_tokens=tokens, remaining_tokens=100, groups=np.array([4, 0, 0]))

@@ -1,10 +1,10 @@
-"""The worst re-dispatches a wide search has found, kept, with the reason why brute force is better.
+"""The worst re-dispatches that a wide search has found, with the reasons why brute force is better.
 
-The search: 11,324 random stages of 2 or 3 devices and 2 to 4 requests against every placement there is. On average
-plans are 0.04% above the best placement, 21 are more than 5%. That placement is no fair measure, though: of the 21, no
-order of moves whatsoever leads to it in 9, as no device has a spare block; in 11 some of its moves do not pay back,
-which is a rule and no failure. Among placements that moves can lead to and whose moves all pay, plans are 0.002% above
-the best on average, 4 of 11,324 more than 1% and one more than 5%.
+The search: 11,324 random stages of 2 or 3 devices and 2 to 4 requests, compared with every possible placement. On
+average plans are 0.04% above the best placement, and 21 are more than 5% above. That placement is no fair measure,
+though: for 9 of the 21, no order of moves leads to it, as no device has a spare block; in 11 some of its moves do not
+pay back, which is a rule and no failure. Among placements that moves can reach and whose moves all pay, plans are
+0.002% above the best on average, 4 of 11,324 more than 1% and one more than 5%.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Case:
     """The arguments of `random_problem`, and the gaps.
 
     Attributes:
-        gap: of the plan's objective to the best placement.
-        gap_under_rules: to the best placement that moves lead to and whose moves all pay.
+        gap: gap of the plan's objective to the best placement.
+        gap_under_rules: gap to the best placement that moves can reach and whose moves all pay.
     """
 
     gap: float

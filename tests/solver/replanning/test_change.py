@@ -32,7 +32,7 @@ def shard(first: int, end: int, tp: int = 1, rank: int = 0, gpu: str = "A") -> H
         (None, shard(2, 4), 2 * LAYER),
         (shard(0, 4), shard(0, 6), 2 * LAYER + TABLE),  # two layers and the LM head
         (shard(0, 6), shard(0, 4), 0.0),
-        (shard(0, 6), shard(0, 6, tp=2), 3 * LAYER + TABLE),  # another shard: all of it
+        (shard(0, 6), shard(0, 6, tp=2), 3 * LAYER + TABLE),  # another shard, all of which is loaded
         (shard(0, 6, tp=2), shard(0, 6, tp=2, rank=1), 3 * LAYER + TABLE),
         (shard(0, 6, gpu="B"), shard(0, 6), 6 * LAYER + 2 * TABLE),  # another GPU of the same name
         (None, shard(0, 6, rank=-1), 0.0),  # an attention worker has no weights

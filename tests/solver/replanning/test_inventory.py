@@ -1,4 +1,4 @@
-"""The rows of the inventory admit exactly what fits in the nodes, and names are found for all they admit."""
+"""The rows of the inventory admit exactly what fits in the nodes, and names are found for all that they admit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def counted(inventory: InventoryRows, use: Mapping[Row, int]) -> IntArray:
 
 
 def rows_admit(inventory: InventoryRows, going_on: list[Option], new: list[int]) -> bool:
-    """Return whether the rows hold, with the most room in shared nodes that their whole variables can say."""
+    """Return whether the rows hold, with the most room in shared nodes that their integer variables can express."""
     total = np.zeros(len(inventory.limits), dtype=np.int64)
     for use in itertools.chain(
         (inventory.of_option(o) for o in going_on), (inventory.of_template(template(tp)) for tp in new)
@@ -106,7 +106,7 @@ def test_rows_admit_what_fits_and_nothing_else(options: list[Option], data: st.D
     ("named", "new", "expected"),
     [
         ([("n-0/0", "n-0/1", "n-0/2", "n-0/3")], [4], True),
-        ([("n-0/0", "n-0/1", "n-0/2", "n-0/3")], [4, 4], False),  # 12 GPUs in all, but 2 of them are left in each node
+        ([("n-0/0", "n-0/1", "n-0/2", "n-0/3")], [4, 4], False),  # 12 GPUs in all, but each node has 2 left
         ([("n-0/0",), ("n-0/1", "n-0/2")], [4], True),
         ([("n-0/0",), ("n-0/1", "n-0/2")], [4, 4], False),
         ([("n-0/0",)], [2, 2, 2, 2, 2], True),

@@ -1,4 +1,4 @@
-"""Re-planning: against brute force on tiny fleets, and what it promises of steady input, moves and bounds."""
+"""Re-planning: compared with brute force on tiny fleets, and its promises on steady input, moves and bounds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_p
 from tests.solver.oracle import best_plan_value
 
 UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,), max_copies=1, max_pool=1)
-# Weights are read at once, so that a start takes the same whatever is loaded: the oracle needs no more than rates.
+# Weights load instantly, so that every start takes the same time: the oracle needs only rates.
 AT_ONCE = ChangeCosts(horizon_s=100.0, restart_s=20.0, load_bytes_per_s=1e30)
 TWO_TYPES = {"A": make_profile("A", usable_bytes=30_000_000), "B": make_profile("B", usable_bytes=12_000_000)}
 
 
 def fleet(num_a: int, num_b: int, *, objective: Objective | None = None) -> PlacementProblem:
-    """Single-GPU nodes: A holds the model, B takes two."""
+    """Return single-GPU nodes: one A holds the model, two B are needed."""
     nodes = [make_node("a", "A", nodes=num_a)] if num_a else []
     nodes += [make_node("b", "B", nodes=num_b)] if num_b else []
     nodes = [replace(node, numbered=True) for node in nodes]
@@ -38,7 +38,7 @@ def fleet(num_a: int, num_b: int, *, objective: Objective | None = None) -> Plac
 
 
 def replanned(running: Plan, problem: PlacementProblem, costs: ChangeCosts = AT_ONCE, **more: object) -> Replanning:
-    """The answer, having passed every check."""
+    """Return the answer, after it has passed every check."""
     posed = ReplanningProblem(running=running, problem=problem, costs=costs, **more)  # type: ignore[arg-type]
     found = solve_replanning(posed)
     assert not check_plan(found.plan, problem)
@@ -47,7 +47,7 @@ def replanned(running: Plan, problem: PlacementProblem, costs: ChangeCosts = AT_
 
 
 def best_by_enumeration(running: Plan, problem: PlacementProblem, costs: ChangeCosts) -> float:
-    """The best net goodput: every set of running replicas that stays, the best plan on what is left beside it."""
+    """Return the best net goodput over every set of running replicas that stays, with the best plan on the rest."""
     there = {device.name for device in problem.cluster.devices()}
     whole = [replica for replica in running.replicas if set(replica.devices()) <= there]
     share, goodput = costs.served_share(costs.restart_s), problem.assumptions.planned_utilisation
@@ -65,7 +65,7 @@ def best_by_enumeration(running: Plan, problem: PlacementProblem, costs: ChangeC
 
 
 def left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
-    """Every node on its own, without the GPUs that are taken."""
+    """Return every node as a group of its own, without the GPUs in use."""
     groups = []
     for group in cluster.node_groups:
         for i in range(group.count):
@@ -156,7 +156,7 @@ def test_a_gain_that_a_restart_eats_up_is_left_alone() -> None:
 
 
 def test_column_generation_proves_a_bound_for_larger_fleets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof by prices holds where the exact one is known."""
+    """The proof by prices is valid where the exact one is known."""
     problem = fleet(2, 3)
     running = solve_placement(problem)
     left = replace(problem, cluster=without(problem.cluster, ["a-0"]))
@@ -168,7 +168,7 @@ def test_column_generation_proves_a_bound_for_larger_fleets(monkeypatch: pytest.
         if max_moves is None:
             assert priced.bound >= exact.value * (1 - 1e-6)
         if max_moves == 0:
-            assert priced.gap <= 1e-5  # nothing may be new: what stays is all there is
+            assert priced.gap <= 1e-5  # nothing new is allowed, so that the staying replicas are all
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -196,7 +196,7 @@ def test_the_least_cost_keeps_what_serves_the_demand(
 @given(problems(max_gpus=5, family=SMALL_FAMILY), problems(max_gpus=5, family=SMALL_FAMILY))
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_answers_of_every_role_and_zone_pass_their_checks(before: PlacementProblem, after: PlacementProblem) -> None:
-    """The fleet of another problem of the same model: devices of the same name may be of another type, or gone."""
+    """The new fleet is that of another problem of the same model: devices may have another type, or be gone."""
     after = replace(
         after, model=before.model, profiles={**before.profiles, **after.profiles}, objective=before.objective
     )

@@ -1,4 +1,4 @@
-"""Gavel's max-min, Gandiva_fair's trading and the equal split, and how OEF stands beside them."""
+"""Gavel's max-min, Gandiva_fair's trading and the equal split, and OEF's comparison with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.solver.shares.test_oef import one_job_each
 
 
 def test_a_trade_moves_fast_gpus_to_who_gains_most_at_the_mean_price() -> None:
-    # Half of each type to begin with. Ratios are 2 and 8, so the price of a fast GPU is 5 slow ones.
+    # Each tenant starts with half of each type. Ratios are 2 and 8, so the price of a fast GPU is 5 slow ones.
     problem = one_job_each({"slow": 10, "fast": 10}, (1.0, 2.0), (1.0, 8.0))
     assert trading(problem).amounts == pytest.approx(np.array([[10.0, 4.0], [0.0, 6.0]]))
 

@@ -1,4 +1,4 @@
-"""OEF's two rules: what they promise, on random problems, and what they do not."""
+"""OEF's two rules: their promises on random problems, and what they do not promise."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_of_equal_optima_the_one_on_adjacent_types_is_chosen() -> None:
     problem = one_job_each({"slow": 4, "middle": 4, "fast": 2}, (1.0, 2.0, 4.0), (1.0, 2.0, 4.0))
     found = properties_of(problem, cooperative(problem).amounts)
     assert found.contiguous.all()
-    assert found.spans.sum() <= 4  # somebody's value of 10 takes at least two types
+    assert found.spans.sum() <= 4  # a tenant's value of 10 takes at least two types
 
 
 def test_equal_shares_have_equal_value_per_part() -> None:

@@ -15,7 +15,7 @@ WORTH = 10.0
 
 
 def best_sum(gains: list[float], floors: list[float], efficiency: list[float]) -> float | None:
-    """The most ``gains u`` with ``u >= floors`` and effort ``sum u / e <= W``; None: the floors cost too much."""
+    """Return the largest ``gains u`` with ``u >= floors`` and ``sum u / e <= W``; None: the floors cost too much."""
     bounds = [(floor, None) for floor in floors]
     found = linprog([-g for g in gains], A_ub=[[1 / e for e in efficiency]], b_ub=[WORTH], bounds=bounds)
     return -float(found.fun) if found.status == 0 else None
@@ -35,7 +35,7 @@ def test_gains_above_floors_are_bounded_by_their_optimum(tenants: list[tuple[flo
     assert (bound is None) == (best is None) == (needed > WORTH)
     if bound is not None:
         assert bound.value == pytest.approx(best, rel=1e-6)
-        # Weak duality by hand: the rows' prices, and what every rate costs above its gain.
+        # Weak duality by hand: the rows' prices, and the excess of each rate's cost over its gain.
         owed = float((bound.multipliers - goal.gains) @ goal.floors)
         assert bound.value == pytest.approx(float(bound.row_prices @ LIMITS) - owed, rel=1e-9)
         assert np.all(bound.multipliers >= goal.gains * (1 - 1e-9))
@@ -66,7 +66,7 @@ def test_who_can_serve_nothing_cannot_keep_a_floor() -> None:
 
 @pytest.mark.parametrize("claims", [None, np.ones(2)], ids=["sum", "level"])
 def test_a_search_that_was_cut_off_at_once_proves_nothing(claims: np.ndarray | None) -> None:
-    """It knows no efficiency; the bound is no number that could be mistaken for one."""
+    """Without time no efficiency is known, and the bound is not a number that could be mistaken for a valid one."""
     goal = TenantsGoal(gains=np.ones(2), floors=np.zeros(2), claims=claims)
     bound = bound_of(goal, PRICES, np.full(2, np.inf), LIMITS)
     assert bound is not None

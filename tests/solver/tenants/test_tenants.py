@@ -46,7 +46,7 @@ OTHER_GOALS = (NO_LIMITS, Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=
 
 @st.composite
 def tenancies(draw: st.DrawFn, *, max_gpus: int = 4) -> Tenancy:
-    """Two tenants that can both be served on up to ``max_gpus`` GPUs in one zone."""
+    """Draw two tenants that can both be served on up to ``max_gpus`` GPUs in one zone."""
     family = draw(st.sampled_from((UNIFIED, SPLIT)))
     first = draw(problems(max_gpus=max_gpus, family=family, num_zones=1))
     second = replace(
@@ -74,14 +74,14 @@ def searched(tenancy: Tenancy) -> FleetSearch | None:
 
 
 class Split(NamedTuple):
-    """The rates of two tenants for one distribution of the nodes' GPUs."""
+    """Return the rates of two tenants for one distribution of the nodes' GPUs."""
 
     one: float
     other: float
 
 
 def every_split(tenancy: Tenancy) -> Iterator[Split]:
-    """Every way to hand out the GPUs of every node, each tenant's part placed as if it were the whole fleet."""
+    """Yield every distribution of the nodes' GPUs, with each tenant's part placed as if it were the whole fleet."""
     first, second = (tenant.problem for tenant in tenancy.tenants)
     cards = [
         (number, node, slot)
@@ -124,7 +124,7 @@ def _served(
 
 
 def assert_best_of(splits: list[Split], search: FleetSearch, answer: FleetShares) -> None:
-    """The answer is the best of all splits under its rule, and its bounds are not below."""
+    """Assert that the answer is the best of all splits under its rule, and its bounds are not below it."""
     alone = np.array([share.alone for share in answer.shares])
     weights = np.array([share.weight for share in answer.shares])
     worths = np.array([share.worth for share in answer.shares])
@@ -176,7 +176,7 @@ def test_column_generation_brackets_the_optimum_of_small_fleets(tenancy: Tenancy
             assert answer.level_bound is not None
             assert answer.level <= best.level * (1 + REL)
             assert best.level <= answer.level_bound * (1 + REL)
-        if rule is not TenantRule.MAX_MIN or answer.level >= best.level * (1 - REL):  # else the floors differ
+        if rule is not TenantRule.MAX_MIN or answer.level >= best.level * (1 - REL):  # otherwise the floors differ
             assert answer.value <= best.value * (1 + REL)
             assert best.value <= answer.bound * (1 + REL)
 
@@ -207,7 +207,7 @@ def test_any_prices_prove_a_bound(tenancy: Tenancy, drawn: list[float], share: f
 
 
 def most_per_worth(solver: EnumeratedTenant, alone: float, prices: np.ndarray) -> float:
-    """Normalised rate that a unit of worth buys: of whole replicas, or of a pair of halves."""
+    """Return the normalised rate per unit of worth: of whole replicas, or of a prefill and a decode half."""
     columns = solver.ceilings(alone)
     ratios = columns.rates / (columns.uses @ prices)
     by_side = [float(ratios[columns.sides == side].max(initial=0.0)) for side in range(4)]
@@ -306,7 +306,7 @@ def test_envy_is_the_placement_on_as_many_gpus_of_every_class(search: FleetSearc
 
 
 def test_halves_of_requests_serve_what_the_scarcer_half_allows() -> None:
-    unified, sent, received = 0, 1, 3  # the sides of one zone
+    unified, sent, received = 0, 1, 3  # sides of one zone
     columns = TenantColumns(
         rates=np.array([0.1, 0.2, 0.5]), uses=np.eye(3, dtype=np.int64), sides=np.array([unified, sent, received])
     )
@@ -336,7 +336,7 @@ def test_the_order_of_tenants_does_not_matter(search: FleetSearch) -> None:
         assert turned.share(rule).value == pytest.approx(search.share(rule).value, rel=REL)
 
 
-# --- the checker finds what is wrong
+# --- the checker detects errors
 
 
 def changed(answer: FleetShares, what: str) -> FleetShares:
