@@ -1,4 +1,4 @@
-"""One thread per process, the effort of hypothesis, and what the garbage collector need not look through.
+"""One thread per process, the effort of hypothesis, and the objects that the garbage collector need not traverse.
 
 The profile `ci` is quick and deterministic; HYPOTHESIS_PROFILE=thorough searches at random.
 """

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOTS = ("solver", "formats", "profiler", "simulator", "engines", "planner", "runtime", "proto")
-# Imports everything the base install promises with the extras made unimportable.
+# Imports everything that the base install promises, with the extras made unimportable.
 BASE_PROGRAM = """
 import hetis, sys
 assert hetis.__version__ and [name for name in sys.modules if name.startswith("hetis.")] == []
@@ -28,7 +28,7 @@ hetis.profiler.roofline.modelled_profile(hetis.formats.catalogue.find_gpu("L4").
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from this tree."""
+    """Build a wheel from this tree."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -67,8 +67,9 @@ EVERY_ROOT = (
 
 
 def run_with(roots: Sequence[Path], program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a program that finds our packages in these folders alone: without site (-S), no link of an editable install
-    is followed.
+    """Run a program that finds our packages only in these folders.
+
+    Without site (-S), no link of an editable install is followed.
     """
     libraries = [one for one in sys.path if Path(one).name == "site-packages"]
     begin = f"import sys\nsys.path[:0] = {[str(one) for one in (*roots, *libraries)]!r}\n"
@@ -79,7 +80,7 @@ def run_with(roots: Sequence[Path], program: str, folder: Path) -> subprocess.Co
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_roots_are_one_package_in_any_order(order: str, tmp_path: Path) -> None:
-    """The one with ``__init__`` says what ``hetis`` is and looks for the others, wherever it stands among them."""
+    """The root with ``__init__`` defines ``hetis`` and finds the others, wherever it is among them."""
     program = EVERY_ROOT + "\nassert hetis.__version__ and 'place' in dir(hetis)"
     done = run_with([ROOT / root for root in ORDERS[order]], program, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -96,7 +97,7 @@ def test_without_the_planner_the_other_roots_are_a_namespace(tmp_path: Path) -> 
 
 
 def test_packages_of_others_may_join(tmp_path: Path) -> None:
-    """A folder further down the path that adds a package to ``hetis`` is found, as with any namespace."""
+    """A folder later on the path that adds a package to ``hetis`` is found, as with any namespace."""
     (tmp_path / "hetis" / "added").mkdir(parents=True)
     (tmp_path / "hetis" / "added" / "__init__.py").write_text("HERE = True\n")
     roots = [*(ROOT / root for root in ROOTS), tmp_path]

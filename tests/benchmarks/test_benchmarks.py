@@ -1,4 +1,4 @@
-"""The quick form of every benchmark runs and its rows hold what they promise. No time is asserted here."""
+"""The quick form of every benchmark runs, and its rows keep their promises. No time is asserted here."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ LONG = ("placement", "published", "ablations", "simulation", "staging")
 SLOW = ("paper", "robustness", "strategies", "hexgen3", "left_out", "goodput")
 
 
-LIMIT_S = 300  # far above what any of them needs; it only ends one that hangs
+LIMIT_S = 300  # far above any benchmark's time; ends only one that hangs
 
 
 def run(*arguments: str) -> str:
@@ -136,7 +136,7 @@ def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
             line = running.stdout.readline()
         finally:
             deadline.cancel()
-            deadline.join()  # it kills nothing once the process has been waited for
+            deadline.join()  # kills nothing once the process has been waited for
             os.killpg(running.pid, signal.SIGKILL)
         if not line.endswith("\n"):
             complaints.seek(0)
@@ -163,7 +163,7 @@ def rows_of(lines: Sequence[str]) -> list[dict[str, Any]]:
 def test_quick_rows_have_the_promised_keys(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, which has loaded the kernels already."""
+    """Run in this process, which has already loaded the kernels."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--json"])
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
@@ -378,7 +378,7 @@ def test_a_full_pipeline_of_equal_iterations_reaches_the_formula() -> None:
     rate, share = pipeline.simulate_pipeline(even, 500, lambda _: False)
     assert share == 0.0
     assert rate == pytest.approx(even.even_rate(0.0), rel=1e-2)
-    assert rate == pytest.approx(1.0, rel=1e-2)  # both stages finish one a second
+    assert rate == pytest.approx(1.0, rel=1e-2)  # both stages finish one iteration per second
 
 
 def test_a_single_micro_batch_waits_for_nobody() -> None:

@@ -37,7 +37,7 @@ def stage(seconds: list[float], *, call_s: float = 0.0, transfer_s: float = 0.0)
 
 
 def test_a_rule_places_the_heads_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator, "Dispatcher", allocator.Dispatcher)  # afterwards it is as before
+    monkeypatch.setattr(allocator, "Dispatcher", allocator.Dispatcher)  # is restored at the end of the test
     heads = allocator.HeadAllocator(stage([1e-6, 1e-3]), free_here=lambda: 1000)
     heads.set_blocks(1, 1000)
     placed = {}

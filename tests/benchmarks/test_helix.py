@@ -1,4 +1,4 @@
-"""What the comparison with Helix converts: its files, placements and flows. Its simulator is not among our packages."""
+"""Conversions for the comparison with Helix: files, placements and flows. Its simulator is not installed here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which calls the host left undisturbed, without which calm percentiles of a shared machine mean nothing."""
+"""Calls that the host left undisturbed, without which percentiles on a shared machine mean nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_was_taken_between_two_samples_is_felt_for_two_seconds() -> None:
     """The host keeps a whole processor from 104.0 to 104.5, and nothing else."""
     samples = [(100 + 0.5 * n, 7.0 if n < 9 else 7.5) for n in range(21)]
     calls = {
-        (103.0, 0.9): True,  # over before it
+        (103.0, 0.9): True,  # over before the theft
         (103.0, 1.1): False,  # reaches into it
         (104.2, 0.1): False,  # in the middle of it
         (103.0, 5.0): False,  # around it

@@ -38,7 +38,7 @@ def test_the_queue_fills_kv_room_and_makes_a_token_per_round_trip() -> None:
     problem = one_node(100)
     served = ChainQueue(problem, solve_layers(problem)).run(warm_up_s=10, measured_s=30)
     assert served.in_flight == pytest.approx(100, rel=0.1)
-    # A token is made when its batch ends, and then requests the next one: between one and two batches of 10 ms.
+    # A token is generated when its batch ends, and then requests the next one: between one and two batches of 10 ms.
     assert 0.0099 < served.round_trip_s < 0.0201
     assert served.rate_rps == pytest.approx(served.in_flight / (50 * served.round_trip_s), rel=0.05)
 

@@ -89,7 +89,7 @@ def test_a_workload_has_the_lengths_of_the_data_set_and_of_the_answers() -> None
     assert len(tenths.bins) == 10
     assert moments.mean_prompt == pytest.approx(804, abs=1)
     assert moments.mean_output == pytest.approx(3700)
-    # Long answers are in flight for long: their mean context is not that of a mean answer.
+    # Long answers are in flight for longer: their mean context differs from that of a mean answer.
     assert moments.resident_context > 2 * (804 + 3700 / 2) * 0.9
 
 
@@ -113,7 +113,7 @@ def planned(*submissions: Submission) -> mlperf.Outcome:
 
 
 def test_a_node_is_planned_as_submitters_ran_it() -> None:
-    """One GPU with 1,024 seats, and none of its replicas only prefills."""
+    """One GPU with 1,024 seats, and no separate prefill replicas."""
     problem = mlperf.problem_of(pose(row(**RED_HAT)).system, 128.0)
     assert (problem.model.weight_bytes, problem.model.kv_bytes, problem.cluster.num_gpus()) == (1.0, 1.0, 1)
     outcome = planned(pose(row(**RED_HAT)))
@@ -177,7 +177,7 @@ def test_a_table_that_is_missing_broken_or_another_says_so(
     missing = tmp_path / "none.csv"
     with pytest.raises(SystemExit, match="no such file; --points says where"):
         read_rows(missing, COLUMNS)
-    run(monkeypatch, "--quick", "--points", str(missing))  # the quick form runs everywhere
+    run(monkeypatch, "--quick", "--points", str(missing))  # --quick runs everywhere
     assert "no such file" in capsys.readouterr().err
     other = tmp_path / "other.csv"
     other.write_text("ID,Submitter\n1,Someone\n", encoding="utf-8")

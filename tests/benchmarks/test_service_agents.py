@@ -30,7 +30,7 @@ class Stream:
         self._messages, self._context = messages, context
 
     async def hear(self, kind: str) -> pb.ConnectNodeRequest:
-        """Return the next message of a kind, skipping what comes before it."""
+        """Return the next message of a kind, skipping those before it."""
         async for message in self._messages:
             if message.WhichOneof("message") == kind:
                 return message
@@ -133,7 +133,7 @@ def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> N
         async with agent_of(wait) as (agent, planner):
             left.set()
             while agent.is_connected:
-                await agent.report()  # also if the stream has ended and the agent has not noticed
+                await agent.report()  # even if the stream has ended and the agent has not noticed
                 await asyncio.sleep(0)
             before = agent.num_sent
             await agent.report()

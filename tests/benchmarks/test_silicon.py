@@ -76,7 +76,7 @@ def test_a_row_is_posed_as_it_says() -> None:
 
 
 def test_copies_that_share_experts_are_counted_by_the_name_of_the_run() -> None:
-    """Dumps multiply their sizes: a run of four GPUs, each a copy, is one of tensor parallelism 4 times 4 elsewhere."""
+    """Some dumps multiply sizes: a run on four GPUs, each a copy, appears elsewhere with 4 times 4 ranks."""
     named = {"id": "made_up_agg_8192x1024_c64_tp4_ep4_1322", "attention_dp_size": "4", "moe_ep_size": "16"}
     point = pose(row(model_path="Qwen/Qwen3-235B-A22B-FP8", tp_size="4", **named))
     assert (point.tp, point.copies, point.requests, point.has_whole_experts) == (1, 4, 16, True)
@@ -119,7 +119,7 @@ def test_of_two_runs_that_rows_do_not_tell_apart_the_faster_one_drafted() -> Non
     assert [one.settings.draft_tokens if isinstance(one, ServingPoint) else one[1] for one in found] == [
         2, 0, "two scripts ran what the row names, one of them with drafts",
     ]  # fmt: skip
-    alone = posed([row(**fields, batch_size="128")])[0]  # only the script with drafts ran so many
+    alone = posed([row(**fields, batch_size="128")])[0]  # only the script with drafts ran as many
     assert isinstance(alone, ServingPoint)
     assert (alone.settings.draft_tokens, alone.settings.chunk_tokens) == (2, 16384)
 
@@ -130,7 +130,7 @@ def test_a_point_that_does_not_fit_in_memory_is_skipped() -> None:
 
 
 def test_what_held_requests_back_unrecorded_is_skipped() -> None:
-    """Four requests are in flight, but the times say that one decodes: 64 tokens at 6.5 ms are 0.4 s, TTFT is 2 s."""
+    """Four requests are in flight, but the times show that one decodes: 64 tokens at 6.5 ms are 0.4 s, TTFT is 2 s."""
     point = pose(row(silicon_ttft_ms="2000"))
     assert point.decoding == pytest.approx(4 * 0.416 / 2.416)
     with pytest.raises(NotPosedError, match="the engine's own limit is not recorded"):
@@ -194,7 +194,7 @@ def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
 
 
 def test_a_request_is_too_late_for_the_iteration_that_is_scheduled_ahead() -> None:
-    """The same requests. What ends with an iteration is followed while the next one runs, and joins the one after."""
+    """The same requests. The successor of an ended one arrives during the next iteration, and joins the one after."""
 
     def times(**how: Any) -> tuple[float, float]:
         load = Load(in_flight=2, total=3, prompt_tokens=4, output_tokens=4)
@@ -219,11 +219,11 @@ def test_prompts_are_split_or_wait_for_an_iteration_with_room() -> None:
     # Four tokens have room for one prompt, then for three tokens of the second, for its last and two of the third, and,
     # beside two that decode, for the rest: first tokens after 3, 9 and 12 s.
     assert ttft_s(chunk_tokens=4) == pytest.approx((3 + 9 + 12) / 3)
-    # Ten have room for two, and for half of the third or none of it, which is complete after 6 s in either case.
+    # Ten have room for two, and for half of the third or none of it; either way it is complete after 6 s.
     assert ttft_s(chunk_tokens=10) == ttft_s(chunk_tokens=10, keeps_whole=True) == pytest.approx((3 + 3 + 6) / 3)
     # Six have room for one and a half: 3, 6, 9 s.
     assert ttft_s(chunk_tokens=6) == ttft_s(chunk_tokens=6, keeps_whole=True) == pytest.approx((3 + 6 + 9) / 3)
-    # Drafts take room, too: of four tokens, one is left beside a request with two drafts, and one at the least.
+    # Drafts take up room, too: of four tokens, one is left beside a request with two drafts, and one at the least.
     assert ttft_s(chunk_tokens=4, draft_tokens=2) == pytest.approx((3 + 15 + 27) / 3)
 
 
@@ -332,10 +332,10 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     assert settings(**mtp, copies=8, precision="fp4").seats == 8
     experts = settings(engine="trtllm", model="gpt-oss-120b", copies=2)
     assert (experts.balance_iterations, experts.gather_iterations) == (50, 10)
-    # Since this day, an iteration has room for several short prompts.
+    # From this day on, an iteration has room for several short prompts.
     days = ("2025-11-02", "2026-01-21")
     assert [settings(engine="trtllm", date=day).chunk_tokens for day in days] == [1152, 8192]
-    # The image of scripts without drafts ran those with them, too, from the day on that they were merged.
+    # The image of scripts without drafts also ran those with drafts, from the day on which they were merged.
     shared = {"engine": "trtllm", "image": "1.1.0rc2.post2"}
     assert [settings(**shared, date=day).draft_tokens for day in ("2025-12-15", "2026-01-14")] == [0, 3]
     vllm = {"engine": "vllm", "model": "MiniMax-M2.5"}
@@ -345,7 +345,7 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     assert settings(**vllm, gpu="H100-SXM-80GB") == Settings(graph_tokens=512)
     assert settings(engine="vllm", model="gpt-oss-120b").graph_tokens == 2048
     assert settings(engine="vllm", model="Llama-3.1-70B").graph_tokens == 0
-    # Requests are scheduled ahead, but for drafts in SGLang's first version of them, and for an old vLLM.
+    # Requests are scheduled ahead, except with drafts in SGLang's first version of them, and in an old vLLM.
     assert settings().schedules_ahead
     assert not settings(model="Qwen3.5-397B-A17B", tp=4).schedules_ahead
     assert not settings_elsewhere("vllm", "").schedules_ahead
@@ -354,7 +354,7 @@ def test_settings_are_those_of_the_published_scripts() -> None:
 
 
 def test_ranks_that_rows_of_2025_leave_out_are_those_of_the_configuration() -> None:
-    """16 requests on 4 GPUs have slices of all experts, 64 have whole ones, and 256 attention of their own."""
+    """16 requests on 4 GPUs have slices of all experts, 64 have whole ones, and 256 have data-parallel attention."""
     run = Run(
         engine="trtllm", image="", date="2025-11-02", model="DeepSeek-R1", gpu="B200-SXM-180GB", precision="fp4", tp=4,
         experts=1, copies=1, requests=16, prompt_tokens=1024, output_tokens=1024,
@@ -372,7 +372,7 @@ def test_ranks_that_rows_of_2025_leave_out_are_those_of_the_configuration() -> N
 
 
 def test_ranks_of_vllm_are_those_that_its_scripts_start() -> None:
-    """Only one configuration of MiniMax-M2.5 has attention data parallelism, whatever rows say of it."""
+    """Only one configuration of MiniMax-M2.5 has attention data parallelism, whatever rows state."""
     run = Run(
         engine="vllm", image="v0.19.0-cu130", date="2026-04-22", model="MiniMax-M2.5", gpu="B200-SXM-180GB",
         precision="fp4", tp=2, experts=4, copies=2, requests=128, prompt_tokens=1024, output_tokens=1024,
@@ -382,10 +382,10 @@ def test_ranks_of_vllm_are_those_that_its_scripts_start() -> None:
     for other in ({"precision": "fp8"}, {"date": "2026-04-08"}, {"prompt_tokens": 8192}):
         assert with_ranks(replace(run, **other)) == replace(one, **other)
     assert with_ranks(replace(run, requests=64)).copies == with_ranks(replace(run, tp=4, copies=4)).copies == 1
-    # The first script for B200 shared out whole experts in any case.
+    # The first script for B200 distributed whole experts in any case.
     first = replace(run, image="v0.17.0-cu130", precision="fp8", experts=1, copies=1)
     assert with_ranks(first) == replace(first, experts=2)
-    # aiconfigurator is told the ranks, too.
+    # aiconfigurator gets the ranks, too.
     named = {"id": "made_up_c64_tp4_ep4_1322", "silicon_data_source": "source_file=2026-04-06.csv", "tp_size": "4"}
     stated = {"attention_dp_size": "4", "moe_ep_size": "16", "batch_size": "16", "precision": "fp8"}
     point = pose(row(model_path="MiniMaxAI/MiniMax-M2.5", **named, **stated))
@@ -396,7 +396,7 @@ def test_ranks_of_vllm_are_those_that_its_scripts_start() -> None:
 
 
 def test_iterations_with_more_tokens_than_graphs_are_started_by_the_host() -> None:
-    """vLLM has graphs of up to 512 tokens, prompts among them; decoding requests alone have some in any case."""
+    """vLLM has graphs of up to 512 tokens, prompts among them; decoding requests alone always have them."""
     point = pose(row())
     timing: Any = SimpleNamespace(seconds=lambda *_: 1e-3)
     seconds = silicon.iteration_time(point, timing)
@@ -405,14 +405,14 @@ def test_iterations_with_more_tokens_than_graphs_are_started_by_the_host() -> No
 
 
 def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
-    """A request of 64 tokens decodes at the speed at which Python starts the kernels of 32 layers."""
+    """A request of 64 tokens decodes at the speed at which Python launches the kernels of 32 layers."""
     fields = {"silicon_data_source": "image=nvcr.io/nvidia/ai-dynamo/tensorrtllm-runtime:0.9.0", "batch_size": "1"}
     point = pose(row(**fields, backend="trtllm"))
     assert silicon.predict(point).tpot_s == pytest.approx(32 * eager_layer_s("trtllm", point.model))
 
 
 def test_piecewise_graphs_leave_attention_to_the_host() -> None:
-    """Latent attention of decoding requests takes calls of its own beside that of prompts."""
+    """Latent attention of decoding requests takes separate calls beside that of prompts."""
     model, call_s = pose(row(**mtp_row())).model, 25e-6
     assert eager_layer_s("trtllm", model) == pytest.approx(56 * call_s)
     assert eager_layer_s("trtllm", model, mixes=True) == pytest.approx(64 * call_s)
@@ -422,7 +422,7 @@ def test_piecewise_graphs_leave_attention_to_the_host() -> None:
 
 
 def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_outside() -> None:
-    """Dense points measured 20 ms more than predicted where nothing is read, those with experts 50 where much is."""
+    """Dense points measured 20 ms more than predicted without reading time, those with experts 50 ms with much."""
     dense, moe = row(batch_size="1"), row(batch_size="1", model_path="Qwen/Qwen3-30B-A3B")
     last = len(silicon.READINGS_S) - 1
     found = [

@@ -1,4 +1,4 @@
-"""A table in the documents either measures the present code, or says that it does not."""
+"""A table in the documents either measures the present code, or is marked as stale."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_definition_that_is_gone_or_twice_there_makes_a_table_stale() -> None:
 
 
 def test_a_moved_definition_does_not_make_a_table_stale() -> None:
-    """Moves ``first`` and its constant to a module of their own, with the imports that they need."""
+    """Move ``first`` and its constant to a separate module, with the imports that they need."""
     start, end = MODULE.index("LIMIT = 3"), MODULE.index("class Both")
     rest = MODULE[:start].replace("from math import floor as down\n", "from other import LIMIT, first\n") + MODULE[end:]
     imports = "from functools import cache\nfrom math import floor as down\n"

@@ -1,4 +1,4 @@
-"""Predictions against static batches: how rows are posed, what a batch takes, and statistics."""
+"""Predictions against static batches: how rows are posed, the time of a batch, and statistics."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_table_that_is_missing_or_another_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["static_batches", "--quick", "--points", str(tmp_path / "none.csv")])
-    static_batches.main()  # the quick form runs everywhere
+    static_batches.main()  # --quick runs everywhere
     assert "no such file" in capsys.readouterr().err
     other = tmp_path / "other.csv"
     other.write_text("Hardware,Model\nA,B\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The sentences of the pages that quote tables of ``docs/data``, and how the tables give what they say.
+"""The sentences of the pages that quote tables of ``docs/data``, and how the tables yield their figures.
 
-A sentence that quotes a table belongs here, whichever page it is on. Who measures a table again runs the test, which
-names the line, what it says and what the table says.
+A sentence that quotes a table belongs here, whichever page it is on. After a table is measured again, the test names
+each outdated line, its figure and the table's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Figure:
     values: Callable[[Table], Sequence[float]]
 
     def wrong(self) -> Iterator[str]:
-        """Yield what the page says and the table does not, each with its line."""
+        """Yield the page's figures that disagree with the table, each with its line."""
         text = (ROOT / "docs" / self.page).read_text(encoding="utf-8")
         found = list(re.finditer(self.pattern.replace(" ", r"\s+"), text))
         if not found:
@@ -83,7 +83,7 @@ class Figure:
 
 
 def untied(page: str) -> Iterator[str]:
-    """Yield the figures in sentences of a page that no table is held against: percentages and decimals."""
+    """Yield the figures in sentences of a page that are compared with no table: percentages and decimals."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     tied = {
         place
@@ -107,14 +107,14 @@ def number(text: str) -> float:
 
 
 def agrees(written: str, value: float) -> bool:
-    """Return whether a value rounds to the number that is written."""
+    """Return whether a value rounds to the written number."""
     decimals = len(written.partition(".")[2])
     is_rounded = "," in written and value > 1000 and written.endswith("00")
     return abs(number(written) - value) <= (100 if is_rounded else 0.5001 * 10**-decimals)
 
 
 def span(values: Sequence[float], scale: float = 1.0) -> list[float]:
-    """Return least and greatest."""
+    """Return the least and the greatest."""
     return [scale * min(values), scale * max(values)]
 
 
@@ -134,7 +134,7 @@ def wins(fleet: str, best: str, over: str) -> Callable[[Table], Sequence[float]]
 
 
 def lost(row: str, half_width: bool = False) -> Callable[[Table], Sequence[float]]:
-    """Return by how much percent an ablation changes the rate, and with the half width of its interval if asked for."""
+    """Return by how much percent an ablation changes the rate, and optionally the half width of its interval."""
     return lambda t: [
         100 * (t[row, "over full"] - 1),
         *([100 * t[row, "over full half width"]] if half_width else []),
@@ -232,7 +232,7 @@ def operators(t: Table) -> list[Mapping[str, str]]:
 
 
 def covered_elsewhere(t: Table) -> Sequence[float]:
-    """Return what is covered, in percent, without the trials whose range is the largest error of all."""
+    """Return the covered share, in percent, without the trials whose range is the largest error of all."""
     widest = max(number(row["range"]) for row in operators(t))
     return [100 * fmean(number(row["covered"]) for row in operators(t) if number(row["range"]) < widest)]
 
@@ -244,14 +244,14 @@ def calm(t: Table) -> Sequence[float]:
     return [*span([one for one in found if one <= 40]), *span(slow), len(slow)]
 
 
-# Goals and settings of benchmarks, and what papers and the vendors of GPUs say.
+# Goals and settings of benchmarks, and statements of papers and GPU vendors.
 STATED = {"0.1%", "0.5", "0.5%", "2.25", "1.33", "0.1", "10%", "20%", "90%", "95%", "1.5", "1.645"}
 GUARDED = ("benchmarks.md", "when-attention-workers-help.md", "tenants.md", "dispatch.md")
 _NO_SENTENCE = re.compile(
     r"```.*?```|<!-- .*? -->|`[^`]*`|\]\([^)]*\)|^(?:#|\||\d{4}-\d\d-\d\d:).*?$", re.DOTALL | re.MULTILINE
 )
 
-ANY = "^(?!by |.*MILP)"  # rows of searches of a size and an objective
+ANY = "^(?!by |.*MILP)"  # rows of searches for a size and an objective
 PLANS = "^(?!all)"
 OTHERS = "(?<!, hetis)$"
 SLOWED = "the second turns into 1/4 halfway"
@@ -265,7 +265,7 @@ N = r"([-+]?[\d.,]*\d)"  # a number
 
 
 def served_by_most_flow(t: Table) -> list[float]:
-    """Return what placements of most flow serve in the queue, over what the plan does, by fleet."""
+    """Return, by fleet, the rate that placements of maximum flow serve in the queue over the plan's."""
     flow, plan = t.column("queued", "most flow$"), t.column("queued", "plan$")
     return [one / best for one, best in zip(flow, plan, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A folder in which lines of pages run as for a reader: in bash, with our programs on the path."""
+"""A folder in which command lines of pages run as for a reader: in bash, with our programs on the path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAINS = {
     "hetis-worker": "hetis.runtime.worker.main",
     "hetis-profile": "hetis.profiler.cli.main",
 }
-LIMIT_S = 300.0  # for a first line or an end, on a machine that does much else
+LIMIT_S = 300.0  # limit for a first line or an end, on a busy machine
 
 
 class Session:
@@ -63,7 +63,7 @@ class Session:
     def running(self, line: str, until: str, *, end: signal.Signals = signal.SIGTERM, code: int = 0) -> Iterator[str]:
         """Run a line that does not end by itself, from when it prints the pattern ``until`` to a signal that ends it.
 
-        Yields what it has printed so far.
+        Yields the output so far.
         """
         process = subprocess.Popen(
             with_ctrl_c(["bash", "-c", f"exec {self.written(line)}"]),
@@ -84,7 +84,7 @@ class Session:
                 printed += read
             watchdog.cancel()
             said, output = list[str](), process.stdout
-            rest = threading.Thread(target=lambda: said.append(output.read()))  # a full pipe would stop it
+            rest = threading.Thread(target=lambda: said.append(output.read()))  # a full pipe would block the command
             rest.start()
             yield printed
             process.send_signal(end)

@@ -1,6 +1,6 @@
 """Every command on every page exists: the real parsers read its options, verbs and values.
 
-`test_commands_run.py` runs the commands, or says why not.
+`test_commands_run.py` runs the commands, or states why not.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_our_programs_take_what_pages_tell_people_to_type(page: str) -> None:
 
 
 def test_commands_stand_in_blocks_of_bash() -> None:
-    """Elsewhere they would not be checked. A usage line with its brackets is not a command."""
+    """Elsewhere commands would not be checked. A usage line with its brackets is not a command."""
     for page in PAGES:
         for kind, text in fences(page.read_text(encoding="utf-8")):
             if kind != "bash":
@@ -108,7 +108,7 @@ def test_commands_stand_in_blocks_of_bash() -> None:
 
 
 def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
-    """They run on a small plan, the samples of `init`, and the examples."""
+    """The commands run on a small plan, the samples of `init`, and the examples."""
     folder = tmp_path
     (folder / "examples").symlink_to(ROOT / "examples")
     assert hetis_plan_here("init", cwd=folder).returncode == 0
@@ -141,7 +141,7 @@ def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
             if _has_files(words, folder):
                 if words[1] == "init":
                     words = [*words, "--force"]
-                if "--claims" in words:  # each costs as much as the rest of the command; the soak test makes all
+                if "--claims" in words:  # each costs as much as the rest of the command; the soak test runs all
                     words[words.index("--claims") + 1] = "5"
                 result = hetis_plan_here(*words[1:], cwd=folder)
                 assert result.returncode == 0, f"{line}\n{result.stderr}"
@@ -152,7 +152,7 @@ def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
 def _has_files(words: list[str], folder: Path) -> bool:
     """Return whether every file that a line reads exists, and the nodes that it names are the plan's."""
     read = [word for before, word in pairwise(words) if before not in ("--out", "--html")]
-    fleet = (folder / "examples" / "paper.yaml").read_text(encoding="utf-8")  # the plan's
+    fleet = (folder / "examples" / "paper.yaml").read_text(encoding="utf-8")  # the plan's fleet
     nodes = [re.sub(r"(-\d+)?=.*", "", word) for before, word in pairwise(words) if before == "--node-address"]
     return all((folder / word).exists() for word in read if re.search(r"\.(ya?ml|json)$", word)) and all(
         f"name: {node}," in fleet for node in nodes

@@ -48,7 +48,7 @@ RUN_ELSEWHERE = {
     r"hetis-profile calibrate ": "tests/profiler/cli/test_calibrate.py",
     r"hetis-plan upstreams ": "tests/planner/cli_server/test_upstreams.py",
 }
-# The tests below run these on a planner, or with the authority and the nodes that the page makes.
+# The tests below run these on a planner, or with the authority and the nodes that the page creates.
 WITH_A_PLANNER = (
     r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback|audit)\b"
 )
@@ -56,7 +56,7 @@ WITH_A_PLANNER = (
 OFFLINE = r"hetis-plan |sed "
 PROFILES = r"--profile profile\.json"  # of a GPU measured just before, like `hetis-profile` above
 
-# Files of a page besides those of `init`, the examples and `plan.json`, a plan of the paper's cluster.
+# Files of a page in addition to those of `init`, the examples and `plan.json`, a plan of the paper's cluster.
 PAPER = "hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --ttft 10s --tpot 200ms --no-verify"
 FILES = {
     "replanning.md": [
@@ -115,7 +115,7 @@ def test_every_command_is_run_or_is_in_a_table_with_the_reason() -> None:
 
 
 def prepared(folder: Path, page: str) -> Session:
-    """Return the folder of a reader of that page, with the files that it takes for granted."""
+    """Return the folder of a reader of that page, with the files that it assumes."""
     session = Session(folder)
     (folder / "profile_export.jsonl").write_text(AIPERF)
     for line in FILES.get(page, ()):
@@ -156,7 +156,7 @@ def test_offline_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     if not any("hetis-plan init" in line.line for line in lines):
         session.run("hetis-plan init")
     if page == "tutorial.md":
-        session.replaced["--cluster cluster.yaml"] = "--cluster fleet.yaml"  # which the reader has edited by then
+        session.replaced["--cluster cluster.yaml"] = "--cluster fleet.yaml"  # the reader has edited it by then
     elif any(" plan.json" in line.line for line in lines):
         session.run(f"{PAPER} --out plan.json")
     for line in lines:
@@ -170,9 +170,9 @@ def soaked(line: CommandLine) -> object:
 
 @pytest.mark.parametrize("line", [soaked(line) for line in outputs()], ids=str)
 def test_figures_in_shown_outputs_are_what_the_command_says(line: CommandLine, tmp_path: Path) -> None:
-    """A page may cut and fold an output: its numbers are among those of the command, in the same order."""
+    """A page may shorten and wrap an output: its numbers are among those of the command, in the same order."""
     codes = codes_of(line)
-    told = "" if ExitCode.OK in codes else " 2>&1"  # why there is nothing on stdout
+    told = "" if ExitCode.OK in codes else " 2>&1"  # the reason why stdout is empty
     printed = Session(tmp_path).run(line.line + told, codes=codes)
     for shown in outputs()[line]:
         said = iter(NUMBERS.findall(printed))

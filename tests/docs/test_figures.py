@@ -1,4 +1,4 @@
-"""Pages agree with the tables: excerpts and figures in sentences are what the tables hold."""
+"""Pages agree with the tables: excerpts and figures in sentences match the tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_figure_that_is_wrong_is_named_with_its_line() -> None:
 
 @pytest.mark.parametrize("page", GUARDED)
 def test_every_figure_in_a_sentence_is_tied_to_its_table(page: str) -> None:
-    """A percentage or a decimal of no table is a goal or a setting, which STATED lists."""
+    """A percentage or a decimal from no table is a goal or a setting, which STATED lists."""
     assert not list(untied(page))
 
 
@@ -42,11 +42,11 @@ def test_every_table_is_led_to_and_every_excerpt_has_one() -> None:
     linked = set(re.findall(r"\(data/([\w-]+\.csv)\)", text))
     asked = {tables.path_of(one.table).name for page in PAGES for one in tables.excerpts(page.read_text("utf-8"))}
     assert linked | asked <= known
-    assert known <= linked | asked | {"profiles-past-increments.csv"}  # that one is used in a sentence of profiles.md
+    assert known <= linked | asked | {"profiles-past-increments.csv"}  # the latter is used in a sentence of profiles.md
 
 
 def test_readme_shows_what_the_tables_of_the_plan_say() -> None:
-    """README names the same plan with the same figures everywhere."""
+    """The README states the same figures of the same plan everywhere."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (
         len(

@@ -1,4 +1,4 @@
-"""In the demo a planner moves a chat's heads, a worker dies and comes back, and the text stays exact."""
+"""In the demo a planner moves a chat's heads, a worker dies and recovers, and the text stays exact."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_the_demos_texts_are_those_of_transformers_though_a_planner_moves_heads_
     assert len(seen.get("same", ())) >= 2, done.stderr
     assert all(seen["same"])
     if not seen["redispatches"] and seen["decisions"] == len(seen["same"]):
-        # The planner looks, and staying is the optimum: attention of the primary is measured to be too fast.
+        # The planner searches, and staying is the optimum: the primary's attention is measured to be too fast.
         pytest.skip("NOT SHOWN: on a CPU as fast as this one, no move of heads pays for itself")
     assert done.returncode == 0, done.stderr
     assert seen["is_back"]
     assert seen["redispatches"] >= 1
-    # The same by vLLM's own /metrics.
+    # The same according to vLLM's own /metrics.
     assert seen["committed"] >= seen["redispatches"]
     assert seen["moved_groups"] >= seen["committed"]
     assert seen["recomputes"] >= 1

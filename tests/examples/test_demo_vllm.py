@@ -52,7 +52,7 @@ def test_no_request_fails_while_an_engine_dies_and_another_plan_is_rolled_out() 
 
 
 def fake_engine(folder: Path) -> dict[str, Any]:
-    """Return the settings of a stand-in for vLLM; `lives` of the folder tells its history."""
+    """Return the settings of a stand-in for vLLM, whose history `lives` reads from the folder."""
     folder.mkdir()
     control(folder)
     program = [sys.executable, str(FAKE), "serve"]
@@ -67,7 +67,7 @@ def fake_engine(folder: Path) -> dict[str, Any]:
 def test_a_plan_in_force_is_engines_that_run_and_the_next_one_replaces_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo's planner, agents and plans are used; a router's list shows what serves."""
+    """The demo's planner, agents and plans are used; a router's list shows the serving replicas."""
 
     def hetis_plan(*words: str) -> str:
         assert run([*words, "--server", address]) == ExitCode.OK, capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_a_plan_in_force_is_engines_that_run_and_the_next_one_replaces_what_diff
             assert states() == ["SERVING", "SERVING"]
             assert servers() == [760, 240] or servers() == [240, 760], "in the order of their ports"
 
-            control(tmp_path / "big-engine", loading=True)  # for when it is restarted
+            control(tmp_path / "big-engine", loading=True)  # applies when it is restarted
             processes.kill_engine("big")
             processes.wait_until(lambda: states() == ["FAILED", "SERVING"], "the planner knows")
             assert servers() == [1000]

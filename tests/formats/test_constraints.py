@@ -1,4 +1,4 @@
-"""Constraints survive a round trip, and are refused with everything that is wrong."""
+"""Constraints survive a round trip, and are refused with a list of all errors."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_only_node_of_a_counted_group_has_two_names() -> None:
         RestrictRole(gpus=node, duty=Duty.WORKER, only=True),
     )
     assert constraints_from_texts(map(str, constraints), cluster) == constraints
-    with pytest.raises(DocumentError, match="has no node a"):  # which of the two is meant?
+    with pytest.raises(DocumentError, match="has no node a"):  # the name is ambiguous
         read_constraints(["node=a"], [], CLUSTER)
 
 

@@ -22,7 +22,7 @@ def text(value: str) -> bytes:
 
 
 def value_bytes(value: Value) -> bytes:
-    """Return type and value as gguf-py's writer encodes them."""
+    """Return type and value as encoded by gguf-py's writer."""
     match value:
         case bool():
             return struct.pack("<I?", 7, value)

@@ -55,11 +55,11 @@ def test_every_supported_architecture_but_renamed_ones_has_a_fixture() -> None:
 
 
 def test_a_language_model_inside_of_another_is_read_where_it_stands(tmp_path: Path) -> None:
-    """Kimi K2.5 is Kimi K2 with experts of 4 bits; problems have the path of the text's fields."""
+    """Kimi K2.5 is Kimi K2 with experts of 4 bits; problems name the path of the text model's fields."""
     kimi, before = load_model(FOLDER / "moonshotai__Kimi-K2.5.json"), catalogue.find_model("Kimi-K2-Instruct").model
     assert (kimi.weights, kimi.kv_bytes) == ("int4", 2.0)
     assert (kimi.moe, kimi.mla, kimi.num_layers) == (before.moe, before.mla, before.num_layers)
-    # Routed experts in 4 bits, all else in 16: 594 GB in a checkpoint of groups of 32; ours are of 64.
+    # Routed experts in 4 bits, all else in 16: 594 GB in a checkpoint with groups of 32; ours has groups of 64.
     layers = (kimi.num_layers - kimi.prefix_layers) * kimi.layer_params() * kimi.weight_bytes
     assert layers / 1e9 == pytest.approx(1015 * 0.53125 + 9.4 * 2, rel=0.01)
     data = json.loads((FOLDER / "moonshotai__Kimi-K2.5.json").read_text())
@@ -107,12 +107,12 @@ def test_a_checkpoint_in_32_bits_counts_as_16_which_engines_load(tmp_path: Path,
 
 
 def compressed(**weights: object) -> dict[str, object]:
-    """Return a quantisation of the library compressed-tensors."""
+    """Return a quantisation config of the library compressed-tensors."""
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
 
 def quark(*scales: object, **weight: object) -> dict[str, object]:
-    """As AMD's Quark writes it, KV in FP8 among it, which vLLM does not turn on by itself."""
+    """Return a config as written by AMD's Quark, with KV in FP8, which vLLM does not enable by itself."""
     every = {"weight": list(scales) or weight, "input_tensors": {"dtype": "fp8_e4m3"}, "output_tensors": None}
     return {
         "quant_method": "quark",
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_quark_leaves_out_what_it_excludes_and_has_one_format(tm
 
 
 def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tmp_path: Path) -> None:
-    """Llama-2-70B with attention in 8 bits and the MLP in 4, but for what is not listed: one matrix in 16."""
+    """Llama-2-70B with attention in 8 bits and the MLP in 4, except an unlisted matrix in 16."""
     formats = {"self_attn.q": "FP8", "self_attn.k": "FP8", "self_attn.v": "FP8", "self_attn.o": "FP8"}
     formats |= {"mlp.gate": "W4A16_NVFP4", "mlp.up": "W4A16_NVFP4", "mlp.down": "NVFP4"}
     modules = {
@@ -263,7 +263,7 @@ def load_grouped(folder: Path, published: str, groups: list[dict[str, object]], 
 
 LLAMA, DEEPSEEK = "meta-llama__Llama-2-70b-hf", "deepseek-ai__DeepSeek-V3"
 OF_ATTENTION, OF_MLP = "re:.*self_attn.*", "re:.*mlp.*"
-# Parameters of a layer of Llama-2-70B, of its attention, and of a matrix of its MLP; of a layer of DeepSeek-V3, of its
+# Parameters of a layer of Llama-2-70B, of its attention, and of a matrix of its MLP; then of a layer of DeepSeek-V3, of
 # routed experts and of its shared one; the rest is attention and the router.
 LAYER, ATTENTION, MATRIX = 855_638_016, 150_994_944, 8192 * 28672
 EXPERTS_LAYER, ROUTED, SHARED = 11_507_269_632, 256 * 44_040_192, 44_040_192
@@ -272,10 +272,10 @@ EXPERTS_LAYER, ROUTED, SHARED = 11_507_269_632, 256 * 44_040_192, 44_040_192
 @pytest.mark.parametrize(
     ("published", "groups", "ignore", "weights", "weight_bytes"),
     [
-        # In whichever order the groups are.
+        # The order of groups does not matter.
         (LLAMA, [group("fp8", OF_ATTENTION), group("nvfp4", OF_MLP)], (), "nvfp4", 0.5625 + 0.4375 * ATTENTION / LAYER),
         (LLAMA, [group("nvfp4", OF_MLP), group("fp8", OF_ATTENTION)], (), "nvfp4", 0.5625 + 0.4375 * ATTENTION / LAYER),
-        # What no group has, and what is ignored, stays in 16 bits.
+        # Modules in no group and ignored modules stay in 16 bits.
         (LLAMA, [group("int4", OF_MLP)], (), "int4", 0.53125 + 1.46875 * ATTENTION / LAYER),
         (LLAMA, [group("fp8", OF_ATTENTION)], (), "fp8", 2.0 - ATTENTION / LAYER),
         (LLAMA, [group("fp8", "Linear")], (OF_ATTENTION,), "fp8", 1.0 + ATTENTION / LAYER),
@@ -286,7 +286,7 @@ EXPERTS_LAYER, ROUTED, SHARED = 11_507_269_632, 256 * 44_040_192, 44_040_192
             "nvfp4",
             0.5625 + (0.4375 * ATTENTION + 1.4375 * MATRIX) / LAYER,
         ),
-        # A name goes before an expression, and that before a class; of two expressions the first counts.
+        # A name takes precedence over an expression, and that over a class; of two expressions the first counts.
         (
             LLAMA,
             [group("nvfp4", "Linear"), group("fp8", OF_ATTENTION)],
@@ -301,7 +301,7 @@ EXPERTS_LAYER, ROUTED, SHARED = 11_507_269_632, 256 * 44_040_192, 44_040_192
             "nvfp4",
             0.5625 + 0.4375 * (ATTENTION + MATRIX / 80) / LAYER,
         ),
-        # Routed experts have a group like any other matrix.
+        # Routed experts are in a group like any other matrix.
         (
             DEEPSEEK,
             [group("fp8", "Linear"), group("nvfp4", r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$")],
@@ -364,13 +364,13 @@ def test_groups_that_quantise_no_matrix_are_refused(tmp_path: Path) -> None:
         load_grouped(tmp_path, LLAMA, [group("fp8", "re:vision.*")])
 
 
-# Of Qwen3.5-27B, which has 48 layers of linear attention and 16 of full attention: parameters of a layer of each.
+# Qwen3.5-27B has 48 layers of linear attention and 16 of full attention: parameters of a layer of each.
 LINEAR, FULL = 5120 * (10240 + 6144 + 96) + 6144 * 5120, 5120 * (2 * 6144 + 2 * 1024 + 6144)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=repository)
 def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
-    """Attention left in 16 bits as a whole has all parameters of attention but the indexer's and the convolution's."""
+    """Attention that stays in 16 bits has all of attention's parameters except the indexer's and the convolution's."""
     model = load_model(path)
     matrices = sum(params for _, params in quantised_modules._attention_modules(model))
     indexer = 0
@@ -413,7 +413,7 @@ def test_modules_are_matched_as_checkpoints_name_them(tmp_path: Path, left: dict
 
 SCHEME = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}
 OF_TENSORS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": SCHEME}}}
-STATED_KV = [  # a checkpoint's quantisation, and the dtype of KV that vLLM takes by itself
+STATED_KV = [  # a checkpoint's quantisation, and the KV dtype that vLLM chooses by itself
     (MODELOPT | {"kv_cache_quant_algo": "FP8"}, "fp8"),
     (MODELOPT | {"kv_cache_quant_algo": "NVFP4"}, "nvfp4"),
     (MODELOPT | {"kv_cache_quant_algo": "INT8"}, "auto"),

@@ -89,7 +89,7 @@ def test_gpu_types_may_have_a_precision_of_their_own(tmp_path: Path) -> None:
         "weights bf16, KV bf16; drafts 2, accepted at 80%"
     )  # fmt: skip
     assert model_of(tmp_path, dump(found)) == found
-    assert dtypes.with_precision(found, weights="int8", kv="bf16").precisions == ()  # everywhere goes before
+    assert dtypes.with_precision(found, weights="int8", kv="bf16").precisions == ()  # one for all GPUs replaces them
     assert dtypes.with_precision(model, weights="A100-SXM-40GB=bf16").on("L4") == model
 
 
@@ -170,14 +170,14 @@ def test_layers_of_several_kinds_that_cannot_be(tmp_path: Path, lines: str, erro
 
 
 def test_windows_are_in_a_share_of_the_layers_with_kv(tmp_path: Path) -> None:
-    """Of two layers with KV one slides, beside two that keep states."""
+    """Of two layers with KV one has a sliding window; two more layers keep states."""
     lines = "linear: {layers: 2, params: 1, state_bytes: 1}\nsliding_window: 100\nsliding_layers: 1\n"
     model = model_of(tmp_path, SHAPE.format(kv_heads=2) + lines)
     assert model.attended_tokens(300.0) == model.cached_tokens(300.0) == (100 + 300) / 2
 
 
 def test_older_files_have_windows_that_free_nothing(tmp_path: Path) -> None:
-    """So did their plans count, which may have attention workers."""
+    """The plans of older files, which may have attention workers, counted KV in that way."""
     older = SHAPE.format(kv_heads=2) + "sliding_window: 100\nsliding_window_every: 2\n"
     model = model_of(tmp_path, older)
     assert (model.sliding_layers, model.windows_free_kv, model.heads_can_move) == (2, False, True)

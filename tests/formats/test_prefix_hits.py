@@ -21,7 +21,7 @@ from hetis.solver.workload import Workload
 
 Row = tuple[int, int, Sequence[int]]  # ms, prompt tokens, blocks
 TALK: list[Row] = [(0, 1000, (1, 2)), (10, 1536, (1, 2, 3)), (20, 1400, (1, 4, 5)), (30, 1000, (1, 2))]
-# Hits: nothing; two blocks; one block, as the second differs; the whole prompt, of which one token is computed anyway.
+# Hits: none; two blocks; one block, as the second differs; the whole prompt, of which one token is computed anyway.
 HITS = [0, 1024, 512, 999]
 
 
@@ -71,7 +71,7 @@ def test_compressed_traces_and_empty_lines_are_read(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 2000), st.integers(0, 3)), min_size=1, max_size=12))
 def test_hits_are_those_of_a_cache_that_compares_whole_prefixes(requests: list[tuple[int, int]]) -> None:
-    """The oracle knows no ids: prompts of one family share their beginning, block by block."""
+    """The oracle uses no ids: prompts of one family share their beginning, block by block."""
     num_blocks = [-(-prompt // BLOCK_TOKENS) for prompt, _ in requests]
     longest: dict[int, int] = {}
     expected = list[int]()

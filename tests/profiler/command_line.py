@@ -1,4 +1,4 @@
-"""Runs ``hetis-profile`` as users do, in a process of its own, and as quickly as tests like, in this one."""
+"""Runs ``hetis-profile`` as users do, in a separate process, and faster, in this process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ COMMAND = command_of("hetis.profiler.cli")
 
 
 def hetis_profile(*arguments: str, cwd: Path | None = None, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """A whole run: exit code, stdout, stderr."""
+    """Run the command to its end; return exit code, stdout and stderr."""
     return run_command(COMMAND, *arguments, cwd=cwd, timeout_s=timeout_s)
 
 
 def invoke(*arguments: str | Path) -> int:
-    """A run in this process; what it prints is captured by pytest."""
+    """Run the command in this process; pytest captures its output."""
     return run([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""Profiles whose dense layers take long to start."""
+"""Profiles whose dense layers have a long fixed time."""
 
 from __future__ import annotations
 

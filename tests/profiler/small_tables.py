@@ -1,4 +1,4 @@
-"""A small table of every form that is imported: (format, name, text)."""
+"""A small table in every imported format: (format, name, text)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables cut off and tables with nonsense in them: a clear error or an equal result, never a part and no traceback."""
+"""Truncated and corrupted tables: a clear error or an equal result, never a partial one and never a traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONSENSE = (
 
 
 def result_of(form: str, path: Path, content: bytes) -> object:
-    """The data of an import, or the sentences that refuse it."""
+    """Return the imported data, or the messages that refuse it."""
     path.write_bytes(content)
     try:
         return [measurements_to_data(one) for one in import_tables(form, [path])]

@@ -1,4 +1,4 @@
-"""The shipped efficiencies are what the command makes of the tables, to the byte; their stated errors hold."""
+"""The shipped efficiencies are the command's output for the tables, to the byte, and their stated errors hold."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def made_up(architecture_s: float) -> Points:
 
 
 def test_a_pair_of_gpus_says_how_far_each_is_from_the_other() -> None:
-    """Oracle: what is 1.25 times slower is predicted a fifth too fast, and the other way round a quarter too slow."""
+    """Oracle: a GPU 1.25 times slower is predicted a fifth too fast, and the reverse a quarter too slow."""
     fast_by_slow, slow_by_fast = _pairs("dense", {"slow": made_up(1.25), "fast": made_up(1.0)})
     assert (fast_by_slow.fitted, fast_by_slow.judged, fast_by_slow.num_points) == ("slow", "fast", 50)
     assert (fast_by_slow.mape, fast_by_slow.bias) == pytest.approx((0.25, 0.25), rel=0.02)

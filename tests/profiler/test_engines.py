@@ -48,7 +48,7 @@ def test_every_sequence_takes_the_host_its_time_once(engine: str) -> None:
 
 def test_a_profile_under_an_engine_is_a_profile_like_any_other() -> None:
     hosted = for_engine(for_engine(modelled_profile(GPU), GPU, "sglang"), GPU, "vllm")
-    assert sum(fit.op in (Op.STEP, Op.SAMPLE) for fit in hosted.fits) == 2  # of the engine named last
+    assert sum(fit.op in (Op.STEP, Op.SAMPLE) for fit in hosted.fits) == 2  # those of the engine named last
     assert parse_profile(*parse_text(dump(hosted), "p.yaml")) == hosted
     assert list(implausible_fits(hosted, GPU)) == []
     assert not [doubt for doubt in doubts_of(hosted) if doubt.startswith(("step", "sample"))]

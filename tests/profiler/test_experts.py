@@ -1,4 +1,4 @@
-"""Experts' kernels under an engine: what the shipped file says, and what a profile becomes with it."""
+"""Experts' kernels under an engine: the contents of the shipped file, and a profile that uses it."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_the_file_says_what_the_table_measured() -> None:
 
 
 def test_every_kernel_obeys_the_peaks() -> None:
-    """Bytes alone may seem faster: small batches of the fastest tables were partly served by a cache of 126 MB."""
+    """Bytes may seem to beat the peak: small batches of the fastest tables were partly served by a cache of 126 MB."""
     for kernel in experts.shipped():
         assert kernel.fixed_s > 0
-        assert kernel.flop >= 0  # where activations are most of the time, they explain all of it
+        assert kernel.flop >= 0  # where activations take most of the time, they explain all of it
         assert kernel.byte >= 0.7
         assert kernel.mape < 0.4
 
@@ -79,7 +79,7 @@ def test_experts_are_taken_out_of_the_dense_products(engine: str) -> None:
     active = MIXTURE.active_layer_params() - moe.active_experts * expert
     touched = MIXTURE.touched_layer_params(tokens) - read * expert
     rest_s = of_rest.seconds(flops=2 * tokens * active / 4, num_bytes=touched / 4 + 16 * MIXTURE.hidden * tokens)
-    # Of four products that the dense fit starts two remain, for the model has no shared experts.
+    # Of the four products that the dense fit launches two remain, because the model has no shared experts.
     two_s = min(piece.fixed_s for piece in of_rest.pieces) / 2
     assert cost(hosted, MIXTURE).dense_s(tokens) == pytest.approx(routed_s + rest_s - two_s, rel=1e-9)
     shared = replace(MIXTURE, moe=replace(moe, shared_experts=1))
@@ -108,7 +108,7 @@ def test_what_was_not_measured_is_scaled_from_a_relative_or_hopper_and_says_so()
 
 
 def test_tensorrt_llm_runs_its_own_kernels_for_blackwell_as_sglang_does() -> None:
-    """Its tables have the backends that its recipes choose with data-parallel attention."""
+    """The engine's tables have the backends that its recipes choose with data-parallel attention."""
 
     def pieces(engine: str, gpu: GpuType = B200, **how: bool) -> list[tuple[Piece, ...]]:
         return [fit.pieces for fit in experts.expert_fits(gpu, engine, whole=False, **how)]
@@ -171,5 +171,5 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
     for kernel in hopper:
         found = np.array([kernel["fixed_s"], kernel["flop"], kernel["byte"]])
         assert found == pytest.approx(np.array(TRUE[kernel["whole"]]), rel=0.02)
-        assert (kernel["num_points"], kernel["ranks"]) == (63, None)  # too few points of each number of ranks
+        assert (kernel["num_points"], kernel["ranks"]) == (63, None)  # too few points for each number of ranks
     assert experts.main(["--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1

@@ -1,4 +1,4 @@
-"""A fit finds what made its points, bends with them in the right way, and never looks at what judges it."""
+"""A fit recovers the law behind its points, bends with them in the right way, and never uses held-out points."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def reordered(table: Table, order: np.ndarray) -> Table:
 
 
 def test_the_function_that_made_the_points_is_found_again() -> None:
-    """An oracle: both pieces, without noise, to the digits that a fit keeps."""
+    """An oracle: both pieces, without noise, to the digits that a fit stores."""
     fitted = fit_profile([of(decode_table())], A100)
     report = next(r for r in fitted.report.ops if r.scope.queries_per_group == 4)
     assert report.num_pieces == 2
     assert report.serving.mape < 0.01
     assert report.one_piece.mape > 2 * report.serving.mape
-    assert report.held_out_shapes  # a whole head count was never seen
+    assert report.held_out_shapes  # no shape with this number of heads was fitted
     steep = max(decode_fit(decode_table()).pieces, key=lambda piece: piece.byte_s)
     assert (steep.fixed_s, steep.byte_s, steep.head_s) == pytest.approx((1e-5, 6e-13, 2e-9), rel=0.05)
 
@@ -120,13 +120,13 @@ def noisy() -> Fit:
 
 
 def test_held_out_points_take_no_part() -> None:
-    """Whatever the held-out times are, the coefficients stay; only the stated error moves."""
+    """Held-out times do not affect the coefficients, only the stated error."""
     table = decode_table(noise=0.05)
     points = next(p for p in selected_points([of(table)], A100).points if p.scope.queries_per_group == 4)
     held_out = split(points).judged
     assert 0.1 < held_out.mean() < 0.5
     seconds = table.seconds.copy()
-    seconds[held_out] *= 3.0  # all rows of the table are points, in its order
+    seconds[held_out] *= 3.0  # all rows of the table are points, in the same order
     spoilt = replace(table, columns={**table.columns, "seconds": seconds})
     assert decode_fit(spoilt).pieces == decode_fit(table).pieces
     errors = [decode_fit(t).provenance.held_out_mape for t in (table, spoilt)]
@@ -166,7 +166,7 @@ def test_a_region_begins_above_what_the_cache_took_and_at_the_smallest_row_of_a_
 
 
 def mixed_table() -> Table:
-    """The shape of `decode_table` and three others of few rows, five times as slow, which no fit of their own has."""
+    """The shape of `decode_table` and three others of few rows, five times as slow, without a fit of their own."""
     main, rare = decode_table(), decode_table(factor=5.0)
     rows = np.flatnonzero(rare.numbers("context_tokens") <= 2048)[::4]
     columns: dict[str, Column] = {}
@@ -195,19 +195,19 @@ def test_every_held_out_point_is_judged_once_by_the_fit_that_a_plan_would_ask() 
 
 
 def test_rows_of_few_query_heads_are_judged_and_not_fitted() -> None:
-    """Three times as slow as the fit of more heads says: two thirds too fast."""
+    """The rows are three times as slow as the fit of more heads predicts, which is two thirds too fast."""
     table = decode_table()
     slow = np.flatnonzero(table.numbers("query_heads") == 8)
     columns: dict[str, Column] = {}
     for name, column in table.columns.items():
-        factor = {"query_heads": 0.25, "kv_heads": 0.5, "seconds": 3.0}.get(name, 1.0)  # two of one KV head
+        factor = {"query_heads": 0.25, "kv_heads": 0.5, "seconds": 3.0}.get(name, 1.0)  # two query heads of one KV head
         columns[name] = np.concatenate([np.asarray(column), table.numbers(name)[slow] * factor])
     mixed = replace(table, columns=columns)
     alone, both = fit_profile([of(table)], A100), fit_profile([of(mixed)], A100)
     assert decode_fit(mixed).pieces == decode_fit(table).pieces
     assert alone.report.few_heads == ()
     (few,) = both.report.few_heads
-    assert (few.op, few.scope) == (Op.DECODE_ATTENTION, FitScope(head_dim=128))  # their shape has no fit of its own
+    assert (few.op, few.scope) == (Op.DECODE_ATTENTION, FitScope(head_dim=128))  # their shape has no separate fit
     assert 0 < few.small_batch.num_points < few.serving.num_points < len(slow)
     assert few.serving.bias < -0.5
 
@@ -239,7 +239,7 @@ def test_the_profile_has_every_operator_with_its_provenance_and_region() -> None
 
 
 def test_gemms_alone_make_a_dense_fit() -> None:
-    """Products of Llama-2-7B on one GPU, at a roofline: the layers put together cost what their products do."""
+    """Products of Llama-2-7B on one GPU, at a roofline: the layers together cost as much as their products."""
     sizes = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
     rows = np.array([(m, n, k) for m in np.round(2.0 ** np.arange(0, 12.5, 0.5)) for n, k in sizes])
     m, n, k = rows.T
@@ -267,7 +267,7 @@ def test_repeated_measurements_count_once_by_their_median() -> None:
 
 
 def small_layers(noise: float = 0.0) -> Points:
-    """Twenty layers with no shape to hold out: ``10 us + 1 ps per byte``."""
+    """Twenty layers without a shape to hold out: ``10 us + 1 ps per byte``."""
     num_bytes = np.linspace(1e6, 1e8, 20)
     seconds = (1e-5 + 1e-12 * num_bytes) * np.exp(noise * np.random.default_rng(3).standard_normal(20))
     return Points(
@@ -290,7 +290,7 @@ def test_every_point_of_a_small_table_judges_a_fit_that_did_not_see_it() -> None
     found = fit_points(points)
     assert len(found.judges) == 20
     assert found.fitted.all()
-    # Its own wrong time moves what is predicted for a point no more than a point elsewhere moves it.
+    # A point's own wrong time has no more effect on its prediction than on that of a point elsewhere.
     wrong = points.seconds.copy()
     wrong[7] *= 100
     moved = fit_points(replace(points, seconds=wrong)).predicted
@@ -299,7 +299,7 @@ def test_every_point_of_a_small_table_judges_a_fit_that_did_not_see_it() -> None
 
 
 def test_layers_that_share_a_cell_with_the_judges_are_not_fitted() -> None:
-    """Three layers of a chain of eight share a cell with the one held out: itself and its neighbours."""
+    """In a chain of eight layers, three share a cell with the one held out: itself and its neighbours."""
     count, tokens = 8, np.arange(1.0, 31.0)
     base = small_layers()
     shapes = [f"s{i}" for i in range(count) for _ in tokens]
@@ -368,7 +368,7 @@ def test_what_a_second_source_says_is_reported_and_not_fitted() -> None:
 
 
 def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
-    """Prompts without a past, where queries cost five readings of the KV: a chunk over a past must not."""
+    """Prompts without a past, where queries cost five readings of the KV each; those of a chunk over a past must not."""
     tokens, heads = (
         grid.ravel() for grid in np.meshgrid(np.round(2.0 ** np.arange(7, 14, 0.5)), (4.0, 8.0, 16.0, 32.0))
     )

@@ -1,4 +1,4 @@
-"""The fitter recovers what made the points, never goes below zero, and shrugs off outliers."""
+"""The fitter recovers the law behind the points, never goes below zero, and tolerates outliers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.profiler.fitting import fit_pieces, mape, predict
 
 
 def roofline_points() -> tuple[np.ndarray, np.ndarray]:
-    """Points of ``max(1e-5 + 1.25 b, 2e-5 + 1.5 f)``."""
+    """Return points of ``max(1e-5 + 1.25 b, 2e-5 + 1.5 f)``."""
     f, b = np.meshgrid(np.geomspace(1e-6, 1e-2, 25), np.geomspace(1e-5, 1e-3, 9))
     features = np.stack([np.ones(f.size), f.ravel(), b.ravel()], axis=1)
     return features, np.maximum(1e-5 + 1.25 * features[:, 2], 2e-5 + 1.5 * features[:, 1])

@@ -1,4 +1,4 @@
-"""Other tools' tables: units and provenance are right, and nothing that is wrong comes in."""
+"""Other tools' tables: units and provenance are right, and wrong data are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def message(form: str, *paths: Path) -> str:
 
 
 def gemm_rows(factor: float = 1.0) -> str:
-    """A hundred products at half the peak of an A100."""
+    """Return a hundred products at half the peak of an A100."""
     rows = [(m, n) for m in (1024, 2048, 4096, 8192) for n in range(1024, 26 * 1024, 1024)]
     return GEMM + "".join(
         f"NVIDIA A100-SXM4-80GB,bfloat16,{m},{n},4096,{factor * 1e3 * 2 * m * n * 4096 / 156e12:.6g}\n" for m, n in rows

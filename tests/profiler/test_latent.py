@@ -1,4 +1,4 @@
-"""Latent attention under an engine: what the shipped file says, and what a profile becomes with it."""
+"""Latent attention under an engine: the contents of the shipped file, and a profile that uses it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kernel_of(engine: str, op: Op) -> latent.LatentKernel:
 
 
 def test_the_file_says_what_the_tables_measured() -> None:
-    """Attention and its kernels' start, with projections at the peaks of 8 bits."""
+    """Return attention and its kernels' launches, with projections at the 8-bit peaks."""
     params = DEEPSEEK.attention_params() / 8
     decode, prefill = (kernel_of("trtllm", op) for op in (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION))
     for requests, context, published_us in PUBLISHED_DECODE:

@@ -1,4 +1,4 @@
-"""Ranges of modelled GPUs: what is left out takes no part, and nine in ten times of the next GPU are held."""
+"""Ranges of modelled GPUs: a left-out GPU takes no part, and the range covers nine in ten times of the next GPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_trials_say_how_far_each_gpu_is_from_its_relatives() -> None:
     found = {(one.gpu, one.relative): one for one in tables(one=1.0, two=1.0, three=2.0).trials()}
     assert set(found) == {("one", "Old"), ("two", "Old"), ("three", "Old")}
     assert found["three", "Old"].ratios == pytest.approx(0.5)
-    assert found["three", "Old"].factors == pytest.approx(1.0)  # too fast by two, as too slow by two would be
+    assert found["three", "Old"].factors == pytest.approx(1.0)  # half the time counts like twice the time
     assert found["three", "Old"].covered(0.99) == 0.0
     assert found["one", "Old"].factors == pytest.approx(0.0, abs=1e-12)
 
@@ -78,7 +78,7 @@ def test_what_is_left_out_takes_no_part_in_its_model_or_range() -> None:
         assert measured.range_error("dense", without={"four"}) == usual.range_error("dense", without={"four"})
         assert measured.mean_error("dense", without={"four"}) == usual.mean_error("dense", without={"four"})
     assert usual.range_error("dense") != strange.range_error("dense")
-    assert usual.mean_error("dense", without={"one", "two", "three"}) is None  # a single GPU has nothing to say
+    assert usual.mean_error("dense", without={"one", "two", "three"}) is None  # a single GPU gives no error
 
 
 def test_a_range_that_is_assumed_is_not_derived() -> None:
@@ -91,7 +91,7 @@ def test_a_range_that_is_assumed_is_not_derived() -> None:
 
 
 def test_one_more_trial_that_nothing_covers_decides_the_range() -> None:
-    """By hand: of 19 trials of one point, 0.9 x 20 = 18 must be held; of 8, all."""
+    """By hand: of 19 trials of one point, 0.9 x 20 = 18 must be covered; of 8, all."""
     many = [trial(1.0 + 0.1 * number) for number in range(1, 20)]
     assert covering_error(many) == pytest.approx(1.8)
     assert covering_error(many[:8]) == pytest.approx(0.8)
@@ -100,7 +100,7 @@ def test_one_more_trial_that_nothing_covers_decides_the_range() -> None:
 
 @given(st.lists(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=6), min_size=1, max_size=24))
 def test_no_smaller_error_holds_enough(ratios: list[list[float]]) -> None:
-    """Oracle: the votes themselves, at the error found and at every smaller one that a point has."""
+    """Oracle: the votes themselves, at the error found and at the smaller error of every point."""
     trials = [trial(*some) for some in ratios]
     needed = min(0.9 * (len(trials) + 1), len(trials)) - 1e-9
     error = covering_error(trials)
@@ -110,7 +110,7 @@ def test_no_smaller_error_holds_enough(ratios: list[list[float]]) -> None:
 
 
 def test_nine_in_ten_times_of_the_next_gpu_are_held() -> None:
-    """The promise itself: GPUs that are drawn alike, each with an error of its own and noise on every point."""
+    """The promise itself: GPUs from one distribution, each with an error of its own and noise on every point."""
     rng = np.random.default_rng(0)
 
     def drawn() -> Trial:
@@ -134,7 +134,7 @@ def test_a_range_is_a_factor_both_ways_and_a_mean_error_one_of_predictions() -> 
 
 def test_profiles_state_the_range_where_they_are_modelled_for_a_gpu_nobody_measured() -> None:
     ranges = {op.range_error for arch in shipped_efficiencies().architectures.values() for op in arch.ops.values()}
-    assert len(ranges) == 1  # operators of the device share one
+    assert len(ranges) == 1  # all operators of a device share one range
     for gpu in ("L4", "P100-PCIe-12GB"):
         stated = {f.op: f.provenance.range_error for f in modelled_profile(catalogue.find_gpu(gpu).gpu).fits}
         assert {stated[op] for op in (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)} == ranges

@@ -1,4 +1,4 @@
-"""The gated delta rule under an engine: what the shipped file says, and what a profile becomes with it."""
+"""The gated delta rule under an engine: the contents of the shipped file, and a profile that uses it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
 QWEN = catalogue.find_model("Qwen/Qwen3.5-397B-A17B").model
 BARE = modelled_profile(B200)
 (ATTENTION,) = (fit for fit in BARE.fits if fit.op is Op.PREFILL_ATTENTION)
-RULE_FLOPS = 6 * 128 * 128 + 2 * 64 * (3 * 128 + 2 * 128)  # of a value head for one token, in chunks of 64
+RULE_FLOPS = 6 * 128 * 128 + 2 * 64 * (3 * 128 + 2 * 128)  # per value head and token, in chunks of 64
 # Rows of the tables: GPU, engine, value heads, tokens of a prompt, microseconds of both kernels.
 PUBLISHED = (
     (B200, "vllm", 64, 8192, 481.4), (B200, "vllm", 8, 8192, 349.3), (B200, "vllm", 8, 1024, 61.8),
@@ -77,7 +77,7 @@ def test_a_prompt_takes_the_rule_in_three_of_four_layers_and_attention_in_the_fo
     assert mean is not None
     for tokens in (64, 1024, 16384):
         heads = tokens * QWEN.q_heads / tp
-        flops = QWEN.attention_flops(tokens * tokens / 2, QWEN.q_heads / tp)  # of a mean layer
+        flops = QWEN.attention_flops(tokens * tokens / 2, QWEN.q_heads / tp)  # for a mean layer
         work = {"num_bytes": 1e6 * tokens, "tokens": tokens, "heads": heads}
         found = mean.seconds(flops=flops + tokens * QWEN.state_flops() / tp, **work)
         own = ATTENTION.seconds(flops=4.0 * flops, **(work | {"num_bytes": 4e6 * tokens}))
@@ -88,7 +88,7 @@ def test_a_prompt_takes_the_rule_in_three_of_four_layers_and_attention_in_the_fo
 def test_a_profile_of_an_engine_has_the_rule_for_models_that_have_it(engine: str) -> None:
     hosted = for_engine(BARE, B200, engine)
     assert QWEN.linear is not None
-    half = replace(QWEN, linear=replace(QWEN.linear, layers=30))  # of no known share: as attention, by its FLOPs
+    half = replace(QWEN, linear=replace(QWEN.linear, layers=30))  # of an unknown share: as attention, by its FLOPs
     for model in (catalogue.find_model("Llama-3.1-8B").model, half):
         assert hosted.fit(Op.PREFILL_ATTENTION, model, 1) == BARE.fit(Op.PREFILL_ATTENTION, model, 1)
     assert hosted.fit(Op.DECODE_ATTENTION, QWEN, 1) == BARE.fit(Op.DECODE_ATTENTION, QWEN, 1)
@@ -111,7 +111,7 @@ def test_what_was_not_measured_is_scaled_from_hopper_and_says_so() -> None:
     assert fit.provenance.origin.endswith("gated delta rule; scaled from Hopper")
     (fit,) = linear.linear_fits(B200, BARE, "vllm")
     assert fit.provenance.origin.endswith("on B200-SXM-180GB, gated delta rule")
-    # What attention alone says of its error and of where it was measured is not known of both together.
+    # The error and region of attention alone are not known for both operators together.
     assert ATTENTION.provenance.held_out_mape is not None
     stated = replace(ATTENTION, region=FitRegion(tokens=(1, 9)))
     (fit,) = linear.linear_fits(B200, with_attention(stated), "vllm")

@@ -1,7 +1,7 @@
-"""What `hetis-profile run` measured on an H100: the fit keeps its error, and the shipped profile says nearly the same.
+"""Measurements of `hetis-profile run` on an H100: the fit keeps its error, and is close to the shipped profile.
 
-`measured/h100-sxm.json.gz` is of 26 November 2026: 90 seconds with torch 2.11, under a software power cap. Prompts
-without tokens before them are left out of it, because `run` timed them with another kernel then.
+`measured/h100-sxm.json.gz` is from 26 November 2026: 90 seconds with torch 2.11, under a software power cap. Prompts
+without tokens before them are left out, because `run` timed them with another kernel then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_the_fit_to_a_real_gpu_keeps_its_error_and_the_shipped_profile_agrees() 
         if op in errors
     }
     dense = [ratio for (op, _), ratio in ratios.items() if op is Op.DENSE]
-    assert all(ratio < 1.15 for ratio in dense), dense  # the cap made it slower
+    assert all(ratio < 1.15 for ratio in dense), dense  # the power cap made it slower
     assert 0.9 < ratios[Op.DECODE_ATTENTION, "batch 128, context 2048"] < 1.1
-    # torch's FlashAttention 2 against the engine's 3, as `run` notes by now
+    # torch's FlashAttention 2 compared with the engine's 3, as `run` notes by now
     assert ratios[Op.PREFILL_ATTENTION, "2048 tokens after 8192"] > 1.5

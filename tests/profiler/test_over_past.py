@@ -1,4 +1,4 @@
-"""Chunks over a past judge how KV is charged, and a fit that saw none of them."""
+"""Chunks over a past judge ways to charge KV, and a fit without such chunks."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ parquet: Any = pytest.importorskip("pyarrow.parquet")
 
 
 def typed(text: str) -> Any:
-    """The table of a CSV text with columns of whole numbers, numbers, flags and text, as pandas would write it."""
+    """Return the table of a CSV text with columns of integers, numbers, flags and text, as pandas would write it."""
     header, *rows = csv.reader(io.StringIO(text))
     columns = {}
     for name, values in zip(header, zip(*rows, strict=True), strict=True):
@@ -61,7 +61,7 @@ def test_the_command_imports_a_parquet_table(tmp_path: Path, capsys: pytest.Capt
     assert "SGLang 0.5.1" in capsys.readouterr().out
     raw = load_measurements(tmp_path / "raw.json.gz")
     assert (raw.gpu, raw.tables[0].kernel) == ("L40S", "flashinfer")
-    assert raw.tables[0].numbers("kv_heads").tolist() == [8, 32]  # 0 in its tables: as many as query heads
+    assert raw.tables[0].numbers("kv_heads").tolist() == [8, 32]  # 0 in these tables means as many as query heads
 
 
 def test_a_parquet_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:

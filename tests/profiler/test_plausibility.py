@@ -1,4 +1,4 @@
-"""A thousand times too slow or too fast is found in every table, by every importer and in every profile."""
+"""Times a thousand times too slow or too fast are detected in every table, by every importer and in every profile."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EVERY_OP = pytest.mark.parametrize("op", list(MeasuredOp), ids=str)
 
 
 def table(op: MeasuredOp, factor: float = 1.0) -> Table:
-    """Thirty rows at half the peaks of an A100, steps of 1 ms and tokens of 30 ms; times a factor."""
+    """Return thirty rows at half the peaks of an A100, steps of 1 ms and tokens of 30 ms; times a factor."""
     columns = {name: np.full(30, value) for name, value in COLUMNS[op].items()}
     draft = Table(op=op, kernel="k", columns={**columns, "seconds": np.full(30, 1e-3)})
     least = roofline_seconds(draft, A100)
@@ -73,7 +73,7 @@ def test_a_fit_refuses_it(op: MeasuredOp, factor: float) -> None:
 
 
 def test_a_few_wrong_rows_are_no_wrong_unit() -> None:
-    """Robustness against them is the fit's business; the median says nothing of them."""
+    """The fit is robust against such rows; the median does not reveal them."""
     good = table(MeasuredOp.GEMM)
     seconds = good.seconds.copy()
     seconds[:10] *= 1e3
@@ -91,14 +91,14 @@ DECODE_ONLY = (
     "attn_decode_ms\nA100,8192,64,8,2,64,0,4096,False,,0.42\n"
 )
 TABLES = [
-    *(small for small in SMALL_TABLES if small[1] != "experts"),  # which have no operator of the cost model
+    *(small for small in SMALL_TABLES if small[1] != "experts"),  # which the cost model has no operator for
     ("vidur", "decode", DECODE_ONLY),
     ("llmservingsim", "decode", DECODE_ONLY),
 ]
 
 
 def scaled(text: str, factor: float) -> str:
-    """The table with every time in it multiplied."""
+    """Return the table with all times multiplied."""
     rows = list(csv.DictReader(io.StringIO(text)))
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")

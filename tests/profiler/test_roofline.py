@@ -1,4 +1,4 @@
-"""Rooflines of every catalogue architecture: complete, monotone, and near what was measured."""
+"""Rooflines of every catalogue architecture: complete, monotone, and close to measurements."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ARCHITECTURES = (
     "Ada", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3", "Hopper",
     "Pascal", "Turing", "Volta",
 )  # fmt: skip
-MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those are an engine's: `for_engine`
+MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those two come from an engine: `for_engine`
 
 
 def seconds(gpu: GpuType, op: Op, model: ModelSpec = LLAMA, **work: float) -> float:
@@ -78,7 +78,7 @@ def seconds(gpu: GpuType, op: Op, model: ModelSpec = LLAMA, **work: float) -> fl
 
 
 def dense_s(gpu: GpuType, tokens: int, tp: int = 1) -> float:
-    """docs/cost-model.md, dense(T)."""
+    """Return dense(T) of docs/cost-model.md."""
     params = LLAMA.dense_layer_params() / tp
     num_bytes = 2 * params + 8 * LLAMA.hidden * 2 * tokens
     return seconds(gpu, Op.DENSE, flops=2 * tokens * params, num_bytes=num_bytes, tokens=tokens)
@@ -92,7 +92,7 @@ def test_every_architecture_has_a_whole_profile(architecture: str, gpu: GpuType)
     for fit in profile.fits:
         assert fit.provenance.source is Source.MODELLED
         assert fit.provenance.origin.startswith("roofline of any, ")
-        # Piece refuses what is negative or not finite; a piece of nothing but zeros would make work free.
+        # Piece refuses negative and infinite values; a piece of zeros alone would make work free.
         assert all(piece != Piece() for piece in fit.pieces)
         assert fit.op is Op.STEP or fit.op is Op.TRANSFER or fit.provenance.held_out_mape is not None
 

@@ -1,4 +1,4 @@
-"""The shipped profiles are what the command makes of the tables, to the byte; they keep the bars they state."""
+"""The shipped profiles are the command's output for the tables, to the byte, and meet the bars that they state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def remade(tmp_path: Path, *gpus: str) -> None:
 
 @needs_tables
 def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
-    """Some that take seconds are made here; the soak test makes all of them."""
+    """This test makes a few that take seconds; the soak test makes all of them."""
     remade(tmp_path, "A100-PCIe-80GB", "A40", "H100-PCIe-80GB", "RTX-A6000")
 
 
@@ -77,14 +77,14 @@ def test_held_out_errors_keep_the_bars(gpu: str) -> None:
             assert fit.provenance.held_out_mape <= 0.08
 
 
-# An A100's kernel of one query head per KV head reads each sequence by one SM. The others have under ten points in the
+# An A100's kernel for one query head per KV head reads each sequence by one SM. The others have under ten points in the
 # serving range, and state the error of all points held out.
 MISSED = {"A100-SXM-80GB": {(128, 1), (128, 6)}, "H100-SXM-80GB": set(), "L40S": {(64, 12), (64, 16)}}
 
 
 @pytest.mark.parametrize("gpu", ["A100-PCIe-80GB", "H100-PCIe-80GB"])
 def test_boards_measured_with_bridges_in_pairs_have_all_reduces_of_four_fitted_and_all_else_modelled(gpu: str) -> None:
-    """Two bridged cards are faster than the PCIe link that the catalogue knows: nobody else's two are."""
+    """Two bridged cards are faster than the PCIe link that the catalogue knows: other pairs are not."""
     profile = shipped_profile(gpu)
     assert profile is not None
     fitted = [fit for fit in profile.fits if fit.provenance.source is Source.FITTED]

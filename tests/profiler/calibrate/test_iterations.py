@@ -1,4 +1,4 @@
-"""What a log says of an iteration: its contents, its context, and the time that no line has."""
+"""An iteration in a log: its contents, its context, and the time between lines."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_the_real_servers_log_has_every_kind() -> None:
 
 
 def test_requests_attend_to_the_kv_that_was_in_use_before() -> None:
-    """10% of the cache, less half a block of 16 for each of 4 requests. An iteration ends with the share it names."""
+    """10% of the cache, less half a block of 16 for each of 4 requests. Lines state the share at an iteration's end."""
     found = read([line(20 + i, 0.01, decoding=4, used=used) for i, used in enumerate((0.1, 0.5, 0.9))])
     before = [(one.attended_tokens + 4 * 7.5) / KV_TOKENS for one in works(found)]
-    assert before == pytest.approx([0.1, 0.1, 0.5])  # the first one's own, where no line is before it
+    assert before == pytest.approx([0.1, 0.1, 0.5])  # the first iteration has no line before it, and uses its own share
 
 
 def test_the_context_that_is_given_goes_before_the_logs() -> None:
@@ -99,7 +99,7 @@ def steady(count: int, *, elapsed_s: float, period_s: float, start: int = 20, at
 
 
 def test_time_between_iterations_is_that_of_the_clock() -> None:
-    """8 ms of waiting every 10 ms, for 40 s by a clock of whole seconds; then a pause, which counts for nothing."""
+    """8 ms of waiting every 10 ms, for 40 s by a clock of whole seconds; then a pause, which does not count."""
     lines = steady(4000, elapsed_s=0.008, period_s=0.010)
     lines += [line(4020, 0.02, prompts=1, chunk=10, at_s=500.0)]
     lines += steady(4000, elapsed_s=0.008, period_s=0.010, start=4021, at_s=500.02)
@@ -118,7 +118,7 @@ def test_engines_are_stretches_of_their_own() -> None:
         )
     ]
     gap_s = between_iterations_s(read_iterations("x", both))
-    assert gap_s == pytest.approx(0.004, rel=0.05)  # 2 ms of the first, 6 ms of the second
+    assert gap_s == pytest.approx(0.004, rel=0.05)  # 2 ms in the first, 6 ms in the second
 
 
 def test_a_clock_that_is_too_coarse_is_said() -> None:

@@ -1,4 +1,4 @@
-"""A replica is priced as the simulator times it, and refused where it cannot be."""
+"""A replica is priced like the simulator's timing, and refused where that is impossible."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def price_s(replica: CalibratedReplica, work: ObservedWork) -> float:
 def test_an_iteration_costs_what_the_simulator_says(
     model: str, tp: int, decoding: int, context: int, chunk: int, past: int
 ) -> None:
-    """The simulator has formulas of its own, which docs/cost-model.md derives."""
+    """The simulator has separate formulas, which docs/cost-model.md derives."""
     if not decoding + chunk:
         return
     spec, shipped = load_model(model), shipped_profile(GPU)

@@ -1,4 +1,4 @@
-"""``/metrics`` is read from any server that answers, within limits, and an interval says what its counters say."""
+"""``/metrics`` is read from any server that answers, within limits, and an interval reflects its counters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CACHE = 'kv_cache_size_tokens="100000"'
 
 @contextmanager
 def server(answers: list[tuple[int, str]]) -> Iterator[str]:
-    """A server on loopback that gives these answers in turn, the last one for ever."""
+    """Serve these answers on loopback in turn, the last one forever."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -39,7 +39,7 @@ def server(answers: list[tuple[int, str]]) -> Iterator[str]:
             self.wfile.write(text.encode())
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -92,7 +92,7 @@ def test_an_interval_is_its_mean_iteration() -> None:
     (one,) = between(ZERO, counters()).observations
     ((share, work),) = one.parts
     assert (share, one.seconds, work.decoding, work.chunk_tokens) == (1.0, 0.020, 10.0, 0.0)
-    assert work.attended_tokens == pytest.approx(10 * (500 - 7.5))  # 5000 tokens of 10 requests, blocks of 16
+    assert work.attended_tokens == pytest.approx(10 * (500 - 7.5))  # 5000 tokens of 10 requests, in blocks of 16
 
 
 def test_prompts_are_in_as_many_iterations_as_there_were_first_tokens() -> None:

@@ -1,4 +1,4 @@
-"""A replica whose true times are known, and what it would be seen to do."""
+"""A replica with known true times, and the observations that it would give."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def replica(tp: int = 1) -> CalibratedReplica:
 
 @dataclass(frozen=True)
 class Truth:
-    """An engine that takes ``kernels`` times the profile's kernels, and this much on its host."""
+    """An engine whose kernels take ``kernels`` times the profile's times, with these times on its host."""
 
     kernels: float = 1.25
     step_s: float = 2e-3
@@ -39,7 +39,7 @@ class Truth:
 
 
 def works(count: int, *, seed: int = 1, alone: float = 0.05) -> Iterator[ObservedWork]:
-    """Iterations of a server with changing load; one in five has a prompt, the share ``alone`` nothing else."""
+    """Yield iterations of a server with changing load: one in five has a prompt, a share ``alone`` only prompts."""
     rng = random.Random(seed)
     for _ in range(count):
         batch = float(rng.choice((1, 4, 8, 16, 32, 64, 128)))

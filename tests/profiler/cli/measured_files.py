@@ -22,7 +22,7 @@ gpu_types:
 
 
 def write_files(folder: Path) -> tuple[Path, Path]:
-    """(measurements, cluster) in ``folder``."""
+    """Write (measurements, cluster) into ``folder``."""
     raw, cluster = folder / "raw.json", folder / "cluster.yaml"
     save_measurements(raw, measurements())
     cluster.write_text(CLUSTER)

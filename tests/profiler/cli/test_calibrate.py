@@ -1,4 +1,4 @@
-"""`hetis-profile calibrate` as its users meet it: a log or a server in, a profile and its error out."""
+"""`hetis-profile calibrate` as its users see it: a log or a server in, a profile and its error out."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.profiler.calibrate.truth import GPU, MODEL, Truth, works
 from tests.profiler.command_line import hetis_profile, invoke
 
 TRUTH = Truth(kernels=1.5, step_s=2e-3, sequence_s=12e-6, noise=0.02)
-BETWEEN_S = 1e-3  # of it, while the engine does not wait
+BETWEEN_S = 1e-3  # part of an iteration's time in which the engine does not wait
 
 
 def write_log(path: Path, truth: Truth = TRUTH, count: int = 1500) -> Path:
-    """The log of an engine with these times, which never is without work."""
+    """Write the log of an engine with these times, which is never idle."""
     rng, at_s, lines = random.Random(3), 0.0, []
     for index, work in enumerate(works(count, alone=0.0)):
         seconds = truth.seconds(work, rng)
         at_s += seconds
-        if lines:  # the use of the cache before an iteration is what the line before says
+        if lines:  # the line before an iteration states the cache's use at its beginning
             lines[-1] = lines[-1].replace("usage: 0.0%", f"usage: {_used(work.attended_tokens, work.decoding):.1f}%")
         counts = {"prompts": int(work.prompts), "chunk": int(work.chunk_tokens), "decoding": int(work.decoding)}
         lines.append(line(20 + index, seconds - BETWEEN_S, **counts, used=0.0, at_s=at_s))
@@ -69,7 +69,7 @@ def test_a_log_corrects_the_shipped_profile(log: Path, tmp_path: Path, capsys: p
 
 
 def test_a_corrected_profile_is_planned_with(log: Path, tmp_path: Path) -> None:
-    """The plan is slower by what the engine takes, and once corrected a profile needs no correction."""
+    """The plan is slower by the engine's overhead, and a corrected profile needs no further correction."""
     arguments = ("--from-vllm", str(log), "--model", MODEL)
     done = hetis_profile("calibrate", *arguments, "--gpu", GPU, "--out", "p.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def test_the_table_has_80_columns(
 
 
 def test_the_real_servers_log_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A CPU is no L40S: any correction helps. The model is the one that made the log."""
+    """A CPU is not an L40S, so any correction helps. The model is the one that made the log."""
     spec = tmp_path / "model.yaml"
     spec.write_text(
         "{apiVersion: hetis/v1, kind: ModelSpec, name: tiny, num_layers: 8, hidden: 768, intermediate: 2048, "
@@ -132,7 +132,7 @@ def test_the_real_servers_log_is_calibrated(tmp_path: Path, capsys: pytest.Captu
 def test_a_servers_metrics_correct_what_they_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten requests decode in 20 ms an iteration, interval after interval: that is one parameter."""
+    """Ten requests decode in 20 ms an iteration, interval after interval, which determines one parameter."""
     from hetis.profiler.calibrate import scraping
 
     monkeypatch.setattr(scraping.watch, "__kwdefaults__", scraping.watch.__kwdefaults__ | {"sleep": lambda _: None})

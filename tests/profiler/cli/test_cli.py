@@ -1,4 +1,4 @@
-"""`hetis-profile` as its users meet it: verbs, messages, exit codes, 80 columns."""
+"""`hetis-profile` as its users see it: verbs, messages, exit codes, 80 columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Measurements, the cluster of their GPU, and a profile fitted to them."""
+    """Write measurements, the cluster of their GPU, and a profile fitted to them."""
     where = tmp_path_factory.mktemp("profiles")
     raw, cluster = write_files(where)
     assert invoke("fit", raw, "--out", where / "profile.json", "--cluster", cluster, "-q") == ProfileExitCode.OK
@@ -50,7 +50,7 @@ def test_help_answers_at_once_and_without_numpy_or_torch() -> None:
         begin = time.perf_counter()
         hetis_profile("--version")
         started.append(time.perf_counter() - begin)
-    assert min(started) < 1.5  # 0.2 s on an idle core; tests share theirs
+    assert min(started) < 1.5  # 0.2 s on an idle core, which tests do not have
 
 
 def test_the_help_lists_every_exit_code() -> None:

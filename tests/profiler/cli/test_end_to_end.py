@@ -28,7 +28,7 @@ ALL_OPS = {"dense", "prefill_attention", "decode_attention", "all_reduce", "tran
 
 
 def has_cuda() -> bool:
-    """Return whether torch is here and sees a GPU."""
+    """Return whether torch is installed and detects a GPU."""
     if find_spec("torch") is None:
         return False
     import torch
@@ -39,7 +39,7 @@ def has_cuda() -> bool:
 def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     kept = interrupted_after(5, tmp_path)
     done = hetis_profile(*RUN, "--resume", "--time-limit", "25", "-o", "json", cwd=tmp_path)
-    if "are too short" in done.stderr:  # the machine is busy
+    if "are too short" in done.stderr:  # the machine was busy
         kept = int(re.findall(r"(\d+) points were measured", done.stderr)[-1])
         done = hetis_profile(*RUN, "--resume", "--time-limit", "200", "-o", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -50,15 +50,15 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     assert raw.provenance.engine == "torch"
 
     fitted = fit(tmp_path)
-    if "is the unit right?" in fitted.stderr:  # the machine stood still in the middle of an operator's few rows
+    if "is the unit right?" in fitted.stderr:  # the machine stalled during an operator's few rows
         again = hetis_profile(*RUN, "--time-limit", "200", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         fitted = fit(tmp_path)
     assert fitted.returncode == 0, fitted.stderr
-    assert json.loads(fitted.stdout)["held_out_mape"]  # of which operators depends on how busy the machine is
+    assert json.loads(fitted.stdout)["held_out_mape"]  # the set of operators in it depends on the machine's load
     assert {fit.op.value for fit in load_profile(tmp_path / "p.json").fits} >= ALL_OPS
     checked = hetis_profile("check", "p.json", "--cluster", "cluster.yaml", cwd=tmp_path)
-    assert checked.returncode in (0, 2), checked.stderr  # a shared host measures what it likes
+    assert checked.returncode in (0, 2), checked.stderr  # results of a shared host may be implausible
 
     arguments = ("--cluster", "cluster.yaml", "--model", MODEL, "--workload", "300/50", "--profile", "p.json")
     placed = hetis_plan("place", *arguments, "--objective", "throughput", "-o", "json", cwd=tmp_path)
@@ -67,9 +67,9 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
 
 
 def fit(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Fit with raised peaks: those measured while others worked are too low, and `fit` refuses what comes out better.
+    """Fit with raised peaks: those measured under other load are too low, and `fit` refuses results above them.
 
-    Where the machine was busy later, raised peaks are too high, and rows look as if they had another unit.
+    If the machine was busy only later, raised peaks are too high, and rows look as if they had another unit.
     """
     measured = (folder / "cluster.yaml").read_text(encoding="utf-8")
     for factor in (4, 2, 1, 8):
@@ -92,7 +92,7 @@ def with_peaks(cluster: str, factor: int) -> str:
 
 
 def interrupted_after(points: int, folder: Path) -> int:
-    """Starts a run, presses Ctrl-C once so many points are in its journal; how many it says it kept."""
+    """Start a run, and send Ctrl-C once this many points are in its journal; return how many it reports as kept."""
     journal = folder / "raw.json.journal"
     process = subprocess.Popen(
         with_ctrl_c([*COMMAND, *RUN]),
@@ -140,7 +140,7 @@ def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
     assert {"h2d", "d2h", "d2d"} <= paths
     assert all(table.cold for table in raw.tables if table.op in (MeasuredOp.GEMM, MeasuredOp.DECODE_ATTENTION))
     assert any("(as the driver says)" in note for note in raw.notes)
-    assert "driver unknown" not in raw.provenance.host  # NVML answers wherever CUDA does
+    assert "driver unknown" not in raw.provenance.host  # NVML works wherever CUDA does
     assert not any("NVML is not to be had" in note for note in raw.notes)
     fitted = hetis_profile(
         "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path

@@ -1,8 +1,8 @@
-"""A double of ``torch.cuda`` on a processor: streams, events and graphs that keep the rules of the real ones.
+"""A double of ``torch.cuda`` on a CPU: streams, events and graphs that enforce the rules of the real ones.
 
-What is broken here would be wrong on a GPU too: an event read before it was waited for, a graph that is captured while
-another is, a synchronisation inside a capture, work timed that was never queued. Time is that of the device: a call
-takes as long as it takes this processor, a replay as long as its capture did.
+A violation here would be an error on a GPU, too: an event read before it was waited for, a graph captured during
+another capture, a synchronisation inside a capture, timed work that was never queued. Time is that of the device: a
+call takes as long as on this CPU, a replay as long as its capture did.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-LAUNCH_S = 5e-6  # of a replay, so that no batch takes no time
+LAUNCH_S = 5e-6  # time of a replay, so that no batch takes no time
 
 
 class FakeStream:
@@ -28,11 +28,11 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.capturing = False
-        self.device_s = 0.0  # time of the device: what it has been busy for
-        self.began_s: float | None = None  # of eager work, on this processor's clock
+        self.device_s = 0.0  # the device's clock: the time for which it has been busy
+        self.began_s: float | None = None  # start of eager work, on this CPU's clock
         self.replays = 0
         self.captured = 0
-        self.queued: list[str] = []  # what happened on the stream, in order
+        self.queued: list[str] = []  # operations on the stream, in order
         self.main = FakeStream()
         cuda = self
 
@@ -75,7 +75,7 @@ class FakeCuda:
         self.Event, self.CUDAGraph, self.Stream = Event, CUDAGraph, FakeStream
 
     def catch_up(self) -> None:
-        """Eager work since the last event was done on the device."""
+        """Count eager work since the last event as done on the device."""
         now_s = time.perf_counter()
         if self.began_s is not None:
             self.device_s += now_s - self.began_s
@@ -118,7 +118,7 @@ class FakeCuda:
 
 
 class FakeTorch(ModuleType):
-    """torch with that GPU; its tensors stay in this processor's memory."""
+    """torch with that GPU, whose tensors stay in this machine's memory."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         super().__init__("torch")

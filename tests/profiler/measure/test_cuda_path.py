@@ -1,4 +1,4 @@
-"""The path of a CUDA GPU, walked without one: the order of events, graphs and looks, and a whole run. Needs torch."""
+"""The path of a CUDA GPU, walked without one: the order of events, graphs and readings, and a whole run. Needs torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXTENT = Extent(
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """A GPU for the rooms that open and use one."""
+    """A fake GPU for the modules that open and use one."""
     fake = FakeCuda()
     for room in (device_room, kernels_room):
         monkeypatch.setattr(room, "torch", FakeTorch(fake))
@@ -74,11 +74,11 @@ def test_a_batch_is_whole_rotations_and_counts_for_the_calls_asked_for(cuda: Fak
 
     timer = CudaDevice(0).timer(Operator([call(index) for index in range(5)], cold=True))
     timer(7)
-    assert made == [0, 1, 2, *range(5), *range(5)]  # three to set libraries up, then what is captured
+    assert made == [0, 1, 2, *range(5), *range(5)]  # three calls set libraries up, then come the captured ones
     made.clear()
     assert timer(7) > 0
     assert timer(6) > 0
-    assert (made, cuda.captured) == ([], 1)  # ten calls either way: one graph
+    assert (made, cuda.captured) == ([], 1)  # ten calls in both cases, so one graph
 
 
 def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

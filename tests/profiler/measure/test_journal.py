@@ -1,4 +1,4 @@
-"""An interrupted run goes on where it was: nothing measured is lost, nothing damaged is believed."""
+"""An interrupted run resumes where it was: no measurement is lost, and no damaged one is used."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_journal_cut_off_anywhere_keeps_whole_lines_or_is_refused(path: Path) 
     raw = path.read_bytes()
     for size in range(len(raw)):
         path.write_bytes(raw[:size])
-        if size >= raw.index(b"\n"):  # the header is whole
+        if size >= raw.index(b"\n"):  # the header is complete
             assert read_journal(path, SETTINGS) == FOUND[: max(0, raw[:size].count(b"\n") - 1)]
         else:
             with pytest.raises(DocumentError):

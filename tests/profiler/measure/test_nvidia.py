@@ -1,4 +1,4 @@
-"""NVML readings: of the GPU that CUDA means, while it works, and over the time between two readings."""
+"""NVML readings of the GPU that CUDA uses, during its work and over the time between two readings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hetis.formats.catalogue import gpus
 from hetis.profiler.measure.watch import GpuAddress, GpuWatch, architecture_of, strangers, throttle_reasons
 
-# As NVIDIA lists them: developer.nvidia.com/cuda-gpus.
+# As listed by NVIDIA: developer.nvidia.com/cuda-gpus.
 CAPABILITIES = {
     "P100": (6, 0), "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "A40": (8, 6), "A10": (8, 6), "L4": (8, 9),
     "L40S": (8, 9), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0),
@@ -21,7 +21,7 @@ POWER_CAP, IDLE = 0x4, 0x1
 
 @dataclass
 class FakeGpu:
-    """One GPU as NVML sees it."""
+    """One GPU as seen by NVML."""
 
     uuid: str
     bus: str
@@ -31,7 +31,7 @@ class FakeGpu:
 
 
 class FakeNvml:
-    """The functions of ``pynvml`` that a watch asks; ``gpus`` in NVML's order."""
+    """The functions of ``pynvml`` that a watch calls; ``gpus`` in NVML's order."""
 
     NVMLError = RuntimeError
 
@@ -132,7 +132,7 @@ def test_what_the_counters_say_counts_from_the_beginning_only() -> None:
     assert watch.news().held_s == {}
     gpu.violated_ns, now_s = {0: 5_500_000_000, 1: 7, 4: 9_000_000_000}, 62.0
     news = watch.news()
-    assert news.held_s == {"power": pytest.approx(0.5)}  # low utilisation (4) harms nobody
+    assert news.held_s == {"power": pytest.approx(0.5)}  # low utilisation (4) is harmless
     assert news.elapsed_s == pytest.approx(2.0)
 
 
@@ -171,7 +171,7 @@ def test_the_most_strangers_at_once_are_remembered() -> None:
         ([1, 2, 3], {1}, 2),
         ([1], {1}, 0),
         ([1, 2], {1, 2, 5}, 0),
-        ([4001, 4002], {1}, 1),  # numbers of the host, seen from a container: one of the two is ours
+        ([4001, 4002], {1}, 1),  # process ids of the host, seen from a container: one of the two is ours
         ([4001], {1, 2}, 0),
         ([], {1}, 0),
     ],

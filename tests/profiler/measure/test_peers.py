@@ -1,4 +1,4 @@
-"""Two processes that send messages: asked, answered, and lost. The peers here are fakes without torch."""
+"""Two processes that exchange messages: requests, answers, and losses. The peers here are fakes without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cold is cold: what is read between two uses of an operand is twice what the cache holds, and the cache is known."""
+"""Cold is cold: between two uses of an operand twice the cache's size is read, and that size is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.profiler.measure.host import MAX_SETS, TIMES, Cache, last_level_cache
 
 
 def hits(cache_bytes: int, sets: int, num_bytes: int, rounds: int = 3) -> int:
-    """Lines found in a cache with exact replacement by age, after the first round."""
+    """Return the number of cache hits after the first round, in a cache that replaces the oldest lines."""
     held: OrderedDict[int, None] = OrderedDict()
     found = 0
     for turn in range(rounds * sets):
@@ -51,7 +51,7 @@ def test_sets_too_small_for_the_largest_rotation_are_not_called_cold() -> None:
 
 
 def cpus(folder: Path, *cores: tuple[tuple[str, str, str], ...]) -> Path:
-    """A kernel's folder: of each core the level, the size and the sharers of its caches."""
+    """Make a folder like the kernel's, with the level, size and sharers of each core's caches."""
     for core, caches in enumerate(cores):
         for index, values in enumerate(caches):
             where = folder / f"cpu{core}" / "cache" / f"index{index}"

@@ -13,7 +13,7 @@ from hetis.profiler.measure.adaptive import SamplingRule, jitter, sample, spread
 
 
 class FakeDevice:
-    """A clock that only the timed calls move. The first call takes longer, as first calls do."""
+    """A clock that only the timed calls move. The first call takes longer, as in reality."""
 
     def __init__(self, call_s: float, *, noise: float = 0.0, first_s: float = 0.0) -> None:
         self.now_s = 0.0
