@@ -102,7 +102,7 @@ def compare(case: Case, device: str, rounds: int) -> Row:
 
 
 def _ours(case: Case, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return two calls of the worker's own attention: with a tensor on the device, and with what a channel brings."""
+    """Return two calls of the worker's own attention: with a tensor on the device, and with a channel's rows."""
     shape = KvShape(
         layers=1, head_dim=DIM, queries_per_group=case.queries, page_tokens=PAGE, dtype="bfloat16", scale=DIM**-0.5,
         windows=(0,),

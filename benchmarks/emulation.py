@@ -68,7 +68,7 @@ QUICK = Traffic(requests=3, output_tokens=6, seats=3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """The GPUs, and what they change into after half of the tokens."""
+    """The GPUs, and their paces after half of the tokens."""
 
     name: str
     paces: tuple[Pace, ...]

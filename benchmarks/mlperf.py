@@ -83,7 +83,7 @@ class Outcome:
 
 
 def main() -> None:
-    """Print a row per group, totals, and what was posed and skipped."""
+    """Print a row per group, totals, and the numbers of posed and skipped rows."""
     arguments = published_points.parser("benchmarks.mlperf", __doc__, POINTS).parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)
     if table is None:

@@ -6,9 +6,9 @@ The formula (docs/cost-model.md, "Rate") assumes that work flows evenly. With me
 ``c_s`` copies and M micro-batches in flight, it gives ``1 / max(max_s u_s / c_s, sum_s u_s / M)`` iterations a second.
 Really, iterations with and without a prefill chunk alternate, so that a queue in front of the bottleneck runs dry now
 and then. Rows give the simulated rate over the formula's without slack (mean, 10th percentile, least), by how full the
-pipeline is (K copies over all stages) and by how chunks come: one every so many iterations of a micro-batch, or at
-random. ``assumed`` is what the slack of `Assumptions` leaves of the formula's rate, and ``share_reaching`` the share of
-pipelines that reach it.
+pipeline is (K copies over all stages) and by how chunks come: one every fixed number of iterations of a micro-batch, or
+at random. ``assumed`` is what the slack of `Assumptions` leaves of the formula's rate, and ``share_reaching`` the share
+of pipelines that reach it.
 
 ``roles``: the simulator with pipelines of equal A100s that only prefill or only decode, with M of K, 1.5 K and 2 K.
 Prompts of a prefill pipeline have one output token, so that no request waits to decode; a decode pipeline gets its

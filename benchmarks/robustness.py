@@ -270,7 +270,7 @@ class Judge:
         self._latency_s = self._right.latency_s(posed.profiles, LOAD * self._rate)
 
     def loss_of(self, wrong: Plan, profiles: Profiles) -> Loss:
-        """Return what a plan made with wrong ``profiles`` costs."""
+        """Return the cost of a plan made with wrong ``profiles``."""
         posed, other = self._posed, FixedPlan(wrong, self._posed, made_with=profiles)
         return Loss(
             same_replicas=self._right.structure == other.structure,

@@ -86,7 +86,7 @@ class Outcome:
 
 
 def main() -> None:
-    """Print a row per (GPU, engine, model, kind, mode), and what was covered and skipped."""
+    """Print a row per (GPU, engine, model, kind, mode), and the numbers of covered and skipped rows."""
     parser = published_points.parser("benchmarks.silicon", __doc__, POINTS)
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
     parser.add_argument(

@@ -91,7 +91,7 @@ class Outcome:
 
 
 def main() -> None:
-    """Print a row per (GPU, engine, model), and what was posed and skipped."""
+    """Print a row per (GPU, engine, model), and the numbers of posed and skipped rows."""
     arguments = published_points.parser("benchmarks.static_batches", __doc__, POINTS).parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)
     if table is None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 # A root's package has the root's name, except the contract's: protobuf wants folder and package alike, and a version.
 PACKAGE = {root: root for root in MAY_IMPORT} | {"proto": "v1"}
-# What the base install lacks; only these roots may use it, and only the planner when a module is merely imported.
+# Packages that the base install lacks. Only these roots may use them, and at import time only the planner.
 EXTRAS = {
     *(
         "highspy",
@@ -92,7 +92,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def imported_at_start(path: Path) -> Iterator[str]:
-    """Top-level names of what a module imports when it is imported, type-checking blocks left out."""
+    """Return the top-level names that a module imports at import time, without type-checking blocks."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -246,7 +246,7 @@ def test_no_folders_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
 
 
 def test_the_planners_floors_import_downwards(imports: dict[str, set[str]]) -> None:
-    """The picture in docs/architecture.md: a floor imports floors below it, and all may import what is beside them."""
+    """The picture in docs/architecture.md: a floor imports floors below it, and all may import those beside them."""
     found = rooms_of(imports, "hetis.planner")
     assert found.keys() - {"__init__"} == {*PLANNER_FLOORS, *PLANNER_BESIDE}
     for room, others in found.items():

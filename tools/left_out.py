@@ -1,4 +1,4 @@
-"""Trials in which a measured GPU is left out: modelled from what is left, and compared with its own measurements.
+"""Trials in which a measured GPU is left out: modelled from the others, and compared with its own measurements.
 
 A GPU is modelled from other GPUs of its architecture where the operator was measured on one; otherwise every other
 measured architecture is its relative in a trial of its own, so that none is chosen by the result.

@@ -2,7 +2,7 @@
 
     python -m tools.tables            writes every excerpt of every page again
 
-A page says which part of a table it shows, and whoever measures again writes both:
+A page states which part of a table it shows, and a new measurement rewrites both:
 
     <!-- data: placement; columns: name | value | gap; rows: ^(12|160) GPUs -->
     ...

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[3] / "shared" / "data" / "measured"  # not ours 
 
 
 class NotPosedError(HetisError):
-    """A row cannot be predicted; the message says why."""
+    """A row cannot be predicted; the message has the reason."""
 
 
 def parser(module: str, description: str | None, points: Path) -> ArgumentParser:

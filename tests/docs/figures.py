@@ -28,7 +28,7 @@ class Table:
         self.first = next(iter(rows[0]))
 
     def __getitem__(self, cell: tuple[str, str]) -> float:
-        """Return the number in a cell of the row of that name, or else of the only row whose name begins so."""
+        """Return the number in a cell of the row of that name, or else of the only row whose name begins with it."""
         name, column = cell
         found = [row for row in self.rows if row[self.first] == name]
         found = found or [row for row in self.rows if row[self.first].startswith(name)]
@@ -53,7 +53,7 @@ class Table:
 class Figure:
     """Figures in a sentence: each group of ``pattern`` is one, and ``values`` gives them in the same order.
 
-    A pattern without groups is a claim without a number: ``values`` says whether the table bears it out. A space of a
+    A pattern without groups is a claim without a number: ``values`` tells whether the table confirms it. A space of a
     pattern stands for any white space.
     """
 

@@ -54,7 +54,7 @@ WITH_A_PLANNER = (
 )
 # These run offline to the end in the soak test, and some in every run (`tests/docs/test_commands.py`).
 OFFLINE = r"hetis-plan |sed "
-PROFILES = r"--profile profile\.json"  # of a GPU measured just before, like `hetis-profile` above
+PROFILES = r"--profile profile\.json"  # profile of a GPU measured just before, like `hetis-profile` above
 
 # Files of a page in addition to those of `init`, the examples and `plan.json`, a plan of the paper's cluster.
 PAPER = "hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --ttft 10s --tpot 200ms --no-verify"

@@ -90,7 +90,7 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
 
 
 def test_the_map_of_the_architecture_names_what_there_is() -> None:
-    """Files by the ends of their paths, and classes, functions and constants by a definition somewhere in the tree."""
+    """Names refer to files by the ends of their paths, or to definitions somewhere in the tree."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Where to change what")[2]
     files = {path.as_posix(): path for root in ROOTS for path in (ROOT / root).rglob("*") if path.is_file()}
     code = "\n".join(

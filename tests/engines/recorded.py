@@ -15,9 +15,9 @@ from hetis.engines.versions import Engine
 class Recorded:
     """The part of an engine version's interface that is used."""
 
-    origin: str  # where it is documented, and how that was verified
-    options: Mapping[str, str]  # of its command line, with the meaning of their values
-    variables: Mapping[str, str]  # of its environment, likewise
+    origin: str  # document that defines it, and how that was verified
+    options: Mapping[str, str]  # command-line options, with the meaning of their values
+    variables: Mapping[str, str]  # environment variables, likewise
 
 
 _VLLM = Recorded(

@@ -1,4 +1,4 @@
-"""One list says what runs where; what vLLM cannot run is refused with every reason."""
+"""One list states what runs where; replicas that vLLM cannot run are refused with every reason."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The record of a run with faults, and a checker for what must never happen.
 
 Writers compare and swap one register. The etag on which a write builds and the one that it leads to are versions that
-grow by one. A history is therefore linearizable if each version was made once, by a write that was under way at some
-moment between the version before and the one after, and no caller was told of a version that did not stay.
+grow by one. A history is therefore linearizable if each version was made once, by a write that was in progress at some
+moment between the version before and the one after, and no caller got a version that did not stay.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Findings:
 
 
 def check(history: History, last: Read) -> Findings:
-    """Compare a history with the final register, when no write is under way any more."""
+    """Compare a history with the final register, when no write is in progress any more."""
     acknowledged = [write for write in history.writes if write.version is not None]
     in_doubt = [write for write in history.writes if write.is_in_doubt]
     seen = [*history.reads, last]

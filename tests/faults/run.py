@@ -20,7 +20,7 @@ from tests.faults.cluster import Faulty, Planner, Witness, pinned
 from tests.faults.history import Findings, check
 from tests.planner.store.postgres import new_database, running_server
 
-FAR_SHARE = 1 / 60  # of the lease, each way to the store and back: 50 ms of 3 s
+FAR_SHARE = 1 / 60  # share of the lease, each way to the store and back: 50 ms of 3 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

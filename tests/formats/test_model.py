@@ -170,7 +170,7 @@ def test_layers_of_several_kinds_that_cannot_be(tmp_path: Path, lines: str, erro
 
 
 def test_windows_are_in_a_share_of_the_layers_with_kv(tmp_path: Path) -> None:
-    """Of two layers with KV one has a sliding window; two more layers keep states."""
+    """One of two layers with KV has a sliding window; two more layers keep states."""
     lines = "linear: {layers: 2, params: 1, state_bytes: 1}\nsliding_window: 100\nsliding_layers: 1\n"
     model = model_of(tmp_path, SHAPE.format(kv_heads=2) + lines)
     assert model.attended_tokens(300.0) == model.cached_tokens(300.0) == (100 + 300) / 2

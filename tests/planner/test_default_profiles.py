@@ -15,7 +15,7 @@ from hetis.solver.plan import ObjectiveKind
 from hetis.solver.planning import solve_placement
 from hetis.solver.profile import Op
 
-SMALL = "Qwen/Qwen3-0.6B"  # its iterations are so short that the host's time shows
+SMALL = "Qwen/Qwen3-0.6B"  # a model with iterations so short that the host's time shows
 
 
 def inputs(*profiles: str) -> LoadedInputs:

@@ -317,7 +317,7 @@ def test_moves_of_a_bundle_are_of_one_request() -> None:
         assert len({move.request for move in moves}) == 1
 
 
-# --- what is printed
+# --- output
 
 RUNS = {
     "dispatch": ["dispatch", "--state", A100_L4, "--requests", REQUESTS, "--explain"],

@@ -1,4 +1,4 @@
-"""`init`, `validate`, `schema`, `catalog`, `completion`, `version`: what they print and where."""
+"""`init`, `validate`, `schema`, `catalog`, `completion`, `version`: their output and its place."""
 
 from __future__ import annotations
 

@@ -510,7 +510,7 @@ def test_place_prints_and_saves_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(robustness, "SEARCHES", 1)  # of 12 searches, which take half a minute
+    monkeypatch.setattr(robustness, "SEARCHES", 1)  # instead of 12 searches, which take half a minute
     defaults = robustness.study.__kwdefaults__
     assert defaults["samples"] == 200
     monkeypatch.setitem(defaults, "samples", 20)  # the default number takes six seconds

@@ -368,7 +368,7 @@ def test_what_a_second_source_says_is_reported_and_not_fitted() -> None:
 
 
 def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
-    """Prompts without a past, where queries cost five readings of the KV each; those of a chunk over a past must not."""
+    """Without a past, queries cost five readings of the KV each; those of a chunk over a past must not."""
     tokens, heads = (
         grid.ravel() for grid in np.meshgrid(np.round(2.0 ** np.arange(7, 14, 0.5)), (4.0, 8.0, 16.0, 32.0))
     )

@@ -88,7 +88,7 @@ def test_a_prompt_takes_the_rule_in_three_of_four_layers_and_attention_in_the_fo
 def test_a_profile_of_an_engine_has_the_rule_for_models_that_have_it(engine: str) -> None:
     hosted = for_engine(BARE, B200, engine)
     assert QWEN.linear is not None
-    half = replace(QWEN, linear=replace(QWEN.linear, layers=30))  # of an unknown share: as attention, by its FLOPs
+    half = replace(QWEN, linear=replace(QWEN.linear, layers=30))  # unknown share: as attention, by its FLOPs
     for model in (catalogue.find_model("Llama-3.1-8B").model, half):
         assert hosted.fit(Op.PREFILL_ATTENTION, model, 1) == BARE.fit(Op.PREFILL_ATTENTION, model, 1)
     assert hosted.fit(Op.DECODE_ATTENTION, QWEN, 1) == BARE.fit(Op.DECODE_ATTENTION, QWEN, 1)

@@ -91,7 +91,7 @@ DECODE_ONLY = (
     "attn_decode_ms\nA100,8192,64,8,2,64,0,4096,False,,0.42\n"
 )
 TABLES = [
-    *(small for small in SMALL_TABLES if small[1] != "experts"),  # which the cost model has no operator for
+    *(small for small in SMALL_TABLES if small[1] != "experts"),  # for which the cost model has no operator
     ("vidur", "decode", DECODE_ONLY),
     ("llmservingsim", "decode", DECODE_ONLY),
 ]

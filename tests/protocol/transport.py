@@ -1,4 +1,4 @@
-"""The network between agents and planner, in memory: every message of every stream goes through one hand.
+"""The network between agents and planner, in memory: every message of every stream passes through one object.
 
 The agent's end is a gRPC call as used by `hetis.runtime.agent.stream.PlannerStream`, the planner's end is what the
 servicer passes to `LiveFleet.connect`. Between them messages are bytes, and have a `Fate`.

@@ -149,7 +149,7 @@ def test_a_load_that_is_carried_is_steady_and_one_that_is_not_is_not() -> None:
 @pytest.mark.parametrize(
     ("rate_rps", "count", "steady"),
     [
-        (6.0, 1500, True),  # of 8/s
+        (6.0, 1500, True),  # the queue serves 8/s
         (10.0, 1500, False),
         (20.0, 400, False),
         (1.0, 1500, True),

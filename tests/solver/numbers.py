@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly and never repeat
+GOLDEN = (math.sqrt(5) - 1) / 2  # the golden ratio's multiples modulo 1 are spread evenly and never repeat
 
 
 def numbers_of(*values: Any) -> list[float]:

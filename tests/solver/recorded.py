@@ -119,7 +119,7 @@ KINDS: dict[str, tuple[int, Callable[[int], Answer]]] = {
 # Seeds of large stages that take 1 to 3 s each, half of the total time; a dozen large ones remain.
 SLOW = {"redispatch": {4, 72, 80, 140, 142}}
 STEPS = {"dispatch": DISPATCH_STEPS, "redispatch": REDISPATCH_STEPS}
-PLAIN_ONLY = ("perturbed",)  # its random numbers differ when compiled, since Python does not wrap overflowing integers
+PLAIN_ONLY = ("perturbed",)  # compiled, they draw other random numbers, since Python does not wrap overflowing integers
 DIGITS = 9  # digits of every number of a step
 
 

@@ -92,7 +92,7 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
     family = data.draw(st.sampled_from((UNIFIED, ON_AN_ENGINE)))
     problem = data.draw(problems(max_gpus=4, family=family))
     assume(not problem.model.forbidden_cuts)
-    loose = at(problem, max_num_seqs=10**6, kv_blocks=10**9)  # no card has memory for so many
+    loose = at(problem, max_num_seqs=10**6, kv_blocks=10**9)  # no card has memory for that many
     assert value_of(loose) == pytest.approx(value_of(problem), rel=REL)
 
 

@@ -382,7 +382,7 @@ def test_one_card_and_one_choice_gives_the_rate_worked_by_hand() -> None:
     # 40 output tokens, one at a time, with prompts of 120 tokens in 1.875 chunks: 40 iterations of the only request.
     assert replica.tpot_s == pytest.approx(1 / replica.rate / 40, rel=1e-12)
     assert [stage.num_layers for stage in replica.stages] == [6]
-    # At least the weights are read 40 times: 6 layers of 4 H^2/... bytes at 2e10 bytes/s, and 5e-5 s per step.
+    # At least the weights are read 40 times: 6 layers of 2-byte parameters at 2e10 bytes/s, and 5e-5 s per step.
     weight_s = 6 * problem.model.layer_params() * 2 / 2e10
     assert 1 / replica.rate > 40 * (weight_s + 5e-5)
 

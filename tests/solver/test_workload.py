@@ -102,7 +102,7 @@ def test_clipping_keeps_the_rate() -> None:
     workload = Workload(name="w", bins=bins_of([(1000, 100, 1.0)]), prefix_hit_rate=0.5)
     clipped = workload.clipped_to(300)
     assert clipped.prefix_hit_rate == 0.5
-    assert clipped.moments().mean_computed == 100  # of the 200 that the output leaves
+    assert clipped.moments().mean_computed == 100  # half of the 200 that the output leaves
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2.0, math.nan])

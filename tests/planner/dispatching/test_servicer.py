@@ -34,7 +34,7 @@ def dispatching(states: DispatchStates, replicas: Replicas, **named: Any) -> Ser
 
 @asynccontextmanager
 async def served() -> AsyncIterator[str]:
-    """A planner with one replica; its address."""
+    """Serve a planner with one replica; yield its address."""
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     states = DispatchStates(replicas)
     await states.warm_up()
@@ -241,7 +241,7 @@ def test_a_stream_that_breaks_in_a_way_that_nobody_foresaw_ends_with_all_its_ste
         call = HeldCall()
         stream = AsyncDispatchStream(call, REPLICA, "state")
         under_way = await call.is_sent(stream.step(new=[new("a")]))
-        behind = [asyncio.create_task(stream.step(new=[new(name)])) for name in ("b", "b")]  # one after the other
+        behind = [asyncio.create_task(stream.step(new=[new(name)])) for name in ("b", "b")]  # one after another
         await asyncio.sleep(0)
         setattr(call, part, fail)
         call.answers.put_nowait(pb2.DispatchRequestsResponse())

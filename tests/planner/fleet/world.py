@@ -106,7 +106,7 @@ class World:
         return body.change.change_id
 
     def settle(self) -> None:
-        """Send what is due before anything else, as the fleet does: what waits for the store must not be among it."""
+        """Send what is due before anything else, as the fleet does; nothing that waits for the store may be sent."""
         self.planner.send(self.now_s)
         try:
             self.planner.settle(self.now_s)

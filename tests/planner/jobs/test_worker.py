@@ -72,7 +72,7 @@ def test_a_problem_that_was_posed_before_there_were_roles_and_levels_can_be_read
 
 
 def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(capfd: pytest.CaptureFixture[str]) -> None:
-    loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="humaneval_lengths")  # which is simulated quickly
+    loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="humaneval_lengths")  # simulated quickly
     objective = Objective(ttft_limit_s=0.5)  # a limit that simulated traffic misses
     posed = PosedProblem(loaded=loaded, objective=objective, settings=PlacementSettings())
     begun, *progress, found = search_for(posed)

@@ -249,7 +249,7 @@ def test_a_fleet_that_is_too_large_is_refused(tmp_path: Path, text: str) -> None
 
 
 def test_a_node_record_of_a_drained_node_survives_its_agent(tmp_path: Path) -> None:
-    """The fleet adds to the record that draining made."""
+    """The fleet extends the record that draining created."""
     name = f"{PARENT}/nodes/l4-0"
 
     async def scenario(planner: Served) -> None:

@@ -49,7 +49,7 @@ def test_a_ping_is_waited_for_as_long_as_is_said_everywhere() -> None:
 
 
 def test_a_planner_that_stands_still_is_left() -> None:
-    """Its machine acknowledges every byte, so that no timeout of TCP ends the connection."""
+    """The peer's machine acknowledges every byte, so that no timeout of TCP ends the connection."""
 
     async def test() -> None:
         async with served() as planner:

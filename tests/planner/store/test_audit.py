@@ -1,4 +1,4 @@
-"""No line of the audit log can be changed, taken out or put in between without being noticed."""
+"""No line of the audit log can be changed, removed or inserted without being detected."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -
 
 
 def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) -> None:
-    """Its last changes are only in the log beside the file."""
+    """The store's last changes are only in the log beside the file."""
     killed = tmp_path / "killed" / "hetis.db"
     killed.parent.mkdir()
 

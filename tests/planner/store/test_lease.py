@@ -170,7 +170,7 @@ def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back
 def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_made(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would renew a term that callers know to be over, and delay the next leader."""
+    """Such a renewal would extend a term that callers know to be over, and delay the next leader."""
     begun, leave = list[int](), threading.Event()
 
     def blocked(_store: Store, epoch: int) -> None:

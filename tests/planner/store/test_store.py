@@ -325,7 +325,7 @@ def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
         standing_by = asyncio.create_task(standby.stand_by("standby"))
         while "the store does not answer a standby" not in caplog.text:
             await asyncio.sleep(0.01)
-        assert standby.led_s_ago == 100.0  # which ends the standby's readiness
+        assert standby.led_s_ago == 100.0  # this ends the standby's readiness
         await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
         await asyncio.wait_for(standing_by, 60)
         assert standby.led_s_ago == 0.0

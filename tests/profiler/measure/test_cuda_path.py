@@ -1,4 +1,4 @@
-"""The path of a CUDA GPU, walked without one: the order of events, graphs and readings, and a whole run. Needs torch."""
+"""The path of a CUDA GPU, without one: the order of events, graphs and readings, and a whole run. Needs torch."""
 
 from __future__ import annotations
 

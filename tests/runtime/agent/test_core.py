@@ -202,7 +202,7 @@ def test_an_assignment_builds_on_what_is_held_or_replaces_what_is_older(
 
 @pytest.mark.parametrize(("ahead", "fits"), [(1 << 32, True), ((1 << 32) + 1, False), (1 << 62, False)])
 def test_a_generation_that_no_planner_reaches_is_not_stored(bench: Bench, ahead: int, fits: bool) -> None:
-    """It would lock out every correct planner for good, because a stored generation never decreases."""
+    """Such a generation would lock out every correct planner for good, because a stored generation never decreases."""
     other = assignment()
     other.plan = "plans/two"
     said = bench.hear(PLANNER.assign(other, generation=1 + ahead))

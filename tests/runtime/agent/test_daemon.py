@@ -1,4 +1,4 @@
-"""The process around the core: what it counts."""
+"""The process around the core and its counters."""
 
 from __future__ import annotations
 

@@ -80,8 +80,9 @@ def defined(rows: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
 def run(
     device: AttentionDevice, case: Case, numbers: list[torch.Tensor] | None = None, *, together: bool = False
 ) -> list[torch.Tensor]:
-    """Outputs of each sequence, [layers, tokens, r, d]; each step has the next chunk of some of them, in any order, or
-    of all.
+    """Return the outputs of each sequence, [layers, tokens, r, d].
+
+    Each step has the next chunk of all sequences, or of some of them in any order.
     """
     chooser = random.Random(sum(case.tokens))
     numbers, left = numbers or case.numbers(), case.chunks()

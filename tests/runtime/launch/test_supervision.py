@@ -81,7 +81,7 @@ def test_a_worker_with_invalid_options_ends_all() -> None:
 
 
 def test_a_worker_that_could_start_once_is_waited_for() -> None:
-    """Its exit code is also 2 if another process takes its memory, or its card is gone."""
+    """A worker's exit code is also 2 if another process takes its memory, or its card is gone."""
     made = supervision()
     made.ended("w", -9, 100.0)
     made.started("w", 101.0)

@@ -12,7 +12,7 @@ from examples.processes import ON_CPUS, kernel_cache
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
-PYTHONPATH = os.pathsep.join(str(ROOT / name) for name in ROOTS)  # of this tree, whichever the environment was made for
+PYTHONPATH = os.pathsep.join(str(ROOT / name) for name in ROOTS)  # this tree's, even in the environment of another
 needs_vllm = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"NOT TESTED: vLLM is not installed in {PYTHON.parents[1]} (make vllm)"
 )

@@ -188,7 +188,7 @@ def test_an_end_that_closes_is_noticed_by_the_other(make_ends: Callable[..., End
     one, other = make_ends()
     one.send([frame(5)])
     one.close()
-    came = other.receive(5)  # what was sent before still arrives
+    came = other.receive(5)  # earlier frames still arrive
     assert came is not None
     with pytest.raises(ChannelClosedError):
         other.receive(5)

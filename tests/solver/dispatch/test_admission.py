@@ -1,4 +1,4 @@
-"""Admission under short memory: no request that fits is refused, unless the plan says that this is not proved."""
+"""Admission under short memory: no request that fits is refused, unless the plan states that this is not proved."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_fast_path_overlooks_next_to_nothing(
         if exact is not None:
             assert not np.any(exact.verdict == NOT_FOUND)
             overlooked += int(np.any((exact.verdict == PLACED) != (verdict == PLACED)))
-    assert overlooked <= 1  # of 60
+    assert overlooked <= 1  # at most one of 60
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
@@ -176,7 +176,7 @@ def test_a_primary_that_takes_several_groups_is_packed_too(tp: int) -> None:
         assert_feasible(problem, fast.groups, set(refused))
         assert_feasible(problem, exact.reserved, set(np.flatnonzero(exact.verdict != PLACED)))
         overlooked += refused != np.flatnonzero(exact.verdict != PLACED).tolist()
-    assert overlooked <= 1  # of 40
+    assert overlooked <= 1  # at most one of 40
 
 
 @pytest.mark.parametrize("solve", [solve_dispatch, solve_exactly])

@@ -95,7 +95,7 @@ class Node:
         )
 
     async def until_asked(self, running: int) -> None:
-        """Wait until its metrics reported this many running requests twice more; the first may predate the call."""
+        """Wait until the engine's metrics reported this many running requests twice more; one may predate the call."""
         before = len(asked(self.folder))
         await wait_until(lambda: asked(self.folder)[before:].count(str(running)) >= 2, lambda: "nobody asks")
 

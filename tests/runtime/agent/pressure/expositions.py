@@ -1,5 +1,7 @@
-"""Expositions as engines send them, cut to the metrics that matter and some that do not; written by hand after the
-metric definitions of vLLM 0.32 and 0.8 and of SGLang."""
+"""Expositions as engines send them, reduced to the metrics that matter and some that do not.
+
+They are written by hand after the metric definitions of vLLM 0.32 and 0.8 and of SGLang.
+"""
 
 from __future__ import annotations
 
