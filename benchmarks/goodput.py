@@ -7,7 +7,7 @@ without a plan is drawn again. The case gets the default plan of `hetis-plan pla
 `place` does, with Poisson arrivals at the planned rate; where it misses a limit, ``place`` plans again for a tighter
 one, whose share of the limit is ``tightened``. ``kept`` tells whether p95 TTFT and mean TPOT of the plan that is shown
 stay within their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``kept_rps``
-is the highest rate that the plan reports to keep, lower than the planned one if that misses a limit, and
+is the highest rate that the plan is reported to keep, lower than the planned one if that misses a limit, and
 ``kept_again`` whether other traffic at this rate, by another seed, keeps the limits. ``best_rps`` is the highest rate
 that keeps the limits, found by a sweep in runs as long as the longest that `place` makes; ``planned_over_best`` and
 ``kept_over_best`` are the two rates over it. The last rows summarise.

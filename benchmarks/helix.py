@@ -212,7 +212,7 @@ class Cluster:
 
 
 def usable_links(places: Mapping[str, Place], num_layers: int, *, partial: bool) -> Iterator[Link]:
-    """Yield links to nodes whose range begins with the next layer, or with ``partial`` has it anywhere inside."""
+    """Yield the links that requests can take: to nodes that begin with the next layer, or with ``partial`` hold it."""
     for name, (first, held) in places.items():
         end = first + held
         if first == 0:

@@ -56,7 +56,7 @@ class Settings:
         wait_iterations, wait_tokens: new prompts wait for this many iterations, or until one has this many tokens
             (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
         balance_iterations, gather_iterations: prompts wait until all copies have one and ``gather_iterations`` more, or
-            for ``balance_iterations`` in all (batching_wait_iters and timeout_iters of its attention_dp_config); 0: no
+            for ``balance_iterations`` in all (timeout_iters and batching_wait_iters of its attention_dp_config); 0: no
             wait.
         schedules_ahead: whether an iteration is scheduled while the one before it runs (vLLM's async_scheduling, the
             overlap schedulers of the others), so that a request that arrives meanwhile is too late for it.

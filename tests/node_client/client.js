@@ -1,5 +1,5 @@
-// A client of the planning service in another language: makes a plan with what reflection says of the contract, watches
-// and reads it back with the published protos. Prints what it saw as one JSON object.
+// A client of the planning service in another language: makes a plan with the contract that reflection reports, watches
+// and reads it back with the published protos. Prints its observations as one JSON object.
 //
 //   node client.js ADDRESS PROTO_DIR CLUSTER_FILE
 "use strict";
@@ -23,7 +23,7 @@ function call(client, method, request, options = inTime()) {
   );
 }
 
-// One question to server reflection, one answer.
+// One request to server reflection, and its answer.
 function ask(reflection, question) {
   return new Promise((resolve, reject) => {
     const stream = reflection.ServerReflectionInfo(inTime());
@@ -36,7 +36,7 @@ function ask(reflection, question) {
   });
 }
 
-// The descriptors of a service and of everything it imports, as the server gives them.
+// The descriptors of a service and of everything it imports, as the server returns them.
 async function reflected(reflection, services) {
   const files = new Map();
   const add = (answer) => {
@@ -94,14 +94,14 @@ async function main() {
         workload_name: "500/100",
         time_limit: { seconds: 60 },
         num_threads: 1,
-        skip_verification: true, // which takes longer than all the rest
+        skip_verification: true, // verification takes longer than everything else
       },
       labels: [{ key: "from", value: "node" }], // protobufjs makes no maps of descriptors
     },
     request_id: crypto.randomUUID(),
   };
   const created = await call(makers, "CreatePlan", request);
-  const again = await call(makers, "CreatePlan", request); // the same id: the same plan, not a second one
+  const again = await call(makers, "CreatePlan", request); // the same id gives the same plan, not a second one
 
   const protos = published();
   const plans = stubs(protos, "hetis.v1.PlanService");
