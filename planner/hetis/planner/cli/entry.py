@@ -9,7 +9,7 @@ from hetis.formats.command_line.process import command_process
 
 
 def main() -> NoReturn:
-    """Run the ``hetis-plan`` command; the base install has it too, but not the libraries it needs."""
+    """Run the ``hetis-plan`` command. The base install has the command, but not the libraries that it needs."""
     with command_process():
         try:
             from hetis.planner.cli.app import main as run_and_exit
