@@ -1,4 +1,4 @@
-"""The entry point of `hetis-planner`. Nothing heavy is imported here: ``--help`` must answer at once."""
+"""The entry point of `hetis-planner`. Nothing heavy is imported here, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.formats.command_line.process import command_process
 
 
 def main() -> NoReturn:
-    """Run the command; the base install has it too, but lacks its dependencies."""
+    """Run the command. The base install has the command, but not the libraries that it needs."""
     with command_process():
         try:
             from hetis.planner.service.command import run
