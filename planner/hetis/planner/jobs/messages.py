@@ -145,7 +145,7 @@ class PosedProblem:
     service_level: ServiceLevel = DEFAULT
 
     def inputs_for_engine(self) -> LoadedInputs:
-        """Return the inputs with only GPUs that run the model in its precision. Raises InvalidProblemError if none does."""
+        """Return the inputs on GPUs that run the model in its precision. Raises InvalidProblemError if none does."""
         return for_engine(self.loaded, self.settings.engine)
 
     def problem(self) -> PlacementProblem:

@@ -52,7 +52,7 @@ class FrameSender:
         self._lock = threading.Lock()
 
     def send(self, frame: JobFrame) -> None:
-        with self._lock, suppress(BrokenPipeError):  # the service is gone; our input ends, too, and with it this process
+        with self._lock, suppress(BrokenPipeError):  # the service is gone; our input ends, too, which ends this process
             self._pipe.write(to_bytes(frame))
             self._pipe.flush()
 
