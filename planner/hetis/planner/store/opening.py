@@ -186,8 +186,8 @@ def reading(engine: sa.Engine) -> sa.Engine:
 def at_once(engine: sa.Engine) -> sa.Engine:
     """Return the engine for single statements that are durable once they are answered.
 
-    No transaction is begun and committed around them, which would cost a round trip to the server each.
-    unchanged.
+    No transaction is begun and committed around them, which would cost a round trip to the server each. SQLite's
+    engine is returned unchanged.
     """
     return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
 

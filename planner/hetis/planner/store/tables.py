@@ -152,7 +152,7 @@ class RecordTable(TableView[R]):
         return first
 
     def update(self, record: R) -> R:
-        """Update the record; return its next version. Raises NOT_FOUND, or ETAG_MISMATCH if changed since it was read."""
+        """Update the record; return it at its next version. Raises NOT_FOUND, or ETAG_MISMATCH if it is outdated."""
         newer = dataclasses.replace(record, version=record.version + 1)  # type: ignore[type-var]
         same = sa.and_(self._table.c.name == record.name, self._table.c.version == record.version)
         done = self._connection.execute(sa.update(self._table).where(same).values(self._to_row(newer)))
