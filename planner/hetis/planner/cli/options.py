@@ -111,7 +111,7 @@ _types_of = functools.cache(get_type_hints)
 
 _input, _goal, _search, _result = map(panel, ("Inputs", "Goal", "Search", "Result"))
 _to_solve, _plan = panel("To solve"), panel("Plan")
-_setting = partial(_search, min=1, max=values.MOST_SETTING)  # of every engine (one setting for all of them)
+_setting = partial(_search, min=1, max=values.MOST_SETTING)  # one setting for every engine
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(

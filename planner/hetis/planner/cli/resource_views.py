@@ -379,9 +379,9 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool
     """Wait until the plan can no longer change by itself. ``exists``: the planner has reported the plan before.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; the plan continues, and the user was told how to return to it.
+        KeyboardInterrupt: after Ctrl-C; the plan continues, and the user was shown how to return to it.
         CallError: the call failed, or the planner has been unreachable for too long; in the latter case a plan that the
-            planner has reported continues, and the user was told how to return to it.
+            planner has reported continues, and the user was shown how to return to it.
     """
     was_seen = exists
     try:

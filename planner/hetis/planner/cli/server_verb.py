@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection
 
 DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens by default
-LONGEST_SILENCE_S = 60.0  # for which a watched or awaited planner may be unreachable
+LONGEST_SILENCE_S = 60.0  # how long a watched or awaited planner may be unreachable
 _planner = panel("Planner")
 
 cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its name.", shown="the only one")

@@ -120,7 +120,7 @@ def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
     )
 
 
-MOST_DOCUMENT_BYTES = 3 << 20  # for a document inside a message
+MOST_DOCUMENT_BYTES = 3 << 20  # limit on a document inside a message
 # The room in a message of 4 MiB, less the names and states of the surrounding answer.
 MOST_PLAN_BYTES = (4 << 20) - (128 << 10)
 

@@ -105,7 +105,7 @@ class Launchable:
     model: ModelSpec
     engine: Engine
     settings: ExportSettings
-    replicas: Mapping[int, LaunchableReplica]  # by position in ``plan``
+    replicas: Mapping[int, LaunchableReplica]  # the launchable replicas, by position in ``plan``
     left_out: Mapping[int, tuple[str, ...]]  # reasons why a replica cannot be launched, by position in ``plan``
     changes: tuple[str, ...]  # descriptions of the changes that made replicas launchable
 

@@ -504,7 +504,10 @@ class ClusterFleet:
             self.dirty.add(name)
 
     def _note_address(self, node: str, address: str, *, before: str) -> None:
-        """Reassign replicas after a change of a node's address."""
+        """Reassign replicas after a change of a node's address.
+
+        ``before``: the last known address, perhaps stored by an earlier planner; empty if unknown.
+        """
         for name in self._replicas_on.get(node, ()):
             replica = self.replicas[name]
             if replica.peers is not None:

@@ -129,8 +129,8 @@ PROTOCOL_VERSION = 1
 _MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that are kept from a node's reports
 _MOST_REMOVALS = 16  # removals in flight per node
 
-MOST_CHARACTERS = 255  # of any text that is kept: names, versions, digests
-MOST_BYTES = 128 * 2**10  # of an inventory, and of the reports of all devices: enough for the largest node
+MOST_CHARACTERS = 255  # limit on any text that is kept: names, versions, digests
+MOST_BYTES = 128 * 2**10  # limit on an inventory, and on the reports of all devices: enough for the largest node
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -244,8 +244,8 @@ class NodeLink:
         self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
-        self.session = ""  # of the current stream, the only one whose messages are accepted; empty: there is none
-        self.boot_id = ""  # of the last connected agent; empty: there was none
+        self.session = ""  # id of the current stream, the only one whose messages are accepted; empty: none
+        self.boot_id = ""  # id of the last connected agent's run; empty: there was none
         self.slots: dict[str, ReplicaSlot] = {}  # by replica; modified through `slot` and `heard_slot`
         self._foreign: set[str] = set()  # replicas with a slot that are or were another node's
         self._active: set[str] = set()  # replicas for which there may be something to send now

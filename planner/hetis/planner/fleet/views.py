@@ -45,7 +45,7 @@ class LiveReplica:
     name: str  # `clusters/{cluster}/replicas/{replica}`
     plan: str  # the plan to which it belongs
     state: replica_pb2.ReplicaState.ValueType
-    generation: int  # of its state at its primary; of its last assignment while the primary has not reported
+    generation: int  # as reported by its primary, or else that of its last assignment
     authority: replica_pb2.HeadMapAuthority.ValueType  # whether its engine or the planner decides its head map
     primary_node: str
     shape: replica_pb2.ReplicaPlan  # its shape in the plan

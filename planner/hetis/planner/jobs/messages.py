@@ -33,8 +33,8 @@ class FoundPlan:
     """A plan that passed the independent checker, possibly after an interruption, as its status tells."""
 
     document: bytes  # the plan in canonical JSON, which was read back and compared
-    # The plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the document,
-    # which for a plan of a million GPUs would block it for some twenty seconds
+    # The plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the document:
+    # a plan of a million GPUs would block it for some twenty seconds
     result: bytes
 
 

@@ -331,7 +331,7 @@ def _signal_name(number: int) -> str:
 
 
 LEAST_RETRY_S = 1.0
-VERIFYING_RETRY_S = 10.0  # for a search past its time limit whose plan is being simulated
+VERIFYING_RETRY_S = 10.0  # used while a search past its time limit simulates its plan
 
 
 class SolverPool:

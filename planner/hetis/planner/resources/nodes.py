@@ -54,9 +54,9 @@ class NodeViews:
 
     cluster: ClusterRecord
     declared: Declared  # parsed document of the cluster
-    records: Mapping[str, NodeRecord]  # by node id; of all nodes, or only the requested ones
+    records: Mapping[str, NodeRecord]  # all nodes, or only the requested ones, by node id
     replicas: Mapping[str, Sequence[str]]  # names of replicas by node id
-    live: Mapping[str, LiveNode]  # by node id; of all nodes, or only the requested ones
+    live: Mapping[str, LiveNode]  # all nodes, or only the requested ones, by node id
 
     def exists(self, node: str) -> bool:
         """Return whether the node is declared or connected."""

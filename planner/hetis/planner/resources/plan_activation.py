@@ -79,7 +79,7 @@ class PlanActivation:
 
         try:
             target = await self._target((await self._store.read(earlier)).name)
-        except ServiceError as error:  # for a repeated request, another plan is active now
+        except ServiceError as error:  # if the request is a repetition, another plan is active now
             return await answered_before(self._store, request, pb2.RollbackPlanResponse, error)
         if request.validate_only:
             planned = await self._store.read(lambda reader: self._planned(reader, earlier(reader), target))
@@ -311,7 +311,7 @@ class Target:
     record: PlanRecord  # the plan's record as read before; the transaction reads it again
     shapes: tuple[replica_pb2.ReplicaPlan, ...]
     model_digest: str
-    cluster_digest: str  # of the cluster's document in which its GPUs were found
+    cluster_digest: str  # digest of the cluster's document in which the plan's GPUs were found
     load_bytes: Callable[[replica_pb2.ReplicaPlan], int]  # returns the bytes of weights that the GPUs of a replica load
 
 
@@ -321,7 +321,7 @@ class ChangedPlans:
 
     cluster: ClusterRecord | None  # the cluster's new record; None if the plan was already active (no change)
     plans: tuple[PlanRecord, ...]  # the changed plans, the newly active one first
-    steps: tuple[pb2.TransitionStep, ...]  # from the replicas that were running to the plan
+    steps: tuple[pb2.TransitionStep, ...]  # the steps from the running replicas to the plan
 
 
 def transition_to(

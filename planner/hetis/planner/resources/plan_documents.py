@@ -38,7 +38,7 @@ def is_settled(plan: plan_pb2.Plan) -> bool:
     return not plan.activation_progress.num_draining and not plan.activation_progress.num_starting
 
 
-_MOST_KEPT_BYTES = 64 << 20  # of cached documents
+_MOST_KEPT_BYTES = 64 << 20  # limit on the cached documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ def _parsed(document: bytes, name: str) -> PlanAndProblem:
     return problem_of_plan(plan, name)
 
 
-MOST_VIOLATIONS = 20  # of the checker, in one message
+MOST_VIOLATIONS = 20  # most violations in one message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

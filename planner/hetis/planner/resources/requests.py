@@ -244,7 +244,7 @@ A = TypeVar("A", bound=Message)
 T = TypeVar("T")
 Tell = Callable[[], Awaitable[object]]
 RESOURCES = ("cluster", "profile", "plan", "node")
-MOST_KEPT_BYTES = 4096  # of a document in a stored answer; larger ones are in the resource itself
+MOST_KEPT_BYTES = 4096  # largest document in a stored answer; larger ones are in the resource itself
 _LEFT_OUT = b"\0"  # marks an omitted document; no document has this content
 _under_way = set[asyncio.Task[Any]]()  # the event loop itself holds only weak references to tasks
 

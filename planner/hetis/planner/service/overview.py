@@ -46,7 +46,7 @@ KvInUse = Iterable[tuple[str, float]]
 class KvRecord:
     """The history of one device's KV."""
 
-    device: str  # as ``node/index``
+    device: str  # name of the device, ``node/index``
     times_s: Sequence[float]  # Unix times of the samples, ascending
     shares: Shares  # share of its KV blocks in use in each sample; NaN if it reported none
 
@@ -204,13 +204,13 @@ class ClusterNow:
     name: str
     nodes: Mapping[str, LiveNode]  # by resource name
     replicas: Sequence[LiveReplica]  # all replicas that were not stopped, ordered by name
-    redispatches: Sequence[redispatch_pb2.Redispatch]  # of this leadership term, the latest change first
+    redispatches: Sequence[redispatch_pb2.Redispatch]  # those of this leadership term, the latest change first
     kv: KvHistory  # recent history of the devices' KV
     high_water: float | None  # share of a device's KV above which head groups should leave; None: the stage's own
     now_s: float  # Unix time of this snapshot
 
 
-FRESH_S = 2.0  # for how long a count is valid, however many scrapes there are
+FRESH_S = 2.0  # how long a count is valid, however many scrapes there are
 WAIT_S = 0.5  # wait for a new count before the last one is shown
 DETAILS_S = 5.0  # limit for reading all details of one cluster
 _PAGE = 500

@@ -68,7 +68,7 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-MAX_CALLS = 30_000  # at a time, even if the message has not arrived: 10,000 agents and twice as many other calls
+MAX_CALLS = 30_000  # concurrent, even without a message yet: 10,000 agents, twice as many other calls
 _log = logging.getLogger("hetis.planner.server")
 _STREAMS_S = 2.0  # time for streams to end by themselves, before a drain ends them
 
@@ -194,7 +194,7 @@ def _must_be_free(address: str) -> None:
         errors = [error]
     wrong = [error for error in errors if error is not None]
     taken = [error for error in wrong if error.errno == errno.EADDRINUSE]
-    if taken or len(wrong) == len(errors):  # of a name's addresses in each family, one may not be here
+    if taken or len(wrong) == len(errors):  # a name may have one address here, and one in a family not here
         first = (taken or wrong)[0]
         raise AddressError(f"cannot listen on {address}: {(first.strerror or str(first)).lower()}")
 

@@ -34,7 +34,7 @@ class FileLock:
         return self._descriptor is not None
 
     def exists(self) -> bool:
-        """Whether any planner has ever had the lock."""
+        """Return whether any planner has ever had the lock."""
         return self._path.exists()
 
     def take(self) -> bool:
@@ -60,7 +60,7 @@ class FileLock:
             self._descriptor = None
 
 
-DECIDING_SHARE = 2 / 3  # of the lease: once it has passed since the last renewal, no new decisions are made
+DECIDING_SHARE = 2 / 3  # share of the lease after which, without a renewal, no new decisions are made
 
 
 def machine_s() -> float:

@@ -77,7 +77,7 @@ class StoreHealth:
 
 
 T = TypeVar("T")
-LEASE_S = 5.0  # for a planner on a server
+LEASE_S = 5.0  # the lease of a planner on a server
 _RENEWALS = 6  # per lease; one attempt may take two such intervals
 _LOOK_S = 0.5  # interval at which a standby checks who leads
 _TRY_S = 1.0  # least time that a read waits, whatever the state of the store
@@ -106,7 +106,7 @@ class Store:
         self._lock = FileLock(file) if file else None
         is_served = url.drivername != "sqlite"
         self._lease_s = lease_s if is_served else 0.0
-        self._limit_s = max(lease_s, 5.0)  # for a server's answer to one statement
+        self._limit_s = max(lease_s, 5.0)  # limit on a server's answer to one statement
         self._clock = clock
         self._machine_s = machine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-store")

@@ -77,10 +77,10 @@ class Figures:
     rate_rps: float  # goodput, or throughput if that is the objective
     prompt_tokens_per_s: float  # at ``rate_rps``
     output_tokens_per_s: float  # at ``rate_rps``
-    usd_per_hour: float | None  # of the used GPUs; None: at least one has no price
+    usd_per_hour: float | None  # price of the used GPUs; None: at least one has no price
     usd_per_million_output_tokens: float | None  # at ``rate_rps``
-    ttft_s: float  # of the slowest replica
-    tpot_s: float  # of the slowest replica
+    ttft_s: float  # TTFT of the slowest replica
+    tpot_s: float  # TPOT of the slowest replica
     kv_tokens: int  # KV capacity of the replicas that decode
     gpus_used: int
     gpus_idle: int

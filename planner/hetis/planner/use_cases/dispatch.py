@@ -377,8 +377,8 @@ class _Changed:
     """A stage and a change to it. Moving head groups count at their targets."""
 
     stage: CostedStage
-    before: StepTimes  # of every device, without the change
-    after: StepTimes  # of every device, with the change
+    before: StepTimes  # times without the change
+    after: StepTimes  # times with the change
     reached: StateSnapshot  # state with the change
 
     @property

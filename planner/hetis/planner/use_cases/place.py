@@ -98,7 +98,7 @@ class PlacementRequest:
     mtp: str | None = None
     objective: Objective
     settings: PlacementSettings = PlacementSettings()
-    engine_settings: EngineSettings = NOTHING_SET  # with which engines are started, whatever is planned
+    engine_settings: EngineSettings = NOTHING_SET  # settings with which engines are started, whatever is planned
     verify: bool = True  # whether to simulate the plan before it is shown
     service_level: ServiceLevel = service_level.DEFAULT  # the level that the plan must keep in the simulation
     other_engines: bool = True  # whether to report the values of plans for other engines

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Objective, Plan
 
 SERVICE_LEVEL = "service_level"  # entry of `Plan.inputs`; absent: the default level
-TAIL = 0.9  # of a limit on a tail statistic: from here on, a longer run decides
-SHARE = 0.6  # of the allowed misses: like a latency with an exponential tail at 90% of its limit
+TAIL = 0.9  # share of a limit on a tail statistic from which a longer run decides
+SHARE = 0.6  # the same share of the allowed misses: an exponential tail is then at 90% of its limit
 FEWEST_MISSES = 50  # misses for which a run should have room
 RULE_OF_THREE = 3.0  # if none of n requests missed, up to 3 / n of all may, with 95% certainty
 
@@ -155,7 +155,7 @@ class Held:
     """A run compared with the limits: the quantities that the level limits, and details for reports."""
 
     limited: tuple[Limited, ...]
-    seconds: Mapping[Latency, float]  # of the requested statistics, unless they are the usual ones
+    seconds: Mapping[Latency, float]  # values of the requested statistics that are not the usual ones
     missed: Mapping[Latency, float]  # share of the requests over each limit; empty without an attainment
 
 

@@ -26,7 +26,7 @@ from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000
 TURNS = 20  # how many times, by default, a run replaces all the requests that a plan holds at once
-DOUBLINGS = 6  # of the number of requests, at most, until the intervals are narrow
+DOUBLINGS = 6  # most doublings of the number of requests until the intervals are narrow
 SAMPLES = 200  # per device and run
 AGREES = 0.1  # tolerated difference of the ratio simulated / planned from 1
 
@@ -45,9 +45,9 @@ class Question:
     # Relative width of every interval up to which runs are lengthened; None: they are not
     precision: float | None = None
     keep_run: bool = False  # whether the answer contains the whole first run
-    # With which engines are started instead of the plan's settings, see `at_settings`
+    # Settings with which engines are started instead of the plan's, see `at_settings`
     engine_settings: EngineSettings = NOTHING_SET
-    changes: tuple[str, ...] = ()  # what these settings change in the plan, in a few words each
+    changes: tuple[str, ...] = ()  # the changes that these settings make to the plan, in a few words each
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:
@@ -200,7 +200,7 @@ def _run(runs: SimulationRunner, question: Question) -> Simulated:
 
 
 def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:
-    clipped: list[int] = []  # by load: all rates draw the same requests
+    clipped: list[int] = []  # clipped requests by load; all rates draw the same requests
     rounds = itertools.count(1)
 
     def evaluate(rates: Sequence[float]) -> list[Summary]:

@@ -43,7 +43,7 @@ UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as shown in plans
 LONGER = 4  # factor of the requests in a run that decides where limits are close
-BY_CHANCE = 0.02  # of a limit: a larger excess is not attributed to chance, however wide the interval
+BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # shares of a rate that misses a limit, which are tried in turn
 PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little above one that keeps them
 LESS = (1.0, 0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs, for longer ones
@@ -391,7 +391,7 @@ def _judged(summary: Summary, found: Held, num_requests: int) -> TriedRate:
 
 
 MOST_OF_CURVE = 40_000  # requests per rate
-SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # of the planned rate; above it queues grow
+SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # shares of the planned rate; above it queues grow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -451,8 +451,8 @@ def _sweep_of(found: Mapping[float, TriedRate], limits: Objective) -> RateSweep:
 
 TIGHTENED = "tightened"  # entry of `Plan.inputs`
 SEARCHES = 2  # in addition to the first one
-LEAST_STEP = 0.8  # of a limit: near saturation latencies grow so steeply that their ratio would be too large a step
-LITTLE = 0.05  # of a rate, which is given up for a plan that keeps its limits at its own rate, without fewer arrivals
+LEAST_STEP = 0.8  # share of a limit: near saturation latencies are so steep that their ratio is too large a step
+LITTLE = 0.05  # share of a rate given up for a plan that keeps its limits at its own rate, not at a lower one
 
 Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
 
@@ -526,7 +526,7 @@ def _missed(plan: Plan) -> Tightening | None:
     if service_level_of(plan).attainment is None:
         worst = max(limited, key=lambda one: one.value_s / one.limit_s)
         ratio = worst.value_s / worst.limit_s
-    else:  # by how much requests exceed a limit does not show how many do
+    else:  # the excess over a limit does not show how many requests exceed it
         missed = {Latency.TTFT: found.ttft_missed or 0.0, Latency.TPOT: found.tpot_missed or 0.0}
         worst, ratio = max(limited, key=lambda one: missed[one.latency]), 1.0 / LEAST_STEP
     if found.steady is False or not math.isfinite(ratio):  # however long requests wait in the end

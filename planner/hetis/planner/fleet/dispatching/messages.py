@@ -14,8 +14,8 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import dispatch_service_pb2 as pb2
 from hetis.v1 import failure_pb2, head_map_pb2, report_pb2
 
-MOST_TOKENS = 2**24  # per context, and per expected output
-MOST_NAME_BYTES = 128  # of a request's name
+MOST_TOKENS = 2**24  # most tokens of a context, and of an expected output
+MOST_NAME_BYTES = 128  # longest name of a request
 MOST_VIOLATIONS = 100  # violations reported per call; a nonsensical batch needs no complete list
 _STATUSES = (report_pb2.DEVICE_STATUS_OK, report_pb2.DEVICE_STATUS_DRAINING, report_pb2.DEVICE_STATUS_LOST)
 

@@ -236,7 +236,7 @@ class FixedPlan:
         copies = sum(stage.copies for stage in planned.stages)
         sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
         chunks = [0] if planned.role is Role.DECODE else family.chunk_tokens
-        engines = planned.attention_dp  # of copies that share their experts, as many batches are in flight
+        engines = planned.attention_dp  # as many batches are in flight as copies share their experts
         depths = family.in_flight if engines == 1 else (engines,)
         pairs = [(m, c) for m in depths for c in chunks if m == 1 or m >= copies]
         for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):

@@ -130,8 +130,8 @@ class Predicted:
     """The plan's results if its profiles are off by their stated errors."""
 
     rate: Range  # requests/s as counted by the objective; for cost and gpus the goodput
-    ttft_s: Range  # of the worst replica, with micro-batches as planned
-    tpot_s: Range  # of the worst replica, with micro-batches as planned
+    ttft_s: Range  # TTFT of the worst replica, with micro-batches as planned
+    tpot_s: Range  # TPOT of the worst replica, with micro-batches as planned
     errors: Mapping[str, Mapping[str, float]]  # errors used, by GPU type and operator; 0.1 is 10%
     assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) without a stated error, which get `UNKNOWN_ERROR`
 

@@ -200,11 +200,11 @@ class Robustness:
     error: float  # share by which every coefficient was off at most
     samples: int  # number of random draws, generated from ``seed``
     seed: int
-    rate: Spread  # as planned
-    ttft_s: Spread  # as planned
-    tpot_s: Spread  # as planned
+    rate: Spread  # rate as planned
+    ttft_s: Spread  # TTFT as planned
+    tpot_s: Spread  # TPOT as planned
     missed: float  # share of the samples in which a latency limit is missed as planned
-    rate_within: Spread  # with engine settings chosen again so that limits hold; ``worst`` is over the samples only
+    rate_within: Spread  # rate with engine settings chosen again to hold the limits; ``worst`` is over the samples only
     # Share of the samples in which the demanded rate is not reached within limits; None without a demand
     short: float | None
     corners: tuple[CornerResult, ...]  # the corner cases, as planned
