@@ -265,8 +265,8 @@ def unreachable_report(replica: str, message: str) -> report_pb2.ReplicaReport:
 def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) -> list[report_pb2.DeviceReport]:
     """Return the KV of every device that the engines run on. Each device counts the blocks of all engines together.
 
-    Only the KV fields are set; `Devices.sample` knows the rest. ``readings``: one for every model that is served on
     Only the KV fields are set; `Devices.sample` fills in the rest. ``readings``: one for every model that is served on
+    these devices; ``devices``: indices on the node.
     """
     counts = [(one.total_blocks, one.used_blocks, one.evictable_blocks) for one in readings] or [(0, 0, 0)]
     total, used, evictable = (sum(map(_count, column)) for column in zip(*counts, strict=True))

@@ -51,7 +51,7 @@ class DamagedStateError(ValueError):
 
 
 class DesiredPhase(StrEnum):
-    """The phase that a change should reach; it is prepared without a directive."""
+    """The phase that a change should reach; preparing it needs no further directive."""
 
     PREPARED = "prepared"
     FLIPPED = "flipped"

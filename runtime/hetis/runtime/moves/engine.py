@@ -60,7 +60,7 @@ def _parts_of(head_map: HeadMap) -> Iterator[HeadMap]:
 
 
 def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: float) -> float:
-    """Return the seconds per layer of attention and exchange by the plan's coefficients, as ``stage.proto`` has it."""
+    """Return the seconds per layer of attention and exchange by the plan's coefficients, as in ``stage.proto``."""
     if not heads or not device.pieces:
         return 0.0
     cards = max(len(device.gpus), 1) if device.is_primary else 1
@@ -93,7 +93,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         self.engine_id = engine_id or str(uuid.uuid4())  # id of this run
         self.newest_epoch = 0  # the highest epoch that was obeyed; older ones change nothing
         self._held: dict[str, TakenT] = {}
-        # Changes that the engine was told to abort before it heard of them, whatever their replica.
+        # Changes that the engine was asked to abort before it received them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, authority=None, copies=None, devices=frozenset())
 
     @property
@@ -101,7 +101,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         """Return whether the planner has assigned a replica, and so decides on moves."""
         return bool(self._held)
 
-    # --- what kind of engine it is
+    # --- what depends on the engine
 
     @abstractmethod
     def head_maps(self, replica: str) -> messages.ReadHeadMapsResponse:
@@ -206,7 +206,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
             outcome=change.outcome(), generation=changes.generation, moves=change.results() if change.generation else ()
         )
 
-    # --- for the engines
+    # --- for subclasses
 
     def _changes(
         self,

@@ -103,7 +103,7 @@ class EngineSettingsDocument(Document):
     # Command that starts the engine, as a list of words or a shell command line. Empty: the engine's own.
     program: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
     # Folder of the model, or a name that the engine knows; ``{name}`` is the model's name in the plan and ``{weights}``
-    # the precision of the replica's weights.
+    # the precision of the replica's weights
     model: Checkpoint
     served_name: Named = "{name}"  # model name that clients use
     device: Literal["cuda", "cpu"] = "cuda"  # ``cpu`` to try a plan without GPUs
