@@ -66,7 +66,7 @@ def read_constraints(
 
 
 def constraints_from_texts(texts: Iterable[str], cluster: Cluster) -> Constraints:
-    """Return the constraints that a plan file says it satisfies, written as options. Raises as `read_constraints`."""
+    """Return the constraints that a plan file states, written as options. Raises as `read_constraints`."""
     by_option: dict[str, list[str]] = {PIN: [], FORBID: []}
     problems = []
     for text in texts:

@@ -74,7 +74,7 @@ def with_weight_bytes(model: ModelSpec, weight_bytes: float) -> ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A choice of precision: ``everywhere``, except for the GPU types in ``on``. None: as it is."""
+    """A choice of precision: ``everywhere``, except for the GPU types in ``on``. None: unchanged."""
 
     everywhere: str | None = None
     on: Mapping[str, str] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def with_precision(
     """
     of_weights, of_kv = _chosen(weights, PRECISIONS), _chosen(kv, KV_PRECISIONS)
     found = _in(model, of_weights.everywhere, of_kv.everywhere)
-    # A precision for all GPU types goes before one that the model's file has for some of them.
+    # A precision for all GPU types takes precedence over one that the model's file has for some of them.
     of_file = {one.gpu: _in(model.on(one.gpu), of_weights.everywhere, of_kv.everywhere) for one in model.precisions}
     of_types = {
         gpu: _in(of_file.get(gpu, found), of_weights.on.get(gpu), of_kv.on.get(gpu))

@@ -18,8 +18,8 @@ import yaml
 
 from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, single_problem
 
-MAX_DEPTH = 64  # nesting, aliases expanded
-MAX_NODES = 1_000_000  # values in a document, aliases expanded
+MAX_DEPTH = 64  # levels of nesting, with aliases expanded
+MAX_NODES = 1_000_000  # values in a document, with aliases expanded
 _MOST_EXPLAINED = 65_536  # characters that the pure Python parser reads to explain an error: it takes 50 times as long
 _EVENTS_PER_LOOK = 1024
 

@@ -28,7 +28,7 @@ class InlineHeads:
     groups: int
     queries_per_group: int
     head_dim: int | None = None
-    kv_bytes_per_token: float = 0.0  # of one head group in one layer
+    kv_bytes_per_token: float = 0.0  # bytes of one head group in one layer
     exchange_bytes_per_head: float = 0.0
 
 

@@ -95,7 +95,7 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     """Return the GPU type that ``name`` means.
 
     Case, separators and the order of parts do not matter, and parts may be omitted if the name stays unambiguous.
-    Raises UnknownNameError if no such GPU (with the nearest name), or several (with all of them). ``name``: such as
+    Raises UnknownNameError if there is no such GPU (with the nearest name), or several (with all). ``name``: such as
     ``A100-SXM-80GB``, ``a100_80gb_sxm``, ``3090`` or ``NVIDIA L4``; ``also``: more names to suggest from (types that a
     cluster file defines).
     """
@@ -108,7 +108,7 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
 
 @functools.cache
 def vendor_of(architecture: str) -> str:
-    """Return who makes GPUs of an architecture; NVIDIA if it is not known."""
+    """Return the vendor of GPUs of an architecture; NVIDIA if the architecture is not known."""
     name = architecture.casefold()
     return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture.casefold() == name), "NVIDIA")
 
@@ -160,7 +160,7 @@ def _workload(name: str) -> WorkloadEntry:
 
 
 class UnknownNameError(HetisError):
-    """A ``name`` is not in the catalogue (then ``candidates`` are near it), or is ``ambiguous`` (they are meant)."""
+    """A ``name`` is not in the catalogue (``candidates`` are near it) or ``ambiguous`` (they are what it may mean)."""
 
     def __init__(self, what: str, name: str, candidates: Iterable[str], *, ambiguous: bool = False) -> None:
         self.name, self.candidates, self.ambiguous = name, tuple(candidates), ambiguous

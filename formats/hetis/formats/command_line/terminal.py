@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
-WIDE = 1000  # characters: lines not meant for a screen are not folded
+WIDE = 1000  # in characters: lines not meant for a screen are not folded
 
 # Replacements for streams that cannot encode the symbols of a table, so that a box does not become question marks.
 _ASCII = str.maketrans(
@@ -38,7 +38,7 @@ class OutputFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terminal:
-    """The two streams of a verb and what the user asked of them."""
+    """The two output streams of a verb, and the options that control them."""
 
     output: OutputFormat = OutputFormat.TABLE  # form of the data on stdout
     verbosity: int = 0  # -1 errors only, 0 normal, 1 with details
@@ -73,7 +73,7 @@ class Terminal:
         _write_all(text)
 
     def say(self, message: str) -> None:
-        """Print a line of news on stderr, unless ``-q`` silences it."""
+        """Print a line of information on stderr, unless ``-q`` silences it."""
         if self.verbosity >= 0:
             self._note(message)
 
