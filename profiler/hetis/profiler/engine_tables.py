@@ -52,7 +52,7 @@ def kernels_in(file: str, kind: Callable[..., K]) -> tuple[K, ...]:
 
 
 def provenance_of(kernel: Kernel, gpu: GpuType) -> Provenance:
-    """Return the provenance of a kernel's fit; no error is stated, for plans use it beside other fits."""
+    """Return the provenance of a kernel's fit; no error is stated, because plans use it beside other fits."""
     relative = "" if kernel.architecture == gpu.architecture else f"; scaled from {kernel.architecture}"
     return Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}")
 

@@ -58,7 +58,7 @@ class DeltaRuleKernel:
 
 
 def linear_fits(gpu: GpuType, profile: Profile, engine: str) -> Iterator[Fit]:
-    """Yield the fits of prefill attention for models with gated delta rules; Hopper's rule if nobody measured its own.
+    """Yield the fits of prefill attention for models with gated delta rules; Hopper's rule if its own was not measured.
 
     A fit's time is that of a model's mean layer: attention in some of them, the rule in the others.
     """

@@ -1,4 +1,4 @@
-"""Profiles for GPUs that nobody measured for us: a roofline of the GPU's peaks and its architecture's efficiencies.
+"""Profiles for GPUs without measurements: a roofline of the GPU's peaks and its architecture's efficiencies.
 
 Efficiencies are coefficients relative to a GPU's peaks, with error and origin. ``tools/efficiency.py`` writes their
 file, which is package data (``efficiency.json``). Nothing here needs numpy, so reading it costs next to nothing.

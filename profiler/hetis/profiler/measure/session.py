@@ -46,7 +46,7 @@ class RunResult:
 
     measurements: Measurements  # its notes: the disturbances, then remarks
     disturbances: Sequence[str]
-    num_known: int  # points of an earlier, interrupted run
+    num_known: int  # number of points from an earlier, interrupted run
     uncertainty: float  # the largest relative error still expected anywhere
     memory_bytes: int
     architecture: str
