@@ -39,7 +39,7 @@ def split_endpoints(text: str) -> tuple[str, ...]:
 
 
 def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
-    """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is no ``host:port``."""
+    """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is malformed."""
     host, _, port = address.rpartition(":")
     if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
         raise ValueError(f"{address!r} is no address, expected HOST:PORT")
@@ -124,7 +124,7 @@ class LeaderSearch:
 
     @property
     def present(self) -> Endpoint:
-        """The endpoint to ask next."""
+        """The endpoint to call next."""
         return self._present
 
     @property
@@ -213,6 +213,6 @@ def reason_of(error: Exception) -> str:
     """Return why there was no answer."""
     import urllib.error
 
-    # urllib.error.URLError is an OSError whose reason says more than the error itself.
+    # urllib.error.URLError is an OSError whose reason is more specific than the error itself.
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return str(reason) or type(reason).__name__

@@ -30,7 +30,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
 _SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
-_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
+_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
 
 
 # What vLLM accepts in the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
@@ -44,7 +44,7 @@ _KV_SCHEME: Mapping[str, tuple[object, ...]] = {
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
     """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
-    that are, or says what is not modelled), or fields are missing or impossible.
+    that are, or states what is not modelled), or fields are missing or impossible.
 
     Args:
         data: the parsed config.
@@ -106,7 +106,7 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
 def _dtype(config: Config, quantised: str | None) -> str:
     """Return the formats of activations and weights; see `hetis.formats.dtypes`.
 
-    Weights stored in 32 bits count as 16, since engines load them so unless told otherwise: vLLM 0.32 in
+    Weights stored in 32 bits count as 16, since engines load them so by default: vLLM 0.32 in
     ``_resolve_auto_dtype`` (vllm/config/model.py), SGLang in ``_get_and_verify_dtype`` (srt/configs/model_config.py).
     """
     stated = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
@@ -528,7 +528,7 @@ def _vision_params(config: Config, *, projection: int, gated: bool = False) -> i
 
     Args:
         config: has a ``vision_config`` that describes the tower; without one there are no parameters.
-        projection: parameters of a linear projection per unit of the tower's width, if the config says no more.
+        projection: parameters of a linear projection per unit of the tower's width, if the config states no other.
         gated: the tower's MLP has three matrices.
     """
     vision = config.part("vision_config")

@@ -300,7 +300,7 @@ class _Composer:
 
 
 def _events(text: str, file: str) -> Iterator[Any]:
-    """Yield the events of the fast parser. If it fails, the pure Python one says why, in the same words everywhere."""
+    """Yield the events of the fast parser. If it fails, the pure Python one explains why, always in the same words."""
     try:
         if hasattr(yaml, "CSafeLoader"):
             try:

@@ -1,4 +1,4 @@
-"""The content of a DispatchState file as a value: a stage as people describe it, and the solver's view of it.
+"""The content of a DispatchState file as a value: a stage as users describe it, and the solver's view of it.
 
 The solver only knows seconds per head and per byte. A file may name a GPU type instead, whose costs come from a
 profile; `SavedState.snapshot` takes them as an argument, so that this package needs no profiles.
@@ -126,7 +126,7 @@ class SavedState:
     num_layers: int
     devices: tuple[SavedDevice, ...]
     requests: tuple[SavedRequest, ...] = ()
-    moves: tuple[PreparedMove, ...] = ()  # between positions in ``devices``
+    moves: tuple[PreparedMove, ...] = ()  # moves between positions in ``devices``
     heads: HeadShape = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -306,7 +306,7 @@ def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
 
 
 def opened(label: str) -> IO[str]:
-    """Open a trace as text, decompressed if its name says so."""
+    """Open a trace as text, decompressed if its name ends in ``.gz``."""
     if label.endswith(".gz"):
         return gzip.open(label, "rt", encoding="utf-8-sig", newline="")
     return open(label, encoding="utf-8-sig", newline="")

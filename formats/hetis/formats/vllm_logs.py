@@ -58,7 +58,7 @@ class LoggedIteration:
     generation_requests: int
     generation_tokens: int
     elapsed_s: float  # time that the engine waited for the result; its own work before and after is not included
-    kv_ratio: float | None = None  # share of the KV cache in use after the iteration; None: the version does not say
+    kv_ratio: float | None = None  # share of the KV cache in use after the iteration; None: not stated
     clock_s: float | None = None  # time of the line, in seconds of some year; None: it has no time
     is_dummy: bool = False  # whether it is one of an idle data-parallel rank, which only keeps the others company
     has_encoder: bool = False  # whether it also encoded images or sound

@@ -23,7 +23,7 @@ PUBLISHER = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 SYSTEMS = {  # their names, and ours for their GPUs
     "h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB", "a100_sxm": "A100-SXM-80GB", "l40s": "L40S",
 }  # fmt: skip
-NEAREST = "Hopper"  # for architectures without tables
+NEAREST = "Hopper"  # stands in for architectures without tables
 
 
 class Kernel(Protocol):

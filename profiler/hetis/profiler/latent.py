@@ -41,7 +41,7 @@ _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
 _KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
 # Query heads of DeepSeek-V3 and of Kimi-K2: no model of grouped queries has as many in a group.
 LATENT_HEADS = (128, 64)
-_LEAST_HEADS, _MOST_TOKENS, _MOST_CONTEXT = 8, 32768, 32768  # per rank, per iteration, per request
+_LEAST_HEADS, _MOST_TOKENS, _MOST_CONTEXT = 8, 32768, 32768  # limits per rank, iteration and request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

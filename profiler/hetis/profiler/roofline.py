@@ -54,8 +54,8 @@ class OpEfficiency:
     measured_on: tuple[str, ...] = ()  # GPU names as in the catalogue
     num_points: int = 0
     fitted_mape: float | None = None
-    held_out_mape: float | None = None  # on shapes the fit never saw; for links: on hosts it never saw
-    transfer_mape: float | None = None  # on GPUs the fit never saw: each measured GPU by the fits of the others
+    held_out_mape: float | None = None  # error on shapes the fit never saw; for links, on hosts it never saw
+    transfer_mape: float | None = None  # error on GPUs the fit never saw: each measured GPU by the fits of the others
     range_error: float | None = None  # 0.5: nine in ten times of GPUs never seen lie within 1/1.5 and 1.5 times these
     note: str = ""
 

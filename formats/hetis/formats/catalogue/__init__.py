@@ -1,6 +1,6 @@
 """GPUs, models and workloads that hetis knows, each fact with its source.
 
-The data are committed files made by ``python -m tools.catalogue``; they are read when first asked for.
+The data are committed files made by ``python -m tools.catalogue``; they are read on first use.
 Names are found in the spellings people use; a name that could mean two things is refused with the candidates.
 """
 
@@ -29,7 +29,7 @@ class GpuEntry:
     """A GPU type with the sources of its figures."""
 
     gpu: GpuType
-    tdp_w: float | None  # board power by the data sheet, for people: no plan depends on it
+    tdp_w: float | None  # board power by the data sheet; no plan depends on it
     price_source: str | None
     spec_source: str
     note: str | None
@@ -171,7 +171,7 @@ class UnknownNameError(HetisError):
         super().__init__(f"unknown {what} {shown!r}{hint}")
 
 
-# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that distinguish no two boards.
+# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
 _IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation"}
 # Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")

@@ -42,11 +42,11 @@ class Terminal:
 
     output: OutputFormat = OutputFormat.TABLE  # form of the data on stdout
     verbosity: int = 0  # -1 errors only, 0 normal, 1 with details
-    color: bool = True  # False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal have the same effect
+    color: bool = True  # False after ``--no-color``; ``NO_COLOR`` and streams other than terminals have the same effect
 
     @property
     def prints_tables(self) -> bool:
-        """Return whether data is for people rather than for programs."""
+        """Return whether data is for a reader rather than for programs."""
         return self.output in (OutputFormat.TABLE, OutputFormat.WIDE)
 
     def emit(
@@ -83,7 +83,7 @@ class Terminal:
             self._note(message)
 
     def warn(self, message: str) -> None:
-        """Print a warning about something that is no error."""
+        """Print a warning about something that is not an error."""
         if self.verbosity >= 0:
             self._note(message, label="warning", style="yellow")
 
@@ -150,7 +150,7 @@ class _AsciiStream:
 
 @contextmanager
 def plain_streams() -> Iterator[None]:
-    """Make help, usage errors and messages ASCII, whoever prints them, if the locale asks for ASCII."""
+    """Make help, usage errors and messages ASCII, whatever prints them, if the locale asks for ASCII."""
     if not _asks_for_ascii():
         yield
         return

@@ -101,7 +101,7 @@ def _is_broken_pipe(error: BaseException) -> bool:
 def _console() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether the reader of stdout or stderr went away.
 
-    It asks copies of them: rich puts /dev/null in place of a stdout that broke before it passes the error on.
+    It polls copies of them: rich puts /dev/null in place of a stdout that broke before it passes the error on.
     """
     copies = list[int]()
     for stream in (1, 2):

@@ -23,7 +23,7 @@ _SHARED = re.compile(r"-SHARED$")  # appended by GFD if several pods take turns 
 
 
 class UnclearBoardError(Exception):
-    """A product name means no GPU type, or several. The text says which, and what to do."""
+    """A product name means no GPU type, or several. The text names them, and says what to do."""
 
 
 def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -106,7 +106,7 @@ class _Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Device:
-    """A device of a ResourceSlice. ``reason`` says why it is left out."""
+    """A device of a ResourceSlice. ``reason`` is why it is left out."""
 
     product: str
     memory_bytes: int | None

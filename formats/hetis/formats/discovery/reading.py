@@ -216,7 +216,7 @@ def _ray_node(node: Mapping[str, Any], index: int, source: Text, problems: list[
     count = whole_number(mapping(resources).get("GPU"), (index, "resources_total", "GPU"), source, problems)
     types = [key.removeprefix(_RAY_TYPE) for key in mapping(resources) if key.startswith(_RAY_TYPE)]
     types = types or [text(labels.get("ray.io/accelerator-type"))]
-    hint = text(labels.get("ray.io/accelerator-type"))  # may say more than the resource: A100-80G instead of A100
+    hint = text(labels.get("ray.io/accelerator-type"))  # may be more specific: A100-80G instead of A100
     product, reason = types[0] or UNTYPED_OF_RAY, "" if alive else "not alive"
     if len(types) > 1:
         reason = reason or f"of several types ({some_of(types)}), and Ray does not say how many of each"

@@ -220,7 +220,7 @@ def _without_standstills(table: _Table, left_out: Counter[str]) -> _Table:
 
 
 def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], dict[str, float], dict[str, float]]:
-    """Return the parameters that the table tells apart and that predict best, their values and margins.
+    """Return the parameters that the table can distinguish and that predict best, their values and margins.
 
     Each candidate is fitted again without each group of blocks: its predictions for that group judge it, and how far
     its parameters move shows how certain they are (jackknife).

@@ -20,7 +20,7 @@ from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWor
 FIRST = 10  # first iterations of an engine, in which it still loads and compiles kernels
 LEAST = 40
 BLOCK_TOKENS = 16  # vLLM's usual block size, if the log does not state it
-_LEAST_STRETCH_STEPS = 5.0  # in steps of the clock: a shorter stretch says less than its rounding
+_LEAST_STRETCH_STEPS = 5.0  # in steps of the clock: a shorter stretch is dominated by rounding
 _ROUNDING = 0.29  # standard deviation of what is cut off a time, in steps of the clock
 _LEAST_GAP_CERTAINTY = 0.05  # largest standard error of the time between waits, as a share of the mean wait
 NO_GAP = (
@@ -109,7 +109,7 @@ class _Stretch:
 
 
 def _stretches(iterations: Sequence[LoggedIteration]) -> Iterator[_Stretch]:
-    now: dict[int, tuple[_Stretch, int]] = {}  # by engine, with the index of its last iteration
+    now: dict[int, tuple[_Stretch, int]] = {}  # keyed by engine, with the index of its last iteration
     for one in iterations:
         known = now.pop(one.engine, None)
         if known is not None and not _goes_on(known, one):
@@ -165,7 +165,7 @@ def _with_states(log: IterationLog) -> Iterator[tuple[_State, LoggedIteration]]:
 
 
 def _reason(one: LoggedIteration) -> str:
-    """Return why an iteration is no observation; empty if it is one."""
+    """Return why an iteration is not an observation; empty if it is one."""
     if one.is_dummy:
         return "idle data-parallel rank"
     if one.index < FIRST:

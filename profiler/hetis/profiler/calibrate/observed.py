@@ -50,7 +50,7 @@ class Observed:
     origin: str  # description of the engine for readers of the profile
     least: int  # number of observations below which nothing is fitted
     observations: tuple[Observation, ...]
-    # number of records that are no observations, by reason
+    # number of records that are not observations, by reason
     left_out: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # remarks for the reader of the result
     tp: int | None = None  # tensor-parallel degree; None: the source does not state it

@@ -26,7 +26,7 @@ TIMEOUT_S = 10.0  # time limit for a whole answer
 MAX_BYTES = 16 * 2**20  # a busy server with many adapters and buckets sends several MiB
 LEAST = 8
 LEAST_TOKENS = 10  # minimum number of latencies in an interval for a mean
-_MOST = 1e18  # limit of any value; larger ones have lost their precision, or are no numbers
+_MOST = 1e18  # limit of any value; larger ones have lost their precision, or are not numbers
 
 # Collectors that refuse colons write `vllm_`. Buckets are most of the lines, and not needed.
 _SAMPLE = re.compile(r"^vllm[:_]([a-zA-Z0-9_]{1,100})(?:\{(.*)\})?[ \t]+([0-9.eE+-]{1,40})(?:[ \t]|$)")
@@ -54,7 +54,7 @@ def watch(
 ) -> list[Scrape]:  # fmt: skip
     """Return scrapes of ``url`` over ``for_s`` seconds, one every ``every_s``. Only the first one must succeed.
 
-    Raises UnreachableError if the first call has no answer, and DocumentError if that is no URL, or no vLLM answers
+    Raises UnreachableError if the first call has no answer, and DocumentError if that is not a URL, or no vLLM answers
     there. ``fetch``, ``clock`` and ``sleep`` are replaced by tests.
     """
     address, fetch = metrics_address(url), fetch or fetch_text
@@ -69,7 +69,7 @@ def watch(
 
 
 def metrics_address(url: str) -> str:
-    """Return the URL with a path. Raises DocumentError if it is no http or https URL."""
+    """Return the URL with a path. Raises DocumentError if it is not an http or https URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:

@@ -105,7 +105,7 @@ class Points:
         return np.array([bool(cells) for cells in self.cells] or [False] * len(self), dtype=np.bool_)
 
     def served(self, fitted: Collection[FitScope]) -> NDArray[np.bool_]:
-        """Return a mask of the points that a plan would ask this fit for: those without their own fit in ``fitted``."""
+        """Return a mask of the points for which a plan would use this fit: those without their own in ``fitted``."""
         alone = [scope != self.scope and scope in fitted for scope in self.scopes]
         return ~np.array(alone or [False] * len(self), dtype=np.bool_)
 

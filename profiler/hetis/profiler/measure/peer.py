@@ -1,7 +1,8 @@
 """One of two processes that exchange messages: ``python -m hetis.profiler.measure.peer RANK STORE DEVICE``.
 
-Rank 0 reads one request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), tells
-rank 1, carries it out together with it, and prints the seconds that ``count`` of them took. The end of input ends both.
+Rank 0 reads one request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), passes
+it to rank 1, carries it out together with it, and prints the seconds that ``count`` of them took. The end of input ends
+both.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _run(
     campaign: Campaign, time_point: Callable[[MeasuredPoint], TimedSample], report: Callable[[RunProgress], None],
     keep: Callable[[Measured], None], *, limit_s: float, begin_s: float,
 ) -> None:  # fmt: skip
-    """Measure the points that the campaign asks for."""
+    """Measure the points that the campaign chooses."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
     took_s: list[float] = []
     while (choice := campaign.next()) is not None:

@@ -308,7 +308,7 @@ class AgentCore:
                 self._ask_head_maps(request.request_id, request.head_map_of)
 
     def _ask_head_maps(self, request_id: str, name: str) -> None:
-        """Ask the engine for the head maps of a replica, or tell the planner why that is impossible."""
+        """Request the head maps of a replica from the engine, or report to the planner why that is impossible."""
         replica = self._replicas.get(name)
         if replica is None or replica.held.assignment is None:
             why = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{name} is not held here", name=name)

@@ -101,7 +101,7 @@ class SimulatedDevices:
     @classmethod
     def parse(cls, text: str, *, host_name: str = "") -> SimulatedDevices:
         """Return the devices that a string such as ``A100-SXM-80GB:4,L4:2`` describes. Raises DevicesUnavailableError
-        if the string is malformed, names an unknown type, or asks for more than `MAX_DEVICES`.
+        if the string is malformed, names an unknown type, or has more than `MAX_DEVICES`.
         """
         types: list[GpuType] = []
         for part in text.split(","):
@@ -207,7 +207,7 @@ class NvmlDevices:
     # --- inventory
 
     def _device(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
-        """Return the description of a device. A lost GPU keeps its description; its reports say that it is lost."""
+        """Return the description of a device. A lost GPU keeps its description; its reports state that it is lost."""
         if index not in self._devices or not self._is_lost(found):
             self._devices[index] = self._described(index, found)
         return self._devices[index]

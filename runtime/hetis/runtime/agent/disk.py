@@ -21,7 +21,7 @@ class StateError(Exception):
 
 
 def machine_boot_id() -> str:
-    """Return the boot id of this machine; empty if the system does not say."""
+    """Return the boot id of this machine; empty if the system does not report it."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

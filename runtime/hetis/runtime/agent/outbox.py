@@ -40,7 +40,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A call to the engine; the request's type says which method. The answer goes to `AgentCore.answered`."""
+    """A call to the engine; the request's type determines the method. The answer goes to `AgentCore.answered`."""
 
     number: int  # identifies the call; never reused in this run
     request: EngineRequest

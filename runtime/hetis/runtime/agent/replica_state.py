@@ -1,7 +1,7 @@
 """The state that an agent keeps, in memory and on disk, and the deltas that it admits.
 
-Reasons to refuse a delta are wrong fields, the state held here, or an engine that cannot do what it asks. The fields
-are checked before anything in the delta is trusted.
+Reasons to refuse a delta are wrong fields, the state held here, or an engine that cannot do what it requests. The
+fields are checked before anything in the delta is trusted.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LONGEST_PREPARE_S = 600
 MOST_ENDED = 64  # ended changes that are remembered
 _PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
 # A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
-# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one from which a node hears for the first
-# time may have leapt several times.
+# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node meets for the first time
+# may have leapt several times.
 MOST_AHEAD = 1 << 32
 MOST_AT_FIRST = 1 << 40
 
@@ -212,7 +212,7 @@ class ReplicaState:
     assignment: Assignment | None = None  # None: it was removed, or never assigned
     nonce: str = ""  # nonce of the last delta
     answer: ConnectNodeRequest | None = None  # answer to that delta
-    changes: dict[str, ChangeState] = field(default_factory=dict)  # by id, in order of arrival
+    changes: dict[str, ChangeState] = field(default_factory=dict)  # keyed by id, in order of arrival
     is_applied: bool = False  # whether the engine has applied this assignment, or its removal, in its present run
     # Whether the assignment has other devices or stages than the one before, so that reports that the engine makes
     # before it applies this one belong to the old one

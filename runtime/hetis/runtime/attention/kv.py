@@ -30,7 +30,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
 }
 IntArray = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]  # as received from a channel; numpy has no bfloat16, so arrays have its words
+Array = npt.NDArray[Any]  # an array as a channel receives it: numpy has no bfloat16, so it has its words
 _MEMINFO = Path("/proc/meminfo")
 _LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),

@@ -33,7 +33,7 @@ def store(  # type: ignore[no-untyped-def]
 ):
     """Write the key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages of a layer.
 
-    There is one program per row; rows whose slot is negative are no positions.
+    There is one program per row; rows with a negative slot are not positions.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)

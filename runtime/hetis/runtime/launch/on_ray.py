@@ -43,7 +43,7 @@ def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, addres
         The exit code. The placement group and its processes are gone by then.
 
     Raises:
-        LayoutError: nodes of the plan are missing, or lack what it asks for.
+        LayoutError: nodes of the plan are missing, or lack the resources that it requires.
         OptionError: the key is not secret, or cannot be written here.
         ConnectionError: there is no such cluster.
     """

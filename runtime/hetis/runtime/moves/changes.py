@@ -172,7 +172,7 @@ class MoveAuthority(ABC):
             raise RefusedError(taken.left_out[min(taken.left_out)])
 
     def flip(self, change: EngineChange) -> Failure | None:
-        """Flip every move that still fits, all at once between two steps. If none fits, change nothing and say why."""
+        """Flip all moves that still fit at once, between two steps. If none fits, change nothing and return why."""
         moves = self._open[change.change.change_id]
         self.leave_out_void({change.change.change_id: change})
         if not moves:
@@ -238,7 +238,7 @@ class EngineChanges:
     ) -> None:
         """Initialise with ``authority`` if this engine owns the head map, and the names of this node's ``devices``."""
         self.replica, self.generation = replica, generation  # generation of the replica's state here
-        self.known: dict[str, EngineChange] = {}  # by id, in order of arrival
+        self.known: dict[str, EngineChange] = {}  # keyed by id, in order of arrival
         self._authority, self._copies, self._devices = authority, copies, devices
 
     def raise_to(self, generation: int) -> None:
@@ -343,7 +343,7 @@ class EngineChanges:
                 del self.known[change.change.change_id]
 
     def flip_due(self, now_s: float) -> None:
-        """Make the flips that were asked for, between two steps, each with all its moves at once."""
+        """Make the requested flips, between two steps, each with all its moves at once."""
         for change in self.known.values():
             if change.is_open and change.flip_by_s is not None:
                 assert self._authority is not None

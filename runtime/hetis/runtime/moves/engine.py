@@ -19,7 +19,7 @@ from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
 from hetis.v1.stage_pb2 import StageDevice, StageModel
 
-MOST_BYTES = (1 << 20) - 4096  # per piece of head maps; the message around it fits in the rest of 1 MiB
+MOST_BYTES = (1 << 20) - 4096  # limit per piece of head maps; the message around it fits in the rest of 1 MiB
 
 
 def pieces_of(head_maps: Iterable[HeadMap]) -> Iterator[list[HeadMap]]:
@@ -163,7 +163,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return messages.ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
 
     def copy_moves(self, request: messages.CopyMovesRequest, now_s: float) -> EngineChange:
-        """Begin to copy. `step` continues, and the change's phase says when the copy is complete."""
+        """Begin to copy. `step` continues, and the change's phase shows when the copy is complete."""
         self._fence(request.epoch)
         change = self._changes_of(request.change_id).begin_copy(request.change_id, now_s)
         self._changes_of(request.change_id).advance(now_s)
@@ -175,13 +175,13 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return messages.CopyMovesResponse(copied_bytes=copied, total_bytes=total, moves=change.results())
 
     def flip_moves(self, request: messages.FlipMovesRequest, now_s: float) -> EngineChange:
-        """Ask for the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
+        """Request the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
         self._fence(request.epoch)
         timeout_s = request.timeout.ToNanoseconds() / 1e9
         return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
 
     def flip_answer(self, change_id: str) -> messages.FlipMovesResponse | None:
-        """Return the outcome of a flip that was asked for, or None while it is undecided."""
+        """Return the outcome of a requested flip, or None while it is undecided."""
         changes = self._changes_of(change_id)
         change = changes.known[change_id]
         return None if change.is_open else changes.flip_answer(change)

@@ -1,7 +1,7 @@
 """Channels: whole frames, in order, between an engine and a worker. They are built on a pipe, which carries bytes.
 
-A worker listens on TCP, with a key that its engine knows. The engine connects and, if both are on one host, may ask
-for shared memory in place of the socket.
+A worker listens on TCP, with a key that its engine knows. The engine connects and, if both are on one host, may request
+shared memory in place of the socket.
 """
 
 from __future__ import annotations

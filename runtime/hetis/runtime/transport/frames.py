@@ -1,4 +1,4 @@
-"""Frames: a header of 64 bytes, and a body whose length the header says.
+"""Frames: a header of 64 bytes, and a body whose length the header states.
 
 Little-endian. Every frame names the engine's term (``epoch``) and the connection (``session``) that it belongs to, so
 that frames of an old engine or an old connection are recognised, and a ``serial``, which an answer repeats.
@@ -299,7 +299,7 @@ def read_keys(frame: Frame) -> list[SequenceKey]:
 
 
 def read_part(frame: Frame) -> KvRange:
-    """Return the range that EXPORT asks for."""
+    """Return the range that EXPORT requests."""
     return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
 
 

@@ -39,7 +39,7 @@ class AllocatorStats:
     """Decisions since the start."""
 
     # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings decide), ``prefix_hit`` and
-    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM asks again)
+    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM tries again)
     decisions: Counter[str] = field(default_factory=Counter)
     dispatch_s: float = 0.0  # seconds that the decisions took
     longest_dispatch_s: float = 0.0  # seconds of the longest decision

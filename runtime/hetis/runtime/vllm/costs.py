@@ -7,7 +7,7 @@ dispatch stays calm under noise: a GPU that is throttled, or a link that is busy
 heads is not measured: its scale decays step by step, so that it gets another chance.
 
 A device in another process computes while the engine does something else, and its answer may have been there for long
-when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `LayerTime` is
+when the engine requests it. Then only an upper bound is known: it took no longer than until that moment. `LayerTime` is
 therefore an interval.
 """
 
@@ -236,7 +236,7 @@ class _Measuring:
         )
 
     def read_s(self, sequences: int, context: int, call_s: float) -> float:
-        """Return the seconds to read an answer that was there before it was asked for."""
+        """Return the seconds to read an answer that was there before it was requested."""
         seconds: list[float] = []
 
         def wait(pending: Pending) -> None:
@@ -404,7 +404,7 @@ class EngineCosts:
             primary=Primary(device=0),
         )
         self.stage = self._first  # the costs in use
-        self._measured: dict[tuple[int, int], Calibration] = {}  # by device and rank
+        self._measured: dict[tuple[int, int], Calibration] = {}  # keyed by device and rank
         self._tracker: CostTracker | None = None
         self._apply: Callable[[Stage], None] = lambda stage: None
 

@@ -157,7 +157,7 @@ class Rank:
         """``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
         ``calibrations`` holds each device's latest, filled by the function that joins workers.
         """
-        self.heads = RankHeadMap(head_groups, num_blocks)  # where every head group lives
+        self.heads = RankHeadMap(head_groups, num_blocks)
         self.workers = workers  # the attention workers of this rank
         # Copies of head groups in flight
         self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)

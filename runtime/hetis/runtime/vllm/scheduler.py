@@ -136,7 +136,7 @@ class SchedulerSide:
         # Number of moves that began, were committed, and were aborted, by origin
         self.moves: Counter[tuple[MovedBy, str]] = Counter()
         self.shape: EngineShape
-        self.allocator: HeadAllocator  # where head groups live
+        self.allocator: HeadAllocator
         self.costs: EngineCosts
         self.num_steps = 0  # number of steps planned so far
         self._manager: HeadGroupManager

@@ -56,7 +56,7 @@ class GroupMove:
     The solver's `PreparedMove` only counts groups, and the contract's `Move` names requests and devices as planners do.
     """
 
-    number: int  # of the solver's move, increasing
+    number: int  # number of the solver's move, increasing
     anchor: int
     groups: tuple[int, ...]
     source: int

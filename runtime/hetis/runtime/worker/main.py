@@ -77,7 +77,7 @@ class WorkerOptions:
     timeout_s: float
     log_level: str
     key: bytes  # key that engines must present
-    port_file: Path | None  # where HOST:PORT is written
+    port_file: Path | None  # file to which HOST:PORT is written
 
 
 def make_parser() -> argparse.ArgumentParser:

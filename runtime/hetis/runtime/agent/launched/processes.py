@@ -242,7 +242,7 @@ def tail(log: Path) -> str:
 
 def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
     """End the processes that an earlier agent has left behind, and return the leaders of their sessions. Blocks. The
-    kernel has told them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
+    kernel has signalled them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
     """
     noted = {int(file.name): file for file in sessions.glob("*") if file.name.isdecimal()}
     left = {leader: file for leader, file in noted.items() if _members(leader, file)}

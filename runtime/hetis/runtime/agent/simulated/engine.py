@@ -23,7 +23,7 @@ from hetis.v1.head_map_pb2 import Move
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, DeviceStatus, ReplicaReport
 
-DEFAULT_LINK_BYTES_PER_S = 10e9  # if neither the stage nor the move says how long a copy takes
+DEFAULT_LINK_BYTES_PER_S = 10e9  # used if neither the stage nor the move states how long a copy takes
 
 
 class HeadMapAuthority(MoveAuthority):
@@ -74,7 +74,7 @@ class HeadMapAuthority(MoveAuthority):
         return self.primary.num_steps + 1
 
     def link_byte_s(self, change: EngineChange, move: Move) -> float:
-        """Return the seconds per byte of the slower of a move's two links, or 0 if the stage does not say."""
+        """Return the seconds per byte of the slower of a move's two links, or 0 if the stage does not state it."""
         stage = self.primary.stages.get((change.change.stage, change.change.copy))
         ends = (move.source, move.target)
         links = [device.link_byte_s for device in stage.model.devices if device.name in ends] if stage else []

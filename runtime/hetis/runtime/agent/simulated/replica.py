@@ -66,7 +66,7 @@ class StageRun:
     requests: dict[str, SimulatedRequest] = field(default_factory=dict)  # the running requests
     status: list[DeviceStatus.ValueType] = field(default_factory=list)  # status of every device
     reserved: dict[str, list[Move]] = field(default_factory=dict)  # moves that hold blocks at their target, by change
-    # Measured factor by which each device's attention takes longer than the model says
+    # Measured factor by which each device's attention takes longer than the model predicts
     slowness: list[float] = field(default_factory=list)
     index: dict[str, int] = field(init=False)  # positions of the devices, by name
 
@@ -271,7 +271,7 @@ def owners_of(counts: list[int]) -> list[int]:
 
 
 def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
-    """Return the solver's value for a stage whose devices take ``slowness`` times as long as the model says.
+    """Return the solver's value for a stage whose devices take ``slowness`` times as long as the model predicts.
 
     A device with fewer pieces than others repeats its last.
     """
@@ -323,7 +323,7 @@ class Control(BaseModel):
     load_ratio: Amount = 0.0  # see ``rate_rps``
     prompt_tokens: Annotated[float, Field(ge=1)] = 512.0  # mean length of a prompt; lengths are exponential
     output_tokens: Annotated[float, Field(ge=1)] = 128.0  # mean length of an output
-    # Factor by which attention takes longer than the profile says, by device ``node/index``
+    # Factor by which attention takes longer than the profile predicts, by device ``node/index``
     slow: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     pause: bool = False  # stop decoding
     load_s: Amount = 0.2  # seconds to load the weights
@@ -381,7 +381,7 @@ class PrimaryRun:
         self.use(assignment)
 
     def use(self, assignment: Assignment) -> None:
-        """Continue under an assignment with the same stages. Its conditions say which devices not to rely on."""
+        """Continue under an assignment with the same stages. Its conditions name the devices not to rely on."""
         self.assignment = assignment
         said = {condition.device: condition.status for condition in assignment.conditions}
         for stage in self.stages.values():

@@ -49,7 +49,7 @@ class SimulatedServer:
         control: ControlFile | None = None,
     ) -> None:
         self.engine = engine
-        self.address = ""  # where other engines read, once started
+        self.address = ""  # address at which other engines read, once started
         self._socket, self._peer_address, self._control = socket, peer_address, control
         self._stepped, self._peers = asyncio.Event(), PeerWatches(engine)
         self._servers: list[grpc.aio.Server] = []
