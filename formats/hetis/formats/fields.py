@@ -297,7 +297,7 @@ def present(data: Mapping[str, Any]) -> dict[str, Any]:
 class Kind(Generic[ValueT]):
     """A kind of document."""
 
-    document: type[Document]  # its form, whose class is named after the kind
+    document: type[Document]  # form of the document; the class is named after the kind
     value: type[ValueT]  # the value that it represents
     # Returns the value of plain data, or raises `DocumentError` with every problem
     parse: Callable[[Any, Text], ValueT]

@@ -101,7 +101,7 @@ class SavedDevice:
     total_blocks: int  # KV blocks per layer; for the primary, on all its GPUs together
     status: DeviceStatus = DeviceStatus.OK  # whether it takes head groups
     high_water: float = 0.9  # share of the blocks in use above which head groups should leave
-    changed: bool = False  # it joined, came back, was lost or changed its speed since the last check by re-dispatch
+    changed: bool = False  # whether it joined, came back, was lost or changed speed since re-dispatch last checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

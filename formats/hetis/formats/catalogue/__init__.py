@@ -103,7 +103,7 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     try:
         return by_name[_gpu_name(name)]
     except UnknownNameError:
-        return by_name[resolve_gpu(name, by_name, also)]  # the same once more, with better suggestions
+        return by_name[resolve_gpu(name, by_name, also)]  # resolved once more, for better suggestions
 
 
 @functools.cache

@@ -45,7 +45,7 @@ class EngineState:
     cache: Mapping[str, str] = field(default_factory=dict)
 
 
-Scrape = tuple[float, dict[str, EngineState]]  # when, and the engines by their label
+Scrape = tuple[float, dict[str, EngineState]]  # time, and the engines by their label
 
 
 def watch(

@@ -33,7 +33,7 @@ class MeasuredPoint:
     op: str  # name of the table it belongs to, such as ``gemm``
     kernel: str  # what computes it, such as ``torch sdpa``; points of two kernels never share a fit
     columns: Mapping[str, Count]  # the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens
-    texts: Mapping[str, str] = field(default_factory=dict)  # its text columns, such as the path of a transfer
+    texts: Mapping[str, str] = field(default_factory=dict)  # the table's text columns, such as the path of a transfer
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -44,7 +44,7 @@ class RunProgress:
 class RunResult:
     """The results of a run, including what a cluster file needs to know about the host."""
 
-    measurements: Measurements  # its notes: the disturbances, then remarks
+    measurements: Measurements  # with the disturbances and then remarks as notes
     disturbances: Sequence[str]
     num_known: int  # number of points from an earlier, interrupted run
     uncertainty: float  # the largest relative error still expected anywhere

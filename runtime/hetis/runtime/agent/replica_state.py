@@ -68,11 +68,11 @@ class ChangeState:
     parts: tuple[ChangePart.ValueType, ...]  # this node's parts in it
     epoch: int  # epoch of the planner that gave the last directive
     deadline_s: float  # until when the change may be prepared, on the clock that is passed in
-    status: ChangeStatus  # its progress as reported to the planner
+    status: ChangeStatus  # progress of the change as reported to the planner
     desired: DesiredPhase = DesiredPhase.PREPARED
     why: Failure | None = None  # reason for the desired abort
     is_resolved: bool = False  # whether a ``resolved`` delta has arrived
-    ended_s: float | None = None  # when it reached its last phase. None: it has not.
+    ended_s: float | None = None  # time at which it reached its last phase. None: it has not.
     is_reserved: bool = False  # whether the engine has answered ReserveMoves in this run of the agent
     # Whether the engine was asked to abort since the abort became desired. An assignment waits for one attempt.
     is_abort_tried: bool = False

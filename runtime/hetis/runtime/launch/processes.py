@@ -62,7 +62,7 @@ class _Watch:
     """One process across its restarts."""
 
     kind: ProcessKind
-    due_s: float | None  # when to start it; None: it runs
+    due_s: float | None  # time to start the process; None: it runs
     started_s: float = 0.0
     failures: int = 0
     ends: int = 0

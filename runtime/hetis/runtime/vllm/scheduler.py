@@ -416,7 +416,7 @@ class RequestStats:
         self.num_finished = self.num_ran_to_end = 0
         self._known: set[str] = set()
         self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
-        self._first_s: dict[str, float] = {}  # when they got their first token
+        self._first_s: dict[str, float] = {}  # time of each request's first token
         self._ttft_s: deque[float] = deque(maxlen=_RECENT)
         self._tpot_s: deque[float] = deque(maxlen=_RECENT)
 

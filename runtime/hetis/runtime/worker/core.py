@@ -58,7 +58,7 @@ class WorkerCore:
     def __init__(self, name: str, make_device: MakeDevice, *, key: bytes) -> None:
         self.name = name
         self.epoch = 0  # newest epoch that it has obeyed
-        self.device: LocalDevice | None = None  # its pages, made for the engine's shape. None before the first HELLO.
+        self.device: LocalDevice | None = None  # pages of the engine's shape. None before the first HELLO.
         self._make_device, self._key = make_device, key
         self._session = 0
         self._step: tuple[int, int] | None = None  # number and rows of the step that was begun

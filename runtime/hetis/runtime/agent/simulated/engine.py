@@ -125,8 +125,8 @@ class HeadMapAuthority(MoveAuthority):
 class _Held(TakenReplica):
     """A replica in the engine."""
 
-    loaded_s: float  # when its weights are loaded
-    primary: PrimaryRun | None  # its requests and head maps, at the engine that runs them. None elsewhere.
+    loaded_s: float  # time at which the weights are loaded
+    primary: PrimaryRun | None  # requests and head maps, at the engine that runs them. None elsewhere.
     # The latest report on it from the primary's engine. None: no report yet, or this is that engine.
     authority: ReplicaReport | None = None
 

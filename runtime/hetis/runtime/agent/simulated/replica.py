@@ -49,10 +49,10 @@ class SimulatedRequest:
     id: str  # unique in its replica
     context_tokens: int  # tokens that a decode step attends to
     remaining_tokens: int  # tokens still to be generated
-    arrived_s: float  # when it arrived
-    incarnation: int = 0  # how often it lost its KV
+    arrived_s: float
+    incarnation: int = 0  # number of times that the request lost its KV
     copies: tuple[int, ...] = ()  # the copy of each stage that it runs on. Empty while it waits.
-    begun_s: float | None = None  # when it got its first token. None: not yet.
+    begun_s: float | None = None  # time of the first token. None: not yet.
     made_tokens: int = 0  # output tokens so far
 
 
@@ -60,7 +60,7 @@ class SimulatedRequest:
 class StageRun:
     """The head map of one copy of one stage, at the engine that owns it."""
 
-    model: StageModel  # its devices and the cost of attention on them
+    model: StageModel  # devices of the stage and the cost of attention on them
     # The device of each head group, for every running request
     owners: dict[str, list[int]] = field(default_factory=dict)
     requests: dict[str, SimulatedRequest] = field(default_factory=dict)  # the running requests
