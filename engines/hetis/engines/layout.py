@@ -19,6 +19,7 @@ from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
 from hetis.engines.versions import Engine
+from hetis.formats.errors import did_you_mean
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
@@ -26,6 +27,7 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, Stag
 PAGE_TOKENS = 16  # of the plugin, unless its file says otherwise
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # of a worker
+_NODES_SHOWN = 5
 _DEVICE = re.compile(r"(?P<node>.+)/(?P<index>\d{1,4})")
 
 
@@ -247,6 +249,15 @@ def planned_nodes(plan: Plan) -> set[str]:
     """Return the nodes of the plan's replicas, and of the fleet that it was made for if the plan contains that."""
     used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
     return used.union(*(names for names, _ in _fleet(_planned(plan, "cluster"))))
+
+
+def unknown_nodes(named: Iterable[str], plan: Plan, further: Iterable[str] = ()) -> Iterator[str]:
+    """Yield, for each of these names that is no node of the plan or its fleet, nor a further one, what to say of it."""
+    known = sorted(planned_nodes(plan).union(further))
+    for node in named:
+        if node not in known:
+            some = ", ".join(known[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")
+            yield f"{node!r} is no node of the plan{did_you_mean(node, known) or f', its nodes are {some}'}"
 
 
 def _driver_indices(cluster: Any) -> dict[str, list[int]]:

@@ -25,7 +25,9 @@ DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
         *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
-        *("--prefill-context-parallel-size", "-pcp", "--data-parallel-size", "-dp", "--dp-size"),
+        *("--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size", "-dcp", "--dcp-size"),
+        *("--data-parallel-size", "-dp", "--dp-size", "--enable-dp-attention"),
+        *("--enable-expert-parallel", "--no-enable-expert-parallel", "-ep", "--expert-parallel-size", "--ep-size"),
         *("--data-parallel-size-local", "-dpl", "--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr"),
         *("--data-parallel-external-lb", "-dpe", "--data-parallel-hybrid-lb", "-dph"),
         *("--data-parallel-multi-port-external-lb", "-dpm"),
@@ -33,11 +35,12 @@ DECIDED = frozenset(
         *("--dist-init-addr", "--nccl-init-addr"),
         *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
         *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
-        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens"),
+        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens", "--num-gpu-blocks-override"),
         "--config",  # a file of any options
     )
 )
 """Options of engines that follow from the plan, or from settings of ours; users may give all others (`decided_in`)."""
+_SHORT = "-dc"  # vLLM's ``--diffusion-config``, not an abbreviated ``-dcp``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +95,11 @@ def _decided(name: str) -> str:
     """Return the decided option that engines may take a name for; empty: none.
 
     Their parsers take beginnings of names, a value right after one letter (``-n2``), and parts of an option's JSON
-    (``--kv-transfer-config.kv_role``). No option of theirs that users may give is the beginning of a decided one.
+    (``--kv-transfer-config.kv_role``). Of the options that users may give, only `_SHORT` is the beginning of a decided
+    one.
     """
     name = name.partition(".")[0]
-    if not name.strip("-"):
+    if not name.strip("-") or name == _SHORT:
         return ""
     found = [one for one in DECIDED if one.startswith(name) or (len(one) == 2 and name.startswith(one))]
     return name if name in found else min(found, key=lambda one: (len(one), one), default="")
