@@ -171,6 +171,14 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
     ]
     with pytest.raises(hetis.HetisError, match="unknown target 'punch-cards', expected one of vllm"):
         plan.export("punch-cards")
+    with pytest.raises(hetis.HetisError) as caught:
+        plan.export("vllm", 3, port="80", node_address=["a100=10.0.0.1"], model=None)  # type: ignore[arg-type]
+    assert str(caught.value).splitlines() == [
+        "export: folder: is 3, must be a path",
+        "export: model: is None, must be text",
+        "export: node_address: is ['a100=10.0.0.1'], must be a mapping",
+        "export: port: is '80', must be a whole number",
+    ]
 
 
 def files_in(folder: Path) -> dict[str, str]:

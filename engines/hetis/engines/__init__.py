@@ -1,4 +1,4 @@
-"""Running a plan on engines: the processes of a replica, their command lines, and the options of engine versions.
+"""How plans run on engines: the processes of a replica, their command lines, and the options of each engine version.
 
-Pure functions: nothing is started, and no file is read.
+These are pure functions: they start nothing and read no files.
 """

@@ -32,7 +32,7 @@ from hetis.solver.plan import Role
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 WORKER_PORT = 7070
-STOPS_S, SERVER_STOPS_S = 10.0, 30.0  # without the engine's own time-out for running requests, which is added
+STOPS_S, SERVER_STOPS_S = 10.0, 30.0  # the engine's own time-out for running requests is added to these
 KEY_VARIABLE = "HETIS_WORKER_KEY"  # an alternative to a key file for workers and the plugin
 WORKER = ("hetis-worker",)
 
@@ -41,14 +41,14 @@ WORKER = ("hetis-worker",)
 class Addresses:
     """Addresses at which processes reach each other, and paths of their files."""
 
-    # address or host name by node; any other node is reached by its own name
+    # address or host name of each node; nodes not listed are reached by their own names
     hosts: Mapping[str, str] = field(default_factory=dict)
-    worker_port: int = WORKER_PORT  # of the first worker process on a node; the others have the ports after it
-    master_port: int = MASTER_PORT  # where processes of the engine on several nodes connect
-    kv_port: int = KV_PORT  # where decode replicas ask a prefill replica for KV
-    all_here: bool = False  # every process is on this machine, whatever node the plan says
-    config_file: str = "hetis-launch/workers.yaml"  # of the plugin
-    key_file: str = "hetis-launch/worker.key"  # key of vLLM and the workers, on every node
+    worker_port: int = WORKER_PORT  # port of the first worker process on a node; further ones use the ports after it
+    master_port: int = MASTER_PORT  # port where the engine's processes on several nodes connect
+    kv_port: int = KV_PORT  # port where decode replicas request KV from a prefill replica
+    all_here: bool = False  # every process runs on this machine, whichever node the plan assigns
+    config_file: str = "hetis-launch/workers.yaml"  # path of the plugin's file
+    key_file: str = "hetis-launch/worker.key"  # path of the key of vLLM and the workers, on every node
 
     def host(self, node: str) -> str:
         return LOOPBACK if self.all_here else self.hosts.get(node, node)
@@ -60,11 +60,11 @@ class Command:
 
     process: Process
     shown: tuple[str, ...]  # program and options as users write them
-    # variables needed in addition to the existing environment
+    # variables to set in addition to the existing environment
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # files that must exist before it starts, by path
     secrets: tuple[str, ...] = ()  # files that only its user may read, which must exist and are not in ``files``
-    stops_s: float = STOPS_S  # time to end after being told to, before it is killed
+    stops_s: float = STOPS_S  # grace period after a request to stop, before the process is killed
 
     @property
     def line(self) -> str:
@@ -75,7 +75,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
     """Return the command of every process, vLLM's first.
 
     A worker on the same node as the vLLM process that calls it listens on the loopback interface, and shares memory
-    with it. Others listen on their node's address in ``addresses`` or, if that is a name, on all addresses of the node,
+    with it. Other workers listen on their node's address in ``addresses`` or, if that is a name, on all its addresses,
     because the name may resolve differently there.
     """
     places = dict(_places(layout, addresses))
@@ -89,7 +89,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
             environment[HOST_VARIABLE] = own
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
-        if is_vllm and not number and layout.role is Role.PREFILL:  # SGLang has an option for it
+        if is_vllm and not number and layout.role is Role.PREFILL:  # SGLang has an option for this
             environment[KV_HOST_VARIABLE] = addresses.host(process.node)
             environment[KV_PORT_VARIABLE] = str(addresses.kv_port)
         meeting = Meeting(host=master, port=addresses.master_port, kv_port=addresses.kv_port)
@@ -123,7 +123,7 @@ def config_of(
 ) -> dict[str, Any]:
     """Return the content of the plugin's file in the form of `hetis.runtime.vllm.settings`.
 
-    ``places`` are the host and port of each worker process.
+    ``places`` maps the name of each worker process to its host and port.
     """
     workers = [
         {"name": one.name, "addresses": [joined(*places[name]) for name in one.processes], "keyFile": key_file}
@@ -134,7 +134,7 @@ def config_of(
 
 
 def worker_settings(process: Process, *, listen: str, device: str) -> dict[str, str]:
-    """Return a worker's options wherever it runs, except for its key."""
+    """Return the options of a worker, except for its key; they are the same wherever it runs."""
     return {"--name": process.name, "--listen": listen, "--kv-memory": f"{process.kv_bytes}B", "--device": device}
 
 
@@ -170,7 +170,7 @@ def as_shell(commands: Sequence[Command]) -> str:
 
 
 def _places(layout: Layout, addresses: Addresses) -> Iterator[tuple[str, tuple[str, int]]]:
-    """Yield host and port of every worker process by name. Ports are counted on each node."""
+    """Yield the host and port of every worker process by name. Ports are counted per node."""
     used: Counter[str] = Counter()
     for process in layout.attention_workers:
         node = "" if addresses.all_here else process.node
@@ -185,12 +185,12 @@ def _reached(process: Process, processes: Sequence[Process], addresses: Addresse
 
 
 def _gpus(process: Process, device: str) -> dict[str, str]:
-    """Select GPUs by the driver's numbers, which a plan uses; by default CUDA would count the fastest first."""
+    """Return variables that select GPUs by driver index, as in plans; CUDA's default order puts the fastest first."""
     if device == "cpu":
         return {}
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, process.gpus))}
 
 
 def _own(host: str) -> str:
-    """Return the address to listen on for a process that others reach at ``host``."""
+    """Return the address on which to listen, given the ``host`` through which other processes connect."""
     return host if is_ip(host) else ANY

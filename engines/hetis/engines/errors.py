@@ -1,6 +1,6 @@
 """HetisError
-+-- OptionError   options, files or names are not usable; one message for each problem
-+-- LayoutError   the plan, or the available machines, do not allow it; one message for each reason
++-- OptionError   options, files or names are not usable; one message per problem
++-- LayoutError   the plan or the available machines do not permit the request; one message per reason
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class _SeveralError(HetisError):
 
 
 class OptionError(_SeveralError):
-    """The request is not valid."""
+    """The request is invalid."""
 
 
 class LayoutError(_SeveralError):

@@ -1,4 +1,4 @@
-"""What engines must know of a GPU type: its vendor, and CUDA's compute capability."""
+"""The properties of a GPU type that engines depend on: its vendor and its CUDA compute capability."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.engines.precision import BFLOAT16, CAPABILITIES
 from hetis.formats import catalogue
 from hetis.solver.cluster import GpuType
 
-VENDORS = ("NVIDIA", "AMD")  # on whose GPUs hetis can start processes: CUDA_VISIBLE_DEVICES selects those of both
+VENDORS = ("NVIDIA", "AMD")  # vendors supported for starting processes: CUDA_VISIBLE_DEVICES selects the GPUs of both
 _BY_ARCHITECTURE = {architecture.casefold(): capability for architecture, capability in CAPABILITIES.items()}
 
 
@@ -19,17 +19,18 @@ class GpuKind(NamedTuple):
 
 
 def common_dtype(kinds: Iterable[GpuKind]) -> str:
-    """Return the dtype that an engine must be told so that these GPUs compute in one; ``auto``: what it chooses.
+    """Return the dtype to set on an engine so that all these GPUs compute in the same one; ``auto``: its own choice.
 
-    By itself each node of vLLM and SGLang takes float16 below compute capability 8.0, and the checkpoint's bfloat16
-    from there on (`supported_dtypes` in vllm/platforms/cuda.py). Where nothing is recorded, there are both.
+    By default each node of vLLM and SGLang uses float16 below compute capability 8.0, and the checkpoint's bfloat16
+    from there on (`supported_dtypes` in vllm/platforms/cuda.py). GPUs without a recorded capability count as having
+    bfloat16.
     """
     lacks_bfloat16 = any(kind.capability is not None and kind.capability < BFLOAT16 for kind in kinds)
     return "float16" if lacks_bfloat16 else "auto"
 
 
 def kinds_in(cluster: Any) -> dict[str, GpuKind]:
-    """Return the kinds of the GPU types that a fleet's document defines itself."""
+    """Return the kinds of the GPU types that a fleet document defines itself."""
     types = cluster.get("gpu_types") if isinstance(cluster, Mapping) else None
     parts = types if isinstance(types, Mapping) else {}
     return {
@@ -40,7 +41,7 @@ def kinds_in(cluster: Any) -> dict[str, GpuKind]:
 
 
 def kind_of(gpu: str, own: Mapping[str, GpuKind]) -> GpuKind:
-    """Return the kind of a GPU type: of those in ``own``, or of the catalogue; NVIDIA's if neither has it."""
+    """Return the kind of a GPU type, from ``own`` or the catalogue; without an entry, NVIDIA of unknown capability."""
     try:
         found = catalogue.find_gpu(gpu).gpu
     except catalogue.UnknownNameError:
@@ -49,13 +50,13 @@ def kind_of(gpu: str, own: Mapping[str, GpuKind]) -> GpuKind:
 
 
 def kind_of_type(gpu: GpuType) -> GpuKind:
-    """Return the kind of a GPU type whose fields are known."""
+    """Return the kind of a GPU type from the catalogue or a fleet document."""
     return kind_by(gpu.name, gpu.architecture, gpu.vendor)
 
 
 def kind_by(name: str, architecture: str, vendor: Any) -> GpuKind:
-    """Return the kind of a GPU type by its fields; without a vendor, that of its architecture."""
+    """Return the kind of a GPU type from its fields; if no vendor is given, the vendor of its architecture."""
     capability = _BY_ARCHITECTURE.get(architecture.casefold())
     if capability == CAPABILITIES["Blackwell"] and name.upper().startswith("RTX"):
-        capability = 12.0  # of workstations, where B200 and B300 have 10.x
+        capability = 12.0  # workstation GPUs; B200 and B300 have 10.x
     return GpuKind(catalogue.vendor_named(str(vendor)) if vendor else catalogue.vendor_of(architecture), capability)

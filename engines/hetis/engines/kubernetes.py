@@ -1,10 +1,11 @@
-"""A replica as objects of Kubernetes: a StatefulSet for each process, Services in front, and network policies.
+"""A replica as Kubernetes objects: a StatefulSet for each process, Services in front, and network policies.
 
-Operators with objects of their own (LeaderWorkerSet and those built on it) get the same pods from `ReplicaObjects`.
+Operators with their own kinds of objects (LeaderWorkerSet and those built on it) get the same pods from
+`ReplicaObjects`.
 
-Each process is a StatefulSet of one, not a Deployment, because it never runs two pods of a name concurrently, and two
-engines of one replica would take its workers from each other. Nothing runs as root or with privileges; the objects
-comply with the Pod Security Standard "restricted".
+Each process is a StatefulSet with one pod, not a Deployment: a StatefulSet never runs two pods of the same name
+concurrently, and two engines of one replica would take its workers from each other. Nothing runs as root or with
+privileges; the objects comply with the "restricted" Pod Security Standard.
 """
 
 from __future__ import annotations
@@ -41,37 +42,40 @@ NODE_LABEL = "kubernetes.io/hostname"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
-SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
+SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM that are set here
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
-# A Secret's file is readable to the pod's group, if there is one, which a key must not be; so it comes as a variable.
+# A Secret mounted as a file is readable to the pod's group, if it has one. A key must not be: pass it in a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
-_USER = 10001  # as in our images
-_RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # of their device plugins
+_USER = 10001  # the same as in our images
+_RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
 _GRACE_S = 45
-_LONGEST_LABEL = 63  # a label's value, in Kubernetes
+_LONGEST_LABEL = 63  # maximum length of a label value in Kubernetes
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer than this and must fit into 63 characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """Settings of the deployment that are not in the plan."""
 
-    name: str  # of the replica; names of objects begin with it
-    image: str  # vLLM with the plugin
+    name: str  # name of the replica, and prefix of the names of its objects
+    image: str  # image of the engine; has the plugin if there are attention workers
     worker_image: str  # an image with `hetis[worker]`
     worker_secret: str  # a Secret whose ``worker-key`` vLLM and its workers share
-    # a PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
-    # the model, or vLLM finds it.
+    # A PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
+    # the model, or the engine locates it.
     model_claim: str = ""
     key_secret: str = ""  # a Secret whose ``api-key`` clients must present
-    is_open: bool = False  # no key is needed; either this or a secret
+    is_open: bool = False  # no key is required; exactly one of this and ``key_secret`` must be set
     namespace: str = ""
-    # names of the replicas that it exchanges KV with. Empty: not known, and any of hetis in the namespace may be one
+    # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] = ()
 
     def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:
-        """Return the problems with it in terms of the options. ``model`` is the model's path in the pod or its name."""
+        """Return what is wrong with these settings, in terms of the command-line options.
+
+        ``model`` is the path of the model in the pod, or its name.
+        """
         wrong = []
         if not _NAME.fullmatch(self.name):
             wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
@@ -92,12 +96,12 @@ class Deployment:
 
 
 def on_node(node: str) -> dict[str, str]:
-    """Return the selector of a node of the plan: the label that every kubelet sets."""
+    """Return the node selector for a node of the plan, by the label that every kubelet sets."""
     return {NODE_LABEL: node}
 
 
 def annotations_of(process: Process) -> dict[str, str]:
-    """Return a pod's annotations about its part in the plan."""
+    """Return the annotations that record a pod's place in the plan."""
     return {"hetis/process": process.name, "hetis/devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)}
 
 
@@ -105,7 +109,7 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     """Return the objects of a replica, in an order in which they can be applied.
 
     Raises:
-        LayoutError: its nodes have no labels (`nodes_without_label`), or see `refuse_shared_cards`.
+        LayoutError: a node's name is too long (`nodes_without_label`), or worker processes share GPUs.
     """
     if unlabelled := list(nodes_without_label(layout)):
         raise LayoutError(*unlabelled)
@@ -120,14 +124,14 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
 
 
 def nodes_without_label(layout: Layout) -> Iterator[str]:
-    """Yield why pods cannot be placed on nodes: no label has so long a value as their names."""
+    """Yield one message per node on which pods cannot be placed, because its name is too long for a label value."""
     for node in dict.fromkeys(process.node for process in layout.processes):
         if len(node) > _LONGEST_LABEL:
             yield f"node {node} has a name of {len(node)} letters, {NODE_LABEL} has at most {_LONGEST_LABEL}"
 
 
 def refuse_shared_cards(layout: Layout) -> None:
-    """Raise LayoutError if worker processes share GPUs, which pods cannot."""
+    """Raise LayoutError if worker processes share GPUs, because pods cannot."""
     shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
     if shared:
         raise LayoutError(
@@ -146,13 +150,13 @@ class ReplicaObjects:
         self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}
 
     def around(self) -> list[dict[str, Any]]:
-        """Return the objects around the pods: the plugin's file, the front end's Service, and the network policies."""
+        """Return the objects around the pods: the plugin's file, the front end's Service and the network policies."""
         config = [self.config()] if self._layout.workers else []
         exchange = [self.towards_kv()] if self._layout.role is not Role.UNIFIED else []
         return [*config, self.front(), self.inside(), self.towards_front(), *exchange]
 
     def config(self) -> dict[str, Any]:
-        """Return the plugin's file. Workers are reached by the names of their Services."""
+        """Return the ConfigMap of the plugin's file, in which workers are addressed by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
         text = yaml.safe_dump(config_of(self._layout, places, key_file=_KEY_FILE), sort_keys=False)
         return {
@@ -163,17 +167,17 @@ class ReplicaObjects:
         }
 
     def front(self) -> dict[str, Any]:
-        """Return the Service for clients: the engine, once it serves."""
+        """Return the Service for clients, which routes to the engine once it is ready."""
         port = {"name": "http", "port": FRONT_PORT, "targetPort": "http"}
         return self._service(self._of.name, self.front_labels, {"ports": [port]})
 
     def inside(self) -> dict[str, Any]:
-        """Return the policy that lets the replica's pods reach each other on any port, since ranks choose theirs."""
+        """Return the policy that lets the replica's pods reach each other on any port: ranks choose their ports."""
         own = {"podSelector": {"matchLabels": self.labels()}}
         return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
     def towards_front(self) -> dict[str, Any]:
-        """Return the policy for the front end, whose port is open to all."""
+        """Return the policy for the front end, whose port is open to all clients."""
         return self._policy(
             f"{self._of.name}-front", self.front_labels, {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
         )
@@ -181,8 +185,8 @@ class ReplicaObjects:
     def towards_kv(self) -> dict[str, Any]:
         """Return the policy that lets replicas fetch each other's KV.
 
-        From any stage, since each rank hands over that of its own layers, and on any port, since NIXL's transport
-        chooses them: so from the partners' pods only.
+        Every stage must be reachable, since each rank sends the KV of its own layers, and on any port, since NIXL's
+        transport chooses the ports. Access is therefore limited to the pods of the partners.
         """
         partners: dict[str, Any] = {"matchLabels": {_NAME_LABEL: "hetis"}}
         if self._of.kv_partners:
@@ -192,12 +196,12 @@ class ReplicaObjects:
 
     @property
     def front_labels(self) -> dict[str, str]:
-        """The labels of the pod that clients reach."""
+        """The labels of the pod to which clients connect."""
         return self.labels(self._names[self._layout.servers[0].name])
 
     @property
     def front_name(self) -> str:
-        """The name of the pod that clients reach, and of the Service where the further stages connect to it."""
+        """The name of the pod to which clients connect, and of the Service through which further stages reach it."""
         return self._names[self._layout.servers[0].name]
 
     def server(self, number: int) -> list[dict[str, Any]]:
@@ -209,11 +213,11 @@ class ReplicaObjects:
         ]
 
     def arguments(self, number: int, *, master: str = "") -> tuple[str, ...]:
-        """Return program and options of a process. ``master`` is the address of the first one, if not its Service."""
+        """Return the command line of a process. ``master`` is the first one's address; by default, its Service."""
         return arguments_of(self._layout, self._serving, number, Meeting(host=master or self.front_name))
 
     def server_pod(self, number: int, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the pod of a process of the engine, without its node."""
+        """Return the pod of an engine process, without its node."""
         process, layout = self._layout.servers[number], self._layout
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in partition_of(layout).items()
@@ -281,7 +285,7 @@ class ReplicaObjects:
                 "capabilities": {"drop": ["ALL"]},
             },
         }
-        # Compiled and cached files go where writing is permitted.
+        # Compiled and cached files go to a writable directory.
         writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
         container["env"] = [*container["env"], *writable]
         container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
@@ -300,7 +304,7 @@ class ReplicaObjects:
         }
 
     def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
-        """Return a StatefulSet of one pod on the plan's node, selected by the label that every kubelet sets."""
+        """Return a StatefulSet of one pod on the plan's node, which it selects by the label that every kubelet sets."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": annotations_of(process)}
         return {
@@ -324,7 +328,7 @@ class ReplicaObjects:
         return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
-        """Return the Service of one pod, reachable before it is ready: vLLM serves after all processes connected."""
+        """Return a pod's Service, which routes to it before it is ready: vLLM serves once all processes connected."""
         spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "ports": [port]}
         return self._service(name, self.labels(name), spec)
 
@@ -345,6 +349,6 @@ class ReplicaObjects:
         return {"name": name, **where, "labels": self.labels()}
 
     def labels(self, part: str = "") -> dict[str, str]:
-        """Return the labels of the replica's objects, or those that choose one pod."""
+        """Return the labels of the replica's objects; with ``part``, those that select one pod."""
         labels = {_NAME_LABEL: "hetis", _INSTANCE_LABEL: self._of.name}
         return labels | ({"app.kubernetes.io/component": part} if part else {})

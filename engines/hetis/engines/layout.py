@@ -1,8 +1,8 @@
-"""The processes of a replica of a plan, where each runs, and what it may hold: the one list that all launchers read.
+"""The processes of a replica of a plan, where each runs, and how much it may hold: the list that all launchers use.
 
 An engine, vLLM or SGLang, is one process if all stages are on one node, and then starts a process for each rank
-itself. Otherwise it is one process per stage, as nodes of the engine's own multi-node launch. A GPU that holds KV has
-a worker process for every rank of vLLM that it serves, because a worker serves one connection. GPUs at the same
+itself. Otherwise it is one process per stage, each a node of the engine's own multi-node launch. A GPU that holds KV
+has one worker process for every vLLM rank that it serves, because a worker accepts one connection. GPUs at the same
 position in their stages form one *worker* to vLLM's scheduler, with an address for every rank.
 """
 
@@ -19,18 +19,20 @@ from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
 from hetis.engines.versions import Engine
+from hetis.formats.errors import did_you_mean
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
-PAGE_TOKENS = 16  # of the plugin, unless its file says otherwise
+PAGE_TOKENS = 16  # the plugin's default
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
-LONGEST_NAME = 63  # of a worker
+LONGEST_NAME = 63  # longest name of a worker
+_NODES_SHOWN = 5  # nodes that an error message lists
 _DEVICE = re.compile(r"(?P<node>.+)/(?P<index>\d{1,4})")
 
 
 class ProcessKind(StrEnum):
-    """The kind of a process: the engine with scheduler and front end, a further stage of it, or a worker."""
+    """The kind of a process: the engine with scheduler and front end, a further stage of the engine, or a worker."""
 
     SERVER = "server"
     SERVER_STAGE = "server-stage"
@@ -41,12 +43,12 @@ class ProcessKind(StrEnum):
 class Process:
     name: str  # unique in the replica
     kind: ProcessKind
-    stage: int  # the stage that it computes or holds KV for; the first one if the engine is one process
-    node: str  # where it runs
-    gpus: tuple[int, ...]  # its GPUs on the node, as the driver counts them, in the order of the ranks
-    kv_bytes: int  # memory for KV on each GPU, as planned
-    sharing: int = 1  # number of the replica's processes that use these GPUs
-    vendor: str = "NVIDIA"  # of its GPUs
+    stage: int  # the stage that it computes or holds KV for; 0 if the engine is one process
+    node: str
+    gpus: tuple[int, ...]  # indices of its GPUs on the node, in the driver's numbering and the order of the ranks
+    kv_bytes: int  # planned memory for KV on each GPU
+    sharing: int = 1  # number of the replica's processes on these GPUs
+    vendor: str = "NVIDIA"  # vendor of its GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,25 +62,26 @@ class Worker:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     engine: Engine
-    role: Role  # its role: unified, prefill or decode
-    tensor_parallel: int  # ranks of every stage, in each of the data-parallel copies
+    role: Role
+    tensor_parallel: int  # ranks of each stage, per data-parallel copy
     layers: tuple[int, ...]  # number of the model's layers in each stage
     servers: tuple[Process, ...]  # processes of the engine, the one with the scheduler first
-    attention_workers: tuple[Process, ...]  # processes that hold KV
-    workers: tuple[Worker, ...]  # the same, as the scheduler sees them
+    attention_workers: tuple[Process, ...]  # worker processes, which hold KV
+    workers: tuple[Worker, ...]  # the same processes, as the scheduler sees them
     micro_batch: int  # requests that decode in one iteration; 0 for a prefill replica
-    seats: int  # maximum number of concurrent requests, of each data-parallel copy
-    chunk_tokens: int  # prompt tokens per iteration, of each data-parallel copy; 0 for a decode replica
-    kv_tokens: int  # KV capacity in tokens, of each data-parallel copy
-    kv_is_fp8: bool = False  # KV has one byte per number, otherwise as many as the model's numbers
-    has_windows_in_some: bool = False  # layers with a sliding window and layers without have KV of their own kinds
-    draft_tokens: int = 0  # tokens that multi-token prediction drafts for a request in an iteration
-    # the longest request that fits into the KV capacity. None: the model's context is no longer.
+    seats: int  # maximum number of concurrent requests per data-parallel copy
+    chunk_tokens: int  # prompt tokens per iteration and data-parallel copy; 0 for a decode replica
+    kv_tokens: int  # KV capacity in tokens per data-parallel copy
+    kv_is_fp8: bool = False  # KV has one byte per number; otherwise as many as the model's own numbers
+    has_windows_in_some: bool = False  # some layers have a sliding window and others do not, so that their KV differs
+    draft_tokens: int = 0  # tokens that multi-token prediction drafts per request and iteration
+    # The longest request that fits into the KV capacity. None: the model's full context fits.
     context_tokens: int | None = None
-    dtype: str = "auto"  # of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine
-    # of all replicas with which it exchanges KV, where their GPUs would each choose another; empty: the engine's choice
+    dtype: str = "auto"  # dtype of model and KV if its GPUs would choose differently; ``auto`` leaves it to the engine
+    # The backend of all replicas that exchange KV with this one, if their GPUs would choose differently. Empty: the
+    # engine's choice.
     attention_backend: str = ""
-    # copies that share their experts, each of which has its own requests; 1 without expert parallelism
+    # Copies that share their experts, each with its own requests; 1 without expert parallelism.
     data_parallel: int = 1
 
     @property
@@ -87,26 +90,26 @@ class Layout:
 
     @property
     def rank_kv_bytes(self) -> int:
-        """The planned KV memory of the rank with most."""
+        """The planned KV memory of the rank that has the most."""
         return max(process.kv_bytes for process in self.servers)
 
     @property
     def vendor(self) -> str:
-        """The vendor of the GPUs that compute layers."""
+        """The vendor of the GPUs that compute the layers."""
         return self.servers[0].vendor
 
     @property
     def meets(self) -> bool:
-        """True if its ranks meet at an address: processes on several nodes, and copies that share their experts."""
+        """Whether its ranks connect through an address: processes on several nodes, or copies that share experts."""
         return len(self.servers) > 1 or self.data_parallel > 1
 
     def caller(self, worker: Process) -> Process:
-        """Return the process of vLLM that connects to a worker process."""
+        """Return the vLLM process that connects to a worker process."""
         return self.servers[worker.stage] if len(self.servers) > 1 else self.servers[0]
 
 
 class _Card(NamedTuple):
-    """A GPU that holds KV for the ranks of a stage, ``kv_bytes`` for each of them."""
+    """A GPU that holds KV for the ranks of a stage; ``kv_bytes`` is the memory for each of them."""
 
     device: str
     kv_bytes: int
@@ -114,10 +117,10 @@ class _Card(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """The KV memory: ``pages`` for every head group, of ``page_bytes`` per layer, and the states of all requests,
-    ``state_bytes`` per layer. The last of ``num_layers`` layers has ``draft_layers`` behind it.
+    """The memory for KV and states.
 
-    Of copies that share experts, each rank needs what `_beside_shared_experts` says for itself.
+    It has ``pages`` for every head group, each of ``page_bytes`` per layer, and ``state_bytes`` per layer for the
+    states of all requests. The last of the ``num_layers`` layers is followed by ``draft_layers`` more.
     """
 
     pages: int
@@ -125,13 +128,13 @@ class _Room:
     state_bytes: float
     num_layers: int
     draft_layers: int
-    taken_bytes: int = 0  # of a rank, by what plans do not count
+    taken_bytes: int = 0  # memory of a rank that plans do not count (`_beside_shared_experts`)
 
     @classmethod
     def of(cls, kv_tokens: int, replica: ReplicaPlan, model: ModelSpec, dtype: str) -> _Room:
         numbers = model.kv_bytes_per_token_group() / model.kv_bytes
         each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
-        # Those that decode, and a prompt for each batch.
+        # Decoding requests, and one prompt for each micro-batch.
         requests = (replica.micro_batch + 1) * replica.in_flight // replica.attention_dp
         return cls(
             pages=-(-kv_tokens // PAGE_TOKENS),
@@ -144,7 +147,7 @@ class _Room:
 
     @property
     def context_tokens(self) -> int:
-        """The longest request in tokens: engines keep one page for themselves."""
+        """The longest request in tokens. Engines keep one page for themselves."""
         return max(self.pages - 1, 1) * PAGE_TOKENS
 
     def of_ranks(self, stage: StagePlan) -> int:
@@ -154,10 +157,10 @@ class _Room:
         return max(0, kv_bytes + round(layers * self.state_bytes / stage.tp) - self.taken_bytes)
 
     def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
-        """Yield the GPUs of a stage. Each holds an equal part of the heads that a rank does not keep.
+        """Yield the GPUs that hold KV for a stage; the heads that a rank does not keep are divided evenly among them.
 
-        On a GPU shared by stages, each stage has what its own heads need: the planned capacity fits there with all
-        stages.
+        On a GPU shared by several stages, each stage gets what its own heads need: the planned capacity fits all of
+        them.
         """
         for pool in replica.attention_workers:
             if pool.stage == number:
@@ -166,14 +169,14 @@ class _Room:
                 yield from (_Card(device, kv_bytes) for device in pool.devices)
 
 
-_MOE_TOKENS = 16_384  # in one go, of vLLM's fused experts
+_MOE_TOKENS = 16_384  # most tokens per call of vLLM's fused experts
 
 
 def _beside_shared_experts(replica: ReplicaPlan, model: ModelSpec) -> int:
-    """Return the bytes of a rank that a plan does not count where copies share experts, so that KV makes room for them.
+    """Return the bytes of a rank that plans do not count for copies that share experts; less KV then fits.
 
-    With several ranks in a copy vLLM has the whole of its shared experts on each (``use_sequence_parallel_moe``), and
-    fused experts have a workspace for the tokens of all copies times the experts that each of them goes to.
+    With several ranks per copy, vLLM keeps all shared experts on each rank (``use_sequence_parallel_moe``), and its
+    fused experts need a workspace for the tokens of all copies times the number of experts that each token activates.
     """
     moe = model.moe
     if not replica.expert_parallel or moe is None:
@@ -192,15 +195,15 @@ def layout_of(
     """Return the layout of one replica.
 
     Args:
-        plan, number: the replica, counted from 0.
+        plan, number: the plan, and the index of the replica in it.
         model: the model to serve.
         engine: the engine that serves it.
-        dtype: of KV, a name in `DTYPE_BYTES`.
-        kv_tokens: KV capacity in tokens of each data-parallel copy, in place of the plan's, for a smaller machine.
-        partners: the replica's entry of `kv_partners`, for who asks for many. None: it is worked out.
+        dtype: dtype of KV, a key of `DTYPE_BYTES`.
+        kv_tokens: KV capacity in tokens of each data-parallel copy, to override the plan's on a smaller machine.
+        partners: the replica's entry of `kv_partners`, for callers that lay out many replicas. None: it is computed.
 
     Raises:
-        LayoutError: there is no such replica, the plan is for another model, or the engine cannot run it; with all
+        LayoutError: there is no such replica, the plan is for another model, or the engine cannot run it; carries all
             reasons.
     """
     if not 0 <= number < len(plan.replicas):
@@ -226,7 +229,7 @@ def layout_of(
 
 
 def planned_model(plan: Plan) -> ModelSpec | None:
-    """Return the model that a plan was made for, or None if the plan does not contain its documents.
+    """Return the model that a plan was made for, or None if the plan does not include its documents.
 
     Raises:
         DocumentError: the document cannot be used.
@@ -244,13 +247,22 @@ def _planned(plan: Plan, name: str) -> Any:
 
 
 def planned_nodes(plan: Plan) -> set[str]:
-    """Return the nodes of the plan's replicas, and of the fleet that it was made for if the plan contains that."""
+    """Return the nodes of the plan's replicas, and those of the fleet it was made for if the plan includes that."""
     used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
     return used.union(*(names for names, _ in _fleet(_planned(plan, "cluster"))))
 
 
+def unknown_nodes(named: Iterable[str], plan: Plan, further: Iterable[str] = ()) -> Iterator[str]:
+    """Yield an error for each name that is a node neither of the plan nor of its fleet, nor one of ``further``."""
+    known = sorted(planned_nodes(plan).union(further))
+    for node in named:
+        if node not in known:
+            some = ", ".join(known[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")
+            yield f"{node!r} is no node of the plan{did_you_mean(node, known) or f', its nodes are {some}'}"
+
+
 def _driver_indices(cluster: Any) -> dict[str, list[int]]:
-    """Return the driver's indices of the GPUs of those nodes of the plan's fleet that have ``indices``."""
+    """Return the driver's indices of the GPUs, for those nodes of the plan's fleet that have ``indices``."""
     found = dict[str, list[int]]()
     for names, node in _fleet(cluster):
         if isinstance(indices := node.get("indices"), list):
@@ -259,7 +271,7 @@ def _driver_indices(cluster: Any) -> dict[str, list[int]]:
 
 
 def _fleet(cluster: Any) -> Iterator[tuple[Iterable[str], Mapping[str, Any]]]:
-    """Yield the groups of equal nodes in the document of a fleet: the nodes' names, and the group's fields."""
+    """Yield each group of equal nodes in a fleet document: the names of the nodes, and the fields of the group."""
     nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
     for node in nodes if isinstance(nodes, list) else ():
         if isinstance(node, Mapping):
@@ -268,17 +280,18 @@ def _fleet(cluster: Any) -> Iterator[tuple[Iterable[str], Mapping[str, Any]]]:
 
 
 class KvPartner(NamedTuple):
-    """A kind of replicas that take part in an exchange of KV."""
+    """The role, GPUs and shape of replicas that take part in an exchange of KV."""
 
     role: Role
     gpus: tuple[str, ...]  # GPU type of each stage
-    tp: int  # ranks of a stage
+    tp: int  # ranks per stage
 
 
 def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
-    """Return, for each replica, the kinds of those that it exchanges KV with, also through others, its own included.
+    """Return, for each replica, the kinds of replicas with which it exchanges KV, directly or indirectly, and its own.
 
-    There are none if it exchanges no KV. If the plan has no routes, all that only prefill or only decode exchange it.
+    An entry is empty if the replica exchanges no KV. Without routes in the plan, all prefill and decode replicas
+    exchange KV with each other.
     """
     found: list[tuple[KvPartner, ...]] = [()] * len(plan.replicas)
     apart = [number for number, one in enumerate(plan.replicas) if one.role is not Role.UNIFIED]
@@ -302,15 +315,15 @@ def layout_of_replica(
     dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[KvPartner] = (),
     own_types: Mapping[str, GpuKind] | None = None,
 ) -> Layout:  # fmt: skip
-    """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
+    """Return the layout of a replica that is not, or no longer, in a plan; other arguments are those of `layout_of`.
 
     Args:
-        planned: document of the model that the replica was planned for. None: not known.
-        partners: kinds of replicas that it exchanges KV with, in one dtype and by one attention backend.
-        own_types: GPU types that are not the catalogue's; others that it lacks count as NVIDIA's.
+        planned: document of the model that the replica was planned for. None: unknown.
+        partners: kinds of replicas with which it exchanges KV, in one dtype and with one attention backend.
+        own_types: GPU types that are not in the catalogue; types found in neither count as NVIDIA's.
 
     Raises:
-        LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
+        LayoutError: the replica is for another model, or the engine cannot run it; carries all reasons.
     """
     if not replica.stages:
         raise LayoutError("it has no stages")
@@ -351,7 +364,7 @@ def layout_of_replica(
             for place in range(len(cards[0]))
         ),
         micro_batch=replica.micro_batch,
-        # A prefill replica has one prompt in each iteration.
+        # A prefill replica processes one prompt per iteration.
         seats=max(replica.micro_batch, 1) * replica.in_flight // copies,
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
@@ -366,7 +379,7 @@ def layout_of_replica(
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:
-    """Return whether the plan assumes one byte per number. An explicit dtype also applies to KV."""
+    """Return whether KV has one byte per number: as planned, unless an explicit dtype overrides it."""
     return dtype == "auto" and model.kv_bytes == 1
 
 
@@ -397,7 +410,7 @@ def _servers(replica: ReplicaPlan, room: _Room, name: str, vendors: Mapping[str,
 
 
 def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int, vendors: Mapping[str, str]) -> Iterator[Process]:
-    """Yield the processes of the first worker in the order of vLLM's ranks, then those of the second, and so on."""
+    """Yield the first worker's processes in the order of vLLM's ranks, then the second's, and so on."""
     on_card = Counter(card.device for of_stage in cards for card in of_stage for _ in range(tp))
     for place in range(len(cards[0])):
         for stage, of_stage in enumerate(cards):
@@ -417,7 +430,7 @@ def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int, vendors: Mappin
 
 
 def _worker_name(devices: Sequence[str], place: int) -> str:
-    """Return the names of its GPUs, unless that is too long for a name."""
+    """Return the names of the worker's GPUs, or a numbered name if that would be too long."""
     name = "+".join(dict.fromkeys(devices))
     return name if len(name) <= LONGEST_NAME else f"worker-{place}"
 
@@ -426,16 +439,16 @@ def _index(device: str) -> int:
     return int(device.rpartition("/")[2])
 
 
-# --- what is refused
+# --- reasons for refusal
 
 
 def _unlike_vendors(replica: ReplicaPlan, gpus: Mapping[str, GpuKind], vendors: set[str]) -> Iterator[str]:
-    """Yield why processes cannot have these GPUs.
+    """Yield why the vendors of a replica's GPUs rule it out.
 
     Args:
         replica: the replica.
-        gpus: the kinds of GPUs that compute its layers, or exchange KV with it.
-        vendors: of its GPUs, those of attention workers among them.
+        gpus: the kinds of the GPUs that compute its layers or exchange KV with it.
+        vendors: vendors of its GPUs, including those of attention workers.
     """
     if others := sorted(vendors - set(VENDORS)):
         yield f"it has GPUs of {', '.join(others)}: hetis starts processes on those of {' and '.join(VENDORS)} only"
@@ -455,7 +468,7 @@ def _no_backend(model: ModelSpec, gpus: Mapping[str, GpuKind], backend: str | No
 
 
 def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
-    """Yield differences between the planned model and the model to serve."""
+    """Yield the differences between the planned model and the one to serve."""
     if planned is not None:
         fields = ("num_layers", "hidden", "q_heads", "kv_heads", "head_dim", "vocab")
         other = [
@@ -472,7 +485,7 @@ def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model:
 def _impossible(
     replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine, dtype: str
 ) -> Iterator[str]:
-    """Yield what the replica needs and the engine, or the plugin in it, cannot do."""
+    """Yield what the replica requires that the engine, or the plugin in it, does not support."""
     if replica.attention_workers and engine is not Engine.VLLM_HETIS:
         yield f"it has attention workers, which {engine.program} has with hetis' plugin alone (engine vllm-hetis)"
     elif replica.attention_workers and replica.role is not Role.UNIFIED:
@@ -494,7 +507,7 @@ def _impossible(
 
 
 def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
-    """Yield why copies cannot share their experts."""
+    """Yield why copies of the replica cannot share their experts."""
     if not replica.expert_parallel:
         return
     if len(replica.stages) != 1 or replica.attention_workers:
@@ -516,7 +529,7 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
 def _handed_over(
     replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine
 ) -> Iterator[str]:
-    """Yield why prompts' KV cannot be handed over between these stages, see `EngineRules.stages_of`."""
+    """Yield why the KV of prompts cannot be handed over between these stages; see `EngineRules.stages_of`."""
     stages = len(replica.stages)
     if stages == 1:
         return
@@ -537,9 +550,9 @@ def _handed_over(
 
 
 def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
-    """Yield why prompts' KV cannot come from more ranks than there are KV heads, several of which hold the same.
+    """Yield why the KV of prompts cannot come from more ranks than there are KV heads, where ranks hold duplicates.
 
-    `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py; SGLang, latent attention and states may.
+    See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py. SGLang, latent attention and states allow it.
     """
     if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.mla is not None or model.linear is not None:
         return
@@ -577,7 +590,7 @@ def _impossible_stage(
 
 
 def _uneven(cards: Sequence[Sequence[_Card]]) -> Iterator[str]:
-    """Yield a problem if stages have different numbers of workers: a scheduler's worker is one GPU for each stage."""
+    """Yield a problem if stages have different numbers of workers: a worker of the scheduler has a GPU per stage."""
     counts = [len(of_stage) for of_stage in cards]
     if len(set(counts)) > 1:
         yield (

@@ -1,6 +1,6 @@
-"""Supported hardware: the GPUs that each engine accepts per precision of weights and KV, with sources.
+"""Supported hardware: the GPUs on which each engine runs, by precision of weights and KV, with sources.
 
-Anything not recorded (GPUs of other vendors, unlisted architectures) is not refused.
+GPUs that are not recorded (other vendors, unlisted architectures) are not refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hetis.formats.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 
-# CUDA's compute capability of the architectures in the catalogue, the lowest if an architecture has several.
+# CUDA compute capability of the architectures in the catalogue; the lowest, where an architecture has several.
 CAPABILITIES: Mapping[str, float] = {
     "Pascal": 6.0,
     "Volta": 7.0,
@@ -26,25 +26,25 @@ CAPABILITIES: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Least:
-    """The minimum compute capability for something."""
+    """The minimum compute capability for a feature."""
 
-    capability: float  # of CUDA. Infinite: no GPU has it.
-    source: str  # where it is documented
-    how: str = ""  # how it works on GPUs that do not compute in the format. Empty: nothing worth mentioning.
+    capability: float  # CUDA compute capability; infinite: no GPU has it
+    source: str  # where this is documented
+    how: str = ""  # how it works on GPUs that do not compute in the format; empty: nothing worth noting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """The requirements of one version of an engine."""
+    """The requirements of one engine version."""
 
     version: str
-    engine: Least  # minimum, whatever the precision
+    engine: Least  # minimum at any precision
     weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.dtypes.PRECISIONS`
     fp8_kv: Mapping[AttentionKind, Least]  # by kind of attention
 
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
-BFLOAT16 = 8.0  # the least capability that has it
+BFLOAT16 = 8.0  # lowest compute capability with bfloat16
 _NO_FLOAT16 = "_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py"
 _VLLM = Support(
     version="0.32.0",
@@ -85,7 +85,7 @@ SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": 
 
 
 def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
-    """Return why an engine cannot run a model, in the precision of its weights and KV, on a GPU.
+    """Return why an engine cannot run a model on a GPU in the precision of its weights and KV.
 
     Return None if it can, or if nothing is recorded about it.
     """
@@ -93,7 +93,7 @@ def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
 
 
 def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Iterator[str]:
-    """Yield notes on GPUs that run the model without computing in its precision."""
+    """Yield notes on GPUs that run the model but do not compute in its precision."""
     least = SUPPORT[engine].weights.get(model.weights)
     natively = {"fp8": 8.9, "nvfp4": 10.0}.get(model.weights)
     if least is None or not least.how or natively is None:

@@ -1,4 +1,4 @@
-"""The command line of each process of an engine: it states what the plan decides, and leaves the rest to the user."""
+"""The command line of each engine process: it sets what the plan decides, and leaves the rest to the user."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ TELL_KV = "where the checkpoint states less, tell the engine (hetis-plan export 
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
 KV_DTYPE = "--kv-cache-dtype"
-UNQUANTISED_KV = ("bfloat16", "float16")  # its values for KV in 16 bits; SGLang has the first alone
+UNQUANTISED_KV = ("bfloat16", "float16")  # values for 16-bit KV; SGLang supports only the first
 DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
         *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
-        *("--prefill-context-parallel-size", "-pcp", "--data-parallel-size", "-dp", "--dp-size"),
+        *("--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size", "-dcp", "--dcp-size"),
+        *("--data-parallel-size", "-dp", "--dp-size", "--enable-dp-attention"),
+        *("--enable-expert-parallel", "--no-enable-expert-parallel", "-ep", "--expert-parallel-size", "--ep-size"),
         *("--data-parallel-size-local", "-dpl", "--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr"),
         *("--data-parallel-external-lb", "-dpe", "--data-parallel-hybrid-lb", "-dph"),
         *("--data-parallel-multi-port-external-lb", "-dpm"),
@@ -33,39 +35,40 @@ DECIDED = frozenset(
         *("--dist-init-addr", "--nccl-init-addr"),
         *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
         *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
-        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens"),
-        "--config",  # a file of any options
+        *(KV_DTYPE, "--kv-cache-memory-bytes", "--max-total-tokens", "--num-gpu-blocks-override"),
+        "--config",  # a file that may contain any option
     )
 )
-"""Options of engines that follow from the plan, or from settings of ours; users may give all others (`decided_in`)."""
+"""Engine options that follow from the plan or from our own settings; users may set all others (`decided_in`)."""
+_SHORT = "-dc"  # vLLM's ``--diffusion-config``, not an abbreviated ``-dcp``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """An engine's settings that are not in the layout."""
+    """Settings of an engine that are not part of the layout."""
 
-    model: str  # as the engine takes it, a folder or a name
-    # the engine. If its last word is not ``serve``, it is the module of vLLM's front end.
+    model: str  # folder or name, as the engine accepts it
+    # Command that starts the engine. If its last word is not ``serve``, it runs the module of vLLM's front end.
     program: tuple[str, ...] = SERVE
-    options: tuple[str, ...] = ()  # of the engine, verbatim
-    dtype: str = "auto"  # of model and KV; ``auto`` leaves it to the engine
+    options: tuple[str, ...] = ()  # options passed to the engine verbatim
+    dtype: str = "auto"  # dtype of model and KV; ``auto`` leaves it to the engine
     device: str = "cuda"  # ``cuda`` or ``cpu``
-    limits_kv: bool = False  # the ranks take no more memory for KV than planned
-    executor: str = ""  # Unix socket for the node's agent. Empty: nobody steers the engine.
-    served_name: str = ""  # the clients' name for the model. Empty: ``model``.
+    limits_kv: bool = False  # the ranks use no more memory for KV than planned
+    executor: str = ""  # Unix socket of the node's agent; empty: no agent controls the engine
+    served_name: str = ""  # the model's name for clients; empty: ``model``
 
     def gives(self, *names: str) -> bool:
-        """Return whether one of these is among the verbatim options."""
+        """Return whether any of these options is among the verbatim ones."""
         return bool(names_of(self.options) & set(names))
 
     def dtype_of(self, common: str) -> str:
-        """Return the dtype to tell the engine, if that of its GPUs is ``common``: the user's goes first."""
+        """Return the dtype to set on the engine: the user's if there is one, otherwise ``common``, that of its GPUs."""
         return common if self.dtype == "auto" and self.device == "cuda" else self.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:
-    """The address where processes on several nodes connect, and the port that serves KV of a prefill replica."""
+    """The address where processes on several nodes connect, and the port on which a prefill replica serves its KV."""
 
     host: str
     port: int = MASTER_PORT
@@ -73,14 +76,14 @@ class Meeting:
 
 
 def names_of(options: Sequence[str]) -> set[str]:
-    """Return the option names among these words, which may be written with _ for -, and with = and a value."""
+    """Return the option names among these words; they may have _ for -, and may end in ``=value``."""
     return {word.partition("=")[0].replace("_", "-") for word in options if word.startswith("-")}
 
 
 def decided_in(options: Sequence[str]) -> set[str]:
-    """Return the options among these words that the plan decides, or settings of ours, however they are written.
+    """Return the options among these words that the plan or our own settings decide, in whatever spelling.
 
-    The dtype of KV in 16 bits is not among them: plans do not know that of the checkpoint (`kv_dtype_of`).
+    The dtype of 16-bit KV is not among them, because plans do not know the dtype of the checkpoint (`kv_dtype_of`).
     """
     names = names_of(options)
     if set(_values_of(KV_DTYPE, options)) <= set(UNQUANTISED_KV):
@@ -89,23 +92,24 @@ def decided_in(options: Sequence[str]) -> set[str]:
 
 
 def _decided(name: str) -> str:
-    """Return the decided option that engines may take a name for; empty: none.
+    """Return the decided option that an engine may take ``name`` for; empty: none.
 
-    Their parsers take beginnings of names, a value right after one letter (``-n2``), and parts of an option's JSON
-    (``--kv-transfer-config.kv_role``). No option of theirs that users may give is the beginning of a decided one.
+    Their parsers accept prefixes of option names, a value directly after a single letter (``-n2``), and a key of a
+    JSON option (``--kv-transfer-config.kv_role``). Of the options that users may set, only `_SHORT` is a prefix of a
+    decided one.
     """
     name = name.partition(".")[0]
-    if not name.strip("-"):
+    if not name.strip("-") or name == _SHORT:
         return ""
     found = [one for one in DECIDED if one.startswith(name) or (len(one) == 2 and name.startswith(one))]
     return name if name in found else min(found, key=lambda one: (len(one), one), default="")
 
 
 def kv_dtype_of(layout: Layout, serving: Serving) -> str:
-    """Return what to tell the engine of its KV; empty: nothing, and it takes the precision that the checkpoint states.
+    """Return the KV dtype to set on the engine; empty: none is set, and the engine uses the checkpoint's.
 
-    KV in 16 bits has the dtype of the model if that is told, otherwise the one among the verbatim options. CPUs are
-    told nothing of themselves: their kernels for latent attention know no dtype of KV by name.
+    KV in 16 bits has the model's dtype if that is set, otherwise the one among the verbatim options. On CPUs none is
+    set unless the user does: their kernels for latent attention accept no dtype of KV by name.
     """
     if layout.kv_is_fp8:
         return "fp8"
@@ -117,11 +121,11 @@ def kv_dtype_of(layout: Layout, serving: Serving) -> str:
 
 
 def why_kv_is_untold(layout: Layout, serving: Serving, *, stated: str = "") -> str:
-    """Return why the KV of a replica cannot be told to its engine as it is planned; empty if it can.
+    """Return why an engine cannot be configured to keep the KV of a replica as planned; empty: it can.
 
     Args:
-        layout, serving: the replica, which may have KV in 16 bits, or in 32 by its dtype.
-        stated: the quantised KV that its checkpoint states; empty: none, or not known.
+        layout, serving: the replica; its KV may have 16 bits, or 32 if its dtype is float32.
+        stated: the quantised KV format that its checkpoint specifies; empty: none, or unknown.
     """
     if layout.kv_is_fp8:
         return ""
@@ -147,11 +151,11 @@ def _unquantised(layout: Layout) -> tuple[str, ...]:
 
 
 def checkpoint_model(folder: Path, planned: ModelSpec | None) -> tuple[ModelSpec, str]:
-    """Return the model of a checkpoint with KV as planned, and the quantised KV that it states; empty: none.
+    """Return the model of a checkpoint with KV as planned, and the checkpoint's quantised KV format (empty: none).
 
     Args:
-        folder: of the checkpoint.
-        planned: the model on its GPUs in the plan; None: not known, and KV is as the checkpoint states.
+        folder: folder of the checkpoint.
+        planned: the model on its GPUs in the plan. None: unknown, and KV is as the checkpoint specifies.
 
     Raises:
         DocumentError: the checkpoint's config cannot be used.
@@ -162,7 +166,7 @@ def checkpoint_model(folder: Path, planned: ModelSpec | None) -> tuple[ModelSpec
 
 
 def drain_s(options: Sequence[str]) -> float:
-    """Return the seconds that vLLM gives running requests when it is told to end."""
+    """Return the seconds that vLLM lets running requests continue after a request to stop."""
     return next((float(value) for value in _values_of("--shutdown-timeout", options) if value.isdecimal()), 0.0)
 
 
@@ -174,7 +178,7 @@ def _values_of(name: str, options: Sequence[str]) -> Iterator[str]:
 
 
 def without_kv_dtype(options: Sequence[str]) -> list[str]:
-    """Return the verbatim options without that of KV, which `kv_dtype_of` tells for each replica."""
+    """Return the verbatim options without the KV dtype, which `kv_dtype_of` determines for each replica."""
     kept = list[str]()
     for before, word in itertools.pairwise(("", *options)):
         if KV_DTYPE not in names_of([word]) and before.replace("_", "-") != KV_DTYPE:
@@ -189,7 +193,7 @@ _NIXL_ROLES: Mapping[Role, str] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv
 
 
 def connector_of(layout: Layout) -> dict[str, str] | None:
-    """Return the connector that a replica needs: ours for attention workers, NIXL between prefill and decode."""
+    """Return the KV connector that a replica needs: ours for attention workers, NIXL between prefill and decode."""
     if layout.workers:
         return CONNECTOR
     if layout.role in _NIXL_ROLES:
@@ -198,7 +202,7 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
-    """Return options that hold vLLM to the plan's capacity, without the user's own; a switch has an empty value."""
+    """Return the options that limit vLLM to the plan's capacity, except the user's own; a switch has an empty value."""
     given = {
         "--max-num-seqs": str(layout.seats),
         "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
@@ -210,7 +214,7 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room[KV_DTYPE] = kv_dtype
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
-        # vLLM does not start if a request of the model's full context would not fit.
+        # vLLM does not start unless a request with the model's full context fits.
         if layout.context_tokens is not None and not serving.gives("--max-model-len"):
             room["--max-model-len"] = str(layout.context_tokens)
     if layout.draft_tokens and not serving.gives("--speculative-config"):
@@ -219,7 +223,7 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--kv-transfer-config"] = json.dumps(connector)
     if backend := _attention_backend(layout, serving):
         room["--attention-backend"] = backend
-        # The plugin cannot have a request computed again that is scheduled ahead.
+        # The plugin cannot recompute a request that is already scheduled ahead.
         if layout.workers and not serving.gives("--no-async-scheduling"):
             room["--no-async-scheduling"] = ""
     if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
@@ -228,13 +232,13 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
 
 
 def _attention_backend(layout: Layout, serving: Serving) -> str:
-    if serving.device != "cuda":  # the only backend of a CPU, which the plugin replaces
+    if serving.device != "cuda":  # a CPU has a single backend, which the plugin replaces
         return ""
     return "CUSTOM" if layout.workers else layout.attention_backend
 
 
 def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
-    """Return options for the number of ranks and for what starts them."""
+    """Return the options for the number of ranks and for how they are started."""
     stages, shape = len(layout.layers), dict[str, str]()
     if layout.tensor_parallel > 1:
         shape["--tensor-parallel-size"] = str(layout.tensor_parallel)
@@ -261,12 +265,12 @@ def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeti
 
 
 def words_of(options: Mapping[str, str]) -> list[str]:
-    """Return names and values as the words of a command line."""
+    """Return names and values as separate words of a command line."""
     return [word for option in options.items() for word in option if word]
 
 
 def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
-    # With attention data parallelism SGLang divides ranks, requests and chunks by the number of copies.
+    # With data-parallel attention SGLang divides ranks, requests and chunks by the number of copies.
     stages, copies = len(layout.layers), layout.data_parallel
     told = {"--model-path": serving.model}
     if serving.served_name:
@@ -280,7 +284,7 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--pp-size"] = str(stages)
     if len(layout.servers) > 1:
         told |= {"--nnodes": str(len(layout.servers)), "--node-rank": str(number)}
-    if layout.meets:  # copies, too, take ports that follow, beside the HTTP port if not told
+    if layout.meets:  # without an address, copies take the ports next to the HTTP port
         told["--dist-init-addr"] = joined(meeting.host, meeting.port)
     told["--max-running-requests"] = str(layout.seats * copies)
     if stages > 1 and layout.micro_batch:
@@ -311,7 +315,7 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
 
 
 def program_of(engine: Engine) -> tuple[str, ...]:
-    """Return the command that starts the engine, if the user gives none."""
+    """Return the default command that starts the engine."""
     return ("sglang", "serve") if engine is Engine.SGLANG else SERVE
 
 
@@ -321,6 +325,6 @@ def arguments_of(layout: Layout, serving: Serving, number: int, meeting: Meeting
 
 
 def partition_of(layout: Layout) -> dict[str, str]:
-    """Return the environment variable that gives each stage of the engine its layers."""
+    """Return the environment variable that assigns layers to the engine's stages."""
     variable = "SGLANG_PP_LAYER_PARTITION" if layout.engine is Engine.SGLANG else "VLLM_PP_LAYER_PARTITION"
     return {variable: ",".join(map(str, layout.layers))} if len(layout.layers) > 1 else {}

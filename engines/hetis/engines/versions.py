@@ -1,6 +1,6 @@
 """The engines that can run a plan, and the version of each whose options and variables are used.
 
-`tests/engines/recorded.py` lists those of every version, with their origin.
+`tests/engines/recorded.py` lists the options and variables of every version, with their sources.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class Engine(StrEnum):
-    """The engine of a replica. ``vllm-hetis`` is vLLM with our plugin: head groups may live on attention workers."""
+    """The engine of a replica. ``vllm-hetis`` is vLLM with our plugin: head groups may be on attention workers."""
 
     VLLM_HETIS = "vllm-hetis"
     VLLM = "vllm"
@@ -18,7 +18,7 @@ class Engine(StrEnum):
 
     @property
     def program(self) -> str:
-        """Return its name for people, which is also that of its processes."""
+        """The name for people, which is also the name of its processes."""
         return "SGLang" if self is Engine.SGLANG else "vLLM"
 
 

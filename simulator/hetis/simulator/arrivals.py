@@ -22,18 +22,18 @@ class Arrivals(StrEnum):
 
     DRAWN = "drawn"  # gaps of a gamma distribution: Poisson if their coefficient of variation is 1
     RECORDED = "recorded"  # as in the trace, stretched to the rate if one is given
-    SATURATED = "saturated"  # one is always waiting
+    SATURATED = "saturated"  # a request is always waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Load:
     """The traffic of a fleet."""
 
-    # a trace, whose requests are taken in order and from the start again, or a distribution to draw from
+    # A trace, whose requests are taken in order and repeated from the start, or a distribution to draw from.
     lengths: Trace | Workload
-    max_position: int  # context of the model; longer requests are clipped in the same way as by `Workload.clipped_to`
+    max_position: int  # the model's context; longer requests are clipped as in `Workload.clipped_to`
     arrivals: Arrivals = Arrivals.DRAWN
-    rate_rps: float | None = None  # mean arrivals per second; None only if ``arrivals`` are saturated or as recorded
+    rate_rps: float | None = None  # mean arrivals per second; None only for saturated arrivals, or the recorded rate
     gap_cv: float = 1.0  # coefficient of variation of drawn gaps: 0 evenly spaced, 1 Poisson, above 1 in bursts
 
     def __post_init__(self) -> None:
@@ -53,9 +53,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DrawnTraffic:
-    """Future requests, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context.
+    """Future requests; all arrays are [requests]. ``num_clipped`` requests were shortened to fit the model's context.
 
-    ``prefix_tokens`` of each prompt are in the prefix cache.
+    ``prefix_tokens`` of each prompt are already in the prefix cache.
     """
 
     arrival_s: FloatArray
@@ -100,7 +100,7 @@ def draw_traffic(load: Load, num_requests: int, *, seed: int) -> DrawnTraffic:
 
 
 KeepGoing = Callable[[int], bool]
-"""Called with the number of requests handed out so far; False ends the traffic there."""
+"""Called with the number of requests handed out so far; returning False ends the traffic there."""
 
 
 def _forever(_: int) -> bool:
@@ -128,7 +128,7 @@ class Saturation:
         self._given = 0
 
     def next_request(self, now_s: float) -> Request | None:
-        """Return the next request, arriving now; None when all were given."""
+        """Return the next request, arriving now; None once all have been handed out."""
         lengths = next(self._lengths, None) if self._keep_going(self._given) else None
         if lengths is None:
             return None
@@ -142,7 +142,7 @@ class Saturation:
 def _drawn_bins(workload: Workload, count: int, rng: np.random.Generator) -> IntArray:
     cumulative = np.cumsum([b.weight for b in workload.bins])
     chosen = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
-    inside: IntArray = np.minimum(chosen, len(workload.bins) - 1)  # the product may round up to the total
+    inside: IntArray = np.minimum(chosen, len(workload.bins) - 1)  # rounding may bring the product up to the total
     return inside
 
 

@@ -1,4 +1,4 @@
-"""A copy of a stage with attention workers: the home of each head group, chosen by `hetis.solver.dispatch`.
+"""A copy of a stage with attention workers: the device of each head group is chosen by `hetis.solver.dispatch`.
 
 The stage's own head groups and the workers' are computed in parallel, at their actual places. Running head groups move
 by `hetis.solver.redispatch`, as copies in the background: one check covers one micro-batch, for which the stage's time
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Decoding(Protocol):
-    """The part of a micro-batch that a pool reads (`MicroBatch`)."""
+    """The part of a micro-batch that a pool reads (see `MicroBatch`)."""
 
     index: int
     step: int
@@ -44,25 +44,25 @@ class Decoding(Protocol):
 
 
 class PoolLoad:
-    """Load of one micro-batch's decoding requests on D devices: pairs with head groups, and their tokens.
+    """Load of one micro-batch's decoding requests on D devices: (request, head group) pairs and attended tokens.
 
-    These are lists, as are the other figures of devices that every iteration looks at: a stage has few devices, and an
-    array of few numbers takes longer than they do.
+    These are lists, as are the other per-device figures that every iteration reads: a stage has few devices, and numpy
+    arrays of so few numbers are slower.
     """
 
     __slots__ = ("groups", "growing", "looked", "tokens")
 
     def __init__(self, devices: int) -> None:
         self.groups = [0] * devices
-        self.growing = [0] * devices  # of requests within the sliding window
+        self.growing = [0] * devices  # pairs of requests within the sliding window
         self.tokens = [0.0] * devices
         self.looked = 0  # step of the last check by re-dispatch
 
     def add(self, groups: Sequence[int], attended: float, *, grows: bool) -> None:
-        """Add the head groups of a request on each device, or remove them if negative."""
+        """Add a request's head groups on each device; negative numbers remove them."""
         for i, more in enumerate(groups):
             self.groups[i] += more
-            self.tokens[i] = self.tokens[i] + more * attended if self.groups[i] else 0.0  # what rounding leaves
+            self.tokens[i] = self.tokens[i] + more * attended if self.groups[i] else 0.0  # no residue of rounding
             if grows:
                 self.growing[i] += more
 
@@ -72,17 +72,17 @@ class PoolLoad:
             self.growing[i] -= fewer
 
     def grow(self, growth: KvGrowth) -> None:
-        """Let the context of every request grow by one token."""
+        """Lengthen the context of every request by one token."""
         first, late, tokens = growth.first_slope, growth.slope, self.tokens
         for i, growing in enumerate(self.growing):
             tokens[i] += first * growing + late * (self.groups[i] - growing)
 
 
-_Affine = list[tuple[float, float]]  # seconds, and seconds per byte
+_Affine = list[tuple[float, float]]  # (seconds, seconds per byte) of each piece
 
 
 class PoolTiming:
-    """Seconds per layer on D devices: the primary, all its ranks together, is the first, the cards are the others."""
+    """Seconds per layer on D devices: the first is the primary, all its ranks together; the others are the cards."""
 
     def __init__(self, problem: PlacementProblem, timing: StageTiming, *, cards: int) -> None:
         model, shape = problem.model, timing.shape
@@ -91,7 +91,7 @@ class PoolTiming:
         self.layers, self.tp = timing.layers, shape.tp
         own = pair_pieces(problem.profiles[shape.gpu], model, shape.tp, model.queries_per_group)
         card = pair_pieces(problem.profiles[pool.gpu], model, 1, model.queries_per_group)
-        # A group is on one rank, and the ranks are even: each has a share of the primary's pairs and tokens.
+        # A group is on one rank, and the load of the ranks is even: each has a share of the primary's pairs and tokens.
         own = [(fixed, per_pair / shape.tp, per_token / shape.tp) for fixed, per_pair, per_token in own]
         most = max(len(own), len(card))
         rows = [_padded(own, most)] + [_padded(card, most)] * cards
@@ -116,7 +116,7 @@ class PoolTiming:
         ]
 
     def attention_s(self, device_s: Sequence[float], groups: Sequence[int]) -> float:
-        """Return the time per layer: the stage's own share, or the slowest card with its exchange."""
+        """Return the attention time per layer: the stage's own, or that of the slowest card including its exchange."""
         own_s = device_s[0]
         away = sum(groups) - groups[0]
         if not away:
@@ -129,8 +129,11 @@ class PoolTiming:
         return max(own_s, slowest + self._latency_s)
 
     def late_s(self, chunk: Sequence[int], groups: Sequence[int], layer_s: float) -> float:
-        """Return the time that the KV of a chunk adds to a layer that takes ``layer_s``: it is sent in parallel, over
-        the same link as the exchange. ``chunk`` are (token, group) pairs per device [D]."""
+        """Return the time that sending a chunk's KV adds to a layer that takes ``layer_s``.
+
+        The KV is sent in parallel with the layer, over the same link as the exchange. ``chunk`` is the number of
+        (token, group) pairs on each device, [D].
+        """
         return max(0.0, self._ship_s(chunk[1:]) + self._exchange_s(groups[1:]) - layer_s) if any(chunk[1:]) else 0.0
 
     def _ship_s(self, chunk: Sequence[int]) -> float:
@@ -149,11 +152,11 @@ class PoolTiming:
         return np.array(per_byte)
 
     def stage(self, devices: tuple[str, ...]) -> Stage:
-        """Return the same for dispatch: exchanged data is charged to each device and to the primary's link."""
+        """Return the stage as dispatch sees it: exchanged data is charged to each device and to the primary's link."""
         workers = np.arange(len(devices)) > 0
         receive = max(b for _, b in self._receive), max(c for c, _ in self._receive) + self._latency_s
         send = max(b for _, b in self._send), max(c for c, _ in self._send) + self._latency_s
-        scale = np.where(workers, 1.0, float(self.tp))[:, None]  # the solver divides the primary's by its cards
+        scale = np.where(workers, 1.0, float(self.tp))[:, None]  # the solver divides the primary's load by its cards
         return Stage(
             heads=self._heads,
             devices=devices,
@@ -182,7 +185,7 @@ Moved = Callable[[int], None]
 
 
 class Migration:
-    """Moves of one stage copy, one plan at a time."""
+    """Moves of head groups in one copy of a stage, one plan at a time."""
 
     def __init__(
         self, state: DispatchState, timing: PoolTiming, links: FleetLinks, log: RequestLog, events: Events, *,
@@ -193,23 +196,23 @@ class Migration:
 
         self._state, self._timing, self._links, self._log, self._events = state, timing, links, log, events
         self._theta = theta
-        self._remaining = max(1, round(mean_output))  # of any request: the actual output is not known
+        self._remaining = max(1, round(mean_output))  # assumed for every request, since the actual output is unknown
         self._dispatcher = Dispatcher(state.stage)
         self._redispatcher = Redispatcher(self._dispatcher)
         self._devices = state.stage.devices
         self._link_byte_s = timing.move_byte_s(len(self._devices))
-        self._watches: dict[int, Watch] = {}  # by micro-batch
+        self._watches: dict[int, Watch] = {}  # by index of the micro-batch
         self._waves: list[list[Move]] = []
-        self._pending = 0  # bundles of the present wave that are not committed
+        self._pending = 0  # bundles of the current wave that are not committed yet
 
     @property
     def is_under_way(self) -> bool:
         return self._pending > 0
 
     def look(self, now_s: float, batch: Decoding, moved: Moved) -> None:
-        """Start the moves that benefit a micro-batch, if it deviates by more than Theta or memory is short.
+        """Start moves that benefit a micro-batch, if its deviation exceeds Theta or memory is short.
 
-        ``moved`` is called with every request whose home has changed.
+        ``moved`` is called for every request whose home has changed.
         """
         from hetis.solver.redispatch.problem import RedispatchProblem
         from hetis.solver.redispatch.triggers import Watch, triggers
@@ -229,7 +232,7 @@ class Migration:
         self._next_wave(now_s, moved)
 
     def _snapshot(self, batch: Decoding) -> StateSnapshot:
-        """Return the decoding requests of the micro-batch, on devices with only their blocks and the free ones."""
+        """Return the micro-batch's decoding requests, on devices that have only their blocks and the free ones."""
         state = self._state
         ids = [str(request) for request in batch.decoding]
         context = np.array([state.context_tokens(name) for name in ids], np.int64)
@@ -246,7 +249,7 @@ class Migration:
         )
 
     def _next_wave(self, now_s: float, moved: Moved) -> None:
-        """Start the moves that are still possible in the next wave that has any."""
+        """Start the moves that are still possible, in the next wave that has any."""
         while self._waves and not self._pending:
             bundles: dict[int, list[Move]] = {}
             for move in self._waves.pop(0):
@@ -262,7 +265,7 @@ class Migration:
                     self._events.at(end_s, self._commit, prepared, num_bytes, moved)
 
     def _prepared(self, bundle: list[Move]) -> list[PreparedMove]:
-        """Take blocks for moves that are committed together; none if one of them is no longer possible."""
+        """Reserve blocks for moves that are committed together; empty if one of them is no longer possible."""
         state, prepared = self._state, list[PreparedMove]()
         for move in bundle:
             holds = move.request in state and state.groups(move.request)[move.source] >= move.groups
@@ -285,7 +288,7 @@ class Migration:
         self._pending -= 1
         under_way = {move.number for move in self._state.moves}
         numbers = [move.number for move in prepared]
-        if under_way.issuperset(numbers):  # otherwise its request is done, evicted or has lost a device
+        if under_way.issuperset(numbers):  # otherwise the request has finished, was evicted or has lost a device
             self._state.commit_moves(*numbers)
             request = int(prepared[0].request)
             self._log.migrations += len(prepared)
@@ -299,7 +302,7 @@ class Migration:
 
 
 def _as_seen(device: DeviceSnapshot, used: int, total: int) -> DeviceSnapshot:
-    """Return a device with ``total`` blocks, whose high-water mark leaves as many of them free as before."""
+    """Return a device with ``total`` blocks and a high-water mark that leaves as many of them free as before."""
     kept_free = (1.0 - device.high_water) * device.total_blocks
     mark = 1.0 if used + kept_free <= 0 else min(1.0, max(1e-9, used / (used + kept_free)))
     return DeviceSnapshot(
@@ -311,7 +314,7 @@ LOOK_STEPS = 16  # steps of a micro-batch between two checks by re-dispatch
 
 
 class SharedCard:
-    """An attention worker that serves several stages in turn, with the time when it is free."""
+    """An attention worker that serves several stages in turn, and the time when it is free."""
 
     __slots__ = ("free_s",)
 
@@ -320,19 +323,23 @@ class SharedCard:
 
 
 class PoolCopy:
-    """The primary of one stage copy, device 0, and the cards of its pool."""
+    """The primary of one copy of a stage (device 0), and the cards of its pool."""
 
     def __init__(
         self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], log: RequestLog,
         events: Events, settings: Settings, mean_output: float, growth: int, shared: tuple[SharedCard, ...] | None,
         links: FleetLinks,
     ) -> None:  # fmt: skip
-        """``split``: head groups of a request on the primary and on the cards together, as in the plan.
-        ``growth``: output tokens for which a new request needs room; its actual output is not known."""
+        """Create the pool.
+
+        Args:
+            split: head groups of a request on the primary, and on all cards together, as in the plan.
+            growth: output tokens for which a new request needs room; its actual output is unknown.
+        """
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
         self._growth = growth
-        self.homes: dict[int, list[int]] = {}  # the head groups of every request here on each device, [D]
+        self.homes: dict[int, list[int]] = {}  # head groups of every request in this copy on each device, [D]
         self.busy_s = [0.0] * len(names)  # seconds of attention on each device, [D]
         self.total_blocks = np.asarray(blocks, np.int64)
         self._next_card = 0
@@ -361,7 +368,7 @@ class PoolCopy:
     # --- requests
 
     def place(self, load: PoolLoad, request: int, tokens: int) -> bool:
-        """Give the head groups of a request with a prompt of ``tokens`` homes with room; False if there is none."""
+        """Place the head groups of a request with a prompt of ``tokens`` on devices with room; False: there is none."""
         state, heads = self.state, self.state.stage.heads
         free = state.load().free_blocks
         new = Requests(
@@ -383,21 +390,21 @@ class PoolCopy:
         return True
 
     def remove(self, request: int) -> None:
-        """Remove a request that is done or evicted; moves of it under way are aborted."""
+        """Remove a finished or evicted request; its moves under way are aborted."""
         if self.homes.pop(request, None) is not None:
             self.state.finish(str(request))
 
     def grow(self, cached: Sequence[tuple[int, int]]) -> list[int]:
-        """Lengthen requests to as many cached tokens; return those that do not grow because no block was free.
+        """Extend the cached tokens of requests to the given numbers; return those for which no block was free.
 
-        Only requests that need a new block have to be lengthened: those in between change nothing but what re-dispatch
-        looks at, and `look` catches up.
+        Only requests that need a new block have to be extended: the tokens in between matter only to re-dispatch, and
+        `look` adds them.
         """
         grow = self.state.grow_one
         return [request for request, tokens in cached if not grow(str(request), context_tokens=tokens)]
 
     def _as_planned(self, load: DeviceLoad, new: Requests) -> IntArray | None:
-        """Return the plan's split: whole head groups go to the cards in turn, over all requests."""
+        """Return the plan's split, or None if it does not fit: cards take head groups in turn, across requests."""
         kept, away = self._split
         groups = np.zeros(self.num_devices, np.int64)
         groups[0] = kept
@@ -413,7 +420,7 @@ class PoolCopy:
     # --- time
 
     def seconds(self, loads: Sequence[PoolLoad], batches: Sequence[Decoding], layers_s: float) -> float:
-        """Return the attention time of one iteration with these micro-batches in all layers, and the delay by KV moves.
+        """Return the attention time of one iteration of these micro-batches in all layers, including KV sending.
 
         The rest of the layers takes ``layers_s``.
         """
@@ -444,7 +451,7 @@ class PoolCopy:
     # --- re-dispatch and faults
 
     def look(self, now_s: float, batch: Decoding, load: PoolLoad) -> None:
-        """Let re-dispatch examine the head groups of a micro-batch, every few steps."""
+        """Have re-dispatch examine the head groups of a micro-batch, every `LOOK_STEPS` steps."""
         if self._migration is None or batch.step - load.looked < LOOK_STEPS or len(batch.decoding) == 0:
             return
         load.looked = batch.step
@@ -470,7 +477,7 @@ class PoolCopy:
         return {request for request, home in self.homes.items() if home[card]}
 
     def lose(self, card: int) -> None:
-        """Mark a card as failed, after its holders have left."""
+        """Mark a card as failed, after the requests on it have left."""
         evicted = self.state.lose_device(card)
         assert not evicted, "holders have left before"
 

@@ -1,8 +1,8 @@
-"""Virtual time: a heap of scheduled events, in order of time and, at the same time, in order of scheduling; and links.
+"""Virtual time: a heap of scheduled events, ordered by time and then by order of scheduling; and links.
 
-Transfers in the background share links, one at a time, at the speed of the slower end. Every GPU has two ends, an
-outgoing and an incoming one, shared by all uses: KV from prefill to decode replicas and head groups moved by
-re-dispatch wait for one another. The ranks of a tensor-parallel group count as their first.
+Background transfers share links one at a time, at the speed of the slower end. Every GPU has two ends, one outgoing
+and one incoming, shared by all uses: KV sent from prefill to decode replicas and head groups moved by re-dispatch
+wait for one another. All ranks of a tensor-parallel group share the ends of the first one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Action = Callable[..., None]
 
 
 class Events:
-    """The loop of a simulation. An action is called with the time and with the arguments scheduled for it."""
+    """The event loop of a simulation. An action is called with the time and the arguments scheduled for it."""
 
     __slots__ = ("_heap", "_order", "now_s")
 
@@ -31,12 +31,12 @@ class Events:
         return not self._heap
 
     def at(self, time_s: float, action: Action, *arguments: Any) -> None:
-        """Schedule ``action(time_s, *arguments)``; never before the present."""
+        """Schedule ``action(time_s, *arguments)``; the time must not be in the past."""
         self._order += 1
         heapq.heappush(self._heap, (time_s, self._order, action, arguments))
 
     def run(self, until_s: float = math.inf) -> float:
-        """Run all events up to ``until_s``; return the time at which it ended."""
+        """Run all events up to ``until_s``; return the time of the end."""
         heap, pop = self._heap, heapq.heappop
         while heap:
             if heap[0][0] > until_s:
@@ -49,7 +49,7 @@ class Events:
 
 
 class SharedLink:
-    """One end of transfers: a direction of a network card or the link between two zones; first come, first served."""
+    """One end of transfers: a direction of a network card, or the link between two zones. First come, first served."""
 
     __slots__ = ("busy_s", "free_s")
 
@@ -58,7 +58,7 @@ class SharedLink:
 
 
 class FleetLinks:
-    """The ends of a whole fleet, created at their first use."""
+    """The ends of a whole fleet, created on first use."""
 
     def __init__(self) -> None:
         self._leaving: dict[str, SharedLink] = {}
@@ -77,7 +77,7 @@ class FleetLinks:
 
 
 def transfer(now_s: float, seconds: float, *ends: SharedLink) -> float:
-    """Occupy all ``ends`` for ``seconds`` as soon as all are free; return when it is done."""
+    """Occupy all ``ends`` for ``seconds`` as soon as all of them are free; return the time of completion."""
     start_s = max(now_s, *(end.free_s for end in ends))
     for end in ends:
         end.free_s = start_s + seconds

@@ -1,10 +1,9 @@
-"""All replicas of a plan: which one a request goes to, the KV that they send each other, and devices that fail and
-return.
+"""All replicas of a plan: routing of requests, the KV that replicas send each other, and devices that fail and return.
 
-For prompts that are prefilled on one replica and decoded on another, a seat and blocks at the decode replica are taken
-when a prompt begins, because its KV is sent layer by layer while later layers and chunks compute. So a transfer may use
-its links from that time, and cannot end before the last layer of the last chunk has arrived. Links are shared: the GPUs
-of both ends, and the link between two zones.
+For a prompt that is prefilled on one replica and decoded on another, a seat and blocks at the decode replica are taken
+when the prompt begins, because its KV is sent layer by layer while later layers and chunks are computed. A transfer
+may therefore use its links from then on, and cannot end before the last layer of the last chunk has arrived. Links
+are shared: those of the GPUs at both ends, and the link between two zones.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
-LONG_QUEUE_TOKENS = 2048  # a batch of prompts, at the maximum size in Splitwise
+LONG_QUEUE_TOKENS = 2048  # the maximum size of a batch of prompts in Splitwise
 
 
 Router = Callable[[Sequence[ReplicaRun]], ReplicaRun]
-"""Chooses one of at least one replica that is up and takes prompts."""
+"""Chooses a replica from one or more that are up and accept prompts."""
 
 
 class _Turns:
@@ -39,11 +38,11 @@ class _Turns:
         self._credit: dict[int, float] = {}
 
     def next(self, weights: Mapping[int, float]) -> int:
-        """Return which of these has the next turn."""
+        """Return the key whose turn is next."""
         credit = self._credit
         for number, weight in weights.items():
             if number not in credit:
-                credit[number] = self._random.random() * weight  # so that not all turns begin with the same one
+                credit[number] = self._random.random() * weight  # so that turns do not always begin with the same key
             credit[number] += weight
         best = max(weights, key=credit.__getitem__)
         credit[best] -= sum(weights.values())
@@ -51,11 +50,11 @@ class _Turns:
 
 
 class LeastWork:
-    """The router to the replica that would finish its requests and the new one first, at its planned rate.
+    """Router to the replica that would finish its requests and the new one first, at its planned rate.
 
     The work of a prefill replica is not comparable with that of a unified one, which keeps its requests until they
-    have decoded: the former would look idle and be overloaded. So the two kinds take turns in proportion to their
-    planned rates, and the least work decides among replicas of a kind.
+    have decoded: the former would look idle and be overloaded. The two kinds therefore take turns in proportion to
+    their planned rates, and the least work decides among replicas of the same kind.
     """
 
     def __init__(self, seed: int) -> None:
@@ -72,7 +71,7 @@ class LeastWork:
 
 
 class Weighted:
-    """The router to each replica in proportion to its planned rate, independent of its queue."""
+    """Router to all replicas in proportion to their planned rates, regardless of their queues."""
 
     def __init__(self, seed: int) -> None:
         self._turns = _Turns(seed)
@@ -83,15 +82,17 @@ class Weighted:
 
 
 def fewest_requests(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-    """Return the replica with the fewest requests waiting and running, regardless of its speed: the controller of
-    AlpaServe, by which HexGen judges its plans."""
+    """Return the replica with the fewest requests waiting and running, regardless of its speed.
+
+    This is the controller of AlpaServe, with which HexGen evaluates its plans.
+    """
     return min(replicas, key=lambda replica: replica.outstanding)
 
 
 def fewest_tokens(replicas: Sequence[ReplicaRun]) -> ReplicaRun:
     """Return the prefill replica with the fewest waiting prompt tokens, or a unified one if it has a batch.
 
-    Splitwise: the shortest queue of the prompt pool, and the mixed pool when all of them are long. Without prefill
+    As in Splitwise: the shortest queue of the prompt pool, or the mixed pool if all of them are long. Without prefill
     replicas, the shortest queue of the others.
     """
     prompt = [replica for replica in replicas if not replica.decodes]
@@ -132,7 +133,7 @@ class _Route:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """A prompt whose KV goes to a micro-batch of another replica, from ``begun_s`` on."""
+    """A prompt whose KV goes to a micro-batch of another replica; sending starts at ``begun_s``."""
 
     begun_s: float
     replica: ReplicaRun
@@ -140,12 +141,12 @@ class _Expected:
 
 
 class KvTransfers:
-    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost in transfer.
+    """All KV routes of a plan. ``requeue`` receives requests whose KV was lost in transfer.
 
-    Requests are distributed according to the plan, or ``to_emptiest``: to the decode replica with the fewest of them.
+    Requests are distributed as in the plan or, with ``to_emptiest``, to the decode replica with the fewest requests.
 
     Attributes:
-        senders: prefill replicas by the number of the decode replica that they send to.
+        senders: prefill replicas, by the number of the decode replica to which they send.
     """
 
     def __init__(
@@ -165,10 +166,10 @@ class KvTransfers:
         self._expected: dict[int, _Expected] = {}
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
-        """Take a seat and blocks for a prompt at a target of its route; False if no target has room."""
+        """Reserve a seat and blocks for a prompt at a target of its replica's routes; False if no target has room."""
         routes = self._routes.get(replica.number)
         if routes is None or self._log.output[request] - self._log.produced[request] == 1:
-            return True  # it stays on its replica, or its prompt makes its last token
+            return True  # it decodes on its own replica, or its prompt produces its only token
         for route in sorted(routes, key=self._turn):
             batch = route.replica.expect(request) if route.replica.is_up else None
             if batch is not None:
@@ -185,7 +186,7 @@ class KvTransfers:
         return route.replica.seats_taken() if self._to_emptiest else -(route.credit + route.share)
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
-        """Send the KV of a finished prompt; False: it decodes on the same replica."""
+        """Send the KV of a finished prompt; return False if it decodes on the same replica."""
         expected = self._expected.get(request)
         if expected is None:
             return False
@@ -253,12 +254,12 @@ class KvTransfers:
         return max(ends)
 
     def _received(self, begun_s: float, copy: SimulatedStageCopy, tokens: int) -> Iterator[float]:
-        """Yield when the KV of a prompt is in one copy: kept groups on its ranks, the others directly on its cards."""
+        """Yield when a prompt's KV is in one copy: kept groups go to its ranks, the others directly to its cards."""
         timing, model = copy.timing, self._model
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
         kept = model.head_groups - away
-        if kept:  # otherwise no KV is sent to the ranks, and their link is not used
+        if kept:  # otherwise no KV is sent to the ranks, and their links are not used
             layer_s = float(timing.cost.transfer_s(kept * group_bytes + model.state_bytes(), timing.shape.hop_link))
             yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
         if pool is not None:
@@ -267,17 +268,17 @@ class KvTransfers:
                 yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
 
     def _layer_bytes(self, tokens: int, share: float) -> float:
-        """Return the bytes of one layer that a share of a prompt of ``tokens`` brings: KV, and as much of its state."""
+        """Return the bytes per layer that a share of a prompt of ``tokens`` needs: KV, and as much of its state."""
         whole = tokens * self._model.head_groups * self._model.kv_bytes_per_token_group() + self._model.state_bytes()
         return share * whole
 
 
 class SimulatedFleet(Outside):
-    """Gives requests to replicas at their arrival, and requests of a source as soon as there is room.
+    """Routes requests to replicas on arrival, or draws requests from a source whenever there is room.
 
     Attributes:
-        takers: replicas that take prompts: all except those that only decode, and prefill replicas without a route in
-            the plan: a prompt there would wait forever.
+        takers: replicas that accept prompts: all except decode replicas and prefill replicas without a route in the
+            plan, where a prompt would wait forever.
     """
 
     def __init__(
@@ -286,14 +287,14 @@ class SimulatedFleet(Outside):
         self.replicas, self.log, self.events, self.router = replicas, log, events, router
         self.transfers: KvTransfers | None = None
         self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
-        self.held: deque[int] = deque()  # requests that arrived, or returned, while no taker was up
+        self.held: deque[int] = deque()  # requests that arrived or were returned while no taker was up
         self._arrivals: Iterator[Request] = iter(())
         self._source: SaturatingSource | None = None
         for replica in replicas:
             replica.outside = self
 
     def serve(self, arrivals: Iterator[Request]) -> None:
-        """Serve requests at their arrival times, from now on."""
+        """Serve requests from now on, at their arrival times."""
         self._arrivals = arrivals
         self._schedule_next(0.0)
 
@@ -325,13 +326,13 @@ class SimulatedFleet(Outside):
     def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
         if replica.batching.chunk_tokens and replica.is_up:
             super().requeue(now_s, replica, request)
-        else:  # it has to be prefilled elsewhere, or this replica cannot do it now
+        else:  # it has to be prefilled elsewhere, or this replica cannot prefill it now
             self.events.at(now_s, self.route, request)
 
     # --- arrivals
 
     def route(self, now_s: float, request: int) -> None:
-        """Give a request to a replica."""
+        """Assign a request to a replica."""
         up = [replica for replica in self.takers if replica.is_up]
         if not up:
             self.held.append(request)
@@ -360,11 +361,12 @@ class SimulatedFleet(Outside):
 
 
 class Faults:
-    """Lets devices of a fleet fail and join.
+    """Failures and returns of a fleet's devices.
 
-    A failed GPU of a stage copy stops the copy: requests on its micro-batches are prefilled again, on another copy of
-    the stage if there is one, otherwise on another replica. A failed attention worker evicts the requests that had head
-    groups on it. A copy that returns takes its share of micro-batches again; those that move to it are prefilled again.
+    When a GPU of a stage copy fails, the copy stops: requests in its micro-batches are prefilled again, on another copy
+    of the stage if there is one, otherwise on another replica. When an attention worker fails, requests with head
+    groups on it are evicted. A copy that returns takes its share of micro-batches again; the requests in those that
+    move to it are prefilled again.
     """
 
     def __init__(self, fleet: SimulatedFleet) -> None:
@@ -373,8 +375,8 @@ class Faults:
         self._down: dict[SimulatedStageCopy, set[str]] = {}
 
     def change(self, now_s: float, device: str, joins: bool) -> None:
-        """Let a device fail or join; one that the plan does not use changes nothing."""
-        changed = dict[ReplicaRun, None]()  # in order; once each, though all copies that share experts stop together
+        """Make a device fail or return; a device that the plan does not use changes nothing."""
+        changed = dict[ReplicaRun, None]()  # ordered set: copies that share experts stop together, their replica once
         for replica, copy, card in self._copies.get(device, ()):
             if card:
                 self._change_card(now_s, replica, copy, card, joins)
@@ -404,7 +406,7 @@ class Faults:
         replica.wake(now_s)
 
     def _rearrange(self, now_s: float, replica: ReplicaRun) -> None:
-        """Restart micro-batches whose copies changed; without a copy of some stage the replica is down."""
+        """Restart micro-batches whose copies changed; a replica is down if a stage has no copy left."""
         replica.is_up = all(any(copy.is_up for copy in copies) for copies in replica.stages)
         for index, batch in enumerate(replica.batches):
             new = replica.new_batch(index)
@@ -431,9 +433,9 @@ class Faults:
         self._release_moving(replica, batch, batch.sending | batch.reserved)
 
     def _release_moving(self, replica: ReplicaRun, batch: MicroBatch, lost: set[int]) -> None:
-        """Free the blocks of lost requests whose KV is on its way from or to a micro-batch.
+        """Free the blocks of lost requests whose KV is in transfer from or to a micro-batch.
 
-        At the time of its arrival `KvTransfers` finds that it is not expected any more.
+        When the transfer ends, `KvTransfers` finds that it is no longer expected.
         """
         for request in batch.sending & lost:
             self._forget(request)
@@ -448,7 +450,7 @@ class Faults:
 
 
 def _by_device(fleet: SimulatedFleet) -> dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]]:
-    """Return the places of every device: as a rank (0) or as a pool's card by number; shared cards in several pools."""
+    """Return the roles of every device: a rank (0), or a card's number in a pool; a shared card is in several pools."""
     found: dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = {}
     for replica in fleet.replicas:
         for copies in replica.stages:

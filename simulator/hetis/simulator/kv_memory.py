@@ -1,4 +1,4 @@
-"""KV of requests: what they hold and attend to as their context grows, and the blocks that a stage has room for."""
+"""KV of requests: what they hold and attend to as their context grows, and how many blocks fit in a stage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from hetis.solver.problem import PlacementProblem
 
 
 class KvGrowth:
-    """Growth of KV and attended tokens with the context of a request: linear on both sides of a window.
+    """Growth of a request's KV and attended tokens with its context: linear below and above a window.
 
-    The window is a sliding one or, with an indexer, the tokens that it chooses. All figures are the mean over layers.
+    The window is that of sliding-window attention or, with an indexer, the number of tokens it selects. All figures are
+    means over layers.
 
     Attributes:
-        block_tokens: tokens of a KV block.
-        window: context from which on some layers attend to no more tokens; beyond any context if there is none.
-        first_slope, slope: tokens attended to more for each further token of the context, up to the window and beyond.
-        late_block_tokens: further tokens of the context for each further block beyond the window: more than
-            ``block_tokens`` where windows free KV; 0 if KV grows no more.
+        block_tokens: tokens per KV block.
+        window: context beyond which some layers attend to no more tokens; longer than any context if there is none.
+        first_slope, slope: further tokens attended to for each further token of context, up to the window and beyond.
+        late_block_tokens: further tokens of context for each further block beyond the window: more than
+            ``block_tokens`` if windows free KV; 0 if KV no longer grows.
     """
 
     __slots__ = ("block_tokens", "first_slope", "late_block_tokens", "slope", "window")
@@ -42,31 +43,31 @@ class KvGrowth:
         return self.late_block_tokens != self.block_tokens
 
     def blocks(self, tokens: int) -> int:
-        """Return the KV blocks of a request with this number of tokens."""
+        """Return the number of KV blocks of a request with this context."""
         if tokens <= self.window or not self.frees:
             return -(-tokens // self.block_tokens)
         late = -(-(tokens - self.window) // self.late_block_tokens) if self.late_block_tokens else 0
         return -(-self.window // self.block_tokens) + late
 
     def cached(self, tokens: int) -> int:
-        """Return the tokens whose KV a request with this context keeps, in whole tokens of all layers."""
+        """Return how many tokens of KV a request with this context keeps, in whole tokens of all layers."""
         if tokens <= self.window or not self.frees:
             return tokens
         late = (tokens - self.window) * self.block_tokens // self.late_block_tokens if self.late_block_tokens else 0
         return self.window + late
 
     def attended(self, tokens: float) -> float:
-        """Return the tokens to which a request with this context attends."""
+        """Return how many tokens a request with this context attends to."""
         if tokens <= self.window:
             return self.first_slope * tokens
         return self.first_slope * self.window + (tokens - self.window) * self.slope
 
 
 def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return the bytes that a rank has for KV in blocks, after weights, activations and the engine's reserve.
+    """Return the bytes that a rank has for KV blocks, after weights, activations and the engine's reserve.
 
-    If a pool has some of the head groups, the rank still keeps those of the current prompts: reserved as planned, as
-    are the states that linear attention keeps for requests.
+    If a pool holds some of the head groups, the rank still keeps those of the current prompts, for which it reserves
+    memory as planned; likewise for the states that linear attention keeps per request.
     """
     usable = setting.problem.profiles[shape.gpu].usable_bytes
     taken = rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last)
@@ -76,21 +77,21 @@ def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_l
 
 
 def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:
-    """Return the bytes that an attention worker has for KV: all except its engine's reserve."""
+    """Return the bytes that an attention worker has for KV: all of its memory except the engine's reserve."""
     profile = problem.profiles[gpu]
     return float(profile.room_bytes)
 
 
 def group_blocks(room_bytes: float, model: ModelSpec, *, layers: int, groups: int, block_tokens: int) -> int:
-    """Return the KV blocks per layer, of ``groups`` head groups each, that fit in ``room_bytes`` in all ``layers``."""
+    """Return how many KV blocks of ``groups`` head groups each fit in ``room_bytes``, per layer, in all ``layers``."""
     block_bytes = layers * groups * block_tokens * model.kv_bytes_per_token_group()
     return int(room_bytes / block_bytes * (1 + 1e-12)) if block_bytes > 0 else 1 << 40
 
 
 class KvRoom:
-    """KV blocks of one copy of a stage; a block holds ``block_tokens`` tokens of one request, in all its head groups.
+    """KV blocks of one copy of a stage; a block holds ``block_tokens`` tokens of one request, for all its head groups.
 
-    ``promised`` blocks are not taken yet: prompts that were admitted will fill them.
+    ``promised`` blocks are not in use yet: prompts that were admitted will fill them.
     """
 
     __slots__ = ("promised", "total", "used")

@@ -1,4 +1,4 @@
-"""Metrics of a run for its requests and its devices, after its warm-up, and their summary over runs of one load."""
+"""Metrics of a run's requests and devices, after its warm-up, and their summary over several runs of one load."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PERCENTS = (50, 90, 95, 99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Mean and percentiles of seconds over requests, and the largest; NaN if there are none."""
+    """Mean, percentiles and maximum of seconds over requests; NaN if there are none."""
 
     mean: float
     p50: float
@@ -40,7 +40,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceUse:
-    """One GPU over the window: shares of its KV blocks in use and of the time it computed; NaN without samples."""
+    """One GPU over the window: the share of its KV blocks in use, and of the time it was busy; NaN without samples."""
 
     device: str
     kv_mean: float
@@ -54,9 +54,9 @@ class RunCounts:
 
     arrived: int
     finished: int
-    unfinished: int  # without rejected ones
+    unfinished: int  # excluding rejected ones
     rejected: int
-    measured: int  # arrived in the window and finished
+    measured: int  # requests that arrived in the window and finished
     iterations: int
     preemptions: int
     migrations: int
@@ -66,39 +66,39 @@ class RunCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """A run from ``window_start_s`` (the end of its warm-up) to ``window_end_s`` (the last arrival)."""
+    """Metrics of a run from ``window_start_s`` (the end of its warm-up) to ``window_end_s`` (the last arrival)."""
 
-    # whether the load was carried: requests did not pile up in the window, and at most 5% of those that arrived in it
-    # were never finished, rejected or not. If they piled up, latencies grow with the length of the run, and are a
-    # property of the run, not of the load. None: the run is too short to tell.
+    # Whether the load was carried: requests did not pile up in the window, and at most 5% of those that arrived in it
+    # never finished, whether rejected or not. If requests pile up, latencies grow with the length of the run and say
+    # nothing about the load. None: the run is too short to tell.
     steady: bool | None
     growth: Estimate  # seconds by which TTFT grows per second of arrivals in the window (`steadiness.growth`)
     window_start_s: float
     window_end_s: float
     end_s: float
-    # arrival_rps, throughput_rps: requests that arrived and that finished in the window, per second of it.
+    # arrival_rps, throughput_rps: requests that arrived or finished in the window, per second of the window.
     arrival_rps: float
     throughput_rps: Estimate
-    # prompt_tokens_per_s, output_tokens_per_s: rates for the requests that finished in it.
+    # prompt_tokens_per_s, output_tokens_per_s: token rates of the requests that finished in the window.
     prompt_tokens_per_s: float
     output_tokens_per_s: float
-    # from arrival to the first output token, of requests that arrived in the window, as are all that follow
+    # From arrival to the first output token. This and all following metrics cover requests that arrived in the window.
     ttft_s: Distribution
     ttft_p95_s: Estimate
-    # from the first to the last output token over the tokens after the first, of requests with two or more
+    # From the first to the last output token, divided by the tokens after the first; requests with two tokens or more.
     tpot_s: Distribution
-    mean_tpot_s: Estimate  # mean seconds per output token over *tokens*, which is the definition of a plan's TPOT
-    end_to_end_s: Distribution  # from arrival to the last token; ``normalised_s`` the same per output token
+    mean_tpot_s: Estimate  # mean seconds per output token over *tokens*, as a plan defines TPOT
+    end_to_end_s: Distribution  # from arrival to the last token; ``normalised_s`` is the same per output token
     normalised_s: Distribution
     queueing_s: Distribution  # from arrival until the first chunk of the prompt was scheduled
-    attainment: float  # share of the requests that met both limits, each by itself; NaN without limits
+    attainment: float  # share of requests that met both limits, each by itself; NaN without limits
     counts: RunCounts
     devices: tuple[DeviceUse, ...]  # per GPU; empty without samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Predictions of a plan: its saturated rate, the worst p95 TTFT of its replicas, their mean TPOT by rate."""
+    """Predictions of a plan: its saturated rate, its replicas' worst p95 TTFT, and their mean TPOT weighted by rate."""
 
     rate_rps: float
     ttft_s: float
@@ -120,8 +120,8 @@ def prediction_of(plan: Plan) -> Prediction:
 def measure(run: Run, limits: Objective, *, saturated: bool) -> Metrics:
     """Return the metrics of a run.
 
-    The end of the warm-up is determined from the end-to-end latencies in their order of arrival, and is not before the
-    fleet is full. The latencies of a saturated fleet have no meaning, so that it is determined from the gaps between
+    The end of the warm-up is determined from the end-to-end latencies in order of arrival, and is not before the fleet
+    is full. The latencies of a saturated fleet are meaningless, so there it is determined from the gaps between
     completions (`warm_up`, `filled_s`).
     """
     last_arrival_s = float(run.arrival_s[-1]) if run.num_requests else 0.0
@@ -187,10 +187,9 @@ def _window_start_s(run: Run, end_s: float, *, saturated: bool) -> float:
 
 
 def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, saturated: bool) -> bool | None:
-    """Return whether requests of the window are served and do not wait longer and longer; None: the run is too
-    short."""
+    """Return whether the window's requests are served without ever longer waits; None: the run is too short."""
     arrived, finished = int(inside.sum()), np.isfinite(run.finished_s)
-    # A request that no replica can ever hold is not served either: a load with more than a few of these is not carried.
+    # A request that no replica can ever hold is not served either: a load with more than a few of them is not carried.
     if int((inside & ~finished).sum()) > MAX_GROWTH * arrived:
         return False
     if not finished.any():
@@ -198,7 +197,7 @@ def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, sat
     if saturated:
         left = int((run.finished_s < run.arrival_s[-1]).sum())
         remained = run.num_requests - run.rejected - left
-        return True if left >= remained else None  # all requests that it holds at once were replaced
+        return True if left >= remained else None  # all requests that the fleet holds at once were replaced
     carried = is_carried(found, arrived=arrived)
     is_full = filled_s(run.arrival_s[finished], (run.finished_s - run.arrival_s)[finished]) <= start_s
     return carried if carried is False or is_full else None
@@ -232,7 +231,7 @@ def _distribution(values: FloatArray) -> Distribution:
 
 
 def _attainment(limits: Objective, ttft: FloatArray, tpot: FloatArray, arrived: int) -> float:
-    """Return the share of requests within the limits; those of the window that never finished met none."""
+    """Return the share of requests within the limits; requests of the window that never finished met none."""
     if (limits.ttft_limit_s is None and limits.tpot_limit_s is None) or not arrived:
         return math.nan
     kept = np.ones(len(ttft), bool)
@@ -258,13 +257,13 @@ def _devices(run: Run, start_s: float, end_s: float) -> tuple[DeviceUse, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Joint results of the runs: means over the runs of the `Metrics` of each, and sums of their counts.
+    """Joint results of several runs: means of their `Metrics`, and sums of their counts.
 
-    Intervals are over the runs if there are several, otherwise from the sections of the single run.
+    Intervals are over the runs if there are several, otherwise from sections of the single run.
     """
 
     num_runs: int
-    steady: bool | None  # whether all of them are steady; False: one is not; None: one is too short to tell
+    steady: bool | None  # True: all runs are steady; False: one is not; None: one is too short to tell
     growth: Estimate
     warm_up_s: float
     window_s: float
@@ -284,18 +283,18 @@ class Summary:
     devices: tuple[DeviceUse, ...]
 
     def within(self, limits: Objective) -> bool:
-        """Return whether the load is carried, if that is known, and both latencies are known to keep their limits."""
+        """Return whether the load is known to be carried, and both latencies are known to be within their limits."""
         carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
         pairs = ((self.ttft_p95_s, limits.ttft_limit_s), (self.mean_tpot_s, limits.tpot_limit_s))
         return carried and all(limit is None or estimate.value <= limit for estimate, limit in pairs)
 
     def precision(self) -> float:
-        """Return the widest of the three intervals over its value; infinite if one is not known."""
+        """Return the widest of the three intervals relative to its value; infinite if one is unknown."""
         return max(estimate.relative for estimate in (self.throughput_rps, self.ttft_p95_s, self.mean_tpot_s))
 
 
 def summarise(runs: Sequence[Metrics]) -> Summary:
-    """Return the summary of one run or more."""
+    """Return the summary of one or more runs."""
     steady, counts = [run.steady for run in runs], [run.counts for run in runs]
     total = {field.name: sum(getattr(one, field.name) for one in counts) for field in fields(RunCounts)}
     own = ("num_runs", "steady", "warm_up_s", "window_s", "counts", "devices")
@@ -316,7 +315,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _of_runs(values: Sequence[Any]) -> Any:
-    """Return the mean of a figure over runs; of a single run its own estimate."""
+    """Return the mean of a figure over runs; for a single run, its own estimate."""
     if isinstance(values[0], Distribution):
         names = [field.name for field in fields(Distribution)]
         return Distribution(**{name: _mean([getattr(one, name) for one in values]) for name in names})

@@ -1,9 +1,9 @@
 """Micro-batches, the requests that pass through the pipeline together, and the order in which they use copies of
 stages.
 
-Decoding requests all grow by one token per iteration, so that a micro-batch processes single ones only when they join,
-need a new KV block (it counts, by remainder, how many do so in which iteration), or finish: sums are updated at no cost
-per request.
+Decoding requests all grow by one token per iteration, so a micro-batch handles requests individually only when they
+join, need a new KV block (it counts, by remainder, how many do so in which iteration), or finish: sums are updated at
+no cost per request.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class SimulatedStageCopy:
     Attributes:
         track: its name in a trace.
         devices: its ranks; ``cards``: its attention workers.
-        room: KV blocks of whole requests; None if a pool counts them and the engine has as many as there is memory for.
-        pool: its attention workers; None: it has none.
-        is_up: no device of it has failed.
+        room: KV blocks of whole requests; None if a pool counts them and the engine's number of blocks is not fixed.
+        pool: its attention workers; None: there are none.
+        is_up: whether all its devices work.
         free_s: time when its assigned work is done.
         busy_s: seconds of work assigned so far.
-        waiting, serving: micro-batches, if they are not kept apart.
+        waiting, serving: micro-batches that wait or run, unless they are kept apart.
     """
 
     __slots__ = (
@@ -50,7 +50,7 @@ class SimulatedStageCopy:
         self.serving: list[MicroBatch] = []
 
     def busy_until(self, now_s: float) -> float:
-        """Return the seconds of work done up to now: assigned work is done without a pause."""
+        """Return the seconds of work done by now; assigned work is done without pauses."""
         return self.busy_s - max(0.0, self.free_s - now_s)
 
 
@@ -58,27 +58,27 @@ class MicroBatch:
     """One of the M micro-batches of a replica.
 
     Attributes:
-        copies: the copy of every stage on which it runs and which holds its KV.
-        step: iterations so far; one is under way while it is not ``idle``.
-        decoding: each decoding request, in order of joining, and the step at which it would have had no context: before
-            step k it has ``k - decoding[request]`` tokens of KV.
-        attended: tokens to which they attend in the present step.
+        copies: the copy of each stage on which it runs and which holds its KV.
+        step: iterations so far; one is under way unless it is ``idle``.
+        decoding: the step at which each decoding request would have had no context, in order of joining: before step k
+            it has ``k - decoding[request]`` tokens of KV.
+        attended: tokens to which the decoding requests attend in the current step.
         growing: how many of them are within the sliding window.
-        phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block.
-        by_phase: the requests themselves, in order of joining, where pools hold them and no window frees KV.
-        late_phases: the same of requests beyond a window that frees KV, modulo their tokens for a block.
-        finishing: by step, requests that may finish at its end (they may have been evicted meanwhile).
+        phases: number of decoding requests by the step, modulo the tokens of a block, in which they need a new block.
+        by_phase: the requests themselves, in order of joining, if there are pools and no window frees KV.
+        late_phases: like ``phases``, for requests beyond a window that frees KV, modulo ``late_block_tokens``.
+        finishing: by step, requests that may finish at its end (unless they are evicted before).
         leaving_window: by step, requests that reach the sliding window.
-        prefilling: the request whose prompt is under way; none or one between iterations.
+        prefilling: requests whose prompt is under way; at most one between iterations.
         ready: requests that are prefilled and wait for a seat.
         reserved: requests whose KV is expected from a prefill replica.
         sending: requests that are prefilled and whose KV is being sent to a decode replica.
-        chunk: (request, tokens, whether that is its last) of the present iteration.
-        seconds: time of the present iteration on every stage.
-        contents: the present iteration, as the arguments of `StageTiming.seconds`.
-        rooms: KV blocks of the copies that count those of whole requests.
-        pools: pools of the others, with this micro-batch's load on their devices; ``loads`` is the same by stage.
-        alive: False once a copy of it failed: its remaining scheduled events are void.
+        chunk: (request, tokens, whether they are the prompt's last) of the current iteration.
+        seconds: time of the current iteration on each stage.
+        contents: the current iteration, as arguments of `StageTiming.seconds`.
+        rooms: KV blocks of the copies that count blocks of whole requests.
+        pools: pools of the other copies, with this micro-batch's load on their devices; ``loads`` is the same by stage.
+        alive: False once one of its copies has failed: its remaining scheduled events are void.
     """
 
     __slots__ = (
@@ -112,16 +112,16 @@ class MicroBatch:
         )
 
     def seats_taken(self) -> int:
-        """Return the requests that decode here or will."""
+        """Return how many requests decode here or will."""
         return len(self.decoding) + len(self.ready) + len(self.prefilling) + len(self.reserved)
 
     def requests(self) -> list[int]:
-        """Return all its requests, oldest first; not those whose KV moves from one replica to another."""
+        """Return all its requests, oldest first, except those whose KV is in transfer between replicas."""
         prefilled = [request for request, _, is_last in self.chunk if is_last]
         return [*self.decoding, *self.ready, *prefilled, *self.prefilling]
 
     def join(self, request: int, context: int, remaining: int) -> None:
-        """Add a request with ``context`` tokens of KV that decodes ``remaining`` >= 1 steps from the present one on."""
+        """Add a request with ``context`` tokens of KV that decodes ``remaining`` >= 1 steps from now on."""
         step, growth = self.step, self.growth
         origin = self.decoding[request] = step - context
         self.finishing.setdefault(step + remaining - 1, []).append(request)
@@ -137,14 +137,14 @@ class MicroBatch:
             self.by_phase[origin % growth.block_tokens][request] = None
 
     def leave(self, request: int, context: int) -> None:
-        """Remove a decoding request, which has ``context`` tokens by now."""
+        """Remove a decoding request, which now has ``context`` tokens."""
         origin, growth = self.decoding.pop(request), self.growth
         self.attended -= growth.attended(context)
         is_within = origin + growth.window > self.step  # as `cross_windows` has counted it
         self.growing -= is_within
         self._count_blocks(origin, -1, is_within=is_within)
         for pool, load in self.pools:
-            if (home := pool.homes.get(request)) is not None:  # None: a device of it was lost, with its share
+            if (home := pool.homes.get(request)) is not None:  # None: one of its devices was lost, and the load on it
                 load.add([-groups for groups in home], growth.attended(context), grows=is_within)
         if self.pools and not growth.frees:
             del self.by_phase[origin % growth.block_tokens][request]
@@ -152,11 +152,11 @@ class MicroBatch:
     def cross_windows(self) -> None:
         """Stop or slow the growth of requests that have reached the sliding window."""
         growth = self.growth
-        # Who left and came back with no step in between has two entries.
+        # A request that left and returned within one step has two entries.
         for request in dict.fromkeys(self.leaving_window.pop(self.step, ())):
             origin = self.decoding.get(request)
             if origin is None or origin + growth.window != self.step:
-                continue  # the entry is of an earlier stay
+                continue  # the entry is from an earlier stay
             self.growing -= 1
             for pool, load in self.pools:
                 load.stop_growing(pool.homes[request])
@@ -164,7 +164,7 @@ class MicroBatch:
             self._count_blocks(origin, 1, is_within=False)
 
     def _count_blocks(self, origin: int, change: int, *, is_within: bool) -> None:
-        """Count a request among those that need a new block from time to time, or no longer (-1)."""
+        """Add ``change`` (1 or -1) to the count of requests that need a new block at this request's steps."""
         growth = self.growth
         if is_within or not growth.frees:
             self.phases[origin % growth.block_tokens] += change
@@ -172,11 +172,11 @@ class MicroBatch:
             self.late_phases[(origin + growth.window) % growth.late_block_tokens] += change
 
     def crossing(self) -> int:
-        """Return the decoding requests that need a new block in the present step."""
+        """Return how many decoding requests need a new block in the current step."""
         return self.phases[self.step % len(self.phases)] + self.late_phases[self.step % len(self.late_phases)]
 
     def crossing_in_pools(self) -> list[tuple[int, int]]:
-        """Return the decoding requests whose cached tokens need a new block in the present step, and these tokens."""
+        """Return the decoding requests whose cached tokens need a new block in the current step, and those tokens."""
         step, growth, block = self.step, self.growth, self.growth.block_tokens
         if not growth.frees:
             return [(one, step + 1 - self.decoding[one]) for one in self.by_phase[step % block]]
@@ -185,7 +185,7 @@ class MicroBatch:
         return [(one, after) for one, before, after in cached if after > before and not before % block]
 
     def grow(self) -> None:
-        """Let every decoding request attend to one more token."""
+        """Extend every decoding request's attention by one token."""
         growth = self.growth
         self.attended += growth.first_slope * self.growing + growth.slope * (len(self.decoding) - self.growing)
         for _, load in self.pools:
@@ -196,20 +196,20 @@ Done = Callable[[float, MicroBatch], None]
 
 
 class Discipline:
-    """Sends the micro-batches of a replica through its stages."""
+    """The order in which a replica's micro-batches pass through its stages."""
 
     def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
         self._events, self._log, self._done, self._traced = events, log, done, traced
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
-        """Send an iteration into the first stage, with its ``contents``."""
+        """Send an iteration, given by the batch's ``contents``, to the first stage."""
         raise NotImplementedError
 
 
 class Apart(Discipline):
-    """The discipline that keeps micro-batches separate; a copy serves them in the order in which they arrive.
+    """The discipline that keeps micro-batches separate; a copy serves them in order of arrival.
 
-    So a copy's free time is the only state, and a visit to a stage is one event.
+    The time when a copy is free is therefore its only state, and a visit to a stage is a single event.
     """
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
@@ -247,7 +247,7 @@ class Apart(Discipline):
 
 
 class Greedy(Discipline):
-    """The discipline in which a copy takes all waiting micro-batches at once; they then leave and stay together."""
+    """The discipline in which a copy takes all waiting micro-batches at once; they leave and stay together."""
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
         self._arrive(now_s, batch, 0)
@@ -256,7 +256,7 @@ class Greedy(Discipline):
         copy = batch.copies[stage]
         copy.waiting.append(batch)
         if not copy.serving:
-            # Others that arrive at the same time have to be included.
+            # Serve in a separate event, to include others that arrive at the same time.
             copy.serving = copy.waiting
             self._events.at(now_s, self._serve, copy)
 
@@ -292,7 +292,7 @@ class Greedy(Discipline):
 
 
 class Lockstep(Discipline):
-    """The discipline of copies that share their experts: those with work iterate together, as long as the longest."""
+    """The discipline of copies that share experts: those with work iterate together, all as long as the slowest."""
 
     def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
         super().__init__(events, log, done, traced=traced)
@@ -305,7 +305,7 @@ class Lockstep(Discipline):
     def _begin(self, now_s: float) -> None:
         if self._waiting and not self._serving:
             self._serving = self._waiting
-            self._events.at(now_s, self._serve)  # others that start at the same time have to be included
+            self._events.at(now_s, self._serve)  # in a separate event, to include others that start at the same time
 
     def _serve(self, now_s: float) -> None:
         self._serving, self._waiting = [batch for batch in self._waiting if batch.alive], []
@@ -331,7 +331,7 @@ class Lockstep(Discipline):
         for batch in served:
             if batch.alive:
                 self._done(now_s, batch)
-        self._begin(now_s)  # whoever has come meanwhile, should none of these go on
+        self._begin(now_s)  # for micro-batches that have arrived meanwhile, if none of the served ones goes on
 
 
 def _bar(copy: SimulatedStageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:

@@ -1,4 +1,4 @@
-"""Files of a simulation: devices that fail and join go in; rows of requests, and a trace for Perfetto, come out."""
+"""Files of a simulation: device failures and returns as input; rows of requests and a trace for Perfetto as output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAULT_EVENTS = ("fail", "join")
 
 
 def requests_csv(run: Run) -> str:
-    """Return one row per request that arrived, times to the microsecond; empty if something never happened.
+    """Return one row per request that arrived, with times to the microsecond; a cell is empty if it never happened.
 
     ``arrival_s``, ``prompt_tokens`` and ``output_tokens`` make the file a trace that can be replayed.
     """
@@ -49,10 +49,10 @@ def _times(values_s: FloatArray) -> list[str]:
 
 
 def perfetto_json(run: Run) -> str:
-    """Return the run in the Trace Event Format (JSON object form): a track per stage copy, pool card and link.
+    """Return the run in the Trace Event Format (JSON object form), with a track per stage copy, pool card and link.
 
-    Opens in https://ui.perfetto.dev and chrome://tracing. Requests waiting and running are counters, sampled at every
-    change; KV use per device is one if the run has samples. Timestamps are microseconds of virtual time.
+    The file opens in https://ui.perfetto.dev and chrome://tracing. Waiting and running requests are counters, sampled
+    at every change; so is KV use per device if the run has samples. Timestamps are microseconds of virtual time.
 
     Source: Duffy, "Trace Event Format", Google (2016); complete (``X``), counter (``C``) and metadata (``M``) events.
     """
@@ -86,7 +86,7 @@ def perfetto_json(run: Run) -> str:
 
 
 def _request_counters(run: Run) -> list[dict[str, Any]]:
-    """Return the counts of requests that wait for their first chunk and that are under way, at every change."""
+    """Return how many requests wait for their first chunk and how many are under way, at every change."""
     changes: dict[float, list[int]] = {}
     for when, waiting, running in ((run.arrival_s, 1, 0), (run.admitted_s, -1, 1), (run.finished_s, 0, -1)):
         for time_s in when.tolist():
@@ -115,10 +115,10 @@ def _us(value_s: float) -> float:
 
 
 def load_faults(path: str | os.PathLike[str]) -> tuple[Fault, ...]:
-    """Return the events of a file (``-``: standard input), ordered by time. Devices are not looked up here.
+    """Return the events of a file (``-``: standard input) in order of time. Devices are not looked up here.
 
     Raises:
-        DocumentError: with every problem of the file.
+        DocumentError: the file has problems; it carries all of them.
     """
     label = file_label(path)
     reader = csv.reader(io.StringIO(read_text(path)))
@@ -144,7 +144,7 @@ def load_faults(path: str | os.PathLike[str]) -> tuple[Fault, ...]:
 
 
 def _wrong_in(at_s: str, device: str, event: str) -> Iterator[tuple[str, str]]:
-    """Yield the problems of a row as (column, message)."""
+    """Yield the problems of a row as (column, message) pairs."""
     try:
         if not 0 <= float(at_s) < math.inf:
             yield "at_s", f"is {at_s}, must be finite and >= 0"

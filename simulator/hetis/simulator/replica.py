@@ -1,4 +1,4 @@
-"""One replica: continuous batching with chunked prefill in micro-batches, on a limited number of KV blocks."""
+"""One replica: continuous batching with chunked prefill in micro-batches, with a limited number of KV blocks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hetis.simulator.values import RequestLog
 
 
 class Holdings:
-    """Takes and frees blocks on all copies that a micro-batch runs on, or on none.
+    """Takes and frees blocks on all copies on which a micro-batch runs, or on none of them.
 
-    Copies without a pool count blocks of whole requests (`KvRoom`); those with a pool use dispatch (`PoolCopy`), which
-    takes the blocks of a prompt at once, and count them too if the engine's number of blocks is set.
+    Copies without a pool count blocks of whole requests (`KvRoom`). Copies with a pool use dispatch (`PoolCopy`), which
+    takes all blocks of a prompt at once; they also count whole requests if the engine's number of blocks is fixed.
     """
 
     def __init__(self, log: RequestLog, growth: KvGrowth) -> None:
         self._log, self._growth = log, growth
 
     def promise(self, batch: MicroBatch, request: int, spare: int) -> bool:
-        """Reserve blocks for a prompt; ``spare`` stay free on every copy that holds anything. False: no room."""
+        """Reserve blocks for a prompt, with ``spare`` left free on every copy that holds anything; False: no room."""
         target = self._log.target[request]
         blocks = self._growth.blocks(target)
         for room in batch.rooms:
@@ -38,7 +38,7 @@ class Holdings:
         return True
 
     def fill(self, batch: MicroBatch, filled: int, tokens: int) -> bool:
-        """Take promised blocks for ``tokens`` more of a prompt; False: growth of other requests has used them."""
+        """Use promised blocks for ``tokens`` more of a prompt; False if the growth of other requests has used them."""
         blocks = self._growth.blocks(filled + tokens) - self._growth.blocks(filled)
         if not blocks:
             return True
@@ -51,7 +51,7 @@ class Holdings:
         return True
 
     def grow(self, batch: MicroBatch, blocks: int) -> bool:
-        """Take this number of blocks for requests that decode; False: some copy has too few."""
+        """Take this number of blocks for decoding requests; False if any copy has too few."""
         for room in batch.rooms:
             if room.used + blocks > room.total:
                 return False
@@ -73,45 +73,45 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """The composition of a replica's iterations."""
+    """The limits that define a replica's iterations."""
 
-    micro_batch: int  # most decoding requests in one micro-batch; 0 for a prefill replica
+    micro_batch: int  # maximum decoding requests in one micro-batch; 0 for a prefill replica
     in_flight: int  # number of micro-batches
-    chunk_tokens: int  # most prompt tokens in an iteration, of one prompt or several; 0 for a decode replica
-    # prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish while a
-    # prompt is prefilled, so that as many requests decode as the plan assumes.
+    chunk_tokens: int  # maximum prompt tokens in an iteration, from one prompt or several; 0 for a decode replica
+    # Prompts of a micro-batch that may be under way, or prefilled and waiting, beyond its seats: as many as finish
+    # while a prompt is prefilled, so that as many requests decode as the plan assumes.
     ahead: int
-    # requests of a micro-batch for each of which a block stays free when another one starts; None: as many as it has
-    # seats
+    # Requests of a micro-batch for each of which a block stays free when another one starts. None: as many as it has
+    # seats.
     growing: int | None = None
 
 
 class Outside:
-    """The interface of the fleet that a replica uses; this base class is for a replica alone."""
+    """What a replica calls in the fleet; this base class is for a replica on its own."""
 
     def pull(self, now_s: float) -> int | None:
         """Return the next request of a source that always has one."""
         return None
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
-        """Return whether a prompt has a place to decode when it is done."""
+        """Return whether a place to decode is available for a prompt when it is done."""
         return True
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
-        """Take a finished prompt to another replica; False: it decodes on the same replica."""
+        """Hand a finished prompt over to another replica; False: it decodes on the same replica."""
         return False
 
     def has_room(self, now_s: float, replica: ReplicaRun) -> None:
-        """Note that a replica has free room again."""
+        """React to a replica that has free room again."""
 
     def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
-        """Let an evicted request wait again, before the others."""
+        """Return an evicted request to the head of the queue."""
         replica.outstanding += 1
         replica.queue.appendleft(request)
 
 
 class ReplicaRun:
-    """A replica at work.
+    """A running replica.
 
     Attributes:
         rate: requests/s that the plan assigns to it; for a prefill replica the rate of its routes, which may be 0.
@@ -122,64 +122,64 @@ class ReplicaRun:
         stages: Sequence[Sequence[SimulatedStageCopy]],
     ) -> None:  # fmt: skip
         self.number, self.rate, self.batching, self.growth, self.log = number, rate, batching, growth, log
-        self.stages = tuple(tuple(copies) for copies in stages)  # the copies of every stage
-        self.queue: deque[int] = deque()  # requests that wait for their prompt to begin
-        self.outstanding = 0  # requests given to it that are not done, including those that wait
-        self.is_up = True  # every stage has a copy that is up
+        self.stages = tuple(tuple(copies) for copies in stages)  # copies of each stage
+        self.queue: deque[int] = deque()  # requests whose prompt has not begun
+        self.outstanding = 0  # unfinished requests assigned to it, including waiting ones
+        self.is_up = True  # whether every stage has a copy that is up
         self.discipline: Discipline
         self.outside = Outside()
         self.kv = Holdings(log, growth)
         self._block_tokens = growth.block_tokens
         self._takes_prompts = batching.chunk_tokens > 0
-        self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
-        # The next block of every request that decodes on the most crowded copy.
+        self._most_seats = batching.micro_batch + batching.ahead  # per micro-batch, including waiting requests
+        # One block for every request that decodes on the most crowded copy.
         copies = min(len(copies) for copies in self.stages)
         growing = batching.micro_batch if batching.growing is None else batching.growing
         self._spare = -(-batching.in_flight // copies) * growing
-        self.batches = [self.new_batch(index) for index in range(batching.in_flight)]  # its micro-batches
+        self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
         self._idle = set(range(batching.in_flight))
 
     @property
     def decodes(self) -> bool:
-        """Return whether its requests stay to decode; a prefill replica's are handed over."""
+        """Return whether its requests stay to decode; those of a prefill replica are handed over."""
         return self.batching.micro_batch > 0
 
     def waiting_tokens(self) -> int:
-        """Return the prompt tokens of the requests given to it that are not prefilled yet."""
+        """Return how many prompt tokens of its requests are not prefilled yet."""
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)
         return sum(log.target[request] - log.begun(request) for request in (*self.queue, *under_way))
 
     def seats_taken(self) -> int:
-        """Return the requests that decode here, and those being sent here."""
+        """Return how many requests decode here or are being sent here."""
         return sum(batch.seats_taken() for batch in self.batches)
 
     def new_batch(self, index: int) -> MicroBatch:
-        """Return an empty micro-batch on one copy of every stage, of those that are up: they are distributed evenly."""
+        """Return an empty micro-batch on one copy of each stage, distributed evenly over the copies that are up."""
         up = [[copy for copy in copies if copy.is_up] or copies for copies in self.stages]
         return MicroBatch(index, tuple(copies[index % len(copies)] for copies in up), self.growth)
 
     # --- arrivals
 
     def offer(self, now_s: float, request: int) -> None:
-        """Let a request wait here from now on."""
+        """Queue a request here."""
         self._take(request)
         self.queue.append(request)
         self.wake(now_s)
 
     def wake(self, now_s: float) -> None:
-        """Let idle micro-batches check again for work."""
+        """Have idle micro-batches check for work again."""
         if self._idle:
             for index in sorted(self._idle):
                 if index in self._idle:
                     self.form(now_s, self.batches[index])
 
     def set_idle(self, batch: MicroBatch) -> None:
-        """Mark a micro-batch as without an iteration under way."""
+        """Mark a micro-batch as having no iteration under way."""
         batch.idle = True
         self._idle.add(batch.index)
 
     def expect(self, request: int) -> MicroBatch | None:
-        """Reserve a seat and blocks for a request that is prefilled elsewhere; None: there is no room."""
+        """Reserve a seat and blocks for a request that is prefilled elsewhere; None if there is no room."""
         for batch in sorted(self.batches, key=MicroBatch.seats_taken):
             if batch.seats_taken() >= self._most_seats:
                 return None
@@ -205,7 +205,7 @@ class ReplicaRun:
     # --- an iteration
 
     def form(self, now_s: float, batch: MicroBatch) -> None:
-        """Fill the next iteration of a micro-batch and start it; without work the micro-batch is idle."""
+        """Fill and start the next iteration of a micro-batch; without work it becomes idle."""
         if not self.is_up:
             return
         batch.step += 1
@@ -239,7 +239,7 @@ class ReplicaRun:
         self.discipline.start(now_s, batch)
 
     def done(self, now_s: float, batch: MicroBatch) -> None:
-        """Complete an iteration that has left the last stage: tokens are out, some requests are finished."""
+        """Complete an iteration that has left the last stage: tokens are produced, and some requests finish."""
         log, chunk = self.log, batch.chunk
         has_freed = False
         if chunk:
@@ -252,7 +252,7 @@ class ReplicaRun:
             for request in finishing:
                 origin = batch.decoding.get(request)
                 context = 0 if origin is None else batch.step + 1 - origin
-                # An entry may be from an earlier stay.
+                # The entry may be from an earlier stay.
                 if context == log.prompt[request] + log.output[request] - 1:
                     batch.leave(request, context)
                     log.produced[request] = log.output[request]
@@ -266,7 +266,7 @@ class ReplicaRun:
             self.outside.has_room(now_s, self)
 
     def _prefilled(self, now_s: float, batch: MicroBatch, request: int) -> bool:
-        """Complete a prompt, which makes one token; return whether that finishes the request."""
+        """Complete a prompt, which produces one token; return whether that finishes the request."""
         log = self.log
         log.produced[request] += 1
         if log.produced[request] == 1:
@@ -286,7 +286,7 @@ class ReplicaRun:
     # --- prompts
 
     def _chunk(self, now_s: float, batch: MicroBatch) -> list[tuple[int, int, bool]]:
-        """Return the prompt tokens of the next iteration: the current prompt, then new ones within tokens and seats."""
+        """Return the next iteration's prompt tokens: the current prompt, then new ones within tokens and seats."""
         log, budget = self.log, self.batching.chunk_tokens
         chunk = list[tuple[int, int, bool]]()
         seats = self._most_seats - batch.seats_taken()
@@ -300,9 +300,9 @@ class ReplicaRun:
             request = batch.prefilling[0]
             filled, begun = log.filled[request], log.begun(request)
             tokens = min(budget, log.target[request] - begun)
-            # Blocks of the prefix cache are taken with the first chunk: they count for every request that shares them.
+            # Blocks of the prefix cache are taken with the first chunk, counted for every request that shares them.
             if not self.kv.fill(batch, filled, begun - filled + tokens):
-                # Growth of others has used its promised blocks. It waits, but is evicted if nothing else can continue.
+                # Growth of others has used its promised blocks: it waits, but is evicted if nothing else can continue.
                 if not chunk and not batch.decoding:
                     self._evict(now_s, batch, request)
                 break
@@ -315,7 +315,7 @@ class ReplicaRun:
         return chunk
 
     def _admitted(self, now_s: float, batch: MicroBatch) -> int | None:
-        """Return the next request in the queue, if the copies of this micro-batch have room for it."""
+        """Return the next request of the queue, if the copies of this micro-batch have room for it."""
         queue, outside = self.queue, self.outside
         while True:
             if not queue:
@@ -332,7 +332,7 @@ class ReplicaRun:
                 return None
             if not self.is_empty() or not self._is_whole():
                 return None
-            queue.popleft()  # it does not fit even in an empty replica
+            queue.popleft()  # it would not fit even in an empty replica
             self.outstanding -= 1
             self.log.reject(request)
         queue.popleft()
@@ -341,7 +341,7 @@ class ReplicaRun:
         return request
 
     def is_empty(self) -> bool:
-        """Return whether no request holds a block."""
+        """Return whether no request holds any block."""
         copies = [copy for copies in self.stages for copy in copies]
         rooms_are = all(copy.room is None or copy.room.used == copy.room.promised == 0 for copy in copies)
         return rooms_are and all(copy.pool is None or not copy.pool.homes for copy in copies)
@@ -353,7 +353,7 @@ class ReplicaRun:
     # --- growth and eviction
 
     def _grow(self, now_s: float, batch: MicroBatch) -> None:
-        """Let every decoding request cache one more token; if blocks run out, the latest requests are evicted."""
+        """Extend every decoding request by one cached token; if blocks run out, the latest requests are evicted."""
         while (crossing := batch.crossing()) and not self.kv.grow(batch, crossing):
             self._evict(now_s, batch, batch.requests()[-1])
         if batch.pools:
@@ -365,18 +365,18 @@ class ReplicaRun:
         cached = batch.crossing_in_pools()
         stalled = [request for pool, _ in batch.pools for request in pool.grow(cached)] if cached else []
         for request in dict.fromkeys(stalled):
-            # Copies without a pool have counted the block that it would have crossed into.
+            # Copies without a pool have already counted the block that it would have needed.
             context = step - batch.decoding[request]
             crossed = growth.blocks(context + 1) - growth.blocks(context)
             self._evict(now_s, batch, request, extra_blocks=crossed)
 
     def _evict(self, now_s: float, batch: MicroBatch, request: int, *, extra_blocks: int = 0) -> None:
-        """Remove a request between two iterations; it is prefilled again, before those that wait."""
+        """Remove a request between two iterations; it is prefilled again, ahead of the waiting ones."""
         self._drop(batch, request, written=0, extra_blocks=extra_blocks)
         self.outside.requeue(now_s, self, request)
 
     def lose(self, now_s: float, batch: MicroBatch, request: int) -> None:
-        """Remove a request whose KV is lost; the iteration under way makes no token of it."""
+        """Remove a request whose KV is lost; the iteration under way produces no token for it."""
         self._drop(batch, request, written=1)
         self.outside.requeue(now_s, self, request)
 

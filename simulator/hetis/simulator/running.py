@@ -1,6 +1,6 @@
-"""Runs of a plan, several in parallel in separate processes, and the highest rate that it serves within its limits.
+"""Runs of a plan, several of them in parallel processes, and the highest rate that it serves within its limits.
 
-If stopped early, they return their results so far.
+If stopped early, these return their results so far.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from hetis.simulator.values import Run, Settings
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
-_LOOK_EVERY = 64  # requests between two checks of whether to stop
+_LOOK_EVERY = 64  # requests between two checks for a stop
 _POLL_S = 0.1
 
 Report = Callable[[int, int], None]
-"""Called with the requests that have arrived so far, over all runs, and the total that will arrive."""
+"""Called with the number of requests that have arrived so far, over all runs, and the total that will arrive."""
 
 
 def silent(_given: int, _total: int) -> None:
-    """Report nothing."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationJob:
-    """One run: ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer also has every request."""
+    """One run of ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer includes all requests."""
 
     load: Load
     num_requests: int
@@ -56,7 +56,7 @@ class RunAnswer:
 
 
 def run_job(plan: Plan, problem: PlacementProblem, job: SimulationJob, keep_going: KeepGoing) -> RunAnswer:
-    """Simulate one job in this process; traffic ends once ``keep_going`` is False, and earlier requests are served."""
+    """Simulate one job in this process; once ``keep_going`` returns False, traffic ends and earlier requests finish."""
     traffic = draw_traffic(job.load, job.num_requests, seed=job.seed)
     saturated = job.load.arrivals is Arrivals.SATURATED
     requests = (Saturation if saturated else requests_of)(traffic, keep_going=keep_going)
@@ -67,9 +67,9 @@ def run_job(plan: Plan, problem: PlacementProblem, job: SimulationJob, keep_goin
 
 @dataclass(slots=True, kw_only=True)
 class SimulationRunner:
-    """Runs jobs of one plan; made by `runner`, which also ends its processes.
+    """Runs jobs of one plan. Created by `runner`, which also ends its processes.
 
-    ``cancelled`` stops all traffic when it is set: started jobs return their results so far, others nothing.
+    ``cancelled`` stops all traffic once it is set: jobs already started return their results so far, others nothing.
     """
 
     plan: Plan
@@ -84,14 +84,14 @@ class SimulationRunner:
     _done_before: int = field(default=0)
 
     def run(self, jobs: Sequence[SimulationJob]) -> list[RunAnswer]:
-        """Return answers in the order of the jobs; fewer of them after ``cancelled``."""
+        """Return answers in the order of the jobs; fewer of them once ``cancelled`` is set."""
         self._total += sum(job.num_requests for job in jobs)
         if self._pool is None and (len(jobs) == 1 or self.processes == 1):
             return list(self._here(jobs))
         return self._apart(jobs)
 
     def close(self) -> None:
-        """End the processes; idle by then unless something went wrong."""
+        """End the processes, which are idle by then unless something went wrong."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -121,7 +121,8 @@ class SimulationRunner:
             if self._given is not None:
                 self.report(self._done_before + self._given.value, self._total)
         answers = [future.result() for future in futures if not future.cancelled()]
-        # The pool submits a job before a process is free for it: such a job had no traffic when all was stopped.
+        # The pool submits a job before a process is free for it: such a job has had no traffic when everything is
+        # stopped.
         return [one for one in answers if one.metrics.counts.arrived or not self.cancelled.is_set()]
 
     def _started(self) -> ProcessPoolExecutor:
@@ -145,10 +146,10 @@ def runner(
     """Yield a `SimulationRunner` for jobs of a plan.
 
     Args:
-        processes: number of parallel processes; 0: one per core. A single job is run in this process. More than one
-            needs a main module that may be imported again (``if __name__ == "__main__"``).
+        processes: number of parallel processes; 0: one per core. A single job runs in this process. More than one
+            process needs a main module that can be imported again (``if __name__ == "__main__"``).
         cancelled: may be set from a signal handler or another thread.
-        report: called a few times a second from the thread that runs jobs.
+        report: called a few times a second, from the thread that runs jobs.
     """
     made = SimulationRunner(
         plan=plan,
@@ -163,7 +164,7 @@ def runner(
         made.close()
 
 
-# The arguments with which this worker process was started; empty in the process that submits jobs.
+# Arguments with which this worker process was started; empty in the process that submits jobs.
 _this: list[tuple[Plan, PlacementProblem, Synchronized[int], Event]] = []
 
 
@@ -189,12 +190,12 @@ def _run_here(job: SimulationJob) -> RunAnswer:
 
 MAX_ROUNDS = 24
 STEP = 1.15  # factor of the first step up; each further step is twice as far, in powers of this
-IDLE = 0.01  # of the starting rate: if even this is too much, no rate is within the limits
+IDLE = 0.01  # fraction of the starting rate: if even this is too high, no rate is within the limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A rate that was tried. ``sure``: its 95% intervals are on one side of every limit."""
+    """A rate that was tried. ``sure``: all 95% intervals are on one side of their limits."""
 
     rate_rps: float
     summary: Summary
@@ -207,27 +208,27 @@ class RateSweep:
     """All rates that were tried, from the lowest."""
 
     points: tuple[Point, ...]
-    goodput_rps: float  # the highest rate below which every tried rate is within the limits; 0: none is
-    beyond_rps: float | None  # the lowest rate that is not within them; None: none was found, the search was stopped
+    goodput_rps: float  # highest rate below which every tried rate is within the limits; 0: there is none
+    beyond_rps: float | None  # lowest rate that exceeds a limit; None: none was found, or the search was stopped
 
 
 def sweep(
     evaluate: Callable[[Sequence[float]], Sequence[Summary]], limits: Objective, *, start_rps: float,
     tolerance: float = 0.02, at_once: int = 1,
 ) -> RateSweep:  # fmt: skip
-    """Bracket the highest rate within the limits by increasing steps up, then divide the bracket.
+    """Bracket the highest rate within the limits by increasing steps, then bisect the bracket.
 
-    If the first rate is too high already, an almost idle fleet is tried next: limits that it misses are missed at every
+    If the first rate is already too high, an almost idle fleet is tried next: limits that it misses are missed at every
     rate.
 
     Seeds draw the same lengths and gaps at every rate, only scaled, so that neighbouring rates differ by little except
     the load: a rate below one within the limits is rarely outside them.
 
     Args:
-        evaluate: results at rates, all of one call together; fewer answers than rates end the search.
+        evaluate: results at the given rates, all in one call; fewer answers than rates end the search.
         start_rps: the first guess, such as the planned goodput.
         tolerance: width of the final bracket over its upper end.
-        at_once: number of rates that are tried together.
+        at_once: number of rates evaluated together.
     """
     tried: dict[float, Point] = {}
     low, high = 0.0, None
@@ -244,7 +245,7 @@ def sweep(
 
 
 def judged_rates(summaries: Mapping[float, Summary], limits: Objective) -> RateSweep:
-    """Return the same answer from rates that were chosen beforehand, and the result at each."""
+    """Return the same result for rates that were chosen beforehand, given the summary at each."""
     tried = {rate: _judged(rate, summary, limits) for rate, summary in summaries.items()}
     low, high = _bracket(tried)
     return RateSweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
@@ -259,7 +260,7 @@ def _next_rates(low: float, high: float | None, *, start_rps: float, tried: int,
 
 
 def _bracket(tried: dict[float, Point]) -> tuple[float, float | None]:
-    """Return the highest rate with nothing outside the limits below it, and the lowest outside."""
+    """Return the highest rate with no rate below it outside the limits, and the lowest rate outside."""
     low = 0.0
     for rate in sorted(tried):
         if not tried[rate].within:

@@ -1,4 +1,4 @@
-"""Simulation of a plan on requests, in virtual time."""
+"""Simulation of a plan with given requests, in virtual time."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
-# Plans outside the searched family can run as well.
+# Rules of the search alone: plans outside the searched family can be simulated as well.
 _OF_THE_SEARCH = frozenset((
     Rule.SETTING, Rule.MAX_NUM_SEQS, Rule.IN_FLIGHT, Rule.EQUAL_LAYERS, Rule.ONE_TYPE, Rule.POOL_SIZE, Rule.COPIES,
     Rule.SHARED_POOL,
 ))  # fmt: skip
 
 
-PACE = 1.2  # prompt tokens of a paced iteration over those that keep the seats filled on average: lengths vary
+PACE = 1.2  # prompt tokens of a paced iteration over those that keep seats filled on average; > 1 because lengths vary
 
 
 class Builder:
@@ -56,7 +56,7 @@ class Builder:
         self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._derivation = Rederivation(problem)
-        self._problems: dict[str, PlacementProblem] = {}  # in the precision of a GPU type
+        self._problems: dict[str, PlacementProblem] = {}  # by GPU type, in its precision
         self._timings: dict[tuple[StageShape, bool, bool, float, int], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
@@ -88,7 +88,7 @@ class Builder:
     def _batching(self, one: ReplicaPlan, number: int, shape: ReplicaShape) -> Batching:
         b, chunk = one.micro_batch, math.ceil(one.chunk_tokens / _steps(one, self.problem.model))
         growing: int | None = None
-        if b and self.problem.family.engine_settings:  # an engine may have more seats than KV has room for
+        if b and self.problem.family.engine_settings:  # an engine may have more seats than there is room for KV
             growing = batch_with_room(shape, self._derivation)
         if one.role is Role.PREFILL:
             ahead = chunk  # any number of prompts that fit in a chunk
@@ -135,7 +135,7 @@ class Builder:
         copies, most_blocks = [], problem.family.engine_settings.kv_blocks
         for copy in range(stage.copies):
             ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
-            # Copies that share their experts fail together, and send and receive KV over one link.
+            # Copies that share their experts fail together, and send and receive KV over a single link.
             devices = stage.devices if one.expert_parallel else ranks
             room, workers = None, None
             names: tuple[str, ...] = ()
@@ -192,8 +192,9 @@ class Builder:
     def _kept_for_growth(self, seats: float) -> int:
         """Return the tokens of room that a new request leaves for its output if this number of requests decode.
 
-        Counted as in the plan: the average output tokens held by a request, half of the mean, and its part of the
-        reserve that all of them together have above this. Room for the whole mean would leave 1/5 of 256 seats empty.
+        As in the plan: the average output that a request holds, which is half of the mean output, plus its part of the
+        excess of the joint reserve of all requests over this average. Room for the whole mean would leave 1/5 of 256
+        seats empty.
         """
         m, z = self.moments, self.problem.assumptions.kv_headroom_z
         return round(min(m.mean_output, m.mean_output / 2 + z * m.resident_context_sd / math.sqrt(seats)))
@@ -209,12 +210,12 @@ class Builder:
 
 
 def _steps(one: ReplicaPlan, model: ModelSpec) -> float:
-    """Return the steps of an iteration: the tokens that it adds to a decoding request, where there are any."""
+    """Return the steps of an iteration: the tokens that it adds to each decoding request, if there are any."""
     return 1.0 if one.role is Role.PREFILL else model.emitted_tokens
 
 
 def batch_with_room(shape: ReplicaShape, derivation: Rederivation) -> int:
-    """Return the size of the largest micro-batch for whose KV a replica has room, from 1 to that of the shape."""
+    """Return the largest micro-batch whose KV fits in a replica, from 1 to the size in the shape."""
     sizes = range(1, shape.micro_batch + 1)
 
     def is_too_large(size: int) -> bool:
@@ -224,10 +225,10 @@ def batch_with_room(shape: ReplicaShape, derivation: Rederivation) -> int:
 
 
 def check_simulable(one: ReplicaPlan, number: int, problem: PlacementProblem, fleet: Fleet) -> None:
-    """Refuse a replica that cannot be simulated, such as one on GPUs that the cluster lacks.
+    """Refuse a replica that cannot be simulated, for instance because its GPUs are not in the cluster.
 
     Raises:
-        InvalidProblemError: the first reason why it cannot.
+        InvalidProblemError: the replica cannot be simulated; gives the first reason.
     """
     for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
         if violation.rule not in _OF_THE_SEARCH:
@@ -246,7 +247,7 @@ def _check_batching(one: ReplicaPlan, number: int) -> None:
             raise InvalidProblemError(
                 f"plan cannot be simulated: replica {number}: {name} is {getattr(one, name)}, must be >= {limit}"
             )
-    if one.expert_parallel and one.in_flight != one.attention_dp:  # of one stage, as the structure has been checked
+    if one.expert_parallel and one.in_flight != one.attention_dp:  # the structure check ensures a single stage
         raise InvalidProblemError(
             f"plan cannot be simulated: replica {number}: its copies share experts, "
             "it must have one stage with as many copies as micro-batches in flight"
@@ -256,7 +257,7 @@ def _check_batching(one: ReplicaPlan, number: int) -> None:
 
 
 def _shares_of_shared_cards(one: ReplicaPlan) -> dict[str, float]:
-    """Return the (layer, head group) pairs that the stages together give to each card shared by several of them."""
+    """Return the (layer, head group) pairs assigned to each shared card, over all stages that share it."""
     total: dict[str, float] = {}
     for pool in one.attention_workers:
         if pool.shared:
@@ -281,7 +282,7 @@ class Sampler:
         events.at(every_s, self._tick)
 
     def series(self, end_s: float) -> Series:
-        """Return all samples and one at the end."""
+        """Return all samples, plus one at the end."""
         if not self._times or self._times[-1] < end_s:
             self._sample(end_s)
         return Series(
@@ -293,7 +294,7 @@ class Sampler:
 
     def _tick(self, now_s: float) -> None:
         if self._events.is_empty:
-            return  # no further change is possible
+            return  # nothing can change any more
         self._sample(now_s)
         self._events.at(now_s + self._every_s, self._tick)
 
@@ -322,13 +323,13 @@ class Sampler:
 
 
 def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings: Settings | None = None) -> Run:
-    """Return the run of a plan on requests: a list or an endless stream of arrivals, or a saturating source.
+    """Return the run of a plan with requests: a list or endless stream of arrivals, or a saturating source.
 
-    A pure function: the same arguments give the same run. It ends when every request is finished, or at
+    This is a pure function: the same arguments give the same run. The run ends when all requests are finished, or at
     ``settings.horizon_s``, which an endless stream needs.
 
     Raises:
-        InvalidProblemError: the plan contradicts the problem, arrivals fall, or a fault names an unknown device.
+        InvalidProblemError: the plan contradicts the problem, arrival times fall, or a fault names an unknown device.
     """
     settings = settings or Settings()
     log, events = RequestLog(), Events()
@@ -360,9 +361,9 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
 
 
 def _check_all_is_given_back(fleet: SimulatedFleet) -> None:
-    """Check that no request holds a block when nothing is left to happen; anything else is a bug of the simulator."""
+    """Check that no request holds a block once no event is left; otherwise the simulator has a bug."""
     if fleet.held or any(replica.queue for replica in fleet.replicas):
-        return  # some wait for devices that never return
+        return  # some requests wait for devices that never return
     for replica in fleet.replicas:
         assert replica.outstanding == 0, f"replica {replica.number} still has {replica.outstanding} requests"
         assert replica.is_empty(), f"replica {replica.number} still holds KV blocks"

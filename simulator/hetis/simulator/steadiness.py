@@ -11,7 +11,7 @@ import numpy as np
 from hetis.simulator.values import FloatArray
 
 SECTIONS = 10
-MIN_SECTION = 20  # observations of each, for an interval within a run
+MIN_SECTION = 20  # observations per section, for an interval within a run
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom (Fisher and Yates, table III); then an upper bound.
 _T = (
@@ -22,14 +22,14 @@ _T = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """An estimate and its error: ``half_width`` of its 95% interval, NaN if nothing is known about it."""
+    """An estimate and its error: ``half_width`` is that of its 95% interval, NaN if unknown."""
 
     value: float
     half_width: float = math.nan
 
     @property
     def relative(self) -> float:
-        """Return the half width over the value; infinite if either is unknown."""
+        """Return the half width relative to the value; infinite if either is unknown."""
         if self.half_width == 0:
             return 0.0
         return self.half_width / abs(self.value) if self.half_width > 0 and self.value else math.inf
@@ -44,12 +44,12 @@ class Estimate:
 
 
 def t_quantile(degrees: int) -> float:
-    """Return the 97.5% quantile of Student's t, from 1 degree of freedom; beyond 30 at most 0.1% above the true one."""
+    """Return the 97.5% quantile of Student's t for ``degrees`` >= 1; beyond 30 it is at most 0.1% too high."""
     return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.5 / degrees
 
 
 def over_runs(values: Sequence[float]) -> Estimate:
-    """Return the mean of independent runs and its t-interval; runs without a value (NaN) are left out."""
+    """Return the mean of independent runs with its t-interval; runs without a value (NaN) are left out."""
     known = np.array([value for value in values if math.isfinite(value)])
     if len(known) < 2:
         return Estimate(value=float(known[0]) if len(known) else math.nan)
@@ -58,11 +58,11 @@ def over_runs(values: Sequence[float]) -> Estimate:
 
 
 def within_run(series: FloatArray, statistic: Callable[[FloatArray], float]) -> Estimate:
-    """Return a statistic of a steady series and an interval from its consecutive sections.
+    """Return a statistic of a steady series, with an interval from consecutive sections of the series.
 
     Observations of one run depend on one another, but long sections are nearly independent. The value is that of the
-    whole series (a percentile of a short section is biased), the spread that of the sections around it. For a mean this
-    is the method of batch means. Source: Asmussen and Glynn, "Stochastic Simulation" (2007), III.5a, sectioning.
+    whole series (a percentile of a short section is biased); the spread is that of the sections around it. For a mean
+    this is the method of batch means. Source: Asmussen and Glynn, "Stochastic Simulation" (2007), III.5a, sectioning.
     """
     if not len(series):
         return Estimate(value=math.nan)
@@ -77,20 +77,20 @@ def within_run(series: FloatArray, statistic: Callable[[FloatArray], float]) -> 
 BATCH = 5
 MIN_BATCHES = 10
 ROUNDING = 1e-12
-FILLED = 95  # percent of requests that leave within this time after arrival: the fleet, empty at first, is then full
-MAX_GROWTH = 0.05  # greatest growth of the wait, in seconds per second of arrivals, of a load that is carried
-# Standard deviations of the number of arrivals by which a growth must lie below MAX_GROWTH, and above it.
+FILLED = 95  # percentage of requests that have left by the time at which an initially empty fleet counts as full
+MAX_GROWTH = 0.05  # greatest growth of the wait, in seconds per second of arrivals, for a load that is carried
+# Standard deviations of the number of arrivals by which a growth must be below MAX_GROWTH, or above it.
 CARRIED_CHANCE, GROWING_CHANCE = 1.5, 2.0
-GROUPS = 10  # of requests, whose waits determine the certainty of a growth
+GROUPS = 10  # groups of requests whose waits determine how certain a growth is
 MIN_GROUP = 5
 
 
 def warm_up(series: FloatArray) -> int:
-    """Return the number of observations to leave out at the start of a series, by MSER-5: half of them at most.
+    """Return the number of observations to drop at the start of a series, by MSER-5: at most half of them.
 
-    Means of five observations each; the cut is at the least standard error of the mean of the remaining ones. Cuts in
-    the second half are not considered: in a short series with a long tail, one rare observation would cause a cut
-    there. Of fewer than 50 observations, which are too few to tell, half is left out.
+    Observations are averaged in batches of five; the cut minimises the standard error of the mean of the remaining
+    ones. Cuts in the second half are not considered: in a short series with a long tail, one rare observation would
+    cause a cut there. With fewer than 50 observations, too few to tell, half are dropped.
 
     Source: White, "An effective truncation heuristic for bias reduction in simulation output", Simulation 69 (1997);
     its batches of five: White, Cobb and Spratt, "A comparison of five steady-state truncation heuristics", WSC 2000.
@@ -99,13 +99,13 @@ def warm_up(series: FloatArray) -> int:
     if batches < MIN_BATCHES:
         return len(series) // 2
     means = series[: batches * BATCH].reshape(batches, BATCH).mean(axis=1)
-    means -= means.mean()  # squares of the remainders lose fewer digits
-    # For every cut d: batches behind it, their mean and their sum of squared distances from it.
+    means -= means.mean()  # smaller numbers lose fewer digits when squared
+    # For every cut d: batches after it, their mean and their sum of squared deviations from it.
     behind = np.arange(batches, 0, -1)
     total, squares = np.cumsum(means[::-1])[::-1], np.cumsum((means * means)[::-1])[::-1]
     error = np.maximum(squares - total * total / behind, 0.0) / behind**2
     error = error[: batches // 2 + 1]
-    return int(np.argmax(error <= error.min() + ROUNDING * error[0])) * BATCH  # the first of those that are equal
+    return int(np.argmax(error <= error.min() + ROUNDING * error[0])) * BATCH  # the first of equally good cuts
 
 
 def filled_s(arrival_s: FloatArray, end_to_end_s: FloatArray) -> float:
@@ -116,10 +116,10 @@ def filled_s(arrival_s: FloatArray, end_to_end_s: FloatArray) -> float:
 def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
     """Return the seconds by which the wait grows per second of arrivals, with its 95% interval.
 
-    For a fleet that carries its load it is 0 in the long run; if mu of the lambda requests/s that arrive are served,
-    the queue grows by ``lambda - mu`` and the wait by ``lambda / mu - 1``. A straight line through the means of ten
-    groups of requests, in order of arrival: single waits depend on one another, groups of them hardly do. No interval
-    for fewer than 50 requests; nothing (NaN) if all arrive at once.
+    For a fleet that carries its load this is 0 in the long run. If mu of the lambda requests/s that arrive are served,
+    the queue grows by ``lambda - mu`` and the wait by ``lambda / mu - 1``. A straight line is fitted through the mean
+    waits of ten groups of requests in order of arrival: single waits depend on one another, groups hardly do. There is
+    no interval for fewer than 50 requests, and no estimate (NaN) if all arrive at once.
     """
     if len(arrival_s) < 2 or arrival_s[-1] <= arrival_s[0]:
         return Estimate(value=math.nan)
@@ -135,12 +135,12 @@ def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
 
 
 def is_carried(found: Estimate, *, arrived: int) -> bool | None:
-    """Return whether a load with this growth of the wait is carried; None: too few requests to tell.
+    """Return whether a load with this growth of the wait is carried; None if there are too few requests to tell.
 
-    Arrivals bunch by chance: of n the number varies by sqrt(n), so that a growth is not known better than 1 / sqrt(n).
-    A load is carried if its growth is below the limit by 1.5 of that, which takes (1.5 / 5%)**2 = 900 requests if the
-    wait does not fall; it is not carried if its growth is above the limit by 2 of that. At 1.5, M/M/1 at load 1.1,
-    where waits grow by 10%, was taken for carried in 5 of 100 runs at most, from 200 to 8,000 requests
+    Arrivals bunch by chance: a number of n arrivals varies by sqrt(n), so a growth is known no better than 1 / sqrt(n).
+    A load is carried if its growth is below the limit by 1.5 times that, which takes (1.5 / 5%)**2 = 900 requests if
+    the wait does not fall; it is not carried if its growth is above the limit by twice that. At 1.5, M/M/1 at load 1.1,
+    where waits grow by 10%, was judged as carried in at most 5 of 100 runs, from 200 to 8,000 requests
     (docs/simulator.md).
     """
     if math.isnan(found.half_width):

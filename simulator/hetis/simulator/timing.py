@@ -1,8 +1,8 @@
 """Time of a stage for an iteration, from the actual contents of the iteration.
 
-The formulas and letters are those of `docs/cost-model.md`; instead of its averages (the mean context, chunks that are
-always full), the actual tokens are used here. Terms that depend only on the number of tokens are tabulated at their
-first use; attention is a maximum of affine functions, whose coefficients are computed once.
+The formulas and letters are those of `docs/cost-model.md`, but with actual tokens instead of averages (the mean
+context, chunks that are always full). Terms that depend only on the number of tokens are tabulated on first use;
+attention is a maximum of affine functions, whose coefficients are computed once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 
-AttentionPiece = tuple[float, float, float]  # seconds, per request or (request, group) pair, per token they attend to
-ChunkPiece = tuple[float, float, float, float]  # seconds, per token, per (query, key) pair, per token of KV read
+AttentionPiece = tuple[float, float, float]  # seconds; per request or (request, group) pair, per token attended to
+ChunkPiece = tuple[float, float, float, float]  # seconds; per token, per (query, key) pair, per token of KV read
 
 
 def fit_of(profile: Profile, op: Op, model: ModelSpec, tp: int) -> Fit:
@@ -24,7 +24,7 @@ def fit_of(profile: Profile, op: Op, model: ModelSpec, tp: int) -> Fit:
 
 
 def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: int) -> list[AttentionPiece]:
-    """Return one layer's decode attention per (request, head group) pair on one card, and per token attended to."""
+    """Return the decode attention time of one layer per (request, head group) pair on one card, and per token."""
     flops = model.decode_attention_flops(1.0, float(queries_per_group * model.step_tokens))
     return [
         (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
@@ -37,12 +37,12 @@ def _decode_pieces(profile: Profile, model: ModelSpec, tp: int) -> tuple[Piece, 
 
 
 class StageTiming:
-    """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool.
+    """Seconds of an iteration on one copy of a stage, without the decode attention of stages that have a pool.
 
     Attributes:
-        steps: into which an iteration is divided, see `seconds`.
-        overlap: the share of the shorter one of decode and prefill attention that a kernel for both saves. Plans count
-            on none, see `docs/accuracy.md`, "Mixed batches".
+        steps: number of steps into which an iteration is divided (see `seconds`).
+        overlap: share of the shorter of decode and prefill attention that a kernel for both saves. Plans count on none;
+            see `docs/accuracy.md`, "Mixed batches".
     """
 
     __slots__ = (
@@ -72,7 +72,7 @@ class StageTiming:
         self._decode: tuple[AttentionPiece, ...] = ()
         if shape.pool is None:
             pieces = pair_pieces(profile, model, shape.tp, rank.queries_per_group)
-            # Linear attention reads the state of each request, and writes it for every token.
+            # Linear attention reads the state of every request, and writes it for every token.
             traffic = (1.0 + model.step_tokens) * model.state_bytes() / shape.tp
             states = [p.byte_s * traffic for p in _decode_pieces(profile, model, shape.tp)]
             self._decode = tuple(
@@ -94,15 +94,15 @@ class StageTiming:
         self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
         others: int = 0,
     ) -> float:  # fmt: skip
-        """Return the seconds of one iteration, including the hop to this stage.
+        """Return the seconds of one iteration, including the transfer to this stage.
 
-        With drafts, an iteration adds more than one token to a decoding request. It is simulated in as many steps, of
-        one token for each request and as small a part of the chunk, each of which takes its part of the time.
+        With drafts, an iteration adds more than one token to a decoding request. It is simulated in as many steps, each
+        with one token per request and an equal part of the chunk and of the time.
 
         Args:
-            decoding: requests that decode, which attend to ``attended`` tokens together.
+            decoding: requests that decode; together they attend to ``attended`` tokens.
             chunk_tokens, chunk_pairs, chunk_read: tokens of the prefill chunk, (query, key) pairs of its attention, and
-                tokens of KV it reads; 0 without one.
+                tokens of KV that it reads; 0 without a chunk.
             rows: tokens for which logits are needed.
             others: tokens of the other copies that share experts with this one (see `tokens`).
         """
@@ -113,7 +113,7 @@ class StageTiming:
         return self._iteration_s(decoding, attended, whole, steps * chunk_pairs, chunk_read, rows, others) / steps
 
     def tokens(self, contents: tuple[int, float, int, float, float, int]) -> int:
-        """Return the tokens of a whole iteration, given the contents of one of its steps."""
+        """Return the number of tokens in a whole iteration, given the contents of one of its steps."""
         decoding, _, chunk_tokens, _, _, _ = contents
         return decoding * self._step_tokens + round(self.steps * chunk_tokens)
 
@@ -153,7 +153,7 @@ class StageTiming:
         return found
 
     def beside_layers_s(self, tokens: int, rows: int) -> float:
-        """Return the part of `seconds` outside the layers: the hop, the engine's step, the LM head."""
+        """Return the part of `seconds` outside the layers: the transfer, the engine's step and the LM head."""
         seconds: float = self.cost.step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
         return seconds + (0.0 if self._is_first else float(self.cost.hop_s(tokens, self.shape.hop_link)))
 

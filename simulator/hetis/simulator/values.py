@@ -19,9 +19,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request of a trace. Arrivals never fall from one request to the next.
+    """One request of a trace. Arrival times never fall from one request to the next.
 
-    ``prefix_tokens`` of the prompt are in the prefix cache of whatever replica prefills it, and are not computed.
+    ``prefix_tokens`` of the prompt are in the prefix cache of any replica that prefills it, and are not computed.
     """
 
     id: int
@@ -47,10 +47,10 @@ class Request:
 
 @runtime_checkable
 class SaturatingSource(Protocol):
-    """Requests that are always waiting: a saturated fleet asks for the next one when it has room for it."""
+    """Requests that are always waiting: a saturated fleet takes the next one when it has room for it."""
 
     def next_request(self, now_s: float) -> Request | None:
-        """Return the next request, which counts as arriving at ``now_s``; None: there will be no more."""
+        """Return the next request, which counts as arriving at ``now_s``; None if there will be no more."""
 
 
 Requests = Iterable[Request] | SaturatingSource
@@ -58,7 +58,7 @@ Requests = Iterable[Request] | SaturatingSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """A device fails, or returns (``joins``), at ``at_s``. ``device`` is ``node/index``."""
+    """A device that fails, or returns (``joins``), at ``at_s``. ``device`` is ``node/index``."""
 
     at_s: float
     device: str
@@ -73,27 +73,28 @@ class Fault:
 class Settings:
     """Settings of the simulation of a plan."""
 
-    seed: int = 0  # seed of everything that is random (ties of the router)
-    # ``apart``: the micro-batches of a replica stay separate and take turns at a stage's copies, as the placement model
-    # assumes; ``greedy``: a stage takes all requests that wait for it at once
+    seed: int = 0  # seed of all random choices (ties of the router)
+    # ``apart``: the micro-batches of a replica stay separate and take turns on a stage's copies, as the placement model
+    # assumes; ``greedy``: a stage takes all waiting requests at once.
     discipline: Literal["apart", "greedy"] = "apart"
-    # ``planned``: an iteration carries up to the plan's C tokens of prompts whenever some wait; ``paced``: no more than
-    # keep the seats filled on average, so that iterations are alike and pipelines with few micro-batches do not wait
-    # for long ones. Prompts then take more iterations.
+    # ``planned``: an iteration carries up to the plan's C tokens of prompts while any are waiting; ``paced``: only as
+    # many as keep the seats filled on average, so that iterations are alike and pipelines with few micro-batches do not
+    # wait for long ones. Prompts then take more iterations.
     chunks: Literal["planned", "paced"] = "planned"
-    # ``least-work``: a request goes to the replica with the least work waiting and running, over its planned rate;
-    # prefill replicas and those that also decode take turns in proportion to their planned rates; ``weighted``: to each
-    # in proportion to its planned rate, independent of its queue; ``fewest-requests`` and ``fewest-tokens``: to the
-    # shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for decode replicas
+    # ``least-work``: a request goes to the replica with the least work waiting and running relative to its planned
+    # rate; prefill replicas and those that also decode take turns in proportion to their planned rates; ``weighted``:
+    # to each in proportion to its planned rate, regardless of its queue; ``fewest-requests`` and ``fewest-tokens``: to
+    # the shortest queue as HexGen and Splitwise count it (`fleet.py`), the latter also for decode replicas.
     router: Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"] = "least-work"
-    # head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them
+    # Whether head groups of new requests are placed by `hetis.solver.dispatch`; False: split as in the plan.
     dispatch: bool = True
-    redispatch: bool = True  # head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``
-    theta: float = 0.5  # deviation of a stage's attention time above which re-dispatch checks it
-    faults: tuple[Fault, ...] = ()  # devices that fail and join
+    # whether `hetis.solver.redispatch` moves head groups of running requests; needs ``dispatch``
+    redispatch: bool = True
+    theta: float = 0.5  # deviation of a stage's attention time above which re-dispatch examines it
+    faults: tuple[Fault, ...] = ()  # devices that fail and return
     sample_every_s: float | None = None  # spacing of the series per device; None: no series
     trace: bool = False  # whether to record the work of every stage copy, for Perfetto
-    horizon_s: float | None = None  # the run ends at this time at the latest; None: when every request has finished
+    horizon_s: float | None = None  # the run ends at this time at the latest; None: when all requests have finished
 
     def __post_init__(self) -> None:
         for name in ("sample_every_s", "horizon_s"):
@@ -106,7 +107,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
-    """One bar of a Perfetto trace: work of ``track`` (a stage copy, a pool card or a link) from ``start_s`` on."""
+    """One bar of a Perfetto trace: work of ``track`` (a stage copy, a pool card or a link) starting at ``start_s``."""
 
     track: str
     name: str
@@ -117,10 +118,10 @@ class TraceEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Samples per device, at ``times_s`` [samples]; the last sample is at the end of the run.
+    """Samples per device at ``times_s`` [samples], the last one at the end of the run.
 
-    ``kv_used_fraction`` [samples, devices] is the share of its KV blocks in use, ``busy_fraction`` the share of the
-    time since the previous sample in which the device computed.
+    ``kv_used_fraction`` [samples, devices] is the share of each device's KV blocks in use, ``busy_fraction`` the share
+    of the time since the previous sample during which it was busy.
     """
 
     devices: tuple[str, ...]
@@ -131,31 +132,31 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Results of a run: one entry per request that arrived, in their order; NaN (or -1) if it never happened."""
+    """Results of a run: one entry per request that arrived, in order of arrival; NaN (or -1) if it never happened."""
 
-    id: IntArray  # numbers of the requests, [requests], as are all arrays here
-    # arrival_s, admitted_s: ``admitted_s`` is when its first prefill chunk was scheduled for the first time.
+    id: IntArray  # numbers of the requests, [requests] like all arrays here
+    # arrival_s, admitted_s: ``admitted_s`` is when the request's first prefill chunk was first scheduled.
     arrival_s: FloatArray
     admitted_s: FloatArray
-    # first_token_s, finished_s: when the first and the last output token left the last stage.
+    # first_token_s, finished_s: when the request's first and last output token left the last stage.
     first_token_s: FloatArray
     finished_s: FloatArray
     prompt_tokens: IntArray
     output_tokens: IntArray
-    replica: IntArray  # index into the plan of the replica that decodes it (or prefills it, before that is known)
-    preemptions: IntArray  # times it was evicted for lack of KV blocks, or for a lost device, and prefilled again
-    moved_bytes: FloatArray  # KV bytes of its head groups that re-dispatch moved
-    iterations: int  # iterations of micro-batches, over all replicas, whole round trips
+    replica: IntArray  # index in the plan of the replica that decodes the request (or prefills it, until that is known)
+    preemptions: IntArray  # evictions for lack of KV blocks or a lost device, each followed by a new prefill
+    moved_bytes: FloatArray  # KV bytes of the request's head groups that re-dispatch moved
+    iterations: int  # iterations of micro-batches over all replicas, each through the whole pipeline
     num_preemptions: int
-    migrations: int  # moves of head groups that were committed; ``migrated_bytes`` are their bytes
+    migrations: int  # committed moves of head groups; ``migrated_bytes`` are their bytes
     migrated_bytes: float
-    kv_transfers: int  # prompts whose KV went from a prefill to a decode replica
+    kv_transfers: int  # prompts whose KV was sent from a prefill to a decode replica
     rejected: int  # requests that no replica can ever hold (their KV exceeds its room)
-    series: Series | None  # series per device, None unless `Settings.sample_every_s`
+    series: Series | None  # None without `Settings.sample_every_s`
     trace_events: tuple[TraceEvent, ...]
     end_s: float  # virtual time at which the run ended
-    prefilled_tokens: int = 0  # tokens of all chunks, including prefill after an eviction
-    # output tokens; for requests cut off by the end of the run, those up to their last eviction
+    prefilled_tokens: int = 0  # tokens of all chunks, including prefills after an eviction
+    # Output tokens; for requests cut off by the end of the run, those up to their last eviction.
     generated_tokens: int = 0
 
     @property
@@ -167,10 +168,10 @@ NEVER = math.nan
 
 
 class RequestLog:
-    """Requests by number, in their order of arrival; the attributes up to ``moved_bytes`` are those of `Run`.
+    """Requests by number, in order of arrival; the attributes up to ``moved_bytes`` are those of `Run`.
 
     Attributes:
-        prefix: tokens of the prompt in the prefix cache, from which a prefill starts, also after an eviction.
+        prefix: tokens of the prompt in the prefix cache, from which every prefill starts, also after an eviction.
     """
 
     __slots__ = (
@@ -191,8 +192,8 @@ class RequestLog:
         self.preemptions: list[int] = []
         self.moved_bytes: list[float] = []
         self.produced: list[int] = []  # output tokens so far, as of the last time the request started to decode
-        self.target: list[int] = []  # tokens to prefill: the prompt, and the tokens produced before it was last evicted
-        self.filled: list[int] = []  # tokens of them that are prefilled
+        self.target: list[int] = []  # tokens to prefill: the prompt, plus the tokens produced before the last eviction
+        self.filled: list[int] = []  # tokens of ``target`` that are prefilled
         self.prefix: list[int] = []
         self.iterations = self.num_preemptions = self.migrations = self.kv_transfers = self.rejected = 0
         self.prefilled = 0
@@ -222,18 +223,18 @@ class RequestLog:
         self.replica[request] = -1
 
     def evict(self, request: int) -> None:
-        """Record the loss of its KV: all its tokens have to be prefilled again."""
+        """Record the loss of a request's KV: all its tokens have to be prefilled again."""
         self.target[request] = self.prompt[request] + self.produced[request]
         self.filled[request] = 0
         self.preemptions[request] += 1
         self.num_preemptions += 1
 
     def begun(self, request: int) -> int:
-        """Return how many tokens of its target need no more computing: those that are prefilled or were cached."""
+        """Return how many tokens of a request's target need no more computing: those prefilled or cached."""
         return self.filled[request] or self.prefix[request]
 
     def run(self, end_s: float, series: Series | None) -> Run:
-        """Return all of it as a value."""
+        """Return everything as a `Run`."""
         return Run(
             id=np.array(self.id, np.int64),
             arrival_s=np.array(self.arrival_s, np.float64),

@@ -1,4 +1,4 @@
 """The mathematics of hetis: problem and plan types, the cost model, placement, the checker.
 
-The functions are pure: no gRPC, no torch, no files, no global state. Time comes in through a `Budget`.
+These functions are pure: no gRPC, no torch, no files, no global state. Time is read through a `Budget`.
 """

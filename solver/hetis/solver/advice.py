@@ -1,18 +1,18 @@
-"""The worth of another fleet: nodes added or removed, what two proofs say of a difference, what a loss leaves over.
+"""The value of another fleet: nodes added or removed, the difference that two proofs imply, and what a loss leaves.
 
-Each solve gives a plan of value v and a bound b, between which the best plan's value lies. So the best value after the
-change minus the best value before lies in
+Each solve gives a plan of value v and a bound b, and the best plan's value lies between them. The best value after the
+change minus the best value before therefore lies in
 
     [v_after - b_before, b_after - v_before]        if the objective is maximised
     [b_after - v_before, v_after - b_before]        if it is minimised
 
-If GPUs were only added, every plan from before is still a plan, and if they were only removed, every plan from after
-was one before. Values and bounds then hold for both sides, which narrows the interval. This holds inside one zone only:
-with several, a replica's share of the links between them shrinks as the fleet grows (docs/cost-model.md).
+If GPUs were only added, every earlier plan is still a plan; if they were only removed, every later plan was one
+before. Values and bounds then hold for both sides, which narrows the interval. This holds inside one zone only: with
+several, a replica's share of the links between them shrinks as the fleet grows (docs/cost-model.md).
 
-A replica is lost with any of its GPUs, including attention workers. The remaining prefill and decode replicas serve
-what can flow between them: inside zones up to the rates of both sides, between zones no more than the plan's routes
-carried. The true rate is therefore no less.
+Losing any of its GPUs, including attention workers, means losing a replica. The remaining prefill and decode replicas
+serve what can flow between them: inside zones up to the rates of both sides, between zones no more than the plan's
+routes carried. The true rate is therefore at least as high.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, Node
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan, Role
 
-EXACT = 1e-6  # ratio to the larger value below which an interval counts as a number
+EXACT = 1e-6  # width, as a ratio to the larger value, below which an interval counts as a number
 
 
 class Change(StrEnum):
     """The relation between two fleets' sets of plans."""
 
-    GROWN = "grown"  # every plan from before is one after
-    SHRUNK = "shrunk"  # every plan from after was one before
+    GROWN = "grown"  # every plan before is also one after
+    SHRUNK = "shrunk"  # every plan after was also one before
     OTHER = "other"
 
 
@@ -47,7 +47,7 @@ class ChangeVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proven:
-    """The best plan found and the bound on all; without a plan 0 (infinity if the objective is minimised)."""
+    """Value of the best plan found, and bound on all plans; without a plan, 0 (infinity if it is minimised)."""
 
     value: float
     bound: float
@@ -67,7 +67,7 @@ class Difference:
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
-    """Return what the two proofs imply; an unknown side gives an infinite end, never NaN."""
+    """Return the interval that the two proofs imply; an unknown side gives an infinite end, never NaN."""
     (low0, high0), (low1, high1) = _span(before, maximises), _span(after, maximises)
     better_after = change is (Change.GROWN if maximises else Change.SHRUNK)  # the best value cannot fall
     better_before = change is (Change.SHRUNK if maximises else Change.GROWN)  # it cannot rise
@@ -110,7 +110,7 @@ def _verdict(low: float, high: float, exact: float, *, maximises: bool) -> Chang
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeShape:
-    """The nodes that added GPUs come in.
+    """The shape of the nodes in which GPUs are added.
 
     Attributes:
         gpus_per_node: GPUs fill nodes of this size; the last node has the rest.
@@ -138,7 +138,7 @@ def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape
     """Return the fleet with more GPUs, in new nodes called ``added-TYPE``.
 
     Raises:
-        InvalidProblemError: a type has the name of one of the fleet's types but other numbers.
+        InvalidProblemError: a type has the name of one of the fleet's types but differs from it.
     """
     types = dict(cluster.gpu_types)
     groups = list(cluster.node_groups)
@@ -207,7 +207,7 @@ def node_names(cluster: Cluster) -> Iterator[str]:
 
 
 def _left_of(group: NodeGroup, gone: Collection[str]) -> Iterator[NodeGroup]:
-    """Yield the rest of a group, which counts from 0 without gaps: nodes after the first gap stand alone."""
+    """Yield what is left of a group. Groups number nodes without gaps: nodes after the first gap become groups."""
     left = [i for i in range(group.count) if group.node_name(i) not in gone]
     num_first = next((number for number, i in enumerate(left) if number != i), len(left))
     if num_first:

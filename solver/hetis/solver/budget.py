@@ -15,11 +15,11 @@ def _no_clock() -> float:
 
 @dataclass(slots=True, kw_only=True)
 class Budget:
-    """The time limit of a caller, and a way to cancel.
+    """A caller's time limit, and a way to cancel.
 
     ``clock`` returns seconds (``time.monotonic``); without one, no time limit applies and reported times are zero.
-    ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent. If there is
-    no plan, the time left is spent on the reasons, unless the caller needs none: ``explains`` is false.
+    ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent. If no plan
+    exists, the time left is spent on finding out why, unless ``explains`` is false.
     """
 
     time_limit_s: float = float("inf")
@@ -75,7 +75,7 @@ def silent(_: Progress) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
-    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and who hears of it."""
+    """The settings of a search: when it ends (``budget``, ``gap_target``), what it may use, and where it reports."""
 
     strategy: str = "hetis"
     budget: Budget = field(default_factory=Budget)
@@ -96,7 +96,7 @@ class SearchSettings:
         self.report(Progress(phase=phase, elapsed_s=elapsed_s, incumbent=incumbent, bound=bound, gap=gap))
 
     def stopped(self) -> NoPlanFoundError:
-        """Return the error of a search whose time was up before it had a plan."""
+        """Return the error for a search that ran out of time before it had a plan."""
         return NoPlanFoundError(f"no plan found within {self.budget.elapsed_s():.1f} s; allow more time")
 
 

@@ -1,4 +1,4 @@
-"""The fleet: GPU types, groups of equal nodes, the links between them.
+"""The fleet: GPU types, groups of equal nodes, and the links between them.
 
 A `Cluster` holds *groups* of equal nodes, never single ones, so a fleet of a million GPUs is as small a value as one of
 twelve. Names of single nodes and devices are derived: node 3 of group ``l4`` is ``l4-3`` (the node of a group of one is
@@ -27,7 +27,7 @@ class Link:
             raise InvalidProblemError(f"link latency is {self.latency_s} s, must be >= 0")
 
     def slower_of(self, other: Link) -> Link:
-        """Return a link with the worse bandwidth and latency of both, the cost model's path through both."""
+        """Return a link with the worse bandwidth and the worse latency of the two, as the cost model treats a path."""
         return Link(
             bytes_per_s=min(self.bytes_per_s, other.bytes_per_s), latency_s=max(self.latency_s, other.latency_s)
         )
@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuType:
-    """The catalogue entry of a GPU type; peaks are nominal, and profiles say what is reached."""
+    """The catalogue entry of a GPU type; peaks are nominal, and profiles record what is reached."""
 
     name: str
     architecture: str
@@ -46,7 +46,7 @@ class GpuType:
     pcie_bytes_per_s: float = 32e9  # one direction
     nvlink_bytes_per_s: float | None = None  # one direction; None: no switched NVLink or Infinity Fabric on this board
     usd_per_hour: float | None = None
-    vendor: str = "NVIDIA"  # whose software computes on it
+    vendor: str = "NVIDIA"  # vendor of the software that runs on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class GpuSlots:
 
     gpu: str
     count: int
-    usd_per_hour: float | None = None  # per GPU; overrides the catalogue
+    usd_per_hour: float | None = None  # price of one GPU; overrides the catalogue
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -83,7 +83,7 @@ class NodeGroup:
         return replace(self, name=self.node_name(index), count=1, numbered=False)
 
     def slots_left(self, is_left: Callable[[int, str], bool]) -> tuple[tuple[GpuSlots, ...], tuple[int, ...]]:
-        """Return the slots and GPU indices of a node that remain; ``is_left`` is asked for each index and type."""
+        """Return the slots and GPU indices of a node that remain; ``is_left`` is called with each index and type."""
         slots, kept, index = list[GpuSlots](), list[int](), 0
         for each in self.gpus:
             left = [i for i in range(index, index + each.count) if is_left(i, each.gpu)]
@@ -121,11 +121,11 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """A fleet: node groups, the GPU types they use, the network."""
+    """A fleet: node groups, the GPU types they use, and the network."""
 
     name: str
     node_groups: tuple[NodeGroup, ...]
-    gpu_types: Mapping[str, GpuType]  # by name, at least every type used
+    gpu_types: Mapping[str, GpuType]  # by name; includes every type used
     network: Network
 
     def __post_init__(self) -> None:
@@ -142,9 +142,9 @@ class Cluster:
         return sum(group.count * slots.count for group in self.node_groups for slots in group.gpus)
 
     def node_named(self, name: str) -> str:
-        """Return the node that ``name`` means, or ``name`` itself if it means none.
+        """Return the node to which ``name`` refers, or ``name`` itself if there is none.
 
-        A group with a count in its file has a node ``name-0`` even if that is the only one, which ``name`` means, too.
+        A group with an explicit count has a node ``name-0`` even if it is the only one; ``name`` also refers to that.
         """
         for group in self.node_groups:
             if group.name == name and group.numbered and group.count == 1:
@@ -153,7 +153,7 @@ class Cluster:
         return name
 
     def device_named(self, name: str) -> str:
-        """Return the device that ``node/index`` means; see `node_named`."""
+        """Return the device to which ``node/index`` refers; see `node_named`."""
         node, slash, index = name.partition("/")
         return f"{self.node_named(node)}{slash}{index}" if slash else name
 

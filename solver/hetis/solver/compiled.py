@@ -48,17 +48,17 @@ with _unimported_scipy():
     _array_functions: Any = importlib.import_module("numba.np.arraymath")
 _array_functions.ensure_blas = numba_linalg.ensure_blas
 
-LONGEST_WAIT_S = 600.0  # for a process that compiles, which may have been stopped in the middle
+LONGEST_WAIT_S = 600.0  # limit on the wait for another process that compiles, which may have been suspended
 
 
 def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
     """Return the decorator for kernels of the package in the first of ``folders``, which may call the others' kernels.
 
-    It compiles a function on its first call, without the GIL, and keeps the machine code beside the source. numba
-    dates cached code by the function's own file alone, although code of other files is inlined into it. Here the cache
-    is dated by all files of the folders with kernels or their data types, so no stale code survives an edit. Compiling
-    takes up to a minute, and a planner, its agents and engines often start at once, so one process compiles a package's
-    kernels while the others wait and load the result.
+    The decorator compiles a function on its first call, without the GIL, and keeps the machine code beside the source.
+    numba validates cached code against the function's own file alone, although code of other files is inlined into it.
+    Here the cache is validated against all files of the folders with kernels or their data types, so no stale code
+    survives an edit. Compiling takes up to a minute, and a planner, its agents and engines often start at once, so one
+    process compiles a package's kernels while the others wait and load the result.
 
     numba would compile a function and everything below it again for each constant that a caller passes
     (``put(..., 1)`` and ``put(..., -1)``); here it is compiled for the constant's type. No kernel is passed on as a C
@@ -87,9 +87,9 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
 
 
 def _index_of(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
-    """Return the index of cached code from ``load``, or nothing if it names a type that was removed or renamed.
+    """Return the index of cached code from ``load``, or an empty one if it names a type that was removed or renamed.
 
-    numba reads the types of an index before it compares its date.
+    numba reads the types of an index before it compares its stamp.
     """
     try:
         return load()
@@ -98,7 +98,7 @@ def _index_of(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
 
 
 def _is_plain() -> bool:
-    """Return whether numba is told not to compile; its type stubs lack the setting."""
+    """Return whether compilation by numba is disabled; its type stubs lack the setting."""
     return bool(getattr(config, "DISABLE_JIT", 0))
 
 
@@ -150,12 +150,12 @@ def _told() -> Iterator[None]:
             watcher(False)
 
 
-_held: set[Path] = set()  # by this process, since compiling a kernel compiles those that it calls
+_held: set[Path] = set()  # locks held by this process, since compiling a kernel compiles those that it calls
 
 
 @contextmanager
 def _one_process(lock: Path) -> Iterator[None]:
-    """Let only one process of the machine inside; if locking is impossible or takes too long, each compiles for itself.
+    """Admit one process of the machine at a time; if locking is impossible or takes too long, each compiles for itself.
 
     numba's own lock is taken first, because threads that took the two in different orders would deadlock.
     """
@@ -182,7 +182,7 @@ def _opened(lock: Path) -> AbstractContextManager[IO[bytes] | None]:
 
 
 def _wait_for(file: IO[bytes]) -> None:
-    """Wait until nobody else has the lock, at most `LONGEST_WAIT_S`, and not at all without file locks."""
+    """Wait until no other process holds the lock, at most `LONGEST_WAIT_S`; without file locks, do not wait."""
     until_s = time.monotonic() + LONGEST_WAIT_S
     while time.monotonic() < until_s:
         try:
@@ -197,7 +197,7 @@ def _wait_for(file: IO[bytes]) -> None:
 
 @cache
 def _stamp(folders: tuple[Path, ...]) -> tuple[tuple[str, int, int], ...]:
-    """Return name, time and size of every source file in ``folders`` that concerns kernels."""
+    """Return name, time and size of every source file in ``folders`` that is relevant to kernels."""
     texts = {file: file.read_text() for folder in folders for file in sorted(folder.glob("*.py"))}
     concerned = [file for file, text in texts.items() if "kernel" in text or "NamedTuple" in text]
     return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in concerned for stat in [file.stat()])

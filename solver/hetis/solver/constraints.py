@@ -38,7 +38,7 @@ DUTY_OF_ROLE = {Role.UNIFIED: Duty.UNIFIED, Role.PREFILL: Duty.PREFILL, Role.DEC
 class Unit(StrEnum):
     """The kind of name by which GPUs are selected."""
 
-    GPU = "gpu"  # one, as `node/index`
+    GPU = "gpu"  # a single one, as `node/index`
     NODE = "node"
     TYPE = "type"
     ZONE = "zone"
@@ -71,7 +71,7 @@ class Exclude:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestrictRole:
-    """Constraint that, among duties of its kind, these GPUs have only ``duty`` (``only``), or any other."""
+    """Constraint that these GPUs have only ``duty`` (``only``), or any but ``duty``, among duties of its kind."""
 
     gpus: Selection
     duty: Duty
@@ -167,7 +167,7 @@ class GpuConstraints:
 
     Attributes:
         barred: duties they may not have.
-        counts_for: the indices of `ConstraintIndex.least` that they count for.
+        counts_for: the indices of the minima in `ConstraintIndex.least` to which they count.
     """
 
     barred: frozenset[Duty] = frozenset()

@@ -90,8 +90,8 @@ def mix_of(
 ) -> Mix:  # fmt: skip
     """Return the mix in which b requests decode together and prompts come in chunks of C.
 
-    b = 0 gives a prefill replica's mix, C = 0 a decode replica's. If d copies iterate together, an iteration is one of
-    all of them, so that a request has 1/d as many.
+    b = 0 gives a prefill replica's mix, C = 0 a decode replica's. If d copies iterate together, an iteration is shared
+    by all of them, and a request has 1/d as many.
     """
     with_chunk = moments.mean_computed / chunk_tokens / attention_dp if chunk_tokens else 0.0
     decoding = moments.mean_output / (micro_batch * model.emitted_tokens) / attention_dp if micro_batch else 0.0
@@ -164,7 +164,7 @@ class DeviceCost:
     _fits: Mapping[Op, Fit] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Looked up once, because a placement asks for them a hundred thousand times.
+        # Looked up once, because a placement needs them a hundred thousand times.
         found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
         object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
 
@@ -209,23 +209,24 @@ class DeviceCost:
         seconds = self.exchange_s(all_tokens)
         if experts is None:
             return seconds + _seconds(dense, flops=own + flops, num_bytes=num_bytes + weights, tokens=tokens)
-        each = weights / share + m.expert_activation_bytes(busiest)  # of a layer that has experts
+        each = weights / share + m.expert_activation_bytes(busiest)  # bytes of a layer that has experts
         routed_s = _seconds(experts, flops=flops / share, num_bytes=each, tokens=all_tokens)
         seconds += share * (routed_s - self._unstarted_s())
         return seconds + _seconds(dense, flops=own, num_bytes=num_bytes, tokens=tokens)
 
     def _unstarted_s(self) -> float:
-        """Return what the dense fit counts for starting products that a layer with experts apart does not have.
+        """Return seconds for starting products that the dense fit includes, but a layer with separate experts lacks.
 
-        It starts four products, and the work between them. Two of them are an MLP's; shared experts are one.
+        The fit covers the start of four products and the work between them. Two of the products are those of an MLP,
+        which shared experts are as well.
         """
         assert self.model.moe is not None, "asked for layers with experts"
         return 0.0 if self.model.moe.shared_experts else self._fits[Op.DENSE].start_s / 2.0
 
     def exchange_s(self, all_tokens: Scalars) -> Scalars:
-        """Return seconds for all ranks to gather the tokens of all copies, and to sum up what experts made of them.
+        """Return seconds for all ranks to gather the tokens of all copies, and to sum the outputs of the experts.
 
-        An all-gather and a reduce-scatter, each of which is taken for an all-reduce of half the message over the n d
+        These are an all-gather and a reduce-scatter, each modelled as an all-reduce of half the message over the n d
         ranks (`docs/cost-model.md`, "Expert parallelism").
         """
         m, ranks = self.model, self.shape.tp * self.shape.attention_dp
@@ -262,13 +263,13 @@ class DeviceCost:
     def decode_attention_s(self, pairs: Scalars, queries_per_group: int, step_tokens: int | None = None) -> Scalars:
         """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none.
 
-        Each request has ``step_tokens`` queries per head, those of an iteration unless given, which read its KV once.
+        Each request has ``step_tokens`` queries per head, by default those of an iteration, which read its KV once.
         """
         m = self.model
         attended = m.attended_tokens(self.moments.resident_context) * self._busiest(pairs)
         queries = m.step_tokens if step_tokens is None else step_tokens
         heads = pairs * queries_per_group * queries
-        # By the pairs of a rank; read once, and written for every token, of which the last accepted one counts.
+        # State bytes per pair: read once, and written for every token, since any of them may be the last accepted one.
         state = (1.0 + queries) * m.state_bytes() / (self.shape.tp * self.shape.groups)
         seconds = _seconds(
             self._fits[Op.DECODE_ATTENTION],
@@ -301,7 +302,8 @@ class DeviceCost:
     def kv_transfer_s(self, tokens: float, groups: Scalars, link: Link) -> Scalars:
         """Return seconds for KV of ``tokens`` in one layer and ``groups`` of every rank, without the link's latency.
 
-        If n > G several ranks hold the same group, which is sent once. Tokens of a prompt bring their part of a state.
+        If n > G several ranks hold the same group, which is sent once. A prompt's tokens also carry their part of a
+        state.
         """
         sent = np.minimum(groups * self.shape.tp, self.model.head_groups)
         state = tokens / self.moments.mean_prompt * self.model.state_bytes()
@@ -456,7 +458,7 @@ def handed_over_per_copy(mix: Mix, micro_batches: int) -> float:
     """Return N, the whole prompts that a copy holds between prefill and decode; 0 for a unified replica.
 
     On a decode replica they have their blocks and do not decode yet; on a prefill replica they have not landed yet. How
-    many come to a decode replica at once depends on the replicas that send them, which its memory must not: ``sqrt(D
+    many arrive at a decode replica at once depends on the replicas that send them, but its memory must not: ``sqrt(D
     b)`` is what simulated plans held (`docs/cost-model.md`, "Prompts between two replicas").
     """
     if mix.role is Role.UNIFIED:
@@ -478,7 +480,7 @@ def state_bytes_per_copy(model: ModelSpec, mix: Mix, micro_batches: int) -> floa
     """Return the bytes per layer of the states of all requests that a copy holds, on all ranks together.
 
     These are the D b requests that decode, those that are being prefilled, and the N that are handed over. Each has a
-    state for every token of an iteration, for drafts may be refused.
+    state for every token of an iteration, because drafts may be rejected.
     """
     requests = micro_batches * (mix.micro_batch + mix.chunk_share) + handed_over_per_copy(mix, micro_batches)
     return requests * model.step_tokens * model.state_bytes()
@@ -526,10 +528,11 @@ def regime_of(of_role: tuple[Regime, Regime], *, in_flight: int, num_copies: int
 
 
 def regime_together(role: Role, spread: float, copies: int) -> Regime:
-    """Return the regime of d ``copies`` that iterate together (1: a single micro-batch, which waits for nobody).
+    """Return the regime of d ``copies`` that iterate together (1: a single micro-batch, which waits for no other).
 
-    Every iteration lasts as long as the longest of theirs: as one with a chunk where any has one, or on a prefill
-    replica as the longest of d chunks, whose FLOPs have a relative standard deviation ``spread`` (`chunk_spread`).
+    Every iteration takes as long as the longest among the copies: that of one with a chunk if any has one, or on a
+    prefill replica that of the longest of d chunks, whose FLOPs have a relative standard deviation ``spread``
+    (`chunk_spread`).
     """
     if copies == 1:
         return Regime(0.0, 0.0)
@@ -537,7 +540,7 @@ def regime_together(role: Role, spread: float, copies: int) -> Regime:
 
 
 def most_copies(in_flight: int, num_copies: int) -> int:
-    """Return the stage copies that M micro-batches allow in the regime of a pipelined replica with K of them."""
+    """Return the most stage copies that M micro-batches allow in the regime of a pipelined replica with K copies."""
     return in_flight // 2 if in_flight >= 2 * num_copies else in_flight
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 
 class HetisError(Exception):
-    """Root of every error that hetis raises on purpose."""
+    """Base class of every error that hetis raises on purpose."""
 
 
 class InvalidProblemError(HetisError):

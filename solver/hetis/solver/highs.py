@@ -63,10 +63,10 @@ def linear_program(
     whole: Any = None,
     maximise: bool = False,
 ) -> Any:
-    """Return a linear program as HiGHS takes it, or a mixed integer one.
+    """Return a linear or mixed integer program in the form that HiGHS accepts.
 
     Args:
-        cost: of every column.
+        cost: cost of every column.
         columns, rows: their lower and upper bounds.
         entries: blocks of (rows, columns, values), each of arrays that are broadcast together; the others are 0.
         whole: whether each column is a whole number; None for a linear program.
@@ -92,7 +92,7 @@ def linear_program(
 
 
 class _QuietHighs(highspy.Highs):  # type: ignore[misc]  # highspy has no types
-    """HiGHS that writes nothing to stdout, for which its own options are not enough."""
+    """HiGHS that writes nothing to stdout, for which its own options do not suffice."""
 
     def run(self) -> Any:
         with no_stray_lines():
@@ -101,13 +101,13 @@ class _QuietHighs(highspy.Highs):  # type: ignore[misc]  # highspy has no types
 
 @contextmanager
 def no_stray_lines() -> Iterator[None]:
-    """Drop what C code prints to stdout in the block, and nothing of what Python writes there.
+    """Discard what C code prints to stdout within the block, but nothing that Python writes there.
 
-    HiGHS 1.12 has a forgotten ``printf`` in its MIP search, which no option turns off. Only the C library's stream is
-    pointed elsewhere, a pointer that all threads share: descriptor 1 stays as it is, because a caller's other threads
-    may print in the meantime, or start processes, and their output must not be lost. What other C code of the process
-    prints by ``printf`` while some thread is in the block is lost; it is the least harm that was found. Other C
-    libraries than glibc do not let their stream be changed: there the line appears.
+    HiGHS 1.12 has a leftover ``printf`` in its MIP search that no option turns off. Only the C library's stream, a
+    pointer that all threads share, is redirected. Descriptor 1 stays as it is, because other threads of the caller may
+    print or start processes in the meantime, and their output must not be lost. What other C code of the process prints
+    by ``printf`` while any thread is in the block is lost; no less harmful way was found. C libraries other than glibc
+    do not let their stream be changed: there the line appears.
     """
     stream = _c_stdout()
     if stream is None:
@@ -121,7 +121,7 @@ def no_stray_lines() -> Iterator[None]:
 
 
 class _Stream:
-    """C's ``stdout``, which is nowhere while any thread wants it so."""
+    """C's ``stdout``, which discards its output while any thread is inside the block."""
 
     def __init__(self, variable: ctypes.c_void_p, nowhere: int) -> None:
         self._variable, self._nowhere = variable, nowhere
@@ -142,7 +142,7 @@ class _Stream:
                 self._variable.value = self._usual
 
     def forget(self) -> None:
-        """Be as if nobody were inside: threads do not survive a fork, whatever they hold."""
+        """Reset as if no thread were inside: in the child of a fork, the other threads no longer exist."""
         self._lock = threading.Lock()
         if self._num_inside > 0:
             self._num_inside, self._variable.value = 0, self._usual
@@ -153,7 +153,7 @@ def _c_stdout() -> _Stream | None:
     try:
         libc = ctypes.CDLL(None)
         variable = ctypes.c_void_p.in_dll(libc, "stdout")
-        _ = libc.gnu_get_libc_version  # the documented mark of glibc, whose manual allows to set stdout
+        _ = libc.gnu_get_libc_version  # identifies glibc, whose manual permits setting stdout
     except (OSError, TypeError, ValueError, AttributeError):
         return None
     libc.fopen.restype = ctypes.c_void_p

@@ -60,7 +60,7 @@ class IndexerShape:
 
     Attributes:
         top_tokens: the number of chosen tokens.
-        heads, head_dim: of the indexer's queries, which share one key per token.
+        heads, head_dim: number and size of the indexer's queries, which share one key per token.
         key_bytes: bytes of one token's key in the indexer's cache.
     """
 
@@ -89,7 +89,7 @@ class DraftShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPrecision:
-    """The precision in which one GPU type holds weights and KV; its fields mean what those of `ModelSpec` do."""
+    """The precision in which one GPU type holds weights and KV; the fields mean the same as in `ModelSpec`."""
 
     gpu: str
     weights: str
@@ -113,7 +113,7 @@ class ModelSpec:
             hybrid KV cache manager does. Where all layers slide, they always do.
         gated_attention: the heads' outputs are multiplied by a gate that has a projection of its own (Qwen3.5).
         vision_params: parameters of vision towers, which the first stage holds in 16 bits.
-        draft: how engines are told to draft tokens; None: not at all.
+        draft: how engines are configured to draft tokens; None: they do not draft.
     """
 
     name: str
@@ -125,11 +125,11 @@ class ModelSpec:
     head_dim: int
     vocab: int
     attention: AttentionKind
-    weights: str = ""  # name of the layers' precision, such as fp8 or awq-int4; empty if not given
-    weight_bytes: float = 2.0  # per parameter of the layers; 1 for fp8, about 0.53 for 4-bit with scales
-    kv_bytes: float = 2.0  # per element of the KV cache
-    activation_bytes: float = 2.0  # per element sent between devices
-    embedding_bytes: float = 2.0  # per parameter of embedding and LM head, which are seldom quantised
+    weights: str = ""  # name of the layers' precision, such as fp8 or awq-int4; empty if not specified
+    weight_bytes: float = 2.0  # bytes per parameter of the layers; 1 for fp8, about 0.53 for 4-bit with scales
+    kv_bytes: float = 2.0  # bytes per element of the KV cache
+    activation_bytes: float = 2.0  # bytes per element sent between devices
+    embedding_bytes: float = 2.0  # bytes per parameter of embedding and LM head, which are seldom quantised
     gated_mlp: bool = True
     tie_embeddings: bool = False
     max_position: int = 4096
@@ -229,7 +229,7 @@ class ModelSpec:
         """Return whether attention workers may compute head groups: those of all layers, with the KV of all tokens.
 
         States and indexers serve all heads together, KV that windows free is not kept alike in all layers, and the
-        plugin verifies no drafts.
+        plugin does not verify drafts.
         """
         frees_some = self.windows_free_kv and 0.0 < self.sliding_share < 1.0
         return self.linear is None and self.indexer is None and self.draft is None and not frees_some
@@ -334,7 +334,7 @@ class ModelSpec:
 
     @property
     def draft_layers(self) -> int:
-        """Return the layers behind the last one that draft tokens; they are like the repeated ones."""
+        """Return the layers after the last one that draft tokens; they are like the repeated ones."""
         return 0 if self.draft is None else 1
 
     @property
@@ -348,7 +348,7 @@ class ModelSpec:
         return 1.0 if self.draft is None else self.draft.emitted()
 
     def draft_params(self) -> float:
-        """Return the parameters of the drafting layer, with the projection of the state and token it begins from."""
+        """Return the parameters of the drafting layer, with the projection of the state and token it starts from."""
         return self.draft_layers * (self.layer_params() + 2 * self.hidden * self.hidden)
 
     @property
@@ -361,9 +361,7 @@ class ModelSpec:
         return round(self._all_layers(self.layer_params())) + self._end_params() + self.vision_params
 
     def active_params(self) -> int:
-        """Return the parameters that one token of text touches, including embedding and LM head as published counts
-        do.
-        """
+        """Return the parameters that one token of text uses; like published counts, includes embedding and LM head."""
         return round(self._all_layers(self.active_layer_params())) + self._end_params()
 
     def _all_layers(self, repeated: float) -> float:
@@ -385,7 +383,7 @@ class ModelSpec:
         return 0.0 if self.indexer is None else self.indexer.key_bytes
 
     def state_bytes(self) -> float:
-        """Return the mean bytes that one request keeps in one layer whatever its context, in all heads."""
+        """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""
         return 0.0 if self.linear is None else self.linear.layers / self.num_layers * self.linear.state_bytes
 
     def state_flops(self) -> float:
@@ -434,7 +432,7 @@ class ModelSpec:
     def attended_tokens(self, context_tokens: float) -> float:
         """Return the tokens a query attends to, averaged over the layers with KV; fewer than the context with a window.
 
-        An indexer reads the keys of the whole context to choose ``top_tokens``: it counts by the bytes that it reads.
+        An indexer reads the keys of the whole context to choose ``top_tokens``; it counts by the bytes that it reads.
         """
         if self.indexer is not None:
             scanned = self.kv_share * self._index_bytes / self.kv_bytes_per_token_group()

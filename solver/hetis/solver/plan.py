@@ -34,8 +34,8 @@ class ObjectiveKind(StrEnum):
 
 
 LEAST_DEMAND_RPS = 1e-3
-"""The least demand that a plan can be made for. HiGHS takes numbers for whole within 1e-6: of a much smaller demand, a
-replica that serves a thousand requests per second has so small a part that none would do."""
+"""The least demand for which a plan can be made. HiGHS treats numbers within 1e-6 of an integer as whole. Of a replica
+that serves a thousand requests per second, a much smaller demand takes so small a part that none would do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,8 @@ class Objective:
 
     ``goodput`` is ``planned_utilisation`` of the saturated rate while mean TPOT and p95 TTFT meet their limits;
     ``throughput`` is the saturated rate (limits apply only if given); ``cost`` and ``gpus`` are the least USD per hour
-    and the fewest GPUs whose goodput reaches ``demand_rps``, at least `LEAST_DEMAND_RPS`. A limit of None is lifted.
+    and the fewest GPUs whose goodput reaches ``demand_rps``, at least `LEAST_DEMAND_RPS`. A limit of None does not
+    apply.
     """
 
     kind: ObjectiveKind = ObjectiveKind.GOODPUT
@@ -53,7 +54,7 @@ class Objective:
     demand_rps: float | None = None
 
     def __post_init__(self) -> None:
-        # HiGHS takes the interpreter down with it if a bound of a row is not a number.
+        # HiGHS crashes the interpreter if a bound of a row is not a number.
         given = {"TTFT limit": self.ttft_limit_s, "TPOT limit": self.tpot_limit_s, "demanded rate": self.demand_rps}
         for name, value in given.items():
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -118,9 +119,9 @@ class ReplicaPlan:
     ``micro_batch`` requests decode in each of ``in_flight`` micro-batches; an iteration carries at most one prefill
     chunk of ``chunk_tokens``. ``kv_tokens`` is the KV room of the scarcest layer in tokens.
 
-    With ``expert_parallel`` the copies of its one stage share their routed experts and iterate together: each has the
-    attention of its own requests (attention data parallelism), ``micro_batch`` of them, and chunks of its own; there
-    are as many micro-batches in flight as copies.
+    With ``expert_parallel`` the copies of its one stage share their routed experts and iterate together: each computes
+    attention for its own ``micro_batch`` requests (attention data parallelism) and has its own chunks; there are as
+    many micro-batches in flight as copies.
 
     A prefill replica decodes nothing: its ``micro_batch`` and ``tpot_s`` are 0, and it may send KV to decode replicas
     in ``kv_zones``. A decode replica prefills nothing: its ``chunk_tokens`` and ``ttft_s`` are 0.
@@ -238,7 +239,7 @@ class Plan:
         return unified + sum(route.rate for route in self.kv_routes)
 
     def joined_by_routes(self) -> list[list[int]]:
-        """Return the numbers of replicas that exchange KV, also over others, in groups."""
+        """Return the numbers of replicas that exchange KV, directly or indirectly, in groups."""
         group_of = dict[int, list[int]]()
         for route in self.kv_routes:
             one, other = (group_of.setdefault(end, [end]) for end in (route.prefill, route.decode))
@@ -278,7 +279,7 @@ class StageTime:
     dense_s: float
     all_reduce_s: float
     prefill_attention_s: float
-    decode_attention_s: float  # with a pool, the slower of both sides
+    decode_attention_s: float  # with a pool, that of the slower side
     transfer_s: float  # hops between stages, and prefill KV that reaches its pool after the layer has finished
     head_s: float
     other_s: float

@@ -2,7 +2,7 @@
 
 The best plan under all constraints has a value between the plan's value and its bound, and the best one without a
 constraint has a value between value and bound of its own solve. The price of the constraint is the difference, known
-within an interval and never below 0, because whatever keeps all constraints also keeps fewer.
+within an interval and never below 0, because a plan that meets all constraints also meets fewer.
 
 Importing this module loads compiled kernels and HiGHS.
 """
@@ -37,7 +37,7 @@ def solve_placement(
 
     The search ends when the gap is at most ``gap_target``, the time is up or nothing is left that could help. With the
     same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
-    added (None: none is looked for). Published heuristics prove little and have no target.
+    added (None: no search for any). Published heuristics prove little and have no target.
 
     With ``simplest_within``, the plan is the one on the fewest nodes, then with the fewest replica shapes, that is
     found among those of an engine's family that lose no more than this share of the best value. Its notes state the
@@ -45,7 +45,7 @@ def solve_placement(
 
     Raises:
         InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
-        InfeasibleError: the family provably holds no plan; ``reasons`` say what is missing.
+        InfeasibleError: the family provably holds no plan; ``reasons`` list what is missing.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
     if strategy not in STRATEGIES:
@@ -67,7 +67,7 @@ def solve_placement(
 
 
 def is_compiled(problem: PlacementProblem) -> bool:
-    """Return whether the slow part of compiling a search of the family, up to a minute, is on disk."""
+    """Return whether kernels for the family's search are cached on disk; compiling them takes up to a minute."""
     if problem.family.engine is not None:
         return is_cached(best_splits)
     return is_cached(explore) and is_cached(best_column)

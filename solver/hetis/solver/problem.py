@@ -58,15 +58,15 @@ MICRO_BATCHES = (
 POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
 
 
-MOST_STAGES = 64  # per replica
+MOST_STAGES = 64  # maximum stages per replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRules:
     """The rules of an engine, whose replicas are pipelines of few stages in one zone.
 
-    All stages have the same TP size, the model in one precision, GPUs of one vendor (NCCL, RCCL and oneCCL do not reach
-    each other), and no copies, with as many micro-batches in flight as stages. KV is handed over between replicas of
+    All stages have the same TP size, the model in one precision, GPUs of one vendor (NCCL, RCCL and oneCCL do not
+    interoperate), and no copies, with as many micro-batches in flight as stages. KV is handed over between replicas of
     one precision and vendor. Attention workers belong to unified replicas only (the plugin replaces the connector that
     transfers KV), whose KV has 16 bits; they may be of any vendor. Heads go to the same worker in all stages, so all
     stages have equally many workers of one device class and give them equally many head groups of every rank. Where
@@ -74,12 +74,13 @@ class EngineRules:
 
     Attributes:
         name: the engine.
-        max_stages: per replica.
-        max_pooled_stages: per replica with attention workers.
-        max_gpus: per replica, including attention workers; None: no limit.
-        min_layers: per stage, including the leading dense layers of the first.
-        max_nodes: per replica, including attention workers; None: no limit. Searches know the fewest nodes that its
-            GPUs take, so the bound considers each replica on its own; plans keep to the limit.
+        max_stages: maximum stages per replica.
+        max_pooled_stages: maximum stages per replica with attention workers.
+        max_gpus: maximum GPUs per replica, including attention workers; None: no limit.
+        min_layers: minimum layers per stage, including the leading dense layers of the first.
+        max_nodes: maximum nodes per replica, including attention workers; None: no limit. Searches only count the
+            fewest nodes on which a replica's GPUs fit, so the bound considers each replica on its own; plans respect
+            the limit.
     """
 
     name: str
@@ -98,12 +99,12 @@ class EngineRules:
             raise InvalidProblemError(f"max_stages is {self.max_stages}, must be at most {MOST_STAGES}")
 
     def stages_of(self, role: Role, model: ModelSpec) -> int:
-        """Return the most stages of a replica of this role.
+        """Return the most stages that a replica of this role may have.
 
-        KV that is handed over goes to decode replicas of one stage: vLLM's NIXL connector refuses others (0.32,
-        ``nixl/base_worker.py``), and SGLang takes them only where prompts come from equally many stages
-        (``disaggregation/common/conn.py``). vLLM's does not take KV from several stages either if layers slide or keep
-        states. SGLang drafts in a pipeline only where it prefills (0.5.23, ``arg_groups/validation_hook.py``).
+        KV can only be handed over to decode replicas of one stage: vLLM's NIXL connector rejects others (0.32,
+        ``nixl/base_worker.py``), and SGLang accepts them only if prompts come from equally many stages
+        (``disaggregation/common/conn.py``). vLLM's connector also accepts no KV from several stages if layers slide or
+        keep states. SGLang drafts in a pipeline only where it prefills (0.5.23, ``arg_groups/validation_hook.py``).
         """
         if role is Role.UNIFIED and model.draft is not None and self.name == "sglang":
             return 1
@@ -120,16 +121,16 @@ class EngineRules:
         return f"what {self.name} runs: at most {stages} in one zone{nodes}, as many batches in flight{beside}"
 
 
-MOST_SETTING, MOST_CHUNKS = 10**9, 16  # largest number, and most sizes of chunks, in `EngineSettings`
+MOST_SETTING, MOST_CHUNKS = 10**9, 16  # largest number, and most chunk sizes, in `EngineSettings`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Settings with which engines are started whatever is planned, so that plans keep to them.
+    """Settings with which engines are started regardless of the plan, so plans must respect them.
 
     Attributes:
-        max_num_seqs: requests that a replica runs at once, over all its micro-batches; a prefill replica has one in
-            each. None: no limit besides memory.
+        max_num_seqs: requests that a replica runs at once, over all its micro-batches; a prefill replica has one per
+            micro-batch. None: no limit besides memory.
         chunk_tokens: sizes of prefill chunks; empty: those of the family.
         kv_blocks: KV blocks of `Assumptions.block_tokens` tokens that a stage copy has, if its GPUs have room for as
             many; a block holds these tokens of one request in all head groups and layers. None: no such limit.
@@ -155,7 +156,7 @@ class EngineSettings:
         return self != EngineSettings()
 
     def allows(self, *, micro_batch: int, in_flight: int) -> bool:
-        """Return whether an engine runs no more requests than it may; copies that share experts have one each."""
+        """Return whether no engine runs more requests than it may; copies that share experts are separate engines."""
         return self.max_num_seqs is None or max(micro_batch, 1) * in_flight <= self.max_num_seqs
 
     def describe(self) -> str:
@@ -175,7 +176,7 @@ NOTHING_SET = EngineSettings()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The family of plans that are searched, for exactly which the bound of an answer holds.
+    """The family of plans that is searched; the bound of an answer holds for exactly these plans.
 
     Attributes:
         name: the strategy of this family.
@@ -184,14 +185,14 @@ class Family:
         max_copies: data-parallel copies of one stage.
         max_pool: attention workers of one class per stage, over all copies; 0: none. Each copy has equally many, one
             of `POOL_SIZES`.
-        tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
+        tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried for each.
         attention_dp: for models with experts, the numbers of copies that share them: replicas of one stage, whose
-            copies are all on one node (of as many GPUs as a size of ``tp_sizes``) and iterate together.
+            copies are all on one node (with a number of GPUs that is in ``tp_sizes``) and iterate together.
         roles: the roles of replicas; prefill and decode only both or neither.
         decode_keeps_heads: stages of decode replicas may keep head groups; otherwise attention workers have them all.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
         engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
-        engine_settings: those that every replica keeps to, see `at`.
+        engine_settings: settings that every replica respects, see `at`.
 
     A replica with K stage copies has 1 micro-batch in flight (which walks through the stages) or at least K. Under a
     limit on TTFT stages keep to further rules (`docs/cost-model.md`, "Latency").
@@ -228,10 +229,10 @@ class Family:
             raise InvalidProblemError(f"roles are {listed}, must be unified, or prefill and decode, or all three")
 
     def at(self, settings: EngineSettings) -> Family:
-        """Return the plans of this family whose replicas keep to these settings.
+        """Return the plans of this family whose replicas respect these settings.
 
-        Micro-batches of the largest size that they leave to M of them are added: N of them in total may be no size of
-        `MICRO_BATCHES`, and the family would lose up to a quarter of what the engine runs.
+        For each number M of micro-batches, the largest size that ``max_num_seqs`` allows is added to those tried: it
+        may not be among `MICRO_BATCHES`, and without it the family would lose up to a quarter of what the engine runs.
         """
         sizes, most = self.micro_batches, settings.max_num_seqs
         if most is not None:
@@ -243,7 +244,7 @@ class Family:
 
     @property
     def splits_roles(self) -> bool:
-        """Return whether prompts may be prefilled on other replicas than those that decode."""
+        """Return whether prompts may be prefilled on replicas other than those that decode."""
         return Role.PREFILL in self.roles
 
     def attention_dp_of(self, model: ModelSpec) -> tuple[int, ...]:
@@ -255,7 +256,7 @@ class Family:
         return tuple(p for p in POOL_SIZES if p * copies <= self.max_pool)
 
     def describe(self, model: ModelSpec | None = None) -> str:
-        """Return the family in one sentence, with what it has for the experts of a model."""
+        """Return the family in one sentence, including how it treats the experts of a model."""
         parts = ["stages of any GPU types" if self.mixed_types else "one device class and TP size per replica"]
         parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
         each = " of all stages" if self.engine is not None else ""
@@ -295,14 +296,14 @@ class Family:
 
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
-"""What describes families whose GPUs have several builds."""
+"""Description of families whose GPUs have several builds."""
 
 
 class Build(NamedTuple):
-    """What all GPUs that compute a replica's layers have in common, and those that exchange KV with them."""
+    """What all GPUs that compute a replica's layers have in common, also with those that exchange KV with them."""
 
-    model: ModelSpec  # in one precision
-    vendor: str  # empty: any
+    model: ModelSpec  # the model in a single precision
+    vendor: str  # vendor of the GPUs; empty: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +325,7 @@ class PlacementProblem:
     constraint_index: ConstraintIndex | None = None
 
     def describe_family(self) -> str:
-        """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
+        """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
         parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
         return "; ".join([*parts, *map(str, self.constraints)])
 
@@ -340,9 +341,9 @@ class PlacementProblem:
         return tuple(dict.fromkeys(map(self.model.on, gpus)))
 
     def build_of(self, gpu: str) -> Build:
-        """Return what an engine loads, and whose software it runs, on GPUs of this type.
+        """Return the build on GPUs of this type: the model as an engine loads it there, and the vendor.
 
-        Types that may compute no layers count as GPUs of those that may.
+        If no GPU that may compute layers has a type's own build, the first build of those GPUs is returned.
         """
         own, builds = self._build_of(gpu), self.builds()
         return own if own in builds or not builds else builds[0]
@@ -358,7 +359,7 @@ class PlacementProblem:
         return Build(self.model.on(gpu), vendor)
 
     def _may_compute(self, group: NodeGroup, gpu: str) -> bool:
-        """Return whether constraints leave any GPU of a type in a node group the duty of a primary."""
+        """Return whether constraints allow any GPU of a type in a node group to be a primary."""
         if self.constraint_index is not None:
             return Duty.PRIMARY not in self.constraint_index.of(group.name, gpu).barred
         barring = [each.gpus for each in self.constraints if isinstance(each, Exclude)]

@@ -1,4 +1,4 @@
-"""The performance of a GPU type: operator times as maxima of affine pieces, usable memory, and the numbers' origins.
+"""The performance of a GPU type: operator times as maxima of affine pieces, usable memory, and where numbers come from.
 
 Every operator's time is ``max_k (fixed_s + flop_s F + byte_s B + token_s T + head_s H + wire W)`` over a few pieces k.
 The features of each operator are listed at `Op`. A maximum of affine functions covers a roofline (one piece for
@@ -92,7 +92,7 @@ class Piece:
 class FitScope:
     """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins.
 
-    ``state_flops`` is the number of FLOPs of linear attention for one token and query head, in the mean of all layers:
+    ``state_flops`` is the number of FLOPs of linear attention for one token and query head, averaged over all layers:
     the same for all models that have it in the same share of layers and with the same sizes.
     """
 
@@ -123,12 +123,13 @@ class FitRegion:
     """The measured region: closed ranges within which a fit may be trusted; None means no limit.
 
     Attributes:
-        tokens: of one call (dense: of the iteration; prefill attention: of the chunk).
-        batch: sequences of one call.
+        tokens: tokens in one call (dense: in the iteration; prefill attention: in the chunk).
+        batch: sequences in one call.
         past_tokens: KV tokens before a chunk, per sequence.
         context_tokens: KV tokens per sequence, including a chunk's own.
-        kv_bytes: KV that one call reads, since no table has its largest batch at its longest context.
-        num_bytes: of a message.
+        kv_bytes: KV bytes that one call reads; limited separately, since no table has its largest batch at its longest
+            context.
+        num_bytes: bytes of a message.
     """
 
     tokens: tuple[float, float] | None = None
@@ -174,7 +175,7 @@ class Fit:
 
     @property
     def start_s(self) -> float:
-        """Return the seconds of the least work: what its kernels take to start."""
+        """Return the seconds of the smallest call: what its kernels take to start."""
         return min(piece.fixed_s for piece in self.pieces)
 
     def seconds(

@@ -116,7 +116,7 @@ def moments_of(bins: Sequence[LengthBin], *, block_tokens: int, prefix_hit_rate:
     prefilling_second = float(w @ (p**3 - cached**3)) / (3 * mean_q)
     order = np.argsort(p, kind="stable")
     rank = int(np.searchsorted(np.cumsum(w[order]), 0.95 - 1e-12))
-    at_p95 = order[min(rank, len(bins) - 1)]  # computed tokens grow with the prompt: the same request has their p95
+    at_p95 = order[min(rank, len(bins) - 1)]  # computed tokens grow with the prompt: one request is p95 in both
     return WorkloadMoments(
         mean_prompt=mean_p,
         mean_output=mean_o,

@@ -414,6 +414,19 @@ def test_what_the_plan_asks_and_vllm_cannot_is_told(run: Run, tmp_path: Path) ->
     assert (code, lines) == (2, [why])
 
 
+def test_an_address_of_a_node_that_the_plan_lacks_is_misspelt(run: Run, tmp_path: Path) -> None:
+    path = write_plan(tmp_path, two_stages(2, 6))
+    given = ("--node-address", "a=10.0.0.1", "--node-address", "bb=10.0.0.2", "--node-address", "other=10.0.0.3")
+    code, _, lines = run("show", "--plan", str(path), "-m", "models/tiny", *given)
+    assert (code, lines) == (
+        2,
+        [
+            "hetis-launch: --node-address: 'bb' is no node of the plan, did you mean b?",
+            "hetis-launch: --node-address: 'other' is no node of the plan, its nodes are a, b, c",
+        ],
+    )
+
+
 def test_addresses_of_nodes_are_checked() -> None:
     assert checked_hosts(["a=10.0.0.1", "rack=1/b=gpu-b.example"]) == {"a": "10.0.0.1", "rack=1/b": "gpu-b.example"}
     with pytest.raises(OptionError) as caught:

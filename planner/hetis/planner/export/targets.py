@@ -11,12 +11,12 @@ from pathlib import Path
 
 from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import NAMESPACE
-from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, planned_nodes
+from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export import ExportDevice, ExportTarget
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
@@ -80,7 +80,6 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
 
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
-_NODES_SHOWN = 5
 _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
 
@@ -171,12 +170,8 @@ def _unknown_nodes(
 ) -> Iterator[str]:
     """Yield an error for every node with an address that the plan and its fleet do not have: it is misspelt."""
     named = [node for node in given.hosts if node]
-    known = planned_nodes(plan) | ({HEAD} if target is ExportTarget.RAY else set()) if named else set[str]()
-    for node in named:
-        if node not in known:
-            some = ", ".join(sorted(known)[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")
-            near = did_you_mean(node, sorted(known)) or f", its nodes are {some}"
-            yield f"{spelled('node_address')}: {node!r} is no node of the plan{near}"
+    further = (HEAD,) if target is ExportTarget.RAY else ()
+    yield from (f"{spelled('node_address')}: {what}" for what in unknown_nodes(named, plan, further))
 
 
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:

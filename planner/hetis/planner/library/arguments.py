@@ -82,6 +82,7 @@ _WORDS = {
     "bool_type": "True or False",
     "is_instance_of": "a list",
     "sequence_str": "a list",
+    "dict_type": "a mapping",
     "finite_number": "finite",
 }
 

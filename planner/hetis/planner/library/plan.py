@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import html
-import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +14,7 @@ from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.export.targets import Export
-from hetis.planner.library.arguments import Count, CountOrZero, Quantity, Rate, Share, checked
+from hetis.planner.library.arguments import Count, CountOrZero, File, Quantity, Rate, Share, Texts, checked
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.simulation import simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -137,7 +136,8 @@ class Plan:
 
         return explain_plan(self.value, self.problem)
 
-    def report(self, path: str | os.PathLike[str] | None = None, *, simulate: bool = False) -> str:
+    @checked
+    def report(self, path: File | None = None, *, simulate: bool = False) -> str:
         """Return the plan as one page of HTML that needs no network, and save it at ``path`` if given.
 
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
@@ -204,14 +204,15 @@ class Plan:
         found = answer(plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent)
         return Simulation(simulated=found, plan=plan)
 
+    @checked
     def export(
         self,
         target: str,
-        folder: str | os.PathLike[str] | None = None,
+        folder: File | None = None,
         *,
         force: bool = False,
         engine: str | None = None,
-        engine_options: Sequence[str] = (),
+        engine_options: Texts = (),
         model: str = "",
         served_name: str = "",
         dtype: str = "auto",
@@ -274,7 +275,8 @@ class Plan:
             write_files(Path(folder), made.files)
         return made
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    @checked
+    def save(self, path: File) -> None:
         """Write the plan with its inputs, as YAML for ``.yaml`` and ``.yml``, else as JSON; `hetis.load_plan` reads it.
 
         Raises:

@@ -61,7 +61,7 @@ app = typer.Typer(
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchReplica:
-    """The options that say what is to run, which every command has."""
+    """The options that specify what to run, which every command has."""
 
     plan: Annotated[Path | None, Option(help="A plan of `hetis-plan place`. Required.")] = None
     model: Annotated[
@@ -90,7 +90,7 @@ class LaunchReplica:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedReplica(LaunchReplica):
-    """The options that say where processes reach each other, too."""
+    """The options that specify what to run, and where processes reach each other."""
 
     executor: Annotated[str, Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")] = ""
     node_address: Annotated[
@@ -164,8 +164,9 @@ def show(
     """Show what runs where: the plugin's file, and a command line for every process."""
     from hetis.engines.commands import as_json, as_shell, commands_of
 
-    layout, serving = _read(replica, executor=replica.executor)
-    commands = commands_of(layout, serving, replica.addresses(replica.folder))
+    addresses = replica.addresses(replica.folder)
+    layout, serving = _read(replica, executor=replica.executor, named=addresses.hosts)
+    commands = commands_of(layout, serving, addresses)
     print(as_json(commands) if form == "json" else as_shell(commands))
 
 
@@ -178,9 +179,10 @@ def processes(
     from hetis.engines.commands import commands_of
     from hetis.runtime.launch.processes import names_of_this_machine, prepare, run_here
 
-    layout, serving = _read(replica, executor=replica.executor)
+    addresses = replica.addresses(replica.folder.resolve())
+    layout, serving = _read(replica, executor=replica.executor, named=addresses.hosts)
     names = (node,) if node else names_of_this_machine()
-    commands = commands_of(layout, serving, replica.addresses(replica.folder.resolve()))
+    commands = commands_of(layout, serving, addresses)
     ours = [command for command in commands if replica.all_here or command.process.node in names]
     if not ours:
         nodes = ", ".join(dict.fromkeys(command.process.node for command in commands))
@@ -199,8 +201,8 @@ def ray(
     start_timeout: Annotated[float, Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
-    layout, serving = _read(replica, executor=replica.executor)
     addresses = replica.addresses(replica.folder.resolve())
+    layout, serving = _read(replica, executor=replica.executor, named=addresses.hosts)
     _set_up_logs()
     try:
         from hetis.runtime.launch.on_ray import run_on_ray
@@ -270,13 +272,15 @@ def _report_failure(error: Exception) -> int:
 
 
 def _read(
-    given: LaunchReplica, *, executor: str = "", set_here: Sequence[str] = (), wrong: Sequence[str] = ()
-) -> tuple[Layout, Serving]:
+    given: LaunchReplica, *, executor: str = "", named: Iterable[str] = (), set_here: Sequence[str] = (),
+    wrong: Sequence[str] = (),
+) -> tuple[Layout, Serving]:  # fmt: skip
     """Return the layout of the replica that the options name, and the settings to serve it with.
 
     Args:
         executor: Unix socket of the node's agent.
-        set_here: options of vLLM that are given in another way, besides those that always are.
+        named: nodes for which an address was passed.
+        set_here: options of vLLM that are set in another way, besides those that always are.
         wrong: other problems with the options, to be reported with the rest.
 
     Raises:
@@ -285,7 +289,7 @@ def _read(
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.errors import LayoutError
-    from hetis.engines.layout import layout_of
+    from hetis.engines.layout import layout_of, unknown_nodes
     from hetis.engines.serving import Serving, program_of, why_kv_is_untold
     from hetis.formats.documents import load_plan
 
@@ -301,6 +305,8 @@ def _read(
         raise OptionError(*found)
     assert given.plan is not None
     planned = load_plan(given.plan)
+    if unknown := [f"--node-address: {what}" for what in unknown_nodes(named, planned)]:
+        raise OptionError(*unknown)
     spec, stated_kv = _model(planned, given.replica, given.model)
     layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=given.dtype, kv_tokens=given.kv_tokens)
     if len(layout.servers) > 1 and program[-1] != "serve":
@@ -322,7 +328,7 @@ def _read(
 def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[str]:
     from hetis.engines.serving import decided_in, names_of
 
-    users = {"--served-model-name", "--host", "--port"}  # unlike in an export
+    users = {"--served-model-name", "--host", "--port"}  # these are left to the user, unlike in an export
     ours = (decided_in(options) - users) | (names_of(options) & set(set_here))
     wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(ours)]
     if options and not options[0].startswith("-"):
@@ -333,7 +339,7 @@ def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[st
 def _model(plan: Plan, number: int, model: str) -> tuple[ModelSpec, str]:
     """Return the model of a replica, and the quantised KV that its checkpoint states.
 
-    Its shape is that of its folder if that is here, with KV in the plan's precision.
+    Its shape is that of its folder if that exists here, with KV in the plan's precision.
     """
     from hetis.engines.layout import planned_model
     from hetis.engines.serving import checkpoint_model

@@ -1,8 +1,8 @@
-"""The plan checker: trusts nothing a plan says and nothing the search computed.
+"""The plan checker, which trusts neither what a plan states nor what the search computed.
 
-`check_plan` takes nothing for granted: it looks every device up, derives every number again from ``docs/cost-model.md``
-and the problem with code of its own, and compares. It shares no code with the search. Its time grows with the number of
-devices; replicas of equal shape are derived once.
+`check_plan` looks up every device, derives every number again from ``docs/cost-model.md`` and the problem with code of
+its own, and compares. It shares no code with the search. Its time grows with the number of devices; replicas of equal
+shape are derived once.
 
 Two things must be taken on trust, because only a search can prove them: the bound (it must lie on the far side of the
 value, and gap and status must follow from both) and the prices (the rows of their table are counted, and no price may
@@ -24,10 +24,10 @@ __all__ = ["Rule", "Violation", "check_plan"]
 
 
 def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
-    """Return everything that is wrong with the plan; empty if it is sound.
+    """Return all violations in the plan; empty if it is sound.
 
-    A replica whose structure is broken (an unknown device, missing layers) is reported for that alone: its numbers
-    have no meaning, so they are not derived.
+    A replica with a broken structure (an unknown device, missing layers) is reported only for that: its numbers would
+    be meaningless, so they are not derived.
     """
     whole = Fleet.of(problem.cluster)
     fleet = whole.without_left_out(problem.constraints)

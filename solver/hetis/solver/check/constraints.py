@@ -22,7 +22,7 @@ from hetis.solver.constraints import (
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 
-RELATIVE = 1e-6  # rounding of a sum
+RELATIVE = 1e-6  # tolerance for the rounding of sums
 
 
 def check_constraints(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:

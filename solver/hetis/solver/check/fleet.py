@@ -23,7 +23,7 @@ class PoolShape:
     gpu: str
     cards: int
     head_groups: int
-    link: Link  # between the stage and the pool
+    link: Link  # link between the stage and the pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class StageShape:
     tp: int
     copies: int
     layers: int
-    intra_link: Link  # between the GPUs of a TP group
-    hop_link: Link  # the link that every hop into the stage is charged
+    intra_link: Link  # link between the GPUs of a TP group
+    hop_link: Link  # the link charged for every hop into the stage
     pool: PoolShape | None = None
     kv_link: Link | None = None  # the slowest link over which a prefill replica's KV may leave
 
@@ -44,8 +44,8 @@ class StageShape:
 class ReplicaShape:
     """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``.
 
-    The copies of its one stage share their experts and iterate together if ``attention_dp`` is over 1, their number.
-    ``shared_by`` has an entry for every set of stages that one card serves: their positions.
+    If ``attention_dp`` exceeds 1, it is the number of copies of the single stage, which share experts and iterate
+    together. ``shared_by`` has an entry for every set of stages that one card serves: their positions.
     """
 
     micro_batch: int
@@ -55,7 +55,7 @@ class ReplicaShape:
     role: Role = Role.UNIFIED
     attention_dp: int = 1
     shared_by: tuple[tuple[int, ...], ...] = ()
-    slowest_link: Link | None = None  # anywhere in the cluster; None for a decode replica
+    slowest_link: Link | None = None  # slowest link in the cluster; None for a decode replica
 
     def pool_of(self, position: int) -> PoolShape:
         """Return the attention workers of a stage that has them."""
@@ -70,7 +70,7 @@ def is_in(gpus: Selection, device: Device) -> bool:
 
 
 def left_out_by(constraints: Constraints) -> Callable[[Device], bool]:
-    """Return a predicate that says whether a device is forbidden."""
+    """Return a predicate that is true of forbidden devices."""
     out = [each.gpus for each in constraints if isinstance(each, Exclude)]
     return lambda device: any(is_in(gpus, device) for gpus in out)
 
@@ -99,9 +99,9 @@ class Fleet:
 
     @property
     def has_uneven_links(self) -> bool:
-        """Return whether links depend on a device's place: its zone, or its node if the cluster names node links.
+        """Return whether links depend on a device's location: its zone, or its node if nodes have explicit links.
 
-        A search that charges a class of devices its worst link then claims less than the devices of a plan may give.
+        A search that charges a class of devices its worst link may then claim less than a plan's devices can deliver.
         """
         return len(self.cluster.zones()) > 1 or bool(self.cluster.network.between_nodes)
 
@@ -202,13 +202,13 @@ def _zone_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
 
 
 def _kv_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
-    """Return the links from the zone of a prefill replica to those that it may send KV to."""
+    """Return the links from the zone of a prefill replica to those to which it may send KV."""
     (zone,) = fleet.zones_of(replica.devices())
     return [fleet.cluster.network.zone_link(zone, other) for other in replica.kv_zones]
 
 
 def _shared_by(replica: ReplicaPlan) -> tuple[tuple[int, ...], ...]:
-    """Return the different sets of stages that one card serves, without those of a single stage."""
+    """Return the distinct sets of several stages that are served by one card."""
     served: defaultdict[str, set[int]] = defaultdict(set)
     for pool in replica.attention_workers:
         for name in pool.devices:
@@ -224,7 +224,7 @@ def _pool_shape(fleet: Fleet, stage: StagePlan, pool: AttentionWorkerPool) -> Po
         fleet.cluster.network.zone_link(zone, zone),
     ]
     cards = len(pool.devices) // stage.copies
-    for copy in range(stage.copies):  # a copy talks to its own cards only
+    for copy in range(stage.copies):  # a copy only communicates with its own cards
         ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
         links += fleet.node_links(ranks, pool.devices[copy * cards : (copy + 1) * cards])
     return PoolShape(gpu=pool.gpu, cards=cards, head_groups=pool.kv_head_groups, link=slowest(links))

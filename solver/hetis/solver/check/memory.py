@@ -18,7 +18,7 @@ def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: 
 
 
 def _rank_bytes_but_kv(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return the bytes that a rank must hold besides the KV of which it has room for a number of tokens."""
+    """Return the bytes that a rank must hold apart from the KV that `kv_tokens_of_a_copy` counts."""
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
     fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
     return fixed + rank_state_bytes(setting, stage, is_first=is_first, is_last=is_last)
@@ -32,7 +32,7 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
+    """Return the tokens whose KV fits on one copy of a stage next to everything else, and within its blocks."""
     free: float = setting.problem.profiles[stage.gpu].usable_bytes
     free -= _rank_bytes_but_kv(setting, stage, is_first=is_first, is_last=is_last)
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
@@ -89,7 +89,7 @@ def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     """Return a rank's bytes of the states that linear attention keeps for each request."""
     D = micro_batches_of_a_copy(setting, stage.copies)
     requests = D * setting.micro_batch + D * setting.chunk_share + staged_prompts_of_a_copy(setting, stage.copies)
-    states = requests * setting.model.step_tokens  # engines keep one for each token that may be refused
+    states = requests * setting.model.step_tokens  # engines keep one for each token that may be rejected
     return _all_layers(setting, stage, is_first, is_last) * states * setting.model.state_bytes() / stage.tp
 
 
@@ -177,7 +177,7 @@ def _activation_bytes(setting: Setting, tp: int) -> float:
 
 
 def _all_layers(setting: Setting, stage: StageShape, is_first: bool, is_last: bool = False) -> int:
-    """Return the layers whose KV a stage holds; the drafting layer is on the last one, which then has no pool."""
+    """Return the layers whose KV a stage holds; the drafting layer is on the last stage, which then has no pool."""
     drafting = setting.model.draft_layers if is_last else 0
     return stage.layers + (setting.model.prefix_layers if is_first else 0) + drafting
 

@@ -59,16 +59,16 @@ class Derived:
 
     t_s: float  # seconds between completions
     tpot_per_t: float
-    ttft_round_trips: float  # each with a chunk
-    round_trip_per_t: float  # the mean round trip
+    ttft_round_trips: float  # round trips, each with a chunk
+    round_trip_per_t: float  # mean round trip
     chunk_s: float  # an iteration with a chunk, summed over all stages
     slowest_chunk_s: float
     kv_tokens: float
     memory: tuple[MemoryUse, ...]
-    landing_s: float = 0.0  # of a prefill replica's last KV
+    landing_s: float = 0.0  # landing of a prefill replica's last KV
     slowest_landing_s: float = 0.0
-    kv_held: float = 0.0  # tokens, of the stage copy that holds most
-    kv_block_tokens: float = math.inf  # for which its engine has blocks
+    kv_held: float = 0.0  # KV tokens on the stage copy that holds the most
+    kv_block_tokens: float = math.inf  # tokens for which that copy's engine has blocks
 
     @property
     def rate(self) -> float:
@@ -108,7 +108,7 @@ class Rederivation:
     def setting(
         self, *, micro_batch: int, in_flight: int, chunk_tokens: int, role: Role = Role.UNIFIED, gpu: str = ""
     ) -> Setting:  # fmt: skip
-        """Return the setting of replicas whose stages are on GPUs of this type, which decides the precision."""
+        """Return the setting of replicas whose stages are on GPUs of this type, which determines the precision."""
         return Setting(
             problem=self._problem.in_precision_of(gpu),
             moments=self._moments,
@@ -185,8 +185,8 @@ def check_replica_claims(
     """Check memory, rate, latencies and KV room of a replica of sound structure.
 
     Args:
-        may_claim_less: the search may have charged worse links than these devices have (`Fleet.has_uneven_links`), so
-            a lower rate is no error. A higher one always is.
+        may_claim_less: the search may have charged worse links than these devices have (`Fleet.has_uneven_links`), so a
+            lower rate is not an error; a higher one always is.
     """
     violations: list[Violation] = []
     for use in derived.memory:

@@ -33,7 +33,7 @@ def served_rate(plan: Plan) -> float:
 
 
 def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """Check that every route joins two replicas that fit together, and none sends or receives more than its rate."""
+    """Check that every route joins compatible replicas, and that no replica sends or receives more than its rate."""
     violations: list[Violation] = []
     flow: defaultdict[int, float] = defaultdict(float)
     seen: dict[tuple[int, int], int] = {}
@@ -73,7 +73,7 @@ def _check_route(
         return
     sender, receiver = plan.replicas[route.prefill], plan.replicas[route.decode]
     if not sender.stages or not receiver.stages:
-        return  # a side without layers is reported as a replica
+        return  # a replica without layers is reported by `check_replica_structure`
     zone = _zone_of(receiver.devices(), fleet)
     if zone is not None and zone not in sender.kv_zones:
         allowed = ", ".join(sender.kv_zones) or "none"
@@ -147,7 +147,7 @@ def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
 
 
 def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """Check that the value follows from the replicas, and that bound, gap and status contradict nothing."""
+    """Check that the value follows from the replicas, and that bound, gap and status are consistent."""
     not_finite = list(_check_finite(plan))
     violations = at("result", _check_question(plan, problem), not_finite)
     if plan.result.status is Status.INFEASIBLE:
@@ -159,10 +159,10 @@ def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
 
 
 def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
-    """Check that the plan answers the problem: the objective, and the bound's family in the same words.
+    """Check that the plan matches the problem: the objective, and the wording of the bound's family.
 
-    Plans from before the introduction of roles do not mention them: all their replicas are unified. Nor do older ones
-    of several precisions, and those of tenants, say that GPUs of several kinds stay apart.
+    Plans from before the introduction of roles do not mention them: all their replicas are unified. Likewise, older
+    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart.
     """
     wanted, result = problem.objective, plan.result
     if plan.objective != wanted:
@@ -233,7 +233,7 @@ class Row(NamedTuple):
     zone: str
     gpus_per_node: int
     available: int
-    used: int  # by the plan, in any role
+    used: int  # GPUs used by the plan, in any role
     as_attention_workers: int
 
     def __str__(self) -> str:
@@ -280,7 +280,7 @@ def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
 
 
 class EqualDevices(NamedTuple):
-    """GPUs that no number of a plan distinguishes."""
+    """GPUs that are interchangeable in every number of a plan."""
 
     gpu: str
     zone: str
@@ -288,7 +288,7 @@ class EqualDevices(NamedTuple):
     nic: Link
     intra_link: Link
     usd_per_hour: float | None
-    node_link: Link | None  # the worst explicit link of its nodes
+    node_link: Link | None  # worst explicit link of its nodes
 
 
 def _class_of(group: NodeGroup, gpu: str, fleet: Fleet, explicit: dict[str, Link]) -> EqualDevices:

@@ -24,11 +24,11 @@ class Setting:
     in_flight: int  # M
     chunk_tokens: int  # C
     role: Role = Role.UNIFIED
-    attention_dp: int = 1  # d, the copies that share their experts; b, C and iterations are those of each
+    attention_dp: int = 1  # d, the copies that share their experts; b, C and iterations are per copy
 
     @staticmethod
     def of(problem: PlacementProblem, moments: WorkloadMoments, shape: ReplicaShape) -> Setting:
-        """Return the setting of a replica, whose GPUs decide the precision."""
+        """Return the setting of a replica, whose GPUs determine the precision."""
         return Setting(
             problem=problem.in_precision_of(shape.stages[0].gpu),
             moments=moments,
@@ -77,7 +77,8 @@ class Setting:
     def all_tokens(self) -> float:
         """Return the tokens of all copies that share their experts, in an iteration in which at least one has a chunk.
 
-        With a chance of phi each, d phi of them have a chunk on average, all of them in those iterations.
+        Each copy has a chunk with probability phi, so d phi of them have one on average, all of them in those
+        iterations.
         """
         if not self.chunk_tokens:
             return self.attention_dp * self.decode_tokens

@@ -207,7 +207,7 @@ def _check_layers(replica: ReplicaPlan, problem: PlacementProblem) -> Iterator[B
     end = replica.stages[-1].first_layer + replica.stages[-1].num_layers if replica.stages else 0
     if end != model.num_layers:
         yield Rule.LAYERS, f"stages end at layer {end}, {model.name} has {model.num_layers} layers"
-    # Equal layers are without prefix layers, which are part of the first stage in any split.
+    # Equal layers do not count prefix layers, which are part of the first stage in any split.
     layers = [stage.num_layers - (0 if i else model.prefix_layers) for i, stage in enumerate(replica.stages)]
     if layers and not problem.family.uneven_layers and max(layers) - min(layers) > 1:
         yield Rule.EQUAL_LAYERS, f"stages hold {min(layers)} to {max(layers)} layers, may differ by 1 at most"
@@ -295,7 +295,7 @@ def _check_pool(
     pool: AttentionWorkerPool, replica: ReplicaPlan, pools: dict[int, AttentionWorkerPool], problem: PlacementProblem,
     fleet: Fleet,
 ) -> Iterator[Broken]:  # fmt: skip
-    """Check a pool, and add it to ``pools``, those of each stage, if it serves one."""
+    """Check a pool and, if it serves a stage, add it to ``pools``, which are by stage."""
     if pool.shared and problem.family.name not in SHARING_STRATEGIES:
         yield Rule.SHARED_POOL, f"are shared, strategy {problem.family.name} gives every stage its own"
     if replica.role is Role.PREFILL:

@@ -96,7 +96,7 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
     if setting.role is Role.PREFILL:
         assert stage.kv_link is not None, "replica_shape gives stages of prefill replicas a link for their KV"
         chunk_bytes = setting.chunk_tokens * (model.head_groups * per_group + model.state_bytes() / P)
-        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+        # Including KV from the prefix cache: the decode replica receives that of the whole prompt.
         return d * P / setting.chunk_tokens * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
     if setting.role is Role.DECODE:
         given = stage.pool.head_groups * n if stage.pool is not None else 0
@@ -153,7 +153,7 @@ def busy_seconds(setting: Setting, shape: ReplicaShape, positions: tuple[int, ..
 def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
     """Return the least slack of any stage at M micro-batches for K stage copies, and the factor of its unevenness.
 
-    Copies that share their experts all wait for the longest of theirs.
+    Copies that share their experts all wait for the longest iteration among them.
     """
     if setting.attention_dp > 1:
         longest = _longest_of(setting.attention_dp) * _chunk_spread(setting) if setting.role is Role.PREFILL else 0.0
@@ -259,7 +259,7 @@ def _parallel_experts(setting: Setting, stage: StageShape, T: int, all_T: float)
 
 
 def _missing_start(setting: Setting, stage: StageShape) -> float:
-    """Return half of the dense fit's fixed time, for two of its four products, unless shared experts have them."""
+    """Return half of the dense fit's fixed time, that of two of its four products, unless shared experts need them."""
     assert setting.model.moe is not None, "the structure was checked"
     dense = setting.problem.profiles[stage.gpu].fit(Op.DENSE, setting.model, stage.tp)
     if dense is None or setting.model.moe.shared_experts:
@@ -268,14 +268,14 @@ def _missing_start(setting: Setting, stage: StageShape) -> float:
 
 
 def _moved_bytes(model: ModelSpec, T: float, slices: int) -> float:
-    """Return the bytes of T tokens' rows that each of their experts reads and writes, beside its weights."""
+    """Return the bytes of T tokens' rows that each of their experts reads and writes, besides its weights."""
     assert model.moe is not None, "the structure was checked"
     elements = model.hidden + model.moe.expert_intermediate / slices
     return 2 * 2 * T * model.moe.active_experts * elements * model.activation_bytes
 
 
 def _half_reduce(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
-    """Return the seconds of an all-gather or a reduce-scatter of T tokens: of an all-reduce of half of them."""
+    """Return the seconds of an all-gather or reduce-scatter of T tokens, taken as an all-reduce of half as many."""
     num_bytes = T / 2 * setting.model.hidden * setting.model.activation_bytes
     wire_s = 2 * (ranks - 1) / ranks * num_bytes / stage.intra_link.bytes_per_s
     half_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, ranks, num_bytes=num_bytes, wire_s=wire_s, tokens=T / 2)
@@ -321,13 +321,13 @@ def _decode(
 ) -> float:  # fmt: skip
     """Return the seconds of decode attention of ``pairs`` (request, group) pairs on one card.
 
-    ``queries`` of a request, those of an iteration unless given, read its KV once.
+    The ``queries`` of a request, by default those of an iteration, read its KV once.
     """
     if pairs == 0:
         return 0.0
     model, moments = setting.model, setting.moments
     y = model.attended_tokens(moments.resident_context)
-    if setting.attention_dp > 1:  # the others wait for the copy whose requests have the most context
+    if setting.attention_dp > 1:  # the others wait for the copy whose requests have the longest context
         requests = pairs / head_groups_per_rank(model, stage.tp)
         spread = moments.resident_context_sd / moments.resident_context / math.sqrt(requests)
         y *= 1 + _longest_of(setting.attention_dp) * spread

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Rule(StrEnum):
-    """The rules of a sound plan, one per kind of violation, each with its sentence."""
+    """The rules of a sound plan, one per kind of violation, each stated as a sentence."""
 
     KNOWN_DEVICE = "every device exists in the cluster"
     DEVICE_ONCE = "every device is used at most once"
@@ -73,9 +73,9 @@ class Violation:
         return f"{self.where}: {self.message} ({self.rule.name.lower()})"
 
 
-Broken = tuple[Rule, str]  # a rule and a message, of a place that the caller knows
+Broken = tuple[Rule, str]  # a rule and a message; the caller knows the place
 
 
 def at(where: str, *found: Iterable[Broken]) -> list[Violation]:
-    """Return what is broken at a place."""
+    """Return the violations found at a place."""
     return [Violation(rule=rule, where=where, message=message) for some in found for rule, message in some]

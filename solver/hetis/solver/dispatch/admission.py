@@ -1,8 +1,8 @@
 """Admission: which requests can be placed, in their order, and a packing of their whole head groups.
 
-Whether whole groups fit is bin packing. First fit in the order of devices is tried first. `repack` looks for a packing
-(best fit by falling size, then swaps that gather free blocks) and may miss one. `cannot_fit` proves that there is none
-and may miss that. For two or three requests `pack_few` decides.
+Deciding whether whole groups fit is bin packing. First fit in the order of devices is tried first. `repack` looks for a
+packing (best fit by falling size, then swaps that gather free blocks) and may miss one. `cannot_fit` proves that none
+exists and may miss a proof. For two or three requests `pack_few` is exact.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hetis.solver.dispatch.tables import kernel
 
 PLACED = 0
 SHORT_OF_BLOCKS = 1
-SCATTERED = 2  # proven
+SCATTERED = 2  # proven: enough blocks in total, but too scattered for whole groups
 NOT_FOUND = 3
 
-MOST_WORK = 400_000  # devices visited for repacking in one call, a millisecond at most
+MOST_WORK = 400_000  # devices visited for repacking in one call; takes a millisecond at most
 MOST_TRIES = 64  # packings from scratch
-MOST_SWAPS = 8  # to gather room for one group on one device
+MOST_SWAPS = 8  # swaps that gather room for one group on one device
 FEW = 3  # requests up to which packing is exact
 
 
@@ -30,13 +30,13 @@ class PackingProblem(NamedTuple):
 
     free_blocks: IntArray  # [D] KV blocks; negative numbers count as 0
     unit: IntArray  # [D] head groups that a device takes at once
-    primary: int  # -1: none
+    primary: int  # index of the primary; -1: none
     blocks: IntArray  # [J] KV blocks per head group of each request
-    head_groups: int  # of each request
+    head_groups: int  # head groups of each request
 
 
 class Admission(NamedTuple):
-    """The requests that are placed, what the others lack, and head groups reserved for the former."""
+    """The requests that are placed, what the others lack, and the head groups reserved for those placed."""
 
     verdict: IntArray  # [J]
     missing: IntArray  # [J] blocks, or groups without room
@@ -45,7 +45,7 @@ class Admission(NamedTuple):
 
 @kernel
 def cannot_fit(packing: PackingProblem, members: IntArray, most_work: int) -> tuple[int, int]:
-    """Return groups that certainly find no room if all ``members`` must, and the work done; 0 groups prove nothing.
+    """Return groups that provably have no room if all ``members`` are placed, and the work done; 0 proves nothing.
 
     For the size of each member, the last one's first, this compares the groups of at least that size with the number
     of groups of that size that would fit, until ``most_work`` is done.
@@ -84,7 +84,7 @@ def pack_few(packing: PackingProblem, members: IntArray, x: IntArray, most_work:
     if work > most_work:
         return -1, 0
     order = np.argsort(-unit.astype(np.float64))
-    most = np.full((num + 1, G + 1, width), -1)  # of the last member
+    most = np.full((num + 1, G + 1, width), -1)  # groups of the last member
     of_one, of_two = np.zeros((num, G + 1, width), np.int64), np.zeros((num, G + 1, width), np.int64)
     most[0, 0, 0] = 0
     for step in range(num):
@@ -133,7 +133,7 @@ def repack(packing: PackingProblem, members: IntArray, x: IntArray, most_work: i
     size = packing.blocks[members].astype(np.float64)
     for turn in range(MOST_TRIES):
         weights = size.copy()
-        share = 1.0 if turn == 1 else 0.0  # of the most that the primary could take
+        share = 1.0 if turn == 1 else 0.0  # share of the most that the primary could take
         if turn > 1:
             for m in range(len(members)):
                 state = (state * 1103515245 + 12345) % 2147483648
@@ -252,9 +252,9 @@ def _gather_room(
 def admit(packing: PackingProblem) -> Admission:
     """Reserve whole groups for each request in order.
 
-    What is missing is blocks if all devices together have too few, otherwise groups that found no device with room for
-    a whole one. A refused request takes nothing, and later ones are still tried; none is dropped for a later one. All
-    verdicts except `NOT_FOUND` are proven, given the requests admitted before.
+    What is missing is blocks if all devices together have too few, otherwise groups for which no device had room. A
+    refused request takes nothing, and later ones are still tried; none is dropped for a later one. All verdicts except
+    `NOT_FOUND` are proven, given the requests admitted before.
     """
     num = len(packing.blocks)
     reserved = np.zeros((num, len(packing.unit)), np.int64)
@@ -265,7 +265,7 @@ def admit(packing: PackingProblem) -> Admission:
 
 @kernel
 def admit_from(first: int, packing: PackingProblem, room: IntArray, admission: Admission) -> None:
-    """Do what `admit` does from request ``first`` on; ``room`` [D] is what the requests before it leave."""
+    """Do what `admit` does, starting with request ``first``; ``room`` [D] is what the requests before it leave."""
     blocks, (verdict, missing, reserved) = packing.blocks, admission
     total, work = room.sum(), 0
     for j in range(first, len(blocks)):
@@ -302,7 +302,7 @@ def admit_from(first: int, packing: PackingProblem, room: IntArray, admission: A
         if missing[j] == 0:
             verdict[j] = PLACED
             total -= needed
-            # Element by element: for a copy of a slice numba takes seconds to compile the text of its error.
+            # Element by element, because numba takes seconds to compile the error text of a slice copy.
             for i in range(len(room)):
                 room[i] = max(0, packing.free_blocks[i])
                 for k in members:
@@ -314,7 +314,7 @@ def admit_from(first: int, packing: PackingProblem, room: IntArray, admission: A
 def _first_fit(packing: PackingProblem, room: IntArray, request: int, reserved: IntArray) -> int:
     """Reserve the groups of one request where there is room, or nothing; ``reserved`` [D] is 0 before.
 
-    Returns how many found none.
+    Returns how many groups found none.
     """
     left, blocks, unit = packing.head_groups, packing.blocks[request], packing.unit
     for turn in range(-1, len(room)):

@@ -104,7 +104,7 @@ def proven_bound(
         opens = stage.open_at[order[step]] if step < num else np.inf
         if opens == ALWAYS:
             continue
-        if not worker_runs and stage.nic_base <= opens:  # the card opens no later than the first worker
+        if not worker_runs and stage.nic_base <= opens:  # the network card opens no later than the first worker
             if slope > 0.0 and (owed + constant) / slope < stage.nic_base:
                 return max(z, float((owed + constant) / slope))
             slope += prices.nic

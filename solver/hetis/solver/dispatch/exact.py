@@ -25,10 +25,10 @@ from hetis.solver.dispatch.tables import (
 )
 from hetis.solver.highs import linear_program, quiet_highs
 
-ROUNDS = 200  # of local search between reads of the clock
+ROUNDS = 200  # rounds of local search between reads of the clock
 ADMISSION_SHARE = 0.4  # largest share of the time limit
 SEARCH_SHARE = 0.2  # share of the time left after admission
-MOST_SEARCH_ROUNDS = 20_000  # without a clock
+MOST_SEARCH_ROUNDS = 20_000  # if there is no clock
 
 
 def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) -> Admission:
@@ -39,8 +39,8 @@ def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) ->
     Such that  sum_i unit_i u_ij = G            every j
                sum_j m_j unit_i u_ij <= free_i  every i
 
-    The order decides: the admitted requests are the first in lexicographic order. If the budget runs out, the verdict
-    stays `NOT_FOUND`.
+    Requests have priority in their order: the admitted ones are the first in lexicographic order. If the budget runs
+    out, the verdict stays `NOT_FOUND`.
     """
     costs = costs_of(problem.stage)
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
@@ -104,10 +104,10 @@ def solve_exactly(
 ) -> DispatchPlan:
     """Return the best placement in whole head groups that the budget allows, with the best bound.
 
-    `hetis.solver.dispatch.exact` decides which requests are placed, in their order, with none dropped for a
-    later one. The plan is never worse than the fast one for the same requests, and optimal within ``gap_target`` unless
-    the budget ran out. ``prices`` are those of the relaxation, so they prove only ``relaxed_s``; ``bound_s`` is HiGHS's
-    if that is higher.
+    `admit_exactly` decides which requests are placed, in their order, with none dropped for a later one. The plan is
+    never worse than the fast one for the same requests, and optimal within ``gap_target`` unless the budget ran out.
+    ``prices`` are those of the relaxation, so they prove only ``relaxed_s``; ``bound_s`` is HiGHS's bound if that is
+    higher.
     """
     budget = budget or Budget()
     admission = admit_exactly(problem, budget=budget.share(ADMISSION_SHARE), seed=seed)
@@ -197,7 +197,7 @@ class _Milp(NamedTuple):
 
     stage: LoadedStage
     free_blocks: IntArray
-    placement: Placement  # of the same requests
+    placement: Placement  # a placement of the same requests
     scale: float
 
     def program(self) -> Any:

@@ -17,7 +17,7 @@ BLOCK = 16  # devices compared together: a group changes one of them, and only i
 BETTER = 1.0 - 1e-9
 MOST_HANDED_ON = 16
 MOST_TRIES = 64
-MOST_STUCK = 3  # in every round of ruin and recreate
+MOST_STUCK = 3  # stuck devices in every round of ruin and recreate
 
 # --- rounding: round down, then give every group left to the marginal device
 

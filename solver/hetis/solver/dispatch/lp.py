@@ -34,17 +34,17 @@ CHEAPER = 1e-9  # ratio by which a column must be cheaper than what its request 
 
 
 class GrowingModel(Protocol):
-    """A program that accepts more columns, each for one (request, device): the groups placed, or arriving, there."""
+    """A program that accepts more columns, each for one (request, device): the groups placed on, or moved to, it."""
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
         """Add these columns to the model that ``highs`` holds."""
 
     def cheaper(self, row_duals: FloatArray) -> BoolArray:
-        """Return columns that would lower the objective at these prices, [requests, devices], possibly known ones."""
+        """Return a mask [requests, devices] of columns, perhaps known ones, that lower the objective at the prices."""
 
 
 class SiftedSolution(NamedTuple):
-    """The optimum: sifted columns in order of arrival, values of all columns (others first), prices of rows."""
+    """The optimum: sifted columns in order of joining, values of all columns (others first), and prices of rows."""
 
     requests: IntArray
     devices: IntArray
@@ -53,7 +53,7 @@ class SiftedSolution(NamedTuple):
 
 
 def sift_columns(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed: BoolArray) -> SiftedSolution | None:
-    """Run HiGHS until no column is missing; return None if it gives up or there is no solution.
+    """Run HiGHS until no column is missing; return None if it gives up or no solution exists.
 
     ``highs`` holds the model with the ``chosen`` columns, in the order of `numpy.nonzero`; it may use all ``allowed``.
     """
@@ -61,7 +61,7 @@ def sift_columns(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed:
     requests, devices = np.nonzero(chosen)
     for _ in range(MOST_SIFTINGS):
         highs.run()
-        missing = allowed & ~chosen  # if the model has no solution, there are no prices, so all of them
+        missing = allowed & ~chosen  # an infeasible model gives no prices, so all columns join
         if highs.getModelStatus() == highspy.HighsModelStatus.kOptimal:
             solution = highs.getSolution()
             row_duals = np.array(solution.row_dual)
@@ -120,7 +120,7 @@ class RelaxationLp:
 
         Args:
             guess_s: a level near the optimum.
-            start: a feasible placement [J, D] whose columns are in the initial model.
+            start: a feasible placement [J, D], whose columns are in the initial model.
             prices: near the optimal ones; they choose the other columns.
         """
         open_at, level = problem.stage.open_at, guess_s
@@ -128,7 +128,7 @@ class RelaxationLp:
         columns = (cost <= cost.min(axis=1, keepdims=True) * (1 + NEAR)) | (start > 0)
         best: DispatchLpSolution | None = None
         for _ in range(MOST_GUESSES):
-            # A device that opens right at the level has no room; opening it would keep the level up by its constants.
+            # A device that opens exactly at the level has no room; opening it would keep the level up by its constants.
             is_open = open_at < level * (1 - 1e-9)
             solution = self._solve_open(problem, is_open, columns, 1.0 / max(guess_s, 1e-12))
             if solution is None:

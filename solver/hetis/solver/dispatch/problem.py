@@ -26,10 +26,10 @@ import numpy.typing as npt
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 
-MOST_TOKENS = 2**31  # per context, and of growth
-MOST_BLOCKS = 2**40  # free on a device
-MOST_HEADS = 2**40  # running on a device
-MOST_KV_BYTES = 1e18  # running on a device
+MOST_TOKENS = 2**31  # context tokens, or growth tokens, of a request
+MOST_BLOCKS = 2**40  # free blocks of a device
+MOST_HEADS = 2**40  # running heads of a device
+MOST_KV_BYTES = 1e18  # running KV bytes of a device
 MOST_GROUPS = 2**16  # per layer; also for query heads per group, cards of the primary and tokens of a block
 # Within these limits no sum in a kernel exceeds 64 bits.
 _MOST_KV_BITS = np.array(MOST_KV_BYTES).view(np.uint64)
@@ -43,9 +43,9 @@ BoolArray = npt.NDArray[np.bool_]
 class HeadShape:
     """The attention heads of one layer."""
 
-    head_groups: int  # G, KV heads; the smallest thing that is placed is one of them with its query heads
-    queries_per_group: int  # r
-    kv_bytes_per_token: float  # of one head group in one layer
+    head_groups: int  # G, KV heads; the smallest unit of placement is one of them with its query heads
+    queries_per_group: int  # r, query heads per head group
+    kv_bytes_per_token: float  # KV bytes per token of one head group in one layer
     exchange_bytes_per_head: float  # e, bytes per token, layer and query head between primary and attention worker
     block_tokens: int = 16  # token slots of a KV block, which belongs to one head group
 
@@ -72,7 +72,7 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Primary:
-    """The device of the dense layers: ``tp`` cards, and the network card through which it reaches the workers."""
+    """The device that computes the dense layers: ``tp`` cards, and the network card that links it to the workers."""
 
     device: int  # its index among the stage's devices
     tp: int = 1  # n, tensor-parallel cards; a divisor or a multiple of the model's head groups
@@ -82,11 +82,11 @@ class Primary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stage:
-    """The devices of one replica stage and the cost of attention on them, fixed during the replica's life."""
+    """The devices of one replica stage and the cost of attention on them, fixed for the replica's lifetime."""
 
-    heads: HeadShape  # shape of the attention heads
-    devices: tuple[str, ...]  # names, D of them
-    head_s: FloatArray  # a_ik, seconds per query head, shape [D, K]. A device with fewer pieces repeats one.
+    heads: HeadShape
+    devices: tuple[str, ...]  # names of the D devices
+    head_s: FloatArray  # a_ik, seconds per query head, shape [D, K]; a device with fewer pieces repeats one
     kv_byte_s: FloatArray  # b_ik, seconds per KV byte read, shape [D, K]
     call_s: FloatArray  # c_ik, seconds per call, shape [D, K]
     transfer_byte_s: FloatArray  # gamma_i, seconds per byte exchanged, shape [D]; unused for the primary
@@ -144,7 +144,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceLoad:
-    """The load of devices from the micro-batch that new requests join; for the primary, of all its cards together.
+    """The load on devices from the micro-batch that new requests join; for the primary, on all its cards together.
 
     Attributes:
         heads: running query heads, shape [D].
@@ -170,7 +170,7 @@ class DeviceLoad:
                 f"heads, kv_bytes and free_blocks are of {len(self.heads)}, {len(self.kv_bytes)} and "
                 f"{len(self.free_blocks)} devices, must be of the same"
             )
-        # The bits of floats >= 0 have the same order; those of NaN are above, and those with a sign above all.
+        # The bits of floats >= 0 are ordered like the floats; those of NaN are above, those with a sign above all.
         if len(self.kv_bytes) and np.maximum.reduce(self.kv_bytes.view(np.uint64)) > _MOST_KV_BITS:
             bad = self.kv_bytes[~((self.kv_bytes >= 0) & (self.kv_bytes <= MOST_KV_BYTES))]
             if len(bad):
@@ -209,7 +209,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DispatchProblem:
-    """The question on which device each head group of the new requests should be placed."""
+    """The question of which device each head group of the new requests should be placed on."""
 
     stage: Stage
     load: DeviceLoad
@@ -246,7 +246,7 @@ def _counts(name: str, values: IntArray, most: int, *, least: int | None = 0) ->
     if len(counts):
         if least is None:
             is_within = np.maximum.reduce(counts) <= most
-        else:  # one pass for both ends: as unsigned, negative numbers are huge
+        else:  # one pass for both ends: as unsigned numbers, negative ones are huge
             above = counts - least if least else counts
             is_within = np.maximum.reduce(above.view(np.uint64)) <= most - least
         if not is_within:
@@ -280,7 +280,7 @@ def _check_costs(name: str, values: FloatArray, shape: tuple[int, ...], devices:
 
 
 class Path(StrEnum):
-    """The way in which an answer was found.
+    """How an answer was found.
 
     ``chain``: the relaxation was solved exactly as a chain by comparative advantage, every device on one affine piece.
     ``mixed``: two rows at once bind some devices (affine pieces, memory, the primary's network card). The chain was
@@ -309,14 +309,14 @@ class Resource(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unplaced:
-    """A request that has to wait."""
+    """A request that cannot be placed yet."""
 
-    request: int  # its index in the problem
-    id: str  # its name
+    request: int  # index of the request in the problem
+    id: str  # name of the request
     resource: Resource  # what it lacks after the requests admitted before it
     missing: int  # KV blocks per layer for ``kv_blocks``, head groups without room for ``whole_groups``
-    # no placement holds it in addition to those admitted before it. This is always true for ``kv_blocks``. The fast
-    # path may overlook a packing of whole groups and then proves nothing; `solve_exactly` does, given the time.
+    # True if no placement holds it in addition to those admitted before it; always so for ``kv_blocks``. The fast path
+    # may overlook a packing of whole groups, so it proves nothing in that case; `solve_exactly` does, given the time.
     proved: bool
 
     def __str__(self) -> str:
@@ -333,8 +333,8 @@ class Unplaced:
 class ShadowPrices:
     """Multipliers that prove the bound; `hetis.solver.dispatch.certificate` recomputes it from them."""
 
-    # weight of every affine piece of every device, shape [D, K], >= 0. Those of the devices that are in use at the
-    # bound, and ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
+    # Weight of every affine piece of every device, shape [D, K], >= 0. The weights of devices in use at the bound, plus
+    # ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
     piece: FloatArray
     block_s: FloatArray  # seconds of makespan that one more free KV block on the device saves, shape [D]
     nic: float  # weight of the primary's network card
@@ -345,20 +345,20 @@ class ShadowPrices:
 class DispatchPlan:
     """A placement in whole head groups."""
 
-    groups: IntArray  # head groups of request j on device i, shape [J, D]; the rows of unplaced requests are 0
-    # seconds per layer of one decode iteration on the slowest device (or network card), including running requests
+    groups: IntArray  # head groups of request j on device i, shape [J, D]; rows of unplaced requests are 0
+    # Seconds per layer of one decode iteration on the slowest device (or network card), including running requests
     makespan_s: float
     bound_s: float  # no placement of the same requests is faster, as ``prices`` prove
-    # makespan of the best fractional placement found; equal to ``bound_s`` up to rounding on the paths ``chain`` and
-    # ``lp``
+    # Makespan of the best fractional placement found; equal to ``bound_s`` up to rounding on the paths ``chain`` and
+    # ``lp``.
     relaxed_s: float
-    path: Path  # how it was found
-    unplaced: tuple[Unplaced, ...]  # requests left out, in order
+    path: Path  # how the plan was found
+    unplaced: tuple[Unplaced, ...]  # requests that were not placed, in order
     prices: ShadowPrices  # the multipliers behind the bound
 
     @property
     def gap(self) -> float:
-        """Return how far the makespan may be above the best, ``makespan_s / bound_s - 1``, or 0 if nothing runs."""
+        """Return how far the makespan may be above the best, ``makespan_s / bound_s - 1``; 0 if nothing runs."""
         if self.makespan_s <= self.bound_s:
             return 0.0
         return self.makespan_s / self.bound_s - 1.0 if self.bound_s > 0 else np.inf

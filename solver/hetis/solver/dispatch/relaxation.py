@@ -159,7 +159,7 @@ def fill(z: float, chain: Chain, demand: Demand, price: FloatArray) -> tuple[flo
 
 @kernel
 def level_paid_for(z: float, paid: float, chain: Chain, price: FloatArray) -> float:
-    """Return the least level at which ``sum_i price_i max(0, kappa_i z - base_i)`` pays for all groups, a lower bound.
+    """Return the least level at which ``sum_i price_i max(0, kappa_i z - base_i)`` pays for all groups: a lower bound.
 
     This is Newton's method on a convex function: first with the devices open at ``z``, which may be on either side of
     the root, then from the right with those open at the last root.
@@ -173,7 +173,7 @@ def level_paid_for(z: float, paid: float, chain: Chain, price: FloatArray) -> fl
                 slope += price[i] * kappa[i]
                 offset += price[i] * base[i]
         if slope <= 0.0:
-            # Nothing that grows with z is open yet, so the next device to open gives the next level.
+            # Nothing that grows with z is open yet, so the next device to open determines the next level.
             following = np.inf
             for i in range(len(price)):
                 opens = max(open_at[i], base[i] / kappa[i] if kappa[i] > 0.0 else np.inf)
@@ -200,7 +200,7 @@ def level(start: float, chain: Chain, demand: Demand, price: FloatArray) -> floa
         if root == np.inf:
             return root
         if left > 1e-14 * paid and root <= z * (1.0 + 1e-15):
-            # Too low, yet the prices prove no more because a device opens with room at once. Go to the next opening.
+            # Too low, but the prices prove no more, because a device opens with room at once: go to the next opening.
             following = np.inf
             for i in range(len(price)):
                 if chain.open_at[i] > z:
@@ -285,7 +285,7 @@ def likely_level(rows: DeviceRows, stage: LoadedStage, context: float, num_group
 
 @kernel
 def prices_of(rows: DeviceRows, mix: ChainMix) -> Multipliers:
-    """Return the multipliers that the prices of mixed rows mean."""
+    """Return the multipliers that correspond to the prices of mixed rows."""
     num, width = rows.alpha.shape
     pieces = width - 2
     piece, block, nic = np.zeros((num, pieces)), np.zeros(num), 0.0
@@ -441,7 +441,7 @@ def _go_to(
 
 @kernel
 def _most_weight(rows: DeviceRows, i: int, now: ChainMix, shortest: float) -> float:
-    """Return 1, or less for the network card, whose row pays for groups: a mix must still charge for every request."""
+    """Return 1, or less for the network card, whose row pays for groups: a mix must still charge every request."""
     if rows.alpha[i, now.high[i]] >= 0.0:
         return 1.0
     charge = float(rows.alpha[i, now.low[i]] + rows.beta[i, now.low[i]] * shortest)

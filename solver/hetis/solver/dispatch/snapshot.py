@@ -1,4 +1,4 @@
-"""The contents of one replica stage as a value: for files, for re-dispatch, and to start a `DispatchState` from."""
+"""The contents of one replica stage as a value: for files, for re-dispatch, and to initialise a `DispatchState`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hetis.solver.errors import InvalidProblemError
 
 
 class DeviceStatus(StrEnum):
-    """The status of a device, which says whether it takes head groups.
+    """The status of a device, which determines whether it accepts head groups.
 
-    ``ok``: it does. ``draining``: it serves what it holds, takes nothing, and should be emptied. ``lost``: it is gone
+    ``ok``: it does. ``draining``: it serves what it holds, accepts nothing, and should be emptied. ``lost``: it is gone
     with its KV and holds nothing.
     """
 
@@ -29,10 +29,10 @@ class DeviceSnapshot:
     """One device of a stage."""
 
     name: str  # as in the stage
-    total_blocks: int  # KV blocks that a layer has there; for the primary, on all its cards together
-    status: DeviceStatus = DeviceStatus.OK  # whether it takes head groups
+    total_blocks: int  # KV blocks of a layer on the device; for the primary, on all its cards together
+    status: DeviceStatus = DeviceStatus.OK
     high_water: float = 0.9  # share of the blocks in use above which head groups should leave
-    changed: bool = False  # it joined, came back, was lost or changed its speed since the last check by re-dispatch
+    changed: bool = False  # joined, came back, was lost or changed its speed since the last check by re-dispatch
 
     def __post_init__(self) -> None:
         if not 0 <= self.total_blocks <= MOST_BLOCKS:
@@ -45,9 +45,9 @@ class DeviceSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedMove:
-    """A move of head groups under way: blocks are taken at both ends, and the source owns the groups until commit.
+    """A move of head groups under way: both ends hold blocks, and the source owns the groups until commit.
 
-    ``number`` names the move within its state; ``source`` and ``target`` are indices of devices.
+    ``number`` identifies the move within its state; ``source`` and ``target`` are indices of devices.
     """
 
     number: int
@@ -62,12 +62,12 @@ class StateSnapshot:
     """The contents of a stage at one moment, with requests in order of admission."""
 
     stage: Stage  # devices and the cost of attention on them
-    devices: tuple[DeviceSnapshot, ...]  # one per device of the stage, in its order
+    devices: tuple[DeviceSnapshot, ...]  # one per device of the stage, in the stage's order
     ids: tuple[str, ...]  # names of the N running requests
     context_tokens: IntArray  # tokens that a decode step attends to, shape [N]
     remaining_tokens: IntArray  # output tokens still expected, one per decode step, shape [N]
     groups: IntArray  # head groups of each request on each device, shape [N, D]
-    moves: tuple[PreparedMove, ...] = ()  # head groups under way
+    moves: tuple[PreparedMove, ...] = ()  # moves under way
 
     def __post_init__(self) -> None:
         names = tuple(device.name for device in self.devices)
@@ -92,7 +92,7 @@ class StateSnapshot:
         self._check_devices()
 
     def _misplaced(self) -> npt.NDArray[np.bool_]:
-        """Return which requests `check_groups` refuses, shape [N]."""
+        """Return a mask of the requests that `check_groups` rejects, shape [N]."""
         wrong: npt.NDArray[np.bool_] = (self.groups < 0).any(axis=1) | (
             self.groups.sum(axis=1) != self.stage.heads.head_groups
         )
@@ -143,7 +143,7 @@ class StateSnapshot:
         return np.array([device.total_blocks for device in self.devices], np.int64)
 
     def takes_groups(self) -> npt.NDArray[np.bool_]:
-        """Return which devices are ok, shape [D]."""
+        """Return a mask of the devices that are ok, shape [D]."""
         return np.array([device.status is DeviceStatus.OK for device in self.devices])
 
     def incoming(self) -> IntArray:
@@ -155,7 +155,7 @@ class StateSnapshot:
         return coming
 
     def load(self) -> DeviceLoad:
-        """Return the load that new requests join; devices that take no groups have no free blocks."""
+        """Return the load that new requests join; devices that accept no groups have no free blocks."""
         heads = self.stage.heads
         free = self.total_blocks() - self._blocks_on_devices(self.expected_blocks())
         return DeviceLoad(

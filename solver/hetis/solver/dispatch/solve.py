@@ -37,17 +37,17 @@ from hetis.solver.dispatch.tables import (
 )
 from hetis.solver.errors import InvalidProblemError
 
-# Ratio of bound and fractions up to which HiGHS is not asked. If memory binds (12 x 8 and 64 x 64, free blocks 1.2
-# times the need, uneven growth), a tenth of it makes plans 0.05% and 0.07% better and takes 13 and 20 times as long.
-# Otherwise the two ends agree up to rounding.
+# Ratio between bound and fractional placement up to which HiGHS is not used. If memory binds (12 x 8 and 64 x 64, free
+# blocks 1.2 times the need, uneven growth), a tenth of this makes plans 0.05% and 0.07% better and takes 13 and 20
+# times as long. Otherwise the two agree up to rounding.
 TOLERANCE = 0.01
-# Rounds of mixing rows. Twice as many do not change makespans, nor bounds to 1e-4 (12 x 8, 64 x 64 and 1024 x 16,
+# Rounds of mixing rows. Twice as many change neither makespans nor (beyond 1e-4) bounds (12 x 8, 64 x 64 and 1024 x 16,
 # nearly full, within 5e-5 on average), but take 1.6 ms instead of 1.2 for 1,024 devices.
 MOST_ROUNDS = 12
 MOST_STUCK = 4
 MOST_STEPS = 400
 WORTH_POLISHING = 0.01  # gap below which ruin and recreate is not worth its time
-POLISHING = 2000  # rounds of it, times requests, times devices
+POLISHING = 2000  # rounds of ruin and recreate, times requests, times devices
 
 
 class PassResult(NamedTuple):
@@ -57,9 +57,9 @@ class PassResult(NamedTuple):
     makespan_s: float
     bound_s: float
     relaxed_s: float
-    on_pieces: bool  # settled, every device on one affine piece
+    on_pieces: bool  # the relaxation is settled with every device on one affine piece
     admission: Admission
-    order: IntArray  # requests placed, by rising context
+    order: IntArray  # placed requests, by rising context
     prices: Multipliers
     request: FloatArray  # [J] seconds per head group
 
@@ -78,7 +78,7 @@ class Dispatcher:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self._costs = costs_of(stage)
-        self._lp: RelaxationLp | None = None  # set up when first needed
+        self._lp: RelaxationLp | None = None  # set up on first use
 
     def dispatch(
         self, load: DeviceLoad, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
@@ -95,15 +95,15 @@ class Dispatcher:
                    x_ij a multiple of what the primary takes at once              i the primary
 
         The relaxation in fractions is solved by a chain of devices, with mixed rows if needed (`relaxation`). If its
-        bound and fractions are further apart than the ratio ``tolerance``, HiGHS solves it. Whole groups come from
-        rounding down, the marginal device for the rest, and a local search. Requests for which memory is too short are
-        named in ``unplaced``; the others are placed as if those had not come.
+        bound and its fractional placement are further apart than the ratio ``tolerance``, HiGHS solves it. Whole groups
+        come from rounding down, giving the rest to the marginal device, and a local search. Requests for which memory
+        is too short are named in ``unplaced``; the others are placed as if those had not come.
 
         ``admission`` replaces the quick decision on which requests are placed; `hetis.solver.dispatch.exact` proves
         its decision.
 
         Raises:
-            InvalidProblemError: the load is of another number of devices.
+            InvalidProblemError: the load is for a different number of devices.
         """
         if len(load.heads) != len(self._costs.unit):
             raise InvalidProblemError(
@@ -147,7 +147,7 @@ class Dispatcher:
 def _admit_and_place(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, contexts: IntArray, blocks: IntArray
 ) -> PassResult:
-    """Do everything in one pass."""
+    """Admit requests, then relax, round and improve, in one compiled pass."""
     admission = admit(PackingProblem(free_blocks, costs.unit, costs.primary, blocks, costs.head_groups))
     return _place_admitted(costs, heads, kv_bytes, free_blocks, contexts, blocks, admission)
 
@@ -157,7 +157,7 @@ def _place_admitted(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
     all_blocks: IntArray, admission: Admission,
 ) -> PassResult:  # fmt: skip
-    """Do everything after admission, whose reserved groups are overwritten."""
+    """Do what follows admission, whose reserved groups are overwritten."""
     num, pieces = costs.alpha.shape
     stage = running_load(costs, heads, kv_bytes)
     all_groups = admission.reserved
@@ -195,7 +195,7 @@ def _whole_groups(
     stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, fractions: FloatArray,
     reserved: IntArray, bound: float,
 ) -> tuple[IntArray, float]:  # fmt: skip
-    """Round fractions [J, D] and improve, or start from what admission reserved if rounding runs out of room."""
+    """Round fractions [J, D] and improve them; start from what admission reserved if rounding runs out of room."""
     placement = empty_placement(stage, free_blocks, contexts, blocks)
     round_down(stage, placement, fractions)
     if not place_rest(stage, placement):
@@ -235,7 +235,7 @@ def _plan_of(requests: Requests, answer: PassResult, path: Path) -> DispatchPlan
 
 
 def small_stage() -> Stage:
-    """Return two devices and two head groups, which reach every kernel in microseconds once they are compiled."""
+    """Return two devices and two head groups, which exercise every kernel in microseconds once they are compiled."""
     ones = np.ones((2, 1))
     return Stage(
         heads=HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0),
@@ -251,5 +251,5 @@ def small_stage() -> Stage:
 def compile_dispatch() -> None:
     """Place a request on every path, which takes up to a minute the first time on a machine."""
     requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
-    # Without tolerance HiGHS is asked whatever the bound is, and what follows it has kernels of its own.
+    # Without tolerance HiGHS is used whatever the bound is, and the steps after it have kernels of their own.
     Dispatcher(small_stage()).dispatch(DeviceLoad.idle(np.array([64, 64])), requests, tolerance=-1.0)

@@ -30,7 +30,7 @@ class Ledger:
 
     Attributes:
         slots: slot of each request, in order of admission.
-        context: tokens, shape [slots].
+        context: context tokens, shape [slots].
         remaining: output tokens still expected, shape [slots].
         groups: head groups owned, shape [slots, D].
         incoming, outgoing: head groups in a move, shape [slots, D].
@@ -151,7 +151,7 @@ class Ledger:
 class Evicted:
     """A request that lost KV and left the state, to be prefilled again with ``context_tokens``."""
 
-    id: str  # its name
+    id: str
     context_tokens: int  # prompt and output so far
     remaining_tokens: int  # output tokens still expected at that time
     lost_groups: int  # head groups whose KV was on the lost device
@@ -226,12 +226,12 @@ class DispatchState:
         return groups
 
     def free_blocks(self) -> IntArray:
-        """Return the unused blocks, shape [D]; `load` gives those that no growth is expected to take."""
+        """Return the unused blocks, shape [D]; `load` gives those not set aside for expected growth."""
         free: IntArray = self._total - self._ledger.used
         return free
 
     def load(self) -> DeviceLoad:
-        """Return the load that new requests join: free blocks minus expected growth, 0 if a device takes no groups."""
+        """Return the load that new requests join: free blocks minus expected growth, 0 if no groups are accepted."""
         heads = self.stage.heads
         takes = np.array([device.status is DeviceStatus.OK for device in self._devices])
         return DeviceLoad(
@@ -300,9 +300,10 @@ class DispatchState:
         self._ledger.add(request, context_tokens, remaining_tokens, groups)
 
     def grow(self, requests: Iterable[str], tokens: int = 1) -> tuple[str, ...]:
-        """Lengthen the context of each request by ``tokens``, which count as expected output.
+        """Lengthen the context of each request by ``tokens``, which count towards its expected output.
 
-        Return the requests that did not grow because one of their devices had no block left; earlier ones go first.
+        Return the requests that did not grow because one of their devices had no block left; earlier ones have
+        priority.
         """
         names = tuple(requests)
         slots = np.array([self._slot(name) for name in names], np.int64)
@@ -328,7 +329,7 @@ class DispatchState:
         return tuple(names[position] for position in np.flatnonzero(stays))
 
     def grow_one(self, request: str, *, context_tokens: int) -> bool:
-        """Lengthen one context to ``context_tokens`` if it is shorter; False: a device of it has too few blocks."""
+        """Lengthen one context to ``context_tokens`` if it is shorter; False: one of its devices has too few blocks."""
         ledger, slot = self._ledger, self._slot(request)
         before = int(ledger.context[slot])
         more = ledger.blocks(context_tokens) - ledger.blocks(before)
@@ -348,7 +349,7 @@ class DispatchState:
         self._ledger.expect(slot, remaining_tokens)
 
     def finish(self, request: str) -> None:
-        """Remove a request that is done or evicted, free its blocks, and abort its moves."""
+        """Remove a finished or evicted request, free its blocks, and abort its moves."""
         self._slot(request)
         for move in [move for move in self._moves.values() if move.request == request]:
             self.abort_move(move.number)
@@ -357,12 +358,12 @@ class DispatchState:
     # --- moves
 
     def prepare_move(self, request: str, *, groups: int, source: int, target: int) -> PreparedMove | None:
-        """Take blocks at ``target`` for head groups on ``source``, which owns them until `commit_moves`.
+        """Reserve blocks at ``target`` for head groups on ``source``, which owns them until `commit_moves`.
 
-        Return None if the target has too few free blocks, which another move has to free first.
+        Return None if the target has too few free blocks: another move has to free some first.
 
         Raises:
-            InvalidProblemError: too few groups on the source are not in another move, or the target takes none.
+            InvalidProblemError: too few groups on the source are free to move, or the target accepts none.
         """
         slot = self._slot(request)
         held = int(self._ledger.groups[slot, source] - self._ledger.outgoing[slot, source])
@@ -384,12 +385,12 @@ class DispatchState:
         return move
 
     def commit_moves(self, *numbers: int) -> None:
-        """Give the groups of all these moves to their targets at once, and free the sources' blocks.
+        """Assign the groups of all these moves to their targets at once, and free the sources' blocks.
 
-        The primary takes several groups at once, so moves that keep it even only together are committed together.
+        The primary takes several groups at once, so moves that only keep it even together are committed together.
 
         Raises:
-            InvalidProblemError: a number is not under way, or the primary would be uneven. Nothing is committed.
+            InvalidProblemError: no move of a number is under way, or the primary would be uneven. Nothing is committed.
         """
         changes: dict[int, IntArray] = {}
         for number in numbers:
@@ -416,7 +417,7 @@ class DispatchState:
     def lose_device(self, device: int) -> tuple[Evicted, ...]:
         """Mark a device lost, and remove and return the requests with KV there, which must be prefilled again.
 
-        A request of which groups were only moving there continues where it is.
+        A request whose groups were only moving there continues where it is.
         """
         for move in [move for move in self._moves.values() if device in (move.source, move.target)]:
             self.abort_move(move.number)
@@ -445,11 +446,11 @@ class DispatchState:
         self._set_status(device, DeviceStatus.DRAINING)
 
     def restore_device(self, device: int) -> None:
-        """Let a drained or lost device take groups again."""
+        """Allow a drained or lost device to take groups again."""
         self._set_status(device, DeviceStatus.OK)
 
     def resize_device(self, device: int, total_blocks: int) -> None:
-        """Give an empty device that came back with other memory ``total_blocks`` KV blocks per layer.
+        """Set an empty device that came back with other memory to ``total_blocks`` KV blocks per layer.
 
         Raises:
             InvalidProblemError: it holds head groups, or some are moving to it.

@@ -29,17 +29,17 @@ class Costs(NamedTuple):
     byte_s: FloatArray  # [D, K] seconds per running KV byte
     call_s: FloatArray  # [D, K] seconds per call and exchange
     unit: IntArray  # [D] head groups taken at once
-    primary: int  # -1: none
-    nic_head_s: float  # of the primary's network card, per query head on a worker
+    primary: int  # index of the primary; -1: none
+    nic_head_s: float  # seconds of the primary's network card per query head on a worker
     nic_s: float
     head_groups: int  # G
     queries: int  # r
 
 
 class LoadedStage(NamedTuple):
-    """The costs of new head groups on a stage, beside the time of its running load."""
+    """The costs of new head groups on a stage, and the time of its running load."""
 
-    alpha: FloatArray  # the first five as in `Costs`
+    alpha: FloatArray  # the first five are those of `Costs`
     beta: FloatArray
     unit: IntArray
     primary: int
@@ -47,7 +47,7 @@ class LoadedStage(NamedTuple):
     base: FloatArray  # [D, K] time of the running load, including constants
     open_at: FloatArray  # [D] makespan from which a device may be used: -inf if it is in use, otherwise its constants
     floor_s: float  # time of the running load on the slowest device or network card
-    nic_base: float  # network card's time once any worker is in use, without new requests
+    nic_base: float  # time of the network card once any worker is in use, without new requests
     nic_group_s: float  # eta
 
 

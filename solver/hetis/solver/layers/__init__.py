@@ -1,4 +1,4 @@
-"""Chains and meshes of one-node stages: which contiguous layers every node holds, and how requests go through them.
+"""Chains and meshes of one-node stages: the contiguous layers of every node, and the paths of requests through them.
 
-Start at `hetis.solver.layers.problem` and `hetis.solver.layers.solve`; the model is `docs/layers.md`.
+Start with `hetis.solver.layers.problem` and `hetis.solver.layers.solve`; the model is described in `docs/layers.md`.
 """

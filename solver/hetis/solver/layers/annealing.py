@@ -1,4 +1,4 @@
-"""Simulated annealing over placements, compiled: the layers that every node holds, and its weight for requests.
+"""Compiled simulated annealing over placements: the layers that every node holds, and its weight for requests.
 
 A sweep from the first layer to the last values a placement. Every layer is on some node, so requests that leave a node
 after its last layer find others to continue on. Nodes that begin at that layer share them in proportion to their
@@ -26,7 +26,7 @@ IntArray = NDArray[np.int64]
 kernel = kernel_of(Path(__file__).parent)
 
 MOST_TILT, MOST_WILD_TILT = 8.0, 1000.0  # largest ratio of a node's weight to its KV room per layer, or its inverse
-NEW_TILT = 0.2  # share of nodes in a new place that get any weight, with wild weights
+NEW_TILT = 0.2  # with wild weights, share of nodes in a new place that get an arbitrary weight
 
 
 class LayerTables(NamedTuple):
@@ -75,7 +75,7 @@ class FlowSweep(NamedTuple):
 
 
 def tabulate(problem: LayersProblem) -> LayerTables:
-    """Return everything that the search needs to know of a problem."""
+    """Return all data of a problem that the search needs, as arrays."""
     kinds, links = problem.node_types, problem.links
     most = np.array([problem.most_layers(kind) for kind in kinds], np.int64)
     shape = (len(kinds), int(most.max()))
@@ -93,7 +93,7 @@ def tabulate(problem: LayersProblem) -> LayerTables:
             while len(sizes) < points:
                 sizes.append(2 * sizes[-1] + 1)
             decode_at[t, column], decode_s[t, column] = sizes, [decode.at(size) for size in sizes]
-    # Callers may pass integers, and kernels are compiled for each type that they see.
+    # Callers may pass integers, and kernels are compiled for each argument type that they see.
     scalars = links.latency_s, links.token_s, problem.mean_prompt_tokens, problem.mean_output_tokens
     return LayerTables(
         problem.num_layers, np.repeat(np.arange(len(kinds)), [kind.count for kind in kinds]), most, kv, rate_s, wait_s,
@@ -120,7 +120,7 @@ def copy_of(placement: LayerPlacement) -> LayerPlacement:
 
 @kernel
 def share_requests(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: FlowSweep) -> bool:
-    """Fill ``sweep``, weighing nodes by tilted KV room (``flow_only``: by rate); False if a layer is missing."""
+    """Fill ``sweep``, weighting nodes by tilted KV room (``flow_only``: by rate); False if a layer is missing."""
     first, held, weight = placement.first, placement.held, sweep.weight
     n = first.shape[0]
     sweep.entries[:] = 0
@@ -240,7 +240,7 @@ def anneal(
 
     A move that loses a share x of the rate is kept with probability exp(-x / temperature). The temperature falls
     geometrically from ``hot`` to ``cold``. With ``wild``, weights may be far from KV room per layer, which fleets of
-    very different nodes need and which costs others time.
+    very different nodes need, but which costs time on others.
     """
     np.random.seed(seed)
     trial = LayerPlacement(placement.first.copy(), placement.held.copy(), placement.tilt.copy())
@@ -263,7 +263,7 @@ def anneal(
 
 @kernel
 def polish(placement: LayerPlacement, tables: LayerTables, flow_only: bool, sweep: FlowSweep, num_rounds: int) -> float:
-    """Tilt weights one by one, in ever smaller steps, as long as that pays; return the rate."""
+    """Tilt weights one by one, in ever smaller steps, while that improves the rate; return the rate."""
     rate = rate_of(placement, tables, flow_only, sweep)
     step = 0.5
     for _ in range(num_rounds):
@@ -331,7 +331,7 @@ def _move(trial: LayerPlacement, tables: LayerTables, wild: bool) -> bool:
 
 @kernel
 def _new_tilt(wild: bool) -> float:
-    """Draw the tilt of a node in a new place: 1, by its KV room, or any."""
+    """Draw the tilt of a node in a new place: 1, for a weight by KV room, or an arbitrary one."""
     if wild and np.random.random() < NEW_TILT:
         return float(MOST_WILD_TILT ** np.random.uniform(-1.0, 1.0))
     return 1.0
@@ -362,7 +362,7 @@ def _trade(trial: LayerPlacement, i: int, j: int) -> bool:
     giver, given = first[i], held[i]
     taker, taken = first[j], held[j]
     if given < 2 or taken == 0 or (giver + given > taker and taker + taken > giver):
-        return False  # there is nothing to give or take, or they overlap
+        return False  # there is nothing to give or take, or the ranges overlap
     for m in range(first.shape[0]):
         if held[m] == 0:
             continue
@@ -427,7 +427,7 @@ def _split(trial: LayerPlacement, i: int) -> bool:
 
 @kernel
 def _merge(trial: LayerPlacement, i: int, j: int) -> bool:
-    """Let the nodes of two adjacent ranges hold both."""
+    """Make the nodes of two adjacent ranges hold both ranges."""
     first, held = trial.first, trial.held
     begin, left, middle, right = first[i], held[i], first[j], held[j]
     if left == 0 or right == 0 or begin + left != middle:

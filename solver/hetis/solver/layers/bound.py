@@ -31,10 +31,10 @@ from hetis.solver.layers.annealing import FloatArray, LayerTables
 from hetis.solver.layers.plan import PricedInterval, RateBound
 
 _PRECISION = 5e-4  # ratio of an interval's width to its end at which halving stops
-_INTERVALS = 600  # if more in flight neither helps nor harms, most of them are needed and the bound is looser
+_INTERVALS = 600  # most intervals; if in-flight requests neither help nor harm, most are needed and the bound is looser
 _MARGIN = 1e-5  # ratio above the rate served; no placement beyond it may just reach a capacity
-_DEAREST = 1e4  # ratio of a layer's price to the most that it costs itself; higher prices lose their digits
-_ROUNDS = 60  # of bisection
+_DEAREST = 1e4  # limit on a layer's price, as a ratio to the most that it costs itself; higher prices lose digits
+_ROUNDS = 60  # rounds of bisection
 
 
 def rate_bound(tables: LayerTables, *, served: float) -> RateBound:
@@ -68,7 +68,7 @@ class _Nodes(NamedTuple):
     kind: FloatArray  # [E] as integers
     held: FloatArray
     kv: FloatArray
-    cap: FloatArray  # limit on the share, whatever is in flight
+    cap: FloatArray  # limit on the share, regardless of the number in flight
     flat: FloatArray  # seconds per request and layer of any batch, including the piece's constant
     slope: FloatArray  # seconds per sequence of a batch
     begin: FloatArray  # sequences at which the piece begins and ends
@@ -77,15 +77,15 @@ class _Nodes(NamedTuple):
     hop_slope: FloatArray  # seconds per visit and sequence
 
     def most_in_flight(self) -> float:
-        """Return the KV room of all nodes, each with as few layers as serves it best."""
+        """Return the KV room of all nodes, each with as few layers as are best for it."""
         room = np.zeros_like(self.counts)
         np.maximum.at(room, self.kind.astype(np.int64), self.kv)
         return float(room @ self.counts) / self.num_layers
 
     def shortest_round_trip(self, in_flight: float) -> tuple[float, float]:
-        """Return the price and the lower bound that it proves on the round trip with at least ``in_flight`` requests.
+        """Return the price, and the lower bound that it proves on the round trip with at least ``in_flight`` requests.
 
-        Both are infinite if nodes cannot compute all layers of so many.
+        Both are infinite if the nodes cannot compute all layers for that many requests.
         """
         half = max(in_flight, 1e-12) / 2
         cap = np.minimum(self.cap, self.kv / (2 * half * self.held))
@@ -94,7 +94,7 @@ class _Nodes(NamedTuple):
         square = half * (self.held * self.slope + self.hop_slope)
         linear = self.held * self.flat + self.hop
         top, divisor = np.maximum(low, high), np.maximum(2 * square, 1e-300)
-        starts = np.flatnonzero(np.diff(self.kind, prepend=-1.0))  # of the entries of each type
+        starts = np.flatnonzero(np.diff(self.kind, prepend=-1.0))  # first entry of each type
         lengths = np.diff(starts, append=len(self.kind))
 
         def relaxed(price: float) -> tuple[float, float]:
@@ -160,7 +160,7 @@ def _convex_pieces(sizes: FloatArray, seconds: FloatArray) -> list[tuple[float, 
         while len(hull) >= 2 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    # The last slope continues for ever: any earlier piece that rises faster would end above it.
+    # The last slope continues for ever: the line of any earlier piece with a steeper slope would end above it.
     last = _slope(points[-2], points[-1])
     while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= last:
         hull.pop()

@@ -1,9 +1,9 @@
 """A derivation of every number of a plan from its nodes, links and prices alone, without code of the search.
 
 Comparisons state what must hold and are negated, so that NaN never passes. The rate is that of `judge`, the model's
-definition, which the search computes by a sweep of its own. What prices prove is derived a second time: the greatest
-convex function below a time table is taken as the highest of all lines below it, and the cheapest share of a node is
-found by golden section; `hetis.solver.layers.bound` has hulls and closed forms.
+definition, which the search computes by a sweep of its own. The bound that prices prove is derived a second time: the
+greatest convex function below a time table is taken as the highest of all lines below it, and the cheapest share of a
+node is found by golden section; `hetis.solver.layers.bound` has hulls and closed forms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SECTIONS = 50
 
 
 def check_layers_plan(problem: LayersProblem, plan: LayersPlan) -> tuple[str, ...]:
-    """Return what is wrong with a plan, one sentence each, or nothing if it is sound."""
+    """Return the errors of a plan, one sentence each; empty if it is sound."""
     broken = tuple(_structure(problem, plan)) or tuple(_flow(plan))
     return broken or (*_rate(problem, plan), *_prices(problem, plan))
 
@@ -78,7 +78,7 @@ def _flow(plan: LayersPlan) -> Iterator[str]:
 
 
 def _rate(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
-    """Yield wrong claims on requests per second."""
+    """Yield wrong claims about requests per second."""
     found = judge(problem, plan.nodes, plan.links)
     computed: dict[int, float] = defaultdict(float)
     for load in found.loads:
@@ -99,7 +99,7 @@ def _rate(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
 
 
 def _prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
-    """Yield what keeps the prices from proving the bound: gaps between intervals, and intervals that allow more."""
+    """Yield what prevents the prices from proving the bound: gaps between intervals, and intervals that allow more."""
     kept = problem.mean_prompt_tokens + 2 * problem.mean_output_tokens
     room = sum(kind.count * max(kind.kv_token_layers[: problem.most_layers(kind)]) for kind in problem.node_types)
     most = room / (kept * problem.num_layers)
@@ -123,8 +123,8 @@ def _prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
 def _round_trips(problem: LayersProblem, served: float) -> Callable[[PricedInterval], float]:
     """Return the function from an interval to the least round trip that its price proves.
 
-    It is for plans that serve more than ``served``, and infinite if there is no room for so many in flight. Arrays are
-    of shape [E]: every node type with every number of layers it can hold.
+    It applies to plans that serve more than ``served``, and is infinite if there is no room for so many in flight.
+    Arrays have shape [E]: every node type with every number of layers it can hold.
     """
     prompt, output, links = problem.mean_prompt_tokens, problem.mean_output_tokens, problem.links
     types = problem.node_types
@@ -137,7 +137,7 @@ def _round_trips(problem: LayersProblem, served: float) -> Callable[[PricedInter
     card_s = np.where(held < problem.num_layers, links.activation_bytes / links.bandwidth, 0.0)
     one_s = np.array([_least_of_one(table) for table in tables])
     measured_s = np.array([(prompt + output) / kind.tokens_per_s[k - 1] for _, kind, k in shapes])
-    # The time that a request takes of a node that computes all requests is at most 1 / served.
+    # A request occupies a node that computes all requests for at most 1 / served.
     busy_s = np.maximum(np.maximum((prompt + output) * card_s, held * output * (one_s + prompt_s)), measured_s)
     most_share = np.minimum(1.0, 1 / np.maximum(busy_s * served, 1e-300))
     lines = [_lines_below(table) for table in tables]

@@ -73,7 +73,7 @@ class Judgement:
         flow_rps: requests per second that measured token rates and cards alone would allow, a static flow.
         in_flight: requests for which there is KV room.
         round_trip_s: seconds per output token of a request in flight.
-        limit: what binds, at node ``limit_node``.
+        limit: what limits the rate, at node ``limit_node``.
     """
 
     rate_rps: float
@@ -99,7 +99,7 @@ class PricedInterval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateBound:
-    """No placement serves more than ``rate_rps``, as the prices prove for intervals that cover all of the KV room.
+    """A proof that no placement serves more than ``rate_rps``, by prices for intervals that cover all of the KV room.
 
     `hetis.solver.layers.bound` explains how prices prove a rate. Capacities are counted for placements that serve more
     than ``beyond_rps``, which is at most ``rate_rps``.
@@ -115,8 +115,8 @@ class LayersPlan:
     """A placement of layers, its value, and the proof of how good it is.
 
     Attributes:
-        nodes: those that hold layers, by first layer.
-        links: those that carry anything.
+        nodes: nodes that hold layers, by first layer.
+        links: links that carry anything.
         bound: no placement in the model serves more; ``gap`` is its distance as a ratio to the rate.
         idle: names of nodes that hold nothing.
         solver_s: duration of the search, 0 without a clock.

@@ -93,7 +93,7 @@ class NodeType:
         return self.decode or self._from_rate(held)
 
     def _from_rate(self, held: int) -> TimeTable:
-        """Return times in proportion to tokens at the measured rate, which is all a rate says about batches."""
+        """Return times in proportion to tokens at the measured rate, which is all that a rate implies for batches."""
         return TimeTable(sizes=(0.0, 1.0), seconds=(0.0, 1 / (held * self.tokens_per_s[held - 1])))
 
 
@@ -103,7 +103,7 @@ class Links:
 
     bandwidth: float
     latency_s: float
-    activation_bytes: int  # of one token, between any two layers
+    activation_bytes: int  # bytes of one token's activations between any two layers
 
     def __post_init__(self) -> None:
         if not self.bandwidth > 0:
@@ -120,7 +120,7 @@ class Links:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersProblem:
-    """The question which layers each node should hold so that most requests per second are served.
+    """The question of which layers each node should hold so that the most requests per second are served.
 
     Attributes:
         name: a name for people.

@@ -25,14 +25,14 @@ from hetis.solver.layers.bound import rate_bound
 from hetis.solver.layers.plan import LayersPlan, LinkShare, PlacedNode, judge
 from hetis.solver.layers.problem import LayersProblem
 
-STARTS, SPARSE_STARTS = 8, 2  # with all nodes; with as few as can hold the layers
-FINALISTS = 2  # starts that are searched longer
+STARTS, SPARSE_STARTS = 8, 2  # starts with all nodes, and starts with as few as can hold the layers
+FINALISTS = 2  # number of starts that are searched further
 MOVES_PER_NODE, FINAL_MOVES_PER_NODE = 10_000, 30_000
 MOST_MOVES = 4_000_000  # per search
 SLICE = 2_000_000  # moves times nodes between two reads of the clock
-HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # losses of the rate at which a third of moves are kept, first and last
+HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # rate losses of which a third are accepted, first and last
 POLISHING = 60
-MOST_MIXED = 4096  # links at one layer; with more of them, nodes are joined by the fewest
+MOST_MIXED = 4096  # most links at one layer; if there would be more, as few links as possible are used
 _NOTHING = 1e-12  # shares of all requests below this are rounding
 
 Placed = tuple[tuple[PlacedNode, ...], tuple[LinkShare, ...], tuple[str, ...]]
@@ -53,7 +53,7 @@ def solve_layers(
 
 
 def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0) -> LayersPlan:
-    """Return the placement with the largest flow by measured token rates and links, whatever is in flight.
+    """Return the placement with the largest flow by measured token rates and links, regardless of what is in flight.
 
     This is the objective of Helix (ASPLOS'25), found by the same search. Its judgement is that of `solve_layers`.
 
@@ -150,7 +150,7 @@ class _LayersSearch:
         n, num_layers = self.problem.num_nodes, self.problem.num_layers
         placement = LayerPlacement(np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n))
         kind, layer, chain = self.tables.kind, 0, []
-        order = random.permutation(len(self.tables.most))[kind]  # of the types
+        order = random.permutation(len(self.tables.most))[kind]  # order of the types
         for i in np.argsort(order, kind="stable") if is_sparse else random.permutation(n):
             most = int(self.tables.most[kind[i]])
             if layer < num_layers:
@@ -209,8 +209,8 @@ def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: FlowSweep) -> I
 def _mixed(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:
     """Yield a link from every source to every target, in proportion to what enters the targets.
 
-    All sources together use the room of all targets: with fewer links, a target that is full by chance holds up those
-    who may only go there, beside others with room.
+    All sources together use the room of all targets: with fewer links, a target that is full by chance holds up
+    requests that may only go there, while others have room.
     """
     total = sum(share for _, share in targets)
     for (source, there), (target, share) in itertools.product(sources, targets):

@@ -22,10 +22,10 @@ from hetis.solver.placement.nodes import kind_of, pack, pack_within
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 
-PACKING_S, PACKING_SHARE = 1.0, 0.1  # least seconds for a class, and share of the time left
-MOST_WITHIN_S = 30.0  # to find nodes for replicas on few nodes each, as the search did before
+PACKING_S, PACKING_SHARE = 1.0, 0.1  # minimum seconds for a class, and its share of the time left
+MOST_WITHIN_S = 30.0  # limit for placing replicas on few nodes each; the search has found such a placement before
 MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: with more, first fit decides
-CP_SAT_SECONDS = 1.0  # of deterministic time
+CP_SAT_SECONDS = 1.0  # deterministic time
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class BoundStage:
 def bind(
     costs: CostTables, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None
 ) -> list[list[BoundStage]]:
-    """Return named GPUs for every stage of every template in order; first fit if the budget leaves no time.
+    """Return named GPUs for every stage of every template, in order; first fit if the budget leaves no time.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
@@ -72,7 +72,7 @@ def bind(
 def _within(
     costs: CostTables, templates: Sequence[Template], parts: Sequence[BoundPart], most_nodes: int, seed: int
 ) -> list[int]:  # fmt: skip
-    """Return a node for every part, with each replica on at most ``most_nodes``."""
+    """Return a node for every part, such that each replica is on at most ``most_nodes``."""
     kinds = [kind_of(costs, template) for template in templates]
     packed = pack_within(costs.classes, kinds, most_nodes, time_limit_s=MOST_WITHIN_S, seed=seed)
     if packed is None:
@@ -84,7 +84,7 @@ def _within(
 
 
 def _on_few_nodes(costs: CostTables, parts: Sequence[BoundPart], seed: int, budget: Budget) -> list[int]:
-    """Return a node for every part, with each replica on as few as time allows."""
+    """Return a node for every part, with each replica on as few nodes as the time allows to find."""
     nodes = _first_fit(costs, parts)
     alone = _packed(costs, parts, nodes, seed, budget)
     rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
@@ -106,7 +106,7 @@ def _parts_of(costs: CostTables, replica: int, template: Template) -> Iterable[B
 
 
 def _packed(costs: CostTables, parts: Sequence[BoundPart], nodes: list[int], seed: int, budget: Budget) -> set[int]:
-    """Move parts of classes that are alone in their nodes to the fewest nodes; return the classes that succeeded."""
+    """Move parts to the fewest nodes, for classes that have their nodes to themselves; return those that succeeded."""
     classes_of = Counter(group.name for c in costs.classes for group in c.groups)
     done = set[int]()
     for device_class, c in enumerate(costs.classes):
@@ -158,7 +158,7 @@ def _first_fit(costs: CostTables, parts: Sequence[BoundPart]) -> list[int]:
 
 
 def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
-    """Return the node with the least room that still takes ``size`` GPUs, or -1; drops stale entries on the way."""
+    """Return the node with the least room that still holds ``size`` GPUs, or -1; drops stale entries on the way."""
     for room in sorted(waiting):
         if room < size:
             continue
@@ -206,7 +206,7 @@ def _fewest_nodes(
     model.minimize(sum(hosts.values()))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
-    solver.parameters.catch_sigint_signal = False  # Ctrl-C belongs to the caller
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C is handled by the caller
     solver.parameters.random_seed = seed
     solver.parameters.max_deterministic_time = CP_SAT_SECONDS
     solver.parameters.max_time_in_seconds = budget.remaining_s()

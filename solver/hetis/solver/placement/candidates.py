@@ -2,7 +2,7 @@
 
 Every composition has a lower bound on its interval, which is cheap to compute, and a best replica, which takes a search
 over mixes, ends and splits (`pipelines.py`). At the relaxation's prices a replica improves it only below some interval,
-so compositions whose lower bound is longer are not evaluated. Results are kept, and shared by zones whose GPUs and
+so compositions whose lower bound exceeds that are not evaluated. Results are kept, and shared by zones whose GPUs and
 links are the same.
 """
 
@@ -36,12 +36,12 @@ from hetis.solver.placement.pipelines import (
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 
-MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept: other zones and later prices may need them
+MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept for other zones and later prices
 EVERY_MIX = 1.0 + 1e-7  # ratio to the longest interval up to which a mix is tried
 
 
 class Evaluator:
-    """An evaluator of the best replica of every composition of a shape, with the same attention workers or none.
+    """An evaluator of the best replica of every composition of a shape, all with the same attention workers or none.
 
     No replica of a composition has a shorter interval than ``shortest_s`` [C]. If ``is_known`` [C], the best replica
     has this interval and is described by ``found`` [C, 4] (see `best_splits`).
@@ -90,7 +90,7 @@ class Evaluator:
         self.found[which], self.is_known[which] = found, is_found
 
     def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[MixSweep, StageTimes]:
-        """Return a sweep of the mixes that may be quick enough with every number of head groups, and its times."""
+        """Return a sweep of the mixes that may be fast enough, with every number of head groups, and its times."""
         assert self.workers is not None, "there are none"
         promising = np.any(self._shortest_s(counts) < worse_s[:, None], axis=0)
         groups = int(self.costs.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
@@ -98,7 +98,7 @@ class Evaluator:
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
 
     def _split(self, counts: IntArray, sweep: MixSweep, times: StageTimes, best_s: FloatArray, found: IntArray) -> None:
-        """Improve the best of every composition by the rows of the sweep, the most promising first."""
+        """Improve the best replica of every composition by the rows of the sweep, the most promising first."""
         t_floor = self.costs.scopes[self.shape.scope].tables.t_floor
         shortest_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep)
         promising = shortest_s < np.minimum(best_s[:, None], longest_s * EVERY_MIX)
@@ -114,9 +114,9 @@ class Evaluator:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Replicas of a shape on one side of the master, one of each composition.
+    """Replicas of a shape on one side of the master, one for each composition.
 
-    ``fits`` [C]: the fleet has room for it; ``is_enumerated`` [C]: it is a column.
+    ``fits`` [C]: whether the fleet has room for it; ``is_enumerated`` [C]: whether it is a column.
     """
 
     costs: CostTables
@@ -128,20 +128,20 @@ class Candidates:
     is_enumerated: BoolArray
 
     def worth(self, row_prices: FloatArray) -> FloatArray:
-        """Return the worth of the GPUs of every composition; [C]."""
+        """Return the value of the GPUs of every composition; [C]."""
         worth = self.shape.counts @ (self.costs.group_use[self.shape.ranks] @ row_prices)
         return np.asarray(worth + self._beside() @ row_prices)
 
     def _beside(self) -> IntArray:
-        """Return how much attention workers take of every row; [rows]."""
+        """Return how much of every row attention workers take; [rows]."""
         return _taken_by_workers(self.costs, self.shape, self.workers)
 
     def worth_evaluating(self, needed_s: FloatArray) -> IntArray:
-        """Return compositions that fit, are not columns yet, and may have a shorter interval than needed [C]."""
+        """Return compositions that fit, are not columns yet, and may have an interval below the needed one [C]."""
         return np.flatnonzero(self.fits & ~self.is_enumerated & (self.evaluator.shortest_s < needed_s))
 
     def found_among(self, which: IntArray, needed_s: FloatArray) -> IntArray:
-        """Evaluate compositions [W]; return those whose best replica has a shorter interval than needed [W]."""
+        """Evaluate compositions [W]; return those whose best replica has an interval below the needed one [W]."""
         self.evaluator.evaluate(which, needed_s)
         return np.asarray(which[self.evaluator.is_known[which] & (self.evaluator.shortest_s[which] < needed_s)])
 
@@ -224,7 +224,7 @@ def _taken_by_workers(costs: CostTables, shape: Shape, workers: Workers | None) 
 
 
 def _ranks(costs: CostTables, shape: Shape) -> tuple[int, int]:
-    """Return the GPUs of a shape's ranks, and the copies among them that share their experts."""
+    """Return the GPUs of a shape's ranks, and the number of copies among them that share their experts."""
     rank = int(shape.ranks[0])
     return costs.ranks[rank][1], costs.rank_dp[rank]
 

@@ -7,11 +7,11 @@ f. They carry L layers with at most K copies in all, so that for every m >= 0
     t price  >=  sum (t p + m c) - m K  >=  L r(m) - m K,        r(m) = min over stages and t of (t p + m c) / cap(t)
 
 and ``rate / price <= 1 / ((1 + slack) (L r(m) - m K))``. The quotient falls with t until the memory is full and rises
-from there on, whatever the prices and m, so its minimum is at a t known beforehand. Hence every stage is a *line*
+from there on, whatever the prices and m, so its minimum is at a t known beforehand. Every stage is therefore a *line*
 ``(t / cap) p + m (c / cap)`` whose coefficients are computed once per configuration, before any price is known. A line
-that another of the same GPU types beats in every coefficient is dropped for good. At given prices a ceiling only takes
-a look at the few lines left. m is what a copy costs besides its GPUs: without it, a class that the prices make nearly
-free would carry all layers, a few on each of ever more stages.
+that another of the same GPU types beats in every coefficient is dropped for good, and a ceiling at given prices only
+has to look at the few lines left. m is what a copy costs besides its GPUs: without it, a class that the prices make
+nearly free would carry all layers, a few on each of ever more stages.
 
 Stages of a sequential replica take turns of ``l w + f`` seconds. Price and t, divided by L, are a mean of the points
 ``(p / l, w + f / l)`` of its stages, none of which is below that of the same stage with a full memory. Therefore
@@ -23,7 +23,7 @@ A line with attention workers represents all splits of the head groups between a
 time of the fastest split, and the memory of the roomiest split into fractions of groups.
 
 Nearly all configurations end here, because their ceiling is below what is known to be possible. In the others, a stage
-is *useful* only if what it takes beyond r for each of its layers leaves a replica within reach (`is_useful`).
+is *useful* only if its excess over r for each of its layers leaves a replica within reach (`is_useful`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Limits(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The least that a layer takes in stages of a configuration, whatever the prices; arrays of equal length.
+    """The least that a layer takes in stages of a configuration, at any prices; arrays of equal length.
 
     A layer takes ``group`` times the price of a TP group, ``card`` times that of an attention worker, and ``copies``
     copies. In a sequential replica, whose stages have one copy, ``copies`` is seconds instead.
@@ -83,7 +83,7 @@ class Lines(NamedTuple):
     rank: IntArray  # s
     pool_class: IntArray  # q, -1 without a pool
     group: FloatArray  # c t / cap; 1 / l of a sequential replica
-    card: FloatArray  # p times that
+    card: FloatArray  # p times ``group``
     copies: FloatArray  # c / cap; w + f / l
 
 
@@ -135,7 +135,7 @@ def _line(copies: float, layer_s: float, fixed_s: float, most: float, limits: Li
 
 
 class Found(NamedTuple):
-    """Lines found so far, with room for more. These are two arrays, because kernels count references to each."""
+    """Lines found so far, with room for more; in two arrays, because kernels count references to each."""
 
     stages: IntArray  # [., 3] s, pool class and cards of a TP group
     taken: FloatArray  # [., 4] group, card, copies, and group times the cards of a TP group
@@ -211,7 +211,7 @@ def _append_with_pools(
             layer = layer_with_pool(ranks, times, start + i)
             most = most_layers_with_pool(ranks, p * t.worker_room_bytes[q])
             layer_s = max(layer.compute_s, layer.wire_s)
-            if limits.slack_unevenness <= 1.0:  # beyond, a slower layer might be stretched less
+            if limits.slack_unevenness <= 1.0:  # above that, a slower layer might be stretched less
                 layer_s *= _longer(ranks, layer, limits)
             group, copies = _line(c, layer_s, rest_s, _within_limits(ranks, layer, most, limits), limits)
             count = _append(found, count, s, ranks.tp, q, p, group, copies)
@@ -331,7 +331,7 @@ def _least_effort(price_s: FloatArray, copies: FloatArray, copy_cost: float) -> 
 def ceiling(
     lines: Lines, num_layers: int, group_price: FloatArray, card_price: FloatArray, limits: Limits, enough: float
 ) -> Ceiling:
-    """Return the ceiling of a configuration, or the first proof that it is no higher than ``enough``.
+    """Return the ceiling of a configuration, or the first proof that it does not exceed ``enough``.
 
     ``L r(m) - m K`` is concave in m and piecewise linear, with one line per stage. m moves to where the best rising
     line meets the best falling one, until no line lies below that point.
@@ -375,7 +375,7 @@ def ceiling(
 
 @kernel
 def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int, limits: Limits) -> Ceiling:
-    """Return the ceiling from the stages' price and seconds per layer, walking their hull from the quickest on."""
+    """Return the ceiling from the stages' price and seconds per layer, walking their hull from the fastest stage on."""
     shortest_s, longest_s = limits.shortest_s / num_layers, limits.longest_s / num_layers
     at, root = -1, np.inf
     for i in range(price.shape[0]):
@@ -405,7 +405,7 @@ def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int,
 
 
 class CeilingQueries(NamedTuple):
-    """Configurations of one scope whose ceilings are wanted; arrays of equal length."""
+    """Configurations of one scope whose ceilings are needed; arrays of equal length."""
 
     mixes: IntArray
     in_flight: IntArray

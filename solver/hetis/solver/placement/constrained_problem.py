@@ -36,7 +36,7 @@ from hetis.solver.problem import Family, PlacementProblem
 
 @dataclass(frozen=True, slots=True)
 class ConstrainedProblem:
-    """A problem whose constraints are in cluster, family and index, and the true names of renumbered devices."""
+    """A problem whose constraints are in cluster, family and index, with the true names of renumbered devices."""
 
     problem: PlacementProblem
     names: Mapping[str, str]
@@ -48,7 +48,7 @@ class ConstrainedProblem:
 
 
 def apply_constraints(problem: PlacementProblem) -> ConstrainedProblem:
-    """Return the problem that the search sees.
+    """Return the problem as the search sees it.
 
     Raises:
         InvalidProblemError: a constraint names something that the cluster does not have.
@@ -157,7 +157,7 @@ def _renamed(replica: ReplicaPlan, names: Mapping[str, str]) -> ReplicaPlan:
 
 
 def _prices(plan: Plan, searched: PlacementProblem, cluster: Cluster) -> tuple[ClassPrice, ...]:
-    """Return the classes of the whole fleet at the highest price of any searched part, or 0 if none was searched."""
+    """Return the classes of the whole fleet, each at the highest price of any searched part, or 0 if none was."""
     classes = device_classes(cluster)
     class_at = class_of_slots(classes)
     class_of = {device.name: class_at[device.group.name, device.gpu] for device in cluster.devices()}

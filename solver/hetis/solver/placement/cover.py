@@ -256,7 +256,7 @@ def _options_within(
 
 
 PANEL = 1.1  # ratio of the ends of an interval that is searched with one selection of options
-MAX_HALVINGS = 64  # per panel: narrower intervals would not close a gap that a scarce class leaves
+MAX_HALVINGS = 64  # per panel; narrower intervals would not close a gap that a scarce class leaves
 
 
 @kernel

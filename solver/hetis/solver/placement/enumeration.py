@@ -33,20 +33,20 @@ from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 
 ALIKE = 1e-7  # ratio by which replicas may be worth more than their GPUs when the relaxation ends
-FIRST, AT_ONCE = 32, 64  # compositions of each kind evaluated before there are prices, and in each round after
+FIRST, AT_ONCE = 32, 64  # compositions of each kind that are evaluated before there are prices, and in each later round
 MORE = 8  # factor on AT_ONCE after a round that improved nothing
 ADDED = 1000  # columns that join the relaxation in one round
 MOST_ROUNDS = 100
 MORE_TIME = 1.5  # factor on the time limit of every further attempt
-ALL = 2**40  # replicas of a column: more than any fleet has
-QUICK_S, LEAST_S = 2.0, 0.2  # limit on whole counts of the likeliest columns; the least limit, spent or not
-# Columns of each side with the least reduced costs, of which most plans are made. A few give a good plan soon.
+ALL = 2**40  # limit on replicas of a column, more than any fleet has
+QUICK_S, LEAST_S = 2.0, 0.2  # limit on whole counts of the likeliest columns; the least limit, budget or not
+# Columns of each side with the least reduced costs, of which most plans are made. A few soon give a good plan.
 LIKELY, MANY_LIKELY = 50, 400
-SIMPLE, SIMPLER_S = 200, 10.0  # likeliest columns of each side, and the longest search, for fewer nodes
-MOST_LOST = 0.5  # share of its GPUs' worth that a replica on few nodes may lose
-MOST_ON_NODES, MOST_ON_NODES_S = 3000, 30.0  # columns, and the longest search, if nodes are part of the program
-MOST_PROVED = 20_000  # columns: with more, HiGHS finds no bound within a minute
-FEW = 200_000  # compositions: up to this many may all be evaluated, until time is up, if prices exclude hardly any
+SIMPLE, SIMPLER_S = 200, 10.0  # for fewer nodes: likeliest columns of each side, and limit on the search
+MOST_LOST = 0.5  # share of its GPUs' value that a replica on few nodes may lose
+MOST_ON_NODES, MOST_ON_NODES_S = 3000, 30.0  # maximum columns, and limit on the search, if the program has nodes
+MOST_PROVED = 20_000  # maximum columns of a proof: with more, HiGHS finds no bound within a minute
+FEW = 200_000  # compositions that may all be evaluated, until time is up, if prices exclude hardly any
 
 
 class EnumeratedColumns:
@@ -114,10 +114,10 @@ def search_enumerated(
 
 @dataclass(frozen=True, slots=True)
 class Explored:
-    """The knowledge of a search besides its plan: replicas that are likely in good plans, and the proof of its bound.
+    """What a search knows besides its plan: replicas that are likely in good plans, and the proof of its bound.
 
-    ``prices`` are dual feasible: no replica of the family is worth more than its GPUs. They are None if not known in
-    time.
+    ``prices`` are dual feasible: no replica of the family is worth more than its GPUs. They are None if they were not
+    found in time.
     """
 
     templates: tuple[Template, ...]
@@ -144,8 +144,8 @@ class _Search:
         self.budget, self.gap_target, self.seed = settings.budget, settings.gap_target, settings.seed
         self.enumerated = EnumeratedColumns(costs, master.row_costs)
         self.bound = rate_bound(costs) if master.maximises else 0.0  # from dense work alone, until more is known
-        self.is_complete = False  # the bound is that of the relaxation over the whole family
-        self.is_impossible = False  # no whole counts of the family's replicas meet the demand
+        self.is_complete = False  # whether the bound is that of the relaxation over the whole family
+        self.is_impossible = False  # whether it is proved that no whole counts of the family's replicas meet the demand
         self.incumbent: MilpSolution | None = None
         self.relaxed: LpSolution | None = None
 
@@ -202,7 +202,7 @@ class _Search:
     def _solve_relaxation(self) -> LpSolution | None:
         """Solve the relaxation over the enumerated columns and keep it in ``relaxed``.
 
-        Return instead the solution with the highest rate if these columns cannot meet the demand.
+        If these columns cannot meet the demand, return the solution with the highest rate instead.
         """
         columns, master = self.enumerated.columns, self.master
         if columns is None:
@@ -243,7 +243,7 @@ class _Search:
     def _improving(
         self, lp: LpSolution | None, at_once: int
     ) -> tuple[list[tuple[Candidates, IntArray, FloatArray]], bool]:
-        """Return replicas that improve the relaxation with their reduced costs, and whether these are all.
+        """Return replicas that improve the relaxation, with their reduced costs, and whether these are all of them.
 
         At most ``at_once`` compositions of each candidate are evaluated, the most promising first.
         """
@@ -302,7 +302,7 @@ class _Search:
             self._solve(self._likeliest(num), limit_s, back=back)
 
     def _go_on(self) -> None:
-        """Look for better whole counts while time is left, with other columns and more of the relaxation given up."""
+        """Look for better whole counts while time is left, with other columns and with less of the relaxation fixed."""
         limit_s, back = QUICK_S, 1
         for num in itertools.cycle((4 * LIKELY, LIKELY, 2 * LIKELY)):
             if self._gap() <= self.gap_target or self.budget.is_spent() or not np.isfinite(self.budget.remaining_s()):
@@ -311,7 +311,7 @@ class _Search:
             self._choose(num, min(limit_s, self.budget.remaining_s()), back=back)
 
     def _reduced(self) -> FloatArray:
-        """Return the worth of each replica's GPUs beyond its rate, the least that a plan with the replica loses."""
+        """Return how much more each replica's GPUs are worth than its rate: the least that a plan with it loses."""
         columns, lp = self.enumerated.columns, self.relaxed
         assert lp is not None, "prices say what is lost"
         assert columns is not None, "prices are those of columns"
@@ -346,13 +346,13 @@ class _Search:
     def _prove(self) -> bool:
         """Solve whole counts over every column that may be in a better plan; HiGHS's bound then holds for the family.
 
-        Return whether this was tried, which it is not if hardly any column is excluded or no time is left.
+        Return whether this was tried; it is not if hardly any column is excluded or no time is left.
         """
         if self.relaxed is None or self._gap() <= self.gap_target:
             return True
         distance = np.inf if self.incumbent is None else abs(self.bound - self.incumbent.value)
         is_telling = distance * float(self.relaxed.counts.sum()) <= abs(self.bound)  # less than a replica is worth
-        # Without a limit on the time, only what cannot take long is tried.
+        # Without a time limit, only what cannot take long is tried.
         ends = self.incumbent is None or np.isfinite(self.budget.remaining_s())
         may_take_long = self.enumerated.num_compositions <= (FEW if ends else MOST_PROVED)
         if not (is_telling or may_take_long) or not self._list_within(distance) or self.budget.is_spent():
@@ -399,7 +399,7 @@ class _Search:
             gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
             presolves=self.master.pins is not None, stop=self._is_over(limit_s),
         )  # fmt: skip
-        if proves and not self.master.serves(found):  # the whole family was there to choose from
+        if proves and not self.master.serves(found):  # the choice was among the whole family
             self.is_impossible = is_settled and self.incumbent is None
         if found is None:
             return None
@@ -513,7 +513,7 @@ class _Search:
         self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
 
     def _is_over(self, limit_s: float) -> Callable[[], bool]:
-        """Return a check whether ``limit_s`` has passed on the budget's clock or the caller cancelled."""
+        """Return a check for whether ``limit_s`` has passed on the budget's clock or the caller has cancelled."""
         end_s = self.budget.elapsed_s() + max(LEAST_S, limit_s)
         return lambda: self.budget.cancelled.is_set() or self.budget.elapsed_s() >= end_s
 

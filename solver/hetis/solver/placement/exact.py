@@ -8,9 +8,9 @@ not look for it (`needed_rates`).
 Prefill and decode replicas have frontiers of their own over the same sub-fleets: the best rate of each role on each.
 They lie in one zone, as device classes do, so a sub-fleet determines the zone. The master joins them by their flows.
 
-The first pass over the whole family takes longest, because it knows no bound and there are many ways to build a stage.
+The first pass over the whole family takes longest, because no bound is known and there are many ways to build a stage.
 If a pass has not ended after a share of the time (`MAIN`), the smaller families inside are searched, which is cheap in
-comparison. The search of the whole family then resumes where it stopped and uses what they found. A search that ends
+comparison. The search of the whole family then resumes where it stopped and uses their results. A search that ends
 early therefore pays nothing for the smaller families, no work is lost, and a search that is cut short is at least as
 good as what these families offered within their time (`generation.INSIDE`).
 
@@ -53,9 +53,9 @@ from hetis.solver.placement.template import Configuration, Template, configurati
 from hetis.solver.plan import Role
 
 MAX_GPUS = 24
-MAX_PAIRS = 60_000  # of (usage, smaller usage) that one dynamic program visits at worst
+MAX_PAIRS = 60_000  # pairs of (usage, smaller usage) that one dynamic program visits at worst
 TOLERANCES = (0.2, 0.01, 1e-7)
-PIN_ROUNDING = 1e-6  # ratio to the relaxation's value by which its duals may be wrong
+PIN_ROUNDING = 1e-6  # ratio to the relaxation's value up to which its duals may be wrong
 
 
 def is_small(costs: CostTables) -> bool:
@@ -69,7 +69,7 @@ class FrontierKind(IntEnum):
     """The kinds of replicas that have a frontier each."""
 
     UNIFIED = 0
-    LOCAL_PREFILL = 1  # sends KV to its own zone only
+    LOCAL_PREFILL = 1  # sends KV only to its own zone
     PREFILL = 2  # may send KV to all zones
     DECODE = 3
 
@@ -115,7 +115,7 @@ class Frontier:
     """The best rate [V] of each sub-fleet, where it was found, and a bound on further replicas."""
 
     rate: FloatArray
-    tag: IntArray  # configuration
+    tag: IntArray  # index of the configuration
     interval_s: FloatArray
     bound: FloatArray
     templates: dict[int, Template] = field(default_factory=dict)
@@ -132,7 +132,7 @@ Rates = Mapping[FrontierKind, FloatArray]  # [V] each
 class Sweep:
     """The state of one pass over the configurations of a part of the family.
 
-    Rates below ``needed`` are not looked for. ``bounds`` are what the configurations in ``swept`` may hold beyond the
+    Rates below ``needed`` are not searched for. ``bounds`` are what the configurations in ``swept`` may hold beyond the
     rates found (`Frontier`).
     """
 
@@ -210,7 +210,7 @@ class ExactSearch:
         """Return the options of a part of the family, by default the whole of it."""
         a, part = self.costs, part or self.whole
         tables = a.scopes[c.scope].tables
-        # Without limits on copies, whatever fits in memory counts.
+        # Without a limit on copies, options are limited by memory alone.
         chunk_cap_s = chunk_cap(tables, c.mix, c.in_flight_index, c.max_copies) if c.max_copies else np.inf
         sizes = part.max_copies, part.max_pool
         key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness, sizes)
@@ -225,7 +225,7 @@ class ExactSearch:
         return self.go_on(self.begin(needed, tolerance, self.whole), budget)
 
     def begin(self, needed: Rates, tolerance: float, part: Part) -> Sweep:
-        """Return a pass that has not looked at anything yet."""
+        """Return a pass that has not examined anything yet."""
         bounds = {kind: np.zeros(len(f.rate)) for kind, f in self.frontiers.items()}
         return Sweep(part, tolerance, needed, bounds)
 
@@ -284,7 +284,7 @@ class ExactSearch:
         return [(kind, f) for kind, f in self.frontiers.items() if ROLES[kind] in roles]
 
     def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[FrontierKind, int]], Columns]:
-        """Return, per kind, sub-fleets whose rate no smaller one reaches as columns of the master; all if ``every``."""
+        """Return, per kind, sub-fleets whose rate no smaller one reaches, as the master's columns; all if ``every``."""
         chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind], every)]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
         columns = Columns(
@@ -357,14 +357,14 @@ class ExactSearch:
         return {kind: self._least_rates(kind, proof.scale * price - distance, proof.rate_prices) for kind in ceilings}
 
     def _least_rates(self, kind: FrontierKind, worth: FloatArray, rate_prices: FloatArray) -> FloatArray:
-        """Return the rates that are worth so much at each sub-fleet's side, inf where no replica can be; [V]."""
+        """Return the rates whose value is ``worth`` on each sub-fleet's side, inf where no replica can be; [V]."""
         sides = self._sides(kind)
         with np.errstate(divide="ignore", invalid="ignore"):
             least = np.maximum(0.0, worth) / rate_prices[sides]
         return np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
 
     def _needed_with_pins(self, ceilings: Rates, incumbent: float) -> Rates | None:
-        """Return the needed rates if pins have prices, to which scaling does not apply, from the relaxation's duals.
+        """Return the needed rates if pins have prices, which rules out scaling, from the relaxation's duals instead.
 
         A pin's price has either sign, so a replica must make up for the distance to the relaxation.
         """
@@ -440,7 +440,7 @@ class Passes:
         self.proven = rate_bound(costs) if master.maximises else 0.0
 
     def over(self, part: Part, budget: Budget) -> bool:
-        """Search a part and return whether it was finished within its budget; the next call resumes where this stopped.
+        """Search a part; return whether it was finished within its budget. The next call resumes where this stopped.
 
         Only passes over the whole family improve the bound.
         """
@@ -456,7 +456,7 @@ class Passes:
         return True
 
     def _conclude(self, sweep: Sweep, budget: Budget) -> bool:
-        """Pack the replicas that a pass found and its upper bounds on them; return False if that was cut short."""
+        """Pack the replicas that a pass found, and its upper bounds on them; return False if that was cut short."""
         search, is_whole = self.search, sweep.part == self.whole
         packing = self._pack(search.rates(sweep.part), budget.remaining_s())
         if budget.is_spent():
@@ -472,7 +472,7 @@ class Passes:
             self._begun[sweep.part] = None
             return True
         if not (packing.is_settled and above.is_settled) and (is_finest or budget.is_spent()):
-            return False  # repeated when there is more time: HiGHS has a clock of its own
+            return False  # repeated if there is more time: HiGHS has a clock of its own
         needed, number = sweep.needed, TOLERANCES.index(sweep.tolerance) + 1
         if is_finest:
             self._begun[sweep.part] = None
@@ -513,7 +513,7 @@ class Passes:
 
     def outcome(self) -> Outcome | None:
         """Return the best packing as replicas at their exact rates, or None without one."""
-        if not self._is_packed:  # a pass was cut short: its finds count even if the budget is spent
+        if not self._is_packed:  # a pass was cut short: what it found counts even if the budget is spent
             seconds = max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s()))
             self._pack(self.search.rates(), seconds)
         if self.best is None:

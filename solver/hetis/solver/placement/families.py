@@ -16,7 +16,7 @@ from hetis.solver.problem import EngineRules, Family
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A strategy's name, one sentence for people, and how it restricts a family.
+    """A strategy: its name, one sentence for people, and how it restricts a family.
 
     ``shapes`` are fields of `Family`. The sizes tried (TP, micro-batches, chunks, limits on copies and attention
     workers) are the family's.
@@ -25,15 +25,15 @@ class Strategy:
     name: str
     summary: str
     shapes: Mapping[str, Any]
-    is_published: bool = False  # a heuristic of `hetis.solver.published`, not a search with a proof
+    is_published: bool = False  # whether it is a heuristic of `hetis.solver.published` instead of a search with a proof
 
     def restrict(self, family: Family) -> Family:
-        """Return the replicas of a family that have the strategy's shapes."""
+        """Return the replicas of a family that have the shapes of the strategy."""
         return replace(family, name=self.name, **self.shapes)
 
     @property
     def has_engines(self) -> bool:
-        """True if it plans for named engines: heuristics know none, and none has workers for decode replicas."""
+        """Whether it plans for named engines: heuristics do not, and no engine has workers for decode replicas."""
         return not self.is_published and self.restrict(Family()).decode_keeps_heads
 
 
@@ -67,7 +67,7 @@ STRATEGIES: Mapping[str, Strategy] = {
             "prefill replicas of one GPU type, decode replicas of one",
             _HEXGEN2 | _ONE_TYPE | {"one_type_per_role": True},
         ),
-        Strategy(  # without unified replicas there is no mixed pool; every zone has pools, with types of its own
+        Strategy(  # without unified replicas there is no mixed pool; each zone has pools, with its own types
             "splitwise-paper",
             "Splitwise's own search: prompt, token, mixed pool",
             _PIPELINES | _WITHOUT_WORKERS | _ONE_TYPE | {"one_type_per_role": False},
@@ -83,7 +83,7 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 def constraints_ignored(strategy: str, constraints: Constraints) -> tuple[Constraint, ...]:
-    """Return constraints that a strategy ignores: a published heuristic knows a fleet and TP sizes but no GPU roles."""
+    """Return the constraints that a strategy ignores: published heuristics consider a fleet and TP sizes alone."""
     if not STRATEGIES[strategy].is_published:
         return ()
     return tuple(each for each in constraints if not isinstance(each, Exclude | WithoutTp))
@@ -92,18 +92,18 @@ def constraints_ignored(strategy: str, constraints: Constraints) -> tuple[Constr
 # --- engines
 
 
-MAX_WORKERS = 8  # per stage: with more, exchanging heads takes longer than their attention
+MAX_WORKERS = 8  # limit per stage: with more, exchanging heads takes longer than their attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownEngine:
-    """An engine that plans can be made for.
+    """An engine for which plans can be made.
 
     Attributes:
         name: the value of ``--engine``.
         summary: one phrase for people.
         max_pool: the most attention workers of a stage.
-        version: the engine's version from which the rules were read.
+        version: the engine's version whose rules these are.
         source: the document or setting that states the rules.
     """
 
@@ -138,7 +138,7 @@ ENGINES: Mapping[str, KnownEngine] = {
 
 
 def run_by(family: Family, rules: EngineRules | None) -> Family:
-    """Return the replicas of a family that an engine runs, or all of them if any engine is allowed.
+    """Return the replicas of a family that an engine can run, or all of them if any engine is allowed.
 
     Raises:
         InvalidProblemError: there is no such engine.
@@ -154,7 +154,7 @@ def run_by(family: Family, rules: EngineRules | None) -> Family:
 
 
 def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster, model: ModelSpec) -> tuple[str, ...]:
-    """Return what an engine lacks to run these replicas, each item once, in a few words; empty if it runs them all."""
+    """Return what an engine lacks to run these replicas, in a few words, each item once; empty if it can run them."""
     zones = {
         group.node_name(index): group.zone for group in cluster.node_groups for index in range(group.count)
     } if len(cluster.zones()) > 1 else {}  # fmt: skip

@@ -5,8 +5,9 @@ replicas of z only, the prefill replicas that may send to every zone, and the de
 prefill replicas of a zone to the decode replicas of a zone; F(z, y) is its flow in requests/s.
 
 A side has a *rate price*, the value of serving one more request/s there, which is 1 on the unified side if the rate is
-maximised. A route is worth ``weight(z, y)``, 1 minus the price of its link, and its two ends must share at least that
-much: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows, from which `Routes.highest_rate` and
+maximised. A route is worth ``weight(z, y)``, which is 1 minus the price of its link, and the rate prices of its two
+ends must sum to at least that: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows, from which
+`Routes.highest_rate` and `Routes.least_cost` derive bounds.
 `Routes.least_cost` derive bounds.
 """
 
@@ -36,14 +37,14 @@ class DeviceClass:
     """GPUs that the model does not distinguish: one type, in nodes of one shape and zone, behind equal links."""
 
     gpu: str
-    gpus_per_node: int  # of this type
+    gpus_per_node: int  # GPUs of this type per node
     zone: str
     nic: Link
     intra: Link
     usd_per_hour: float | None
-    node_links: Link | None  # the worst explicit link of its nodes, if the cluster gives any
-    constraints: GpuConstraints  # the constraints on its GPUs
-    groups: tuple[NodeGroup, ...]  # the node groups that it consists of
+    node_links: Link | None  # worst explicit link of its nodes, if the cluster has any
+    constraints: GpuConstraints
+    groups: tuple[NodeGroup, ...]  # the node groups of which the class consists
 
     @property
     def num_nodes(self) -> int:
@@ -54,7 +55,7 @@ class DeviceClass:
         return self.num_nodes * self.gpus_per_node
 
     def link_in(self, cluster: Cluster, zones: tuple[str, ...]) -> Link:
-        """Return the slowest link that a device of this class may use in a replica over ``zones``."""
+        """Return the slowest link that a device of this class may use in a replica that spans ``zones``."""
         link = self.nic
         for a, b in itertools.combinations_with_replacement(zones, 2):
             link = link.slower_of(cluster.network.zone_link(a, b))
@@ -62,7 +63,7 @@ class DeviceClass:
 
 
 def device_classes(cluster: Cluster, index: ConstraintIndex | None = None) -> tuple[DeviceClass, ...]:
-    """Return the classes of a fleet in order of appearance; ``index`` holds constraints that distinguish GPUs."""
+    """Return the classes of a fleet in order of appearance; ``index`` has the constraints that distinguish GPUs."""
     worst = _worst_node_links(cluster)
     merged: dict[tuple[object, ...], list[NodeGroup]] = {}
     for group in cluster.node_groups:
@@ -80,7 +81,7 @@ def device_classes(cluster: Cluster, index: ConstraintIndex | None = None) -> tu
 
 
 def _mean_price(cluster: Cluster, group: NodeGroup, gpu: str) -> float | None:
-    """Return the mean price of a GPU if equal GPUs of a node are listed at different prices."""
+    """Return the mean price of a GPU, in case equal GPUs of a node are listed at different prices."""
     priced = [(cluster.price_of(slots), slots.count) for slots in group.gpus if slots.gpu == gpu]
     known = [price * count for price, count in priced if price is not None]
     return sum(known) / sum(count for _, count in priced) if len(known) == len(priced) else None
@@ -107,7 +108,7 @@ def class_of_slots(classes: Sequence[DeviceClass]) -> dict[tuple[str, str], int]
 def class_prices(
     classes: Sequence[DeviceClass], used: Mapping[int, int], workers: Mapping[int, int], duals: Sequence[float]
 ) -> tuple[ClassPrice, ...]:
-    """Return the table of a plan's classes from the GPUs used, the attention workers among them, and the duals."""
+    """Return the table of a plan's classes, from the GPUs used, the attention workers among them, and the duals."""
     return tuple(
         ClassPrice(
             gpu=c.gpu,
@@ -168,7 +169,7 @@ def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
 
 
 def most_spanning(problem: PlacementProblem) -> int:
-    """Return how many replicas over several zones may share a link: as many as memory can hold the weights of."""
+    """Return how many replicas that span zones may share a link: as many as can hold the weights in memory."""
     weights = min(model.params() * model.weight_bytes for model in problem.models())
     placed = ((group.count * slots.count, slots.gpu) for group in problem.cluster.node_groups for slots in group.gpus)
     return max(1, int(sum(count * problem.profiles[gpu].room_bytes for count, gpu in placed) / weights))
@@ -181,13 +182,13 @@ def slowest_between(network: Network, zones: Sequence[str]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Valuation:
-    """A bound on every plan, with the prices that prove it.
+    """A bound on all plans, with the prices that prove it.
 
     Attributes:
         value: no plan is better.
         scale: the factor that makes the row prices dual feasible (1 if cost is minimised).
-        rate_prices: of every side, shape [sides].
-        link_prices: of a request/s of KV from zone to zone, shape [Z, Z].
+        rate_prices: price of a request/s on each side, shape [sides].
+        link_prices: price of a request/s of KV from zone to zone, shape [Z, Z].
     """
 
     value: float
@@ -215,7 +216,7 @@ class Routes:
     most_spanning: int
 
     def place(self, zone: str, build: int) -> int:
-        """Return the number of a zone and build among ``zones``."""
+        """Return the number in ``zones`` of a zone and build."""
         return self.zones.index(zone) + build
 
     @property
@@ -240,9 +241,9 @@ class Routes:
         return local, afar, receiving
 
     def link_use(self, zones: Sequence[int]) -> FloatArray:
-        """Return what a unified replica over ``zones`` takes of every link, in requests/s of KV; [Z, Z].
+        """Return what a unified replica that spans ``zones`` takes of every link, in requests/s of KV; [Z, Z].
 
-        The share is granted whether all of it is used or not, so it is the same at any rate.
+        The share is reserved whether or not all of it is used, so it is the same at any rate.
         """
         use = np.zeros_like(self.capacity)
         inside = np.ix_(sorted(set(zones)), sorted(set(zones)))
@@ -251,8 +252,8 @@ class Routes:
             np.fill_diagonal(use, 0.0)
         return use
 
-    # --- bounds. Sides have ``theta`` [sides], the highest rate / (cost + price of the GPUs) of any replica there: 0 if
-    # none, inf if unknown. ``worth`` is the value of the whole fleet at the row prices, y limits.
+    # --- bounds. ``theta`` [sides] is the highest rate / (cost + price of the GPUs) of any replica on each side: 0 if
+    # there is none, inf if unknown. ``worth`` is the value of the whole fleet at the row prices, y limits.
 
     def highest_rate(self, theta: FloatArray, worth: float) -> Valuation:
         """Return the least bound on the served rate that the row prices prove.
@@ -278,7 +279,7 @@ class Routes:
         return Valuation(value, scale, self.shared_out(theta, 1.0, links), links)
 
     def least_cost(self, theta: FloatArray, worth: float, demand: float) -> Valuation | None:
-        """Return the highest bound on the cost of serving ``demand`` requests/s, or None if no price of it is known.
+        """Return the highest bound on the cost of serving ``demand`` requests/s, or None if demand has no known price.
 
         A price pi of demand is feasible if no replica's rate price exceeds ``1 / theta``: ``pi <= 1 / theta`` on the
         unified side and ``pi <= 1 / theta_p + 1 / theta_d + link price`` on every route. The bound
@@ -313,10 +314,10 @@ class Routes:
         return effort, np.isfinite(effort) & ~np.eye(count, dtype=bool)
 
     def shared_out(self, theta: FloatArray, price: float, link_prices: FloatArray) -> FloatArray:
-        """Return rate prices [sides] that give every route its weight, with equal room above each side's need.
+        """Return rate prices [sides] that give every route its weight, with equal room above what each side needs.
 
-        Of the many possible prices these leave all sides the same room: a replica matters only if it is better than
-        theta of its side by as much as the worst route has to spare.
+        Many prices are possible; these leave all sides the same room: a replica matters only if it is better than theta
+        of its side by as much as the worst route has to spare.
         """
         prices = np.full(self.num_sides, price)
         if not self.splits_roles:
@@ -340,7 +341,7 @@ class Routes:
 
 
 def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_builds: int) -> Routes:
-    """Return the routes of a problem, whichever replicas it will have."""
+    """Return the routes of a problem, which do not depend on its replicas."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
     if num_builds > 1:
         places = tuple(zone for zone in zones for _ in range(num_builds))

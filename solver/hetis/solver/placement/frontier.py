@@ -21,7 +21,7 @@ from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.options import Options
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
-NOTHING_BEFORE = -2  # instead of a usage vector: the stage is the first one
+NOTHING_BEFORE = -2  # in place of a usage vector: the stage is the first one
 
 
 class Lattice(NamedTuple):
@@ -30,11 +30,11 @@ class Lattice(NamedTuple):
     limits: IntArray  # [R]
     strides: IntArray  # [R]
     digits: IntArray  # [V, R]
-    inherits: bool  # a vector inherits from smaller ones; False: replicas use all of their vector
+    inherits: bool  # whether a vector inherits the replicas of smaller ones; False: replicas use all of their vector
 
 
 class Entries(NamedTuple):
-    """Options of one configuration grouped by use: E distinct (usage, copies)."""
+    """Options of one configuration grouped by their use: E distinct pairs of (usage, copies)."""
 
     usage: IntArray  # [E] number of the usage vector
     copies: IntArray  # [E]
@@ -111,7 +111,7 @@ def entry_layers(t: Tables, o: Options, entries: Entries, interval_s: float) -> 
 
 
 class SubfleetReach(NamedTuple):
-    """The reach of each sub-fleet's stages, by the most copies used, and where each value came from."""
+    """How far the stages of each sub-fleet reach, by the most copies used, and where each value came from."""
 
     position: IntArray  # [K + 1, V] furthest position with a first stage and any plain ones; 0: no first stage fits
     back_entry: IntArray  # [K + 1, V] entry of the last stage so far; -1: copied from a smaller usage or K
@@ -252,7 +252,7 @@ def explore(
 ) -> int:  # fmt: skip
     """Raise the best rate of every sub-fleet with the pipelined replicas of one configuration.
 
-    Replicas of rate ``needed[v]`` or less are not looked for. On return ``best_rate`` [V] is reached by the
+    Replicas of rate ``needed[v]`` or less are not searched for. On return, ``best_rate`` [V] is reached by the
     configuration ``best_tag`` at ``best_interval``, and no replica of this configuration on sub-fleet v has a rate
     above ``max(bound[v], needed[v], best_rate[v] (1 + tolerance))``. Returns the number of dynamic programs run.
     """
@@ -294,8 +294,8 @@ def explore(
             for v in range(num_vectors):
                 if closing[v] and rate > best_rate[v]:
                     best_rate[v], best_tag[v], best_interval[v] = rate, tag, middle
-        # Otherwise `closing` may be too generous because copies are not counted. Slower intervals then hold nothing
-        # better for those sub-fleets either, and faster ones are looked at again.
+        # Otherwise `closing` may be too generous, because copies are not counted. Slower intervals then offer nothing
+        # better for those sub-fleets either, and faster ones are examined again.
         if middle == t_hi:
             feasible_high[0, :] = closing
             continue
@@ -303,7 +303,7 @@ def explore(
         feasible_high[size, :] = closing
         feasible_low[size - 1, :] = closing
         lows[size - 1] = middle
-        lows[size], highs[size] = low, middle  # the faster half is on top and looked at first
+        lows[size], highs[size] = low, middle  # the faster half is on top and examined first
         size += 1
     return runs
 
@@ -404,7 +404,7 @@ def explore_sequential(
     t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, needed: FloatArray,
     best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
 ) -> None:  # fmt: skip
-    """Do what `explore` does for a single micro-batch, where the least t is the least sum of stage times."""
+    """Do what `explore` does for a single micro-batch, for which the least t is the least sum of stage times."""
     layers, _ = entry_layers(t, o, entries, np.inf)
     memory = reach(t, lattice, entries, layers, 0)
     worth = np.minimum(_worth_s(lattice, memory.closing >= 0, needed, best_rate), interval_cap_s)

@@ -42,8 +42,8 @@ from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import Family
 
 PLAIN = ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE))
-SHARE = 0.5  # largest share of the time left for each of them
-INSIDE = (1 / 3, 1 / 6, 1 / 12)  # shares of the exact search's time left: for the first, the second, any wider part
+SHARE = 0.5  # largest share of the time left for each of the contained parts
+INSIDE = (1 / 3, 1 / 6, 1 / 12)  # shares of the exact search's time left: first part, second part, each wider part
 
 
 def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
@@ -60,7 +60,7 @@ def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
 def parts_inside(family: Family) -> list[tuple[Part, float]]:
     """Return the parts that the exact search of a family turns to, each with its share of the time (`INSIDE`).
 
-    Those of `contained_parts` come first, then all roles without stage copies, and without attention workers.
+    The `contained_parts` come first, then all roles without stage copies, then all roles without attention workers.
     """
     roles = family.roles
     plain = contained_parts(family, roles)
@@ -79,8 +79,8 @@ def _has_plans(family: Family, roles: Collection[Role], max_pool: int) -> bool:
 # --- the columns seen so far, the prices of a bound, and the floor under prices that keeps pricing finite
 
 
-PRICE_FLOOR = 1e-5  # share of a row unit's mean price: with a free row a replica could be infinitely good
-NO_LINKS = np.zeros((0, 0))  # if no links between zones carry KV
+PRICE_FLOOR = 1e-5  # share of a row unit's mean price; on a free row a replica could be infinitely good
+NO_LINKS = np.zeros((0, 0))  # for fleets where no links between zones carry KV
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class Pool:
     uses: list[IntArray] = field(default_factory=list)
     links: list[FloatArray] = field(default_factory=list)
     _place: dict[tuple[object, ...], int] = field(default_factory=dict)
-    _built: Columns | None = None  # of all templates; None if templates were added since
+    _built: Columns | None = None  # columns of all templates; None if templates were added since
 
     def add(self, templates: Sequence[Template]) -> int:
         """Add new templates that fit in the fleet; return how many were new."""
@@ -120,7 +120,7 @@ class Pool:
         return replace(self._built, rates=np.minimum(self._built.rates, rate_cap))
 
     def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
-        """Return the counts of columns that make these replicas, all of them added before."""
+        """Return the counts of columns that correspond to these replicas, all of which were added before."""
         counts = np.zeros(len(self.templates), dtype=np.int64)
         for template, count in chosen:
             counts[self._place[template.shape]] += count
@@ -155,18 +155,18 @@ def first_prices(costs: CostTables) -> FloatArray:
 
 SMOOTHING = 0.5  # weight of the prices of the best bound
 MAX_ROUNDS = 60
-MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the latter applies even if the budget is spent: a plan is due
+MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the minimum applies even if the budget is spent: a plan is due
 VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # share of the best ratio that columns of other sizes must reach
 EASE, MOST_EASE = 0.125, 0.01  # share of the gap, and largest ratio, that pricing may ignore while the gap is wide
-SPREAD, MOST_SPREAD = 0.05, 1.0  # first and largest deviation of log prices at which columns are looked for
+SPREAD, MOST_SPREAD = 0.05, 1.0  # first and largest deviation of log prices at which columns are searched for
 GENERATION = 0.85  # share of the time left for the whole family's relaxation; whole counts take the rest
 MORE = 0.8  # share of the time left for more columns after that; replicas of one type per role take the rest
 MOST_BARREN = 4  # attempts without an improvement before the search ends, if it has no time limit
-KEEP = 0.97  # columns this close to the best of a round are kept
+KEEP = 0.97  # columns at least this close to the best of a round are kept
 
 
 class ColumnGeneration:
-    """Column generation for one problem: `run` each family, `choose`, then `outcome`; ``roles`` are those priced."""
+    """Column generation for one problem: `run` each family, `choose`, then `outcome`; ``roles`` are the priced ones."""
 
     def __init__(
         self, costs: CostTables, master: Master, settings: SearchSettings, roles: tuple[Role, ...] | None = None
@@ -174,16 +174,17 @@ class ColumnGeneration:
         self.costs, self.master, self.settings = costs, master, settings
         self.roles = costs.problem.family.roles if roles is None else roles
         self.pool = Pool(costs, master.row_costs)
-        # Without the problem's constraints, which pricing ignores and whose bound pricing could then not improve.
+        # Without the problem's constraints: pricing ignores them, and could then not improve on a bound that includes
+        # them.
         self._dense = rate_bound(costs, self.roles, with_constraints=False) if master.maximises else 0.0
         self.bound = self._no_bound(first_prices(costs))
         self.incumbent: MilpSolution | None = None
-        self._last_pricers: list[Pricer] = []  # of the latest run, with the ceilings that they proved
-        self.may_have_plan = True  # until a complete pricing finds nothing at all
-        self.is_whole_family = False  # whether the bound holds for the whole family yet
+        self._last_pricers: list[Pricer] = []  # pricers of the latest run, with the ceilings that they proved
+        self.may_have_plan = True  # False once a complete pricing has found nothing at all
+        self.is_whole_family = False  # whether the bound already holds for the whole family
 
     def _no_bound(self, row_prices: FloatArray) -> Bound:
-        """Return the bound known before any pricing."""
+        """Return the bound that is known before any pricing."""
         routes = self.costs.routes
         return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
@@ -249,7 +250,7 @@ class ColumnGeneration:
             self.incumbent = replace(choice, counts=counts)
 
     def run(self, part: Part) -> bool:
-        """Alternate pricing and the relaxation until the bound is within half of the gap that is the target.
+        """Alternate pricing and the relaxation until the bound is within half of the target gap.
 
         Return whether it converged. The bound holds for templates with the copies and attention workers of the part.
         """
@@ -303,7 +304,7 @@ class ColumnGeneration:
     def _priced(
         self, pricers: Sequence[Pricer], prices: FloatArray, floors: FloatArray, rate_cap: float, ease: float
     ) -> list[Priced]:
-        """Return the pricing of every side, those of fewest configurations first: the budget may end in the others."""
+        """Return the pricing of every side, fewest configurations first, since the budget may end during the others."""
         order = sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations))
         found = {
             side: pricers[side].price(prices, float(floors[side]), KEEP, self.budget, rate_cap=rate_cap, ease=ease)
@@ -326,7 +327,7 @@ class ColumnGeneration:
                 self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
 
     def go_on(self) -> None:
-        """Look for better whole counts in the time left, with columns that other prices ask for.
+        """Look for better whole counts in the time left, with columns that are good at other prices.
 
         Whole counts leave some GPUs idle and lack others; the replica that fits these is the best one at other prices.
         The bound's prices are multiplied by random factors, which spread further with each failure and return to near 1
@@ -361,7 +362,7 @@ class ColumnGeneration:
         """Return the ratio on every side below which a replica improves neither the relaxation nor the bound; [sides].
 
         No column seen has a ratio above 1 / rate price at the relaxation's prices, and no replica at all has one at the
-        bound's, so columns below it at prices in between improve neither. A side without columns has no floor.
+        bound's, so columns below this ratio at prices in between improve neither. A side without columns has no floor.
         """
         columns, routes = self.pool.columns(rate_cap), self.costs.routes
         seen = np.zeros(routes.num_sides)
@@ -373,7 +374,7 @@ class ColumnGeneration:
         return floors
 
     def _relaxation(self, rate_cap: float) -> LpSolution | None:
-        """Solve the relaxation over the columns seen; return None while they serve nothing or too little."""
+        """Solve the relaxation over the columns seen; return None as long as they serve nothing or too little."""
         lp = self.master.solve_lp(self.pool.columns(rate_cap)) if self.pool.templates else None
         return lp if lp is not None and lp.value > 0.0 else None
 
@@ -384,7 +385,7 @@ class ColumnGeneration:
         return SMOOTHING * self.bound.row_prices + (1.0 - SMOOTHING) * lp.row_prices, links
 
     def _lifted(self, prices: FloatArray) -> FloatArray:
-        """Return prices with a floor for GPUs that no constraint makes dear."""
+        """Return prices with a floor for GPUs that no constraint makes expensive."""
         resources = self.costs.resources
         rent = float(self.master.row_costs @ resources.limits)
         return lifted(prices, resources, float(prices @ resources.limits) + rent)

@@ -7,7 +7,7 @@
          sum_z F(z, y) <= rates of the decode replicas in y      every zone y
          F(z, y) + sum_k link_kzy n_k <= capacity(z, y)          every link
          n_k >= 0 (LP) and whole (MILP), F >= 0                  and, if cost is minimised, served rate >= demand
-         least_p <= sum_k count_kp n_k <= most_p                 every pin p (`Pins`); not in the LP unless asked for
+         least_p <= sum_k count_kp n_k <= most_p                 every pin p (`Pins`); not in the LP unless requested
 
 Pins are rows that constraints add: a minimum of GPUs in use, limits on replicas, and a maximum rent. The relaxation
 that prices columns omits them. Its bound still holds with them, if weaker: a GPU that must be used has a negative
@@ -33,7 +33,7 @@ from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
-ROUNDING = 1e-6  # ratio by which HiGHS may miss a row
+ROUNDING = 1e-6  # ratio by which HiGHS may violate a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +57,12 @@ class Pins:
 
     @property
     def ask_for_gpus(self) -> bool:
-        """Return whether some rows require GPUs in use, so that the same rate with fewer GPUs may be worse."""
+        """Return whether some rows require GPUs to be in use, so that the same rate with fewer GPUs may be worse."""
         return bool(self.wanted.any())
 
     @property
     def wanted(self) -> FloatArray:
-        """Return the columns of `of_rows` that require GPUs in use, [rows, .]."""
+        """Return the columns of `of_rows` that require GPUs to be in use, [rows, .]."""
         return self.of_rows[:, np.isfinite(self.lower)]
 
     @property
@@ -102,7 +102,7 @@ SETTLED = (
 )
 Number = TypeVar("Number", np.int64, np.float64)
 UNDECIDED = "no plan was found, nor proved that there is none: packing replicas takes too long"
-MANY = 64  # replicas: from this number on, whole counts stay close to the relaxation
+MANY = 64  # replicas from which on whole counts stay close to the relaxation
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Columns:
         return Columns(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def undominated(self) -> IntArray:
-        """Return the numbers of columns that no other on the same side and links dominates.
+        """Return the numbers of columns that no other column on the same side and links dominates.
 
         A column dominates if it has at least the rate and takes no more of any row; it then costs no more either, since
         costs follow from rows. Presolve finds the same but takes a hundred times as long.
@@ -167,7 +167,7 @@ class MilpSolution:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The best choice found that serves anything; if ``is_settled``, no better one, or none at all, exists."""
+    """The best choice found that serves anything; if ``is_settled``, no better one exists (or none at all)."""
 
     found: MilpSolution | None
     is_settled: bool
@@ -244,8 +244,8 @@ class Master:
     def serves(self, found: MilpSolution | None) -> TypeGuard[MilpSolution]:
         """Return whether whole counts are a plan at all.
 
-        If the rate is maximised, a value of 0 means that there is no replica. If cost is minimised the demand rules
-        that out, and owned GPUs may well cost nothing.
+        If the rate is maximised, a value of 0 means that there is no replica. If cost is minimised, the demand rules
+        that out, and GPUs already owned may well cost nothing.
         """
         return found is not None and (not self.maximises or found.value > 0.0)
 
@@ -262,7 +262,7 @@ class Master:
         which voids the bound.
         """
         options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
-        if not presolves:  # presolve compares columns pair by pair, without regard to the time limit
+        if not presolves:  # presolve compares columns in pairs and ignores the time limit while doing so
             options["presolve"] = "off"
         highs = quiet_highs(options, time_limit_s=time_limit_s, seed=seed, stop=stop)
         model = self._model(columns, whole=True, pinned=True)
@@ -467,7 +467,7 @@ def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:
 
 
 def settled(blocks: Sequence[FloatArray], *, back: int = 1) -> list[IntArray] | None:
-    """Return whole replicas that a search need not touch: those of the relaxation, minus ``back`` of each column.
+    """Return whole replicas that a search need not change: those of the relaxation, minus ``back`` of each column.
 
     Return None if the relaxation has so few replicas that all may be searched. ``blocks`` are counts of columns [K],
     whose replicas are counted together.

@@ -34,10 +34,10 @@ from hetis.solver.placement.fleet import DeviceClass, IntArray
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 
-MOST_PATTERNS = 5000  # per node; more than nodes of 16 GPUs have
-MOST_CUTS_OF_PARTS = 300  # per replica
-MOST_MIXED = 6  # parts of several sizes up to which all cuts are listed, 203 for six parts
-MOST_SEARCHED = 2000  # nodes of the search tree, so that the same parts are packed alike on every machine
+MOST_PATTERNS = 5000  # patterns per node, more than nodes of 16 GPUs have
+MOST_CUTS_OF_PARTS = 300  # cuts per replica
+MOST_MIXED = 6  # parts of several sizes up to which all cuts are listed; six parts have 203
+MOST_SEARCHED = 2000  # nodes of the search tree; fixed, so that the same parts are packed alike on every machine
 GAP = 1e-9
 
 Parts = tuple[int, ...]  # sizes of a replica's parts, the largest first
@@ -107,7 +107,7 @@ def slots_of(patterns: Sequence[tuple[int, ...]], filled: Sequence[int]) -> dict
 
 
 def place_parts(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[int]]) -> tuple[int, ...]:
-    """Return the nodes of a replica's parts, by the next of the cuts that its kind has ``left``."""
+    """Return the nodes of a replica's parts, by the next of the cuts ``left`` for its kind."""
     waiting = defaultdict[int, list[int]](list)  # size of a part -> the nodes for parts of this size
     for piece in left.pop():
         node = slots[sum(piece)].pop()
@@ -228,7 +228,7 @@ def _solve(
     for (kind, cut), number in zip(columns, values, strict=False):
         chosen[kind] += [cut] * number
     for left in chosen.values():
-        left.reverse()  # used from the end: replicas in few pieces come first
+        left.reverse()  # taken from the end: replicas in few pieces come first
     bound = info.mip_dual_bound if np.isfinite(info.mip_dual_bound) else 0.0
     return chosen, values[len(columns) :], int(np.ceil(bound - 1e-6))
 
@@ -238,11 +238,11 @@ def _solve(
 
 Kind = tuple[tuple[int, Parts], ...]  # for every device class that a replica uses, its parts, the largest first
 Way = Mapping[int, Cut]  # the pieces by device class
-MOST_WAYS = 40  # per replica: those into the fewest pieces first
-MOST_CUTS = {1: MOST_WAYS, 2: 8}  # per device class, by the number of classes
-FEW_CUTS = 4  # per device class, if there are more classes
+MOST_WAYS = 40  # ways per replica: those with the fewest pieces first
+MOST_CUTS = {1: MOST_WAYS, 2: 8}  # cuts per device class, by the number of classes
+FEW_CUTS = 4  # cuts per device class if there are more classes
 SHAPE = 1 / 64  # cost of a replica shape, as a ratio to that of a piece
-MORE_PIECES = 2  # beyond the fewest, if the nodes of a replica are not limited
+MORE_PIECES = 2  # pieces beyond the fewest, if the nodes of a replica are not limited
 
 
 def kind_of(costs: CostTables, template: Template) -> Kind:
@@ -364,7 +364,7 @@ class NodeProgram:
         return int(first_z)
 
     def simplify(self, highs: Any, kinds_of_columns: Sequence[int], enough: float) -> None:
-        """Extend, limit the objective to ``enough``, and instead seek the fewest pieces, then different columns."""
+        """Extend the model, require an objective of ``enough``, and minimise pieces instead, then distinct columns."""
         lp = highs.getLp()
         costs, upper = np.array(lp.col_cost_), float(sum(c.num_nodes * c.gpus_per_node for c in self.classes))
         maximises = lp.sense_ == highspy.ObjSense.kMaximize

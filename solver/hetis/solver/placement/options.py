@@ -45,16 +45,16 @@ class Options(NamedTuple):
     pool_groups: IntArray  # k
     layer_s: FloatArray  # w, including slack
     fixed_s: FloatArray  # [., 4] hop, step and ends, including slack
-    min_layers: IntArray  # [., 4] with fewer, a chunk's time beside layers is too uneven; 1 if any number will do
+    min_layers: IntArray  # [., 4] with fewer, a chunk's time beside layers is too uneven; 1: no minimum
     max_layers: IntArray  # [., 4] repeated layers that fit in memory and in a round trip with a chunk
 
 
 class Reach(NamedTuple):
-    """Limits on the stages of replicas that are worth looking for (`ceiling.reach_of`); see `is_useful`."""
+    """Limits on the stages of replicas that are worth searching for (`ceiling.reach_of`); see `is_useful`."""
 
     effort: float  # r: least price of a layer
     copy_cost: float  # m
-    spare: float  # what one stage may cost beyond r for each of its layers; inf: any stage will do
+    spare: float  # what one stage may cost beyond r for each of its layers; inf: there is no limit
     shortest_s: float  # interval, without slack
     longest_s: float
     copies: int  # K
@@ -66,7 +66,7 @@ EVERYTHING = Reach(0.0, 0.0, np.inf, 0.0, np.inf, 1 << 20, False)
 
 @kernel
 def is_useful(reach: Reach, price: float, copies: int, layer_s: float, fixed_s: float, most: float) -> bool:
-    """Return whether a replica within reach may have a stage with at most ``most`` layers; times exclude least slack.
+    """Return whether a replica within reach may have a stage of at most ``most`` layers; times exclude the least slack.
 
     In a pipelined replica ``t price + m c - cap(t) r`` is least at one of two intervals. In a sequential one
     ``sqrt(price (l w + f)) - l r`` is least at the fewest or the most layers.
@@ -102,7 +102,7 @@ def _empty_options(capacity: int) -> Options:
 
 
 class TimeLimits(NamedTuple):
-    """Limits on a stage's seconds, and the slack by which these are stretched (see `stretch`).
+    """Limits on a stage's seconds, and the slack that lengthens these seconds (see `stretch`).
 
     A stage with c copies takes at most ``c chunk_cap_s`` in an iteration with a chunk, and at most ``unevenness`` times
     what it takes in a mean one.
@@ -121,12 +121,12 @@ def list_options(
 ) -> Options:  # fmt: skip
     """Return every useful stage option of a configuration that fits in memory, without obviously dominated ones.
 
-    `Reach` says what is useful at ``group_price`` [S] and ``card_price`` [N]. An option with a pool is dropped if the
-    stage without one, or the fastest or the roomiest smaller pool of the same class, is as fast and has as much room,
-    because the option would only cost more (unless cards count, see `Tables`).
+    `Reach` determines what is useful at ``group_price`` [S] and ``card_price`` [N]. An option with a pool is dropped if
+    the stage without one, or the fastest or the roomiest smaller pool of the same class, is as fast and has as much
+    room, because the option would only cost more (unless cards count, see `Tables`).
     """
     out, count = _empty_options(256), 0
-    # What is worked out about one stage; [4] by role.
+    # Scratch space for the numbers of one stage; [4] by role.
     on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
     caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
     fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
@@ -271,7 +271,7 @@ def _limit_layers(
 
 @kernel
 def _most(caps: IntArray) -> int:
-    """Return the largest of the roles' numbers; `max` of an array would count references."""
+    """Return the largest of the roles' numbers; `max` of an array would count references, which is slow."""
     most: int = max(max(caps[0], caps[1]), max(caps[2], caps[3]))
     return most
 
@@ -319,7 +319,7 @@ def _fill_caps(caps: IntArray, on_rank: FloatArray, k: int, on_cards: float, ran
 def _is_beaten(
     out: Options, at: int, count: int, layer_s: float, fixed_s: FloatArray, floors: IntArray, caps: IntArray
 ) -> bool:
-    """Return whether option ``at``, if it is one of ``count``, is as fast and roomy, and allows as few layers."""
+    """Return whether option ``at`` exists among ``count``, is as fast and roomy, and allows as few layers."""
     if at in (-1, count) or out.layer_s[at] > layer_s:
         return False
     for role in range(4):
@@ -357,7 +357,7 @@ def penalised_prices(t: CoverTables, o: Options, prices: FloatArray, penalty: Fl
 
 @kernel
 def selected(o: Options, chosen: IntArray | slice) -> Options:
-    """Return the chosen options, in that order; a slice is no copy."""
+    """Return the chosen options, in that order; a slice makes no copy."""
     return Options(
         o.rank[chosen], o.copies[chosen], o.pool_class[chosen], o.pool_cards[chosen], o.pool_groups[chosen],
         o.layer_s[chosen], o.fixed_s[chosen], o.min_layers[chosen], o.max_layers[chosen],

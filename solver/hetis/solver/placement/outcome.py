@@ -1,4 +1,4 @@
-"""The outcome of any search, and bounds on every plan that need no search: they follow from dense work.
+"""The outcome of any search, and bounds on every plan that need no search because they follow from dense work.
 
 A replica with M micro-batches in flight takes ``t >= (sum of its stages) / M``, and its stages hold all L layers. With
 w the least time of a layer on any GPU it may use, ``t >= L w / M``, so a mix whose latency limits require less has no
@@ -55,13 +55,13 @@ class Outcome:
     flows: FloatArray  # [Z, Z] requests/s prefilled in the first zone and decoded in the second
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
-    best: Outcome | None = None  # the best outcome, if a simpler one replaced it
+    best: Outcome | None = None  # the best outcome, if this simpler one replaced it
 
 
 # --- bounds from dense work
 
 
-SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that is given to its prompt
+SHARES = np.linspace(0.0, 1.0, 21)  # shares of a request's price that its prompt gets
 ROUNDING = 1e-9
 
 

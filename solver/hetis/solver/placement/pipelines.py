@@ -28,8 +28,8 @@ from hetis.solver.placement.template import Template, TemplateStage, gpus_of, in
 from hetis.solver.plan import Role
 
 NUM_ROLES = 4
-MOST_COMPOSITIONS = 400_000  # per TP size and depth
-EXACT = 1e-12  # ratio by which a bound on an interval may be rounded
+MOST_COMPOSITIONS = 400_000  # limit per TP size and depth
+EXACT = 1e-12  # ratio by which rounding may affect a bound on an interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class MixSweep:
-    """Settings that replicas of a shape are tried with, one per row.
+    """Settings with which replicas of a shape are tried, one per row.
 
     Rows have a mix [X] and the head groups of every rank that workers take [X], 0 without workers. ``least_slack`` and
     ``unevenness`` [X] are those of the regime.
@@ -73,7 +73,7 @@ class MixSweep:
 
 def sweep_of(costs: CostTables, depth: int, mixes: IntArray, groups: IntArray) -> MixSweep:
     """Return every mix with every given number of head groups."""
-    # Deeper pipelines have as many micro-batches as stages; a single stage waits for its own copies at most.
+    # Deeper pipelines have as many micro-batches as stages; a single stage waits only for its own copies.
     kinds = [(costs.mixes[x].role, costs.mixes[x].attention_dp) for x in mixes.tolist()]
     of_kind = {
         kind: costs.regime_together(x) if depth == 1 else costs.regimes(kind[0])[1]
@@ -154,9 +154,9 @@ def _shortest_s(num_layers: int, counts: IntArray, layer_s: FloatArray, beside_s
 
 
 def shortest_with(costs: CostTables, shape: Shape, counts: IntArray, mixes: IntArray, workers: Workers) -> FloatArray:
-    """Return lower bounds on the interval of each composition with these workers, however much they take; [C, X].
+    """Return lower bounds on the interval of each composition with these workers, whatever share they take; [C, X].
 
-    Attention takes the least over all numbers of head groups, and memory is ignored; inf beyond the latency limits.
+    Attention takes its minimum over all numbers of head groups, and memory is ignored; inf beyond the latency limits.
     """
     t, at = costs.scopes[shape.scope].tables, np.ix_(mixes, shape.ranks)
     entries = t.least_pool_start[shape.ranks, workers.device_class] + workers.size
@@ -207,7 +207,7 @@ def fill(
     num_layers: int, stages: IntArray, roles: IntArray, count: int, layer_s: FloatArray, fixed_s: FloatArray,
     most: IntArray, least: IntArray, worse_s: float, layers: IntArray,
 ) -> float:  # fmt: skip
-    """Distribute all layers over ``count`` stages so that the longest is shortest; return the time of that stage.
+    """Distribute all layers over ``count`` stages so that the slowest is as fast as possible; return that stage's time.
 
     ``stages`` and ``roles`` are each stage's row of ``layer_s`` [S], ``fixed_s`` and ``most`` [S, 4], and its role; a
     stage holds at least ``least`` [4] of its role. Fills ``layers``. Return inf if the layers do not fit or the time is
@@ -296,9 +296,9 @@ def best_splits(
     num_layers: int, counts: IntArray, which: IntArray, layer_s: FloatArray, fixed_s: FloatArray, most: IntArray,
     least: IntArray, longest_s: float, shortest_s: float, mix: int, groups: int, best_s: FloatArray, found: IntArray,
 ) -> None:  # fmt: skip
-    """Improve ``best_s`` [C] and ``found`` [C, 4] of compositions that a mix serves quicker than earlier ones.
+    """Improve ``best_s`` [C] and ``found`` [C, 4] of compositions that a mix serves faster than earlier mixes.
 
-    ``counts`` [C, R] are compositions of equally many stages, of which only those in ``which`` are looked at. ``found``
+    ``counts`` [C, R] are compositions of equally many stages, of which only those in ``which`` are examined. ``found``
     is (mix, first stage, last stage, head groups given away). No interval is longer than ``longest_s``, and none counts
     as less than ``shortest_s``.
     """
@@ -408,7 +408,7 @@ def is_run_by_engine(costs: CostTables, template: Template) -> bool:
 
 
 def least_nodes(costs: CostTables, shape: Shape, workers: Workers | None, places: Sequence[int]) -> IntArray:
-    """Return the fewest nodes that a replica of each composition takes, whatever else is on them; [C].
+    """Return the fewest nodes that a replica of each composition occupies, whatever else is on them; [C].
 
     ``places`` are equal for device classes whose GPUs may be in one node (`shared_places`).
     """

@@ -46,7 +46,7 @@ from hetis.solver.plan import Role
 from hetis.solver.problem import Family
 
 BATCH = 32
-# GPUs of a class: with fewer, a single replica may well need more than there are. In larger classes pricing does not
+# GPUs of a class: with fewer, a single replica may well need more than exist. In larger classes pricing does not
 # exclude such replicas, which can only loosen the bound.
 SCARCE = 256
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further
@@ -55,7 +55,7 @@ ROUNDING = 1e-9  # ratio by which a ceiling proved at other prices is widened
 
 
 def compile_rest() -> None:
-    """Compile the kernels that only some searches call, for use after a search has compiled the others."""
+    """Compile the kernels that only some searches call; to be used once a search has compiled the others."""
     compile_alike(best_within_cap, best_sequential)
 
 
@@ -67,7 +67,7 @@ def best_replica(
 
     Returns (ratio, rows of its stages, bound): no replica that fits in the fleet is above ``max(bound, floor)``.
 
-    This is not a kernel: the machine code of a kernel contains that of those it calls, and compiling it took a minute.
+    This is not a kernel: a kernel's machine code contains that of the kernels it calls, and compiling it took a minute.
     """
     options = list_options(
         t, x, f, max_copies, max_pool,
@@ -120,7 +120,7 @@ class Part:
     max_pool: int
 
     def describe(self, family: Part) -> str:
-        """Return what the part leaves out of a family."""
+        """Return a description of what the part excludes from a family."""
         copies, pool = self.max_copies < family.max_copies, self.max_pool < family.max_pool
         left_out = ["stage copies"] * copies + ["attention workers"] * pool
         roles = [f"{' and '.join(self.roles)} only"] if set(self.roles) != set(family.roles) else []
@@ -156,7 +156,7 @@ class Pricer:
     def price(
         self, row_prices: FloatArray, floor: float, keep: float, budget: Budget, *, rate_cap: float, ease: float = 0.0
     ) -> Priced:  # fmt: skip
-        """Find the best column of every configuration whose ratio could exceed ``floor`` (inf: of none).
+        """Find the best column of every configuration whose ratio could exceed ``floor`` (inf: no configuration).
 
         Rates count only up to ``rate_cap``. Configurations that cannot exceed the floor by more than the ratio
         ``ease`` are skipped, and their ceilings go into the bound.
@@ -222,7 +222,7 @@ class Pricer:
         return interval_cap(self.costs.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
 
     def _counted(self, rate_cap: float) -> FloatArray:
-        """Return the share of each configuration's slowest allowed rate that counts."""
+        """Return, for each configuration, the share of its slowest allowed rate that counts."""
         shares = np.ones(len(self.configurations))
         if np.isfinite(rate_cap):
             possible = self.longest_s > 0.0  # other configurations have no replica at all
@@ -249,7 +249,7 @@ class Pricer:
         self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
         enough: FloatArray, workers: ThreadPoolExecutor, budget: Budget,
     ) -> FloatArray:  # fmt: skip
-        """Return upper bounds on ratios with m and r [which, 3], as sharp as ``enough`` asks; inf if out of budget."""
+        """Return upper bounds on ratios with m and r [which, 3], as sharp as ``enough`` needs; inf if out of budget."""
         asked = np.zeros(len(self.configurations), dtype=bool)
         asked[which] = True
         t_floors = np.array([t.t_floor for t in tables])
@@ -280,7 +280,7 @@ class Pricer:
         return queries_of(self.mixes[members], self.in_flight[members], limits)
 
 
-STALE = 0.05  # ratio by which shortest intervals may grow before lines, which lose sharpness, are made again
+STALE = 0.05  # ratio by which shortest intervals may grow before lines, which lose sharpness, are recomputed
 
 
 class _Share:

@@ -1,17 +1,17 @@
-"""The choice of a search: equal stages enumerated, sub-fleets exactly, or column generation, zones merged or not.
+"""The choice of a search: enumerating equal stages, exact or by column generation, with zones merged or not.
 
 *Zones merged.* If zones differ only in their numbers of nodes, the fleet with all nodes in one zone is a relaxation of
 the real one: links inside a zone are at least as fast as links between zones, every replica of the real family is a
 replica there, and what it takes is available there. So its bound holds, at the cost of one zone instead of all of them
 and their combinations, and each of its replicas can be placed in any zone that has the GPUs.
 
-*Pairs of types.* In the family of `splitwise` prefill replicas are of one GPU type and decode replicas of one: each
-pair of types is its own problem, and most are ruled out early. Searches of wider families end with it, too: any pair
-that could beat their plan is searched, so they are never worse.
+*Pairs of types.* In the family of `splitwise` all prefill replicas have one GPU type and all decode replicas have one.
+Each pair of types is a problem of its own, and most are ruled out early. Searches of wider families end with it, too:
+any pair that could beat their plan is searched, so they are never worse.
 
 *Columns for pins*, which the relaxation does not need because pricing ignores pins. For each pin, GPUs that must be
-used are priced at almost nothing. If the number of replicas is limited, columns are priced that are fast enough to be
-one of so few, with each GPU type almost free in turn. If rent or GPUs are limited, these are the price of a replica.
+used are priced at almost nothing. If the number of replicas is limited, pricing looks for columns fast enough to be
+among so few, with each GPU type almost free in turn. If rent or GPUs are limited, they serve as the price of a replica.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hetis.solver.placement.template import Template, interval_of, stages_in
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 
-RELAXATION, COLUMNS = 0.6, 0.8  # shares of the time left, with pins: for the relaxation, then for the pins' columns
+RELAXATION, COLUMNS = 0.6, 0.8  # shares of the time left with pins: for the relaxation, then for the pins' columns
 
 
 def search(costs: CostTables, settings: SearchSettings, *, simplest_within: float = 0.0) -> Outcome | None:
@@ -145,7 +145,7 @@ def _can_serve(generation: ColumnGeneration, demand: float) -> bool:
 
 
 def _search_merged(merged: CostTables, generation: ColumnGeneration) -> Outcome | None:
-    """Search the one-zone relaxation, whose columns ``generation`` keeps; return None if too wide a gap is left."""
+    """Search the one-zone relaxation, whose columns ``generation`` keeps; return None if the gap left is too wide."""
     relaxed = ColumnGeneration(merged, master_of(merged, generation.master.demand), generation.settings)
     relaxed.generate(uniform_templates(merged))
     if not np.isfinite(relaxed.bound.value):
@@ -165,7 +165,7 @@ def _search_merged(merged: CostTables, generation: ColumnGeneration) -> Outcome 
 
 
 def equal_stages(costs: CostTables, settings: SearchSettings) -> Outcome | None:
-    """Return the best plan of equal stages found, soon; its roles may mix GPU types, its bound is that of `uniform`."""
+    """Return a quickly found best plan of equal stages; roles may mix GPU types, the bound is that of `uniform`."""
     if not costs.ranks:
         return None
     try:
@@ -208,7 +208,7 @@ def _enumerate_uniform(costs: CostTables, master: Master, settings: SearchSettin
 
 
 def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Outcome | None:
-    """Return the better of an interrupted search's outcome and the plan of equal stages, with the former's bound."""
+    """Return the better of an interrupted search's outcome and the plan of equal stages, with the search's bound."""
     if found is None or first is None:
         return first if found is None else found
     is_ahead = first.value > found.value if master.maximises else first.value < found.value
@@ -237,7 +237,7 @@ def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
     link = inside.pop()
     between = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i + 1 :]]
     if any(other.slower_of(link) != other for other in between):
-        return None  # some zones have faster links to each other than inside themselves
+        return None  # some zones have faster links to each other than inside
     groups = tuple(replace(group, zone=MERGED, nic=group.nic or network.default) for group in cluster.node_groups)
     return replace(problem, cluster=replace(cluster, node_groups=groups, network=Network(default=link)))
 
@@ -288,7 +288,7 @@ def rate_prices_of(merged: CostTables, costs: CostTables, prices: FloatArray) ->
 # --- pairs of GPU types
 
 
-PAIR_TOLERANCE = 1e-3  # of ratios that only rule out pairs
+PAIR_TOLERANCE = 1e-3  # tolerance of ratios that only rule out pairs
 ROUNDING = 1e-9  # ratio by which a limit may exceed the value from which it is computed
 CHEAPEST = 1e-9  # USD/h, so that free GPUs have a finite ratio
 
@@ -330,7 +330,7 @@ def search_types(costs: CostTables, settings: SearchSettings, known: Outcome | N
 def _search_pair(pair: CostTables, settings: SearchSettings) -> Outcome | None:
     try:
         return search(pair, settings)
-    except NoPlanFoundError:  # no plan of this pair is known to keep the pins
+    except NoPlanFoundError:  # no plan of this pair is known that keeps the pins
         if pair.problem.family.one_type_per_role:
             raise
         return None
@@ -354,7 +354,7 @@ def _promising_first(
     floors = dict.fromkeys(gpus, 0.0)
     if known is not None and known.value > 0.0:
         floors = {gpu: known.value / counts[gpu] if objective.maximises else demand / known.value for gpu in gpus}
-    part = settings.within(0.5)  # the other half is for the pairs
+    part = settings.within(0.5)  # the other half is for searching the pairs
     theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), (1.0 - ROUNDING) * floors[gpu], part) for gpu in gpus}
     found = []
     for prefill, decode in itertools.product(gpus, gpus):
@@ -388,7 +388,7 @@ def _best_ratios(pair: CostTables, floor: float, settings: SearchSettings) -> Fl
 
 
 def _dense_ratio(pair: CostTables, role: Role, prices: FloatArray) -> float:
-    """Return a bound on the role's ratio from dense work alone, which takes no time."""
+    """Return a bound on the role's ratio from dense work alone, which takes no time to compute."""
     layers, speeds = pair.scopes[0].tables.num_layers, layers_per_s(pair, role)
     of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
     return max(float(speeds[g] / price) / layers for g, price in of_gpu.items() if price > 0.0)
@@ -402,7 +402,7 @@ def _in_scopes_of(costs: CostTables, pair: CostTables, template: Template) -> Te
 
 
 def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
-    """Return a report without a pair's bound, which does not hold for other pairs, and with the best incumbent."""
+    """Return a report that omits a pair's bound, which does not hold for other pairs, and gives the best incumbent."""
     better = max if maximises else min
 
     def told(progress: Progress) -> None:
@@ -418,7 +418,7 @@ def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
 CHEAP = 1e-3  # price of GPUs that must be used, as a ratio to other prices
 KEEP = 0.7  # share of the best ratio that a column must reach
 PIN_TOLERANCE = 1e-2
-QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # least rate of a replica, as a share of the highest rate per allowed replica
+QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # minimum rate of a replica, as a share of the highest rate per allowed replica
 
 
 def pinned_columns(generation: ColumnGeneration, pins: Pins, budget: Budget) -> Iterator[Template]:
@@ -426,7 +426,7 @@ def pinned_columns(generation: ColumnGeneration, pins: Pins, budget: Budget) -> 
     costs, prices, most = generation.costs, generation.bound.row_prices, float(pins.upper[-1])
     each = rate_bound(costs) / most if np.isfinite(most) else 0.0
     free = [row > 0.0 for row in pins.wanted.T if row.any()]
-    if each:  # with few replicas, GPUs of any type may be left idle
+    if each:  # if few replicas are allowed, GPUs of any type may be left idle
         rows = costs.resources.rows
         free += [np.zeros(len(rows), dtype=bool)]
         types = dict.fromkeys(c.gpu for c in costs.classes)

@@ -131,7 +131,7 @@ def useful_options(
     ``t price`` from below (Cauchy-Schwarz). If this holds for every cover, no option is useful.
     """
     num_layers, num_options = t.num_layers, prices.shape[0]
-    cheapest = np.full(num_layers + 1, np.inf)  # one stage with n layers in any role
+    cheapest = np.full(num_layers + 1, np.inf)  # price of one stage with n layers in any role
     quickest = np.full(num_layers + 1, np.inf)
     least = np.full((4, num_layers + 1), np.inf)  # price times seconds of one stage
     for i in range(num_options):
@@ -247,7 +247,7 @@ def best_fitting_sequential(
             least = max(least, values[k] - weights[k] * following)
         bound = max(bound, 1.0 / (at * least))
         if least <= cheapest:
-            break  # from here on the price falls no further, and longer intervals only lower the rate
+            break  # beyond this, the price falls no further, and longer intervals only lower the rate
         at = following
         if at >= interval_cap_s:
             break
@@ -257,7 +257,7 @@ def best_fitting_sequential(
 # --- under a cap on the interval: an exact shortest path with (price, seconds) labels
 
 
-MAX_LABELS = 192  # per position; if more were needed, `best_within_cap` is not exact
+MAX_LABELS = 192  # labels per position; if more were needed, `best_within_cap` is not exact
 
 
 @kernel
@@ -335,9 +335,9 @@ def best_within_cap(
 def _least_completions(
     o: Options, prices: FloatArray, count: IntArray, option: IntArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the least price and the least seconds of the stages that hold the layers left, the last stage included.
+    """Return the least price and the least seconds of the stages that hold the layers left, including the last stage.
 
-    ``count`` and ``option`` are `_pareto_steps`; results are by the number of layers left, each taken by itself.
+    ``count`` and ``option`` are those of `_pareto_steps`; results are by the number of layers left, each on its own.
     """
     num_layers = count.shape[1] - 1
     cheapest, quickest = np.full(num_layers + 1, np.inf), np.full(num_layers + 1, np.inf)
@@ -355,7 +355,7 @@ def _least_completions(
 
 @kernel
 def _traced_labels(back: IntArray, last_pos: int, last_label: int, last_option: int) -> IntArray:
-    """Return stages, first to last, from what is before each label; the last stage begins at ``last_pos``."""
+    """Return stages, first to last, from what preceded each label; the last stage begins at ``last_pos``."""
     num_layers = back.shape[0] - 1
     reverse = np.empty((num_layers, 2), np.int64)
     reverse[0, 0], reverse[0, 1] = last_option, num_layers - last_pos
@@ -373,7 +373,7 @@ def _add_label(
     labels: IntArray, price_at: FloatArray, seconds_at: FloatArray, back: IntArray, pos: int, price: float,
     seconds: float, before_pos: int, before_label: int, option: int,
 ) -> bool:  # fmt: skip
-    """Add a label unless an existing one is as good, drop those it beats, and return False if there was no room.
+    """Add a label unless an existing one is as good, and drop those it beats; return False if there was no room.
 
     Labels already expanded are never dropped, because a position only gains labels from earlier positions.
     """

@@ -54,7 +54,7 @@ OPTIMAL_GAP = 1e-6
 def solve_family(
     problem: PlacementProblem, settings: SearchSettings, market: Market | None = None, simplest_within: float = 0.0
 ) -> Plan:
-    """Solve as `hetis.solver.planning.solve_placement` does, by one of our own strategies within the problem's family.
+    """Solve as `hetis.solver.planning.solve_placement` does, with one of our own strategies and the problem's family.
 
     Small fleets are solved exactly (`exact.py`). Others are solved by column generation (`generation.py`) until the
     gap is small enough, the time is up or no remaining column could help.
@@ -72,7 +72,7 @@ def solve_family(
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
 
     def bound(outcome: Outcome) -> Plan:
-        if not problem.constraints:  # constraints may want GPUs in use, whatever for
+        if not problem.constraints:  # constraints may require idle GPUs to be in use
             outcome = without_idle(costs, outcome)
         chosen = [(with_fewest_in_flight(costs, template), count) for template, count in outcome.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
@@ -86,9 +86,9 @@ def solve_family(
 
 
 def without_idle(costs: CostTables, outcome: Outcome) -> Outcome:
-    """Return the outcome without replicas that prefill or decode and that no KV goes from or to.
+    """Return the outcome without prefill and decode replicas that no KV leaves or reaches.
 
-    Where GPUs cost nothing a search may choose them, because they neither help nor hurt.
+    Where GPUs cost nothing a search may choose such replicas, because they neither help nor hurt.
     """
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     ends = {end for route in kv_routes(costs, templates, outcome.flows) for end in (route.prefill, route.decode)}
@@ -98,7 +98,7 @@ def without_idle(costs: CostTables, outcome: Outcome) -> Outcome:
 
 
 def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
-    """Return the simpler plan with a note on its loss, or the best if the other saves neither nodes nor shapes."""
+    """Return the simpler plan with a note on its loss, or the best if the simpler saves neither nodes nor shapes."""
     (nodes, shapes), (most, many) = _nodes_and_shapes(simpler), _nodes_and_shapes(best)
     if (nodes, shapes) >= (most, many):
         return replace(best, notes=(*best.notes, f"no plan within {within:.1%} of the best was found on fewer nodes"))
@@ -156,7 +156,7 @@ def plan_of(
     problem, kind, scale = costs.problem, costs.problem.objective.kind, objective_scale(costs.problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
-        bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole
+        bound = min(value, float(np.ceil(bound - 1e-6)))  # the number of GPUs is whole
     gap = abs(bound - value) / abs(value) if value else 0.0
     status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
     if outcome.interrupted and status is not Status.OPTIMAL:
@@ -294,7 +294,7 @@ def _runners_up(costs: CostTables, outcome: Outcome) -> tuple[RunnerUp, ...]:
 
 
 def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
-    """Return what the plan costs per request/s served."""
+    """Return the cost of the plan per request/s served."""
     whole = sum(n * t.rate for t, n in outcome.chosen if costs.mixes[t.mix].role is Role.UNIFIED)
     return outcome.value / (whole + float(outcome.flows.sum()))
 
@@ -311,7 +311,7 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
     return tuple(notes)
 
 
-DUST = 1e-12  # share of a flow that may remain from rounding
+DUST = 1e-12  # share of a flow that rounding may leave
 
 
 def kv_routes(costs: CostTables, templates: Sequence[Template], flows: FloatArray) -> tuple[KvRoute, ...]:

@@ -2,8 +2,8 @@
 
 Letters are those of `docs/cost-model.md`. A *configuration* is a mix x and a number of micro-batches in flight (index
 f). A stage is c copies of a rank type s, optionally with p cards of class q per copy, its pool, that take k head groups
-of every rank. How many layers fit and how long they take is worked out here once, for the options of a configuration,
-its ceilings, and replicas whose stages are known.
+of every rank. How many layers fit and how long they take is computed only here, for the options of a configuration, its
+ceilings, and replicas whose stages are known.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
 
 @kernel
 def state_on_rank(t: Tables, x: int, f: int, s: int, copies: int) -> float:
-    """Return the bytes of one layer on a rank of a stage copy that requests keep whatever their context."""
+    """Return the bytes per layer that requests occupy on a rank of a stage copy independently of their context."""
     state: float = t.state_bytes[x, f, copies - 1] / t.rank_tp[s]
     return state
 
 
-# The functions below run in inner loops and take numbers only: a call with `Tables` counts references to all of them.
+# The functions below run in inner loops and take only numbers: passing `Tables` would count references to every array.
 
 
 @kernel
 def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, other_layers: int, num_layers: int) -> float:
     """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer.
 
-    ``other_layers`` are those whose weights are not in ``room`` already, but whose KV is: of the prefix, and drafting.
+    ``other_layers`` are those whose weights are not counted in ``room`` but whose KV is: prefix and drafting layers.
     """
     layers: float = min((room - other_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
     return max(0.0, layers)
@@ -103,7 +103,7 @@ def roomiest_split(
     """
     if room <= 0.0 or cards_bytes <= 0.0:
         return 0.0
-    per_group = tp * kv_bytes / cards_bytes  # of one layer, as a share of the cards' bytes
+    per_group = tp * kv_bytes / cards_bytes  # for one layer, as a share of the cards' bytes
     k = (layer_bytes + groups * kv_bytes) / (room * per_group + kv_bytes - prompt_bytes)
     k = min(max(k, 1.0), float(groups))
     kept_bytes = (groups - k) * kv_bytes + k * prompt_bytes
@@ -141,14 +141,14 @@ def stretch(n: Iterations, request_s: float, chunk_s: float, least_slack: float,
 
 @kernel
 def copies_limit(in_flight: int, max_copies: int) -> int:
-    """Return the copies that a stage may have; with one micro-batch in flight more would never take turns."""
+    """Return the copies that a stage may have; with one micro-batch in flight further copies would never take turns."""
     limit: int = 1 if in_flight == 1 else min(max_copies, in_flight)
     return limit
 
 
 @kernel
 def pool_limit(copies: int, own_cards: int, available: int, max_pool: int) -> int:
-    """Return the attention workers of a class for each stage copy; ``own_cards`` of the class are the stage's ranks."""
+    """Return the attention workers of a class per stage copy; ``own_cards`` GPUs of the class are the stage's ranks."""
     limit: int = min(max_pool, available - own_cards) // copies
     return limit
 
@@ -198,7 +198,7 @@ def fill_fixed(fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s
     fixed_s[BOTH] = times.step_s + prefix_s + times.last_s
 
 
-# --- a stage of given ranks, without a pool and with one; shared by the options of a configuration and its ceilings
+# --- a stage of given ranks, without and with a pool; shared by the options of a configuration and its ceilings
 
 
 class Ranks(NamedTuple):
@@ -209,24 +209,24 @@ class Ranks(NamedTuple):
     tp: int
     groups: int
     shares_experts: bool
-    room: float  # bytes of a plain stage's rank
+    room: float  # bytes on a rank of a plain stage
     first_bytes: float
     last_bytes: float
     tied_bytes: float
     layer_bytes: float
-    state_bytes: float  # of a layer on a rank
-    requests: int  # of a copy
-    tokens: float  # of KV, of a copy
-    kv_bytes: float  # of a head group and layer
-    prompt_bytes: float  # the part of these that stays on a rank in any case
+    state_bytes: float  # state bytes of a layer on a rank
+    requests: int  # requests of a copy
+    tokens: float  # KV tokens of a copy
+    kv_bytes: float  # KV bytes of a head group and layer
+    prompt_bytes: float  # the part of ``kv_bytes`` that stays on a rank in any case
     prefix_layers: int
     draft_layers: int
     num_layers: int
     mix: Iterations
-    layer_s: float  # without decode attention
+    layer_s: float  # excludes decode attention
     chunk_layer_s: float
     own_s: float  # decode attention without a pool
-    wire_s: float  # without a pool
+    wire_s: float  # wire time without a pool
     fixed: FixedTimes
     chunk_fixed: FixedTimes
 
@@ -244,20 +244,20 @@ class Layer(NamedTuple):
     """Seconds of a repeated layer."""
 
     compute_s: float
-    wire_s: float  # to receive its KV
-    chunk_s: float  # in an iteration with a chunk
+    wire_s: float  # seconds to receive its KV
+    chunk_s: float  # seconds in an iteration with a chunk
 
 
 @kernel
 def stage_shapes(
     rank_class: IntArray, rank_tp: IntArray, rank_dp: IntArray, available: IntArray, in_flight: int, max_copies: int
 ) -> IntArray:
-    """Return the rank types with the copies that stages may have, as rows of (s, c); a class's are in one run."""
+    """Return the rank types with the copies that stages may have, as rows of (s, c), those of a class in sequence."""
     most = copies_limit(in_flight, max_copies)
     rows, count = np.empty((rank_class.shape[0] * most, 2), np.int64), 0
     for s in range(rank_class.shape[0]):
         if rank_dp[s] > 1 and in_flight > 1:
-            continue  # copies that share their experts are one replica, of one stage
+            continue  # copies that share their experts form a replica of one stage
         for c in range(1, min(most, available[rank_class[s]] // rank_tp[s]) + 1):
             rows[count, 0], rows[count, 1] = s, c
             count += 1

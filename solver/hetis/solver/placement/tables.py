@@ -1,10 +1,10 @@
 """The cost model tabulated for the search: plain arrays, with one entry per iteration mix, rank type and pool.
 
-A *rank type* s is a device class with a TP size, or with a number of GPUs whose d copies share their experts (each
+A *rank type* s is a device class with a TP size, or with a number of GPUs that form d copies which share experts (each
 with as many of the GPUs). A *mix* x is a pair (b, C), which is (0, C) for a prefill replica and (b, 0) for a decode
-replica; there are others for every d, which only rank types with this d may have: they are a replica on their own, with
-one iteration of all copies in flight. Roles of a stage are plain, first, last, and both (a stage that is first and
-last). The cost of a stage is then a few look-ups away (`stage_cost.py`). `tabulation.py` fills the tables.
+replica; there are further mixes for every d, which only rank types with that d may have: these form a replica on their
+own, with one iteration of all copies in flight. Roles of a stage are plain, first, last, and both (a stage that is
+first and last). A stage's cost then takes a few look-ups (`stage_cost.py`). `tabulation.py` fills the tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 PLAIN, FIRST, LAST, BOTH = range(4)
-NO_ROOM = 1e30  # KV tokens of what engine settings exclude; finite, because it is multiplied by 0 head groups
+NO_ROOM = 1e30  # KV tokens where engine settings exclude a mix; finite, because it is multiplied by 0 head groups
 
 
 class ChunkTables(NamedTuple):
@@ -45,13 +45,13 @@ class ChunkTables(NamedTuple):
 class Tables(NamedTuple):
     """The arrays that compiled kernels read: X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
 
-    Times are seconds per request, per repeated layer if the name says ``layer`` and per stage otherwise. ``layer_s``
+    Times are seconds per request, per repeated layer if the name has ``layer``, otherwise per stage. ``layer_s``
     and ``act_bytes`` are inf where a rank type may not have a mix.
     """
 
     num_layers: int  # repeated layers to place, without the prefix
     prefix_layers: int
-    draft_layers: int  # on the last stage
+    draft_layers: int  # drafting layers on the last stage
     kv_group_bytes: float  # kvb
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     micro_batch: IntArray  # [X]
@@ -100,7 +100,7 @@ class Tables(NamedTuple):
 
 
 class CoverTables(NamedTuple):
-    """The few `Tables` that covering layers needs: a kernel that takes all compiles a second longer."""
+    """The few `Tables` that covering layers needs: a kernel takes a second longer to compile if it is passed all."""
 
     num_layers: int
     cut_floor: IntArray
@@ -111,15 +111,15 @@ class CoverTables(NamedTuple):
 
 
 def cover_tables(t: Tables) -> CoverTables:
-    """Return the part of these tables that `CoverTables` holds."""
+    """Return the part of these tables that `CoverTables` has."""
     return CoverTables(t.num_layers, t.cut_floor, t.t_floor, t.available, t.rank_class, t.rank_tp)
 
 
 class Scope:
-    """GPUs that one replica of some roles may use: those of its zones, and of one type if ``gpu`` is given.
+    """GPUs that one replica of some roles may use: those in its zones, and only those of type ``gpu`` if that is given.
 
-    ``primaries`` are the device classes whose GPUs may compute layers, those of a build, which is counted from 0; None:
-    all. Tables for the links among these zones are made on first use.
+    ``primaries`` are the device classes whose GPUs may compute layers, those of a build (numbered from 0); None: all of
+    them. Tables for the links among these zones are made on first use.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Scope:
         return self._tabulate(self.zones)
 
     def serves(self, mix: Mix) -> bool:
-        """Return whether replicas of this mix are looked for in this scope."""
+        """Return whether replicas of this mix are searched for in this scope."""
         return mix.role in self.roles
 
     def computes_on(self, device_class: int) -> bool:
@@ -142,7 +142,7 @@ class Scope:
         return self.primaries is None or device_class in self.primaries
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
-        """Return the scope with its tables changed when they are made."""
+        """Return the scope with ``change`` applied to its tables when they are made."""
         return Scope(self.zones, self.roles, lambda _: change(self.tables), self.gpu, self.primaries, self.build)
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
@@ -165,7 +165,7 @@ class CostTables:
     resources: Resources
     mixes: tuple[Mix, ...]
     ranks: tuple[tuple[int, int], ...]  # (class, GPUs)
-    rank_dp: tuple[int, ...]  # the copies that share their experts on these GPUs, 1 without expert parallelism
+    rank_dp: tuple[int, ...]  # number of copies that share their experts on these GPUs, 1 without expert parallelism
     group_use: IntArray  # [S, rows] resources of one TP group
     card_use: IntArray  # [N, rows] resources of one attention worker
     pool_sizes: tuple[int, ...]
@@ -184,11 +184,11 @@ class CostTables:
         return replace(self, scopes=tuple(scopes), role_types=(prefill, decode))
 
     def regimes(self, role: Role) -> tuple[Regime, Regime]:
-        """Return the slack of a role's pipelines with at least two micro-batches per stage copy, and at least one."""
+        """Return a role's pipeline regimes with at least two micro-batches per stage copy, and with at least one."""
         return regimes(self.problem.assumptions, role, chunk_spread(self.problem.model, self.moments))
 
     def regime_together(self, mix: int) -> Regime:
-        """Return the slack of replicas with one iteration in flight, of one copy or of all that share their experts."""
+        """Return the regime of replicas with one iteration in flight, of one copy or of all that share experts."""
         x = self.mixes[mix]
         return regime_together(x.role, chunk_spread(self.problem.model, self.moments), x.attention_dp)
 

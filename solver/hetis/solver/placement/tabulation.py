@@ -31,7 +31,7 @@ from hetis.solver.problem import Build, Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
 FEW_GPUS = 24  # largest fleet for which idle attention workers are tried if GPUs must be in use
-MANY_ZONES = 4  # with more, there are too many sets of zones to search each
+MANY_ZONES = 4  # with more, there are too many sets of zones to search each of them
 
 
 def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False) -> CostTables:
@@ -43,7 +43,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster, problem.constraint_index)
     zones, builds = problem.cluster.zones(), _builds(problem, classes)
-    # Between several builds, KV is handed over inside a zone.
+    # If there are several builds, KV is only handed over inside a zone.
     mixes = tuple(_mixes(family, model, moments, len(zones) if len(builds) == 1 else 1))
     sizes = [
         (i, tp)
@@ -51,7 +51,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
         for tp in family.tp_sizes
         if tp <= c.gpus_per_node and Duty.PRIMARY not in c.constraints.barred
     ]
-    # Those of expert parallelism come last: with them, a pair of class and size is there more than once.
+    # Those of expert parallelism come last: they repeat pairs of class and size.
     degrees = (1, *family.attention_dp_of(model))
     shaped = [
         (rank, dp)
@@ -60,7 +60,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
         if rank[1] % dp == 0 and rank[1] // dp in family.tp_sizes
         if cost.rank_shape(model, rank[1] // dp, dp) is not None
     ]
-    shaped.sort(key=lambda one: one[0][0])  # kernels take the ranks of a class in one run
+    shaped.sort(key=lambda one: one[0][0])  # kernels require the ranks of a class to be in sequence
     ranks, rank_dp = tuple(rank for rank, _ in shaped), tuple(dp for _, dp in shaped)
     resources, biggest = resources_of(classes, family.tp_sizes), max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
@@ -201,7 +201,7 @@ class _Tabulation:
         self.least_pool_s, self.chunk_least_pool_s, self.least_pool_wire_s = self._least_of_splits()
 
     def _device(self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1) -> DeviceCost:
-        """Return the costs of a device; those of an attention worker are with its primary's model."""
+        """Return the costs of a device; an attention worker's are with the model as its primary holds it."""
         key = (c.gpu, c.intra, tp, attention_dp, model)
         if key not in self._costs:
             shape = cost.rank_shape(model, tp, attention_dp)
@@ -374,7 +374,7 @@ class _Tabulation:
                     if mix.role is Role.PREFILL:
                         kv_link = afar if mix.sends_afar else link
                         chunk_s = d.kv_transfer_s(mix.chunk_tokens, float(d.shape.groups), kv_link)
-                        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+                        # Including KV from the prefix cache: the decode replica receives that of the whole prompt.
                         wires[x] = self.moments.mean_prompt / mix.chunk_tokens * chunk_s
                         landings[x] = d.landing_s(mix.chunk_tokens, kv_link)
                     elif mix.role is Role.DECODE:
@@ -388,7 +388,7 @@ class _Tabulation:
     ) -> FloatArray:  # fmt: skip
         """Return the landing time that a TTFT limit sets aside: that of the scope's slowest rank, used or not; [X].
 
-        If a fleet represents several zones, return the quickest instead, which no rank of any zone undercuts.
+        If a fleet represents several zones, return the fastest rank's instead, which no rank of any zone undercuts.
         """
         inside = [s for s, (i, _) in enumerate(self.ranks) if self.classes[i].zone in zones]
         here = [s for s in inside if primaries is None or self.ranks[s][0] in primaries]
@@ -433,9 +433,10 @@ class _Tabulation:
         return num_bytes / slowest_between(self.problem.cluster.network, zones)
 
     def _allowed_kv_tokens(self) -> FloatArray:
-        """Return the KV tokens of a stage copy, and more than fits anywhere where engine settings exclude it.
+        """Return the KV tokens of a stage copy, or more than fits anywhere if engine settings exclude it.
 
-        They limit pairs of a mix and M, which searches combine freely; memory is what all of them keep to.
+        The settings limit pairs of a mix and M, which searches combine freely; memory is the limit that all of them
+        respect.
         """
         problem = self.problem
         tokens = self._per_copy(partial(cost.kv_tokens_per_copy, problem.model, self.moments, problem.assumptions))

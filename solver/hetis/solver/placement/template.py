@@ -1,6 +1,6 @@
 """Templates, which are replicas without named GPUs, and configurations, the parts of a family searched separately.
 
-All round trips of a prompt carry a chunk, so a limit on TTFT is one on ``RTc = max(M t / n_it, sum_s chunk_s)``
+All round trips of a prompt carry a chunk, so a limit on TTFT is a limit on ``RTc = max(M t / n_it, sum_s chunk_s)``
 (`docs/cost-model.md`, "Latency"). The first term is a cap on t. The second would couple the stages, so the family
 enforces it by a rule for each stage.
 """
@@ -54,7 +54,7 @@ class Configuration:
 
 
 def configurations(costs: CostTables) -> list[Configuration]:
-    """Return every configuration of the family, except those that a smaller M serves as well.
+    """Return every configuration of the family, except those for which a smaller M is as good.
 
     With G GPUs in the fleet K <= G, so the pipeline is full once M >= 2 G whatever its shape. More micro-batches only
     take memory and time, unless a limit on TTFT binds: a prompt is less likely to wait if more are prefilled at once.
@@ -89,7 +89,7 @@ def _least_unevenness(t: Tables, x: int) -> float:
     for s in range(t.rank_class.shape[0]):
         if t.available[t.rank_class[s]] < t.rank_tp[s] or t.layer_s[x, s] == np.inf:
             continue
-        # Step, hop and ends come on top of layers, and count for most with a single layer.
+        # Step, hop and ends add to the layers, and count for most with a single layer.
         fixed_s, chunk_fixed_s = t.step_s[x, s], t.chunk.step_s[x, s]
         hop_s, last_s = t.hop_s[x, s], t.last_s[x, s]
         chunk_hop_s, chunk_last_s = t.chunk.hop_s[x, s], t.chunk.last_s[x, s]
@@ -119,10 +119,10 @@ def _least_unevenness(t: Tables, x: int) -> float:
 
 
 def _unevenness_limits(costs: CostTables, scope: int, x: int, f: int) -> Iterator[float]:
-    """Yield the limits on unevenness under which sequential replicas are looked for, or inf if TTFT has no limit.
+    """Yield the limits on unevenness under which sequential replicas are searched for, or inf if TTFT has no limit.
 
-    This omits limits that no stage can keep, that leave no time for the layers, or that a wider one dominates because
-    it shortens the interval no more.
+    This omits limits that no stage can meet, that leave no time for the layers, or that a wider one dominates because
+    it does not shorten the interval more.
     """
     t = costs.scopes[scope].tables
     if not np.isfinite(t.trip_cap[x, f]):
@@ -178,16 +178,16 @@ class Template:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Return what identifies a template: everything but its interval, which follows from the rest."""
+        """Return what identifies a template: everything except its interval, which follows from the rest."""
         return self.scope, self.mix, self.in_flight_index, self.stages
 
 
 def stages_in(
     costs: CostTables, before: CostTables, class_of: Sequence[int], template: Template
 ) -> tuple[TemplateStage, ...]:
-    """Return a replica's stages by the cost tables of another fleet; none if that has no such GPUs.
+    """Return a replica's stages in terms of another fleet's cost tables; none if that fleet lacks such GPUs.
 
-    ``class_of`` [N] are the classes there of those in the cost tables ``before``; -1: none.
+    ``class_of`` [N] maps the classes of the cost tables ``before`` to classes there; -1: none.
     """
     stages = []
     for stage in template.stages:
@@ -275,7 +275,7 @@ def interval_of(costs: CostTables, template: Template) -> float:
 def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:
     """Return a prefill replica with no more micro-batches than its rate needs; leave others, and any with a TTFT limit.
 
-    What is in flight takes room twice, because a prompt's KV has its place on the decode replica from the beginning.
+    KV in flight occupies room twice, because a prompt's KV has its place on the decode replica from the beginning.
     """
     if costs.mixes[template.mix].role is not Role.PREFILL or costs.problem.objective.ttft_limit_s is not None:
         return template
@@ -315,7 +315,7 @@ def rebalanced(costs: CostTables, template: Template) -> Template:
             return best
         spare = sum(fits) - total
         order = sorted(range(len(fits)), key=lambda i: -times[i][0] / best.stages[i].copies)
-        while spare > 0:  # take layers where they cost most, keeping one layer per stage
+        while spare > 0:  # take layers from where they cost most, but leave one layer per stage
             for i in order:
                 if spare > 0 and fits[i] > 1:
                     given = min(spare, max(1, (fits[i] - 1) // 2))

@@ -1,4 +1,4 @@
-"""Wording of explanations: stages, quantities, and options in three digits on the safe side of what was shown."""
+"""Wording of explanations: stages, quantities, and option values in three digits, rounded to the safe side."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def listed(requirements: Iterable[object]) -> str:
 
 
 def option_up(seconds: float) -> str:
-    """Return a time as an option, rounded up."""
+    """Return a time as an option value, rounded up."""
     return _as_option(seconds, lambda value: -rounded_down(-value))
 
 
 def option_down(seconds: float) -> str:
-    """Return a time as an option, rounded down."""
+    """Return a time as an option value, rounded down."""
     return _as_option(seconds, rounded_down)
 
 

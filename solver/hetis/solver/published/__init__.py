@@ -1,7 +1,7 @@
-"""Heuristics of other planners as published, under our cost model: for comparison, not for planning.
+"""Published heuristics of other planners, under our cost model: for comparison, not for planning.
 
-A published heuristic returns a plan like any other, which the same checker accepts; only its bound is weak. Whatever
-its paper leaves open is reconstructed, which `docs/strategies.md` states.
+A published heuristic returns a plan like any other, which the same checker accepts; only its bound is weak. Whatever a
+paper leaves open is reconstructed, as stated in `docs/strategies.md`.
 """
 
 from __future__ import annotations

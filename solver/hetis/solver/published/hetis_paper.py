@@ -1,6 +1,6 @@
 """`hetis-paper`: the search that Hetis (SC'25, arXiv 2509.08309) describes, under our cost model.
 
-`docs/strategies.md` says what is reconstructed. Every zone is planned separately, and GPUs are dealt to its replicas in
+`docs/strategies.md` lists what is reconstructed. Zones are planned separately, and GPUs are dealt to its replicas in
 the order of their nodes. Degrees of data parallelism are tried from the cheapest on: the first one at which every
 replica fits memory and limits is taken, or else the one with the highest rate.
 
@@ -8,8 +8,9 @@ replica fits memory and limits is taken, or else the one with the highest rate.
 stage's compute, and the seconds of all its all-reduces and hops along the pipeline. It is taken at a reference mix,
 without decode attention, which Hetis later spreads by heads. The fastest type comes first in the pipeline.
 
-**Shared attention workers** serve every stage in turn (see "Shared pools" in `docs/cost-model.md`). Of several types
-that left, the one that serves best is the pool. The others, and GPUs that an uneven deal leaves, are idle.
+**Shared attention workers** serve every stage in turn (see "Shared pools" in `docs/cost-model.md`). If several types
+have left the dense path, the one that serves best becomes the pool. The others, and GPUs left over by an uneven deal,
+are idle.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _of_zone(search: Search, zone: str) -> list[ReplicaPlan]:
 
     @cache
     def replica(group: Composition, path: DensePath) -> Template | None:
-        """Return the best replica on a dense path, with all cards of a type that left, up to a pool size, or none."""
+        """Return the best replica on a dense path; a pool has as many cards of a type that left as pool sizes allow."""
         sizes = {g: [size for size in search.costs.pool_sizes if size <= sum(nodes)] for g, nodes in group}
         pools = [SharedPool(g, max(sizes[g])) for g, _ in group if g in path.leavers and sizes[g]]
         candidates: list[SharedPool | None] = [*pools] or [None]
@@ -178,7 +179,7 @@ def dense_path(costs: CostTables, duty: ReplicaDuty, group: Composition) -> Dens
         mix = costs.mixes[x]
         return abs(np.log(mix.chunk_tokens / REFERENCE_CHUNK)), abs(np.log(mix.micro_batch / REFERENCE_BATCH))
 
-    x = min(duty.mixes, key=distance)  # the family's mix that is closest to the reference
+    x = min(duty.mixes, key=distance)  # the mix of the family that is closest to the reference
     duty, t = replace(duty, mixes=(x,)), costs.scopes[duty.scope].tables
     speeds: dict[int, float] = defaultdict(float)  # layers per second of one GPU
     for s, (g, tp) in enumerate(costs.ranks):
@@ -207,7 +208,7 @@ def _path(costs: CostTables, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple
         return None
     t, (x,), s = costs.scopes[duty.scope].tables, duty.mixes, np.array(ranks)
     reduce_s = np.array([_all_reduce_s(costs, x, rank) for rank in ranks])
-    # No head group is kept, because the KV of the stages is decided later.
+    # No head group is kept, because the stages' KV is decided later.
     compute_s = (t.layer_s[x, s] - reduce_s)[None, :]
     p = priced(costs, duty, tuple(ranks), compute_s, np.zeros_like(compute_s), t.rank_groups[s]).unlimited_at(0)
     even = p._replace(
@@ -221,7 +222,7 @@ def _path(costs: CostTables, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple
 
 
 def _all_reduce_s(costs: CostTables, x: int, rank: int) -> float:
-    """Return the seconds of a request in the all-reduces of one layer."""
+    """Return the seconds that a request spends in the all-reduces of one layer."""
     mix, device = costs.mixes[x], _card(costs, *costs.ranks[rank])
     with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
     reduce_s = mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain)

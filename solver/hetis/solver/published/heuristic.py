@@ -1,4 +1,4 @@
-"""Shared by all heuristics: a search over a fleet's GPUs, and its answer as a plan with a bound from dense work."""
+"""What all heuristics share: a search over a fleet's GPUs, and its result as a plan with a bound from dense work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Decisions(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The search of one heuristic; ``seed`` is for those that draw random numbers."""
+    """The search of one heuristic; ``seed`` is for heuristics that draw random numbers."""
 
     costs: CostTables
     gpus: FleetGpus
@@ -59,7 +59,7 @@ class Search:
         return (1.0 + headroom) * ((model.params() - ends) * model.weight_bytes + ends * model.embedding_bytes)
 
     def best(self, gpus: Sequence[int], duty: ReplicaDuty) -> Template | None:
-        """Return the best replica on these GPUs, if there are any and it fits."""
+        """Return the best replica on these GPUs, or None if there are none or it does not fit."""
         return self.replicas.best_replica(self.gpus.composition(gpus), duty) if gpus else None
 
     def duty(self, role: Role, zone: str) -> ReplicaDuty:
@@ -91,20 +91,20 @@ class Search:
 class Published:
     """A published heuristic."""
 
-    name: str  # of the strategy
+    name: str  # name of the strategy
     summary: str  # one sentence for people
-    search: Callable[[Search], Decisions]  # what it does; finding no replicas proves nothing
-    max_gpus: int  # the largest fleet it is meant for, as with more what it ``does`` would take too long
+    search: Callable[[Search], Decisions]  # finds replicas; finding none proves nothing
+    max_gpus: int  # the largest fleet for which it is meant: on larger ones the search would take too long
     does: str
-    finds: str  # what it looks for, in the message that it found none
+    finds: str  # the kind of plan that it looks for, in the message that none was found
     splits_roles: bool = False  # whether it needs prefill and decode replicas
     notes: str  # what was reconstructed
 
     def solve(self, problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-        """Return the plan that the heuristic finds; ``problem.family`` is the strategy's own.
+        """Return the plan that the heuristic finds; ``problem.family`` is the strategy's own family.
 
         Raises:
-            NoPlanFoundError: it finds none, which proves nothing.
+            NoPlanFoundError: it finds no plan, which proves nothing.
         """
         size = problem.cluster.num_gpus()
         if size > self.max_gpus:
@@ -186,9 +186,9 @@ def _value_and_bound(costs: CostTables, used: Counter[int], rate: float) -> tupl
 def least_cost(costs: CostTables, demand: float, unit_costs: FloatArray) -> float:
     """Return a lower bound on the cost of serving ``demand`` requests/s; ``unit_costs`` [N] are per GPU and class.
 
-    A GPU that spends its time on dense work alone does at most so many layers per second: u of prompts and outputs
-    together, p of prompts, d of outputs. A plan that serves r requests/s does r L layers' worth of either, so for every
-    share q from 0 to 1, as in `rate_bound`,
+    A GPU that spends its time on dense work alone computes at most a known number of layers per second: u of prompts
+    and outputs together, p of prompts, d of outputs. A plan that serves r requests/s computes r L layers of either, so
+    for every share q from 0 to 1, as in `rate_bound`,
 
         r L  =  q r L + (1 - q) r L  <=  sum over GPUs of max(u, q p, (1 - q) d)
 

@@ -1,9 +1,9 @@
 """`hexgen-paper`: HexGen's genetic search (ICML'24, arXiv 2311.11514) under our cost model.
 
-`docs/strategies.md` says what is reconstructed. Offspring come from mutations alone, as in HexGen's published code. A
-moved GPU comes from the machine that most of the taker is on, if the giver has one; a split takes a random share of
-every machine. HexGen ranks individuals first by their number of groups and later by simulated attainment of a deadline;
-here the rate within the limits ranks them, with the number of groups breaking ties.
+`docs/strategies.md` lists what is reconstructed. Offspring come from mutations alone, as in HexGen's published code. A
+moved GPU comes from the machine that holds most of the receiving group, if the giving group has one there; a split
+takes a random share of every machine. HexGen ranks individuals first by their number of groups and later by simulated
+attainment of a deadline; here the rate within the limits ranks them, with the number of groups breaking ties.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from hetis.solver.published.replicas import FleetGpus, Part
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
 PATIENCE = 100  # generations without a better individual, after which the search ends
-HEADROOM = 0.1  # ratio of a group's spare memory to the weights: 144 GB for Llama-2 70B in HexGen's code
-LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # of every machine that goes to the new group of a split
-MOVES = 0.5  # share of the mutations
-MERGES = 1 / 3  # share of the other mutations, which change the number of groups
-ATTEMPTS = 20  # at a mutation that leaves enough memory in all groups
+HEADROOM = 0.1  # ratio of a group's spare memory to the weights: HexGen's code has 144 GB for Llama-2 70B
+LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # share of every machine that goes to the new group of a split
+MOVES = 0.5  # share of mutations that are moves
+MERGES = 1 / 3  # share of merges among the other mutations, which change the number of groups
+ATTEMPTS = 20  # attempts to find a mutation that leaves enough memory in all groups
 
 Individual = tuple[Part, ...]  # serving groups
 
@@ -89,7 +89,7 @@ class Mutations:
         return one
 
     def _moved(self, one: Individual) -> Individual:
-        """Move a GPU to another group, preferably from the machine that most of the taker is on."""
+        """Move a GPU to another group, preferably from the machine that holds most of that group."""
         giver, taker = self.order.sample(range(len(one)), 2)
         main, _ = Counter(self.gpus.kind(gpu) for gpu in one[taker]).most_common(1)[0]
         suited = [gpu for gpu in one[giver] if self.gpus.kind(gpu) == main] or list(one[giver])
@@ -99,7 +99,7 @@ class Mutations:
         return (*groups, tuple(sorted((*one[taker], gpu))))
 
     def _split(self, one: Individual) -> Individual:
-        """Make a new group of the same share of the GPUs of every machine of a group."""
+        """Form a new group from the same share of the GPUs on every machine of a group."""
         chosen = self.order.randrange(len(one))
         share = self.order.uniform(LEAST_SHARE, MOST_SHARE)
         leaving: set[int] = set()

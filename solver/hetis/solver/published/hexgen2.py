@@ -4,16 +4,17 @@
     B  evaluate    the best replica of every group, then the maximum flow through all of them
     C  refine      swaps guided by the flow, until none increases it
 
-`docs/strategies.md` says what is reconstructed. Besides:
+`docs/strategies.md` lists what is reconstructed. Besides:
 
 **A.** Recursive bisection by the Fiedler vector, by cuts that divide the memory evenly, then pair exchanges after
-Kernighan and Lin. (Those of networkx know no memory, and do not guarantee that no single exchange is better.) A fleet
-with memory for fewer than two groups is still cut in two, because one group cannot serve anything.
+Kernighan and Lin. (The exchanges in networkx ignore memory and do not guarantee that no single exchange is better.) A
+fleet with memory for fewer than two groups is still cut in two, because one group cannot serve anything.
 
 **B.** KV goes from prefill to decode replicas of the same zone, and over a link between zones if all prefill replicas
 may send there; both ways are tried. KV inside a zone needs no capacity of its own, because a replica's rate includes
-what it can send or receive (`docs/cost-model.md`, the wire of a layer). So the flow is found between zones, and all
-replicas of one role in a zone have the same load. If nothing serves, swaps are first made without the latency limits.
+what it can send or receive (`docs/cost-model.md`, the wire of a layer). The flow is therefore found between zones, and
+all replicas of one role in a zone have the same load. If nothing serves, swaps are first made without the latency
+limits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from hetis.solver.published.replicas import FleetGpus, Part, ReplicaSearch, duty
 Station = tuple[float, str]  # rate and zone of a replica
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # ratios of a replica's KV bytes to its weight bytes in the estimate of its memory
-MAX_PASSES = 8  # of exchanges over all pairs of parts; after two or three there is usually nothing more to find
+MAX_PASSES = 8  # passes of exchanges over all pairs of parts; after two or three there is usually nothing left to find
 ROUNDING = 1e-9
 SATURATED = 1.0 - 1e-9  # share of a group's capacity
 GAIN = 1.0 + 1e-9
@@ -46,7 +47,7 @@ GAIN = 1.0 + 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Serving groups and the side of each."""
+    """Serving groups and the role of each."""
 
     groups: tuple[Part, ...]
     roles: tuple[Role, ...]
@@ -64,10 +65,10 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """An arrangement, the best replica of every group (None if none fits) and the maximum flow through them.
+    """An arrangement, the best replica of every group (None if none fits), and the maximum flow through them.
 
-    ``routes`` are in requests/s from prefill to decode groups, and ``loads`` the share of the capacity of a group and
-    its like in the zone that they take, 1 for a group without capacity.
+    ``routes`` are in requests/s from prefill to decode groups. ``loads`` are the shares of capacity that they take of a
+    group and the others of its role in the zone; 1 for a group without capacity.
     """
 
     arrangement: Arrangement
@@ -112,7 +113,7 @@ def search_hexgen2(search: Search) -> Decisions:
 
 
 def _group_counts(search: Search) -> list[tuple[float, dict[str, int]]]:
-    """Return (headroom, groups by zone), the most groups first: as many as memory allows, but at least two in all."""
+    """Return (headroom, groups by zone), the most groups first: as many as memory allows, but at least two in total."""
     members = {zone: search.gpus.of_zone(zone) for zone in dict.fromkeys(search.gpus.zones)}
     room = {zone: float(search.gpus.room_bytes[list(gpus)].sum()) for zone, gpus in members.items()}
     found: list[tuple[float, dict[str, int]]] = []
@@ -128,7 +129,7 @@ def _group_counts(search: Search) -> list[tuple[float, dict[str, int]]]:
 
 
 def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Yield counts with a tenth fewer groups each time, taken from the zones with most, down to two groups."""
+    """Yield counts with a tenth fewer groups each time, taken from the zones with the most, down to two groups."""
     counts = dict(counts)
     while sum(counts.values()) > 2:
         for _ in range(min(sum(counts.values()) - 2, max(1, sum(counts.values()) // 10))):
@@ -139,7 +140,10 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
 def _first_to_serve(
     networks: Sequence[FlowNetwork], starts: Iterable[Arrangement]
 ) -> list[tuple[FlowNetwork, Evaluated]]:
-    """Evaluate the first arrangement that serves requests on every network, one group on the other side if needed."""
+    """Return the first arrangement that serves requests on any network, evaluated on every network on which it does.
+
+    Each start is tried as it is, then with one of its groups in the other role.
+    """
     for start in starts:
         changed = (g for g, role in enumerate(start.roles) if start.roles.count(role) > 1)
         for arrangement in (start, *map(start.with_other_role, changed)):
@@ -154,8 +158,7 @@ def _first_to_serve(
 
 
 def bandwidths(cluster: Cluster) -> FloatArray:
-    """Return the bandwidth of every pair of GPUs, [N, N], 0 on the diagonal; equal pairs of nodes are looked up
-    once."""
+    """Return the bandwidth of every pair of GPUs, [N, N], 0 on the diagonal; looks up equal pairs of nodes once."""
     devices = tuple(cluster.devices())
     first = {(d.node, d.gpu): d for d in devices}
     index = {place: i for i, place in enumerate(first)}
@@ -167,7 +170,7 @@ def bandwidths(cluster: Cluster) -> FloatArray:
 
 
 def _bandwidth(cluster: Cluster, a: Device, b: Device) -> float:
-    """Return the bandwidth of the slower end: board to board inside a node, NIC to NIC between nodes."""
+    """Return the bandwidth of the slower end: from board to board inside a node, from NIC to NIC between nodes."""
     if a.node == b.node:
         return min(intra_link(cluster.gpu_types[d.gpu], d.group.intra_link).bytes_per_s for d in (a, b))
     explicit = cluster.network.node_link(a.node, b.node)
@@ -178,7 +181,7 @@ def _bandwidth(cluster: Cluster, a: Device, b: Device) -> float:
 
 
 def _arranged(search: Search, weights: FloatArray, counts: Mapping[str, int], headroom: float) -> Arrangement:
-    """Return serving groups, in given numbers by zone, and their sides; each group keeps room for a replica."""
+    """Return serving groups, in given numbers by zone, with their roles; each group keeps room for a replica."""
     least, groups = search.replica_bytes(headroom), list[Part]()
     for zone, count in counts.items():
         if count:
@@ -281,13 +284,14 @@ def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int]
     side = np.arange(len(vertices)) < len(a)
     room = [float(s[side].sum()), float(s[~side].sum())]
     least = [min(least_size, size) for size in room]
-    desire = 2 * np.where(side[:, None] != side, w, 0.0).sum(axis=1) - w.sum(axis=1)  # how much moving lowers the cut
+    # how much a vertex's move lowers the cut
+    desire = 2 * np.where(side[:, None] != side, w, 0.0).sum(axis=1) - w.sum(axis=1)
     unlocked = np.ones(len(vertices), dtype=bool)
     total, best, steps, kept = 0.0, ROUNDING * (float(np.abs(w).max()) or 1.0), list[tuple[int, int]](), 0
     for _ in range(min(len(a), len(b))):
         mine, theirs = np.flatnonzero(side & unlocked), np.flatnonzero(~side & unlocked)
         gain = desire[mine][:, None] + desire[theirs] - 2 * w[np.ix_(mine, theirs)]
-        growth = s[theirs] - s[mine][:, None]  # of a's side
+        growth = s[theirs] - s[mine][:, None]  # growth of a's side
         fits = (room[0] + growth >= least[0]) & (room[1] - growth >= least[1])
         if not fits.any():
             break
@@ -296,7 +300,7 @@ def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int]
         total += float(gain[i, j])
         room = [room[0] + float(growth[i, j]), room[1] - float(growth[i, j])]
         unlocked[[u, v]] = False
-        # For u's old companions v is now inside and u outside; for v's it is the other way round.
+        # For u's former companions v is now inside and u outside; for v's it is the reverse.
         desire += np.where(side, 2.0, -2.0) * (w[:, u] - w[:, v])
         steps.append((u, v))
         if total > best:
@@ -312,17 +316,17 @@ def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int]
 def maximum_flow(
     prefill: Mapping[int, Station], decode: Mapping[int, Station], links: Mapping[tuple[str, str], float]
 ) -> dict[tuple[int, int], float]:
-    """Return the routes of the largest flow through one prefill and one decode station each, by pairs of them.
+    """Return the routes of the largest flow through one prefill and one decode station each, by pairs of stations.
 
     Args:
-        prefill, decode: the stations of each side by their numbers.
+        prefill, decode: the stations of each role by their numbers.
         links: requests/s whose KV the link from one zone to another carries; pairs that are not listed carry none.
     """
     import networkx as nx
 
     graph = nx.DiGraph()
     graph.add_nodes_from(("source", "sink"))
-    left: dict[tuple[str, str], dict[int, float]] = {}  # rates of the stations of a side and zone
+    left: dict[tuple[str, str], dict[int, float]] = {}  # rates of the stations by role and zone
     for side, stations in (("prefill", prefill), ("decode", decode)):
         for number, (rate, zone) in stations.items():
             left.setdefault((side, zone), {})[number] = rate
@@ -332,7 +336,7 @@ def maximum_flow(
         graph.add_edge(("prefill", zone), ("decode", zone))  # without a limit
     for (here, there), rate in links.items():
         graph.add_edge(("prefill", here), ("decode", there), capacity=rate)
-    # networkx keeps nodes in sets. The order of strings in them, and so the routes, would differ between processes.
+    # networkx keeps nodes in sets. The order of strings in a set, and so the routes, would differ between processes.
     names = list(graph)
     _, flows = nx.maximum_flow(nx.convert_node_labels_to_integers(graph), 0, 1)
     routes: dict[tuple[int, int], float] = {}
@@ -390,7 +394,7 @@ class FlowNetwork:
     # --- step C: swaps
 
     def improved(self, best: Evaluated) -> Evaluated:
-        """Return an arrangement at which no proposal increases the flow, or the best one once the budget is spent."""
+        """Return an arrangement whose flow no proposal increases, or the best one once the budget is spent."""
         order, budget = np.random.default_rng(self.search.seed), self.search.budget
         while True:
             for proposal in proposals(self.search.gpus, best, order):
@@ -405,21 +409,21 @@ class FlowNetwork:
                 return best
 
     def improved_from_without_limits(self, start: Arrangement) -> Evaluated:
-        """Improve without the latency limits, then with them, since no swap leaves an arrangement without flow."""
+        """Improve without the latency limits, then with them, since no swap can improve an arrangement without flow."""
         free = ReplicaSearch(self.search.costs, keeps_limits=False)
         relaxed = FlowNetwork(replace(self.search, report=silent), self._sends_afar, free)
         return self.improved(self.evaluated(relaxed.improved(relaxed.evaluated(start)).arrangement))
 
 
 def proposals(gpus: FleetGpus, found: Evaluated, order: np.random.Generator) -> Iterator[Arrangement]:
-    """Yield arrangements that give a saturated group more, from groups with most slack; ties in random order."""
+    """Yield arrangements that give a saturated group more, from groups with the most slack; ties in random order."""
     arrangement, groups, roles = found.arrangement, found.arrangement.groups, found.arrangement.roles
     lots = order.permutation(len(groups)).tolist()
     slack = sorted((g for g in lots if found.loads[g] < SATURATED), key=lambda g: found.loads[g])
     saturated = [g for g in lots if found.loads[g] >= SATURATED]
     yield from (arrangement.with_other_role(giver) for giver in slack if roles.count(roles[giver]) > 1)
     pairs = [(g, t) for g in slack for t in saturated if gpus.zones[groups[g][0]] == gpus.zones[groups[t][0]]]
-    different = [list({gpus.kind(gpu): gpu for gpu in group}.values()) for group in groups]  # one of each kind
+    different = [list({gpus.kind(gpu): gpu for gpu in group}.values()) for group in groups]  # one GPU of each kind
     for giver, taker in pairs:
         if len(groups[giver]) > 1:
             yield from (arrangement.exchanged(giver, (gpu,), taker) for gpu in different[giver])

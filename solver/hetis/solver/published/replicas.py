@@ -29,7 +29,7 @@ from hetis.solver.placement.tables import CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, roles
 from hetis.solver.plan import Role
 
-MAX_ORDERED_TYPES = 3  # types of a group up to which every order is tried
+MAX_ORDERED_TYPES = 3  # number of types of a group up to which every order is tried
 
 Part = tuple[int, ...]  # GPUs, or other vertices of a graph, ascending
 Ranks = tuple[int, ...]  # rank type (index into `CostTables.ranks`) of every stage in order
@@ -45,9 +45,9 @@ class FleetGpus:
 
     names: tuple[str, ...]
     nodes: tuple[str, ...]  # name of each GPU's node
-    zones: tuple[str, ...]  # of each GPU
+    zones: tuple[str, ...]  # zone of each GPU
     device_class: IntArray  # [N] index into the device classes
-    room_bytes: FloatArray  # [N] for weights and KV
+    room_bytes: FloatArray  # [N] bytes for weights and KV
 
     @classmethod
     def of(cls, cluster: Cluster, classes: tuple[DeviceClass, ...], room_bytes: Iterable[float]) -> FleetGpus:
@@ -63,14 +63,14 @@ class FleetGpus:
         )
 
     def kind(self, gpu: int) -> tuple[int, str]:
-        """Return the kind of a GPU (device class and node); GPUs of one kind are interchangeable."""
+        """Return the kind of a GPU, its device class and node; GPUs of one kind are interchangeable."""
         return int(self.device_class[gpu]), self.nodes[gpu]
 
     def of_zone(self, zone: str) -> Part:
         return tuple(gpu for gpu, other in enumerate(self.zones) if other == zone)
 
     def composition(self, gpus: Sequence[int]) -> Composition:
-        """Return what the best replica of a group depends on: classes, and how many GPUs share each node."""
+        """Return all that the best replica of a group depends on: its classes, and how many GPUs share each node."""
         counted: dict[int, Counter[str]] = defaultdict(Counter)
         for gpu in gpus:
             device_class, node = self.kind(gpu)
@@ -80,7 +80,7 @@ class FleetGpus:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDuty:
-    """The role and zone of wanted replicas, and the mixes of the family that serve them."""
+    """The role and zone of the replicas to find, and the mixes of the family that serve them."""
 
     role: Role
     scope: int  # index into `CostTables.scopes`, of one zone
@@ -97,14 +97,14 @@ def duty_of(costs: CostTables, role: Role, zone: str, *, sends_afar: bool = Fals
 
 @dataclass(slots=True)
 class ReplicaSearch:
-    """A search for the best replica of groups, equal groups once; without ``keeps_limits`` latency is ignored."""
+    """A search for the best replica of groups, equal groups once; without ``keeps_limits``, latency is ignored."""
 
     costs: CostTables
     keeps_limits: bool = True
     _found: dict[tuple[Composition, ReplicaDuty], Template | None] = field(default_factory=dict)
 
     def best_replica(self, group: Composition, duty: ReplicaDuty) -> Template | None:
-        """Return the replica on all GPUs of a group, or if none fits, on those of some of its types.
+        """Return the replica on all GPUs of a group or, if none fits, on those of some of its types.
 
         Return None if no shape fits in memory and meets the limits.
         """
@@ -126,7 +126,7 @@ class ReplicaSearch:
         return next((template for template in found if template is not None), None)
 
     def shapes(self, group: Composition) -> Iterator[Ranks]:
-        """Yield TP groups in stage order, for every TP degree per type and, of few types, every order."""
+        """Yield TP groups in stage order, for every TP degree per type and, if there are few types, every order."""
         costs, rank_of = self.costs, {rank: s for s, rank in enumerate(self.costs.ranks)}
         sizes = [sorted({tp for c, tp in costs.ranks if c == g and tp <= nodes[0]}) for g, nodes in group]
         room = [costs.problem.profiles[costs.classes[g].gpu].room_bytes for g, _ in group]
@@ -155,12 +155,12 @@ class ReplicaSearch:
 
 
 def fastest(templates: Iterable[Template | None]) -> Template | None:
-    """Return the template with the highest rate, the first of equal ones."""
+    """Return the template with the highest rate; of equal ones, the first."""
     return max((t for t in templates if t is not None), key=lambda template: template.rate, default=None)
 
 
 def template_of(duty: ReplicaDuty, stages: Sequence[TemplateStage], pipeline: Pipeline) -> Template | None:
-    """Return stages, whose layers are still to be chosen, at the pipeline's best setting; None if there is none."""
+    """Return the stages, whose layers are still to be chosen, at the pipeline's best setting; None if there is none."""
     split = best_split(pipeline)
     if split.x < 0:
         return None
@@ -195,7 +195,7 @@ class Pipeline(NamedTuple):
     room: IntArray  # [X, F, S] layers that fit in memory
     card_s: FloatArray  # [X, S]
     card_share: FloatArray  # [X, F, S]
-    prefix_layers: int  # of the first stage, not counted above; on the cards they are layers like any other
+    prefix_layers: int  # layers of the first stage, not counted above; on the cards they are layers like any other
     in_flight: IntArray  # [F]
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them

@@ -1,8 +1,8 @@
 """`splitwise-paper`: pools of equal machines, as Splitwise (ISCA'24, arXiv 2311.18677) provisions them.
 
-`docs/strategies.md` says what is reconstructed. A machine is a TP group inside a node, or up to `MAX_STAGES` of one
-size in a pipeline if one does not hold the model. KV is sent from every prompt machine to every token machine in equal
-shares, within a zone.
+`docs/strategies.md` lists what is reconstructed. A machine is a TP group inside a node, or a pipeline of up to
+`MAX_STAGES` groups of one size if one cannot hold the model. KV is sent from every prompt machine to every token
+machine in equal shares, within a zone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A kind of machine: the GPUs of each one in the zone, and its replica in each role that it can have."""
+    """A kind of machine: the GPUs of each machine in the zone, and its replica in each role that it can have."""
 
     members: tuple[Part, ...]
     replicas: Mapping[Role, Template]
@@ -35,7 +35,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """The kinds and sizes of the prompt and the token pool; the rest of both kinds is mixed."""
+    """The kinds and sizes of the prompt and the token pool; the other machines of both kinds form the mixed pool."""
 
     prompt: Machine
     token: Machine
@@ -47,7 +47,7 @@ class Pools:
         return min(self.num_prompt * self.prompt.rate(Role.PREFILL), self.num_token * self.token.rate(Role.DECODE))
 
     def assigned(self) -> Iterator[tuple[Role, Machine, Part]]:
-        """Yield role, kind and GPUs of every machine; the rest of kinds that cannot do both is idle."""
+        """Yield role, kind and GPUs of every machine; remaining machines that cannot do both are idle."""
         chosen = self.prompt.members[: self.num_prompt]
         left = self.prompt.members[self.num_prompt :]
         is_same = self.prompt is self.token
@@ -129,7 +129,7 @@ def pool_sizes(
 
     Args:
         prompt_rate, token_rate: requests/s of one machine in each pool.
-        most_prompt, most_token: available machines, which are the same ones if ``is_same``.
+        most_prompt, most_token: available machines; the same ones if ``is_same``.
     """
     if prompt_rate <= 0.0 or token_rate <= 0.0:
         return 0, 0

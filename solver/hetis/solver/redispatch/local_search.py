@@ -14,7 +14,7 @@ MOST_STEPS = 2000
 
 
 class JointPlacement(NamedTuple):
-    """Mutable arrays of a placement; scalars are arrays of one."""
+    """Mutable arrays of a placement; scalars are arrays of one element."""
 
     x: IntArray  # [N, D] groups
     groups: IntArray  # [D]
@@ -91,8 +91,8 @@ def shift(
 def round_to_groups(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
     """Return whole groups near ``fractions`` [N, D].
 
-    The primary's groups are rounded to the nearest multiple, the others by largest remainder. A request whose new
-    devices have no room for it stays where it is.
+    The primary's groups are rounded to the nearest multiple, the others by largest remainder. A request stays where it
+    is if its new devices have no room for it.
     """
     x = tables.now.copy()
     for j in range(len(x)):
@@ -104,7 +104,7 @@ def round_to_groups(tables: RedispatchTables, fractions: FloatArray) -> IntArray
 
 @kernel
 def _round_row(tables: RedispatchTables, fractions: FloatArray, now: IntArray, row: IntArray) -> None:
-    """Write whole groups of one request to ``row`` [D], or leave it unchanged if remainders are not sufficient."""
+    """Write whole groups of one request to ``row`` [D], or leave it unchanged if the remainders do not suffice."""
     whole, left = np.zeros(len(now), np.int64), now.sum()
     if tables.primary >= 0:
         i = tables.primary
@@ -132,7 +132,7 @@ def _round_row(tables: RedispatchTables, fractions: FloatArray, now: IntArray, r
 
 @kernel
 def _take_back_what_does_not_fit(tables: RedispatchTables, x: IntArray) -> None:
-    """Return requests to where they were, those with the most bytes moved first, until blocks and budget suffice."""
+    """Move requests back to where they were, those with the most bytes moved first, until blocks and budget suffice."""
     num_requests, num = x.shape
     placement = placement_of(tables, x)
     for _ in range(num_requests):
@@ -179,7 +179,7 @@ def improve(tables: RedispatchTables, x: IntArray) -> int:
 
 @kernel
 def _slowest(placement: JointPlacement) -> tuple[int, int, int]:
-    """Return the three slowest devices, -1 if fewer: without any two of them, the slowest of the rest is among them."""
+    """Return the three slowest devices (-1 if fewer): after removing any two, the slowest of the rest is among them."""
     first, second, third = -1, -1, -1
     for i in range(len(placement.seconds)):
         s = placement.seconds[i]
@@ -292,7 +292,7 @@ def _best_exchange(
 
 @kernel
 def _partner(tables: RedispatchTables, placement: JointPlacement, request: int, arrives: bool) -> int:
-    """Return the worker that a group of a request is taken from, or given to; -1 if there is none."""
+    """Return the worker from which a group of a request is taken, or to which it is given; -1 if there is none."""
     best, most = -1, -np.inf
     for i in range(len(tables.unit)):
         if i == tables.primary:

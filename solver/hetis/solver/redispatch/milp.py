@@ -1,9 +1,9 @@
 """Whole head groups by a small integer program, used if the local search is far from the bound.
 
-Steps of one group, each of which must help, stop if several devices are equally slow, if groups should change places,
-or if a device pays only when it takes much at once. HiGHS considers all of that together. The program is kept small:
-only the requests that the relaxation moves, then those with the most KV on the slowest devices, may move. The number of
-nodes is limited rather than the time, so the same stage has the same answer.
+Steps of one group, each of which must help, get stuck if several devices are equally slow, if groups should change
+places, or if using a device pays only when it takes many at once. HiGHS considers all of that together. The program is
+kept small: only the requests that the relaxation moves, then those with the most KV on the slowest devices, may move.
+The number of search nodes is limited rather than the time, so the same stage gets the same answer.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
 
-MOST_CELLS = 200  # limit on requests that may move times devices
+MOST_CELLS = 200  # limit on the number of movable requests times devices
 MOST_NODES = 50
 REL_GAP = 0.005
-_Rows: TypeAlias = tuple[Any, list[tuple[Any, Any, Any]]]  # upper limits, entries as (row of these, columns, values)
+_Rows: TypeAlias = tuple[Any, list[tuple[Any, Any, Any]]]  # upper limits, entries as (row among them, columns, values)
 
 
 def search(tables: RedispatchTables, fractions: FloatArray) -> IntArray | None:
@@ -56,7 +56,7 @@ def _movable(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
 
 
 def _is_allowed(tables: RedispatchTables, x: IntArray) -> bool:
-    """Return whether groups are allowed exactly, since HiGHS keeps rows only within tolerances."""
+    """Return whether groups satisfy all limits exactly, since HiGHS keeps rows only within tolerances."""
     arrives = np.maximum(0, x - tables.now)
     return bool(
         np.all(x >= 0)

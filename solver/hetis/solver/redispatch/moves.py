@@ -1,9 +1,9 @@
 """The way from one placement to another: moves from device to device, the worth of each, and an order of them.
 
 In that order each step has room at its targets while its sources still hold the blocks. Steps go in waves: those of one
-wave fit together, and what they free is for the next. A step of one part is split if only some of its groups fit. If
-nothing fits, the remaining steps wait for each other in a cycle. Then one of them takes a detour through a third device
-with room and reaches its target later; a step that finds no detour is refused.
+wave fit together, and the blocks they free are for the next. A step of one part is split if only some of its groups
+fit. If nothing fits, the remaining steps wait for each other in a cycle. One of them then takes a detour through a
+third device with room and reaches its target later; a step that finds no detour is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RequestMoves(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """The loss of a set of steps without one of them: seconds of makespan, and the price of short blocks."""
+    """What a set of steps loses without one of them: seconds of makespan, and the price of short blocks."""
 
     saved_s: float
     relieved_s: float
@@ -96,7 +96,7 @@ def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> lis
 
 
 def _pairs(loses: list[tuple[int, int]], gains: list[tuple[int, int]]) -> Iterable[tuple[int, int, int]]:
-    """Yield (groups, source, target) until everything lost is gained."""
+    """Yield (groups, source, target) until all groups lost are gained elsewhere."""
     left = dict(loses)
     for target, wanted in sorted(gains, key=lambda gain: (-gain[1], gain[0])):
         for source in sorted(left, key=lambda i: (-left[i], i)):
@@ -124,7 +124,7 @@ def part_seconds(tables: RedispatchTables, j: int, part: MovedGroups) -> float:
 
 
 def step_seconds(tables: RedispatchTables, step: RequestMoves) -> float:
-    """Return the seconds of all parts in sequence."""
+    """Return the seconds of copying all parts one after another."""
     return sum(part_seconds(tables, step.j, part) for part in step.parts)
 
 
@@ -134,7 +134,7 @@ def per_decode_step_s(tables: RedispatchTables, step: RequestMoves, seconds: flo
 
 
 def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> list[Worth]:
-    """Return what ``x`` [N, D], to which all steps led, would lose without each single one of them."""
+    """Return what ``x`` [N, D], the result of all steps, would lose without each single one of them."""
     if not steps:
         return []
     undone = np.zeros((len(steps), x.shape[1]), np.int64)
@@ -170,7 +170,7 @@ def _without_each(
 
 
 def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float) -> bool:
-    """Return whether a step saves its time within its request's patience, or relieves memory worth that much."""
+    """Return whether a step saves its own time within its request's patience, or relieves memory worth as much."""
     gain = value.saved_s + value.relieved_s
     return gain >= per_decode_step_s(tables, step, seconds) and (value.saved_s > 0 or value.relieved_s > 0)
 
@@ -178,7 +178,7 @@ def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: fl
 def paying(tables: RedispatchTables, steps: Iterable[RequestMoves]) -> tuple[list[RequestMoves], list[float]]:
     """Drop steps, the least worthwhile first, until all others pay; return these and their gains per second of copy.
 
-    Each step is judged alone, because only an order shows that one makes room for another.
+    Each step is judged alone, because only an order shows that one step makes room for another.
     """
     kept = list(steps)
     x = applied(tables.now, kept)
@@ -192,7 +192,7 @@ def paying(tables: RedispatchTables, steps: Iterable[RequestMoves]) -> tuple[lis
 
 
 def judged(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> tuple[list[float], list[int]]:
-    """Return for steps that led to ``x`` their gains per second of copy, and the positions of those that do not pay.
+    """Return the gains per second of copy of steps that led to ``x``, and the positions of the steps that do not pay.
 
     The least worthwhile come first.
     """
@@ -262,12 +262,12 @@ def order(
 
 
 def whole_steps(tables: RedispatchTables, ordered: list[Ordered]) -> list[tuple[RequestMoves | None, float]]:
-    """Return for each step the whole that it completes, from where its groups began, and the seconds of all its steps.
+    """Return, for each step, the whole move that it completes, from where its groups began, and its total seconds.
 
-    A detour completes nothing and gets None.
+    A detour finishes nothing and gets None.
     """
     result = list[tuple[RequestMoves | None, float]]()
-    began: dict[tuple[int, int], tuple[int, float]] = {}  # request, third device: source and seconds of the detour
+    began: dict[tuple[int, int], tuple[int, float]] = {}  # (request, third device): source and seconds of the detour
     for step, _, is_detour in ordered:
         seconds, first = step_seconds(tables, step), step.parts[0]
         if is_detour:

@@ -40,24 +40,24 @@ from hetis.solver.errors import InvalidProblemError
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RedispatchProblem:
-    """The question which head groups of running requests should move."""
+    """The question of which head groups of running requests should move."""
 
-    snapshot: StateSnapshot  # the contents of the stage; groups already moving are assumed to arrive and are left alone
+    snapshot: StateSnapshot  # contents of the stage; groups already moving are assumed to arrive and are left alone
     num_layers: int  # layers of the stage, in all of which a head group moves
-    # seconds per byte into or out of each device, shape [D]. A move takes the slower of its two ends.
+    # Seconds per byte into or out of each device, shape [D]. A move runs at the speed of the slower of its two ends.
     link_byte_s: FloatArray
-    budget_bytes: float = np.inf  # most KV bytes to move
-    # share of the makespan that all moves together must save, including their cost; otherwise nothing moves unless
-    # memory is short
+    budget_bytes: float = np.inf  # maximum KV bytes to move
+    # Share of the makespan that all moves together must save, including their cost; otherwise nothing moves unless
+    # memory is short.
     least_gain: float = 0.01
-    # share of a request's remaining steps within which its moves must pay back. Less patience moves fewer bytes for
-    # more gain each, as the rest of the makespan's excess takes ever more bytes to remove.
+    # Share of a request's remaining steps within which its moves must pay back. Less patience moves fewer bytes with
+    # more gain each, since removing the rest of the excess makespan takes ever more bytes.
     patience: float = 0.25
-    ahead_steps: int = 100  # how far growth is anticipated. Copies take only a few steps.
-    # devices on which a request found no block. As many blocks as they have head groups should become free at any cost;
-    # otherwise something is evicted at once.
+    ahead_steps: int = 100  # number of steps for which growth is anticipated; copies take only a few
+    # Devices on which a request found no block. As many blocks as they have head groups should become free at any cost,
+    # otherwise a request is evicted at once.
     full: frozenset[int] = frozenset()
-    refill_token_s: float = 4e-4  # seconds to prefill a token again whose KV was evicted, in all layers of the stage
+    refill_token_s: float = 4e-4  # seconds to prefill a token whose KV was evicted again, in all layers of the stage
 
     def __post_init__(self) -> None:
         num = self.snapshot.stage.num_devices
@@ -100,20 +100,20 @@ class MoveReason(StrEnum):
 class Move:
     """Head groups of one request that move from one device to another, in all layers of the stage."""
 
-    request: str  # its name
-    groups: int  # how many head groups
+    request: str  # name of the request
+    groups: int  # number of head groups
     # source, target: indices of devices.
     source: int
     target: int
-    num_bytes: float  # KV that is copied
+    num_bytes: float  # bytes of KV that are copied
     seconds: float  # time of the copy on the slower of the two links
-    # decode steps after which the move has saved the seconds it took, compared with the plan without it; None if it
-    # saves no time and is made for another reason
+    # Decode steps after which the move has saved the seconds it took, compared with the plan without it; None if it
+    # saves no time and is made for another reason.
     payback_steps: float | None
-    reason: MoveReason  # the reason for the move
-    wave: int  # moves of one wave may run concurrently; those of the next one need their commits
-    # moves with the same number belong to one request and are committed at once, because the primary takes several head
-    # groups at once
+    reason: MoveReason
+    wave: int  # moves of one wave may run concurrently; those of the next wave require their commits
+    # Moves with the same number belong to one request and are committed at once, because the primary takes several head
+    # groups at once.
     together: int
 
 
@@ -130,19 +130,19 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchPlan:
-    """Moves whose every prefix fits in memory."""
+    """Moves in an order in which they always fit in memory."""
 
     moves: tuple[Move, ...]  # in order
-    refused: tuple[Refused, ...]  # moves that were left out
+    refused: tuple[Refused, ...]  # moves that would help but cannot be made
     # makespan_before_s, makespan_after_s: seconds per layer and decode step of the slowest device.
     makespan_before_s: float
     makespan_after_s: float
-    # short_before, short_after: KV blocks that are expected to be short, and all blocks on draining devices, including
+    # short_before, short_after: KV blocks that are expected to be short, plus all blocks on draining devices, including
     # those of requests with groups under way.
     short_before: float
     short_after: float
     objective_s: float  # makespan, cost of moving and price of short blocks; equal to ``stay_s`` if nothing moves
-    stay_s: float  # objective of doing nothing
+    stay_s: float  # objective if nothing moves
     bound_s: float  # no placement has a lower objective, as weak duality proves
 
     @property

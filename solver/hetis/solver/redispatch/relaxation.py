@@ -82,7 +82,7 @@ def proven_bound(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -
 def feasible(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> Prices:
     """Return the nearest multipliers within their limits: none below 0, and 0 for closed devices."""
     piece = np.maximum(0.0, prices.piece) * is_open[:, None]
-    # The card's row holds only while workers are in use; if that is open, it may be slack for no reason.
+    # The card's row holds only while workers are in use; if that is open, the row may be slack without a reason.
     workers_open = np.any(is_open & (np.arange(len(is_open)) != tables.primary))
     nic = max(0.0, prices.nic) if tables.primary >= 0 and workers_open else 0.0
     shrink = 1.0 / max(1.0, float(piece.sum()) + nic)
@@ -134,7 +134,7 @@ class MoveLp:
 class _Program:
     """The program with rows balance [N], pieces [D, K], network card, blocks now [D], blocks later [H, D], budget.
 
-    Columns are z, s [D], departures, then arrivals as they came. Seconds are multiplied by ``scale``.
+    Columns are z, s [D], departures, then arrivals in order of joining. Seconds are multiplied by ``scale``.
     """
 
     def __init__(self, tables: RedispatchTables, is_open: BoolArray) -> None:

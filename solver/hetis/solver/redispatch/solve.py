@@ -1,4 +1,4 @@
-"""Re-dispatch from problem to plan: relax, prove, round, improve, drop what does not pay, order."""
+"""Re-dispatch from problem to plan: relax, prove, round, improve, drop moves that do not pay, and order the rest."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Redispatcher:
         from the bound, from a small integer program. A move is dropped if it neither pays within its request's patience
         nor makes room for others that do; the rest is ordered.
 
-        The result is stable: the same search from where the moves lead finds nothing more, so re-dispatch of an
-        unchanged stage stays quiet.
+        The result is stable: the same search from the state after the moves finds nothing more, so re-dispatch of an
+        unchanged stage does nothing.
         """
         ideal = ideal_dispatch(problem.snapshot, self.dispatcher, on_draining=True)
         return _MoveSearch(problem, ideal, self._lp).plan()
@@ -102,7 +102,7 @@ class _MoveSearch:
             more = self._attempt(moved, self._relax(moved))
             if not more.ordered:
                 break
-            # Directly from the start; if that has no order, through the placement in between.
+            # Directly from the start; if no order exists for that, through the placement in between.
             direct = self._ordered(tables, more.x)
             if direct.refused or objective_s(tables, direct.x) > objective_s(tables, more.x) * (1 + 1e-9):
                 last = attempt.ordered[-1].wave + 1
@@ -116,7 +116,7 @@ class _MoveSearch:
         return relax(tables, self._lp, floor_s=self._ideal.bound_s, guess=self._ideal.prices.piece)
 
     def _attempt(self, tables: RedispatchTables, relaxed: JointRelaxation) -> _Attempt:
-        """Make one round from ``tables.now``; return no moves if they do not gain enough."""
+        """Make one round from ``tables.now``; return no moves if they gain too little."""
         found = list[IntArray]()
         for x in (round_to_groups(tables, relaxed.x), tables.now.copy()):
             improve(tables, x)
@@ -140,8 +140,8 @@ class _MoveSearch:
     def _ordered(self, tables: RedispatchTables, x: IntArray) -> _Attempt:
         """Return the moves to ``x`` that pay, in order.
 
-        First each is judged alone, then ordered. If that drops any, all are also ordered and judged together with those
-        for which they make room, and the better plan is returned.
+        First each is judged alone, then the moves are ordered. If that drops any, all are also ordered and judged
+        together with those for which they make room, and the better plan is returned.
         """
         steps = steps_between(tables, tables.now, x)
         alone, _ = paying(tables, steps)
@@ -152,7 +152,7 @@ class _MoveSearch:
         return second if objective_s(tables, second.x) < objective_s(tables, first.x) * (1 - 1e-9) else first
 
     def _completed(self, tables: RedispatchTables, steps: list[RequestMoves], judge: _Judge) -> _Attempt:
-        """Return steps in order; if an order refuses some, the others are judged again without them."""
+        """Return steps in order; if the order refuses some, the others are judged again without them."""
         refused = list[WaitingStep]()
         while True:
             ordered, waiting = judge(tables, steps)
@@ -161,7 +161,7 @@ class _MoveSearch:
             if not waiting:
                 return _Attempt(reached, ordered, refused)
             refused += waiting
-            # A refused move may have begun with a detour, so its request goes back to where it was.
+            # A refused move may have begun with a detour, so its request is moved back.
             for j in {o.step.j for o in ordered if o.is_detour} & {w.step.j for w in waiting}:
                 reached[j] = tables.now[j]
             steps = steps_between(tables, tables.now, reached)
@@ -196,7 +196,7 @@ class _MoveSearch:
     def _detours_that_do_not_pay(
         self, tables: RedispatchTables, x: IntArray, ordered: list[Ordered], waiting: list[WaitingStep]
     ) -> list[WaitingStep]:
-        """Return moves that pay only on the direct way."""
+        """Return moves that only pay on the direct route."""
         result = list[WaitingStep]()
         stuck = {w.step.j for w in waiting}
         on_detour = {o.step.j for o in ordered if o.is_detour}
@@ -234,7 +234,7 @@ def _plan(
     draining = [device.status is DeviceStatus.DRAINING for device in snapshot.devices]
     moves = list[Move]()
     wholes = whole_steps(tables, attempt.ordered)
-    # A step that was made on the way to another has no worth of its own.
+    # A step that is part of a longer move has no value of its own.
     ending = {
         number: whole
         for number, (whole, _) in enumerate(wholes)
@@ -285,7 +285,7 @@ def _plan(
 
 
 def compile_redispatch() -> None:
-    """Load the kernels, or compile them, before anybody waits for an answer: a minute or more the first time."""
+    """Load or compile the kernels before any client waits for an answer; compiling takes a minute or more."""
     stage = small_stage()
     snapshot = StateSnapshot(
         stage=stage,

@@ -14,9 +14,9 @@ from hetis.solver.dispatch.tables import costs_of, device_s, running_load
 from hetis.solver.redispatch.problem import RedispatchProblem
 
 _HERE = Path(__file__).parent
-kernel = kernel_of(_HERE, _HERE.parent / "dispatch")  # they call kernels of dispatch
+kernel = kernel_of(_HERE, _HERE.parent / "dispatch")  # kernels here call those of dispatch
 
-EXACT = 4.0  # how often a block on a draining device can be moved before staying would be cheaper
+EXACT = 4.0  # number of times a block on a draining device can be moved before staying would be cheaper
 
 
 class RedispatchTables(NamedTuple):
@@ -32,7 +32,7 @@ class RedispatchTables(NamedTuple):
     base: FloatArray  # [D, K] constants, and the time of requests with groups under way
     open_at: FloatArray  # [D] -inf if such requests are there, otherwise the least time of using the device
     unit: IntArray  # [D] head groups taken at once
-    primary: int  # -1: none
+    primary: int  # index of the primary; -1: none
     nic_base: float
     nic_group_s: float
     on_workers: int  # groups on workers that are not part of `now`
@@ -44,10 +44,10 @@ class RedispatchTables(NamedTuple):
     room: IntArray  # [D] blocks that may be in use: the mark, or more if more is in use already
     limit: FloatArray  # [H, D] blocks that exist at the horizons, 0 on draining devices
     charge: FloatArray  # [N, D] lambda_j bytes_j link_i / 2: seconds per layer and step for a group in or out
-    num_bytes: FloatArray  # [N] per group, all layers
+    num_bytes: FloatArray  # [N] KV bytes per group in all layers
     steps: FloatArray  # [N] steps within which a move must pay back, at least 1
     short_s: FloatArray  # [D] P, seconds per layer and step for a block above the limit
-    budget: float  # bytes
+    budget: float  # maximum bytes to move
     link_byte_s: FloatArray  # [D] seconds per byte into or out of each device
     num_layers: int
 
@@ -58,7 +58,7 @@ def tables_of(problem: RedispatchProblem) -> RedispatchTables:
     stage, shape = snapshot.stage, snapshot.stage.heads
     costs = costs_of(stage)
     blocks, coming = snapshot.context_blocks(), snapshot.incoming()
-    # Moving groups run where they will be, and the rest of their request stays, as it may be uneven on the primary.
+    # Moving groups count at their targets; the rest of their request stays put, as it may be uneven on the primary.
     leaving = np.zeros_like(coming)
     index = {name: j for j, name in enumerate(snapshot.ids)}
     for move in snapshot.moves:
@@ -109,7 +109,7 @@ def tables_of(problem: RedispatchProblem) -> RedispatchTables:
         num_bytes=num_bytes,
         steps=steps,
         short_s=np.where(draining | is_full, leaves_s, refill_s),
-        budget=float(problem.budget_bytes),  # kernels are compiled for each type that they see
+        budget=float(problem.budget_bytes),  # kernels are compiled for each argument type that they see
         link_byte_s=np.asarray(problem.link_byte_s, np.float64),
         num_layers=int(problem.num_layers),
     )
@@ -173,7 +173,7 @@ def marks(problem: RedispatchProblem) -> IntArray:
 
 
 def horizons(problem: RedispatchProblem) -> tuple[int, ...]:
-    """Return t, steps from now at which blocks are counted: when all requests have begun a new block, and far ahead."""
+    """Return t, steps from now at which blocks are counted: once all requests have begun a new block, and far ahead."""
     near = min(problem.snapshot.stage.heads.block_tokens, problem.ahead_steps)
     return tuple(sorted({near, problem.ahead_steps}))
 

@@ -1,7 +1,7 @@
-"""Triggers of re-dispatch: the makespan drifted from the ideal, memory fills, or devices changed.
+"""Triggers of re-dispatch: the makespan has drifted from the ideal, memory fills up, or devices have changed.
 
 The ideal is all running requests dispatched again, as if moves were free. A `Watch` filters triggers: those that a
-search has failed to answer stay quiet until the stage has changed.
+search could not resolve stay quiet until the stage has changed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hetis.solver.errors import InvalidProblemError
 
 
 def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draining: bool = False) -> DispatchPlan:
-    """Dispatch all running requests as they are now to idle devices, which shows the stage without its history.
+    """Dispatch all running requests anew to idle devices, which shows the stage without its history.
 
-    With ``on_draining`` devices to be emptied may be used, so that the bound holds while they are still in use.
+    With ``on_draining``, devices to be emptied may be used, so that the bound holds while they are still in use.
     """
     usable = {DeviceStatus.OK, DeviceStatus.DRAINING} if on_draining else {DeviceStatus.OK}
     free = [device.total_blocks if device.status in usable else 0 for device in snapshot.devices]
@@ -42,7 +42,7 @@ class TriggerKind(StrEnum):
 
     ``deviation``: the makespan is above the ideal by more than Theta. ``high_water``: a device uses more of its KV
     blocks than its mark. ``draining``: a device is to be emptied. ``lost``, ``changed``: a device was lost, or joined,
-    came back or changed its speed, since the last look of re-dispatch (`DispatchState.mark_seen`).
+    came back or changed its speed, since the last check by re-dispatch (`DispatchState.mark_seen`).
     """
 
     DEVIATION = "deviation"
@@ -54,14 +54,14 @@ class TriggerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trigger:
-    """A reason to look, with its numbers."""
+    """A reason to check whether re-dispatch helps, with its numbers."""
 
-    kind: TriggerKind  # what happened
-    device: str | None  # its name; None for ``deviation``, which concerns the stage
-    # excess of the makespan over the ideal as a ratio to it; share of blocks in use; head groups still on a draining
-    # device; 0 for the others
+    kind: TriggerKind
+    device: str | None  # name of the device; None for ``deviation``, which concerns the stage
+    # Excess of the makespan over the ideal as a ratio to it; share of blocks in use; head groups still on a draining
+    # device; 0 for the other kinds.
     value: float
-    limit: float  # the limit that ``value`` exceeds
+    limit: float
 
     def __str__(self) -> str:
         match self.kind:
@@ -78,10 +78,10 @@ class Trigger:
 
 
 def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = THETA) -> tuple[Trigger, ...]:
-    """Return every reason to re-dispatch, none for an empty stage; ``dispatcher`` is of the same stage.
+    """Return every reason to re-dispatch, none for an empty stage; ``dispatcher`` must be of the same stage.
 
-    A trigger fires as long as its reason holds, even if no search can do anything about it.
-    `Watch` tells which are worth another look.
+    A trigger fires as long as its reason holds, even if no search can do anything about it. `Watch` determines which
+    triggers are worth another check.
     """
     if theta < 0:
         raise InvalidProblemError(f"theta is {theta}, must be >= 0")
@@ -90,10 +90,10 @@ def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = 
     if not len(snapshot.ids):
         return ()
     ideal = ideal_dispatch(snapshot, dispatcher)
-    if ideal.unplaced:  # devices to be emptied are still needed
+    if ideal.unplaced:  # devices to be emptied are still required
         ideal = ideal_dispatch(snapshot, dispatcher, on_draining=True)
     deviation = makespan_s(snapshot) / max(ideal.bound_s, 1e-12) - 1.0
-    # If memory is too scattered to dispatch all again, the ideal is of fewer requests and says nothing.
+    # If memory is too scattered to dispatch all requests again, the ideal covers fewer of them and means nothing.
     if deviation > theta and not ideal.unplaced:
         found.append(Trigger(kind=TriggerKind.DEVIATION, device=None, value=deviation, limit=theta))
     for i, device in enumerate(snapshot.devices):
@@ -118,20 +118,20 @@ ALWAYS = frozenset({TriggerKind.LOST, TriggerKind.CHANGED})  # events, which end
 
 
 class _Seen(NamedTuple):
-    """A stage at the time of the last fruitless look."""
+    """A stage at the time of the last fruitless check."""
 
-    tokens: dict[str, tuple[int, ...]]  # request: groups times context on every device
+    tokens: dict[str, tuple[int, ...]]  # groups times context on every device, by request
     devices: tuple[tuple[str, int, DeviceStatus], ...]
     values: dict[tuple[TriggerKind, str | None], float]
 
 
 class Watch:
-    """A record of looks that moved nothing.
+    """A record of checks that moved nothing.
 
-    After such a look a trigger is due again if it is new, if its value has grown by the ratio ``change``, if a device
-    has changed, or if that share of the stage's KV came, went, grew or moved. After every further fruitless look the
-    share doubles, up to ``MOST_CHANGE``, most of the KV. A look that moves something resets it. Under steady load,
-    fruitless looks are therefore about as frequent as the KV is replaced, and a real change is seen at once.
+    After such a check a trigger is due again if it is new, if its value has grown by the ratio ``change``, if a device
+    has changed, or if that share of the stage's KV came, went, grew or moved. After every further fruitless check the
+    share doubles, up to ``MOST_CHANGE``, most of the KV. A check that moves something resets it. Under steady load,
+    fruitless checks are therefore about as frequent as the KV is replaced, and a real change is noticed at once.
     """
 
     def __init__(self, *, change: float = CHANGE) -> None:
@@ -141,21 +141,21 @@ class Watch:
         self._seen: _Seen | None = None
 
     def due(self, snapshot: StateSnapshot, fired: tuple[Trigger, ...]) -> tuple[Trigger, ...]:
-        """Return the fired triggers that are worth a look."""
+        """Return the fired triggers that are worth a check."""
         seen = self._seen
         if seen is None or _devices(snapshot) != seen.devices or self._has_changed(seen, snapshot):
             return fired
         return tuple(trigger for trigger in fired if trigger.kind in ALWAYS or self._is_news(seen, trigger))
 
     def looked(self, snapshot: StateSnapshot, fired: tuple[Trigger, ...], *, moved: bool) -> None:
-        """Record whether a look at this stage, for all triggers that fired, has moved something."""
+        """Record whether a check of this stage, for all triggers that fired, has moved something."""
         if moved:
             self._seen, self._change = None, self._least
             return
         values = {(trigger.kind, trigger.device): trigger.value for trigger in fired}
         if self._seen is not None and self._seen.devices == _devices(snapshot):
             self._change = min(MOST_CHANGE, 2 * self._change)
-            values = self._seen.values | values  # what comes and goes is not new
+            values = self._seen.values | values  # triggers that come and go are not new
         else:
             self._change = self._least
         self._seen = _Seen(_tokens(snapshot), _devices(snapshot), values)
@@ -172,7 +172,7 @@ class Watch:
             for name in names
             for now, before in zip(tokens.get(name, nothing), seen.tokens.get(name, nothing), strict=True)
         )
-        # KV that leaves one device for another, or is replaced by KV of its size, is counted twice.
+        # KV that leaves one device for another, or is replaced by as much KV, is counted twice.
         both = sum(map(sum, tokens.values())) + sum(map(sum, seen.tokens.values()))
         return change > self._change * both
 

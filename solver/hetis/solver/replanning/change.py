@@ -1,4 +1,4 @@
-"""The change from one plan to another: its costs, what GPUs hold and load, which replicas stay, which KV is dropped.
+"""The change from one plan to another: its costs, what GPUs hold and load, and which replicas stay or lose their KV.
 
 Replicas have no names of their own and are identified by what they hold: a replica of the new plan continues the one of
 the old plan with which it shares the most GPUs that keep their weights.
@@ -18,7 +18,7 @@ from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
-HALF_DONE = 0.5  # average share of the service of a request in flight that is lost if its KV is dropped
+HALF_DONE = 0.5  # average share of a request's service that is lost if its KV is dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class ChangeCosts:
     """The costs of a change, in seconds in which a replica does not serve.
 
     Attributes:
-        horizon_s: how long the new plan is expected to last: a loss that occurs once is spread over it.
-        restart_s: from stopping an engine to serving again, without reading weights.
+        horizon_s: how long the new plan is expected to last; one-time losses are spread over it.
+        restart_s: time from stopping an engine until it serves again, without reading weights.
         load_bytes_per_s: the rate at which every GPU reads its weights, all at the same time.
     """
 
@@ -53,9 +53,9 @@ class ChangeCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplanningProblem:
-    """The running plan and the problem as it is now: its cluster is what remains and what has joined.
+    """The running plan, and the problem as it is now: its cluster has the GPUs that remain and those that have joined.
 
-    ``max_moves``: how many GPUs of the new plan may do something else than before; None: any number.
+    ``max_moves``: limit on the GPUs of the new plan with another use than before; None: any number.
     """
 
     running: Plan
@@ -75,13 +75,14 @@ class ReplanningProblem:
 class Holding:
     """The part of the model on a GPU: shard ``rank`` of ``tp`` of the layers from ``first_layer`` to ``end_layer``.
 
-    An attention worker holds the KV of those layers and no weights; ``rank`` is then -1. Where ``attention_dp`` copies
-    share their experts, it is the rank among all of them, which holds 1/``attention_dp`` of its copy's experts.
+    An attention worker holds the KV of those layers and no weights; ``rank`` is then -1. If ``attention_dp`` copies
+    share their experts, ``rank`` is among the ranks of all of them, each of which holds 1/``attention_dp`` of its
+    copy's experts.
     """
 
-    gpu: str  # its type: a device of the same name and another type is another GPU
+    gpu: str  # type of the GPU; a device of the same name but another type is another GPU
     first_layer: int
-    end_layer: int  # one past the last
+    end_layer: int  # one past the last layer
     tp: int
     rank: int
     attention_dp: int = 1
@@ -91,8 +92,8 @@ class Holding:
         return self.rank < 0
 
     def weight_bytes(self, model: ModelSpec) -> float:
-        """Return the bytes of the shard, with its share of what the first and the last layers have beside them:
-        embedding, vision towers, a layer that drafts, and LM head.
+        """Return the bytes of the shard, including its share of what the first and the last layer additionally need:
+        embedding, vision towers, a drafting layer, and LM head.
         """
         return self.bytes_to_load(model, None)
 
@@ -123,13 +124,13 @@ class Holding:
         return range(self.first_layer, self.end_layer)
 
     def _tables(self, model: ModelSpec) -> frozenset[str]:
-        """Return embedding and LM head; one table if they are tied."""
+        """Return the names of the tables held, embedding and LM head; a single one if they are tied."""
         ends = (("embedding", 0), ("embedding" if model.tie_embeddings else "head", model.num_layers - 1))
         return frozenset(name for name, layer in ends if self.has(layer))
 
 
 def _layer_bytes(model: ModelSpec, layer: int, attention_dp: int) -> float:
-    """Return the bytes of a layer on the ranks of one copy, of ``attention_dp`` that share their experts."""
+    """Return the bytes of a layer on the ranks of one copy, if ``attention_dp`` copies share their experts."""
     if layer < model.prefix_layers:
         return model.dense_layer_params() * model.weight_bytes
     routed = 0.0 if model.moe is None else model.expert_share * model.moe.num_experts * model.expert_params()
@@ -137,7 +138,7 @@ def _layer_bytes(model: ModelSpec, layer: int, attention_dp: int) -> float:
 
 
 def holdings(plan: Plan) -> dict[str, Holding]:
-    """Return the holding of every GPU of the plan, by device name; shared attention workers as in their first stage."""
+    """Return the holding of every GPU of the plan by device name; shared attention workers hold their first stage's."""
     found: dict[str, Holding] = {}
     for replica in plan.replicas:
         for device, holding in holdings_of(replica):
@@ -171,7 +172,7 @@ def in_flight(replica: ReplicaPlan) -> int:
 
 class Fate(StrEnum):
     KEPT = "kept"  # same GPUs, weights and settings: its requests continue
-    RESET = "reset"  # same GPUs and weights, other micro-batches, chunk or head groups: its engine restarts
+    RESET = "reset"  # same GPUs and weights, but other micro-batches, chunks or head groups: its engine restarts
     CHANGED = "changed"  # shares GPUs that keep their weights with an old replica
     NEW = "new"
     GONE = "gone"
@@ -201,9 +202,9 @@ class PlanChange:
 
     Attributes:
         loads: bytes that a GPU reads, for GPUs whose weights change.
-        moved: GPUs of the new plan with another use than before, including those with nothing to read.
+        moved: GPUs of the new plan with another use than before, including those that read nothing.
         dropped_requests: requests whose KV is lost if the replicas that do not stay are full.
-        dropped_kv_tokens, dropped_kv_bytes: KV of these requests.
+        dropped_kv_tokens, dropped_kv_bytes: amount of KV of these requests.
     """
 
     replicas: tuple[ReplicaChange, ...]
@@ -229,9 +230,9 @@ def plan_change(
 
     Args:
         before, after: the plans; devices of the same name are the same GPU.
-        model: of ``after``.
-        moments: of the traffic on ``before``, for the KV that is dropped.
-        same_model: False if the weights of ``before`` are of no use.
+        model: model of ``after``.
+        moments: moments of the traffic on ``before``, for the KV that is dropped.
+        same_model: False if the weights of ``before`` cannot be used.
     """
     held = holdings(before) if same_model else {}
     partners = _partners(before, after) if same_model else {}
@@ -269,12 +270,12 @@ def plan_change(
 
 
 def _context(replica: ReplicaPlan, moments: WorkloadMoments) -> float:
-    """Return the tokens in the KV of a request on this kind of replica."""
+    """Return the KV tokens of a request on this kind of replica."""
     return moments.resident_context if replica.micro_batch else moments.prefilling_context
 
 
 def _partners(before: Plan, after: Plan) -> dict[int, int]:
-    """Return the old replica that each new one continues, pairing those that share most GPUs with equal holdings."""
+    """Return the old replica that each new one continues: pairs that share the most GPUs with equal holdings."""
     owner = {
         device: (number, holding)
         for number, replica in enumerate(before.replicas)
@@ -317,6 +318,6 @@ def _change_of(
 
 
 def is_same(one: ReplicaPlan, other: ReplicaPlan) -> bool:
-    """Return whether an engine that runs one replica also runs the other: GPUs, layers, head groups, settings."""
+    """Return whether an engine that runs one replica also runs the other: equal GPUs, layers, head groups, settings."""
     matters = attrgetter("stages", "attention_workers", "role", "micro_batch", "in_flight", "chunk_tokens", "kv_zones")
     return bool(matters(one) == matters(other))

@@ -1,4 +1,4 @@
-"""Check of a re-planning from what it states: the GPUs it names, what they held, the costs and the order of steps."""
+"""Checks of a re-planning by what it states: the GPUs it names, what they held, the costs and the order of steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RELATIVE = 1e-6
 
 
 def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
-    """Return every error as a sentence; the plan itself is judged by `check_plan`."""
+    """Return every error as a sentence; `check_plan` checks the plan itself."""
     if len(found.continued) != len(found.plan.replicas):
         return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
     return [
@@ -79,7 +79,7 @@ def _longest_load(given: ReplanningProblem, replica: ReplicaPlan) -> float:
 
 
 def _check_steps(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """Check that nothing starts on GPUs that are busy and that at the end the plan runs and nothing else."""
+    """Check that nothing starts on busy GPUs, and that in the end the plan runs and nothing else."""
     lost = set(found.lost)
     runs = {i: set(r.devices()) for i, r in enumerate(given.running.replicas) if i not in lost}
     stays = {c.old for c in found.continued if c.fate is Fate.KEPT}

@@ -9,9 +9,9 @@ A *proof* bounds the worth of new replicas that are added to replicas that conti
 The first also lists the family of `uniform`.
 
 *The bound on every re-planning* is the joint worth of kept and changed replicas and the best new ones. New replicas
-serve at most ``share = 1 - d / horizon`` of the horizon, d being the soonest start of any. Let w and a be the prices of
-column generation, with ``a_s rate <= cost + w use`` for every replica on side s. Whatever continues, the plan's net
-rate is at most
+serve at most ``share = 1 - d / horizon`` of the horizon, where d is the shortest start of any. Let w and a be the
+prices of column generation, with ``a_s rate <= cost + w use`` for every replica on side s. Whatever continues, the
+plan's net rate is at most
 
     max   sum_o (a_s net_o + s_r) x_o  +  sum_g share w_g u_g  +  sum of links price capacity
     s.t.  sum_o use_og x_o + u_g <= GPUs of g,   x_o of one replica <= 1,   sum of u and joining GPUs <= moves
@@ -22,8 +22,8 @@ least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, an
 On small fleets new replicas are enumerated with ceilings on their rates instead, each counted with the share of a
 replica whose weights are spread evenly over its sub-fleet.
 
-Replicas of prefill and decode may be larger than any plan needs, and then serve all that it needs even during their
-start: ``share`` is 1 if w is the price of those.
+Prefill and decode replicas may be larger than any plan needs, and then serve all that it needs even during their start:
+``share`` is 1 if w is the price of those.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
 from hetis.solver.replanning.running import Option, is_allowed
 
-FINEST = 1e-6  # share by which ceilings of the exact search may exceed the rates found
+FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,11 @@ class Fresh:
 
     Attributes:
         templates: replicas to choose from.
-        value, bound: value of the best plan found, and bound on all plans, in the master's unit.
+        value, bound: value of the best plan found, and a bound on all plans, in the master's unit.
         enumerated: ceilings on the rates of sub-fleets, as columns; if None, ``prices`` are the proof.
         prices: prices of column generation.
         row_prices: duals of the rows, if there are no ``prices``; [rows].
-        is_empty: it is proved that no plan exists.
+        is_empty: whether it is proved that no plan exists.
     """
 
     templates: tuple[Template, ...]
@@ -77,7 +77,7 @@ class Fresh:
 
 
 def search_fresh(costs: CostTables, settings: SearchSettings) -> Fresh:
-    """Return replicas and a proof for the whole fleet; without time for more, what is known at once."""
+    """Return replicas and a proof for the whole fleet; if there is no time for more, what is known without a search."""
     master = master_of(costs, demanded_rate(costs.problem))
     if settings.strategy == "uniform":
         return _enumerated(costs, master, uniform_templates(costs), settings)
@@ -91,7 +91,7 @@ def search_fresh(costs: CostTables, settings: SearchSettings) -> Fresh:
 
 
 def _exact(costs: CostTables, master: Master, settings: SearchSettings) -> Fresh | None:
-    """Return the best replica of every sub-fleet; none is ruled out, since a plan that keeps replicas may need any."""
+    """Return the best replica of every sub-fleet; none is ruled out: a plan that keeps replicas may need any."""
     search_of, budget, seed = ExactSearch(costs, master), settings.budget, settings.seed
     nothing = {kind: np.zeros(len(f.rate)) for kind, f in search_of.frontiers.items()}
     for tolerance in (*TOLERANCES[:-1], FINEST):
@@ -131,7 +131,7 @@ def _enumerated(costs: CostTables, master: Master, templates: list[Template], se
 
 
 def _bound_of(best: Verdict, costs: CostTables, master: Master) -> float:
-    """Return a bound that no plan exceeds, from what HiGHS proved in its time."""
+    """Return a bound that no plan exceeds, from what HiGHS proved within its time."""
     if best.proves_none:
         return 0.0 if master.maximises else np.inf
     return _known_at_once(costs, master) if best.found is None else best.found.bound
@@ -168,7 +168,7 @@ def _known_at_once(costs: CostTables, master: Master) -> float:
     return rate_bound(costs) if master.maximises else 0.0
 
 
-# --- what remains of a fleet when some of its GPUs are taken
+# --- the rest of a fleet when some of its GPUs are taken
 
 
 def search_left_over(
@@ -184,7 +184,7 @@ def search_left_over(
     objective = costs.problem.objective
     if objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS):
         assert demand_rps is not None, "the objective is minimised"
-        # What the others leave may be less than can be planned for; a replica for a little more serves it, too.
+        # The remaining demand may be less than can be planned for; a replica for slightly more serves it, too.
         objective = replace(objective, demand_rps=max(demand_rps, LEAST_DEMAND_RPS))
     part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective))
     outcome = search(part, settings)
@@ -195,7 +195,7 @@ def search_left_over(
 
 
 def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
-    """Return nodes with no taken GPUs unchanged, and every other node separately with its remaining GPUs."""
+    """Return nodes without taken GPUs unchanged, and every other node as a group of its own with its remaining GPUs."""
     groups: list[NodeGroup] = []
     touched = {node_of(device) for device in taken}
     for group in cluster.node_groups:
@@ -212,7 +212,7 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
 
 
 def _translated(template: Template, part: CostTables, whole: CostTables) -> Template | None:
-    """Translate a replica of the remaining fleet to the whole fleet: classes by the node groups they come from."""
+    """Translate a replica from the remaining fleet to the whole fleet; classes are matched by their node groups."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = stages_in(whole, part, class_of, template)
     mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
@@ -240,7 +240,7 @@ def _origin(part: CostTables, g: int, whole: CostTables) -> int:
 # --- the bound on every re-planning
 
 
-PARTS = 1 << 20  # units of the demand: the cost of what continuing replicas do not serve is counted in these
+PARTS = 1 << 20  # units of the demand, in which the cost of what continuing replicas do not serve is counted
 
 
 def bound_of(net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time_limit_s: float, seed: int) -> float:
@@ -255,7 +255,7 @@ def bound_of(net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time
 def _bound(
     listed: ColumnList, limits: Mapping[Row, int], demand: float | None, time_limit_s: float, seed: int
 ) -> float:
-    """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; without any, 0 or inf."""
+    """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; if neither, 0 or inf."""
     nothing = 0.0 if demand is None else np.inf
     if not listed.uses:
         return nothing
@@ -275,7 +275,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
 
 
 def _stay(net: NetMaster, option: Option) -> float:
-    """Return the worth of staying, in addition to the rate."""
+    """Return what staying is worth in addition to the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 
@@ -296,7 +296,7 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
         use = net.inventory.of_template(candidate.template, count_moves=False)
         use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
         listed.add(use, worth * rate + _stay(net, option), cost)
-    # All room for larger TP groups is given to new replicas: its worth is a constant, as is that of the links.
+    # New replicas get all room for larger TP groups: its worth is a constant, as is that of the links.
     finite = np.isfinite(costs.routes.capacity)
     fixed = float((prices.link_prices[finite] * costs.routes.capacity[finite]).sum())
     for (g, p), price, limit in zip(costs.resources.rows, prices.row_prices, costs.resources.limits, strict=True):
@@ -317,7 +317,7 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
 def _by_enumeration(
     net: NetMaster, options: Sequence[Candidate], enumerated: Columns, time_limit_s: float, seed: int
 ) -> float:
-    """Return the bound of the same master with ceilings in place of new replicas, over all of its rows."""
+    """Return the bound of the same master, with ceilings in place of new replicas and all of its rows."""
     costs, maximises = net.costs, net.master.maximises
     rows: list[Row] = [("row", *row) for row in costs.resources.rows]
     limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))

@@ -1,13 +1,13 @@
 """The re-planning master: running replicas that continue, new ones added to them, and their worth over the horizon.
 
 A replica that starts does not serve until the start is done: it counts ``1 - start / horizon`` of its rate, or costs
-``1 + start / horizon`` of its rent where cost is minimised. A replica that is kept never stops, and the requests in
-flight on it need not start again: keeping it is worth its rate and on average half the service of each of these.
+``1 + start / horizon`` of its rent where cost is minimised. A replica that is kept never stops, and its requests in
+flight need not start again: keeping it is worth its rate and, on average, half the service of each of them.
 
     max   sum over kept, reset, repaired, shrunk o of net_o x_o + sum over new k of net_k n_k + sum over kept of s_r
     s.t.  rows of `InventoryRows`, and the flows of prefill and decode replicas at their net rates
 
-It is solved by the master of placement, which does not know where its columns come from.
+It is solved by the master of placement, which does not depend on where its columns come from.
 
 Replicas that continue have their GPUs already, by name; new ones take the remaining GPUs. How much room these give to
 TP groups depends on the nodes that hold the named GPUs. Sizes are powers of two, so that groups fit exactly if, for
@@ -42,7 +42,7 @@ from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
 from hetis.solver.replanning.running import Option, Place, stage_bytes
 
-Slot = tuple[str, int]  # the GPUs of one class in one node
+Slot = tuple[str, int]  # (node, class): the GPUs of one class in one node
 Row = tuple[object, ...]
 
 
@@ -52,9 +52,9 @@ class InventoryRows:
 
     costs: CostTables
     places: Mapping[str, Place]
-    rows: Mapping[Row, int]  # row -> its number
+    rows: Mapping[Row, int]  # number of each row
     limits: IntArray  # [rows]
-    sizes: tuple[int, ...]  # of TP groups, above 1
+    sizes: tuple[int, ...]  # sizes of TP groups above 1
     shared: frozenset[Slot] = field(default_factory=frozenset)
 
     def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
@@ -105,7 +105,7 @@ def inventory_of(
     costs: CostTables, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int],
     max_moves: int | None,
 ) -> InventoryRows:  # fmt: skip
-    """Return the rows for these options; ``stays`` are the running replicas for which staying is worth something."""
+    """Return the rows for these options; ``stays`` are the running replicas for which staying has a value."""
     owners: dict[Slot, set[int]] = {}
     for option in options:
         for slot in _by_slot(option.named(), places):
@@ -137,9 +137,9 @@ def _by_slot(devices: Iterable[str], places: Mapping[str, Place]) -> Counter[Slo
 
 @dataclass(slots=True)
 class ColumnList:
-    """The columns of a master, collected one by one: amounts by row, of which those not in ``rows`` do not count."""
+    """The columns of a master, collected one by one: amounts by row; rows that are not in ``rows`` do not count."""
 
-    rows: Mapping[Row, int]  # row -> its number
+    rows: Mapping[Row, int]  # number of each row
     routes: Routes
     uses: list[Mapping[Row, int]] = field(default_factory=list)
     numbers: list[tuple[float, float, int, FloatArray]] = field(default_factory=list)
@@ -187,7 +187,7 @@ class NetMaster:
     ``stay_shares``: the same as a share of its own rate.
 
     Attributes:
-        is_settled: the last `choose` finished: if it found nothing, there is nothing.
+        is_settled: whether the last `choose` finished: if it found nothing, nothing exists.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class NetMaster:
         self.is_settled = False
 
     def start_s(self, template: Template) -> float:
-        """Return the start time of a new replica: all its GPUs read their weights."""
+        """Return the time that a new replica takes to start, in which all its GPUs read their weights."""
         return self.change_costs.start_s(max(stage_bytes(self.costs, template)))
 
     def net(self, candidate: Candidate) -> tuple[float, float]:
@@ -219,7 +219,7 @@ class NetMaster:
     ) -> ColumnChoice | None:
         """Return the best whole counts of these candidates; None if none was found (`is_settled`).
 
-        ``penalty``: subtracted per GPU that moves, so that of equally good plans the one with the fewest is chosen.
+        ``penalty`` is subtracted per GPU that moves, so that of equally good plans one with the fewest moves is chosen.
         """
         listed = ColumnList(self.inventory.rows, self.costs.routes)
         for candidate in candidates:
@@ -237,7 +237,7 @@ class NetMaster:
             listed.add(use, rate, cost, side, self.links(candidate.template))
         for use in self.inventory.floors():  # room in shared nodes
             listed.add(use, 0.0)
-        for old, rate in self.stay_rates.items() if self.master.maximises else ():  # what staying is worth
+        for old, rate in self.stay_rates.items() if self.master.maximises else ():  # the worth of staying
             if ("stays", old) in self.inventory.rows:
                 listed.add({("stays", old): 1}, rate)
         found, self.is_settled = self.master.solve_milp(listed.columns(), time_limit_s=time_limit_s, gap=gap, seed=seed)

@@ -21,7 +21,7 @@ from hetis.solver.placement.template import Template, TemplateStage, interval_of
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate
 
-WITHIN = 1.0 + 1e-9  # a limit is met apart from rounding
+WITHIN = 1.0 + 1e-9  # factor within which a limit is met, apart from rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def places_of(cluster: Cluster, costs: CostTables) -> dict[str, Place]:
     return {d.name: Place(d.node, d.gpu, classes[d.group.name, d.gpu]) for d in cluster.devices()}
 
 
-Group = tuple[str, ...] | None  # names of a TP group's GPUs, or of one attention worker; None: not found yet
+Group = tuple[str, ...] | None  # names of the GPUs of a TP group or attention worker; None: not assigned yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ class Option:
     """One way for a running replica to continue.
 
     Attributes:
-        old: its place in the running plan.
+        old: index of the replica in the running plan.
         fate: kept, reset, or changed (repaired or shrunk).
         groups: per stage, its TP groups copy by copy.
         workers: per stage, its attention workers, copy by copy.
-        start_s: time until it serves; 0: it never stops.
+        start_s: time until it serves; 0: it does not stop.
     """
 
     old: int
@@ -62,7 +62,7 @@ class Option:
     start_s: float
 
     def named(self) -> Iterator[str]:
-        """Yield the names of the GPUs that it has already."""
+        """Yield the names of the GPUs that it already has."""
         for parts in (*self.groups, *self.workers):
             for group in parts:
                 yield from group or ()
@@ -80,7 +80,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The remains of a running replica: groups and cards that lost a GPU are None."""
+    """What is left of a running replica: groups and cards that lost a GPU are None."""
 
     replica: ReplicaPlan
     groups: tuple[tuple[Group, ...], ...]
@@ -121,13 +121,13 @@ class Continuations:
         return _Layout(replica, groups, tuple(map(tuple, workers)))
 
     def _left(self, devices: tuple[str, ...], gpu: str) -> Group:
-        """Return the group, if every one of its GPUs is there, of the same type as before, in one node and class."""
+        """Return the group if all of its GPUs still exist, with the same type as before, in one node and class."""
         found = [self.places.get(device) for device in devices]
         whole = all(place is not None and place.gpu == gpu for place in found)
         return devices if whole and len({(p.node, p.device_class) for p in found if p is not None}) == 1 else None
 
     def _template(self, layout: _Layout) -> Template | None:
-        """Return the replica in terms of the cost tables; None if the family or the fleet has no such replica."""
+        """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica."""
         stages, replica = list[TemplateStage](), layout.replica
         dp, tables = replica.attention_dp, self.costs.scopes[0].tables
         for index, (stage, groups, workers) in enumerate(
@@ -155,7 +155,7 @@ class Continuations:
         return replace(rough, interval_s=interval_of(self.costs, rough))
 
     def _class_of(self, groups: Sequence[Group], gpu: str) -> int | None:
-        """Return the one class of all remaining groups; without any, the fleet's largest class of the type."""
+        """Return the common class of all remaining groups; if there are none, the fleet's largest class of the type."""
         found = {self.places[group[0]].device_class for group in groups if group is not None}
         if len(found) > 1:
             return None
@@ -213,7 +213,7 @@ class Continuations:
             there = [card for card in cards if card is not None]
             each = max((p for p in self.costs.pool_sizes if p * len(left) <= len(there)), default=0)
             if stage.pool_class >= 0 and each == 0:
-                return None  # its head groups would have to return to the stage, which was short of memory for them
+                return None  # its head groups would have to return to the stage, whose memory is too small for them
             each = each if stage.pool_class >= 0 else 0
             stages.append(replace(stage, copies=len(left), pool_cards=each))
             pools.append(tuple(there[: each * len(left)]))
@@ -226,8 +226,10 @@ class Continuations:
         return max(joining, default=0.0)
 
     def _best_settings(self, template: Template, role: Role | None = None, *, afar: bool = False) -> Template | None:
-        """Return the same stages under the engine settings that serve the most, in its own role or another; None if no
-        settings are allowed."""
+        """Return the same stages under the engine settings that serve the most, in its own role or another.
+
+        None if no settings are allowed.
+        """
         own = self.costs.mixes[template.mix]
         role, afar = (own.role, own.sends_afar) if role is None else (role, afar)
         key = (template.scope, template.stages, role, afar)
@@ -238,7 +240,7 @@ class Continuations:
     def _search_settings(self, template: Template, role: Role, afar: bool) -> Template | None:
         costs, best = self.costs, None
         if role is Role.PREFILL and any(stage.pool_class >= 0 for stage in template.stages):
-            return None  # nothing decodes there
+            return None  # a prefill replica does not decode, so a pool would be of no use
         for x, mix in enumerate(costs.mixes):
             if (mix.role, mix.sends_afar) != (role, afar) or not costs.scopes[template.scope].serves(mix):
                 continue

@@ -1,10 +1,9 @@
 """`solve_replanning`: the best plan on the fleet as it is now, starting from the plan that runs, with change costs.
 
 The GPUs of new and repaired replicas are named among those that continuing replicas leave free. TP groups are placed in
-nodes largest first; sizes are powers of two, so that any node with room may be taken and the rest still fits if the
-inventory's rows are met. Of the nodes with room, the first choice is one whose GPUs hold already what they have to
-hold, then one that the replica uses, then the fullest, then the one with more idle GPUs: these can start before
-anything stops.
+nodes largest first; sizes are powers of two, so any node with room may be chosen and the rest still fits if the
+inventory's rows are met. Of the nodes with room, the first choice is one whose GPUs already hold what they need, then
+one that the replica uses, then the fullest, then the one with more idle GPUs: these can start before anything stops.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaste
 from hetis.solver.replanning.running import Continuations, Group, Place, places_of
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 
-FRESH_SHARE = 0.75  # of the time, for the fleet as if nothing ran on it; then of the rest, for the remaining GPUs
-CHOICE_SECONDS = 10.0  # of each mixed program
-MOVE_PENALTY = 1e-7  # of the value, per GPU of the fleet: a tie-break between equally good plans
+FRESH_SHARE = 0.75  # share of the time for the fleet as if nothing ran on it; then of the rest, for the remaining GPUs
+CHOICE_SECONDS = 10.0  # limit for each mixed program
+MOVE_PENALTY = 1e-7  # share of the value per GPU of the fleet: a tie-break between equally good plans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continued:
-    """A replica of the new plan: ``old`` is the running one, None if new, ``start_s`` the time until it serves."""
+    """A replica of the new plan: ``old`` is the running one (None: it is new), ``start_s`` the time until it serves."""
 
     old: int | None
     fate: Fate
@@ -61,17 +60,17 @@ class Continued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replanning:
-    """The new plan, its worth with the change counted, and the steps to it.
+    """The new plan, its value including the change, and the steps to it.
 
     Attributes:
-        plan: its result is that of the plan itself once it runs, its bound that of the fleet as if nothing ran on it.
-        value: net of the change, spread over the horizon, in the objective's unit.
-        bound: no re-planning is better; ``gap`` is between the two.
+        plan: the new plan; its value is that once it runs, its bound that of the fleet as if nothing ran on it.
+        value: value net of the change, spread over the horizon, in the objective's unit.
+        bound: no re-planning is better; ``gap`` is the distance from ``value``.
         fresh_value: value of the best plan found for the fleet as if nothing ran on it; None if none was found.
-        continued: every replica of the plan, in its order.
+        continued: what each replica of the plan continues, in the plan's order.
         lost: running replicas that lost GPUs.
-        change: the changes it requires, GPU by GPU.
-        transition: the order; capacities in requests/s as the objective counts them.
+        change: the changes that the plan requires, GPU by GPU.
+        transition: the order of steps; capacities are in requests/s as the objective counts them.
     """
 
     plan: Plan
@@ -95,7 +94,7 @@ def solve_replanning(
     (`running.py`). With the same arguments and no time limit the answer is the same.
 
     Raises:
-        InvalidProblemError: the strategy has no re-planning, or a constraint is none that it keeps to (`keeps`).
+        InvalidProblemError: the strategy has no re-planning, or it cannot respect a constraint (`keeps`).
         InfeasibleError: proved that the fleet has no plan, or none within ``max_moves``.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
@@ -135,9 +134,9 @@ def solve_replanning(
 
 
 def keeps(problem: PlacementProblem, searched: ConstrainedProblem | None = None) -> bool:
-    """Return whether re-planning can keep to the problem's constraints.
+    """Return whether re-planning can respect the problem's constraints.
 
-    It can where they only remove GPUs or sizes, or forbid duties, and no GPU that stays changes its number by that.
+    It can if they only remove GPUs or sizes, or forbid duties, and no remaining GPU is renumbered as a result.
     """
     searched = searched or apply_constraints(problem)
     index = searched.problem.constraint_index
@@ -149,7 +148,7 @@ def _seconds(budget: Budget) -> float:
 
 
 def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
-    """Return each shape once, of those that may join at all."""
+    """Return the replicas that may join at all, each shape once."""
     by_shape = {template.shape: template for template in templates}
     candidates = [Candidate(template=t, start_s=net.start_s(t)) for t in by_shape.values()]
     most = net.inventory.limits[net.inventory.rows["moves",]] if ("moves",) in net.inventory.rows else None
@@ -177,7 +176,7 @@ def _choose(
 def _none(
     given: ReplanningProblem, fresh: Fresh, is_settled: bool, settings: SearchSettings
 ) -> InfeasibleError | NoPlanFoundError:
-    """Return the error that says why there is nothing to choose."""
+    """Return the error that explains why there is nothing to choose."""
     is_proved = fresh.is_empty if fresh.value is None else given.max_moves is not None and is_settled
     if settings.budget.is_spent() or not is_proved:
         return settings.stopped()
@@ -225,7 +224,7 @@ def _answer(
 
 
 def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted: bool) -> Outcome:
-    """Return the choice as a search of placement would: its worth once it runs, the bound of the empty fleet."""
+    """Return the choice as an outcome of a placement search: its worth once it runs, the bound of the empty fleet."""
     maximises, prices = net.master.maximises, fresh.prices
     by_template = Counter[Template]()
     for candidate, count in choice.chosen:
@@ -277,11 +276,12 @@ class Survivors:
     """The replicas of a running plan.
 
     Attributes:
-        places: every GPU that is there now.
-        templates: each running replica as it runs; None: it lost GPUs.
-        candidates: every way in which one may continue.
-        stay_rates, stay_shares: requests/s over the horizon that are not lost if one stays, and as a share of its rate.
-        keepable: those that may continue unchanged.
+        places: the place of every GPU that exists now.
+        templates: each running replica as a template; None: it lost GPUs.
+        candidates: every way in which a replica may continue.
+        stay_rates, stay_shares: requests/s over the horizon that are not lost if a replica stays; the same relative to
+            its rate.
+        keepable: replicas that may continue unchanged.
     """
 
     def __init__(self, given: ReplanningProblem, costs: CostTables) -> None:
@@ -304,14 +304,14 @@ class Survivors:
         return NetMaster(inventory, self.given.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
-        """Return the loss if no running replica is kept, from which the master counts gains, in net's unit."""
+        """Return the loss if no running replica is kept, relative to which the master counts gains, in net's unit."""
         if net.master.maximises:
             return sum(self.stay_rates.values())
         rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
         return sum(share * rent[i] for i, share in self.stay_shares.items())
 
     def left_over(self, settings: SearchSettings) -> tuple[Template, ...]:
-        """Return new replicas to add to all whole running ones; none if these serve the whole demand already."""
+        """Return new replicas to add to all whole running ones; none if those already serve the whole demand."""
         stay: dict[int, Candidate] = {}
         for candidate in self.candidates:
             option = candidate.option
@@ -341,7 +341,7 @@ class _Part:
 
     replica: int
     stage: int
-    position: int  # among the stage's groups, or its workers
+    position: int  # index among the stage's groups or its workers
     is_worker: bool
     device_class: int
     wanted: tuple[Holding, ...]
@@ -352,7 +352,7 @@ def name_gpus(
 ) -> list[list[BoundStage]]:
     """Return the GPUs of every stage of every candidate, in their order; those that continue keep theirs.
 
-    ``held``: what GPUs hold now, by name.
+    ``held``: what each GPU holds now, by name.
 
     Raises:
         UnboundPlanError: the candidates do not fit.
@@ -443,7 +443,7 @@ def _best_slot(
 
 
 def _take(names: list[str], wanted: Sequence[Holding], held: Mapping[str, Holding]) -> tuple[str, ...]:
-    """Return one GPU per shard and remove it from ``names``: first one that holds it, then an idle one, then any."""
+    """Return one GPU per shard and remove it from ``names``: one that holds the shard, else an idle one, else any."""
     found: dict[int, str] = {}
     for i, holding in enumerate(wanted):
         match = next((name for name in names if held.get(name) == holding), None)

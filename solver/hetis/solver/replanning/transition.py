@@ -1,15 +1,14 @@
 """The order in which to stop and start replicas, so that the lowest capacity during the change is as high as possible.
 
-Replicas whose GPUs are idle start first; a replica stops when a replica that starts needs its GPUs, and at the very end
-if its GPUs are not needed. Both can only raise the capacity: more replicas never serve less. The remaining choice is
-the order of the starts that need something stopped. Starting two of them at once stops as much as starting them in
-turn and makes the first of them serve later, so that they start one by one, and the best order is a path through the
-sets of started replicas:
+Replicas whose GPUs are idle start first; a replica stops when one that starts needs its GPUs, or at the very end if its
+GPUs are not needed. Both can only raise the capacity: more replicas never serve less. The remaining choice is the order
+of the starts that need something stopped. Starting two of them at once stops as much as starting them in turn and
+delays the first of them, so they start one by one, and the best order is a path through the sets of started replicas:
 
     best(S) = max over j in S of  min(best(S - j), capacity(what runs when j has stopped what it needs, S - j started))
 
-exact for up to `MAX_EXACT` of them. For more, the start with the least dip is first, and the bound is the best that
-the first and the last start allow, over all choices of these.
+This is exact for up to `MAX_EXACT` starts. For more, the start with the least dip comes first, and the bound is the
+best that the first and the last start allow, over all choices of these.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-MAX_EXACT = 10  # starts that need something stopped
+MAX_EXACT = 10  # maximum starts that need something stopped
 
 Capacity = Callable[[frozenset[int], frozenset[int]], float]  # (old replicas that run, new ones that run)
 
@@ -31,7 +30,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """A replica of the new plan that has to start, and the running ones whose GPUs it needs."""
+    """A replica of the new plan that has to start, and the running replicas whose GPUs it needs."""
 
     replica: int
     needs: frozenset[int]
@@ -45,7 +44,7 @@ class Step:
     Attributes:
         seconds: time until the last of them serves; 0 for a stop.
         capacity: capacity during the step.
-        capacity_after: capacity when it is done.
+        capacity_after: capacity once it is done.
     """
 
     action: Action
@@ -60,11 +59,11 @@ class Transition:
     """The steps from the running plan to the new one.
 
     Attributes:
-        before, after: capacities of what runs now, and of the new plan.
+        before, after: capacities of what runs now and of the new plan.
         lowest: the lowest capacity during the change, both ends included.
         best_lowest: no order has a higher lowest capacity.
-        seconds: all steps in sequence.
-        lost: requests that ``after`` would have served in that time and that the steps do not serve.
+        seconds: duration of all steps in sequence.
+        lost: requests that ``after`` would have served in that time and the steps do not.
     """
 
     steps: tuple[Step, ...]
@@ -83,9 +82,9 @@ def plan_transition(
 
     Args:
         running: old replicas that serve now.
-        stays: those of them that never stop.
+        stays: old replicas that never stop.
         starts: replicas that have to start.
-        capacity: capacity of old and new replicas together; it never falls when one joins.
+        capacity: capacity of old and new replicas together; it never falls when a replica joins.
     """
     runs, started = frozenset(running), frozenset[int]()
     before = capacity(runs, started)
@@ -127,7 +126,7 @@ def _exact(
 ) -> tuple[list[Start], float]:
     """Return the best order by a dynamic program over the sets of started replicas, and its lowest capacity.
 
-    Of equally good orders it is the one that loses the fewest requests.
+    Among equally good orders it returns the one that loses the fewest requests.
     """
     count = len(blocked)
     best: list[tuple[float, float]] = [(math.inf, 0.0)] + [(-math.inf, 0.0)] * ((1 << count) - 1)

@@ -1,4 +1,4 @@
-"""Checks of shares independent of the rule that chose them: limits, values, fairness, and the multipliers' bound."""
+"""Checks of shares, independent of the rule that chose them: limits, values, fairness, and the multipliers' bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOLERANCE = 1e-6
 
 
 def check_shares(problem: ShareProblem, shares: Shares) -> tuple[str, ...]:
-    """Return every error of shares as a sentence; nothing if there is none. Sums are taken term by term."""
+    """Return every error of shares as a sentence; empty if they are sound. Sums are taken term by term."""
     names = [f"{tenant.name}/{job.name}" for tenant in problem.tenants for job in tenant.jobs]
     found = []
     for j, gpu in enumerate(problem.gpus):

@@ -1,4 +1,4 @@
-"""The problem of shares (GPU types with counts, tenants with weights and speed-ups) and its answer."""
+"""The problem of shares (GPU types with counts, tenants with weights and speed-ups) and its solution."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ShareJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareTenant:
-    """A tenant with a claim to ``weight`` parts of the fleet. Its jobs have equal parts of that."""
+    """A tenant with a claim to ``weight`` parts of the fleet, which its jobs share equally."""
 
     name: str
     jobs: tuple[ShareJob, ...]
@@ -115,7 +115,7 @@ class ShareProblem:
 
     @cached_property
     def equal_split(self) -> FloatArray:
-        """Return the same part of every GPU type for every claimant, by weight, [V, K]."""
+        """Return the same part of every GPU type for each claimant, by weight, [V, K]."""
         return np.asarray(np.outer(self.weights / self.weights.sum(), self.counts))
 
     def values(self, amounts: FloatArray) -> FloatArray:
@@ -140,15 +140,15 @@ class FairnessRule(StrEnum):
 class Shares:
     """Shares of every claimant and type, in GPUs; fractions are shares of time.
 
-    ``value`` is the total; no shares under this rule exceed ``bound`` (infinite for `gandiva-fair`, a procedure and not
-    an optimum). ``multipliers`` prove the bound: see `check_shares`.
+    ``value`` is the total; no shares under this rule exceed ``bound`` (infinite for `gandiva-fair`, which is a
+    procedure and not an optimum). ``multipliers`` prove the bound: see `check_shares`.
     """
 
     rule: FairnessRule
     amounts: FloatArray  # [V, K]
     value: float
     bound: float
-    multipliers: FloatArray  # [V, V] cooperative, [V] non-cooperative, else empty
+    multipliers: FloatArray  # [V, V] for cooperative, [V] for non-cooperative, otherwise empty
 
     @property
     def gap(self) -> float:

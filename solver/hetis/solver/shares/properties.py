@@ -1,4 +1,4 @@
-"""Properties of shares: envy, sharing incentive, waste, types a job spans; false claims; rounds of whole GPUs."""
+"""Properties of shares: envy, sharing incentive, waste, types spanned by a job; false claims; rounds of whole GPUs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Properties:
 
     Attributes:
         envy: [V, V] claimant l's value per part with i's share, over that with its own; l envies i if this is above 1.
-        over_equal_split: [V] value over that of an equal split; below 1 sharing does not pay for the claimant.
-        unused: [K] GPUs that nobody has.
-        could_gain: total value that could be added with nobody losing, as a share of the total: 0 is Pareto efficient.
-        spans: [V] GPU types from the slowest to the fastest in the claimant's share.
-        contiguous: [V] whether the claimant has a share of every type between them.
+        over_equal_split: [V] value over that of an equal split; if below 1, sharing does not pay for the claimant.
+        unused: [K] GPUs that no claimant has.
+        could_gain: total value that could be added without any claimant losing, as a share of the total: 0 is Pareto
+            efficient.
+        spans: [V] number of GPU types from the slowest to the fastest in the claimant's share.
+        contiguous: [V] whether the claimant has a share of every type between these.
     """
 
     envy: FloatArray
@@ -46,12 +47,12 @@ class Properties:
 
 
 def properties_of(problem: ShareProblem, amounts: FloatArray) -> Properties:
-    """Derive the properties of shares from the shares alone, for any rule."""
+    """Derive the properties of shares from the shares alone, under any rule."""
     values, weights = problem.values(amounts), problem.weights
     with np.errstate(divide="ignore", invalid="ignore"):
         own = values / weights
         envy = (problem.speedups @ amounts.T) / weights[None, :] / own[:, None]
-    envy = np.where(np.isnan(envy), 1.0, envy)  # nothing compared with nothing
+    envy = np.where(np.isnan(envy), 1.0, envy)  # 0 / 0: neither share has any value
     np.fill_diagonal(envy, 1.0)
     used = amounts[:, by_speed(problem)] > TOLERANCE * problem.counts[by_speed(problem)]
     span = spans(problem, amounts)
@@ -66,7 +67,7 @@ def properties_of(problem: ShareProblem, amounts: FloatArray) -> Properties:
 
 
 def _could_gain(problem: ShareProblem, values: FloatArray) -> float:
-    """Return the possible total value beyond the sum of ``values`` if nobody may have less, as a share of that sum."""
+    """Return how much total value could be added to ``values`` without any claimant losing, as a share of their sum."""
     count, types = problem.speedups.shape
     program = share_program(problem)
     served = values > 0.0
@@ -78,21 +79,21 @@ def _could_gain(problem: ShareProblem, values: FloatArray) -> float:
     return max(0.0, float(found[0] @ program.gain) - total) / total if total > 0 else 0.0
 
 
-# --- false claims: speed-ups stated higher or lower than they are
+# --- false claims: stated speed-ups that are higher or lower than the true ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """The tried claim that pays best: speed-ups times ``factors`` [types] change the true value by ``gain``."""
+    """The best of the claims tried: speed-ups times ``factors`` [types] change the true value by ``gain``."""
 
     factors: tuple[float, ...]
-    gain: float  # value by the true speed-ups with the claim over without it, less 1
+    gain: float  # true value with the claim over that without it, minus 1
 
 
 def best_claim(problem: ShareProblem, rule: FairnessRule, claimant: int, *, inflate: bool, tries: int) -> Claim:
-    """Return the best of ``tries`` false claims of one claimant, each type except its slowest off by up to 2 times.
+    """Return the best of ``tries`` false claims of a claimant; each type but its slowest is misstated by up to 2 times.
 
-    This is a search and not a proof: a gain found is possible, a gain not found may still be possible.
+    This is a search, not a proof: gains that it finds are possible, and others may be as well.
     """
     generator = np.random.default_rng(0)
     true = problem.speedups[claimant]
@@ -121,7 +122,7 @@ def _value(problem: ShareProblem, rule: FairnessRule, claimant: int, stated: Flo
     return float(true @ shares.amounts[claimant])
 
 
-# --- whole GPUs in consecutive rounds: a loss by rounding in one round is owed to the claimant in the next
+# --- whole GPUs in consecutive rounds: what a claimant loses by rounding in one round, it is owed in the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +131,8 @@ class Round:
 
     Attributes:
         granted: [V, K] GPUs.
-        owed: [V, K] GPU rounds by which a claimant has had less than its share so far; negative: more.
-        waiting: claimants whose smallest job did not fit in the GPUs they would have had.
+        owed: [V, K] GPU rounds by which a claimant has had less than its share so far; negative if it has had more.
+        waiting: claimants whose smallest job did not fit in the GPUs that they would have received.
     """
 
     granted: IntArray
@@ -142,9 +143,9 @@ class Round:
 def next_round(problem: ShareProblem, amounts: FloatArray, owed: FloatArray) -> Round:
     """Round ``amounts`` [V, K] plus what is ``owed`` [V, K] to whole GPUs, type by type, by largest remainder.
 
-    A claimant that would get fewer GPUs than its smallest job needs waits, starting with the one that is owed least.
-    Its GPUs go to the others of that type, who will have less later. The granted GPUs never exceed the fleet, and over
-    many rounds their mean converges to ``amounts``.
+    A claimant that would get fewer GPUs than its smallest job needs waits, starting with the one that is owed the
+    least. Its GPUs go to the others of that type, who will get fewer later. The granted GPUs never exceed the fleet,
+    and over many rounds their mean converges to ``amounts``.
     """
     due = amounts + owed
     able = np.ones(len(problem.weights), dtype=bool)
@@ -162,7 +163,7 @@ def next_round(problem: ShareProblem, amounts: FloatArray, owed: FloatArray) -> 
 
 
 def _whole(due: FloatArray, able: BoolArray, available: int) -> IntArray:
-    """Return whole numbers >= 0, only for ``able``, close to what is ``due`` [V]; their sum is that of all ``due``."""
+    """Return whole numbers >= 0, only for ``able``, close to what is ``due`` [V]; they have the same sum as ``due``."""
     target = np.maximum(0.0, due)
     parts = np.where(able, np.floor(target + 1e-9), 0.0)
     wanted = min(available, int(np.floor(target.sum() + 0.5 + 1e-9)))

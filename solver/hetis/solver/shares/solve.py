@@ -1,14 +1,14 @@
 """Shares by any rule: OEF's two, Gavel's max-min, Gandiva_fair's trading and an equal split.
 
-OEF (Middleware'24, arXiv 2403.18545) has the two fair rules that maximise total value. With claimants l of weight pi_l,
+OEF (Middleware'24, arXiv 2403.18545) has two fair rules that maximise total value. With claimants l of weight pi_l,
 speed-ups w_l and shares x_l [types], m the fleet:
 
-    cooperative       max sum_l w_l x_l   s.t.  w_l x_l / pi_l >= w_l x_i / pi_i   all l, i        (nobody envies)
+    cooperative       max sum_l w_l x_l   s.t.  w_l x_l / pi_l >= w_l x_i / pi_i   all l, i        (no envy)
     non-cooperative   max sum_l w_l x_l   s.t.  w_l x_l / pi_l equal for all l                      (equal value)
     both              sum_l x_l <= m,  x >= 0
 
 The paper defines weights by cloning a claimant pi_l times; clones with equal shares satisfy its rows exactly if these
-hold, so that weights need not be whole here.
+hold, so weights need not be whole here.
 
 **Bounds.** Rows in the objective with multipliers (Lagrange) leave only the fleet's limits, so that every type goes to
 the claimant with the largest coefficient: for any mu >= 0 (any nu with sum 0)
@@ -39,10 +39,10 @@ from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.shares.problem import BoolArray, FairnessRule, FloatArray, IntArray, ShareProblem, Shares
 
 TIE_SECONDS = 2.0
-SHARE_OF_NOTHING = 1e-7  # of a type's GPUs: anything smaller is rounding
-LOSS = 1e-9  # of the total value, within which shares count as equal
-LEAST_SPEED = 1e-2  # relative to the slowest type a job runs on
-LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room for rounding
+SHARE_OF_NOTHING = 1e-7  # share of a type's GPUs below which anything is rounding
+LOSS = 1e-9  # share of the total value within which shares count as equal
+LEAST_SPEED = 1e-2  # least speed relative to the slowest type on which a job runs
+LEVEL_LOSS = 1e-9  # share of the level that is given up so that the second program has room for rounding
 
 
 def solve_shares(problem: ShareProblem, rule: FairnessRule) -> Shares:
@@ -67,7 +67,7 @@ class Program:
     gain: FloatArray
     upper: FloatArray
     whole: BoolArray
-    rows: list[tuple[float, float]] = field(default_factory=list)  # low, high
+    rows: list[tuple[float, float]] = field(default_factory=list)  # lower and upper limits
     entries: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
     def add_rows(self, columns: IntArray, values: Any, *, low: float = -np.inf, high: float = np.inf) -> None:
@@ -76,7 +76,7 @@ class Program:
         self.rows += [(low, high)] * len(columns)
 
     def widened(self, gain: FloatArray) -> Program:
-        """Return the same rows with another objective over these columns and more after them."""
+        """Return the same rows with another objective over these columns and further ones."""
         more = len(gain) - len(self.gain)
         upper, whole = np.append(self.upper, np.full(more, np.inf)), np.append(self.whole, np.zeros(more, bool))
         return replace(self, gain=gain, upper=upper, whole=whole, rows=[*self.rows], entries=[*self.entries])
@@ -86,7 +86,7 @@ class Program:
     ) -> tuple[FloatArray, FloatArray] | None:
         """Return the columns of an optimum and the duals of the rows (meaningless for a program with whole numbers).
 
-        ``start`` is a feasible choice of all columns. Returns None if no solution was found within the time.
+        ``start`` is a feasible choice of all columns. Returns None if no solution was found in time.
 
         Raises:
             BrokenProofError: HiGHS finds no optimum of a program without whole numbers.
@@ -129,8 +129,8 @@ def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
 def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> Shares:
     """Return the envy-free shares with the highest total value; none is worth less than an equal split to its claimant.
 
-    Of shares with the same total, those that span few adjacent types, searched for at most ``tie_seconds`` (0: no
-    search).
+    Among shares with the same total, those that span few adjacent types are preferred, searched for during at most
+    ``tie_seconds`` (0: no search).
     """
     count = len(problem.weights)
     apart = ~np.eye(count, dtype=bool)  # rows w_l x_l / pi_l - w_l x_i / pi_i >= 0 for l != i, by l and then i
@@ -150,8 +150,8 @@ def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> S
 def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> Shares:
     """Return the shares with the highest total value in which all claimants have equal value per part.
 
-    Nobody gains by claiming larger speed-ups than the true ones. There is no other guarantee: claiming smaller ones
-    does pay, and a claimant may be worse off than with an equal split.
+    No claimant gains by overstating its speed-ups. There is no other guarantee: understating them does pay, and a
+    claimant may be worse off than with an equal split.
     """
     others = np.arange(1, len(problem.weights))  # rows w_l x_l / pi_l = w_0 x_0 / pi_0 for l > 0
     per_part = problem.speedups / problem.weights[:, None]
@@ -185,7 +185,7 @@ def cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
 
 
 def non_cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
-    """Return a bound on the total value of equal shares; multipliers [V] are any; their mean is first subtracted."""
+    """Return a bound on the total value of equal shares; multipliers [V] are arbitrary, and reduced by their mean."""
     nu = multipliers - multipliers.mean()
     coefficients = problem.speedups * (1.0 + nu / problem.weights)[:, None]
     return float(problem.counts @ np.maximum(0.0, coefficients).max(axis=0))
@@ -247,7 +247,7 @@ def fewest_types(problem: ShareProblem, program: Program, amounts: FloatArray, *
     for mark in (above, below):  # x_lj <= m_j mark
         wider.add_rows(_table(cell, mark), _table(np.ones((count, types)), -limits), high=0.0)
     ones = np.ones((count, types - 1))
-    wider.add_rows(_table(above[:, :-1], above[:, 1:]), _table(ones, -ones), high=0.0)  # stays on towards fast
+    wider.add_rows(_table(above[:, :-1], above[:, 1:]), _table(ones, -ones), high=0.0)  # stays set towards fast
     wider.add_rows(_table(below[:, 1:], below[:, :-1]), _table(ones, -ones), high=0.0)  # and towards slow
     wider.add_rows(  # between >= above + below - 1
         np.stack([between.ravel(), above.ravel(), below.ravel()], axis=1), np.array([1.0, -1.0, -1.0]), low=-1.0
@@ -285,9 +285,9 @@ def equal_split(problem: ShareProblem) -> Shares:
 
 
 def max_min(problem: ShareProblem) -> Shares:
-    """Return Gavel's (OSDI'20) shares: the least value over that of an equal split is as large as possible.
+    """Return Gavel's (OSDI'20) shares: the least value relative to an equal split is as large as possible.
 
-    Of those shares, the ones with the highest total value. ``bound`` is that of the second program.
+    Among those shares, the ones with the highest total value. ``bound`` is that of the second program.
     """
     count, types = problem.speedups.shape
     over_equal = problem.speedups / problem.values(problem.equal_split)[:, None]
@@ -314,19 +314,19 @@ def trading(problem: ShareProblem) -> Shares:
     """Return Gandiva_fair's (EuroSys'20) shares: pairs trade fast GPUs of one for slow ones of the other.
 
     Trading starts from an equal split. The pair whose speed-ups between two types differ most trades first, at the mean
-    of the two speed-ups as the price, until one of them has nothing to trade. Both gain by every trade, so that nobody
+    of the two speed-ups as the price, until one of them has nothing to trade. Both gain by every trade, so no claimant
     has less than an equal split at the end.
     """
     amounts = problem.equal_split.copy()
     types = range(len(problem.counts))
-    # If a job cannot run on GPUs, these are worth next to nothing to it, and it sells them at any price.
+    # GPUs on which a job cannot run are worth next to nothing to it, so it sells them at any price.
     speeds = np.maximum(problem.speedups, LEAST_SPEED)
     while True:
         best_gain, trade = 1e-9, None
         for slow in types:
             for fast in types:
                 ratio = speeds[:, fast] / speeds[:, slow]
-                sellers = np.where(amounts[:, fast] > 1e-9, ratio, np.inf)  # give fast GPUs: they gain little by them
+                sellers = np.where(amounts[:, fast] > 1e-9, ratio, np.inf)  # sellers gain little by fast GPUs
                 buyers = np.where(amounts[:, slow] > 1e-9, ratio, -np.inf)
                 gain = float(buyers.max() - sellers.min())
                 if np.isfinite(gain) and gain > best_gain * (1.0 + 1e-12):
@@ -337,7 +337,7 @@ def trading(problem: ShareProblem) -> Shares:
 
 
 def _trade(speedups: FloatArray, amounts: FloatArray, slow: int, fast: int, seller: int, buyer: int) -> None:
-    """Move as many fast GPUs to the buyer, and slow ones to the seller, as both can give."""
+    """Move as many fast GPUs to the buyer, and slow ones to the seller, as both can trade."""
     price = (speedups[seller, fast] / speedups[seller, slow] + speedups[buyer, fast] / speedups[buyer, slow]) / 2.0
     moved = min(amounts[seller, fast], amounts[buyer, slow] / price)
     for claimant, sign in ((seller, -1.0), (buyer, 1.0)):

@@ -1,7 +1,7 @@
 """The checker of shared fleets: plans, disjointness, rates, the rule and the arithmetic of the bound, derived again.
 
-It shares no code with the search. Claims that only a search can prove are not checked: that a tenant alone reaches the
-stated rate, and that no replica exceeds the multipliers of a proof; the latter is checked for the plans' replicas.
+It shares no code with the search. It does not check claims that only a search can prove: that a tenant alone reaches
+the stated rate, and that no replica exceeds the multipliers of a proof; the latter is checked for the plans' replicas.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ OPTIMAL_GAP = 1e-6
 
 
 def check_fleet_shares(tenancy: Tenancy, answer: FleetShares) -> tuple[str, ...]:
-    """Return every error of an answer as a sentence; nothing if it is sound.
+    """Return every error of an answer as a sentence; empty if it is sound.
 
-    Problems of the tenants must have the family that was searched.
+    The problems of the tenants must have the family that was searched.
     """
     names = [tenant.name for tenant in tenancy.tenants]
     if [share.name for share in answer.shares] != names:
@@ -139,7 +139,7 @@ def _counts(slots: tuple[GpuSlots, ...]) -> dict[str, int]:
 
 
 def _cards(plan: Plan) -> Iterator[tuple[str, int, str]]:
-    """Yield type, TP size and name of every GPU; an attention worker has TP size 1."""
+    """Yield type, TP size and name of every GPU; attention workers have TP size 1."""
     for replica in plan.replicas:
         for stage in replica.stages:
             yield from ((stage.gpu, stage.tp, device) for device in stage.devices)

@@ -40,12 +40,12 @@ from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import UNIFIED, IntArray
 from hetis.solver.placement.tables import FloatArray
 
-ROWS_OF_TENANT = 3  # rate, sent, received
+ROWS_OF_TENANT = 3  # rows of each tenant: rate, sent, received
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TenantsGoal:
-    """The objective of the master: ``sum gains u`` with ``u >= floors``; with ``claims`` the least ``u / claims``.
+    """The objective of the master: ``sum gains u`` with ``u >= floors``; with ``claims``, the least ``u / claims``.
 
     All arrays have shape [tenants], u being normalised rates.
     """
@@ -57,7 +57,7 @@ class TenantsGoal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TenantsBound:
-    """No placement has a higher ``value``: by ``row_prices`` [rows] and ``multipliers`` [tenants], dual feasible."""
+    """Proof that no placement exceeds ``value``: dual feasible ``row_prices`` [rows] and ``multipliers`` [tenants]."""
 
     value: float
     row_prices: FloatArray
@@ -69,12 +69,12 @@ def bound_of(
 ) -> TenantsBound | None:
     """Return the bound that prices prove, given e_i(y) [tenants]; None if they prove that the floors cannot be met.
 
-    An efficiency is infinite if its search was stopped before it had any bound. A bound that depends on it is infinite.
+    An efficiency is infinite if its search was stopped before it had a bound; a bound that depends on it is infinite.
     """
     worth = float(row_prices @ limits)
     effort = np.divide(1.0, efficiency, out=np.full(len(efficiency), np.inf), where=efficiency > 0.0)
     if goal.claims is not None:
-        needed = float(goal.claims @ effort)  # worth of a level of 1
+        needed = float(goal.claims @ effort)  # value of the fleet that a level of 1 takes
         if needed == 0.0:
             return _nothing_proved(row_prices, efficiency)
         scale = 1.0 / needed if np.isfinite(needed) else 0.0
@@ -134,7 +134,7 @@ class TenantsChoice:
     bound: float
 
     def of_more(self, blocks: Sequence[TenantColumns]) -> TenantsChoice:
-        """Return the same choice after columns were added behind those it counts."""
+        """Return the same choice after further columns were added to those it counts."""
         return TenantsChoice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
 
     def value(self, goal: TenantsGoal) -> float:
@@ -172,8 +172,8 @@ def choose_whole(
     """Return whole counts within a relative gap; None if none was found in time.
 
     ``start`` is a known feasible choice of the first columns of each tenant. With ``least``, counts have that lower
-    bound, and the returned bound is only for such counts. With ``gpus``, those of every column, the choice with the
-    fewest GPUs is sought instead of the one worth most.
+    bound, and the returned bound is only for such counts. With ``gpus``, the number of GPUs of every column, the choice
+    with the fewest GPUs is sought instead of the most valuable one.
     """
     model = _model(blocks, limits, goal, whole=True)
     if least is not None:
@@ -201,7 +201,7 @@ def _rates(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> Float
 
 
 def _padded(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> list[IntArray]:
-    """Return counts of the first columns as counts of all."""
+    """Return counts of the first columns as counts of all columns."""
     return [np.pad(n, (0, len(b.rates) - len(n))) for b, n in zip(blocks, counts, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The tenants that share a fleet, each with a placement problem of its own on the same cluster; and its division."""
+"""The tenants that share a fleet, each with its own placement problem on the same cluster; and the fleet's division."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hetis.solver.problem import PlacementProblem
 class Tenant:
     """One model and its traffic on the shared fleet.
 
-    ``problem`` maximises goodput or throughput on the whole cluster. ``weight`` is the number of parts of the fleet
-    that the tenant has a claim to. ``worth`` is the worth of a request/s; None: 1 over the rate that the tenant reaches
+    ``problem`` maximises goodput or throughput on the whole cluster. ``weight`` is the number of parts of the fleet to
+    which the tenant has a claim. ``worth`` is the value of a request/s; None: 1 over the rate that the tenant reaches
     alone, so that the whole fleet is worth 1 to every tenant.
     """
 
@@ -48,7 +48,7 @@ class Tenancy:
 
     @property
     def claims(self) -> tuple[float, ...]:
-        """Return the part of the fleet that each tenant has a claim to; the parts sum to 1."""
+        """Return the part of the fleet to which each tenant has a claim; the parts sum to 1."""
         total = sum(tenant.weight for tenant in self.tenants)
         return tuple(tenant.weight / total for tenant in self.tenants)
 
@@ -95,7 +95,7 @@ class TenantRule(StrEnum):
 
     @property
     def has_level(self) -> bool:
-        """Return whether it raises the least normalised rate first."""
+        """Return whether the rule first raises the least normalised rate."""
         return self in (TenantRule.EQUAL_THROUGHPUT, TenantRule.MAX_MIN)
 
 
@@ -103,7 +103,7 @@ class TenantRule(StrEnum):
 class RowPrice:
     """A row of the shared inventory and its price in units of value.
 
-    ``limit`` is the greatest number of GPUs of a class in TP groups of at least ``tp_at_least``: 1 counts all GPUs.
+    ``limit`` is the maximum number of GPUs of a class in TP groups of at least ``tp_at_least``; 1 counts all GPUs.
     """
 
     gpu: str
@@ -137,10 +137,10 @@ class TenantShare:
     """The share of one tenant. Rates are in requests/s of its own objective (goodput, or saturated).
 
     Attributes:
-        plan: its replicas on named GPUs; None: it has none.
-        placed: the rate that they serve.
-        rate: the rate that is granted to it: less than ``placed`` only under the rule of equal throughput.
-        alone, alone_bound: the rate that it would reach alone on the whole fleet, and the rate that no plan exceeds.
+        plan: its replicas on named GPUs; None if it has none.
+        placed: the rate that these replicas serve.
+        rate: the rate granted to it, which is less than ``placed`` only under the rule of equal throughput.
+        alone, alone_bound: the rate that it would reach alone on the whole fleet, and a bound on that rate.
         part, part_bound: the same for its part of every device class.
     """
 
@@ -166,13 +166,13 @@ class TenantShare:
 
     @property
     def over_part(self) -> float:
-        """Return the rate over that of its part of the fleet; if at least 1, sharing does not make it worse off."""
+        """Return the rate over that of its part of the fleet; from 1 on, sharing does not make the tenant worse off."""
         return self.rate / self.part if self.part > 0.0 else float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvyCell:
-    """A tenant's rate with as many GPUs of every class as another has, and the rate that no plan there exceeds."""
+    """A tenant's rate on as many GPUs of every class as another tenant has, and a bound on that rate."""
 
     rate: float
     bound: float
@@ -180,9 +180,9 @@ class EnvyCell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetShares:
-    """The answer. ``value`` is the sum over tenants of worth times rate; ``gap`` is (bound - value) / value.
+    """A divided fleet. ``value`` is the sum over tenants of worth times rate; ``gap`` is (bound - value) / value.
 
-    ``level`` is the least normalised rate per part of weight; rules that raise it first prove it by ``level_proof``
+    ``level`` is the least normalised rate per part of weight; rules that first raise it prove it by ``level_proof``
     (None: by enumeration of all sub-fleets). ``bound`` then holds for placements that reach this level.
     """
 

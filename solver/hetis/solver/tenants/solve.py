@@ -50,10 +50,10 @@ from hetis.solver.tenants.tenant_solver import (
     utilisation,
 )
 
-SHARED = ("hetis", "hexgen", "hexgen2")  # strategies in whose families a fleet can be shared
-MILP_SECONDS, LEAST_S = 10.0, 1.0  # at most and at least for each choice of whole counts
-PART_SECONDS = 10.0  # for the rate of a tenant on a part of the fleet, its own or another tenant's
-ROUNDING = 1e-9  # share by which a floor is lowered, so that a rate reached before can be reached again
+SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families can share a fleet
+MILP_SECONDS, LEAST_S = 10.0, 1.0  # maximum and minimum seconds for each choice of whole counts
+PART_SECONDS = 10.0  # seconds for the rate of a tenant on a part of the fleet, its own or another tenant's
+ROUNDING = 1e-9  # ratio by which a floor is lowered, so that a rate reached before can be reached again
 
 
 class FleetSearch:
@@ -95,9 +95,9 @@ class FleetSearch:
             self._reach(solver, part_of(self.limits, claim), f"{solver.tenant.name} on its part of the fleet")
             for solver, claim in zip(self.solvers, tenancy.claims, strict=True)
         )
-        # The highest level, after it was searched.
+        # The highest level, once it has been searched.
         self._highest: tuple[TenantsChoice, TenantsBound | None, float] | None = None
-        # Choices that may suit the next rule: with every tenant on its part, as the incentive asks; of earlier rules.
+        # Choices that may suit the next rule: every tenant on its part, as the incentive requires, and earlier rules'.
         self._known: list[TenantsChoice] = []
         if priced := [c for c in self.solvers if isinstance(c, PricedTenant)]:
             counts = tuple(c.pool.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
@@ -105,7 +105,7 @@ class FleetSearch:
 
     @property
     def _normalised_parts(self) -> FloatArray:
-        """Return every tenant's rate on its part of the fleet over that alone, [tenants]."""
+        """Return every tenant's rate on its part of the fleet relative to its rate alone, [tenants]."""
         return np.array([part.rate / alone.rate for part, alone in zip(self.parts, self.alone, strict=True)])
 
     def _alone(self, solver: TenantSolver) -> TenantReach:
@@ -186,7 +186,7 @@ class FleetSearch:
         return float(goal.gains @ most) if goal.claims is None else float((most / goal.claims).min())
 
     def _pack(self, goal: TenantsGoal) -> tuple[TenantsChoice, None, float]:
-        """Return the best packing of sub-fleets of a small fleet, and the bound from their ceilings."""
+        """Return the best packing of a small fleet's sub-fleets, and the bound from their ceilings."""
         listed = [c for c in self.solvers if isinstance(c, EnumeratedTenant)]
         ceilings = [c.ceilings(a.rate) for c, a in zip(listed, self.alone, strict=True)]
         choice, above = (
@@ -205,7 +205,7 @@ class FleetSearch:
         best = max(earlier, key=lambda choice: choice.value(goal), default=None)
         if best is not None and best.value(goal) == -np.inf:
             best = None
-        # First near the relaxation: of many replicas most are settled. Then anywhere, while the gap is too large.
+        # First near the relaxation: of many replicas most are fixed. Then anywhere, while the gap is too large.
         for least in (settled(relaxed.counts) if relaxed is not None else None, None):
             if best is not None and bound - best.value(goal) <= s.gap_target * best.value(goal):
                 break
@@ -223,7 +223,7 @@ class FleetSearch:
         return best
 
     def _fewest(self, floors: FloatArray, choice: TenantsChoice) -> TenantsChoice:
-        """Return the same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
+        """Return the same level on the fewest GPUs: no tenant is granted more, so none needs more."""
         columns = self._columns()
         gpus = [block.uses @ self.solvers[0].costs.resources.counts_gpus for block in columns]
         goal = TenantsGoal(np.zeros(len(columns)), floors)
@@ -306,9 +306,10 @@ class FleetSearch:
     # --- envy
 
     def envy(self, shares: FleetShares) -> tuple[tuple[EnvyCell, ...], ...]:
-        """Return each tenant's (row) rate with as many GPUs of each class as each tenant (column) has.
+        """Return each tenant's (row) rate on as many GPUs of each class as each tenant (column) has.
 
-        The diagonal is the rate it has. Searches end with the budget: a cell is then the rate found until the end.
+        The diagonal is the rate that the tenant has. Searches end with the budget: a cell is then the best rate until
+        then.
         """
         uses = [self._use_of(share) for share in shares.shares]
 
@@ -324,7 +325,7 @@ class FleetSearch:
         )
 
     def _use_of(self, share: TenantShare) -> IntArray:
-        """Return the amount of every row of the inventory that the GPUs of a share allow."""
+        """Return the amount of every row of the inventory that a share's GPUs allow."""
         used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
         rows = self.solvers[0].costs.resources.rows
         return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
@@ -347,7 +348,7 @@ def plans_of(
     solvers: Sequence[TenantSolver], choice: TenantsChoice, alone: Sequence[TenantReach], *, prices: FloatArray,
     multipliers: Sequence[float], budget: Budget, strategy: str, seed: int,
 ) -> list[Plan | None]:  # fmt: skip
-    """Return the plan of every tenant on the whole cluster's GPUs, disjoint; None if it has no replica.
+    """Return disjoint plans of all tenants on the whole cluster's GPUs; None for tenants without replicas.
 
     A plan's bound is the rate that its tenant could reach alone, which may be far above its rate; its prices are those
     of the shared inventory, in the tenant's own rate.
@@ -388,7 +389,7 @@ def bind_together(
 def _outcome(
     costs: CostTables, chosen: tuple[tuple[Template, int], ...], *, bound: float, prices: FloatArray, interrupted: bool
 ) -> Outcome:
-    """Return a tenant's replicas with the rate they serve; prefill and decode both use the fleet's one zone."""
+    """Return a tenant's replicas with the rate they serve; prefill and decode replicas use the fleet's only zone."""
     pool = Pool(costs)
     pool.add([template for template, _ in chosen])
     counts = pool.counts_of(chosen)

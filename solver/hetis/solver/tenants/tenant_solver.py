@@ -37,11 +37,11 @@ from hetis.solver.tenants.master import (
 )
 from hetis.solver.tenants.problem import Tenant
 
-GAP_OF_PARTS = 0.02  # at least, of searches on a part of the fleet
-MAX_SUBFLEETS = 1000  # that are listed if it is unknown whether anything fits on a part of a large fleet
-VARIETY = 0.93  # of the best ratio: the least ratio of columns of other sizes
-LEAST_MULTIPLIER = 1e-6  # of the greatest: no rate is worth nothing, since a replica's floor would then be infinite
-NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
+GAP_OF_PARTS = 0.02  # minimum gap target of searches on a part of the fleet
+MAX_SUBFLEETS = 1000  # sub-fleets that are listed if it is unknown whether anything fits on a part of a large fleet
+VARIETY = 0.93  # least ratio of columns of other sizes, relative to the best
+LEAST_MULTIPLIER = 1e-6  # relative to the greatest: rates are never worth nothing, which would make floors infinite
+NOTHING_BELOW = 1.0 - 1e-6  # relative to the least ratio that improves anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +57,17 @@ class TenantReach:
 
 
 class TenantSolver(Protocol):
-    """The interface of a tenant that the rules need."""
+    """The interface of a tenant that the rules use."""
 
     tenant: Tenant
     costs: CostTables
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
-        """Return the reach with these amounts of every row; None if it is proved to be nothing."""
+        """Return the reach with these amounts of every row; None if it is proved to be 0."""
         ...
 
     def columns(self, alone: float) -> TenantColumns:
-        """Return the columns known, rates over ``alone``."""
+        """Return the known columns, with rates relative to ``alone``."""
         ...
 
     def template(self, column: int) -> Template:
@@ -131,7 +131,7 @@ class EnumeratedTenant:
 
 
 class PricedTenant:
-    """A tenant on a larger fleet. ``rate_cap`` is a saturated rate that no plan of it exceeds."""
+    """A tenant on a larger fleet. ``rate_cap`` is a saturated rate that none of its plans exceeds."""
 
     def __init__(self, tenant: Tenant, costs: CostTables, settings: SearchSettings) -> None:
         self.tenant, self.costs, self._settings = tenant, costs, settings
@@ -152,8 +152,8 @@ class PricedTenant:
         found = None if is_small(part) else alone.solve(uniform_templates(part))
         few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
         if found is None and alone.may_have_plan and few and not budget.is_spent():
-            # Few GPUs: nothing was searched yet, or the columns found fit in no packing.
-            with suppress(NoPlanFoundError):  # nothing is proved then
+            # Few GPUs: nothing has been searched yet, or the columns found fit in no packing.
+            with suppress(NoPlanFoundError):  # which proves nothing
                 found = solve_exactly(part, master, own)
                 if found is None and not budget.is_spent():
                     return None
@@ -170,19 +170,19 @@ class PricedTenant:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
 
     def capped_columns(self, alone: float) -> TenantColumns:
-        """Return the same columns, each rate limited to a rate that no plan exceeds."""
+        """Return the same columns, with each rate limited to a rate that no plan exceeds."""
         return _normalised(self.pool.columns(self.rate_cap), utilisation(self.tenant) / alone)
 
     def template(self, column: int) -> Template:
         return self.pool.templates[column]
 
     def price(self, prices: FloatArray, multiplier: float, budget: Budget) -> tuple[float, int, bool]:
-        """Search columns at these prices; the ratios are exact only above the least one that improves anything.
+        """Search for columns at these prices; ratios are exact only above the least one that improves anything.
 
-        At prices over ``multiplier`` (the worth of a saturated request/s) no column seen has a ratio above one: ways
-        through the fleet with lower ratios improve nothing.
+        At prices divided by ``multiplier`` (the value of a saturated request/s), no column seen has a ratio above one;
+        ways through the fleet with lower ratios improve nothing.
 
-        Returns (a bound e on the saturated requests/s per unit of worth, how many columns are new, whether the search
+        Returns (a bound e on the saturated requests/s per unit of value, the number of new columns, whether the search
         was complete).
         """
         floors = NOTHING_BELOW * self._ratios_that_matter(prices, multiplier)
@@ -198,7 +198,7 @@ class PricedTenant:
         return self.costs.routes.highest_rate(theta, 1.0).value, added, complete
 
     def vary(self, prices: FloatArray, multiplier: float, budget: Budget) -> None:
-        """Add near-optimal columns of other sizes and classes, to fill GPUs that the best replicas leave over."""
+        """Add near-optimal columns of other sizes and classes, to fill the GPUs that the best replicas leave."""
         ratios = self._ratios_that_matter(prices, multiplier)
         for pricer, ratio in zip(self._pricers, ratios, strict=True):
             if np.isfinite(ratio) and ratio > 0.0 and not budget.is_spent():
@@ -223,7 +223,7 @@ def _normalised(columns: Columns, scale: float) -> TenantColumns:
 
 
 def templates_of(solver: TenantSolver, counts: Sequence[int]) -> tuple[tuple[Template, int], ...]:
-    """Return the replicas of counts of columns."""
+    """Return the replicas behind counts of columns, each with its count."""
     return tuple((solver.template(k), int(n)) for k, n in enumerate(counts) if n)
 
 
@@ -250,7 +250,7 @@ class JointGeneration:
         for _ in range(MAX_ROUNDS):
             relaxed = solve_relaxation(self._columns(), self.resources.limits, self.goal)
             if relaxed is None:
-                return  # columns that meet the floors were given: only rounding can make them infeasible
+                return  # columns that meet the floors were given, so only rounding can make them infeasible
             if self._gap(relaxed) <= target_gap:
                 return
             self._tell(relaxed)
@@ -278,21 +278,21 @@ class JointGeneration:
         return (self.bound.value - relaxed.value) / max(relaxed.value, 1e-12)
 
     def _between(self, relaxed: TenantsRelaxation) -> tuple[FloatArray, FloatArray]:
-        """Return prices and multipliers between relaxation and best bound: dual feasible for seen columns."""
+        """Return prices and multipliers between the relaxation and the best bound; dual feasible for seen columns."""
         if self.bound is None:
             return relaxed.row_prices, relaxed.multipliers
         multipliers = SMOOTHING * self.bound.multipliers + (1.0 - SMOOTHING) * relaxed.multipliers
         return SMOOTHING * self.bound.row_prices + (1.0 - SMOOTHING) * relaxed.row_prices, multipliers
 
     def _lifted(self, prices: FloatArray, value: float) -> FloatArray:
-        """Return prices with a floor for those of GPUs: the ratio of a column of free GPUs could be infinite."""
+        """Return prices with a floor for GPUs, because the ratio of a column of free GPUs could be infinite."""
         return lifted(prices, self.resources, max(float(prices @ self.resources.limits), value, 1e-9))
 
     def _least(self, multipliers: FloatArray) -> FloatArray:
         return np.asarray(np.maximum(multipliers, LEAST_MULTIPLIER * multipliers.max(initial=1e-9)))
 
     def _price(self, prices: FloatArray, multipliers: FloatArray) -> tuple[int, bool]:
-        """Price every tenant's replicas and derive a bound; return how many are new, and whether all was searched."""
+        """Price every tenant's replicas and derive a bound; return how many are new, and whether all were searched."""
         efficiency, added, complete = np.zeros(len(self.solvers)), 0, True
         for i, solver in enumerate(self.solvers):
             most, new, whole = solver.price(prices, float(multipliers[i] * self._scales[i]), self.budget)

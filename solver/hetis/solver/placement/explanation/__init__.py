@@ -48,7 +48,7 @@ def explain_plan(plan: Plan, problem: PlacementProblem) -> Explanation:
 # --- the limits of a replica: its busiest stage, the latency limits and KV room it uses up, the next larger batch
 
 
-NEAR = 0.95  # share of a limit from which it is said to bind
+NEAR = 0.95  # share of a limit from which it counts as binding
 
 
 def what_binds(view: ReplicaView) -> str:
@@ -135,7 +135,7 @@ def _next_size(view: ReplicaView, times: tuple[StageTime, ...]) -> str:
     return f"; the next {'chunk' if prefills else 'batch'} size, {size}, {effect}"
 
 
-# --- idle GPUs: their marginal worth, why they make no replica alone, what they would do to another
+# --- idle GPUs: their marginal worth, why they form no replica of their own, what they would do to another
 
 
 NOTHING = 1e-6  # share of the objective below which a dual counts as 0
@@ -215,7 +215,7 @@ def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[Devi
 
 
 def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:
-    """Yield why these GPUs make no replica of their own, if one line can prove it."""
+    """Yield why these GPUs form no replica of their own, if a single line can prove it."""
     model, family, limit_s = view.problem.model, view.problem.family, view.problem.objective.tpot_limit_s
     # A replica of one role processes only one kind of tokens.
     least = (min(family.micro_batches), min(family.chunk_tokens))
@@ -229,7 +229,7 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     if held < repeated:
         yield f"the {idle:,} idle hold at most {held} of {repeated} layers, KV left out"
         return
-    # b n_it / O >= 1 / eta, so TPOT is at least one plain iteration of one request by the tokens that it adds.
+    # b n_it / O >= 1 / eta, so TPOT is at least one plain iteration of one request divided by the tokens that it adds.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
     token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1)) / model.emitted_tokens
     if limit_s is not None and token_s > limit_s:
@@ -288,11 +288,11 @@ def _layer_s(view: ReplicaView, cost: DeviceCost) -> float:
 # --- what pools of attention workers do for their stages, or why there are none
 
 
-MAX_POOLS = 3  # pools that the paragraph describes
+MAX_POOLS = 3  # maximum number of pools described in the paragraph
 
 
 def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[str]:
-    """Yield a paragraph on each of the plan's pools, or without any on what one would do to the busiest stage."""
+    """Yield a paragraph on each of the plan's pools; if it has none, on what one would do to the busiest stage."""
     pools = [(view, i) for view in views for i, stage in enumerate(view.shape.stages) if stage.pool is not None]
     for view, i in pools[:MAX_POOLS]:
         yield _used_pool(view, i)
@@ -372,7 +372,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
 
 
 def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> str:
-    """Compare no pool with the one, of 1, 2, 4, ... or all idle cards, that costs the stage the least time."""
+    """Compare no pool with the pool of 1, 2, 4, ... or all idle cards that costs the stage the least time."""
     stage = view.shape.stages[i]
     cost, model = view.pool_cost(stage, gpu, link), view.problem.model
     groups, mix = cost.primary.shape.groups, view.mix
@@ -406,8 +406,8 @@ def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> 
 # --- the limit on traffic between prefill and decode replicas: one of the sides, or the links between zones
 
 
-USED_UP = 1 - 1e-4  # share of a side's rate from which its traffic is said to limit
-MAX_LINKS = 5  # that are described, the fullest first
+USED_UP = 1 - 1e-4  # share of a side's rate from which the side counts as limiting its traffic
+MAX_LINKS = 5  # maximum number of links described, the fullest first
 
 
 def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
@@ -419,7 +419,7 @@ def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
 
 
 def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
-    """Yield how much KV uses the links between zones, the fullest first; nothing if all KV stays in its zone."""
+    """Yield how much of the links between zones KV uses, the fullest first; nothing if all KV stays in its zone."""
     loads = _loads(plan, problem)
     links = sorted(loads, key=lambda pair: -loads[pair] / problem.cluster.network.zone_link(*pair).bytes_per_s)
     kv_bytes = _prompt_bytes(problem)
@@ -434,7 +434,7 @@ def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
 
 
 def _sides(plan: Plan) -> str:
-    """Return the rates of both sides, and which of them the traffic uses up."""
+    """Return the rates of both sides, and which of them the traffic exhausts."""
     rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in (Role.PREFILL, Role.DECODE)}
     flow = sum(route.rate for route in plan.kv_routes)
     full = [role for role, rate in rates.items() if flow >= rate * USED_UP]

@@ -1,4 +1,4 @@
-"""A planned replica in detail: how the time of every stage and the memory of every card are used."""
+"""A planned replica in detail: how the time of every stage and the memory of every card are spent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hetis.solver.workload import WorkloadMoments
 
 def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix: Mix) -> float:
     """Return wire: seconds for the KV of one request and layer to leave a prefill stage or reach a decode stage."""
-    if stage.kv_link is not None:  # a prefill stage
+    if stage.kv_link is not None:  # the stage of a prefill replica
         chunk_s = float(cost.kv_transfer_s(mix.chunk_tokens, cost.shape.groups, stage.kv_link))
         return cost.moments.mean_prompt / mix.chunk_tokens * chunk_s
     moved = 0 if stage.pool is None else stage.pool.head_groups
@@ -48,7 +48,7 @@ def landing_s(costs: list[DeviceCost], shape: ReplicaShape) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica of the plan with the values its numbers follow from; letters are those of `docs/cost-model.md`.
+    """A replica of the plan with the values from which its numbers follow; letters are those of `docs/cost-model.md`.
 
     The problem's model is in the replica's precision.
     """
@@ -57,7 +57,7 @@ class ReplicaView:
     moments: WorkloadMoments
     fleet: Fleet  # the devices of all explained replicas
     number: int
-    count: int  # replicas like this one
+    count: int  # number of replicas like this one
     replica: ReplicaPlan
     shape: ReplicaShape
     mix: Mix
@@ -67,7 +67,7 @@ class ReplicaView:
         return self.shape.role
 
     def with_sizes(self, *, micro_batch: int, chunk_tokens: int) -> ReplicaView:
-        """Return the same stages with other micro-batches or chunks."""
+        """Return the same stages with other sizes of micro-batches or chunks."""
         mix = _mix_of_a_copy(
             self.problem.model, self.moments, micro_batch, chunk_tokens, self.shape.attention_dp
         )  # fmt: skip
@@ -89,7 +89,7 @@ class ReplicaView:
         return self.mix.chunk_iterations * with_chunk_s + self.mix.plain_iterations * plain_s
 
     def layers(self, position: int) -> int:
-        """Return the layers of a stage, including prefix layers and one that drafts."""
+        """Return the layers of a stage, including prefix layers and any drafting layer."""
         return self.shape.stages[position].layers + self._prefix(position) + self._drafting(position)
 
     def _drafting(self, position: int) -> int:
@@ -232,7 +232,7 @@ class ReplicaView:
         return kv_tokens_per_copy(self.problem.model, self.moments, self.problem.assumptions, self.mix, micro_batches)
 
     def prompt_tokens(self, copies: int) -> float:
-        """Return Tpre, the prompt tokens that a copy keeps of pooled groups."""
+        """Return Tpre, the prompt tokens that a copy keeps for head groups of its pool."""
         micro_batches = -(-self.shape.in_flight // copies)
         return prompt_tokens_per_copy(self.problem.model, self.moments, self.mix, micro_batches)
 
@@ -286,7 +286,7 @@ class ReplicaView:
         self, i: int, role: str, gpu: str, num_devices: int, weights: float, kv: float, activations: float
     ) -> MemoryBar:
         profile = self.problem.profiles[gpu]
-        # A profile may have measured more than the catalogue's rounded number.
+        # The profile may have measured more memory than the catalogue's rounded number.
         nominal = max(self.problem.cluster.gpu_types[gpu].memory_bytes, profile.usable_bytes)
         parts = [round(part) for part in (weights, kv, activations)]
         return MemoryBar(
@@ -351,7 +351,7 @@ def _nameless(one: ReplicaPlan) -> ReplicaPlan:
 
 
 def _fleet_of(problem: PlacementProblem, names: set[str]) -> Fleet:
-    """Return the devices of these names, and one of every zone so that all are known, without the rest of the fleet."""
+    """Return the devices of these names and one of every zone, so that all zones are known, without the rest."""
     is_out, devices, zones = left_out_by(problem.constraints), dict[str, Device](), set[str]()
     for device in problem.cluster.devices() if names else ():
         if device.name in names or (device.group.zone not in zones and not is_out(device)):

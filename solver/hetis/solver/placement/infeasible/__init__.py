@@ -52,7 +52,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Infeasibility:
-    """An explanation why a problem has no plan; ``reasons`` state all of it in sentences, the most telling first."""
+    """An explanation of why a problem has no plan; ``reasons`` state all of it in sentences, the most telling first."""
 
     conflicts: tuple[Conflict, ...]
     relaxations: tuple[Relaxation, ...]
@@ -70,7 +70,7 @@ class ExplainedInfeasibleError(InfeasibleError):
 def why_infeasible(problem: PlacementProblem, settings: SearchSettings, market: Market | None = None) -> Infeasibility:
     """Explain a problem that was proved infeasible, with the change that each member of a conflict needs.
 
-    The budget is the caller's; the explanation says what there was no time for. ``market`` gives GPU types to add
+    The budget is the caller's; the explanation states which parts it had no time for. ``market`` gives GPU types to add
     besides those of the fleet; with None nothing is added.
     """
     trials = Trials(problem, settings)
@@ -97,7 +97,7 @@ def why_infeasible(problem: PlacementProblem, settings: SearchSettings, market: 
 def infeasible(
     problem: PlacementProblem, settings: SearchSettings, market: Market | None = None
 ) -> ExplainedInfeasibleError:
-    """Return `why_infeasible` as the error to raise, or no reasons if the budget is not for them."""
+    """Return `why_infeasible` as the error to raise, or without reasons if the budget does not allow for them."""
     if not settings.budget.explains:
         reasons = ("no plan of the family exists",)
         return ExplainedInfeasibleError(reasons, Infeasibility(conflicts=(), relaxations=(), reasons=reasons))
@@ -106,7 +106,7 @@ def infeasible(
 
 
 def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str]:
-    """Yield what needs no search: limits and a demand beyond what the GPUs can do at dense work alone."""
+    """Yield what needs no search: limits and a demand that exceed what the GPUs can do in dense work alone."""
     demand = [r for r in given if r.subject is Subject.DEMAND]
     limits = [r for r in given if r.subject in (Subject.TPOT, Subject.TTFT)]
     others, share = [r for r in given if r not in demand], trials.problem.assumptions.planned_utilisation
@@ -122,7 +122,7 @@ def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str
 def _of_the_fleet(
     trials: Trials, given: Sequence[Requirement], fleet: Sequence[Requirement], market: Market | None
 ) -> Infeasibility:
-    """Explain why nothing fits whatever is requested: memory, forbidden cuts, or no usable GPU at all."""
+    """Explain why nothing fits, whatever is requested: memory, forbidden cuts, or no usable GPU at all."""
     reason = why_nothing_fits(build_cost_tables(apply_constraints(keeping(trials.problem, fleet)).problem))
     if not trials.of(()).exists:
         return Infeasibility(conflicts=(), relaxations=(), reasons=(reason,))
@@ -142,7 +142,7 @@ def _of_the_fleet(
 def _of_what_was_asked(
     trials: Trials, given: Sequence[Requirement], conflicts: Sequence[Conflict]
 ) -> Iterator[str | Relaxation]:
-    """Yield sentences about every conflict and its members, with what was requested before what is given."""
+    """Yield sentences on every conflict and its members, with requests before facts of the fleet."""
     if len(conflicts) > 1:
         yield "several things are in the way, and all must give way: what is said of one supposes the others lifted"
     blamed = {member for conflict in conflicts for member in conflict.members}
@@ -164,8 +164,10 @@ def _of_what_was_asked(
 
 
 def _together(members: Sequence[Requirement]) -> str:
-    """Return that members of a conflict exclude one another. Facts of the fleet hold whatever is requested: sentences
-    about a limit or demand suppose them, so that it is not said to be possible by itself.
+    """Return a sentence stating that members of a conflict exclude one another.
+
+    Facts of the fleet hold whatever is requested. Sentences about a limit or demand presuppose them, so as not to
+    suggest that the limit or demand alone could be met.
     """
     asked = [member for member in members if not member.subject.is_of_fleet]
     facts = [member for member in members if member.subject.is_of_fleet]
@@ -177,7 +179,7 @@ def _together(members: Sequence[Requirement]) -> str:
 def _what_is_short(
     trials: Trials, given: Sequence[Requirement], rest: Sequence[Requirement], conflict: Conflict
 ) -> Iterator[str]:
-    """Yield how much memory is missing, if memory is the cause rather than a number of requests or seconds."""
+    """Yield how much memory is missing, if the cause is memory and not a number of requests or seconds."""
     subjects = {member.subject for member in conflict.members}
     sums = any(isinstance(member.constraint, Use | Replicas | AtMost) for member in conflict.members)
     if Subject.MEMORY in subjects and not sums and not subjects & {Subject.DEMAND, Subject.TPOT, Subject.TTFT}:
@@ -189,7 +191,7 @@ def _what_is_short(
 
 
 def why_nothing_fits(costs: CostTables) -> str:
-    """Return one sentence for a problem whose family holds no replica even without limits."""
+    """Return one sentence on a problem whose family holds no replica even without limits."""
     if not costs.ranks:
         model, sizes = costs.problem.model, "/".join(map(str, costs.problem.family.tp_sizes))
         return f"{model.name}: its {model.q_heads} query heads cannot be split by any of TP {sizes} on this fleet"
@@ -197,12 +199,12 @@ def why_nothing_fits(costs: CostTables) -> str:
 
 
 def _shortages(costs: CostTables) -> Iterator[str]:
-    """Yield shortages, from the plainest to the one that remains if all others are excluded."""
+    """Yield shortages, from the plainest to the one that remains when all others are excluded."""
     problem, model = costs.problem, min(costs.problem.models(), key=lambda model: model.weight_bytes)
     room, whose = _usable_by_a_replica(costs)
     weights = model.params() * model.weight_bytes
     tables, decodes = costs.scopes[-1].tables, [mix.micro_batch > 0 for mix in costs.mixes]
-    tokens, state_bytes = float(tables.kv_tokens[decodes].min()), float(tables.state_bytes[decodes].min())  # the fewest
+    tokens, state_bytes = float(tables.kv_tokens[decodes].min()), float(tables.state_bytes[decodes].min())  # fewest
     kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * tokens
     kv += model.num_layers * state_bytes
     batch = min(problem.family.micro_batches)
@@ -240,13 +242,13 @@ def _shortages(costs: CostTables) -> Iterator[str]:
 
 
 def _rooms(costs: CostTables) -> list[float]:
-    """Return the bytes besides the engine's on all GPUs of every class."""
+    """Return the bytes besides the engine's own on all GPUs of every class."""
     rooms = costs.scopes[-1].tables.worker_room_bytes
     return [float(room) * c.available for room, c in zip(rooms, costs.classes, strict=True)]
 
 
 def _usable_by_a_replica(costs: CostTables) -> tuple[float, str]:
-    """Return the bytes besides the engine's on all GPUs that one replica may use together, and who has them."""
+    """Return the bytes besides the engine's own on all GPUs that one replica may use together, and whose they are."""
     rooms = _rooms(costs)
     builds = costs.problem.builds()
     if costs.problem.family.mixed_types and len(builds) > 1:

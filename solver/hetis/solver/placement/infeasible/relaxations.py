@@ -1,6 +1,6 @@
-"""Relaxations of a conflict's members while the others are kept; each one is tried and confirmed by a plan.
+"""Relaxations of a conflict's members while the others are kept, each of them confirmed by a plan where possible.
 
-Other ways out are GPUs to add: for every offered type the fewest with which a plan exists, the lowest rent first.
+Another way out is to add GPUs: for every offered type the fewest with which a plan exists, the lowest rent first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hetis.solver.placement.wording import in_bytes, listed, option_down, option
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
 
-PRECISION = 1.02  # ratio to which a best latency is determined
-LINK_PRECISION = 1.2  # ratio to which the speed-up of links is determined
+PRECISION = 1.02  # ratio up to which a best latency is determined
+LINK_PRECISION = 1.2  # ratio up to which the speed-up of links is determined
 FASTEST_LINKS = 1024.0
 MOST_SPENT = 1e4  # largest ratio to the allowed amount
 SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
@@ -27,14 +27,14 @@ SMALLER_KV = 1.0  # bytes per element
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxation:
-    """A change with which a plan exists; ``sentence`` states what is known of it.
+    """A change with which a plan exists; ``sentence`` states what is known about it.
 
     Attributes:
         about: the requirement that gives way; None if the fleet grows instead.
         change: what to do, in words.
-        option: the option that does it; empty if an input must change.
-        usd_per_hour: its cost; None if unknown or nothing.
-        is_tried: whether a plan was found with it; if False, the sentence only says what is out of reach.
+        option: the command-line option that makes the change; empty if an input must change.
+        usd_per_hour: cost of the change; None if unknown or nothing.
+        is_tried: whether a plan was found with it; if False, the sentence only states what is out of reach.
     """
 
     about: Requirement | None
@@ -65,7 +65,7 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
 
 
 def _shown(others: Collection[Requirement]) -> list[Requirement]:
-    """Return the requirements that a number depends on, without those that go without saying."""
+    """Return the requirements on which a number depends, without those that go without saying."""
     return [r for r in others if not r.subject.is_of_fleet and r.subject not in (Subject.STRATEGY, Subject.ROLES)]
 
 
@@ -262,7 +262,7 @@ def _smallest(exists: Callable[[float], bool | None], precision: float, most: fl
 
 PER_NODE = 8
 COUNTS = (*range(1, PER_NODE + 1), 16, 24, 32, 48, 64)  # GPUs to add: up to one node, then whole nodes
-OF_MARKET = 2  # types of the market that are tried for each kind of promise
+OF_MARKET = 2  # types of the market that are tried for each criterion
 ADDED = "added"
 
 
@@ -282,7 +282,7 @@ Market = Callable[[], Sequence[Offer]]
 
 
 def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> Iterator[Relaxation]:
-    """Yield what to add so that all of ``kept`` can be kept, the cheapest first."""
+    """Yield what to add so that all of ``kept`` can be met, the cheapest first."""
     problem = keeping(trials.problem, kept)
     found: list[tuple[float, Relaxation]] = []
     for offer in () if trials.is_over() else _offers(trials.problem, market):
@@ -360,7 +360,7 @@ def with_added(problem: PlacementProblem, offer: Offer, count: int) -> Placement
 
 
 def may_help(members: Collection[Requirement]) -> bool:
-    """Return whether more GPUs could resolve this conflict: not if it limits GPUs or consists of constraints alone."""
+    """Return whether more GPUs could resolve this conflict: not if it limits GPUs, or has only constraints."""
     if any(isinstance(m.constraint, AtMost) for m in members):
         return False
     return any(m.subject in (Subject.DEMAND, Subject.MEMORY, Subject.TPOT, Subject.TTFT) for m in members)

@@ -1,4 +1,4 @@
-"""The requirements on a plan, which can be lifted separately: a problem without some of them is a relaxation."""
+"""The requirements on a plan, each of which can be lifted: a problem without some of them is a relaxation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hetis.solver.placement.fleet import most_spanning
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
 
-WIDEST = "hetis"  # the strategy that contains all searched ones
+WIDEST = "hetis"  # the strategy whose family contains those of all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)
 _WITHIN_A_NODE = "links of the network (charged between stages of one node, too)"
 PLENTY = 1000  # memory to add as a multiple of the weights, more than the KV of any batch needs
 
 
 class Subject(StrEnum):
-    """The subject of a requirement. A conflict leaves out earlier ones first and so blames them last."""
+    """The subject of a requirement. Conflicts leave out earlier ones first, so these are the last to be blamed."""
 
-    DEMAND = "demand"  # requests/s of goodput
-    TPOT = "mean TPOT limit"  # seconds
-    TTFT = "p95 TTFT limit"  # seconds
+    DEMAND = "demand"  # goodput in requests/s
+    TPOT = "mean TPOT limit"  # in seconds
+    TTFT = "p95 TTFT limit"  # in seconds
     CONSTRAINT = "constraint"
     ROLES = "roles"
     STRATEGY = "strategy"
@@ -104,7 +104,7 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
         yield Requirement(subject=Subject.SETTINGS, text=family.engine_settings.describe())
     if problem.model.forbidden_cuts:
         yield Requirement(subject=Subject.CUTS)
-    if problem.cluster.num_gpus() > 1:  # even in one node: the cost model charges a hop between any two stages
+    if problem.cluster.num_gpus() > 1:  # even within one node: the cost model charges a hop between any two stages
         has_one_node = sum(group.count for group in problem.cluster.node_groups) == 1
         yield Requirement(subject=Subject.LINKS, text=_WITHIN_A_NODE if has_one_node else "")
     yield Requirement(subject=Subject.MEMORY)
@@ -117,8 +117,8 @@ def _roles_of(strategy: str) -> set[Role]:
 def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> PlacementProblem:
     """Return the problem with only these requirements, maximising the rate, which callers compare to the demand.
 
-    Every plan of ``problem`` is a plan of it: without links they are too fast to matter, and without memory there is
-    far more of it, at unchanged shares of the links between zones.
+    Every plan of ``problem`` is a plan of it: without the links requirement, links are too fast to matter, and without
+    the memory requirement, there is far more memory, at unchanged shares of the links between zones.
     """
     by_subject = {requirement.subject: requirement for requirement in kept}
     limits = {s: r.value for s, r in by_subject.items()}
@@ -164,7 +164,7 @@ def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
 
 
 def _at_any_settings(family: Family) -> Family:
-    """Return the family with the plans of any engine settings, those of its own included."""
+    """Return the family with the plans of any engine settings, including its own."""
     return replace(
         family,
         micro_batches=tuple(sorted({*family.micro_batches, *MICRO_BATCHES})),

@@ -1,4 +1,4 @@
-"""Trials whether a plan keeps some requirements, by the search itself, which ends once the answer is certain.
+"""Trials of whether a plan keeps some requirements, by the search itself, which ends once the answer is certain.
 
 Conflicts among requirements are found by leaving out each in turn (a deletion filter).
 """
@@ -21,8 +21,8 @@ from hetis.solver.placement.template import least_ttft_limit_s
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 
-MAX_TRIALS = 40  # over all reasons
-GAP = 0.005  # of a best rate if the fleet is too large for an exact one
+MAX_TRIALS = 40  # total over all reasons
+GAP = 0.005  # target gap of a best rate, for fleets too large for an exact one
 ROUNDING = 1e-9
 
 
@@ -45,7 +45,7 @@ class Trial:
             if subject is Subject.TPOT and mix.role is not Role.PREFILL:
                 found.append(cost.tpot_per_interval(a.moments, mix, m) * template.interval_s)
             if subject is Subject.TTFT and mix.role is not Role.DECODE:
-                slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # reserved by a limit
+                slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # set aside by a limit
                 found.append(least_ttft_limit_s(a, template) + float(slowest))
         return max(found) if of_all else min(found)
 
@@ -68,14 +68,14 @@ class Trials:
         return self._done[key]
 
     def _known(self, key: Requirements) -> Trial | None:
-        """Return an earlier trial that decides: a plan that keeps more, or a subset that cannot be kept."""
+        """Return an earlier trial that settles this one: a plan that keeps more, or a subset that cannot be kept."""
         for other, trial in self._done.items():
             if (trial.exists is True and other >= key) or (trial.exists is False and other <= key):
                 return trial
         return None
 
     def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
-        """Return whether a plan that maximises the rate has this goodput; try dense work and equal stages first."""
+        """Return whether a plan that maximises the rate has this goodput; tries dense work and equal stages first."""
         family, costs = problem.family, self._plain_costs(problem)
         if costs is None:
             return Trial(exists=False)
@@ -112,11 +112,11 @@ class Trials:
         return self._num_searches >= MAX_TRIALS or self.settings.budget.is_spent()
 
     def _own_settings(self) -> SearchSettings:
-        """Return settings of searches that end with the caller's budget and can be ended before."""
+        """Return settings for searches that end with the caller's budget but can also be ended earlier."""
         return replace(self.settings, budget=self.settings.budget.of_its_own(), gap_target=GAP, report=silent)
 
     def _plain_costs(self, problem: PlacementProblem) -> CostTables | None:
-        """Return tables without attention workers, which take longest; enough for dense work and equal stages."""
+        """Return tables without attention workers, which take the longest; enough for dense work and equal stages."""
         return self._costs(replace(problem, family=replace(problem.family, max_pool=0)))
 
     def _costs(self, problem: PlacementProblem) -> CostTables | None:
@@ -155,7 +155,8 @@ class Trials:
 class Conflict:
     """Requirements that no plan keeps together.
 
-    ``is_minimal`` if for each of them a plan was found that keeps all others; False if a trial ended without an answer.
+    ``is_minimal`` is True if for each of them a plan was found that keeps all others; False if a trial ended without an
+    answer.
     """
 
     members: tuple[Requirement, ...]
