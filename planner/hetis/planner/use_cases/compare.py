@@ -123,7 +123,7 @@ def compare_strategies(
     def holds(container: str, plan: Plan) -> bool:
         """Return whether a container's bound also holds for the plan.
 
-        If it should hold but contradicts the plan, it is used, and the contradiction is reported.
+        A bound that should hold but contradicts the plan is kept, so that `_with_bound` raises BrokenProofError.
         """
         problem = loaded.inputs.problem(objective, container, engine=settings.engine)
         return not _is_outside(plan, plans[container], problem)

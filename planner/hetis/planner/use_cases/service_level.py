@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SERVICE_LEVEL = "service_level"  # entry of `Plan.inputs`; absent: the default level
 TAIL = 0.9  # share of a limit on a tail statistic from which a longer run decides
-SHARE = 0.6  # the same share of the allowed misses: an exponential tail is then at 90% of its limit
+SHARE = 0.6  # such a share of the allowed misses; an exponential tail is then at 90% of its limit
 FEWEST_MISSES = 50  # misses for which a run should have room
 RULE_OF_THREE = 3.0  # if none of n requests missed, up to 3 / n of all may, with 95% certainty
 
