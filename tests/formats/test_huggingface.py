@@ -137,6 +137,7 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
         ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
         ({"quant_method": "ModelOpt", "quantization": {"quant_algo": "FP8"}}, 1.0, "fp8"),
+        ({"producer": {"name": "modelopt", "version": "0.31.0"}, "quant_algo": "FP8"}, 1.0, "fp8"),
         ({"quant_method": "mxfp8", "ignored_layers": ["lm_head"]}, 1.0, "fp8"),
         (quark(dtype="fp8_e4m3", qscheme="per_tensor"), 1.0, "fp8"),
         (quark({"dtype": "fp4", "group_size": 16}, {"dtype": "fp8_e4m3"}), 0.5625, "nvfp4"),

@@ -138,8 +138,12 @@ def _quantisation(config: Config, folder: Path | None) -> Config | None:
 
 
 def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return what ModelOpt writes under any of its names, or one level deeper, as if it were not; vLLM reads all."""
-    if not str(quantisation.get("quant_method", "")).lower().startswith("modelopt"):
+    """Return what ModelOpt writes under any of its names, or one level deeper, as if it were not; vLLM reads all.
+
+    Older ones name no method, but who produced the checkpoint.
+    """
+    method = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
+    if not str(method).lower().startswith("modelopt"):
         return quantisation
     return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 
