@@ -98,7 +98,9 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     if isinstance(name, str) and name in NOT_MODELLED:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
-    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) else ""
+    # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
+    is_other = data.get("model_type") is not None and data["model_type"] not in MODEL_TYPES
+    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
     raise DocumentError([source.problem(path, what)])
 
