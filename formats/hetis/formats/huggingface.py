@@ -98,7 +98,9 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     if isinstance(name, str) and name in NOT_MODELLED:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
-    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) else ""
+    # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
+    is_other = data.get("model_type") is not None and data["model_type"] not in MODEL_TYPES
+    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
     raise DocumentError([source.problem(path, what)])
 
@@ -138,8 +140,12 @@ def _quantisation(config: Config, folder: Path | None) -> Config | None:
 
 
 def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return a quantisation by ModelOpt, whatever name and nesting it has, in one form; vLLM reads all of them."""
-    if not str(quantisation.get("quant_method", "")).lower().startswith("modelopt"):
+    """Return a quantisation by ModelOpt, whatever name and nesting it has, in one form; vLLM reads all of them.
+
+    Older versions state no method, but which tool produced the checkpoint.
+    """
+    method = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
+    if not str(method).lower().startswith("modelopt"):
         return quantisation
     return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 

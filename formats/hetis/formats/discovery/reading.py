@@ -31,12 +31,13 @@ from hetis.formats.discovery.found import (
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import API_VERSION, entries, listed, mapping
 from hetis.formats.files import file_label, read_text
-from hetis.formats.positions import Bounds, Text, parse_text
+from hetis.formats.positions import Bounds, NotYamlError, Text, parse_text
 
 MAX_FILES = 10_000
 # Enough for thousands of nodes with their pods, which take a minute and 2 GB.
 _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 
+_IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
     "kubectl get nodes -o json, nvidia-smi -q -x, scontrol show nodes --json, ray list nodes --detail --format json, "
     "CSV with node,gpu,count"
@@ -107,7 +108,12 @@ class _File:
             return FleetSource.NVIDIA_SMI
         if not begin.startswith(("{", "[")) and is_node_table(self._text):
             return FleetSource.FILE
-        data, _ = self.parsed
+        try:
+            data, _ = self.parsed
+        except NotYamlError:
+            if _IS_DATA.match(begin):
+                raise
+            raise self._unknown(f"it begins with {begin[:40]!r}") from None
         found = mapping(data)
         if is_ray(data):
             return FleetSource.RAY
@@ -115,8 +121,10 @@ class _File:
             return FleetSource.SLURM
         if kubernetes.is_list(data) or ("kind" in found and found.get("apiVersion") != API_VERSION):
             return FleetSource.KUBECTL
-        has = f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}"
-        raise single_problem(self.label, f"is of no tool that is known: {has}; known: {_KNOWN}")
+        raise self._unknown(f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}")
+
+    def _unknown(self, what: str) -> DocumentError:
+        return single_problem(self.label, f"is of no tool that is known: {what}; known: {_KNOWN}")
 
 
 # --- a table kept by hand

@@ -6,6 +6,7 @@ Bars are readable with and without colours.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
@@ -19,6 +20,7 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_rep
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
 MAX_SHAPES = 6
+MAX_EQUAL = 12  # equal replicas whose devices are named
 PRICES_MEAN = (
     "The marginal price is what one GPU of the class is worth in the relaxation of this plan, where replicas may be "
     "fractions. 0 says that the relaxation is not short of the class, not that its GPUs are of no use. One GPU more "
@@ -33,14 +35,17 @@ BAR_WIDTH = 30
 
 @as_group
 def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> Iterator[RenderableType]:
-    """Yield the view of ``hetis-plan explain``, at most 80 columns wide; ``wide`` shows every shape of replica."""
+    """Yield the view of ``hetis-plan explain``, at most 80 columns wide.
+
+    ``wide`` shows every shape of replica, and the devices of every replica.
+    """
     yield headline(plan)
     groups = group_replicas(plan.replicas)
     shown = len(groups) if wide else MAX_SHAPES
     for group in groups[:shown]:
         yield from _replica(group, explanation)
         if len(group.numbers) > 1:
-            yield section("Their devices", device_table(group, plan))
+            yield section("Their devices", Group(*_equal_devices(group, plan, wide=wide)))
     if len(groups) > shown:
         yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
     if explanation.kv_routes:
@@ -52,6 +57,13 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
     yield section("Attention workers", Text(explanation.attention_workers))
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
+
+
+def _equal_devices(group: ReplicaGroup, plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
+    shown = group.numbers if wide else group.numbers[:MAX_EQUAL]
+    yield device_table(replace(group, numbers=shown), plan)
+    if rest := len(group.numbers) - len(shown):
+        yield Text(f"… and those of {plural(rest, 'more replica')} (-o wide has all)", style="dim")
 
 
 def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
