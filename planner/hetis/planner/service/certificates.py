@@ -100,7 +100,6 @@ class Certificates:
         paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
         self.files = Reloaded("certificate", paths, lambda: _load(tls))
         self._asks_clients = tls.client_ca is not None
-        self._told = self.files.version
         self._paths = paths
 
     @property
@@ -117,18 +116,22 @@ class Certificates:
         return found
 
     def credentials(self) -> grpc.ServerCredentials:
-        newer: Any = self._newer  # may return None, unlike what grpc's stubs say
-        return grpc.dynamic_ssl_server_credentials(
-            self.files.value, newer, require_client_authentication=self._asks_clients
-        )
+        """Return credentials for one address: each address asks by itself whether the files have changed."""
+        told, first = self.files.version, self.files.value
 
-    def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the new configuration, or None if nothing has changed; called in a thread before each handshake."""
-        version, value = self.files.version, self.files.value
-        if version == self._told:
-            return None
-        self._told = version
-        return value
+        def newer() -> grpc.ServerCertificateConfiguration | None:
+            """Return the new configuration, or None if nothing has changed; called in a thread before a handshake."""
+            nonlocal told
+            version, value = self.files.version, self.files.value
+            if version == told:
+                return None
+            told = version
+            return value
+
+        may_return_none: Any = newer  # unlike what grpc's stubs say
+        return grpc.dynamic_ssl_server_credentials(
+            first, may_return_none, require_client_authentication=self._asks_clients
+        )
 
 
 def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:

@@ -110,7 +110,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             stack.push_async_callback(asyncio.to_thread, traces.close)
         writes = WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
         calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=writes)
-        credentials = access.certificates.credentials() if access.certificates is not None else None
+        credentials = access.certificates.credentials if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)
         # Before the store is opened: a planner that cannot listen must not take the lead from one that can.
