@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -175,6 +176,23 @@ def test_it_serves_with_tls_and_a_token_on_every_address(tmp_path: Path) -> None
         code, stderr = planner.end()
     assert code == ServiceExitCode.OK
     assert token not in stderr
+
+
+def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_path: Path) -> None:
+    certificate, key = write(tmp_path, Authority().server())
+    files = ("--set", f"tls.certificate={certificate}", "--set", f"tls.key={key}")
+    options = ("--listen", "127.0.0.1:0", "--status-page", "off", "--store", f"sqlite:///{tmp_path}/hetis.db")
+    with Process((*options, *files, "--ready-json"), folder=tmp_path, module=REAL) as process:
+        host, _, port = process.ready()["listen"][0].rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while stranger.recv(4096):
+                pass
+        process.signal(signal.SIGTERM)
+        _, stderr = process.end()
+    assert [line for line in stderr.splitlines() if not line.startswith("{")] == [
+        line for line in stderr.splitlines() if line.startswith("hetis-planner listens on")
+    ]
 
 
 def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:

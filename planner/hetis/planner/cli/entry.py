@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ from hetis.formats.command_line.process import command_process
 
 def main() -> NoReturn:
     """Run the ``hetis-plan`` command; the base install has it too, but not the libraries it needs."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our errors say what its own lines do; read when it is imported
     with command_process():
         try:
             from hetis.planner.cli.app import main as run_and_exit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -10,6 +11,8 @@ from hetis.formats.command_line.process import command_process
 
 def main() -> NoReturn:
     """Run the command; the base install has it too, but lacks its dependencies."""
+    # gRPC writes a line of its own form for each handshake that fails, and reads this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with command_process():
         try:
             from hetis.planner.service.command import run

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-import grpc
-
 from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_address, split_endpoints
 
 if TYPE_CHECKING:
+    import grpc
+
     from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 
 T = TypeVar("T")
@@ -213,6 +213,8 @@ class PlannerAddress:
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
         """Return a new channel that uses the present contents of the files. Raises OSError if one cannot be read."""
+        import grpc  # not earlier: it takes the level of its own log from the environment, which the options change
+
         if self.is_plain:
             return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
