@@ -52,6 +52,14 @@ def test_it_says_where_it_listens_and_stops_when_asked_to(tmp_path: Path) -> Non
     assert logged[0]["method"] == "/hetis.v1.PlanService/GetPlan"
 
 
+def test_a_full_disk_of_the_log_does_not_keep_it_from_serving(tmp_path: Path) -> None:
+    within = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
+    with Process(LOCAL, folder=tmp_path, within=within) as planner:
+        assert planner.ready()["listen"]
+        planner.signal(signal.SIGTERM)
+        assert planner.end()[0] == ServiceExitCode.OK
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path) -> None:
     with Process((*LOCAL, "--set", "drain_timeout=50s"), folder=tmp_path) as planner:

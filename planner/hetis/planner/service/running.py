@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats.errors import DocumentError, Problem
@@ -218,7 +218,10 @@ def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfi
         print(json.dumps({"listen": addresses, "status_page": page, "store": store}), flush=True)
     scheme = "TLS" if config.tls is not None else "plain"
     shown = ", ".join(address if is_socket_path(address) else f"{address} ({scheme})" for address in addresses)
-    print(f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the disk of the log is full, which must not keep a planner from leading
+        print(
+            f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True
+        )
 
 
 def _leave_to_collector_what_is_new() -> None:
