@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -220,6 +220,19 @@ def test_each_address_has_the_certificate_and_its_successor(tmp_path: Path) -> N
             await server.stop_at_once()
 
     run(test)
+
+
+def test_an_expired_certificate_is_refused_and_replaces_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    authority = Authority()
+    files = certificates(tmp_path, authority).files
+    in_force = files.value
+    ended = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
+    write(tmp_path, authority.server(until=ended))
+    assert not files.refresh()
+    assert files.value is in_force
+    assert f"planner.pem: expired at {ended.isoformat()}" in caplog.text
+    with pytest.raises(DocumentError, match="no client would accept it"):
+        Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(tmp_path / "planner.key")))
 
 
 def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:

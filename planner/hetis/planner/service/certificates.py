@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import ssl
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -165,6 +166,10 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             reason = (error.reason or str(error)).replace("_", " ").lower()
             message = f"does not belong to the certificate {tls.certificate}, or is no key without password: {reason}"
             problems.append(Problem(file=tls.key, message=message))
+    for end_s in ends_of_certificates(texts[tls.certificate].decode())[:1]:  # the planner's own comes first
+        if end_s <= time.time():
+            ended = datetime.fromtimestamp(end_s, UTC).isoformat(timespec="seconds")
+            problems.append(Problem(file=tls.certificate, message=f"expired at {ended}: no client would accept it"))
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(cadata=texts[tls.client_ca].decode())
