@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import uuid
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from hetis.formats.endpoints import is_loopback, split_endpoints
 from hetis.formats.files import file_label, read_text
 from hetis.v1 import document_pb2
 
+_TOKEN = re.compile(r"[!-~]*")
 DEFAULT_DEADLINE_S = 30.0  # the planner allows at most 60 s
 DISPATCH_DEADLINE_S = 5.0  # the planner allows at most 10 s; an engine that waits longer decides on its own
 DISPATCH_SERVICE = "hetis.v1.DispatchService"
@@ -125,9 +128,13 @@ class Connection:
         """Return the metadata of every call.
 
         Raises:
-            OSError: the token file cannot be read.
+            OSError: the token file cannot be read, or holds no token.
         """
-        token = self.token_file.read_text(encoding="utf-8").strip() if self.token_file else self.token
+        token = self.token
+        if self.token_file is not None:
+            token = self.token_file.read_text(encoding="utf-8", errors="replace").strip()
+            if not _TOKEN.fullmatch(token):  # gRPC would refuse the call without saying why
+                raise OSError(errno.EINVAL, "holds no token", str(self.token_file))
         return [("authorization", f"Bearer {token}")] if token else []
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import ssl
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -100,7 +101,6 @@ class Certificates:
         paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
         self.files = Reloaded("certificate", paths, lambda: _load(tls))
         self._asks_clients = tls.client_ca is not None
-        self._told = self.files.version
         self._paths = paths
 
     @property
@@ -117,18 +117,22 @@ class Certificates:
         return found
 
     def credentials(self) -> grpc.ServerCredentials:
-        newer: Any = self._newer  # Any: it may return None, which grpc's stubs rule out
-        return grpc.dynamic_ssl_server_credentials(
-            self.files.value, newer, require_client_authentication=self._asks_clients
-        )
+        """Return credentials for one address, which checks on its own whether the files have changed."""
+        told, first = self.files.version, self.files.value
 
-    def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return a newer configuration, or None if nothing has changed. Called in a thread before each handshake."""
-        version, value = self.files.version, self.files.value
-        if version == self._told:
-            return None
-        self._told = version
-        return value
+        def newer() -> grpc.ServerCertificateConfiguration | None:
+            """Return a newer configuration, or None if nothing has changed. Called in a thread before each handshake."""
+            nonlocal told
+            version, value = self.files.version, self.files.value
+            if version == told:
+                return None
+            told = version
+            return value
+
+        may_return_none: Any = newer  # which grpc's stubs rule out
+        return grpc.dynamic_ssl_server_credentials(
+            first, may_return_none, require_client_authentication=self._asks_clients
+        )
 
 
 def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
@@ -162,6 +166,10 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             reason = (error.reason or str(error)).replace("_", " ").lower()
             message = f"does not belong to the certificate {tls.certificate}, or is no key without password: {reason}"
             problems.append(Problem(file=tls.key, message=message))
+    for end_s in ends_of_certificates(texts[tls.certificate].decode())[:1]:  # the planner's own comes first
+        if end_s <= time.time():
+            ended = datetime.fromtimestamp(end_s, UTC).isoformat(timespec="seconds")
+            problems.append(Problem(file=tls.certificate, message=f"expired at {ended}: no client would accept it"))
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(cadata=texts[tls.client_ca].decode())

@@ -9,9 +9,11 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,9 +139,10 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise unreadable(path, error) from None
-    with open(descriptor, "r+b") as file:
+    with open(descriptor, "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # of two concurrent writers neither is lost, nor takes the other's name
-        before = file.read().decode("utf-8", errors="replace")
+        found = file.read()
+        before = found.decode("utf-8", errors="replace")
         if emptied := _NO_TOKENS.search(before):
             before = f"{before[: emptied.start()]}tokens:{before[emptied.end() :]}"
         added = _entry_text(entry, before)
@@ -148,12 +151,23 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
             if emptied:  # no token is lost whenever the process ends, since there was none
                 file.truncate(0)
                 added = before + added
-            file.write(added.encode())
-            file.flush()
+            _write_all(file, added.encode())
             os.fsync(file.fileno())
         except OSError as error:
+            # With half an entry no planner could start any more, so the file gets back what it held.
+            file.truncate(0 if emptied else len(found))
+            if emptied:
+                with suppress(OSError):
+                    _write_all(file, found)
             raise single_problem(path, f"cannot be written: {error.strerror}") from None
     return token
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time, as where the disk is nearly full."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _entry_text(entry: Mapping[str, Any], before: str) -> str:

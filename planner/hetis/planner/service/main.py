@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -10,6 +11,8 @@ from hetis.formats.command_line.process import command_process
 
 def main() -> NoReturn:
     """Run the command. The base install has the command, but not the libraries that it needs."""
+    # gRPC reads this when it is imported. It would write a line in a form of its own for each handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with command_process():
         try:
             from hetis.planner.service.command import run

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats.errors import DocumentError, Problem
@@ -110,7 +110,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             stack.push_async_callback(asyncio.to_thread, traces.close)
         writes = WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
         calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=writes)
-        credentials = access.certificates.credentials() if access.certificates is not None else None
+        credentials = access.certificates.credentials if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)
         # Listen before the store is opened: a planner that cannot listen must not take the lead from one that can.
@@ -218,7 +218,10 @@ def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfi
         print(json.dumps({"listen": addresses, "status_page": page, "store": store}), flush=True)
     scheme = "TLS" if config.tls is not None else "plain"
     shown = ", ".join(address if is_socket_path(address) else f"{address} ({scheme})" for address in addresses)
-    print(f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the disk of the log is full, which must not keep a planner from leading
+        print(
+            f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True
+        )
 
 
 def _leave_to_collector_what_is_new() -> None:

@@ -116,9 +116,10 @@ class PlannerServer:
         servicings: Sequence[Servicing],
         calls: Calls,
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        credentials: Callable[[], grpc.ServerCredentials] | None = None,
         max_connections: int | None = None,
     ) -> None:
+        """``credentials``: called for each address, since gRPC tells only one address of new certificates."""
         self._calls = calls
         self._credentials = credentials
         options = OPTIONS
@@ -143,7 +144,7 @@ class PlannerServer:
             if self._credentials is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, self._credentials)
+                port = self._server.add_secure_port(address, self._credentials())
         except RuntimeError:
             raise AddressError(f"cannot listen on {address}: it is in use, or may not be used") from None
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)

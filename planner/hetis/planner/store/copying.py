@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import glob
 import os
 import shutil
 import sqlite3
@@ -63,7 +64,7 @@ def back_up(url: str, file: Path) -> int:
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error.strerror}") from None
     finally:
-        for left in file.parent.glob(f"{made.name}*"):
+        for left in file.parent.glob(f"{glob.escape(made.name)}*"):
             left.unlink(missing_ok=True)
 
 

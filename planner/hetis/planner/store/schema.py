@@ -57,6 +57,14 @@ def lock_out_others(connection: sa.Connection) -> None:
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
 
 
+def allow_pauses(connection: sa.Connection) -> None:
+    """Let this transaction pause for longer than those of a leader: a migration loads Alembic, on a busy machine.
+
+    A planner that is cut off in the middle still does not hold its locks for ever.
+    """
+    connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = '60s'"))
+
+
 def migrate(connection: sa.Connection, *, to: str | None = None) -> None:
     """Migrate up or down to the version ``to``, or the newest; the caller commits. Raises StoreError if unknown."""
     from alembic.config import Config

@@ -82,6 +82,7 @@ _RENEWALS = 6  # per lease; one attempt may take two such intervals
 _LOOK_S = 0.5  # interval at which a standby checks who leads
 _TRY_S = 1.0  # least time that a read waits, whatever the state of the store
 _PROBE_S = 2.0  # a store without a query for so long is probed
+_MIGRATION_S = 600.0  # time limit for one statement of a migration, and for waiting until another planner has migrated
 _log = logging.getLogger("hetis.planner.store")
 
 
@@ -129,6 +130,7 @@ class Store:
         # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
         self.leader: Holder | None = None
         self._led_s = machine()  # when this planner or another one was last known to lead
+        self._is_migrating = False
 
     @classmethod
     async def open(
@@ -418,8 +420,9 @@ class Store:
             done, _ = await asyncio.wait({working}, timeout=self._limit_s / 4)
             if done:
                 return working.result()
-            if self._lease_s and self._breaker.silent_s > self._limit_s:
-                raise StoreError(f"store {self._label} cannot be reached: no answer for {self._limit_s:.1f} s")
+            limit_s = _MIGRATION_S if self._is_migrating else self._limit_s
+            if self._lease_s and self._breaker.silent_s > limit_s:
+                raise StoreError(f"store {self._label} cannot be reached: no answer for {limit_s:.1f} s")
 
     # --- In the store's thread from here on
 
@@ -443,13 +446,16 @@ class Store:
     def _migrate(self) -> None:
         if self._lock is not None and not self._lock.take():
             raise StoreError(f"store {self._label} is in use by another planner, and older than this one; stop that")
+        self._is_migrating = True
         try:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
+                    schema.allow_pauses(connection)
                     schema.lock_out_others(connection)
                 if schema.needs_migration(connection, self._label):  # no other planner has migrated it in the meantime
                     schema.migrate(connection)
         finally:
+            self._is_migrating = False
             if self._lock is not None:
                 self._lock.release()
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-import grpc
-
 from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_address, split_endpoints
 
 if TYPE_CHECKING:
+    import grpc
+
     from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 
 T = TypeVar("T")
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_TOKEN = re.compile(r"[!-~]*")
 _TOKEN_VARIABLE = "HETIS_AGENT_TOKEN"
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
 MOST_WAIT_FOR_LEADER_S = 4.0  # longest wait while planners answer and one of them is about to lead
@@ -213,6 +214,8 @@ class PlannerAddress:
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
         """Return a new channel that uses the present contents of the files. Raises OSError if one cannot be read."""
+        import grpc  # not earlier: it takes the level of its own log from the environment, which the options change
+
         if self.is_plain:
             return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
@@ -222,8 +225,14 @@ class PlannerAddress:
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of a call: the token, or nothing if there is none."""
+        """Return the metadata of a call: the token, or nothing if there is none.
+
+        Raises OSError if the token's file cannot be read or holds no token, as while it is being written.
+        """
         token = self._token()
+        if not _TOKEN.fullmatch(token):  # gRPC would refuse the call without saying why
+            where = self.token_file if self.token_file is not None else _TOKEN_VARIABLE
+            raise OSError(f"{where} holds no token: characters other than printable ones without blanks")
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def explained(self, message: str) -> str:
@@ -241,7 +250,7 @@ class PlannerAddress:
 
     def _token(self) -> str:
         if self.token_file is not None:
-            return self.token_file.read_text(encoding="utf-8").strip()
+            return self.token_file.read_text(encoding="utf-8", errors="replace").strip()
         return os.environ.get(_TOKEN_VARIABLE, "").strip()
 
 
