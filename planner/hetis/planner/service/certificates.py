@@ -121,7 +121,7 @@ class Certificates:
         told, first = self.files.version, self.files.value
 
         def newer() -> grpc.ServerCertificateConfiguration | None:
-            """Return a newer configuration, or None if nothing has changed. Called in a thread before each handshake."""
+            """Return a newer configuration, or None if there is none. Called in a thread before each handshake."""
             nonlocal told
             version, value = self.files.version, self.files.value
             if version == told:
